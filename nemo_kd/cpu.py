@@ -1,0 +1,298 @@
+"""NeMo 2.4 and Megatron-core on a machine without CUDA: the one place with monkey patches.
+
+`install()` must run before anything of NeMo or Megatron is imported: some decorators there bind
+CUDA at import. With CUDA present it does nothing, so an entry point may always call it.
+
+What it does not bring to the CPU: apex, TransformerEngine, FP8, FSDP. `cpu_settings` is what a
+NeMo configuration needs changed (fusions off, plain layer specs); everything else stays as is.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import types
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch.optim.adamw import adamw
+from torch.overrides import TorchFunctionMode
+
+CPU = torch.device("cpu")
+_state = types.SimpleNamespace(device_mode=None)
+
+
+def install() -> bool:
+    """Make NeMo run on the CPU; True when patched, False (nothing done) when CUDA is there."""
+    if torch.cuda.is_available():
+        return False
+    if _state.device_mode is None:
+        # NeMo reads the container's version from the environment and fails without one.
+        os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "25.07")
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+        _patch_cuda_calls()
+        _patch_cuda_tensors()
+        _patch_autocast()
+        _state.device_mode = _CudaMeansCpu()
+        _state.device_mode.__enter__()
+        _patch_megatron()
+        _patch_nemo()
+        _patch_nemo_apex()
+        _register_adamw()
+    return True
+
+
+def cpu_settings(precision: str | int = 32) -> dict[str, Any]:
+    """Overrides (dotted key → value) that a NeMo training configuration needs on a CPU."""
+    model = dict.fromkeys(
+        [
+            "transformer_engine",
+            "persist_layer_norm",
+            "masked_softmax_fusion",
+            "bias_activation_fusion",
+            "bias_dropout_add_fusion",
+            "apply_rope_fusion",
+            "gradient_accumulation_fusion",
+            "gradient_as_bucket_view",
+        ],
+        False,
+    )
+    settings = {f"model.{key}": value for key, value in model.items()}
+    settings["model.use_cpu_initialization"] = True
+    settings["model.precision"] = settings["trainer.precision"] = precision
+    settings["trainer.accelerator"] = "cpu"
+    for split in ("train_ds", "validation_ds", "test_ds"):
+        settings[f"model.data.{split}.pin_memory"] = False
+    return settings
+
+
+# --- torch -------------------------------------------------------------------------------------
+
+
+def _nothing() -> Callable[..., None]:
+    """A fresh no-op: torch._dynamo refuses one function object under two names."""
+
+    def nothing(*args: Any, **kwargs: Any) -> None:
+        return None
+
+    return nothing
+
+
+class _Stream:
+    """Everything on a CPU is in order already."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *error: Any) -> None: ...
+    def wait_stream(self, *args: Any) -> None: ...
+    def wait_event(self, *args: Any) -> None: ...
+    def synchronize(self) -> None: ...
+    def wait(self, *args: Any) -> None: ...
+    def record(self, *args: Any) -> None: ...
+    def record_event(self, *args: Any) -> _Stream:
+        return self
+
+
+def _patch_cuda_calls() -> None:
+    cuda: Any = torch.cuda
+    cuda.current_device = lambda: CPU
+    for name in ("set_device", "synchronize", "empty_cache", "manual_seed_all", "ipc_collect"):
+        setattr(cuda, name, _nothing())
+    for name in ("memory_allocated", "max_memory_allocated", "max_memory_reserved"):
+        setattr(cuda, name, lambda *args, **kwargs: 0)
+    # torch.manual_seed itself calls torch.cuda.manual_seed: seeding through it would not end.
+    cuda.manual_seed = lambda seed: (torch.default_generator.manual_seed(int(seed)), None)[1]
+    cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
+    cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": (
+        torch.set_rng_state(state)
+    )
+    cuda.get_rng_state_all = cuda.random.get_rng_state_all = lambda: [torch.get_rng_state()]
+    device = types.SimpleNamespace(
+        major=8, minor=0, name="cpu", total_memory=1 << 34, multi_processor_count=1
+    )
+    cuda.get_device_properties = lambda *args, **kwargs: device
+    cuda.get_device_capability = lambda *args, **kwargs: (8, 0)
+    cuda.Stream = cuda.Event = _Stream
+    for name in ("current_stream", "default_stream", "stream"):
+        setattr(cuda, name, lambda *args, **kwargs: _Stream())
+
+
+def _patch_cuda_tensors() -> None:
+    torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
+    for name in ("LongTensor", "FloatTensor", "IntTensor", "HalfTensor", "BFloat16Tensor"):
+        setattr(torch.cuda, name, getattr(torch, name))
+
+
+def _patch_autocast() -> None:
+    """`autocast("cuda")` would silently run in float32; `custom_fwd` binds it at import."""
+    autocast, forward, backward = torch.autocast, torch.amp.custom_fwd, torch.amp.custom_bwd
+
+    class CpuAutocast(autocast):  # type: ignore[misc, valid-type]
+        def __init__(self, device_type: str = "cpu", *args: Any, **kwargs: Any) -> None:
+            super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
+
+    def custom_fwd(fwd: Any = None, *, device_type: str = "cpu", cast_inputs: Any = None) -> Any:
+        return forward(fwd, device_type="cpu", cast_inputs=cast_inputs)
+
+    def custom_bwd(bwd: Any = None, *, device_type: str = "cpu") -> Any:
+        return backward(bwd, device_type="cpu")
+
+    torch.autocast = torch.amp.autocast = CpuAutocast  # type: ignore[misc]
+    torch.amp.custom_fwd, torch.amp.custom_bwd = custom_fwd, custom_bwd  # type: ignore[assignment]
+
+
+def _is_cuda(device: Any) -> bool:
+    if isinstance(device, torch.device):
+        return device.type == "cuda"
+    return isinstance(device, str) and device.startswith("cuda")
+
+
+class _CudaMeansCpu(TorchFunctionMode):
+    """`device="cuda"` in NeMo's and Megatron's calls means the CPU."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if _is_cuda(kwargs.get("device")):
+            kwargs = dict(kwargs, device=CPU)
+        if func is torch.Tensor.to:
+            args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
+        return func(*args, **kwargs)
+
+
+# --- megatron-core -----------------------------------------------------------------------------
+
+
+def _patch_megatron() -> None:
+    import megatron.core.tensor_parallel.random as random
+    from megatron.core.transformer.torch_norm import WrappedTorchNorm
+
+    random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
+    random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
+
+    def norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
+        """torch's norms work under sequence parallelism once their parameters say so."""
+        kind = torch.nn.LayerNorm if config.normalization == "LayerNorm" else torch.nn.RMSNorm
+        module = kind(normalized_shape=hidden_size, eps=eps)
+        for parameter in module.parameters():
+            parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
+        return module
+
+    WrappedTorchNorm.__new__ = norm
+
+
+# --- NeMo --------------------------------------------------------------------------------------
+
+
+def _patch_nemo() -> None:
+    """What NeMo takes from TransformerEngine, from Megatron-core's own torch modules instead."""
+    # NeMo probes TransformerEngine's version where sequence parallelism meets adapters.
+    version = importlib.metadata.version
+    te_names = ("transformer-engine", "transformer_engine")
+    importlib.metadata.version = lambda name: "0.0" if name in te_names else version(name)
+
+    import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as gpt
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    def get_specs(spec_name: str, transformer_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        return get_gpt_layer_local_spec(normalization=transformer_config.normalization)
+
+    gpt.get_specs = get_specs
+
+
+def _patch_nemo_apex() -> None:
+    """What NeMo takes from apex, in torch or from Megatron-core."""
+    import nemo.collections.nlp.modules.common.megatron.build_model as build_model
+    import nemo.collections.nlp.modules.common.megatron.clip_grads as clip_grads
+    import nemo.collections.nlp.modules.common.megatron.utils as utils
+    import nemo.collections.nlp.parts.nlp_overrides as overrides
+    from megatron.core.tensor_parallel.layers import (
+        set_defaults_if_not_set_tensor_model_parallel_attributes as set_defaults,
+    )
+    from megatron.core.utils import (
+        local_multi_tensor_applier,
+        local_multi_tensor_l2_norm,
+        local_multi_tensor_scale,
+    )
+
+    overrides.HAVE_APEX = clip_grads.HAVE_APEX = True
+    # Only ever asked by isinstance; never built, since their names are refused without CUDA.
+    for name in ("MegatronDistributedFusedAdam", "McoreDistributedOptimizer"):
+        if not hasattr(overrides, name):
+            setattr(overrides, name, type(name, (), {}))
+    build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = set_defaults
+    utils.listify_model = lambda model: model if isinstance(model, list) else [model]
+    for name in ("MixedFusedRMSNorm", "FusedLayerNorm", "FastLayerNorm"):
+        setattr(utils, name, type(name, (torch.nn.Module,), {}))
+    clip_grads.multi_tensor_applier = local_multi_tensor_applier
+    clip_grads.amp_C = types.SimpleNamespace(
+        multi_tensor_l2norm=local_multi_tensor_l2_norm, multi_tensor_scale=local_multi_tensor_scale
+    )
+
+
+class ShardableAdamW(torch.optim.AdamW):
+    """AdamW with `step` in the param group, as apex's FusedAdam has it.
+
+    torch's AdamW keeps a scalar `step` for each parameter; Megatron's sharded optimizer state
+    takes only tensors of the parameter's own shape. The arithmetic is torch's `adamw`.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.Tensor],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+    ) -> None:
+        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own asks for each `step`
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            self._step_group(group)
+        return loss
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        params = [p for p in group["params"] if p.grad is not None]
+        for p in params:
+            if not self.state[p]:
+                self.state[p].update(exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
+        done = float(group.get("step", 0))
+        adamw(
+            params,
+            [p.grad for p in params],
+            [self.state[p]["exp_avg"] for p in params],
+            [self.state[p]["exp_avg_sq"] for p in params],
+            [],
+            [torch.tensor(done) for _ in params],
+            foreach=False,
+            amsgrad=False,
+            beta1=group["betas"][0],
+            beta2=group["betas"][1],
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+        group["step"] = int(done) + 1
+
+
+def _register_adamw() -> None:
+    from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
+
+    # `fused_adam` is refused by its name without CUDA, so that a cluster's configuration says
+    # `fused_adam` and a laptop's `adamw`.
+    AVAILABLE_OPTIMIZERS["adamw"] = ShardableAdamW
