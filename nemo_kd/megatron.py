@@ -1,0 +1,157 @@
+"""Starting NeMo on any layout: trainer, process groups, a model from a `.nemo`, its GPT module.
+
+Imports NeMo when its functions are called, not before: `nemo_kd.cpu.install()` comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_kd import cpu
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+    from megatron.core.models.gpt import GPTModel
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+
+Model = TypeVar("Model", bound="MegatronGPTModel")
+
+# Lightning's name for a precision → the short one that a CPU run is checked against.
+CPU_PRECISIONS = ("32", "bf16", "bf16-mixed")
+
+
+class LayoutError(ValueError):
+    """The requested processes, precision or checkpoint cannot work together."""
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Fit a script's configuration to this machine: on a CPU, what only a GPU has is turned off.
+
+    Call before anything of NeMo is imported.
+    """
+    if not cpu.install():
+        return
+    precision = str(cfg.trainer.precision)
+    if precision not in CPU_PRECISIONS:
+        raise LayoutError(
+            f"trainer.precision={precision} does not work on a CPU; "
+            f"choose one of {', '.join(CPU_PRECISIONS)}"
+        )
+    with open_dict(cfg):
+        for key, value in cpu.cpu_settings(cfg.trainer.precision).items():
+            OmegaConf.update(cfg, key, value, force_add=True)
+        if cfg.model.get("optim") and cfg.model.optim.name in ("fused_adam", "megatron_fused_adam"):
+            cfg.model.optim.name = "adamw"  # the same arithmetic without apex
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
+    """Lightning's trainer as NeMo's own fine-tuning script builds it."""
+    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+
+    model = cfg.model
+    size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
+    size *= model.get("context_parallel_size", 1)
+    world = cfg.trainer.devices * cfg.trainer.num_nodes
+    if world % size:
+        raise LayoutError(
+            f"{world} processes cannot hold tensor × pipeline × context parallel size {size}; "
+            f"start a multiple of {size} (torchrun --nproc_per_node) or lower "
+            "model.tensor_model_parallel_size / model.pipeline_model_parallel_size"
+        )
+    return MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks)
+
+
+def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:
+    """Process groups and seeds: what NeMo leaves to `Trainer.fit`, wanted before a restore."""
+    from megatron.core import tensor_parallel
+    from nemo.collections.nlp.modules.common.megatron.megatron_init import (
+        initialize_model_parallel_for_nemo,
+    )
+
+    initialize_model_parallel_for_nemo(
+        world_size=trainer.world_size,
+        global_rank=trainer.global_rank,
+        local_rank=trainer.local_rank,
+        tensor_model_parallel_size=model_cfg.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model_cfg.pipeline_model_parallel_size,
+        context_parallel_size=model_cfg.get("context_parallel_size", 1),
+        pipeline_model_parallel_split_rank=0,
+        micro_batch_size=model_cfg.micro_batch_size,
+        global_batch_size=model_cfg.global_batch_size,
+        seed=model_cfg.seed,
+    )
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
+    trainer.strategy.setup_environment()
+    tensor_parallel.model_parallel_cuda_manual_seed(model_cfg.seed)
+
+
+def checkpoint_config(path: str | Path, model_class: type[Model], trainer: Trainer) -> DictConfig:
+    """The model configuration inside a `.nemo` (file or unpacked directory)."""
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; set model.restore_from_path to a .nemo file "
+            "(examples/convert_hf_to_nemo.py makes one from a Hugging Face checkpoint)"
+        )
+    return model_class.restore_from(
+        str(path), return_config=True, trainer=trainer, save_restore_connector=_connector(path)
+    )
+
+
+def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer: Trainer) -> Model:
+    """The model of `path` as `model_class`; `cfg.model` overrides the checkpoint's own keys."""
+    merged = checkpoint_config(path, model_class, trainer)
+    overrides = OmegaConf.to_container(cfg.model, resolve=True)
+    with open_dict(merged):
+        for key, value in overrides.items():  # type: ignore[union-attr]
+            merged[key] = value
+        merged.precision = cfg.trainer.precision
+        merged.target = f"{model_class.__module__}.{model_class.__qualname__}"
+    return model_class.restore_from(
+        str(path),
+        override_config_path=merged,
+        trainer=trainer,
+        save_restore_connector=_connector(path),
+    )
+
+
+def _connector(path: str | Path) -> Any:
+    from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
+
+    connector = NLPSaveRestoreConnector()
+    if Path(path).is_dir():
+        connector.model_extracted_dir = str(path)
+    return connector
+
+
+def gpt_module(model: MegatronGPTModel) -> GPTModel:
+    """Megatron's GPTModel of this pipeline stage, out of its precision wrappers."""
+    (module,) = model.get_model_module_list()
+    while hasattr(module, "module"):
+        module = module.module
+    return module
+
+
+@contextmanager
+def hidden_states_only(gpt: GPTModel) -> Iterator[torch.Tensor | None]:
+    """Within it the last stage returns final hidden states `[S, B, H]`, not logits.
+
+    Yields the LM head's weight `[Vp, H]` on the last stage, None on the others. Under sequence
+    parallelism the hidden states are this rank's `[S/TP, B, H]`.
+    """
+    if not gpt.post_process:
+        yield None
+        return
+    tied = gpt.share_embeddings_and_output_weights
+    weight = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
+    gpt.post_process = False
+    try:
+        yield weight
+    finally:
+        gpt.post_process = True
