@@ -1,0 +1,18 @@
+"""Profiles: how the teacher's part of a sample is laid out on disk."""
+
+from nemo_kd.store.codecs.base import Codec, Teacher
+from nemo_kd.store.codecs.plain import Plain
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.spec import StoreSpec
+
+CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Plain,)}
+
+
+def codec_of(spec: StoreSpec) -> Codec:
+    """The codec of the spec's profile."""
+    if spec.profile not in CODECS:
+        raise StoreError(f"profile must be one of {', '.join(CODECS)}, not {spec.profile!r}")
+    return CODECS[spec.profile](spec)
+
+
+__all__ = ["CODECS", "Codec", "Teacher", "codec_of"]

@@ -1,0 +1,98 @@
+"""One array a sample in Megatron's `.bin/.idx` pair, through megatron-core's own classes.
+
+megatron-core is imported when the first file is opened: importing it takes seconds, and on a
+machine without CUDA `nemo_kd.cpu.install()` has to come before it.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.store.errors import StoreError
+
+_HEADER = struct.Struct("<9sQBQQ")
+_MAGIC = b"MMIDIDX\x00\x00"
+# numpy dtype → the code in the header, as megatron-core numbers them.
+_CODES = {"uint8": 1, "int32": 4, "int64": 5, "float32": 7, "uint16": 8}
+
+
+def _megatron() -> ModuleType:
+    try:
+        from megatron.core.datasets import indexed_dataset
+    except ImportError as error:
+        raise StoreError(
+            f"a store's files are read and written by megatron-core, which is missing ({error}); "
+            'pip install "megatron-core==0.13.1"'
+        ) from error
+    return indexed_dataset  # type: ignore[no-any-return]
+
+
+class FieldWriter:
+    """Appends one array for each sample to `<prefix>.bin`; `close` writes `<prefix>.idx`."""
+
+    def __init__(self, prefix: Path, dtype: type[np.generic]) -> None:
+        self.prefix = prefix
+        self._builder = _megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+
+    def add(self, values: NDArray[Any]) -> None:
+        self._builder.add_document(values, [values.size])
+
+    def close(self) -> None:
+        self._builder.finalize(f"{self.prefix}.idx")
+
+    def abandon(self) -> None:
+        self._builder.data_file.close()
+
+
+class FieldReader:
+    """`field[i]` is sample i's array, a read-only view into the memory-mapped `<prefix>.bin`."""
+
+    def __init__(self, prefix: Path, dtype: type[np.generic], samples: int) -> None:
+        self.prefix = prefix
+        self._dtype = np.dtype(dtype)
+        _check_index(Path(f"{prefix}.idx"), self._dtype, samples)
+        # An empty file cannot be mapped; reading nothing from it works either way.
+        mapped = os.path.getsize(f"{prefix}.bin") > 0
+        self._dataset = _megatron().IndexedDataset(str(prefix), mmap=mapped)
+        # Past IndexedDataset.__getitem__, whose cache costs more than these two look-ups.
+        self._offsets: NDArray[np.int64] = self._dataset.index.sequence_pointers
+        self.lengths: NDArray[np.int32] = self._dataset.index.sequence_lengths
+        self._read = self._dataset.bin_reader.read
+
+    def __getitem__(self, index: int) -> NDArray[Any]:
+        length, offset = int(self.lengths[index]), int(self._offsets[index])
+        if length < 0 or offset < 0:
+            raise StoreError(f"{self.prefix}.idx: sample {index} has a negative length or offset")
+        try:
+            values: NDArray[Any] = self._read(self._dtype, length, offset)
+        except ValueError as error:
+            raise StoreError(
+                f"{self.prefix}.bin: sample {index} ({length} values at byte {offset}) lies past "
+                "the end of the file; it is damaged, see `nemo-kd verify`"
+            ) from error
+        return values
+
+    def whole(self) -> NDArray[Any]:
+        """All samples' arrays as one: they lie in the file one after the other."""
+        values: NDArray[Any] = self._read(self._dtype, int(self.lengths.sum(dtype=np.int64)), 0)
+        return values
+
+
+def _check_index(path: Path, dtype: np.dtype[Any], samples: int) -> None:
+    """Refuse an index that is not the one of `samples` arrays of `dtype`, one a document."""
+    with path.open("rb") as file:
+        head = file.read(_HEADER.size)
+    expected = _HEADER.pack(_MAGIC, 1, _CODES[dtype.name], samples, samples + 1)
+    size = _HEADER.size + samples * (4 + 8) + (samples + 1) * 8
+    if head != expected or path.stat().st_size != size:
+        raise StoreError(
+            f"{path}: not the index of {samples} {dtype.name} arrays; it is damaged, "
+            "see `nemo-kd verify`"
+        )

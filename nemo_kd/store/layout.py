@@ -1,0 +1,59 @@
+"""The files of a shard and what ties them together: one item a sample in each.
+
+tokens     int32   [S]       input_ids
+loss_mask  uint8   [S]       loss_mask
+rows       int64   [3]       row, checksum of the tokens, sums of the teacher's arrays
+...                          the profile's own files
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.store.codecs import Codec
+
+SAMPLE_FIELDS: dict[str, type[np.generic]] = {
+    "tokens": np.int32,
+    "loss_mask": np.uint8,
+    "rows": np.int64,
+}
+ROW_ITEM = 3  # values in an item of `rows`
+
+
+def field_dtypes(codec: Codec) -> dict[str, type[np.generic]]:
+    """All files of a shard, by name without `.bin` or `.idx`."""
+    return {**SAMPLE_FIELDS, **codec.dtypes}
+
+
+def file_names(codec: Codec) -> list[str]:
+    return sorted(f"{name}.{end}" for name in field_dtypes(codec) for end in ("bin", "idx"))
+
+
+def token_checksum(input_ids: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> int:
+    """CRC-32 of the tokens' bytes followed by the mask's: does not depend on the profile."""
+    return zlib.crc32(loss_mask.data, zlib.crc32(input_ids.data))
+
+
+def teacher_checksum(arrays: Iterable[NDArray[Any]]) -> int:
+    """Sum mod 2^16 of each array's 16-bit words, the j-th array's at bits 16 j; as int64.
+
+    Any change within one word shows, and all others but 1 in 65,536. Cheap enough to be checked
+    whenever a sample is read, which SHA-256 and CRC-32 are not.
+    """
+    packed = 0
+    for place, array in enumerate(arrays):
+        packed |= _word_sum(array) << (16 * place)
+    return packed - (1 << 64) if packed >> 63 else packed
+
+
+def _word_sum(array: NDArray[Any]) -> int:
+    if array.dtype == np.uint8:  # may have odd length and odd address
+        padded = np.zeros((array.size + 1) // 2, dtype=np.uint16)
+        padded.view(np.uint8)[: array.size] = array
+        array = padded
+    return int(np.add.reduce(array.view(np.uint16), dtype=np.uint16))

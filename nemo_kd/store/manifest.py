@@ -1,0 +1,117 @@
+"""`manifest.json`: what the store is, and the size and SHA-256 of every file. Written last."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.files import canonical_json, publish, read_json, sha256_of_json
+from nemo_kd.store.spec import StoreSpec
+
+FORMAT = "nemo-kd store"
+VERSION = 1
+MANIFEST = "manifest.json"
+SPEC = "spec.json"  # the spec alone, there from a dump's first moment
+SHARD = "shard.json"  # a shard's own entry, in its directory
+SPEC_KEY = "spec_sha256"
+
+
+def shard_name(index: int) -> str:
+    return f"shard-{index:05d}"
+
+
+@dataclass(frozen=True)
+class FileInfo:
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What `shard.json` says of its directory; rows are None in a shard without samples."""
+
+    name: str
+    samples: int
+    tokens: int
+    answer_tokens: int
+    samples_without_answer: int
+    first_row: int | None
+    last_row: int | None
+    files: dict[str, FileInfo]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: Any, where: Path) -> ShardInfo:
+        try:
+            files = {name: FileInfo(**info) for name, info in value["files"].items()}
+            shard = cls(**{**value, "files": files})
+            numbers = [shard.samples, shard.tokens, shard.answer_tokens]
+            if min(*numbers, *(info.bytes for info in files.values()), 0) < 0:
+                raise ValueError("a negative count")
+        except (TypeError, KeyError, AttributeError, ValueError) as error:
+            raise StoreError(f"{where}: a shard's entry is damaged ({error})") from error
+        return shard
+
+
+def read_shard_info(directory: Path) -> tuple[ShardInfo, str | None]:
+    """What `shard.json` says of the shard in `directory`, and its spec's fingerprint."""
+    value = read_json(directory / SHARD)
+    spec = value.pop(SPEC_KEY, None) if isinstance(value, dict) else None
+    return ShardInfo.from_json(value, directory / SHARD), spec
+
+
+@dataclass(frozen=True)
+class Manifest:
+    spec: StoreSpec
+    shards: tuple[ShardInfo, ...]
+
+    @property
+    def totals(self) -> dict[str, int]:
+        """Sums over the shards: samples, tokens, answer tokens, samples without one, bytes."""
+        counts = ("samples", "tokens", "answer_tokens", "samples_without_answer")
+        sums = {name: sum(getattr(shard, name) for shard in self.shards) for name in counts}
+        sums["bytes"] = sum(info.bytes for shard in self.shards for info in shard.files.values())
+        return sums
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the manifest; it covers every file, since their hashes stand in it."""
+        return sha256_of_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            "spec": self.spec.to_json(),
+            "totals": self.totals,
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+
+    def write(self, directory: Path) -> None:
+        publish(directory / MANIFEST, canonical_json(self.to_json()))
+
+    @classmethod
+    def read(cls, directory: Path) -> Manifest:
+        path = directory / MANIFEST
+        value = read_json(path)
+        if not isinstance(value, dict) or value.get("format") != FORMAT:
+            raise StoreError(f'{path}: not a store\'s manifest (no "format": "{FORMAT}")')
+        if value.get("version") != VERSION:
+            raise StoreError(
+                f"{path}: format version {value.get('version')}, this nemo-kd reads {VERSION}; "
+                "use the nemo-kd that wrote it, or dump again"
+            )
+        if not isinstance(value.get("shards"), list):
+            raise StoreError(f"{path}: has no list of shards; restore the file")
+        shards = tuple(ShardInfo.from_json(shard, path) for shard in value["shards"])
+        manifest = cls(StoreSpec.from_json(value.get("spec")), shards)
+        if manifest.totals != value.get("totals"):
+            raise StoreError(
+                f"{path}: totals {value.get('totals')} are not the shards' sums {manifest.totals}; "
+                "restore the file"
+            )
+        return manifest

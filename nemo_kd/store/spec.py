@@ -1,0 +1,115 @@
+"""What a store is: everything that decides its bytes, besides the source rows themselves."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.files import sha256_of_json
+
+MAX_VOCABULARY = 1 << 32
+
+
+@dataclass(frozen=True)
+class StoreSpec:
+    """Two stores of equal spec and equal source rows are equal byte for byte."""
+
+    top_k: int
+    """K: the most logits kept for an answer token."""
+
+    vocab_size: int
+    """V: the tokenizer's vocabulary, without the padding that Megatron adds. Ids are in [0, V)."""
+
+    temperatures: tuple[float, ...] = (1.0,)
+    """A log-sum-exp `log sum_v exp(z_v / T)` is stored for each T; 1.0 must be among them."""
+
+    rows_per_shard: int = 256
+    """Shard i holds source rows [i * rows_per_shard, (i + 1) * rows_per_shard)."""
+
+    profile: str = "plain"
+    """The codec of the teacher's part."""
+
+    profile_options: dict[str, Any] = field(default_factory=dict)
+    """The codec's own settings."""
+
+    tokenizer: dict[str, Any] = field(default_factory=dict)
+    """`fingerprint`, and how to load it: `library`, `path`."""
+
+    teacher: dict[str, Any] = field(default_factory=dict)
+    """Name and fingerprint of the checkpoint."""
+
+    template: dict[str, Any] = field(default_factory=dict)
+    """Prompt template and truncation settings: what made token rows of the source rows."""
+
+    source: dict[str, Any] = field(default_factory=dict)
+    """The SFT file: its name, rows and fingerprint."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        for name in ("profile_options", "tokenizer", "teacher", "template", "source"):
+            object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
+        if not 0 < self.vocab_size <= MAX_VOCABULARY:
+            raise StoreError(f"vocab_size must be in [1, {MAX_VOCABULARY}], not {self.vocab_size}")
+        if not 0 < self.top_k <= self.vocab_size:
+            raise StoreError(
+                f"top_k must be in [1, vocab_size={self.vocab_size}], not {self.top_k}; "
+                "lower model.kd.top_k"
+            )
+        if self.rows_per_shard < 1:
+            raise StoreError(f"rows_per_shard must be at least 1, not {self.rows_per_shard}")
+        if any(not 0 < t < float("inf") for t in self.temperatures):
+            raise StoreError(f"temperatures must be positive, not {list(self.temperatures)}")
+        if len(set(self.temperatures)) < len(self.temperatures) or 1.0 not in self.temperatures:
+            raise StoreError(
+                "temperatures must be different and include 1.0 (stored log-probabilities are "
+                f"relative to the log-sum-exp at 1.0), not {list(self.temperatures)}"
+            )
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of the spec's canonical JSON."""
+        return sha256_of_json(self.to_json())
+
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "temperatures": list(self.temperatures)}
+
+    @classmethod
+    def from_json(cls, value: Any) -> StoreSpec:
+        names = {f.name for f in fields(cls)}
+        if not isinstance(value, dict) or set(value) != names:
+            got = sorted(value) if isinstance(value, dict) else value
+            raise StoreError(f"a store's spec must have the keys {sorted(names)}, not {got}")
+        try:
+            return cls(**value)
+        except TypeError as error:
+            raise StoreError(f"a store's spec has a value of the wrong type: {error}") from error
+
+    def differences(self, other: StoreSpec) -> list[tuple[str, Any, Any]]:
+        """(dotted field, value here, value there) for each field in which the two differ."""
+        here, there = dict(_leaves("", self.to_json())), dict(_leaves("", other.to_json()))
+        return [
+            (name, here.get(name), there.get(name))
+            for name in sorted(here | there)
+            if here.get(name) != there.get(name)
+        ]
+
+
+def _plain_json(name: str, value: Any) -> Any:
+    """The value as JSON gives it back, so that a spec equals itself after a round trip."""
+    if not isinstance(value, dict):
+        raise StoreError(f"{name} must be a mapping, not {value!r}")
+    try:
+        return json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise StoreError(f"{name} must hold plain JSON values: {error}") from error
+
+
+def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict) and value:
+        for key, item in value.items():
+            yield from _leaves(f"{prefix}.{key}" if prefix else key, item)
+    else:
+        yield prefix, value

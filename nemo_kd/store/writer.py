@@ -1,0 +1,229 @@
+"""Writing a store: shards in any order by any process, each whole or absent; the manifest last.
+
+A shard is a directory, made under a temporary name and renamed when every file in it is on disk.
+Its bytes follow from the spec and its rows alone, so any number of processes, and a dump that was
+killed and started again, write the same store.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from nemo_kd.store.checks import checked_teacher, checked_tokens
+from nemo_kd.store.codecs import codec_of
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.files import canonical_json, fsync, publish, read_json, sha256_of
+from nemo_kd.store.indexed import FieldWriter
+from nemo_kd.store.layout import field_dtypes, file_names, teacher_checksum, token_checksum
+from nemo_kd.store.manifest import (
+    MANIFEST,
+    SHARD,
+    SPEC,
+    SPEC_KEY,
+    FileInfo,
+    Manifest,
+    ShardInfo,
+    read_shard_info,
+    shard_name,
+)
+from nemo_kd.store.sample import Sample
+from nemo_kd.store.spec import StoreSpec
+
+
+class StoreWriter:
+    """One store being written; every process of a dump opens it with the same spec.
+
+    With `overwrite` what is there of a store is removed first. That is for one process alone: the
+    others open the store after it, without `overwrite`.
+    """
+
+    def __init__(self, directory: str | Path, spec: StoreSpec, overwrite: bool = False) -> None:
+        self.directory = Path(directory)
+        self.spec = spec
+        self.codec = codec_of(spec)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if overwrite:
+            _remove_store(self.directory)
+        if (self.directory / SPEC).exists():
+            self._refuse_other_spec()
+        else:
+            publish(self.directory / SPEC, canonical_json(spec.to_json()))
+
+    def is_whole(self, shard_index: int) -> bool:
+        """Whether the shard is there, of this spec, with every file at its full size."""
+        return self._whole_shard(shard_index) is not None
+
+    def shard(self, shard_index: int) -> ShardWriter:
+        """A context that writes one shard; one process at a time may write a given shard."""
+        return ShardWriter(self, shard_index)
+
+    def finish(self, num_shards: int) -> Manifest:
+        """Write the manifest, once every process has left its last shard; for one process."""
+        found = [self._whole_shard(index) for index in range(num_shards)]
+        missing = [str(index) for index, shard in enumerate(found) if shard is None]
+        if missing:
+            raise StoreError(
+                f"{self.directory}: shards {', '.join(missing[:20])} of {num_shards} are not "
+                "there or not whole; run the same dump command again, it writes only those"
+            )
+        beyond = [path.name for path in _shard_directories(self.directory)][num_shards:]
+        if beyond:
+            raise StoreError(
+                f"{self.directory}: {', '.join(beyond)} beyond the {num_shards} shards of this "
+                "source; it is another dump's, use overwrite=true to start over"
+            )
+        _remove_leftovers(self.directory)
+        manifest = Manifest(self.spec, tuple(shard for shard in found if shard is not None))
+        manifest.write(self.directory)
+        return manifest
+
+    def _refuse_other_spec(self) -> None:
+        there = StoreSpec.from_json(read_json(self.directory / SPEC))
+        differences = there.differences(self.spec)
+        if differences:
+            lines = "\n".join(
+                f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences
+            )
+            raise StoreError(
+                f"{self.directory} holds a store of another configuration:\n{lines}\n"
+                "use overwrite=true to drop it and start over, or choose another directory"
+            )
+
+    def _whole_shard(self, shard_index: int) -> ShardInfo | None:
+        directory = self.directory / shard_name(shard_index)
+        if not (directory / SHARD).exists():
+            return None
+        try:
+            shard, spec = read_shard_info(directory)
+        except StoreError:
+            return None
+        if spec != self.spec.fingerprint or sorted(shard.files) != file_names(self.codec):
+            return None
+        whole = all(_size(directory / name) == info.bytes for name, info in shard.files.items())
+        return shard if whole else None
+
+
+class ShardWriter:
+    """Takes the samples of one shard in rising row order; published at a clean exit."""
+
+    def __init__(self, store: StoreWriter, shard_index: int) -> None:
+        rows = store.spec.rows_per_shard
+        self._store = store
+        self._name = shard_name(shard_index)
+        self._rows = range(shard_index * rows, (shard_index + 1) * rows)
+        self._directory = store.directory / f".{self._name}.tmp"
+        self._fields: dict[str, FieldWriter] = {}
+        self._first_row: int | None = None
+        self._last_row: int | None = None
+        self._samples = self._tokens = self._answer_tokens = self._without_answer = 0
+
+    def __enter__(self) -> ShardWriter:
+        if self._directory.exists():
+            shutil.rmtree(self._directory)  # left by a dump that was killed
+        self._directory.mkdir()
+        for name, dtype in field_dtypes(self._store.codec).items():
+            self._fields[name] = FieldWriter(self._directory / name, dtype)
+        return self
+
+    def add(self, sample: Sample) -> None:
+        """Append one sample. StoreError, naming the row, if it is not what the spec says."""
+        row = self._checked_row(int(sample.row))
+        input_ids, loss_mask, answers = checked_tokens(sample)
+        teacher = checked_teacher(sample, answers, self._store.spec)
+        arrays = self._store.codec.encode(teacher)
+        item = [row, token_checksum(input_ids, loss_mask), teacher_checksum(arrays.values())]
+        arrays.update(tokens=input_ids, loss_mask=loss_mask, rows=np.array(item, dtype=np.int64))
+        for name, array in arrays.items():
+            self._fields[name].add(array)
+        self._first_row = row if self._first_row is None else self._first_row
+        self._last_row = row
+        self._samples += 1
+        self._tokens += input_ids.size
+        self._answer_tokens += answers
+        self._without_answer += answers == 0
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self._publish()
+            return
+        for field in self._fields.values():
+            field.abandon()
+        shutil.rmtree(self._directory)
+
+    def _checked_row(self, row: int) -> int:
+        if row not in self._rows:
+            raise StoreError(
+                f"row {row} is not of {self._name}, which holds rows {self._rows.start} to "
+                f"{self._rows.stop - 1} (rows_per_shard={self._store.spec.rows_per_shard})"
+            )
+        if self._last_row is not None and row <= self._last_row:
+            raise StoreError(
+                f"{self._name}: row {row} after row {self._last_row}; add the rows of a shard in "
+                "rising order, each once"
+            )
+        return row
+
+    def _publish(self) -> None:
+        for field in self._fields.values():
+            field.close()
+        (self._directory / SHARD).write_text(canonical_json(self._description()), encoding="utf-8")
+        for path in self._directory.iterdir():
+            fsync(path)
+        fsync(self._directory)
+        target = self._store.directory / self._name
+        if target.exists():
+            shutil.rmtree(target)  # not whole, or it would not have been written again
+        self._directory.rename(target)
+        fsync(self._store.directory)
+
+    def _description(self) -> dict[str, Any]:
+        names = file_names(self._store.codec)
+        files = {name: self._directory / name for name in names}
+        info = ShardInfo(
+            name=self._name,
+            samples=self._samples,
+            tokens=self._tokens,
+            answer_tokens=self._answer_tokens,
+            samples_without_answer=self._without_answer,
+            first_row=self._first_row,
+            last_row=self._last_row,
+            files={n: FileInfo(p.stat().st_size, sha256_of(p)) for n, p in files.items()},
+        )
+        return {**info.to_json(), SPEC_KEY: self._store.spec.fingerprint}
+
+
+def _shard_directories(directory: Path) -> list[Path]:
+    return sorted(path for path in directory.glob("shard-*") if path.is_dir())
+
+
+def _remove_store(directory: Path) -> None:
+    """The manifest first: a store without it is an unfinished one, never a wrong one."""
+    (directory / MANIFEST).unlink(missing_ok=True)
+    (directory / SPEC).unlink(missing_ok=True)
+    for path in _shard_directories(directory):
+        shutil.rmtree(path)
+    _remove_leftovers(directory)
+
+
+def _remove_leftovers(directory: Path) -> None:
+    """What processes that were killed had not yet renamed."""
+    for path in directory.glob(".shard-*.tmp"):
+        shutil.rmtree(path)
+    for name in (MANIFEST, SPEC):
+        for path in directory.glob(f".{name}.*.tmp"):
+            path.unlink()
+
+
+def _size(path: Path) -> int:
+    return os.path.getsize(path) if path.is_file() else -1
