@@ -5,7 +5,10 @@ Imports NeMo when its functions are called, not before: `nemo_kd.cpu.install()` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import logging
+import os
+import sys
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -35,7 +38,12 @@ def prepare(cfg: DictConfig) -> None:
 
     Call before anything of NeMo is imported.
     """
-    if not cpu.install():
+    # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    on_cpu = cpu.install()
+    if not os.environ.get("NEMO_KD_VERBOSE"):
+        _quiet()
+    if not on_cpu:
         return
     precision = str(cfg.trainer.precision)
     if precision not in CPU_PRECISIONS:
@@ -48,6 +56,16 @@ def prepare(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, value, force_add=True)
         if cfg.model.get("optim") and cfg.model.optim.name in ("fused_adam", "megatron_fused_adam"):
             cfg.model.optim.name = "adamw"  # the same arithmetic without apex
+
+
+def _quiet() -> None:
+    """NeMo warns, a hundred lines a start, of each Megatron option that it does not know."""
+    import lightning.pytorch  # noqa: F401  (its import sets the levels that are set here)
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
@@ -138,20 +156,32 @@ def gpt_module(model: MegatronGPTModel) -> GPTModel:
     return module
 
 
-@contextmanager
-def hidden_states_only(gpt: GPTModel) -> Iterator[torch.Tensor | None]:
-    """Within it the last stage returns final hidden states `[S, B, H]`, not logits.
+LMHead = Callable[[torch.Tensor], torch.Tensor]
 
-    Yields the LM head's weight `[Vp, H]` on the last stage, None on the others. Under sequence
-    parallelism the hidden states are this rank's `[S/TP, B, H]`.
+
+@contextmanager
+def split_lm_head(gpt: GPTModel) -> Iterator[LMHead | None]:
+    """Within it the last stage returns final hidden states `[S, B, H]`, and the LM head is apart.
+
+    Yields, on the last stage, the head as a function of hidden states `[N, H]` → logits
+    `[N, Vp]` (soft-caps, biases and adapters of the output layer included); None on the other
+    stages. Under sequence parallelism the hidden states are this rank's `[S/TP, B, H]`: gather
+    them first, the head does not.
     """
     if not gpt.post_process:
         yield None
         return
     tied = gpt.share_embeddings_and_output_weights
-    weight = gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight
-    gpt.post_process = False
+    weight = gpt.shared_embedding_or_output_weight() if tied else None
+    layer = gpt.output_layer
+    sequence_parallel = layer.sequence_parallel
+
+    def head(hidden: torch.Tensor) -> torch.Tensor:
+        logits, _ = layer(hidden.unsqueeze(1), weight=weight)  # [N, 1, Vp]
+        return logits.squeeze(1)
+
+    gpt.post_process = layer.sequence_parallel = False
     try:
-        yield weight
+        yield head
     finally:
-        gpt.post_process = True
+        gpt.post_process, layer.sequence_parallel = True, sequence_parallel

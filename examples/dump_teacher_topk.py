@@ -1,0 +1,17 @@
+"""Store the top-K logits of a teacher's pass over SFT data: `--help` has examples."""
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_kd.commandline import script
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="dump_teacher_topk")
+def main(cfg: DictConfig) -> None:
+    from nemo_kd.teacher.main import run
+
+    run(cfg)
+
+
+if __name__ == "__main__":
+    script(main)

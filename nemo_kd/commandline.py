@@ -1,0 +1,41 @@
+"""What the Hydra scripts share: spellings of `model.kd` overrides, quiet logs, short errors."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import warnings
+from collections.abc import Callable
+
+KD_OVERRIDE = re.compile(r"^\+{0,2}(model\.kd\.[\w.]+=)")
+
+
+def accept_every_spelling(arguments: list[str]) -> list[str]:
+    """`+model.kd.x=`, `model.kd.x=` and `++model.kd.x=` all become the last.
+
+    Plain Hydra refuses `+` for a key that the YAML has and the bare form for one that it lacks;
+    nobody should have to know which of them a key of `model.kd` is. Unknown keys are refused
+    later, by name.
+    """
+    return [KD_OVERRIDE.sub(r"++\1", argument) for argument in arguments]
+
+
+def script(main: Callable[[], None]) -> None:
+    """Run a Hydra entry point; a mistake of the user's ends in one line, not in a stack of frames."""
+    sys.argv[1:] = accept_every_spelling(sys.argv[1:])
+    _quiet()
+    os.environ.setdefault("HYDRA_FULL_ERROR", "1")
+    try:
+        main()
+    except (ValueError, FileNotFoundError) as error:
+        if os.environ.get("NEMO_KD_TRACEBACK"):
+            raise
+        sys.exit(f"error: {error}\n(NEMO_KD_TRACEBACK=1 shows where)")
+
+
+def _quiet() -> None:
+    """No hub is asked, and imports do not warn of things that a run does not use."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore")

@@ -1,0 +1,205 @@
+"""NeMo's `MegatronGPTSFTModel` with a distillation loss on stored teacher top-K logits.
+
+Three seams, each one small override: data sets come from a store (`_build_dataset`), a
+micro-batch's teacher tensors are set aside before NeMo's forward (`get_batch`), and Megatron's
+`compute_language_model_loss` is replaced on the last pipeline stage, where the logits are.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+    MegatronGPTSFTModel,
+)
+from omegaconf import DictConfig, ListConfig
+
+from nemo_kd.data import TEACHER_KEYS, TeacherSelection, teacher_at
+from nemo_kd.loss import sft_kd_loss
+from nemo_kd.megatron import gpt_module
+from nemo_kd.model.config import kd_training_config
+from nemo_kd.model.metrics import MetricSums
+from nemo_kd.model.stores import build_store_datasets
+
+NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
+
+
+class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
+    """SFT + KD: `loss = sft_weight * cross-entropy + kd_weight * divergence`, nats a token.
+
+    Tensor, pipeline, sequence and data parallel. Configuration: `model.kd`
+    (`KDTrainingConfig`) and `store` in `model.data.{train,validation}_ds`.
+    """
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
+        self.kd = kd_training_config(cfg.get("kd"))
+        _refuse_unsupported(cfg)
+        super().__init__(cfg, trainer)
+        # What is saved must load in a NeMo without this package.
+        self.cfg.target = NEMO_SFT
+        self._teacher: TeacherSelection | None = None
+        self._answer_tokens = 0
+        self._forward_only = False
+        self._step_start = time.perf_counter()
+        self._step_sums = MetricSums()
+        self._validation_sums: dict[int, MetricSums] = {}
+        self._sums = self._step_sums
+        gpt = gpt_module(self)
+        if gpt.post_process:
+            self._sft_loss = gpt.compute_language_model_loss
+            gpt.compute_language_model_loss = self._language_model_loss
+
+    # --- data ----------------------------------------------------------------------------------
+
+    def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
+        if data_cfg.get("store"):
+            return build_store_datasets(self, data_cfg, is_train)
+        if is_train and self.kd.kd_weight:
+            raise ValueError(
+                "model.data.train_ds.store is not set, so there are no teacher logits to learn "
+                "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
+                "for SFT alone on model.data.train_ds.file_names"
+            )
+        if data_cfg.get("file_names") is None and not is_train:
+            return []  # a run without validation data
+        return super()._build_dataset(data_cfg, is_train)
+
+    def get_batch(self, data_iterator: Iterator[Any], tuning: bool) -> dict[str, Any]:
+        """NeMo's micro-batch; its teacher tensors are kept for the loss of the same forward."""
+        batch = super().get_batch(data_iterator, tuning)
+        teacher = {key: batch.pop(key) for key in TEACHER_KEYS if key in batch}
+        self._teacher = None
+        if teacher and parallel_state.is_pipeline_last_stage():
+            device = torch.cuda.current_device()
+            on_device = {
+                key: value.to(device, non_blocking=True) for key, value in teacher.items()
+            }
+            self._teacher = teacher_at(on_device, batch["loss_mask"].to(device))
+        return batch
+
+    # --- loss ----------------------------------------------------------------------------------
+
+    def _language_model_loss(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        """labels [B, S], logits [S, B, Vp] → loss [B, S], zero outside the answers.
+
+        The place of Megatron's `compute_language_model_loss`; vocabulary-parallel over the
+        tensor-parallel group: two small all-reduces forward, none backward.
+        """
+        teacher, self._teacher = self._teacher, None
+        if teacher is None:
+            return self._sft_loss(labels, logits)
+        if self._is_plain_sft(logits):
+            with torch.no_grad():
+                self._sums.add(self._sft_kd(labels, logits.detach(), teacher, inplace=False))
+            return self.kd.sft_weight * self._sft_loss(labels, logits)
+        result = self._sft_kd(labels, logits, teacher, inplace=True)
+        self._sums.add(result)
+        return result.loss.t().contiguous()
+
+    def _sft_kd(
+        self, labels: torch.Tensor, logits: torch.Tensor, teacher: TeacherSelection, inplace: bool
+    ) -> Any:
+        return sft_kd_loss(
+            logits,
+            labels.t(),
+            teacher.topk,
+            self.kd,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_size=self.tokenizer.vocab_size,
+            mask=teacher.mask,
+            inplace=inplace,
+        )
+
+    def _is_plain_sft(self, logits: torch.Tensor) -> bool:
+        """Without a KD term Megatron's own cross-entropy trains: NeMo's SFT bit for bit."""
+        padding = self.padded_vocab_size - self.tokenizer.vocab_size
+        return not self.kd.kd_weight and (self.kd.count_padding or not padding)
+
+    def loss_func(
+        self, loss_mask: torch.Tensor, num_valid_tokens_in_ub: Any, output_tensor: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over answer tokens, divided as `model.kd.normalize` says; 0 without any."""
+        if self.kd.normalize == "microbatch" or self._forward_only:
+            count = num_valid_tokens_in_ub.clamp(min=1)
+            return super().loss_func(loss_mask, count, output_tensor)
+        # Megatron divides by the number of micro-batches, NeMo by that of data-parallel ranks.
+        parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
+        return super().loss_func(loss_mask, self._answer_tokens / parts, output_tensor)
+
+    def fwd_bwd_step(
+        self, dataloader_iter: Iterator[Any], forward_only: bool, first_val_step: Any = None
+    ) -> Any:
+        batch = next(dataloader_iter)
+        batch = batch[0] if isinstance(batch, tuple) else batch
+        self._forward_only = forward_only
+        if self.kd.normalize == "global_tokens" and not forward_only:
+            count = batch["loss_mask"].sum().to(torch.cuda.current_device())
+            torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+            self._answer_tokens = count.clamp(min=1)
+        return super().fwd_bwd_step(iter([batch]), forward_only, first_val_step)
+
+    # --- metrics -------------------------------------------------------------------------------
+
+    def training_step_fwd_bwd_step_call(
+        self, dataloader_iter: Iterator[Any], forward_only: bool
+    ) -> torch.Tensor:
+        self._sums = self._step_sums
+        self._sums.reset()
+        loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
+        for name, value in self._step_sums.means(self.kd).items():
+            self.log(name, value, batch_size=1, rank_zero_only=True)
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> None:
+        self._step_start = time.perf_counter()
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int, unused: int = 0) -> None:
+        super().on_train_batch_end(outputs, batch, batch_idx, unused)
+        seconds = time.perf_counter() - self._step_start
+        rate = self._step_sums.answer_tokens / seconds
+        self.log("tokens_per_s", rate, batch_size=1, rank_zero_only=True)
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_sums.clear()
+        return super().on_validation_epoch_start()
+
+    def inference_step_validation_call(
+        self, batch: Any, batch_idx: int, data_cfg: DictConfig, dataloader_idx: int = 0
+    ) -> Any:
+        self._sums = self._validation_sums.setdefault(dataloader_idx, MetricSums())
+        return super().inference_step_validation_call(batch, batch_idx, data_cfg, dataloader_idx)
+
+    def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:
+        result = super().inference_epoch_end(outputs, mode, data_cfg)
+        for index, sums in sorted(self._validation_sums.items()):
+            for name, value in sums.means(self.kd).items():
+                key = f"{'val' if mode == 'validation' else mode}/{_set_name(data_cfg, index)}/{name}"
+                self.log(key, value, batch_size=1, rank_zero_only=True)
+        return result
+
+
+def _set_name(data_cfg: DictConfig, index: int) -> str:
+    names = data_cfg.get("names")
+    if names is None:
+        return f"set{index}"
+    return names[index] if isinstance(names, ListConfig) else names
+
+
+def _refuse_unsupported(cfg: DictConfig) -> None:
+    if not cfg.get("mcore_gpt", False):
+        raise ValueError("model.mcore_gpt must be true: nemo_kd works with Megatron-core models")
+    if cfg.get("context_parallel_size", 1) > 1:
+        raise ValueError(
+            f"model.context_parallel_size={cfg.context_parallel_size} is not supported with "
+            "distillation yet; use tensor, pipeline, sequence and data parallelism"
+        )
+    if cfg.data.get("train_ds") and cfg.data.train_ds.get("packed_sequence", False):
+        raise ValueError(
+            "model.data.train_ds.packed_sequence=true is not supported with distillation yet"
+        )

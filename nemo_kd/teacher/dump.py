@@ -1,0 +1,143 @@
+"""Dump a teacher's top-K over an SFT file into a store: sharded by rows, resumable by shard."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core import parallel_state
+from omegaconf import DictConfig
+
+from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
+from nemo_kd.teacher.fingerprint import checkpoint_fingerprint, file_sha256
+from nemo_kd.teacher.forward import TopKForward
+from nemo_kd.teacher.progress import DumpProgress
+from nemo_kd.teacher.rows import TEMPLATE_KEYS, Row, SFTRows
+from nemo_kd.tokenizer import tokenizer_fingerprint
+
+if TYPE_CHECKING:
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+
+
+def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest:
+    """Every row of `data.file_path` through the teacher; the manifest of the finished store.
+
+    Shard i is the work of data-parallel rank `i % DP`; shards that are whole already are skipped.
+    Collectives over data-parallel ranks: barriers before the first shard and after the last.
+    """
+    rows = SFTRows(model, cfg.data)
+    spec = store_spec(cfg, model, len(rows))
+    writer = open_writer(cfg, spec)
+    shards = -(-len(rows) // spec.rows_per_shard)
+    mine = range(
+        parallel_state.get_data_parallel_rank(),
+        shards,
+        parallel_state.get_data_parallel_world_size(),
+    )
+    todo = [shard for shard in mine if not writer.is_whole(shard)]
+    torch.distributed.barrier()  # all ranks of a replica must have looked before one writes
+    forward = TopKForward(model, spec.top_k, spec.temperatures, cfg.rows_per_lm_head)
+    writes = parallel_state.is_pipeline_last_stage() and not (
+        parallel_state.get_tensor_model_parallel_rank()
+    )
+    with DumpProgress(todo, len(mine) - len(todo), rows, spec) as progress:
+        for shard in todo:
+            samples = list(shard_samples(rows, shard, spec.rows_per_shard, forward, cfg, progress))
+            if writes:
+                with writer.shard(shard) as out:
+                    for sample in sorted(samples, key=lambda sample: sample.row):
+                        out.add(sample)
+    torch.distributed.barrier()
+    if torch.distributed.get_rank() == 0:
+        writer.finish(shards)
+        if cfg.jsonl:
+            write_jsonl(Store(writer.directory), writer.directory / "topk.jsonl")
+    torch.distributed.barrier()
+    return Store(writer.directory).manifest
+
+
+def open_writer(cfg: DictConfig, spec: StoreSpec) -> StoreWriter:
+    """The store's writer; rank 0 prepares the directory, the others find it as it left it."""
+    directory = Path(cfg.output_dir)
+    if torch.distributed.get_rank() == 0:
+        writer = StoreWriter(directory, spec, overwrite=cfg.overwrite)
+        torch.distributed.barrier()
+        return writer
+    torch.distributed.barrier()
+    return StoreWriter(directory, spec)
+
+
+def store_spec(cfg: DictConfig, model: MegatronGPTSFTModel, num_rows: int) -> StoreSpec:
+    """What this dump's store is: a resume under another spec is refused by the writer."""
+    teacher, source = Path(cfg.model.restore_from_path), Path(cfg.data.file_path)
+    tokenizer = model.cfg.tokenizer
+    return StoreSpec(
+        top_k=cfg.model.kd.top_k,
+        vocab_size=model.tokenizer.vocab_size,
+        temperatures=tuple(cfg.model.kd.temperatures),
+        rows_per_shard=cfg.rows_per_shard,
+        tokenizer={
+            "fingerprint": tokenizer_fingerprint(model.tokenizer),
+            "library": tokenizer.library,
+            "path": tokenizer.get("type") or tokenizer.get("model"),
+        },
+        teacher={
+            "name": teacher.name,
+            "fingerprint": checkpoint_fingerprint(teacher),
+            "precision": str(cfg.trainer.precision),
+        },
+        template={
+            **{key: cfg.data.get(key) for key in TEMPLATE_KEYS},
+            "answer_only_loss": cfg.model.answer_only_loss,
+        },
+        source={"name": source.name, "rows": num_rows, "sha256": file_sha256(source)},
+    )
+
+
+def shard_samples(
+    rows: SFTRows,
+    shard: int,
+    rows_per_shard: int,
+    forward: TopKForward,
+    cfg: DictConfig,
+    progress: DumpProgress,
+) -> Iterator[Sample]:
+    """The samples of one shard, by falling length; nothing on ranks that hold no logits."""
+    first = shard * rows_per_shard
+    batch = [rows[row] for row in range(first, min(first + rows_per_shard, len(rows)))]
+    # More than one micro-batch in flight keeps the stages of a pipeline busy.
+    stages = parallel_state.get_pipeline_model_parallel_world_size()
+    in_flight = 1 if stages == 1 else 2 * stages
+    for call, micro_batch_size in calls(batch, cfg.model.micro_batch_size, in_flight):
+        results = forward(call, micro_batch_size)
+        for row, topk in zip(call, results or [], strict=False):
+            yield Sample(
+                row=row.row,
+                input_ids=row.input_ids,
+                loss_mask=row.loss_mask,
+                topk_ids=topk.ids.numpy(),
+                topk_logits=topk.logits.float().numpy(),
+                logsumexp=topk.logsumexp.numpy(),
+            )
+        progress.advance(call, results)
+
+
+def calls(
+    rows: list[Row], micro_batch_size: int, in_flight: int
+) -> Iterator[tuple[list[Row], int]]:
+    """Rows of like length for one forward call each, with the micro-batch size of the call.
+
+    Megatron wants equal micro-batches in a call: what is left over becomes smaller calls.
+    """
+    ordered = sorted(rows, key=lambda row: (-len(row), row.row))
+    start = 0
+    while start < len(ordered):
+        left = len(ordered) - start
+        size = min(micro_batch_size, left)
+        count = size * min(in_flight, left // size)
+        yield ordered[start : start + count], size
+        start += count

@@ -1,0 +1,35 @@
+"""Names for what a dump depends on: the teacher's weights and the SFT file."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+BLOCK = 1 << 16
+BLOCKS = 64
+
+
+def checkpoint_fingerprint(path: Path) -> str:
+    """SHA-256 (hex) over sizes and 64 evenly spaced blocks of 64 KiB of each file of a checkpoint.
+
+    Hundreds of gigabytes are not read for it; another training step changes every block.
+    """
+    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    digest = hashlib.sha256()
+    for file in files:
+        size = file.stat().st_size
+        name = "" if file == path else file.relative_to(path).as_posix()
+        digest.update(f"{name}\0{size}\0".encode())
+        with file.open("rb") as stream:
+            for i in range(BLOCKS):
+                stream.seek(max(size - BLOCK, 0) * i // (BLOCKS - 1))
+                digest.update(stream.read(BLOCK))
+                if size <= BLOCK:
+                    break
+    return digest.hexdigest()
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 (hex) of a whole file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

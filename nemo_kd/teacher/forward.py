@@ -1,0 +1,117 @@
+"""The teacher's forward pass: Megatron's schedule, and top-K of answer positions on the last stage."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
+
+from nemo_kd.loss import TopK, vocab_parallel_topk
+from nemo_kd.megatron import LMHead, gpt_module, split_lm_head
+from nemo_kd.teacher.rows import Row
+
+if TYPE_CHECKING:
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+
+
+class TopKForward:
+    """Rows in, their answer tokens' top-K out, on any tensor, pipeline and sequence layout.
+
+    Only answer positions reach the LM head, `rows_per_lm_head` at a time: no tensor is larger
+    than `[rows_per_lm_head, V/TP]`. Collectives: those of the model's own forward, and
+    `vocab_parallel_topk`'s over the tensor-parallel group on the last stage.
+    """
+
+    def __init__(
+        self,
+        model: MegatronGPTSFTModel,
+        top_k: int,
+        temperatures: Sequence[float],
+        rows_per_lm_head: int,
+    ) -> None:
+        self.model = model
+        self.gpt = gpt_module(model)
+        self.top_k = top_k
+        self.temperatures = tuple(temperatures)
+        self.rows_per_lm_head = rows_per_lm_head
+        tensor_size = parallel_state.get_tensor_model_parallel_world_size()
+        self.pad_to = 8 * tensor_size if self.gpt.config.sequence_parallel else 16
+
+    @torch.no_grad()
+    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[TopK] | None:
+        """One pass over `rows` (a multiple of `micro_batch_size`), padded to one length.
+
+        Returns for each row its TopK `[A, K]` (log-sum-exp `[A, T]`), on the CPU, on the last
+        pipeline stage of every tensor-parallel rank; None on the other stages.
+        """
+        length = max(len(row) for row in rows) - 1  # the last token is only a target
+        length = -(-length // self.pad_to) * self.pad_to
+        batches = [
+            rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)
+        ]
+        with split_lm_head(self.gpt) as head:
+            results = get_forward_backward_func()(
+                forward_step_func=lambda it, model: self._step(next(it), model, length, head),
+                data_iterator=iter(batches),
+                model=self.model.model,
+                num_microbatches=len(batches),
+                seq_length=length,
+                micro_batch_size=micro_batch_size,
+                forward_only=True,
+                collect_non_loss_data=True,
+            )
+        if not parallel_state.is_pipeline_last_stage():
+            return None
+        return [topk for micro_batch in results for topk in micro_batch]
+
+    def _step(
+        self, rows: Sequence[Row], model: torch.nn.Module, length: int, head: LMHead | None
+    ) -> tuple[torch.Tensor, object]:
+        device = torch.cuda.current_device()
+        tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+        for b, row in enumerate(rows):
+            tokens[b, : len(row) - 1] = torch.from_numpy(row.input_ids[:-1].astype("int64"))
+        positions = torch.arange(length).expand(len(rows), -1)
+        output = model(
+            input_ids=tokens.to(device),
+            position_ids=positions.to(device),
+            attention_mask=None,  # causal, built by the attention itself
+            labels=None,
+        )
+        return output, lambda hidden, non_loss_data: list(self._topk(hidden, head, rows))
+
+    def _topk(
+        self, hidden: torch.Tensor, head: LMHead | None, rows: Sequence[Row]
+    ) -> Iterator[TopK]:
+        """hidden [S, B, H] (or this rank's part of S) → TopK of each row's answer tokens."""
+        assert head is not None  # the schedule calls this on the last stage only
+        if self.gpt.config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
+        targets = [torch.from_numpy(row.loss_mask[1:].nonzero()[0]) for row in rows]
+        answers = torch.cat([hidden[target, b] for b, target in enumerate(targets)])  # [N, H]
+        config = self.gpt.config
+        # The schedule calls this outside its own autocast; one context casts the head once.
+        with torch.autocast("cuda", config.autocast_dtype, enabled=config.enable_autocast):
+            chunks = [self._head_topk(part, head) for part in answers.split(self.rows_per_lm_head)]
+        logits, ids, logsumexp = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))
+        logsumexp = logsumexp.reshape(len(logits), len(self.temperatures))
+        sizes = [len(target) for target in targets]
+        for parts in zip(
+            logits.split(sizes), ids.split(sizes), logsumexp.split(sizes), strict=True
+        ):
+            yield TopK(*parts)
+
+    def _head_topk(self, hidden: torch.Tensor, head: LMHead) -> TopK:
+        return vocab_parallel_topk(
+            head(hidden),  # [n, Vp]
+            self.top_k,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_size=self.model.tokenizer.vocab_size,
+            temperatures=self.temperatures,
+        )

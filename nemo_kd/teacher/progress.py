@@ -1,0 +1,96 @@
+"""How far a dump is: a bar in a terminal, plain lines in a log."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core import parallel_state
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nemo_kd.loss import TopK
+from nemo_kd.store import StoreSpec
+from nemo_kd.teacher.rows import Row, SFTRows
+
+SECONDS_BETWEEN_LINES = 10.0
+
+
+class DumpProgress:
+    """Progress of one data-parallel rank's share; only the first replica's last stage shows it.
+
+    That rank holds the logits, so it can say how much of the teacher's mass the K logits keep.
+    """
+
+    def __init__(self, todo: Sequence[int], done: int, rows: SFTRows, spec: StoreSpec) -> None:
+        self.total = sum(
+            min(spec.rows_per_shard, len(rows) - shard * spec.rows_per_shard) for shard in todo
+        )
+        self.skipped = done
+        self.place_of_one = spec.temperatures.index(1.0)
+        self.shows = (
+            parallel_state.is_pipeline_last_stage()
+            and parallel_state.get_data_parallel_rank() == 0
+            and parallel_state.get_tensor_model_parallel_rank() == 0
+        )
+        self.rows = self.tokens = 0
+        self.mass = 0.0
+        self.start = self.last_line = time.monotonic()
+        self.bar = Progress(
+            TextColumn("dump"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} rows  {task.fields[note]}"),
+            TimeElapsedColumn(),
+            TextColumn("ETA"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            disable=not (self.shows and sys.stderr.isatty()),
+        )
+        self.task = self.bar.add_task("dump", total=self.total, note="")
+
+    def __enter__(self) -> DumpProgress:
+        if self.shows and self.skipped:
+            print(f"dump: {self.skipped} shards are whole already, skipped", file=sys.stderr)
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.bar.stop()
+        if self.shows and kind is None and self.rows:
+            self._line()
+
+    def advance(self, rows: Sequence[Row], topk: Sequence[TopK] | None) -> None:
+        if not self.shows:
+            return
+        self.rows += len(rows)
+        for result in topk or ():
+            logsumexp = result.logsumexp[:, self.place_of_one, None]
+            self.mass += float(torch.exp(result.logits.float() - logsumexp).sum())
+            self.tokens += len(result.logits)
+        self.bar.update(self.task, completed=self.rows, note=self._note())
+        if not sys.stderr.isatty() and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
+            self._line()
+
+    def _note(self) -> str:
+        rate = self.tokens / max(time.monotonic() - self.start, 1e-9)
+        kept = self.mass / max(self.tokens, 1)
+        return f"{self.tokens} answer tokens, {rate:.0f}/s, mass kept {kept:.3f}"
+
+    def _line(self) -> None:
+        self.last_line = time.monotonic()
+        spent = self.last_line - self.start
+        left = spent * (self.total - self.rows) / max(self.rows, 1)
+        print(
+            f"dump: {self.rows}/{self.total} rows, {self._note()}, {spent:.0f} s, ETA {left:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )

@@ -1,0 +1,68 @@
+"""Fixtures of the whole suite: the tiny model world, and the product's scripts as processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+Script = Callable[..., subprocess.CompletedProcess[str]]
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """teacher.nemo, student.nemo, train.jsonl, heldout.jsonl of `tests/tiny.py`."""
+    directory = tmp_path_factory.mktemp("tiny")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/tiny.py"), str(directory)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    return directory
+
+
+def environment() -> dict[str, str]:
+    bin_directory = str(Path(sys.executable).parent)
+    path = bin_directory + os.pathsep + os.environ["PATH"]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "NEMO_KD_TRACEBACK": "1"}
+
+
+@pytest.fixture(scope="session")
+def script() -> Script:
+    """Run `examples/NAME` on `processes` ranks under torchrun; a failure shows its output."""
+
+    def run(
+        name: str, *overrides: str, processes: int = 1, fails: bool = False, **variables: str
+    ) -> subprocess.CompletedProcess[str]:
+        launcher = [sys.executable]
+        if processes > 1:
+            torchrun = ["-m", "torch.distributed.run", "--standalone"]
+            launcher += [*torchrun, f"--nproc_per_node={processes}"]
+        done = subprocess.run(
+            [*launcher, str(ROOT / "examples" / name), *overrides],
+            env={**environment(), **variables},
+            capture_output=True,
+            text=True,
+            timeout=600,
+        )
+        if (done.returncode != 0) != fails:
+            raise AssertionError(done.stdout[-4000:] + done.stderr[-8000:])
+        return done
+
+    return run
+
+
+def metrics(run_directory: Path) -> list[dict[str, Any]]:
+    """The lines of a run's `metrics.jsonl`."""
+    text = (run_directory / "metrics.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]

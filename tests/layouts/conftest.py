@@ -1,0 +1,93 @@
+"""Dumps and training runs of the tiny models, one a layout, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Script
+
+TENSOR, PIPELINE = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
+# name → (processes, overrides)
+LAYOUTS: dict[str, tuple[int, list[str]]] = {
+    "one": (1, []),
+    "tp2": (2, [f"{TENSOR}=2"]),
+    "pp2": (2, [f"{PIPELINE}=2"]),
+    "dp2": (2, []),
+    "tp2pp2": (4, [f"{TENSOR}=2", f"{PIPELINE}=2"]),
+}
+
+
+@pytest.fixture(scope="session")
+def dump(
+    tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """dump(layout, split) → directory of the store, made at the first call."""
+    made: dict[tuple[str, str], Path] = {}
+
+    def get(layout: str = "one", split: str = "train") -> Path:
+        if (layout, split) not in made:
+            directory = tmp_path_factory.mktemp(f"dump-{layout}-{split}") / "store"
+            processes, overrides = LAYOUTS[layout]
+            script(
+                "dump_teacher_topk.py",
+                f"model.restore_from_path={tiny}/teacher.nemo",
+                f"data.file_path={tiny}/{split}.jsonl",
+                f"output_dir={directory}",
+                "data.max_seq_length=128",
+                "trainer.precision=32",
+                "model.micro_batch_size=3",
+                "rows_per_shard=10",
+                "rows_per_lm_head=50",
+                "+model.kd.top_k=20",
+                "model.kd.temperatures=[1.0,2.0]",
+                *overrides,
+                processes=processes,
+            )
+            made[layout, split] = directory
+        return made[layout, split]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def train(
+    tiny: Path,
+    dump: Callable[..., Path],
+    script: Script,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., Path]:
+    """train(layout, *overrides) → the run's directory, with metrics.jsonl and checkpoints."""
+    made: dict[tuple[str, ...], Path] = {}
+
+    def get(layout: str = "one", *more: str) -> Path:
+        key = (layout, *more)
+        if key not in made:
+            directory = tmp_path_factory.mktemp(f"train-{layout}")
+            processes, overrides = LAYOUTS[layout]
+            script(
+                "train_gpt_sft_kd.py",
+                f"model.restore_from_path={tiny}/student.nemo",
+                f"model.data.train_ds.store={dump()}",
+                f"model.data.validation_ds.store={dump(split='heldout')}",
+                "model.data.validation_ds.names=[heldout]",
+                f"exp_manager.explicit_log_dir={directory}",
+                "trainer.precision=32",
+                "trainer.max_steps=6",
+                "trainer.val_check_interval=3",
+                "trainer.enable_progress_bar=false",
+                "model.global_batch_size=4",
+                "model.micro_batch_size=1",
+                "model.data.train_ds.max_seq_length=128",
+                "model.optim.lr=0.01",
+                "model.optim.sched.warmup_steps=2",
+                *overrides,
+                *more,
+                processes=processes,
+            )
+            made[key] = directory
+        return made[key]
+
+    return get

@@ -1,0 +1,55 @@
+"""Six steps of NeMo's own SFT, without this package's model or data set: the losses as JSON."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+
+from nemo_kd import megatron
+
+
+def main(tiny: str, directory: str) -> None:
+    conf = Path(__file__).parent.parent.parent / "conf"
+    overrides = [
+        f"model.restore_from_path={tiny}/student.nemo",
+        f"model.data.train_ds.file_names=[{tiny}/train.jsonl]",
+        "model.data.train_ds.concat_sampling_probabilities=[1.0]",
+        f"model.data.validation_ds.file_names=[{tiny}/heldout.jsonl]",
+        "model.data.train_ds.max_seq_length=128",
+        "trainer.precision=32",
+        "trainer.max_steps=6",
+        "trainer.val_check_interval=3",
+        "trainer.enable_progress_bar=false",
+        "model.global_batch_size=4",
+        "model.micro_batch_size=1",
+        "model.optim.lr=0.01",
+        "model.optim.sched.warmup_steps=2",
+    ]
+    with initialize_config_dir(str(conf), version_base=None):
+        cfg = compose("train_gpt_sft_kd", overrides)
+    megatron.prepare(cfg)
+    OmegaConf.resolve(cfg)
+    from lightning.pytorch import Callback
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+
+    losses: list[float] = []
+
+    class Record(Callback):
+        def on_train_batch_end(self, trainer: object, *args: object) -> None:
+            losses.append(float(trainer.callback_metrics["reduced_train_loss"]))  # type: ignore[attr-defined]
+
+    trainer = megatron.build_trainer(cfg, [Record()])
+    megatron.start_process_groups(cfg.model, trainer)
+    model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
+    trainer.fit(model)
+    Path(directory, "losses.json").write_text(json.dumps(losses))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
