@@ -6,6 +6,7 @@ import os
 import resource
 from bisect import bisect_right
 from collections import OrderedDict
+from collections.abc import Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -79,6 +80,47 @@ class Store:
         """[samples]: the row number of each sample."""
         parts = [self._shard(number).rows for number in self._filled_shards()]
         return np.concatenate([np.zeros(0, np.int64), *parts])
+
+    def check(
+        self,
+        *,
+        tokenizer_fingerprint: str | None = None,
+        vocab_size: int | None = None,
+        temperature: float | None = None,
+        template: Mapping[str, Any] | None = None,
+        fingerprint: str | None = None,
+    ) -> None:
+        """Refuse a store that was not made for this student; what is None is not compared.
+
+        `template` is compared key by key, those that are given. `fingerprint` is the store's own,
+        as a checkpoint remembers it.
+        """
+        spec = self.manifest.spec
+        if temperature is not None and temperature not in spec.temperatures:
+            raise StoreError(
+                f"model.kd.temperature={temperature} was not dumped: {self.directory} has "
+                f"{list(spec.temperatures)}; set model.kd.temperature to one of them, or dump "
+                f"again with model.kd.temperatures={[*spec.temperatures, temperature]}"
+            )
+        again = "dump again with the student's"
+        compared = [
+            (
+                "tokenizer",
+                tokenizer_fingerprint,
+                spec.tokenizer.get("fingerprint"),
+                f"{again} tokenizer",
+            ),
+            ("vocabulary size", vocab_size, spec.vocab_size, f"{again} tokenizer"),
+            ("fingerprint", fingerprint, self.fingerprint, "resume on the store that was trained"),
+        ]
+        for key, value in (template or {}).items():
+            hint = f"set it to {spec.template.get(key)!r}, or dump again with {value!r}"
+            compared.append((f"template setting {key}", value, spec.template.get(key), hint))
+        for name, expected, there, hint in compared:
+            if expected is not None and expected != there:
+                raise StoreError(
+                    f"{self.directory}: {name} is {there!r} in the store, {expected!r} here; {hint}"
+                )
 
     def _filled_shards(self) -> list[int]:
         return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]

@@ -1,0 +1,248 @@
+"""NeMo-Aligner's JSONL, one sample a line, read and written as a stream.
+
+    tokens             [S-1]      input_ids[:-1]
+    labels             [S-1]      input_ids[1:]
+    loss_mask          [S-1]      1 where the label is an answer token
+    topk_logits        [S-1][K]   falling; of answer tokens only the rest is read
+    topk_token_ids     [S-1][K]
+    log_sum_exp_logits [S-1]      log sum_v exp(z_v)
+    index              row number in the source (its line number where the key is missing)
+
+NeMo-Aligner subtracts the largest logit first; log-probabilities are the same. In a path
+`CHUNK_ID` stands for 0, 1, 2, ...: the chunked form. Written logits have five decimals.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.store.checks import checked_teacher, checked_tokens
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.files import fsync
+from nemo_kd.store.sample import Sample
+from nemo_kd.store.spec import StoreSpec
+
+CHUNK_ID = "CHUNK_ID"
+DECIMALS = 5
+KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
+
+
+def chunk_paths(path: str | Path) -> list[Path]:
+    """The files that `path` names; with CHUNK_ID those of 0, 1, ... until one is missing."""
+    name = str(path)
+    if CHUNK_ID not in name:
+        return [Path(name)]
+    paths: list[Path] = []
+    for number in count():
+        chunk = Path(name.replace(CHUNK_ID, str(number)))
+        if not chunk.exists():
+            break
+        paths.append(chunk)
+    if not paths:
+        raise StoreError(f"no file {name.replace(CHUNK_ID, '0')}: chunks are numbered from 0")
+    return paths
+
+
+def read_jsonl(
+    path: str | Path,
+    spec: StoreSpec,
+    *,
+    renumber: bool = False,
+    on_bad_line: Callable[[StoreError], None] | None = None,
+) -> Iterator[Sample]:
+    """The samples of `path`, cut to `spec.top_k` logits; their log-sum-exp is that of T = 1.
+
+    A line that is not such a sample raises StoreError with file and line, or goes to
+    `on_bad_line` and is left out. With `renumber` rows are lines counted from 0 over all chunks.
+    """
+    if spec.temperatures != (1.0,):
+        raise StoreError(
+            "NeMo-Aligner's JSONL has a log-sum-exp for temperature 1.0 alone, the store is to "
+            f"have {list(spec.temperatures)}; leave temperatures at [1.0]"
+        )
+    lines = count()
+    for file_path in chunk_paths(path):
+        for number, line in _lines(file_path):
+            row = next(lines)
+            try:
+                sample = _sample(line, row, renumber, spec)
+            except StoreError as error:
+                bad = StoreError(f"{file_path}, line {number}: {error}")
+                if on_bad_line is None:
+                    raise bad from error
+                on_bad_line(bad)
+                continue
+            yield sample
+
+
+def write_jsonl(
+    path: str | Path,
+    samples: Iterable[Sample],
+    *,
+    unit_temperature: int = 0,
+    samples_per_chunk: int | None = None,
+) -> int:
+    """Write samples to `path`, whole or not at all; returns how many.
+
+    `unit_temperature` is the place of T = 1 among the temperatures. Positions that are no answer
+    token have zeros for a teacher: NeMo-Aligner wants a row for each position and masks these.
+    With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples.
+    """
+    name = str(path)
+    if (CHUNK_ID in name) != (samples_per_chunk is not None):
+        raise StoreError(
+            f"{name}: {CHUNK_ID} in the path and a number of samples per chunk go together, "
+            f"the number is {samples_per_chunk}"
+        )
+    stream = iter(samples)
+    if samples_per_chunk is None:
+        return _write_file(Path(name), stream, unit_temperature)
+    written = 0
+    for number, first in enumerate(stream):
+        chunk = chain([first], islice(stream, samples_per_chunk - 1))
+        chunk_path = Path(name.replace(CHUNK_ID, str(number)))
+        written += _write_file(chunk_path, chunk, unit_temperature)
+    return written
+
+
+def _write_file(path: Path, samples: Iterable[Sample], unit_temperature: int) -> int:
+    temporary = path.with_name(f".{path.name}.tmp")
+    written = 0
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            for sample in samples:
+                file.write(json.dumps(_record(sample, unit_temperature)) + "\n")
+                written += 1
+        fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        with suppress(FileNotFoundError):
+            temporary.unlink()
+        raise
+    fsync(path.parent)
+    return written
+
+
+def _record(sample: Sample, unit_temperature: int) -> dict[str, Any]:
+    answers = sample.answer_positions() - 1  # [A]: places among tokens and labels
+    places = len(sample.input_ids) - 1
+    ids = np.zeros((places, sample.topk_ids.shape[1]), np.int64)
+    logits = np.zeros(ids.shape)
+    logsumexp = np.zeros(places)
+    ids[answers] = sample.topk_ids
+    logits[answers] = sample.topk_logits
+    logsumexp[answers] = sample.logsumexp[:, unit_temperature]
+    return {
+        "tokens": sample.input_ids[:-1].tolist(),
+        "labels": sample.input_ids[1:].tolist(),
+        "loss_mask": sample.loss_mask[1:].tolist(),
+        "topk_logits": logits.round(DECIMALS).tolist(),
+        "topk_token_ids": ids.tolist(),
+        "log_sum_exp_logits": logsumexp.round(DECIMALS).tolist(),
+        "index": sample.row,
+    }
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) for each line that is not blank."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from error
+
+
+def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec) -> Sample:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise StoreError(f"a JSON object is expected, not a {type(record).__name__}")
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise StoreError(f"no {', '.join(missing)} among the keys {sorted(map(str, record))}")
+    index = record.get("index", row)
+    if not renumber and (type(index) is not int or index < 0):
+        raise StoreError(f"index must be a row number, not {index!r}")
+    return _checked(record, row if renumber else index, spec)
+
+
+def _checked(record: dict[str, Any], row: int, spec: StoreSpec) -> Sample:
+    tokens, labels = _array(record, "tokens", "iu", 1), _array(record, "labels", "iu", 1)
+    mask = _array(record, "loss_mask", "iufb", 1)
+    places = len(tokens)
+    if not len(labels) == len(mask) == places >= 1:
+        raise StoreError(
+            f"tokens, labels and loss_mask have {places}, {len(labels)} and {len(mask)} values; "
+            "they must have the same number, at least 1"
+        )
+    for name, ids in (("tokens", tokens), ("labels", labels)):
+        if ids.min() < 0 or ids.max() >= spec.vocab_size:
+            raise StoreError(f"{name} has an id outside [0, vocab_size={spec.vocab_size})")
+    if not np.isin(mask, (0, 1)).all():
+        raise StoreError("loss_mask must hold only 0 and 1")
+    answers = np.flatnonzero(mask)
+    # What follows the last answer token is padding; nothing is learnt from or through it.
+    end = int(answers[-1]) + 1 if answers.size else places
+    if (labels[: end - 1] != tokens[1:end]).any():
+        raise StoreError("labels are not the tokens shifted by one")
+    sample = Sample(
+        row,
+        np.append(tokens[:end], labels[end - 1]).astype(np.int32),
+        np.append(0, mask[:end]).astype(np.uint8),
+        _teacher_rows(record, "topk_token_ids", "iu", answers, places, spec.top_k),
+        _teacher_rows(record, "topk_logits", "iuf", answers, places, spec.top_k),
+        _array(record, "log_sum_exp_logits", "iuf", 1, places)[answers, None],
+    )
+    _, _, tokens_to_learn = checked_tokens(sample)
+    teacher = checked_teacher(sample, tokens_to_learn, spec)
+    return Sample(row, sample.input_ids, sample.loss_mask, *teacher)
+
+
+def _teacher_rows(
+    record: dict[str, Any], key: str, kinds: str, answers: NDArray[Any], places: int, top_k: int
+) -> NDArray[Any]:
+    """[A, K]: the answer tokens' rows of a [S-1][at least K] list."""
+    values = _array(record, key, kinds, 2, places)
+    if values.shape[1] < top_k:
+        raise StoreError(
+            f"{key} has {values.shape[1]} values a token, top_k is {top_k}; "
+            f"lower it to {values.shape[1]}"
+        )
+    rows: NDArray[Any] = values[answers, :top_k]
+    return rows
+
+
+def _array(
+    record: dict[str, Any], key: str, kinds: str, dimensions: int, length: int | None = None
+) -> NDArray[Any]:
+    """The list under `key` as an array whose dtype is of one of numpy's `kinds`."""
+    try:
+        values = np.asarray(record[key])
+    except (ValueError, OverflowError) as error:
+        raise StoreError(f"{key}: its lists are of unequal length") from error
+    if values.ndim != dimensions or (values.dtype.kind not in kinds and values.size):
+        shape = "a list" if dimensions == 1 else "a list of equally long lists"
+        raise StoreError(f"{key} must be {shape} of numbers ({_KINDS[kinds]})")
+    if length is not None and len(values) != length:
+        raise StoreError(f"{key} has {len(values)} rows for {length} tokens")
+    return values
+
+
+_KINDS = {
+    "iu": "whole ones, ids",
+    "iufb": "0 and 1",
+    "iuf": "logits",
+}
