@@ -1,0 +1,72 @@
+"""Convert a Llama-family Hugging Face checkpoint (a directory, or one .gguf file) to a .nemo.
+
+    python examples/convert_hf_to_nemo.py SmolLM2-135M/ teacher.nemo
+    python examples/convert_hf_to_nemo.py model.gguf student.nemo --keep-layers 0,1,8,9,19-24,29
+
+The tokenizer is written beside it, `teacher.tokenizer/`. The .nemo loads at any tensor and pipeline
+parallel size, with TransformerEngine (the container) and without (a CPU).
+"""
+
+from __future__ import annotations
+
+import time
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from nemo_kd import cpu
+from nemo_kd.checkpoints import CheckpointError, open_checkpoint, parse_layers, write_nemo
+
+
+class Precision(str, Enum):
+    """Type of the written weights."""
+
+    own = "own"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="Hugging Face directory or .gguf file")],
+    output: Annotated[Path, typer.Argument(help="the .nemo to write")],
+    keep_layers: Annotated[
+        str | None, typer.Option(help="layers of a pruned model, such as 0,1,8-11; default all")
+    ] = None,
+    dtype: Annotated[
+        Precision, typer.Option(help="own: the checkpoint's; float32 for a quantised one")
+    ] = Precision.own,
+) -> None:
+    """Convert SOURCE to OUTPUT (.nemo) for NeMo's MegatronGPTSFTModel."""
+    console = Console()
+    if output.suffix != ".nemo":
+        raise typer.BadParameter(f"{output} must end in .nemo", param_hint="OUTPUT")
+    start = time.perf_counter()
+    cpu.install()  # megatron-core's checkpoint writer calls CUDA
+    wanted = None if dtype is Precision.own else getattr(torch, dtype.value)
+    try:
+        with console.status(f"converting {source}"):
+            checkpoint = open_checkpoint(source)
+            layers = parse_layers(keep_layers, checkpoint.llama.num_layers)
+            done = write_nemo(checkpoint, output, layers, wanted)
+    except CheckpointError as error:
+        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
+        raise typer.Exit(1) from error
+    console.print(
+        f"{done.path}: {len(layers)} of {checkpoint.llama.num_layers} layers, "
+        f"{done.parameters / 1e6:.1f} M parameters, {str(done.dtype).removeprefix('torch.')}, "
+        f"{done.path.stat().st_size / 1e6:.0f} MB, {time.perf_counter() - start:.1f} s",
+        soft_wrap=True,
+    )
+    if done.dropped_rows:
+        console.print(
+            f"{done.dropped_rows} embedding rows beyond the tokenizer's {done.vocab_size} tokens "
+            "were left out"
+        )
+
+
+if __name__ == "__main__":
+    typer.run(main)

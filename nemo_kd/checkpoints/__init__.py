@@ -1,0 +1,36 @@
+"""Hugging Face and GGUF checkpoints of the Llama family as NeMo's `.nemo`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
+from nemo_kd.checkpoints.nemo_file import Conversion, parse_layers, write_nemo
+from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
+
+__all__ = [
+    "Checkpoint",
+    "CheckpointError",
+    "Conversion",
+    "Llama",
+    "open_checkpoint",
+    "parse_layers",
+    "resolve_tokenizer",
+    "write_nemo",
+]
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """A Hugging Face directory (config.json, *.safetensors) or a `.gguf` file."""
+    path = Path(path)
+    if path.is_dir():
+        from nemo_kd.checkpoints.huggingface import HuggingFaceCheckpoint
+
+        return HuggingFaceCheckpoint(path)
+    if path.suffix == ".gguf" and path.is_file():
+        from nemo_kd.checkpoints.gguf_file import GGUFCheckpoint
+
+        return GGUFCheckpoint(path)
+    raise CheckpointError(
+        f"no checkpoint at {path}; expected a Hugging Face directory or a .gguf file"
+    )

@@ -1,0 +1,140 @@
+"""Reading a GGUF file of a Llama: sizes, weights and tokenizer are all inside.
+
+GGUF stores the rows of a q or k head with RoPE's pairs side by side, `(0, d/2, 1, d/2+1, …)`;
+Hugging Face and Megatron keep the two halves apart. `_halves` undoes it.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf import GGUFReader, dequantize
+
+from nemo_kd.checkpoints.llama import CheckpointError, Llama, check_tensors
+
+GLOBAL_NAMES = {
+    "token_embd.weight": "model.embed_tokens.weight",
+    "output_norm.weight": "model.norm.weight",
+    "output.weight": "lm_head.weight",
+}
+RMS_EPSILON = "llama.attention.layer_norm_rms_epsilon"
+LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+class GGUFCheckpoint:
+    """A memory-mapped GGUF file; each tensor is dequantised to float32 when it is asked for."""
+
+    dtype = torch.float32
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.name = str(self.path)
+        try:
+            self._reader = GGUFReader(self.path)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
+        self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+        self.llama = self._read_llama()
+        # GGUF gives shapes innermost first.
+        shapes = {
+            name: tuple(int(n) for n in reversed(tensor.shape))
+            for name, tensor in self._tensors.items()
+        }
+        check_tensors(self.name, self.llama, shapes)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of a Hugging Face name, float32 `[out, in]`."""
+        stored = self._tensors[name]
+        # A float32 tensor comes back as the read-only file itself; torch wants its own memory.
+        array = np.require(dequantize(stored.data, stored.tensor_type), np.float32, ["C", "W"])
+        values = torch.from_numpy(array)
+        if name.endswith("q_proj.weight"):
+            return _halves(values, self.llama.num_heads)
+        if name.endswith("k_proj.weight"):
+            return _halves(values, self.llama.num_kv_heads)
+        return values
+
+    def save_tokenizer(self, directory: str) -> int:
+        """Write the tokenizer inside the file for transformers; its vocabulary size."""
+        from nemo_kd.checkpoints.gguf_tokenizer import build_tokenizer
+
+        tokenizer = build_tokenizer(self)
+        tokenizer.save_pretrained(directory)
+        return len(tokenizer)
+
+    def field(self, key: str, default: Any = None) -> Any:
+        """A metadata value of the file."""
+        field = self._reader.get_field(key)
+        return default if field is None else field.contents()
+
+    def _required(self, key: str) -> Any:
+        value = self.field(key)
+        if value is None:
+            raise CheckpointError(f"{self.name} lacks {key}; it is no complete Llama GGUF")
+        return value
+
+    def _read_llama(self) -> Llama:
+        architecture = self.field("general.architecture")
+        if architecture != "llama":
+            raise CheckpointError(
+                f"{self.name}: general.architecture is {architecture!r}; only 'llama' is converted"
+            )
+        if self.field("llama.expert_count", 0):
+            raise CheckpointError(
+                f"{self.name} is a mixture of experts; only dense Llamas are read"
+            )
+        scaled = self.field("llama.rope.scaling.type", "none") != "none"
+        if scaled or "rope_freqs.weight" in self._tensors:
+            raise CheckpointError(
+                f"{self.name} scales its rotary frequencies, for which NeMo has no key that takes "
+                "GGUF's factors; convert the model's Hugging Face directory instead"
+            )
+        heads = self._required("llama.attention.head_count")
+        hidden = self._required("llama.embedding_length")
+        return Llama(
+            num_layers=self._required("llama.block_count"),
+            hidden_size=hidden,
+            ffn_hidden_size=self._required("llama.feed_forward_length"),
+            num_heads=heads,
+            num_kv_heads=self.field("llama.attention.head_count_kv", heads),
+            head_dim=self.field("llama.rope.dimension_count", hidden // heads),
+            vocab_size=len(self._required("tokenizer.ggml.tokens")),
+            context=self._required("llama.context_length"),
+            # Stored in float32: 9.9999997e-06 is 1e-05.
+            norm_eps=float(f"{self._required(RMS_EPSILON):.6g}"),
+            rope_base=self.field("llama.rope.freq_base", 10000.0),
+            rope_scaling=None,
+            tied="lm_head.weight" not in self._tensors,
+        )
+
+
+def _hf_name(name: str) -> str:
+    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
+    if name in GLOBAL_NAMES:
+        return GLOBAL_NAMES[name]
+    prefix, _, rest = name.partition(".")
+    layer, _, rest = rest.partition(".")
+    stem, _, kind = rest.rpartition(".")
+    if prefix != "blk" or stem not in LAYER_NAMES:
+        return name
+    return f"model.layers.{layer}.{LAYER_NAMES[stem]}.{kind}"
+
+
+def _halves(weight: torch.Tensor, heads: int) -> torch.Tensor:
+    """Rows `[heads, head_dim/2, 2]` → `[heads, 2, head_dim/2]`."""
+    out, hidden = weight.shape
+    pairs = weight.view(heads, out // heads // 2, 2, hidden)
+    return pairs.transpose(1, 2).reshape(out, hidden)

@@ -1,0 +1,131 @@
+"""Reading a Hugging Face directory: `config.json`, `*.safetensors`, tokenizer files."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from nemo_kd.checkpoints.llama import CheckpointError, Llama, RopeScaling, check_tensors
+
+ARCHITECTURE = "LlamaForCausalLM"
+
+
+class HuggingFaceCheckpoint:
+    """A directory as `save_pretrained` writes it, sharded or not; tensors are memory-mapped."""
+
+    def __init__(self, directory: str | Path) -> None:
+        self.directory = Path(directory)
+        self.name = str(self.directory)
+        config = _config(self.directory)
+        self.llama = read_llama(config)
+        self._files: dict[str, Any] = {}
+        shapes: dict[str, tuple[int, ...]] = {}
+        for path in _weight_files(self.directory):
+            file = safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call]
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                self._files[key] = file
+                shapes[key] = tuple(file.get_slice(key).get_shape())
+        check_tensors(self.name, self.llama, shapes)
+        self.dtype = self.tensor("model.norm.weight").dtype
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor of this name, `[out, in]`."""
+        tensor: torch.Tensor = self._files[name].get_tensor(name)
+        return tensor
+
+    def save_tokenizer(self, directory: str) -> int:
+        """Copy the tokenizer through transformers, which shows that it loads."""
+        from transformers import AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(str(self.directory))
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{self.name} has no tokenizer that transformers can load ({error}); "
+                "put tokenizer.json and tokenizer_config.json beside config.json"
+            ) from error
+        tokenizer.save_pretrained(directory)
+        return len(tokenizer)
+
+
+def _config(directory: Path) -> dict[str, Any]:
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"no config.json in {directory}; expected a Hugging Face checkpoint directory "
+            "(config.json and *.safetensors) or a .gguf file"
+        )
+    config: dict[str, Any] = json.loads(path.read_text())
+    return config
+
+
+def _weight_files(directory: Path) -> list[Path]:
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        absent = [name for name in names if not (directory / name).is_file()]
+        if absent:
+            raise CheckpointError(
+                f"{index} names {len(names)} files, of which {len(absent)} are not there, "
+                f"first {absent[0]}; download them"
+            )
+        return [directory / name for name in names]
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(
+            f"no *.safetensors in {directory}; pickled weights (*.bin) are not read: save them "
+            "again with transformers' save_pretrained(..., safe_serialization=True)"
+        )
+    return files
+
+
+def read_llama(config: Mapping[str, Any]) -> Llama:
+    """The model of a `config.json`; refuses whatever Megatron's Llama would compute otherwise."""
+    found = config.get("architectures") or [config.get("model_type")]
+    _expect("architectures", found, [ARCHITECTURE])
+    _expect("hidden_act", config.get("hidden_act", "silu"), "silu")
+    for key in ("attention_bias", "mlp_bias"):
+        _expect(key, config.get(key, False), False)
+    _expect("quantization_config", config.get("quantization_config"), None)
+    heads = config["num_attention_heads"]
+    rope = config.get("rope_parameters") or config.get("rope_scaling")
+    return Llama(
+        num_layers=config["num_hidden_layers"],
+        hidden_size=config["hidden_size"],
+        ffn_hidden_size=config["intermediate_size"],
+        num_heads=heads,
+        num_kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        vocab_size=config["vocab_size"],
+        context=config["max_position_embeddings"],
+        norm_eps=config["rms_norm_eps"],
+        rope_base=float(config.get("rope_theta") or (rope or {}).get("rope_theta", 10000.0)),
+        rope_scaling=read_rope_scaling(rope),
+        tied=config.get("tie_word_embeddings", False),
+    )
+
+
+def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
+    """Llama 3.1's scaling, which NeMo has; any other kind is refused."""
+    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
+    if rope is None or kind == "default":
+        return None
+    _expect("rope_scaling.rope_type", kind, "llama3")
+    return RopeScaling(
+        factor=rope["factor"],
+        low_freq_factor=rope["low_freq_factor"],
+        high_freq_factor=rope["high_freq_factor"],
+        original_context=rope["original_max_position_embeddings"],
+    )
+
+
+def _expect(key: str, actual: Any, expected: Any) -> None:
+    if actual != expected:
+        raise CheckpointError(
+            f"config.json: {key} is {actual!r}; only {expected!r} can be converted"
+        )

@@ -1,0 +1,191 @@
+"""Writing a `.nemo`: NeMo's configuration, the distributed checkpoint and the tokenizer, in a tar.
+
+No NeMo is needed, no model is built: the weights are held once, in the type they are written in.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import tarfile
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from nemo_kd.checkpoints import megatron
+from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
+from nemo_kd.checkpoints.tokenizer import ARTIFACT_NAME, ARTIFACT_PREFIX, pack_tokenizer
+
+TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel"
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What was written."""
+
+    path: Path
+    tokenizer: Path
+    layers: tuple[int, ...]
+    """The source's layers that are in it."""
+    parameters: int
+    vocab_size: int
+    dtype: torch.dtype
+    dropped_rows: int
+    """Rows of the embedding beyond the tokenizer's vocabulary, which NeMo has no ids for."""
+
+
+def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
+    """`"0,1,8-10"` → (0, 1, 8, 9, 10); None → every layer."""
+    if text is None:
+        return tuple(range(num_layers))
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not last.isdecimal()):
+            raise CheckpointError(
+                f"keep-layers has {part!r}; expected layer numbers such as 0,1,8-11,29"
+            )
+        layers += range(int(first), int(last if dash else first) + 1)
+    if not layers or layers[-1] >= num_layers or sorted(set(layers)) != layers:
+        raise CheckpointError(
+            f"keep-layers is {text!r}; expected rising layer numbers from 0 to {num_layers - 1}"
+        )
+    return tuple(layers)
+
+
+def write_nemo(
+    checkpoint: Checkpoint,
+    output: str | Path,
+    keep_layers: Sequence[int],
+    dtype: torch.dtype | None = None,
+) -> Conversion:
+    """`checkpoint`'s `keep_layers` as `output` (.nemo), its tokenizer as a directory beside it.
+
+    `dtype` None keeps the checkpoint's own. The file appears when it is whole.
+    """
+    output = Path(output).absolute()
+    dtype = dtype or checkpoint.dtype
+    output.parent.mkdir(parents=True, exist_ok=True)
+    tokenizer = output.with_suffix(".tokenizer")
+    vocab_size = _write_tokenizer(checkpoint, tokenizer)
+    packed = pack_tokenizer(tokenizer)
+    artifact = f"{hashlib.sha256(packed).hexdigest()[:32]}_{ARTIFACT_NAME}"
+    config = model_config(checkpoint.llama, len(keep_layers))
+    config["tokenizer"] = {
+        "library": "huggingface",
+        "type": str(tokenizer),
+        "model": ARTIFACT_PREFIX + artifact,
+        "vocab_file": None,
+        "merge_file": None,
+        "use_fast": True,
+    }
+    config["converted_from"] = {"checkpoint": checkpoint.name, "layers": list(keep_layers)}
+    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
+        folder = Path(scratch) / "content"
+        state = megatron.sharded_state(checkpoint, keep_layers, vocab_size, dtype)
+        megatron.save(state, folder / "model_weights")
+        (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (folder / artifact).write_bytes(packed)
+        whole = Path(scratch) / output.name
+        with tarfile.open(whole, "w:") as archive:
+            archive.add(folder, arcname=".")
+        whole.rename(output)
+    return Conversion(
+        path=output,
+        tokenizer=tokenizer,
+        layers=tuple(keep_layers),
+        parameters=megatron.count_parameters(checkpoint.llama, len(keep_layers), vocab_size),
+        vocab_size=vocab_size,
+        dtype=dtype,
+        dropped_rows=checkpoint.llama.vocab_size - vocab_size,
+    )
+
+
+def _write_tokenizer(checkpoint: Checkpoint, directory: Path) -> int:
+    if directory.exists():
+        shutil.rmtree(directory)
+    vocab_size = checkpoint.save_tokenizer(str(directory))
+    if vocab_size > checkpoint.llama.vocab_size:
+        raise CheckpointError(
+            f"{checkpoint.name}: the tokenizer has {vocab_size} tokens, the embedding "
+            f"{checkpoint.llama.vocab_size} rows; they belong to different models"
+        )
+    return vocab_size
+
+
+def model_config(llama: Llama, num_layers: int) -> dict[str, Any]:
+    """NeMo's `model` section for a Llama, as its GPU container wants it.
+
+    Sizes, RoPE, norm and activation are the model; the rest are NeMo's pre-training defaults,
+    which a training configuration overrides.
+    """
+    config: dict[str, Any] = {
+        "target": TARGET,
+        "mcore_gpt": True,
+        "encoder_seq_length": llama.context,
+        "max_position_embeddings": llama.context,
+        "num_layers": num_layers,
+        "hidden_size": llama.hidden_size,
+        "ffn_hidden_size": llama.ffn_hidden_size,
+        "num_attention_heads": llama.num_heads,
+        "num_query_groups": llama.num_kv_heads,
+        "kv_channels": llama.head_dim,
+        "normalization": "rmsnorm",
+        "layernorm_epsilon": llama.norm_eps,
+        "activation": "fast-swiglu",
+        "bias": False,
+        "position_embedding_type": "rope",
+        "rotary_base": llama.rope_base,
+        "rotary_percentage": 1.0,
+        "seq_len_interpolation_factor": None,
+        "share_embeddings_and_output_weights": llama.tied,
+        "make_vocab_size_divisible_by": 128,
+        "pre_process": True,
+        "post_process": True,
+        "transformer_block_type": "pre_ln",
+        "normalize_attention_scores": True,
+        "apply_query_key_layer_scaling": False,
+        "attention_softmax_in_fp32": False,
+        "hidden_dropout": 0.0,
+        "attention_dropout": 0.0,
+        "ffn_dropout": 0.0,
+        "init_method_std": 0.02,
+        "transformer_engine": True,
+        "persist_layer_norm": True,
+        "masked_softmax_fusion": True,
+        "bias_activation_fusion": False,
+        "bias_dropout_add_fusion": False,
+        "apply_rope_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "gradient_as_bucket_view": False,
+        "use_cpu_initialization": False,
+        "megatron_amp_O2": False,
+        "precision": "bf16",
+        "seed": 1234,
+        "tensor_model_parallel_size": 1,
+        "pipeline_model_parallel_size": 1,
+        "context_parallel_size": 1,
+        "sequence_parallel": False,
+        "micro_batch_size": 1,
+        "global_batch_size": 1,
+        "activations_checkpoint_granularity": None,
+        "activations_checkpoint_method": None,
+        "activations_checkpoint_num_layers": None,
+        "optim": {"name": "fused_adam", "lr": 1e-4},
+        "data": {},
+        "peft": {"peft_scheme": "none"},
+    }
+    if llama.rope_scaling is not None:
+        config |= {
+            "scale_positional_embedding": True,
+            "scale_factor": llama.rope_scaling.factor,
+            "low_freq_factor": llama.rope_scaling.low_freq_factor,
+            "high_freq_factor": llama.rope_scaling.high_freq_factor,
+            "old_context_len": llama.rope_scaling.original_context,
+        }
+    return config
