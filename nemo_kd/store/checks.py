@@ -25,7 +25,7 @@ def checked_tokens(sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.uint8]
             f"row {sample.row}: input_ids {list(input_ids.shape)} and loss_mask "
             f"{list(mask.shape)} must be two vectors of one length, at least 1"
         )
-    if not np.isin(mask, (0, 1)).all():
+    if not ((mask == 0) | (mask == 1)).all():
         raise StoreError(f"row {sample.row}: loss_mask must hold only 0 and 1")
     loss_mask = np.ascontiguousarray(mask, dtype=np.uint8)
     return input_ids, loss_mask, int(np.count_nonzero(loss_mask[1:]))

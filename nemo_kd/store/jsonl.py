@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from nemo_kd.store.checks import checked_teacher, checked_tokens
 from nemo_kd.store.errors import StoreError
 from nemo_kd.store.files import fsync
+from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 
@@ -84,18 +85,11 @@ def read_jsonl(
             yield sample
 
 
-def write_jsonl(
-    path: str | Path,
-    samples: Iterable[Sample],
-    *,
-    unit_temperature: int = 0,
-    samples_per_chunk: int | None = None,
-) -> int:
-    """Write samples to `path`, whole or not at all; returns how many.
+def write_jsonl(store: Store, path: str | Path, samples_per_chunk: int | None = None) -> int:
+    """Write every sample of the store to `path`, whole or not at all; returns how many.
 
-    `unit_temperature` is the place of T = 1 among the temperatures. Positions that are no answer
-    token have zeros for a teacher: NeMo-Aligner wants a row for each position and masks these.
-    With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples.
+    Positions that are no answer token have zeros for a teacher: NeMo-Aligner wants a row for each
+    position and masks these. With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples.
     """
     name = str(path)
     if (CHUNK_ID in name) != (samples_per_chunk is not None):
@@ -103,24 +97,24 @@ def write_jsonl(
             f"{name}: {CHUNK_ID} in the path and a number of samples per chunk go together, "
             f"the number is {samples_per_chunk}"
         )
-    stream = iter(samples)
+    unit = store.manifest.spec.temperatures.index(1.0)
+    records = (_record(store[i], unit) for i in range(len(store)))
     if samples_per_chunk is None:
-        return _write_file(Path(name), stream, unit_temperature)
+        return _write_file(Path(name), records)
     written = 0
-    for number, first in enumerate(stream):
-        chunk = chain([first], islice(stream, samples_per_chunk - 1))
-        chunk_path = Path(name.replace(CHUNK_ID, str(number)))
-        written += _write_file(chunk_path, chunk, unit_temperature)
+    for number, first in enumerate(records):
+        chunk = chain([first], islice(records, samples_per_chunk - 1))
+        written += _write_file(Path(name.replace(CHUNK_ID, str(number))), chunk)
     return written
 
 
-def _write_file(path: Path, samples: Iterable[Sample], unit_temperature: int) -> int:
+def _write_file(path: Path, records: Iterable[dict[str, Any]]) -> int:
     temporary = path.with_name(f".{path.name}.tmp")
     written = 0
     try:
         with temporary.open("w", encoding="utf-8") as file:
-            for sample in samples:
-                file.write(json.dumps(_record(sample, unit_temperature)) + "\n")
+            for record in records:
+                file.write(json.dumps(record) + "\n")
                 written += 1
         fsync(temporary)
         os.replace(temporary, path)

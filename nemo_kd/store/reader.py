@@ -173,7 +173,7 @@ class _Shard:
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        items = self._rows.whole()
+        items = self._rows.values
         if items.size != ROW_ITEM * self._samples:
             raise StoreError(f"{self._rows.prefix}.bin: not {ROW_ITEM} values a sample")
         return items.reshape(-1, ROW_ITEM)[:, 0].copy()
