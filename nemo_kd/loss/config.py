@@ -1,0 +1,96 @@
+"""What is minimised: the weights of the two losses, the support and the divergence."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from nemo_kd.loss.divergences import DIVERGENCES
+from nemo_kd.loss.supports import SUPPORTS
+
+
+@dataclass(frozen=True)
+class KDConfig:
+    """loss = (1 - alpha) · CE + alpha · T² · D(teacher, student), each token, in nats.
+
+    Errors: ValueError on construction for values that do not exist, exclude each other, or make
+    the divergence infinite.
+    """
+
+    alpha: float | None = None
+    """Weight of the distillation in [0, 1]; None means 0.5 unless the weights below are given."""
+    sft_weight: float | None = None
+    """Instead of `alpha`: the weight of the cross-entropy; 1 if only `kd_weight` is given."""
+    kd_weight: float | None = None
+    """Instead of `alpha`: the weight of the distillation; 1 if only `sft_weight` is given."""
+    support: str = "bucket"
+    """`bucket`, `vocab` or `topk`: what the K stored values are compared over."""
+    divergence: str = "forward_kl"
+    """One of `DIVERGENCES`."""
+    beta: float = 0.5
+    """The teacher's weight in the mixture of `jsd`, in (0, 1)."""
+    skew: float = 0.1
+    """The share mixed in by `skew_forward_kl` and `skew_reverse_kl`, in (0, 1)."""
+    temperature: float = 1.0
+    """Divides both models' logits; the divergence is multiplied by its square."""
+    count_padding: bool = False
+    """Let the vocabulary's padding columns into the student's softmax, as NeMo's loss does."""
+
+    def __post_init__(self) -> None:
+        check_name("support", self.support, SUPPORTS)
+        check_name("divergence", self.divergence, DIVERGENCES)
+        self._check_weights()
+        for name in ("beta", "skew"):
+            if not 0 < getattr(self, name) < 1:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}: expected a value inside (0, 1). "
+                    "The limits are `forward_kl` and `reverse_kl`."
+                )
+        if not self.temperature > 0:
+            raise ValueError(f"temperature is {self.temperature}: expected a value > 0.")
+        if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
+            raise ValueError(
+                f"divergence {self.divergence!r} is infinite on support 'vocab', where the teacher "
+                "has no mass outside its K: use support 'bucket' or 'topk', or 'skew_reverse_kl'."
+            )
+
+    @property
+    def weights(self) -> tuple[float, float]:
+        """(weight of the cross-entropy, weight of the distillation)."""
+        if self.sft_weight is not None or self.kd_weight is not None:
+            sft, kd = self.sft_weight, self.kd_weight
+            return (1.0 if sft is None else sft, 1.0 if kd is None else kd)
+        alpha = 0.5 if self.alpha is None else self.alpha
+        return 1 - alpha, alpha
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """The temperatures that need a log-sum-exp: 1 for the cross-entropy, then the KD's."""
+        return (1.0,) if self.temperature == 1 else (1.0, self.temperature)
+
+    def _check_weights(self) -> None:
+        explicit = {"sft_weight": self.sft_weight, "kd_weight": self.kd_weight}
+        given = {name: weight for name, weight in explicit.items() if weight is not None}
+        if self.alpha is not None and given:
+            raise ValueError(
+                f"alpha = {self.alpha} and {given} are both given: use alpha, or sft_weight and "
+                "kd_weight."
+            )
+        if self.alpha is not None and not 0 <= self.alpha <= 1:
+            raise ValueError(f"alpha is {self.alpha}: expected a value in [0, 1].")
+        for name, weight in given.items():
+            if not 0 <= weight < float("inf"):
+                raise ValueError(f"{name} is {weight}: expected a finite value >= 0.")
+        if not any(self.weights):
+            raise ValueError("sft_weight and kd_weight are both 0: nothing would be learned.")
+
+
+def check_name(field: str, name: str, known: Iterable[str]) -> None:
+    """Errors: ValueError that lists the known names and says which is nearest."""
+    names = sorted(known)
+    if name not in names:
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
+        raise ValueError(
+            f"{field} is {name!r}: expected one of {', '.join(names)}. Did you mean {near[0]!r}?"
+        )

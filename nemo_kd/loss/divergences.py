@@ -1,0 +1,93 @@
+"""Divergences between two distributions on a few points, one small pure function each.
+
+All take log-probabilities `log_p` (teacher, no gradient) and `log_q` (student) [N, J], normalised
+over J, in nats, and give [N]. No entry is -inf: `supports` puts a finite floor under them, at
+which a probability is zero, so that 0 · log 0 is 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(p || q) = Σ p (log p - log q): the student covers all that the teacher does.
+
+    Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
+    """
+    return (log_p.exp() * (log_p - log_q)).sum(-1)
+
+
+def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """KL(q || p): the student keeps to where the teacher is likely.
+
+    Gu et al., "MiniLLM", 2024.
+    """
+    return forward_kl(log_q, log_p)
+
+
+def jsd(log_p: Tensor, log_q: Tensor, beta: float) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    Agarwal et al., "On-policy distillation of language models" (GKD), 2024.
+    """
+    log_m = _mixture(log_p, log_q, beta)
+    return beta * forward_kl(log_p, log_m) + (1 - beta) * forward_kl(log_q, log_m)
+
+
+def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
+    """KL(p || skew p + (1 - skew) q): bounded by -log skew.
+
+    Ko et al., "DistiLLM", 2024.
+    """
+    return forward_kl(log_p, _mixture(log_p, log_q, skew))
+
+
+def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
+    """KL(q || (1 - skew) p + skew q): bounded by -log skew. DistiLLM, as above."""
+    return forward_kl(log_q, _mixture(log_q, log_p, skew))
+
+
+def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """½ Σ |p - q|, in [0, 1] (no nats).
+
+    Its gradient is the sign of p - q. A difference below rounding has a sign by chance, so it
+    counts in the value but has no gradient: a student equal to its teacher is left in peace.
+    """
+    difference = log_p.exp() - log_q.exp()
+    noise = difference.detach().abs() <= 32 * torch.finfo(difference.dtype).eps
+    return 0.5 * torch.where(noise, difference.detach(), difference).abs().sum(-1)
+
+
+def _mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
+    """log(weight a + (1 - weight) b)."""
+    return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """A divergence, the configuration's field that it takes, and where it is infinite."""
+
+    function: Callable[..., Tensor]
+    parameter: Literal["beta", "skew"] | None = None
+    needs_teacher_everywhere: bool = False
+    """Infinite wherever the student has mass and the teacher has none (support `vocab`)."""
+
+
+DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
+    {
+        "forward_kl": Divergence(forward_kl),
+        "reverse_kl": Divergence(reverse_kl, needs_teacher_everywhere=True),
+        "jsd": Divergence(jsd, parameter="beta"),
+        "skew_forward_kl": Divergence(skew_forward_kl, parameter="skew"),
+        "skew_reverse_kl": Divergence(skew_reverse_kl, parameter="skew"),
+        "total_variation": Divergence(total_variation),
+    }
+)

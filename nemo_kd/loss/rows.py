@@ -1,0 +1,121 @@
+"""Chosen rows of the logits, read and written in chunks, whatever the memory's layout."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+CHUNK_ELEMENTS = {"cpu": 1 << 19}
+"""Elements of one chunk: on a CPU, what the cache holds (2 MiB in float32)."""
+DEFAULT_CHUNK_ELEMENTS = 1 << 26
+
+
+def row_chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
+    """Slices that cover `rows` rows of `width` columns, each small enough for the cache."""
+    budget = CHUNK_ELEMENTS.get(device.type, DEFAULT_CHUNK_ELEMENTS)
+    step = max(1, budget // max(width, 1))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Row n is `matrix[index[n]]`, or `matrix[n]` where `index` is None.
+
+    `matrix` [R, Vp] shares the logits' memory wherever their leading dimensions, in the order of
+    their strides, can be merged; what cannot (a strided vocabulary, gaps, an expanded tensor) is
+    copied.
+    """
+
+    matrix: Tensor
+    index: Tensor | None
+    lead: tuple[int, ...]
+    """The logits' leading dimensions in the order of the memory ..."""
+    inverse: tuple[int, ...]
+    """... and the permutation that brings them back."""
+
+    @classmethod
+    def of(cls, logits: Tensor, positions: Tensor | None = None) -> Rows:
+        """The rows of logits [*, Vp] at `positions` [N] (ascending, row-major) or at all."""
+        matrix, order = _as_matrix(logits.detach())
+        lead = tuple(logits.shape[d] for d in order)
+        inverse = tuple(order.index(d) for d in range(len(order)))
+        rows = cls(matrix, None, lead, inverse)
+        index = None if rows.in_order else rows._memory_rows()
+        if positions is not None:
+            index = positions if index is None else index[positions]
+        return replace(rows, index=index)
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the memory's rows are in the logits' row-major order."""
+        long = [d for d in self.inverse if self.lead[d] > 1]  # a dimension of 1 has no order
+        return long == sorted(long)
+
+    def over(self, matrix: Tensor) -> Rows:
+        """The same rows of another memory of the same shape."""
+        return replace(self, matrix=matrix)
+
+    def as_logits(self) -> Tensor:
+        """The whole matrix in the logits' shape [*, Vp]; no copy."""
+        shaped = self.matrix.view(*self.lead, self.matrix.shape[-1])
+        return shaped.permute(*self.inverse, len(self.lead))
+
+    def __len__(self) -> int:
+        return len(self.matrix) if self.index is None else len(self.index)
+
+    def view(self, part: slice) -> Tensor | None:
+        """The rows of `part` [n, Vp] in the memory itself, or None if they are scattered."""
+        if self.index is None:
+            return self.matrix[part]
+        if self.in_order and self.index.device.type == "cpu":
+            first, last = int(self.index[part.start]), int(self.index[part.stop - 1])
+            if last - first == part.stop - part.start - 1:
+                return self.matrix[first : last + 1]
+        return None
+
+    def read(self, part: slice) -> Tensor:
+        """The rows of `part` [n, Vp], perhaps in the memory itself."""
+        view = self.view(part)
+        if view is not None:
+            return view
+        assert self.index is not None  # a view of all rows always exists
+        return self.matrix[self.index[part]]
+
+    def write(self, part: slice, values: Tensor) -> None:
+        """matrix[rows of part] ← values [n, Vp], rounded to the matrix's dtype."""
+        view = self.view(part)
+        if view is not None:
+            view.copy_(values)
+        else:
+            assert self.index is not None
+            self.matrix.index_copy_(0, self.index[part], values.to(self.matrix.dtype))
+
+    def clear_others(self) -> None:
+        """Zero the rows that were not chosen."""
+        if self.index is not None and len(self) < len(self.matrix):
+            others = torch.ones(len(self.matrix), dtype=torch.bool, device=self.matrix.device)
+            others[self.index] = False
+            self.matrix.index_fill_(0, others.nonzero().squeeze(-1), 0)
+
+    def _memory_rows(self) -> Tensor:
+        """[R]: the memory's row of each row-major position."""
+        rows = torch.arange(len(self.matrix), device=self.matrix.device)
+        return rows.view(self.lead).permute(self.inverse).reshape(-1)
+
+
+def _as_matrix(logits: Tensor) -> tuple[Tensor, list[int]]:
+    """(the logits as [R, Vp], their leading dimensions in the order of that memory)."""
+    lead, strides = logits.shape[:-1], logits.stride()
+    order = sorted(range(len(lead)), key=lambda d: -strides[d])
+    expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, lead, strict=False))
+    if not expanded and strides[-1] == 1:
+        try:
+            return logits.permute(*order, -1).view(-1, logits.shape[-1]), order
+        except RuntimeError:
+            pass  # gaps between the leading dimensions
+    copy = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device).copy_(logits)
+    return copy.view(-1, logits.shape[-1]), list(range(len(lead)))

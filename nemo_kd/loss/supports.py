@@ -1,0 +1,66 @@
+"""What the K stored values are compared over: two small distributions, teacher's and student's.
+
+                teacher                              student
+    topk        softmax over the K                   softmax over the same K
+    vocab       softmax over the K, 0 elsewhere      softmax over the vocabulary
+    bucket      exp(t / T - L), the rest in one      softmax over the vocabulary, the rest in one
+
+`vocab` and `bucket` have K + 1 points, the last of which is everything outside the K. All give
+log-probabilities [N, K] or [N, K + 1], normalised, with `log_floor` instead of -inf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+SUPPORTS: Mapping[str, str] = MappingProxyType(
+    {
+        "bucket": "exact probabilities; everything outside the K is one more point",
+        "vocab": "the teacher's K made to sum to 1, the student over the whole vocabulary",
+        "topk": "both made to sum to 1 over the K",
+    }
+)
+
+
+def log_floor(dtype: torch.dtype) -> float:
+    """A log-probability whose exponential is 0, far enough from -inf to take differences of."""
+    return torch.finfo(dtype).min / 4
+
+
+def log_softmax(values: Tensor) -> Tensor:
+    """log softmax [N, J] with `log_floor` for -inf; no gradient comes from what is impossible."""
+    return torch.log_softmax(values, -1).clamp_min(log_floor(values.dtype))
+
+
+def teacher_bucket(logits: Tensor, logsumexp: Tensor, temperature: float) -> Tensor:
+    """log p [N, K + 1] of t / T - L [N, K] and of the remainder log(1 - Σ exp(t / T - L)).
+
+    In float64, where a remainder of 1e-9 is still seen if the inputs hold it. A mass above 1, which
+    rounding of what was stored can give, means no remainder.
+    """
+    log_p = logits.double() / temperature - logsumexp.double().unsqueeze(-1)
+    mass = torch.logsumexp(log_p, -1, keepdim=True)
+    rest = torch.log(-torch.expm1(mass.clamp_max(0)))  # [N, 1]
+    return log_softmax(torch.cat([log_p, rest], -1))
+
+
+def student_bucket(picked: Tensor, rest: Tensor, temperature: float) -> Tensor:
+    """log q [N, K + 1] from the logits at the K and rest [N] = log Σ outside of exp(z / T).
+
+    The remainder is summed on its own, never as 1 - mass, so both ends keep all their digits.
+    """
+    return log_softmax(torch.cat([picked / temperature, rest.unsqueeze(-1)], -1))
+
+
+def teacher_topk(logits: Tensor, temperature: float) -> Tensor:
+    """log p [N, K] of the softmax over the K."""
+    return log_softmax(logits.double() / temperature)
+
+
+def with_empty_rest(log_p: Tensor) -> Tensor:
+    """[N, K] → [N, K + 1]: nothing outside the K (the teacher of `vocab`)."""
+    return torch.cat([log_p, torch.full_like(log_p[:, :1], log_floor(log_p.dtype))], -1)

@@ -1,0 +1,156 @@
+"""The teacher's K best tokens over a sharded vocabulary, the same on every sharding.
+
+    logits, ids = the K largest z_v, largest first, ties to the lower id
+    logsumexp_T = log Σ_v exp(z_v / T)
+
+Ties are many in bf16, and what `torch.topk` does with them is not defined. So the order is made
+total: value and id go into one int64 key, whose largest are then the answer anywhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemo_kd.loss.rows import Rows, row_chunks
+from nemo_kd.loss.shard import VocabShard
+
+BLOCK = 32
+"""Columns of a block in the first selection; 32 and 64 are the fastest for K = 100."""
+_LOW = 0xFFFFFFFF
+
+
+class TopK(NamedTuple):
+    """`logits` [N, K] float32, `ids` [N, K] int64 and `logsumexp` [N] of N rows.
+
+    logsumexp = log Σ_v exp(z_v / T) over the real vocabulary at the training temperature T, in
+    nats; `vocab_parallel_topk` gives [N, temperatures] when asked for several. None where it is
+    not known: then only the supports `topk` and `vocab` can be trained on.
+    """
+
+    logits: Tensor
+    ids: Tensor
+    logsumexp: Tensor | None
+
+
+def vocab_parallel_topk(
+    logits: Tensor,
+    k: int,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    temperatures: Sequence[float] = (1.0,),
+) -> TopK:
+    """The K largest logits of each row, their ids, and the log-sum-exp of the row.
+
+    Layout: logits [*, Vp] are this rank's columns (bf16, fp16 or float32; float64 is rounded to
+    float32), N = the product of `*`; the result is the same on every rank. `logsumexp` is [N] for
+    one temperature, [N, T] for T of them, in their order, float32 in nats. Columns ≥ `vocab_size`
+    are padding: never chosen, never counted. K may be larger than Vp. Collectives: one all-gather
+    of K int64 a row and rank, one all-reduce of [N, T].
+
+    Errors: ValueError for K outside 1 ... vocab_size, or a temperature that is not positive.
+    """
+    shard = VocabShard.of(logits.shape[-1], group, vocab_size)
+    if not 1 <= k <= shard.size:
+        raise ValueError(f"k is {k}: expected 1 to {shard.size}, the vocabulary's size.")
+    if not temperatures or min(temperatures) <= 0:
+        raise ValueError(f"temperatures are {list(temperatures)}: expected one or more, all > 0.")
+    rows = Rows.of(logits)
+    keys = torch.empty(len(rows), k, dtype=torch.int64, device=logits.device)
+    sums = torch.empty(len(rows), len(temperatures), device=logits.device)
+    columns = -(-shard.width // BLOCK) * BLOCK
+    for part in row_chunks(len(rows), columns, logits.device):
+        work = torch.full((part.stop - part.start, columns), -torch.inf, device=logits.device)
+        work[:, : shard.valid] = rows.read(part)[:, : shard.valid]
+        keys[part] = _largest_keys(work, k, shard)
+        sums[part] = torch.stack([torch.logsumexp(work / t, -1) for t in temperatures], -1)
+    keys = _top(shard.gather(keys), k)  # [N, K] of [N, K · ranks]
+    values, ids = _decode(keys)
+    logsumexp = _add_ranks(sums, values[:, 0], temperatures, shard)
+    return TopK(values, ids, logsumexp.squeeze(-1) if len(temperatures) == 1 else logsumexp)
+
+
+def check_teacher(teacher: TopK, vocab_size: int) -> None:
+    """Refuse teacher rows that no loss can be right on: meant for the data loader, on the CPU.
+
+    Errors: ValueError that names the first row with an id outside [0, vocab_size), an id twice,
+    or a logit or log-sum-exp that is NaN.
+    """
+    logits, ids, logsumexp = teacher
+    if logits.shape != ids.shape or logits.dim() != 2:
+        raise ValueError(
+            f"Teacher logits {tuple(logits.shape)} and ids {tuple(ids.shape)} must both be [N, K]."
+        )
+    if ids.shape[1] > vocab_size:
+        raise ValueError(f"The teacher has K = {ids.shape[1]} of a vocabulary of {vocab_size}.")
+    ordered = ids.sort(dim=-1).values  # [N, K]
+    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
+    outside = (ordered[:, :1] < 0).any(-1) | (ordered[:, -1:] >= vocab_size).any(-1)
+    nan = logits.isnan().any(-1)
+    if logsumexp is not None:
+        nan = nan | logsumexp.unsqueeze(-1).flatten(1).isnan().any(-1)
+    for bad, what in (
+        (outside, f"an id outside [0, {vocab_size})"),
+        (repeated, "the same id twice"),
+        (nan, "a logit or log-sum-exp that is NaN"),
+    ):
+        if bad.any():
+            row = int(bad.nonzero()[0])
+            raise ValueError(
+                f"Teacher row {row} has {what} (ids {ids[row, :8].tolist()} ...). The teacher's "
+                "data does not fit this student's vocabulary, or is damaged: verify the store."
+            )
+
+
+def _encode(values: Tensor, ids: Tensor) -> Tensor:
+    """int64 keys that order by value, then by the lower id. Two float32-sized words a value."""
+    bits = (values + 0.0).view(torch.int32)  # -0.0 and 0.0 are one value
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers, in the order of the floats
+    return (ordered.to(torch.int64) << 32) | (_LOW - ids)
+
+
+def _decode(keys: Tensor) -> tuple[Tensor, Tensor]:
+    """(float32 values, int64 ids) of `_encode`'s keys."""
+    ordered = (keys >> 32).to(torch.int32)
+    bits = ordered ^ ((ordered >> 31) & 0x7FFFFFFF)
+    return bits.view(torch.float32), _LOW - (keys & _LOW)
+
+
+def _top(keys: Tensor, k: int) -> Tensor:
+    return keys.topk(k, dim=-1).values
+
+
+def _largest_keys(work: Tensor, k: int, shard: VocabShard) -> Tensor:
+    """The shard's K largest keys [n, K] of work [n, columns]; the smallest key fills up.
+
+    Whatever is among the K largest lies in one of the K blocks with the largest maxima (ties
+    to the lower block, whose ids are lower), so only those are looked into.
+    """
+    rows, columns = work.shape
+    found = work.new_full((rows, k), torch.iinfo(torch.int64).min, dtype=torch.int64)
+    ids = torch.arange(columns, device=work.device)
+    blocks = columns // BLOCK
+    if blocks > k:
+        blocked = work.view(rows, blocks, BLOCK)
+        maxima = _encode(blocked.amax(-1), ids[:blocks])
+        block = _decode(_top(maxima, k))[1].unsqueeze(-1)  # [n, K, 1]
+        work = blocked.gather(1, block.expand(-1, -1, BLOCK)).flatten(1)  # [n, K · BLOCK]
+        ids = (block * BLOCK + ids[:BLOCK]).flatten(1)
+    here = min(k, shard.valid)
+    found[:, :here] = _top(_encode(work, ids + shard.start), here)
+    return found
+
+
+def _add_ranks(
+    sums: Tensor, top: Tensor, temperatures: Sequence[float], shard: VocabShard
+) -> Tensor:
+    """log Σ over the ranks of exp(sums) [N, T], from the row's maximum `top` [N]."""
+    if shard.group is None:
+        return sums
+    scale = top.unsqueeze(-1) / sums.new_tensor(list(temperatures))  # [N, T]
+    return scale + shard.sum((sums - scale).exp_()).log_()

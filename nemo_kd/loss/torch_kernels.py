@@ -1,0 +1,159 @@
+"""The two passes over a vocabulary shard in plain torch, a cache-sized chunk of rows at a time.
+
+Both see the logits z with the gathered ids taken out ("holes", set to -inf), so that what is left
+is summed on its own: a tail of 1e-30 keeps every digit, which `total - gathered` would lose.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_kd.loss.rows import Rows, row_chunks
+from nemo_kd.loss.shard import VocabShard
+
+
+class ShardPass(NamedTuple):
+    """What one rank knows after the forward pass; outside = its real columns that are not in ids.
+
+    `picked` [N, M] is 0 where the id is on another rank; `top` [N] = max z outside, -inf where
+    nothing is; `log_sum[i]` [N] = log Σ exp((z - top) / temperatures[i]) outside; `norm[i]` [N] is
+    what `backward` divides its exponentials by.
+    """
+
+    picked: Tensor
+    top: Tensor
+    log_sum: list[Tensor]
+    norm: list[Tensor]
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float32 for half precision; float32 and float64 stay as they are."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def keeps_softmax(dtype: torch.dtype, temperatures: Sequence[float]) -> bool:
+    """Whether the forward pass leaves its softmax for the backward pass, which then needs no exp.
+
+    In half precision it would be rounded twice, and one memory has room for one temperature.
+    """
+    return len(temperatures) == 1 and dtype == compute_dtype(dtype)
+
+
+def forward(
+    logits: Rows,
+    ids: Tensor,
+    shard: VocabShard,
+    temperatures: Sequence[float],
+    kept: Rows | None = None,
+) -> ShardPass:
+    """One read of the logits: gather, maximum and log-sum-exp.
+
+    Shapes: `ids` [N, M] int64. `kept` (same rows; may be `logits` itself) takes the shard's softmax
+    up to `norm`. Everything is computed in float32, or float64 for float64 logits.
+    """
+    width, dtype = shard.width, compute_dtype(logits.matrix.dtype)
+    picked = ids.new_empty(ids.shape, dtype=dtype)
+    top = picked.new_empty(len(ids))
+    sums = [torch.empty_like(top) for _ in temperatures]
+    norms = [torch.empty_like(top) for _ in temperatures]
+    scratch = None
+    for part in row_chunks(len(ids), width, ids.device):
+        scratch = picked.new_empty(part.stop, width) if scratch is None else scratch
+        work = scratch[: part.stop - part.start].copy_(logits.read(part))  # [n, Vp]
+        column, here = shard.local(ids[part])
+        picked[part] = work.gather(1, column).masked_fill_(~here, 0)
+        _open_holes(work, column, here, shard)
+        top[part] = work.amax(-1)
+        _avoid_empty(work, top[part])
+        target = kept.view(part) if kept is not None else None
+        for i, temperature in enumerate(temperatures):
+            soft = _softmax(work, temperature, target, last=i == len(temperatures) - 1)
+            # The fused softmax sums in single precision with an error that grows with V;
+            # torch.sum does not, and its ratio to 1 corrects both the sum and the gradient.
+            norms[i][part] = soft.sum(-1)
+            # The largest exponential is exp(0), so the largest value of the softmax is 1 / sum.
+            sums[i][part] = torch.log(norms[i][part] / soft.amax(-1))
+        if kept is not None and target is None:
+            kept.write(part, soft)
+    return ShardPass(picked, top, sums, norms)
+
+
+def backward(
+    logits: Rows,
+    ids: Tensor,
+    shard: VocabShard,
+    temperatures: Sequence[float],
+    grad_picked: Tensor | None,
+    coefficients: Sequence[Tensor | None],
+    out: Rows,
+    softmax_kept: bool = False,
+) -> None:
+    """out ← Σ_i coefficients[i] · exp(z / temperatures[i] - max) / sum + scatter(grad_picked).
+
+    One read, one write. `coefficients[i]` [N] (None for zero) includes 1 / norm; `grad_picked`
+    [N, M]. `out` may be `logits` itself; with `softmax_kept` it holds what `forward` kept.
+    """
+    scratch = None
+    for part in row_chunks(len(ids), shard.width, ids.device):
+        column, here = shard.local(ids[part])
+        target = out.view(part) if softmax_kept else None
+        if target is not None:
+            grad = _scale(target, coefficients[0], part)
+        elif softmax_kept:
+            grad = _scale(out.read(part), coefficients[0], part)
+        else:
+            dtype = compute_dtype(logits.matrix.dtype)
+            if scratch is None:
+                scratch = logits.matrix.new_empty(part.stop, shard.width, dtype=dtype)
+            work = scratch[: part.stop - part.start].copy_(logits.read(part))  # [n, Vp]
+            _open_holes(work, column, here, shard)
+            _avoid_empty(work, work.amax(-1))
+            grad = _mix(work, temperatures, coefficients, part)
+        if grad_picked is not None:
+            grad.scatter_add_(1, column, grad_picked[part].masked_fill(~here, 0))
+        if target is None:
+            out.write(part, grad)
+    out.clear_others()
+
+
+def _open_holes(work: Tensor, column: Tensor, here: Tensor, shard: VocabShard) -> None:
+    """work ← -inf at the ids that are here and at the padding columns."""
+    work[:, shard.valid :] = -torch.inf
+    # The minimum with +inf changes nothing: ids of other ranks need no place of their own.
+    holes = torch.full_like(column, torch.inf, dtype=work.dtype).masked_fill_(here, -torch.inf)
+    work.scatter_reduce_(1, column, holes, "amin")
+
+
+def _avoid_empty(work: Tensor, top: Tensor) -> None:
+    """A row with nothing outside gets one finite value, so that its softmax is no NaN; its top of
+    -inf makes it count for nothing."""
+    work[:, 0].masked_fill_(top == -torch.inf, 0)
+
+
+def _softmax(work: Tensor, temperature: float, target: Tensor | None, last: bool) -> Tensor:
+    """softmax(work / temperature) [n, Vp], into `target` or, when `last`, over `work`."""
+    if temperature == 1:
+        return torch.softmax(work, -1, out=work if target is None and last else target)
+    scaled = work.div_(temperature) if last else work / temperature
+    return torch.softmax(scaled, -1, out=scaled if target is None else target)
+
+
+def _scale(soft: Tensor, coefficient: Tensor | None, part: slice) -> Tensor:
+    return soft.zero_() if coefficient is None else soft.mul_(coefficient[part].unsqueeze(1))
+
+
+def _mix(
+    work: Tensor, temperatures: Sequence[float], coefficients: Sequence[Tensor | None], part: slice
+) -> Tensor:
+    """Σ_i coefficients[i] · softmax(work / temperatures[i]) [n, Vp]; overwrites `work`."""
+    used = [(t, c) for t, c in zip(temperatures, coefficients, strict=True) if c is not None]
+    total = None
+    for i, (temperature, coefficient) in enumerate(used):
+        soft = _softmax(work, temperature, None, last=i == len(used) - 1)
+        soft.mul_(coefficient[part].unsqueeze(1))
+        total = soft if total is None else total.add_(soft)
+    return work.zero_() if total is None else total
