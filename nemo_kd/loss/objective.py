@@ -179,21 +179,22 @@ def _teacher_bucket(
 ) -> Tensor | None:
     """log p [N, K + 1] over the K and the rest, or None where the log-sum-exp is not known."""
     if teacher.logits.shape[1] == size:
-        return with_empty_rest(teacher_topk(teacher.logits, temperature)).to(dtype)
+        return with_empty_rest(teacher_topk(teacher.logits, temperature, dtype))
     if teacher.logsumexp is None:
         return None
-    return teacher_bucket(teacher.logits, teacher.logsumexp, temperature).to(dtype)
+    return teacher_bucket(teacher.logits, teacher.logsumexp, temperature, dtype)
 
 
 def _divergence(
     log_p: Tensor | None, log_q: Tensor, student: Tensor, teacher: TopK, config: KDConfig
 ) -> Tensor:
     """D(p, q) [N] on the configured support; `log_p`, `log_q` are the bucket's."""
-    if config.support == "topk":
-        log_q = log_softmax(student / config.temperature)
-        log_p = teacher_topk(teacher.logits, config.temperature).to(log_q.dtype)
-    elif config.support == "vocab":
-        log_p = with_empty_rest(teacher_topk(teacher.logits, config.temperature)).to(log_q.dtype)
+    if config.support != "bucket":
+        log_p = teacher_topk(teacher.logits, config.temperature, log_q.dtype)
+        if config.support == "topk":
+            log_q = log_softmax(student / config.temperature)
+        else:
+            log_p = with_empty_rest(log_p)
     elif log_p is None:
         raise ValueError(
             "Support 'bucket' needs the teacher's log-sum-exp at temperature "

@@ -43,6 +43,8 @@ def distributions(z: Tensor, teacher: TopK, config: KDConfig) -> tuple[Tensor, T
     assert teacher.logsumexp is not None
     p_kept = torch.exp(t - teacher.logsumexp.double().unsqueeze(1))  # [N, K]
     q_kept = q.gather(1, ids)
+    if ids.shape[1] == z.shape[1]:  # nothing is outside
+        return p_kept, q_kept
     outside = torch.ones_like(q).scatter(1, ids, 0.0)
     q_rest = (q * outside).sum(1, keepdim=True)
     p_rest = (1 - p_kept.sum(1, keepdim=True)).clamp_min(0)

@@ -36,7 +36,9 @@ def log_softmax(values: Tensor) -> Tensor:
     return torch.log_softmax(values, -1).clamp_min(log_floor(values.dtype))
 
 
-def teacher_bucket(logits: Tensor, logsumexp: Tensor, temperature: float) -> Tensor:
+def teacher_bucket(
+    logits: Tensor, logsumexp: Tensor, temperature: float, dtype: torch.dtype
+) -> Tensor:
     """log p [N, K + 1] of t / T - L [N, K] and of the remainder log(1 - Σ exp(t / T - L)).
 
     In float64, where a remainder of 1e-9 is still seen if the inputs hold it. A mass above 1, which
@@ -45,7 +47,8 @@ def teacher_bucket(logits: Tensor, logsumexp: Tensor, temperature: float) -> Ten
     log_p = logits.double() / temperature - logsumexp.double().unsqueeze(-1)
     mass = torch.logsumexp(log_p, -1, keepdim=True)
     rest = torch.log(-torch.expm1(mass.clamp_max(0)))  # [N, 1]
-    return log_softmax(torch.cat([log_p, rest], -1))
+    normal = torch.log_softmax(torch.cat([log_p, rest], -1), -1)
+    return normal.to(dtype).clamp_min(log_floor(dtype))
 
 
 def student_bucket(picked: Tensor, rest: Tensor, temperature: float) -> Tensor:
@@ -56,9 +59,9 @@ def student_bucket(picked: Tensor, rest: Tensor, temperature: float) -> Tensor:
     return log_softmax(torch.cat([picked / temperature, rest.unsqueeze(-1)], -1))
 
 
-def teacher_topk(logits: Tensor, temperature: float) -> Tensor:
+def teacher_topk(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """log p [N, K] of the softmax over the K."""
-    return log_softmax(logits.double() / temperature)
+    return log_softmax(logits.to(dtype) / temperature)
 
 
 def with_empty_rest(log_p: Tensor) -> Tensor:

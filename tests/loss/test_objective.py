@@ -19,8 +19,8 @@ def test_loss_and_gradient_equal_the_dense_reference(
     config = KDConfig(divergence=divergence, support=support, temperature=temperature, alpha=0.3)
     torch.manual_seed(0)
     logits = torch.randn(7, 53, requires_grad=True)
-    teacher = reference.topk(torch.randn(7, 50), 5, temperature)
-    teacher = TopK(teacher.logits.float(), teacher.ids, teacher.logsumexp.float())
+    exact = reference.topk(torch.randn(7, 50), 5, temperature)
+    teacher = TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
     labels, weight = torch.randint(50, (7,)), torch.rand(7)
     loss = sft_kd_loss(logits, labels, teacher, config, vocab_size=50).loss
     (loss * weight).sum().backward()
