@@ -152,7 +152,8 @@ def sources(packages: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
     for package in packages:
         distribution = importlib.metadata.distribution(package)
         meta = distribution.metadata
-        licence = meta.get("License-Expression") or meta.get("License") or "see LICENSES.txt"
+        keys = [key for key in ("License-Expression", "License") if key in meta]
+        licence = meta[keys[0]] if keys else "see LICENSES.txt"
         rows.append({"package": package, "version": distribution.version, "licence": licence})
         for file in distribution.files or []:
             if file.name.startswith("LICENSE"):

@@ -26,7 +26,7 @@ class HuggingFaceCheckpoint:
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(self.directory):
-            file = safe_open(str(path), framework="pt")  # type: ignore[no-untyped-call]
+            file: Any = safe_open(str(path), framework="pt")
             for key in file.keys():  # noqa: SIM118 (not a dict)
                 self._files[key] = file
                 shapes[key] = tuple(file.get_slice(key).get_shape())

@@ -18,11 +18,12 @@ from typing import Any
 
 import torch
 
-from nemo_kd.checkpoints.llama import Checkpoint, Llama
+from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
 
 LAYERS = "model.decoder.layers"
-# TransformerEngine keeps FP8 scales under these names and, when it loads, wants each of them
-# present; without FP8 they are empty.
+# TransformerEngine's layers keep FP8 scales under these names, empty without FP8, and megatron-core
+# wants each of them there when it loads. The local layers have but the four linear ones: a .nemo
+# that NeMo itself saves on a CPU lacks the attention's and the final norm's.
 LAYER_EXTRA_STATES = (
     "self_attention.core_attention",
     "self_attention.linear_qkv",
@@ -96,7 +97,7 @@ def sharded_state(
 
 
 def save(state: dict[str, Any], directory: Path) -> None:
-    """Write `directory`; alone, so it starts a group of one process where there is none."""
+    """Write `directory`, from one process: a group of one is started where there is none."""
     from megatron.core import dist_checkpointing
 
     directory.mkdir(parents=True)
@@ -107,6 +108,11 @@ def save(state: dict[str, Any], directory: Path) -> None:
 @contextlib.contextmanager
 def _process_group_of_one() -> Iterator[None]:
     if torch.distributed.is_initialized():
+        if torch.distributed.get_world_size() > 1:
+            raise CheckpointError(
+                f"a conversion was started in {torch.distributed.get_world_size()} processes; "
+                "it runs in one (python, not torchrun)"
+            )
         yield
         return
     torch.distributed.init_process_group(

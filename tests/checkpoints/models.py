@@ -1,0 +1,155 @@
+"""Tiny Llamas of transformers with random weights, saved as its users save them, and as GGUF."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import torch
+from gguf import GGUFWriter
+from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+TEXT = textwrap.__doc__ + Path(textwrap.__file__).read_text()
+TOKENS = 299
+# One row of the embedding more than there are tokens, and no multiple of any padding.
+SHARED = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4}
+MODELS = {
+    "tied_grouped": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "tie_word_embeddings": True,
+        "rms_norm_eps": 1e-3,
+        "max_position_embeddings": 128,
+    },
+    "untied_llama3": {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 16,
+        "tie_word_embeddings": False,
+        "rope_theta": 5e5,
+        "max_position_embeddings": 128,
+        "rope_scaling": {
+            "rope_type": "llama3",
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32,
+        },
+    },
+}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A byte-level BPE of `TOKENS` tokens; begin, end and padding have ids 0, 1, 1."""
+    backend = Tokenizer(BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=TOKENS,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator([TEXT], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    )
+
+
+def llama(name: str) -> LlamaForCausalLM:
+    """Random weights, norms included, large enough that a swapped tensor shows in the logits."""
+    torch.manual_seed(1)
+    model = LlamaForCausalLM(LlamaConfig(**SHARED, **MODELS[name], initializer_range=0.15))
+    with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if "norm" in key:
+                parameter.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def save(model: LlamaForCausalLM, directory: Path, shard_size: str = "5GB") -> Path:
+    """What `save_pretrained` writes, with the tokenizer."""
+    model.save_pretrained(directory, max_shard_size=shard_size)
+    tokenizer().save_pretrained(directory)
+    return directory
+
+
+def write_gguf(model: LlamaForCausalLM, path: Path, **changes: object) -> Path:
+    """The model as a float32 GGUF; `changes` override metadata, None leaves a key out."""
+    config = model.config
+    backend = tokenizer().backend_tokenizer
+    vocabulary = sorted(backend.get_vocab().items(), key=lambda item: item[1])
+    tokens = [token for token, _ in vocabulary] + ["<extra>"]
+    merges = [" ".join(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
+    metadata: dict[str, object] = {
+        "llama.block_count": config.num_hidden_layers,
+        "llama.context_length": config.max_position_embeddings,
+        "llama.embedding_length": config.hidden_size,
+        "llama.feed_forward_length": config.intermediate_size,
+        "llama.attention.head_count": config.num_attention_heads,
+        "llama.attention.head_count_kv": config.num_key_value_heads,
+        "llama.attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "llama.rope.freq_base": config.rope_theta,
+        "llama.rope.dimension_count": config.head_dim,
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "gpt-2",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": [3, 3] + [1] * (len(tokens) - 2),
+        "tokenizer.ggml.merges": merges,
+        "tokenizer.ggml.bos_token_id": 0,
+        "tokenizer.ggml.eos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 1,
+    }
+    writer = GGUFWriter(str(path), str(changes.pop("architecture", "llama")))
+    for key, value in {**metadata, **changes}.items():
+        if isinstance(value, list):
+            writer.add_array(key, value)
+        elif isinstance(value, str):
+            writer.add_string(key, value)
+        elif isinstance(value, float):
+            writer.add_float32(key, value)
+        elif value is not None:
+            writer.add_uint32(key, int(value))  # type: ignore[call-overload]
+    for name, array in gguf_tensors(model).items():
+        writer.add_tensor(name, array)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
+    """llama.cpp's names, and its order of the rows of q and k."""
+    names = {
+        "input_layernorm": "attn_norm",
+        "post_attention_layernorm": "ffn_norm",
+        "self_attn.q_proj": "attn_q",
+        "self_attn.k_proj": "attn_k",
+        "self_attn.v_proj": "attn_v",
+        "self_attn.o_proj": "attn_output",
+        "mlp.gate_proj": "ffn_gate",
+        "mlp.up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    }
+    state = {key: value.numpy() for key, value in model.state_dict().items()}
+    tensors = {
+        "token_embd.weight": state["model.embed_tokens.weight"],
+        "output_norm.weight": state["model.norm.weight"],
+    }
+    if not model.config.tie_word_embeddings:
+        tensors["output.weight"] = state["lm_head.weight"]
+    heads = {"attn_q": model.config.num_attention_heads, "attn_k": model.config.num_key_value_heads}
+    for layer in range(model.config.num_hidden_layers):
+        for theirs, ours in names.items():
+            array = state[f"model.layers.{layer}.{theirs}.weight"]
+            if ours in heads:
+                n, (out, hidden) = heads[ours], array.shape
+                array = array.reshape(n, 2, out // n // 2, hidden).swapaxes(1, 2)
+                array = array.reshape(out, hidden)
+            tensors[f"blk.{layer}.{ours}.weight"] = np.ascontiguousarray(array)
+    return tensors
