@@ -17,6 +17,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import cpu
+from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -125,6 +126,7 @@ def checkpoint_config(path: str | Path, model_class: type[Model], trainer: Train
 def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer: Trainer) -> Model:
     """The model of `path` as `model_class`; `cfg.model` overrides the checkpoint's own keys."""
     merged = checkpoint_config(path, model_class, trainer)
+    resolve_tokenizer(merged, path)
     overrides = OmegaConf.to_container(cfg.model, resolve=True)
     with open_dict(merged):
         for key, value in overrides.items():  # type: ignore[union-attr]

@@ -17,27 +17,6 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """teacher.nemo, student.nemo, train.jsonl, heldout.jsonl of `tests/tiny.py`."""
-    directory = tmp_path_factory.mktemp("tiny")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/tiny.py"), str(directory)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    return directory
-
-
-def environment() -> dict[str, str]:
-    bin_directory = str(Path(sys.executable).parent)
-    path = bin_directory + os.pathsep + os.environ["PATH"]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "NEMO_KD_TRACEBACK": "1"}
-
-
-@pytest.fixture(scope="session")
 def script() -> Script:
     """Run `examples/NAME` on `processes` ranks under torchrun; a failure shows its output."""
 
@@ -60,6 +39,50 @@ def script() -> Script:
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
+    """teacher.nemo, student.nemo, train.jsonl, heldout.jsonl of `tests/tiny.py`.
+
+    The teacher is fine-tuned by the product's own script: plain SFT on the JSONL.
+    """
+    directory = tmp_path_factory.mktemp("tiny")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tests/tiny.py"), str(directory)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    script(
+        "train_gpt_sft_kd.py",
+        "name=teacher",
+        f"model.restore_from_path={directory}/untrained.nemo",
+        f"model.data.train_ds.file_names=[{directory}/train.jsonl]",
+        "model.data.train_ds.concat_sampling_probabilities=[1.0]",
+        "model.data.train_ds.max_seq_length=128",
+        f"exp_manager.explicit_log_dir={directory}/teacher",
+        "exp_manager.checkpoint_callback_params.save_top_k=0",
+        "trainer.precision=32",
+        "trainer.max_steps=80",
+        "trainer.val_check_interval=80",
+        "trainer.enable_progress_bar=false",
+        "model.global_batch_size=8",
+        "model.micro_batch_size=8",
+        "model.optim.lr=0.01",
+        "model.optim.sched.warmup_steps=5",
+        "model.kd.alpha=0",
+    )
+    (directory / "teacher/checkpoints/teacher.nemo").rename(directory / "teacher.nemo")
+    return directory
+
+
+def environment() -> dict[str, str]:
+    bin_directory = str(Path(sys.executable).parent)
+    path = bin_directory + os.pathsep + os.environ["PATH"]
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "NEMO_KD_TRACEBACK": "1"}
 
 
 def metrics(run_directory: Path) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from nemo_kd.loss import KDConfig
 NORMALIZATIONS = ("microbatch", "global_tokens")
 
 
-@dataclass
+@dataclass(frozen=True)
 class KDTrainingConfig(KDConfig):
     """Settings of `model.kd`; see `KDConfig` for those of the loss."""
 
@@ -41,3 +41,9 @@ def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:
             hint = f"did you mean model.kd.{near[0]}? " if near else ""
             raise ValueError(f"model.kd.{key} is unknown; {hint}Known: {', '.join(known)}")
     return KDTrainingConfig(**values)  # type: ignore[arg-type]
+
+
+def store_directories(data_cfg: DictConfig) -> list[str]:
+    """The stores that a training or validation block names: none, one, or a list."""
+    stores = data_cfg.get("store") or []
+    return [stores] if isinstance(stores, str) else [str(store) for store in stores]

@@ -16,14 +16,14 @@ from nemo_kd.store import Sample, Store, StoreError
 
 
 class StoreSFTDataset(GPTSFTDataset):
-    """Samples of a store as NeMo's SFT items; `temperature` picks the stored log-sum-exp."""
+    """Samples of a store as NeMo's SFT items; the log-sum-exp is that at `temperature`."""
 
     def __init__(self, store: Store, temperature: float, **gpt_sft_arguments: Any) -> None:
         self.store = store
-        self.temperature_index = temperature_index(store, temperature)
+        self.temperature_index = store.manifest.spec.temperatures.index(temperature)
         super().__init__(file_path=str(store.directory), **gpt_sft_arguments)
         longest = int(store.lengths.max(initial=0))
-        if longest - 1 > self.max_seq_length:
+        if longest > self.max_seq_length:
             raise StoreError(
                 f"store {store.directory} has a sample of {longest} tokens, max_seq_length is "
                 f"{self.max_seq_length}; set max_seq_length={longest} for this data set, or dump "
@@ -77,15 +77,3 @@ class _Examples:
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         return {"sample": self.store[int(index)]}
-
-
-def temperature_index(store: Store, temperature: float) -> int:
-    """Where the log-sum-exp at `temperature` stands in the store's samples."""
-    temperatures = list(store.manifest.spec.temperatures)
-    if temperature not in temperatures:
-        raise StoreError(
-            f"model.kd.temperature={temperature} was not dumped: store {store.directory} has "
-            f"{temperatures}; choose one of them, or dump again with "
-            f"model.kd.temperatures=[{','.join(map(str, [*temperatures, temperature]))}]"
-        )
-    return temperatures.index(temperature)

@@ -21,7 +21,7 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig, ListConfig
 
 from nemo_kd.data import TEACHER_KEYS, TeacherSelection, teacher_at
-from nemo_kd.loss import sft_kd_loss
+from nemo_kd.loss import KDLoss, sft_kd_loss
 from nemo_kd.megatron import gpt_module
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.metrics import MetricSums
@@ -46,7 +46,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._teacher: TeacherSelection | None = None
         self._answer_tokens = 0
         self._forward_only = False
-        self._step_start = time.perf_counter()
+        self._clock: float | None = None
         self._step_sums = MetricSums()
         self._validation_sums: dict[int, MetricSums] = {}
         self._sums = self._step_sums
@@ -60,7 +60,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         if data_cfg.get("store"):
             return build_store_datasets(self, data_cfg, is_train)
-        if is_train and self.kd.kd_weight:
+        if is_train and self.kd.weights[1]:
             raise ValueError(
                 "model.data.train_ds.store is not set, so there are no teacher logits to learn "
                 "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
@@ -77,9 +77,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._teacher = None
         if teacher and parallel_state.is_pipeline_last_stage():
             device = torch.cuda.current_device()
-            on_device = {
-                key: value.to(device, non_blocking=True) for key, value in teacher.items()
-            }
+            on_device = {key: value.to(device, non_blocking=True) for key, value in teacher.items()}
             self._teacher = teacher_at(on_device, batch["loss_mask"].to(device))
         return batch
 
@@ -97,14 +95,14 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         if self._is_plain_sft(logits):
             with torch.no_grad():
                 self._sums.add(self._sft_kd(labels, logits.detach(), teacher, inplace=False))
-            return self.kd.sft_weight * self._sft_loss(labels, logits)
+            return self.kd.weights[0] * self._sft_loss(labels, logits)
         result = self._sft_kd(labels, logits, teacher, inplace=True)
         self._sums.add(result)
         return result.loss.t().contiguous()
 
     def _sft_kd(
         self, labels: torch.Tensor, logits: torch.Tensor, teacher: TeacherSelection, inplace: bool
-    ) -> Any:
+    ) -> KDLoss:
         return sft_kd_loss(
             logits,
             labels.t(),
@@ -119,7 +117,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     def _is_plain_sft(self, logits: torch.Tensor) -> bool:
         """Without a KD term Megatron's own cross-entropy trains: NeMo's SFT bit for bit."""
         padding = self.padded_vocab_size - self.tokenizer.vocab_size
-        return not self.kd.kd_weight and (self.kd.count_padding or not padding)
+        return not self.kd.weights[1] and (self.kd.count_padding or not padding)
 
     def loss_func(
         self, loss_mask: torch.Tensor, num_valid_tokens_in_ub: Any, output_tensor: torch.Tensor
@@ -152,21 +150,22 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._sums = self._step_sums
         self._sums.reset()
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
-        for name, value in self._step_sums.means(self.kd).items():
+        means = self._step_sums.means(self.kd)
+        # From one step's backward to the next one's: data, forward, backward, optimizer.
+        now = time.perf_counter()
+        means["tokens_per_s"] = self._step_sums.answer_tokens / (now - (self._clock or now - 1))
+        self._clock = now
+        for name, value in means.items():
             self.log(name, value, batch_size=1, rank_zero_only=True)
         return loss
 
     def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> None:
-        self._step_start = time.perf_counter()
-
-    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int, unused: int = 0) -> None:
-        super().on_train_batch_end(outputs, batch, batch_idx, unused)
-        seconds = time.perf_counter() - self._step_start
-        rate = self._step_sums.answer_tokens / seconds
-        self.log("tokens_per_s", rate, batch_size=1, rank_zero_only=True)
+        if self._clock is None:
+            self._clock = time.perf_counter()
 
     def on_validation_epoch_start(self) -> None:
         self._validation_sums.clear()
+        self._clock = None  # its time is no training step's
         return super().on_validation_epoch_start()
 
     def inference_step_validation_call(
@@ -179,7 +178,9 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         result = super().inference_epoch_end(outputs, mode, data_cfg)
         for index, sums in sorted(self._validation_sums.items()):
             for name, value in sums.means(self.kd).items():
-                key = f"{'val' if mode == 'validation' else mode}/{_set_name(data_cfg, index)}/{name}"
+                key = (
+                    f"{'val' if mode == 'validation' else mode}/{_set_name(data_cfg, index)}/{name}"
+                )
                 self.log(key, value, batch_size=1, rank_zero_only=True)
         return result
 

@@ -1,28 +1,72 @@
-"""`examples/train_gpt_sft_kd.py` after Hydra: from a configuration to a trained student."""
+"""The student's scripts after Hydra: train it on a store, measure it on held-out ones."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd import megatron
+from nemo_kd.model.config import kd_training_config, store_directories
+from nemo_kd.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
 
 
 def run(cfg: DictConfig) -> None:
-    """Restore the student, train it, leave checkpoints, curves and `metrics.jsonl`."""
-    megatron.prepare(cfg)
-    # NeMo and Megatron only now: on a CPU they must find their patches in place.
+    """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory."""
+    _prepare(cfg)
     from nemo.utils.exp_manager import exp_manager
 
-    from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
     from nemo_kd.model.metrics import MetricsJsonl
 
-    OmegaConf.resolve(cfg)
     trainer = megatron.build_trainer(cfg)
     log_dir = exp_manager(trainer, cfg.exp_manager)
     if log_dir is not None:
         trainer.callbacks.append(MetricsJsonl(Path(log_dir) / "metrics.jsonl"))
+    trainer.fit(_student(cfg, trainer))
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Measure on `model.data.validation_ds.store`; prints the figures, writes them to `output`."""
+    if not cfg.model.data.validation_ds.store:
+        raise StoreError("nothing to measure on: set model.data.validation_ds.store")
+    _prepare(cfg)
+    trainer = megatron.build_trainer(cfg)
+    trainer.validate(_student(cfg, trainer), verbose=False)
+    figures = {
+        name.removeprefix("val/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    }
+    if torch.distributed.get_rank() == 0:
+        for name, value in sorted(figures.items()):
+            print(f"{name:40} {value:.4f}")
+        if cfg.output:
+            path = Path(cfg.output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def _prepare(cfg: DictConfig) -> None:
+    """What can be wrong with the user's stores and settings is said before the slow imports."""
+    for split in ("train_ds", "validation_ds"):
+        for directory in store_directories(cfg.model.data[split]):
+            Store(directory)
+    kd_training_config(cfg.model.kd)
+    megatron.prepare(cfg)
+    OmegaConf.resolve(cfg)
+
+
+def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:
+    # Only now: on a CPU NeMo and Megatron must find their patches in place.
+    from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
+
     megatron.start_process_groups(cfg.model, trainer)
-    model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTKDModel, cfg, trainer)
-    trainer.fit(model)
+    return megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTKDModel, cfg, trainer)

@@ -13,6 +13,17 @@ from megatron.core import parallel_state
 from nemo_kd.loss import KDLoss
 from nemo_kd.model.config import KDTrainingConfig
 
+# Name in the logs → in `KDLoss.metrics`; the two losses come before them.
+TOKEN_METRICS = {
+    "teacher_mass": "teacher_mass",
+    "student_mass": "student_mass",
+    "top1_agreement": "top1_teacher",
+    "top1_label": "top1_label",
+    "teacher_entropy": "teacher_entropy",
+    "student_entropy": "student_entropy",
+}
+NAMES = ("sft_loss", "kd_loss", *TOKEN_METRICS)
+
 
 class MetricSums:
     """Sums over answer tokens; every rank calls `means`, also those that added nothing."""
@@ -21,40 +32,37 @@ class MetricSums:
         self.reset()
 
     def reset(self) -> None:
-        self.names: tuple[str, ...] = ()
-        self.sums: torch.Tensor | None = None
+        self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64)  # the last counts tokens
         self.answer_tokens = 0
 
     def add(self, result: KDLoss) -> None:
         """Add one micro-batch: sums over its answer tokens, in float64."""
-        values = {"sft_loss": result.nll, "kd_loss": result.kd, **result.metrics}
-        self.names = tuple(values)
-        count = next(iter(result.metrics.values())).numel()
-        sums = [value.detach().double().sum() for value in values.values()]
-        part = torch.stack([*sums, torch.as_tensor(count, dtype=torch.float64, device=sums[0].device)])
-        self.sums = part if self.sums is None else self.sums + part
+        tokens = [result.metrics[name] for name in TOKEN_METRICS.values()]
+        sums = [values.detach().sum(dtype=torch.float64) for values in (result.nll, result.kd)]
+        sums += [values.sum(dtype=torch.float64) for values in tokens]
+        count = torch.full_like(sums[0], tokens[0].numel())
+        self.sums = self.sums.to(count.device) + torch.stack([*sums, count])
 
     def means(self, kd: KDTrainingConfig) -> dict[str, float]:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
 
-        Collectives: one all-reduce over the data-parallel group on the last stage, one broadcast
-        down the pipeline.
+        Empty where no micro-batch had teacher rows. Collectives: an all-reduce over the
+        data-parallel group, a broadcast from the last pipeline stage to the others.
         """
-        holder: list[Any] = [self.names, self.sums]
+        sums = self.sums.to(torch.cuda.current_device())
+        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
-            torch.distributed.broadcast_object_list(
-                holder,
+            torch.distributed.broadcast(
+                sums,
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        names, sums = holder
-        if sums is None:
-            return {}
-        torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         self.answer_tokens = int(sums[-1])
-        means = (sums[:-1] / max(self.answer_tokens, 1)).tolist()
-        result = dict(zip(names, means, strict=True))
-        result["loss"] = kd.sft_weight * result["sft_loss"] + kd.kd_weight * result["kd_loss"]
+        if not self.answer_tokens:
+            return {}
+        result = dict(zip(NAMES, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        sft_weight, kd_weight = kd.weights
+        result["loss"] = sft_weight * result["sft_loss"] + kd_weight * result["kd_loss"]
         return result
 
 

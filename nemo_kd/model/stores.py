@@ -8,8 +8,9 @@ from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils imp
     get_datasets_weights_and_num_samples,
 )
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
+from nemo_kd.model.config import store_directories
 from nemo_kd.model.dataset import StoreSFTDataset
 from nemo_kd.store import Store, StoreError
 from nemo_kd.tokenizer import tokenizer_fingerprint
@@ -22,10 +23,8 @@ def build_store_datasets(
     model: MegatronGPTSFTKDModel, data_cfg: DictConfig, is_train: bool
 ) -> BlendableDataset | list[StoreSFTDataset]:
     """Every store of `data_cfg.store`, checked against the student; blended for training."""
-    directories = data_cfg.store
-    if not isinstance(directories, ListConfig):
-        directories = [directories]
-    stores = [open_store(model, str(directory)) for directory in directories]
+    directories = store_directories(data_cfg)
+    stores = [open_store(model, directory) for directory in directories]
     if not is_train:
         return [_dataset(model, store, data_cfg, None) for store in stores]
     weights = data_cfg.get("concat_sampling_probabilities")
@@ -35,7 +34,7 @@ def build_store_datasets(
             f"concat_sampling_probabilities has {len(weights)} entries for {len(stores)} stores"
         )
     wanted = [model.trainer.max_steps * data_cfg.global_batch_size]
-    prefix = [part for pair in zip(weights, map(str, directories), strict=True) for part in pair]
+    prefix = [part for pair in zip(weights, directories, strict=True) for part in pair]
     _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, wanted)
     datasets = [
         _dataset(model, store, data_cfg, count[0])
@@ -51,6 +50,7 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
     store.check(
         tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
         vocab_size=model.tokenizer.vocab_size,
+        temperature=model.kd.temperature,
     )
     if not len(store):
         raise StoreError(f"store {directory} has no samples")

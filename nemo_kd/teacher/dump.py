@@ -55,7 +55,8 @@ def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest:
     if torch.distributed.get_rank() == 0:
         writer.finish(shards)
         if cfg.jsonl:
-            write_jsonl(Store(writer.directory), writer.directory / "topk.jsonl")
+            store, unit = Store(writer.directory), spec.temperatures.index(1.0)
+            write_jsonl(writer.directory / "topk.jsonl", store, unit_temperature=unit)
     torch.distributed.barrier()
     return Store(writer.directory).manifest
 
@@ -83,7 +84,8 @@ def store_spec(cfg: DictConfig, model: MegatronGPTSFTModel, num_rows: int) -> St
         tokenizer={
             "fingerprint": tokenizer_fingerprint(model.tokenizer),
             "library": tokenizer.library,
-            "path": tokenizer.get("type") or tokenizer.get("model"),
+            # A tokenizer inside the .nemo is unpacked elsewhere at each start: it has no path.
+            "path": tokenizer.get("type"),
         },
         teacher={
             "name": teacher.name,

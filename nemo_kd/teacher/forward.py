@@ -53,7 +53,8 @@ class TopKForward:
         length = max(len(row) for row in rows) - 1  # the last token is only a target
         length = -(-length // self.pad_to) * self.pad_to
         batches = [
-            rows[start : start + micro_batch_size] for start in range(0, len(rows), micro_batch_size)
+            rows[start : start + micro_batch_size]
+            for start in range(0, len(rows), micro_batch_size)
         ]
         with split_lm_head(self.gpt) as head:
             results = get_forward_backward_func()(

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state

