@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.codecs import Teacher
+from nemo_kd.store.codecs import ABSENT_ID, Teacher
 from nemo_kd.store.errors import StoreError
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
@@ -36,8 +36,12 @@ def checked_teacher(sample: Sample, answers: int, spec: StoreSpec) -> Teacher:
     ids = _array(sample, "topk_ids", np.int64, (answers, spec.top_k))
     logits = _array(sample, "topk_logits", np.float32, (answers, spec.top_k))
     logsumexp = _array(sample, "logsumexp", np.float32, (answers, len(spec.temperatures)))
-    _refuse(sample, "an id outside the vocabulary", (ids < 0) | (ids >= spec.vocab_size), ids)
-    _refuse(sample, "a logit that is not finite", ~np.isfinite(logits), logits)
+    absent = np.isneginf(logits)
+    outside = (ids < 0) | (ids >= spec.vocab_size)
+    _refuse(sample, "an id outside the vocabulary", outside & ~absent, ids)
+    _refuse(sample, "no logit but an id (absent is -1)", absent & (ids != ABSENT_ID), ids)
+    _refuse(sample, "a logit that is not a number", np.isnan(logits) | (logits == np.inf), logits)
+    _refuse(sample, "no logit at all", absent[:, :1], logits)
     _refuse(sample, "a log-sum-exp that is not finite", ~np.isfinite(logsumexp), logsumexp)
     _refuse(sample, "a logit above the one before it", logits[:, 1:] > logits[:, :-1], logits)
     unit = logsumexp[:, spec.temperatures.index(1.0), None]
@@ -61,5 +65,5 @@ def _refuse(sample: Sample, what: str, bad: NDArray[np.bool_], values: NDArray[A
         token, column = np.argwhere(bad)[0]
         raise StoreError(
             f"row {sample.row}, answer token {token}, column {column}: {what} "
-            f"({values[token, column]}); the store takes finite logits by falling size"
+            f"({values[token, column]}); the store takes logits by falling size"
         )

@@ -1,4 +1,8 @@
-"""What a profile must do: the teacher's part of a sample to arrays on disk, and back."""
+"""What a profile must do: the teacher's part of a sample to arrays on disk, and back.
+
+A place of a `[A, K]` row that holds no token is *absent*: id -1 and logit -inf. Absent places are
+the last of their row; which profiles have them is said in each.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,10 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.store.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
+
+ABSENT_ID = -1
 
 
 class Teacher(NamedTuple):
@@ -26,8 +33,14 @@ class Codec(ABC):
     """`decode(encode(teacher), A)` is the teacher, to the profile's stated error."""
 
     name: ClassVar[str]
+    options: ClassVar[tuple[str, ...]] = ()
+    """The keys of `StoreSpec.profile_options` that the profile knows."""
 
     def __init__(self, spec: StoreSpec) -> None:
+        unknown = sorted(set(spec.profile_options) - set(self.options))
+        if unknown:
+            known = ", ".join(self.options) or "none"
+            raise StoreError(f"profile {self.name} has no option {unknown}; it knows: {known}")
         self.spec = spec
         self.temperatures = len(spec.temperatures)
         self.unit_temperature = spec.temperatures.index(1.0)
@@ -39,8 +52,29 @@ class Codec(ABC):
 
     @abstractmethod
     def encode(self, teacher: Teacher) -> Arrays:
-        """One flat array for each field."""
+        """One flat array for each field. StoreError where the profile cannot hold the teacher."""
 
     @abstractmethod
     def decode(self, arrays: Arrays, answers: int) -> Teacher:
         """Raises ValueError when the arrays cannot be those of A = `answers` tokens."""
+
+
+def relative_logits(teacher: Teacher, unit_temperature: int) -> NDArray[np.float32]:
+    """`z - L` [A, K] float32, at most 0: rounding may put a probability a hair above 1."""
+    relative = teacher.logits - teacher.logsumexp[:, unit_temperature, None]
+    return np.minimum(relative, np.float32(0), out=relative)
+
+
+def ragged(counts: NDArray[Any], width: int, filler: Any, values: NDArray[Any]) -> NDArray[Any]:
+    """[A, width] whose row a begins with the next `counts[a]` of `values`; the rest is filler.
+
+    Raises ValueError when `counts` is not within [1, width] or does not sum to the values.
+    """
+    counts = counts.astype(np.int64)
+    if counts.size and (counts.min() < 1 or counts.max() > width):
+        raise ValueError(f"a row of {counts.min()} to {counts.max()} entries, allowed 1 to {width}")
+    if counts.sum() != len(values):
+        raise ValueError(f"{len(values)} entries where the counts sum to {counts.sum()}")
+    rows = np.full((len(counts), width), filler, values.dtype)
+    rows[np.arange(width) < counts[:, None]] = values
+    return rows

@@ -5,15 +5,19 @@
 
 Error of a log-probability: half a float16 step, 2^-11 of its size; below 0.004 nats down to
 p = exp(-16). With more than 65,536 ids an id takes 4 bytes: 6 K + 4 T bytes a token.
+Absent places are held, as float16 -inf.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_kd.store.codecs.base import Arrays, Codec, Teacher
+from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, relative_logits
+from nemo_kd.store.spec import StoreSpec
 
 UINT16_VOCABULARY = 1 << 16
 
@@ -23,44 +27,52 @@ class Plain(Codec):
 
     @property
     def dtypes(self) -> dict[str, type[np.generic]]:
-        narrow = self.spec.vocab_size <= UINT16_VOCABULARY
-        return {
-            "topk_ids": np.uint16 if narrow else np.int32,
-            "topk_logits": np.uint16,
-            "lse": np.float32,
-        }
+        return {"topk_ids": id_dtype(self.spec), "topk_logits": np.uint16, "lse": np.float32}
 
     def encode(self, teacher: Teacher) -> Arrays:
-        relative = relative_logits(teacher, self.unit_temperature)
-        # uint32 first: an id of 2^31 or more keeps its bits under the sign of int32.
-        ids = teacher.ids.astype(np.uint32).view(np.int32)
         return {
-            "topk_ids": ids.astype(self.dtypes["topk_ids"]).ravel(),
-            "topk_logits": torch.from_numpy(relative).half().numpy().view(np.uint16).ravel(),
-            "lse": np.ascontiguousarray(teacher.logsumexp).ravel(),
+            "topk_ids": pack_ids(teacher.ids, id_dtype(self.spec)).ravel(),
+            "topk_logits": to_half(relative_logits(teacher, self.unit_temperature)).ravel(),
+            "lse": teacher.logsumexp.ravel(),
         }
 
     def decode(self, arrays: Arrays, answers: int) -> Teacher:
-        ids, logits = arrays["topk_ids"], arrays["topk_logits"]
-        if ids.dtype == np.int32:
-            ids = ids.view(np.uint32)
-        logsumexp = arrays["lse"].reshape(answers, self.temperatures).copy()
         shape = (answers, self.spec.top_k)
-        return Teacher(
-            ids.reshape(shape).astype(np.int64),
-            _add(logits.reshape(shape), logsumexp[:, self.unit_temperature, None]),
-            logsumexp,
-        )
+        ids = unpack_ids(arrays["topk_ids"].reshape(shape))
+        logsumexp = arrays["lse"].reshape(answers, self.temperatures).copy()
+        half = arrays["topk_logits"].reshape(shape)
+        logits = from_half(half, logsumexp[:, self.unit_temperature, None])
+        if half.size and half[:, -1].max() >= HALF_MINUS_INFINITY:  # the largest as uint16
+            ids[half == HALF_MINUS_INFINITY] = ABSENT_ID
+        return Teacher(ids, logits, logsumexp)
 
 
-def relative_logits(teacher: Teacher, unit_temperature: int) -> NDArray[np.float32]:
-    """`z - L` [A, K] float32, at most 0: rounding may put a probability a hair above 1."""
-    relative = teacher.logits - teacher.logsumexp[:, unit_temperature, None]
-    return np.minimum(relative, np.float32(0), out=relative)
+HALF_MINUS_INFINITY = 0xFC00
 
 
-def _add(half_bits: NDArray[np.uint16], logsumexp: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[A, K] + [A, 1] → float32, by torch: its float16 conversion is vectorised, numpy's is not."""
-    half = torch.from_numpy(half_bits.view(np.float16).copy())
-    sums: NDArray[np.float32] = half.float().add_(torch.from_numpy(logsumexp)).numpy()
+def id_dtype(spec: StoreSpec) -> type[np.generic]:
+    return np.uint16 if spec.vocab_size <= UINT16_VOCABULARY else np.int32
+
+
+def pack_ids(ids: NDArray[np.int64], dtype: type[np.generic]) -> NDArray[Any]:
+    """An id of 2^31 or more keeps its 32 bits under the sign of int32; absent becomes all ones."""
+    if dtype == np.int32:
+        return ids.astype(np.uint32).view(np.int32)
+    return ids.astype(dtype)
+
+
+def unpack_ids(packed: NDArray[Any]) -> NDArray[np.int64]:
+    return (packed.view(np.uint32) if packed.dtype == np.int32 else packed).astype(np.int64)
+
+
+def to_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float16 bits, rounded to nearest even; torch's conversion is vectorised, numpy's is not."""
+    bits: NDArray[np.uint16] = torch.from_numpy(values).half().numpy().view(np.uint16)
+    return bits
+
+
+def from_half(bits: NDArray[np.uint16], added: NDArray[np.float32]) -> NDArray[np.float32]:
+    """float32(bits) + added, `added` broadcast."""
+    half = torch.from_numpy(bits.view(np.float16).copy())  # torch wants memory it may write
+    sums: NDArray[np.float32] = half.float().add_(torch.from_numpy(added)).numpy()
     return sums

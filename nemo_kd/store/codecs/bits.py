@@ -1,0 +1,69 @@
+"""Rows of bits, all laid out alike: fields of any width, and rising numbers in unary.
+
+Bit j of a row is bit j % 8 (from the low end) of its byte j // 8; a field's low bit comes first.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+SPARE = 8  # bytes that a window may reach beyond the last row
+_NARROW = 25  # bits of a field that a window of 4 bytes holds wherever it begins
+
+
+def put(bits: NDArray[np.uint8], offset: int, width: int, values: NDArray[Any]) -> None:
+    """Write the low `width` bits of `values` [A, n] from bit `offset` of `bits` [A, all]."""
+    rows, count = values.shape
+    octets = np.ascontiguousarray(values, dtype="<u8").view(np.uint8).reshape(rows, count, 8)
+    used = octets[:, :, : -(-width // 8)]
+    fields = np.unpackbits(used, axis=2, bitorder="little")[:, :, :width]
+    bits[:, offset : offset + count * width] = fields.reshape(rows, count * width)
+
+
+def get(
+    padded: NDArray[np.uint8], stride: int, offset: int, width: int, count: int
+) -> NDArray[Any]:
+    """[A, count] uint32 (uint64 from 26 bits on): the fields that `put` wrote.
+
+    `padded` holds A rows of `stride` bytes, and `SPARE` bytes after them.
+    """
+    dtype = np.dtype("<u4" if width <= _NARROW else "<u8")
+    places = offset + np.arange(count) * width
+    rows = (len(padded) - SPARE) // stride
+    # Every byte begins a window of its own; picking windows costs a third of picking bytes.
+    windows: NDArray[Any] = np.ndarray((rows, stride), dtype, padded.data, strides=(stride, 1))
+    fields = windows[:, places >> 3]
+    fields >>= (places & 7).astype(dtype)
+    fields &= dtype.type((1 << width) - 1)
+    return fields
+
+
+def put_unary(bits: NDArray[np.uint8], offset: int, values: NDArray[np.int64]) -> None:
+    """For the i-th of `values` [A, n], rising in each row, set bit `offset + i + value`."""
+    rows, count = values.shape
+    places = values + (offset + np.arange(count))
+    places += np.arange(rows)[:, None] * bits.shape[1]
+    bits.reshape(-1)[places] = 1
+
+
+def get_unary(rows: NDArray[np.uint8], offset: int, count: int, most: int) -> NDArray[np.int64]:
+    """[A, count]: what `put_unary` wrote, values at most `most`, in `rows` [A, bytes].
+
+    Raises ValueError where a row has not `count` bits set.
+    """
+    first, skip = divmod(offset, 8)
+    bits = np.unpackbits(rows[:, first:], axis=1, bitorder="little")
+    bits[:, :skip] = 0
+    bits[:, skip + count + most :] = 0
+    values = np.flatnonzero(bits.view(np.bool_))
+    if values.size != len(rows) * count:
+        raise ValueError(f"{values.size} numbers in {len(rows)} rows of {count}")
+    values = values.reshape(len(rows), count)
+    values -= np.arange(len(rows))[:, None] * bits.shape[1]
+    values -= skip + np.arange(count)
+    if values.min(initial=0) < 0 or values.max(initial=0) > most:
+        raise ValueError(f"a row has not {count} numbers")
+    return values

@@ -1,0 +1,171 @@
+"""Sorted ids in Elias–Fano code, 6 to 8-bit log-probabilities: a fixed number of bytes a token.
+
+At most 250 bytes for K = 100 and any vocabulary up to 262,144. A record, in bits:
+
+    16         float16 of log(1 - mass), mass the K ids' probability
+    16         float16 of R = max_i z_i - min_i z_i
+    K * l      the low l bits of each id, ids rising; l = floor(log2(V / K))
+    K * c      a level for each id, in the same order
+    m * 2      two more bits of level for the m = floor(K / 5) ids of the lowest levels
+    K + H      bit i + (id_i >> l) is set for the i-th id; H = (V - 1) >> l
+
+with c the largest of 8, 7, 6 whose record has at most 2.5 K bytes, else 6. The level is
+`floor(2^c * ((max z - z) / R)^(2/3))`: steps are finer where the probability is. The two more
+bits go by rising level, ties by the lower id. Read, an id has the middle of its step, and all are
+scaled to `mass`, so that the rest beyond K is as exact as its float16. KL(stored || true) over
+the K and the rest is below 1e-4 nats on average (docs/store.md has it measured).
+
+The log-sum-exp at T = 1 is read as 0, the others are stored, float32, relative to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.store.codecs.base import Arrays, Codec, Teacher, relative_logits
+from nemo_kd.store.codecs.bits import SPARE, get, get_unary, put, put_unary
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.spec import StoreSpec
+
+FINER_SHARE = 5  # one id in five has a finer level
+FINER_BITS = 2
+BYTES_PER_ID = 2.5
+_HALVES = 32  # bits of the two float16 in front
+
+
+class Compact(Codec):
+    name = "compact"
+
+    def __init__(self, spec: StoreSpec) -> None:
+        super().__init__(spec)
+        self.k, self.finer = spec.top_k, spec.top_k // FINER_SHARE
+        self.low_bits = (spec.vocab_size // spec.top_k).bit_length() - 1
+        self.most_high = (spec.vocab_size - 1) >> self.low_bits
+        fits = [c for c in (8, 7) if self._bytes(c) <= BYTES_PER_ID * self.k]
+        self.level_bits = max(fits, default=6)
+        self.record_bytes = self._bytes(self.level_bits)
+        self.levels_at = _HALVES + self.k * self.low_bits
+        self.finer_at = self.levels_at + self.k * self.level_bits
+        self.high_at = self.finer_at + self.finer * FINER_BITS
+        # Read, levels are in halves of a finest step: the middle of any step is a whole number.
+        self.unit_bits = self.level_bits + FINER_BITS + 1
+        self.id_bits = (spec.vocab_size - 1).bit_length()
+        narrow = self.unit_bits + self.id_bits <= 32
+        self.dtype: np.dtype[Any] = np.dtype(np.uint32 if narrow else np.uint64)
+
+    def _bytes(self, level_bits: int) -> int:
+        bits = _HALVES + self.k * (self.low_bits + level_bits) + self.finer * FINER_BITS
+        return -(-(bits + self.k + self.most_high) // 8)
+
+    @property
+    def dtypes(self) -> dict[str, type[np.generic]]:
+        return {"records": np.uint8, "lse": np.float32}
+
+    def encode(self, teacher: Teacher) -> Arrays:
+        if not np.isfinite(teacher.logits).all():
+            raise StoreError(
+                f"profile compact holds exactly K = {self.k} ids a token, these have fewer; "
+                "use the plain profile, or top_p"
+            )
+        relative = relative_logits(teacher, self.unit_temperature)
+        levels, ranges = self._finest_levels(relative)
+        ids, levels = sort_pairs(teacher.ids, levels, self.level_bits + FINER_BITS)
+        coarse = levels >> FINER_BITS
+        # No two have level and id alike: what is sorted along with them never decides.
+        by_level = coarse << self.id_bits | ids
+        _, finer = sort_pairs(by_level, levels & ((1 << FINER_BITS) - 1), FINER_BITS)
+        bits = np.zeros((len(ids), self.record_bytes * 8), np.uint8)
+        halves = np.stack([_log_rest(relative), ranges], axis=1).astype(np.float16)
+        put(bits, 0, 16, halves.view(np.uint16))
+        put(bits, _HALVES, self.low_bits, ids)
+        put(bits, self.levels_at, self.level_bits, coarse)
+        put(bits, self.finer_at, FINER_BITS, finer[:, : self.finer])
+        put_unary(bits, self.high_at, ids >> self.low_bits)
+        return {
+            "records": np.packbits(bits, axis=1, bitorder="little").ravel(),
+            "lse": self._relative_logsumexp(teacher.logsumexp).ravel(),
+        }
+
+    def decode(self, arrays: Arrays, answers: int) -> Teacher:
+        size = answers * self.record_bytes
+        if len(arrays["records"]) != size:
+            raise ValueError(f"{len(arrays['records'])} bytes of records, expected {size}")
+        padded = np.concatenate([arrays["records"], np.zeros(SPARE, np.uint8)])
+        records = padded[:size].reshape(answers, self.record_bytes)
+        high = get_unary(records, self.high_at, self.k, self.most_high)
+        low = self._get(padded, _HALVES, self.low_bits, self.k)
+        ids = high.astype(self.dtype) << self.dtype.type(self.low_bits) | low
+        units, ids = self._units(padded, ids)
+        halves = np.ascontiguousarray(records[:, : _HALVES // 8]).view("<f2").astype(np.float32)
+        logits = self._log_probabilities(units, halves[:, :1], halves[:, 1:])
+        logsumexp = np.zeros((answers, self.temperatures), np.float32)
+        others = [j for j in range(self.temperatures) if j != self.unit_temperature]
+        logsumexp[:, others] = arrays["lse"].reshape(answers, len(others))
+        return Teacher(ids.astype(np.int64), logits, logsumexp)
+
+    def _finest_levels(
+        self, relative: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """([A, K] levels of c + 2 bits, [A] R); R is what its float16 holds."""
+        below = relative.max(axis=1, keepdims=True) - relative
+        ranges = np.minimum(below.max(axis=1, initial=0), np.finfo(np.float16).max)
+        ranges = ranges.astype(np.float16).astype(np.float32)
+        share = below / np.maximum(ranges, np.finfo(np.float32).tiny)[:, None]
+        steps = 1 << (self.level_bits + FINER_BITS)
+        levels = np.cbrt(share * share) * np.float32(steps)
+        return np.minimum(levels, np.float32(steps - 1)).astype(np.int64), ranges
+
+    def _units(
+        self, padded: NDArray[np.uint8], ids: NDArray[Any]
+    ) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(levels in half finest steps, ids), both [A, K], by rising level, ties by lower id."""
+        one, middle = self.dtype.type(1), self.dtype.type(1 << FINER_BITS)
+        coarse = self._get(padded, self.levels_at, self.level_bits, self.k)
+        coarse, ids = sort_pairs(coarse, ids, self.id_bits)
+        units = (coarse << self.dtype.type(FINER_BITS + 1)) + middle
+        finer = self._get(padded, self.finer_at, FINER_BITS, self.finer)
+        units[:, : self.finer] += finer + finer + one - middle
+        return sort_pairs(units, ids, self.id_bits)
+
+    def _log_probabilities(
+        self, units: NDArray[Any], log_rest: NDArray[np.float32], ranges: NDArray[np.float32]
+    ) -> NDArray[np.float32]:
+        """[A, K]: `max z - z = R u^(3/2)`, u the place among the levels, scaled to the mass."""
+        u = units.astype(np.float32) * np.float32(0.5**self.unit_bits)
+        logits: NDArray[np.float32] = u * np.sqrt(u) * -ranges
+        logits += np.log1p(-np.exp(log_rest)) - np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        return logits
+
+    def _relative_logsumexp(self, logsumexp: NDArray[np.float32]) -> NDArray[np.float32]:
+        """[A, T - 1]: `L_T - L / T`, that of the log-probabilities, for each T but 1."""
+        unit = logsumexp[:, self.unit_temperature, None]
+        relative = logsumexp - unit / np.array(self.spec.temperatures, np.float32)
+        return np.delete(relative, self.unit_temperature, axis=1)
+
+    def _get(self, padded: NDArray[np.uint8], offset: int, width: int, count: int) -> NDArray[Any]:
+        fields = get(padded, self.record_bytes, offset, width, count)
+        return fields.astype(self.dtype, copy=False)
+
+
+def sort_pairs(
+    major: NDArray[Any], minor: NDArray[Any], minor_bits: int
+) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Each row of both by rising (major, minor): one sort of numbers, with no index to follow.
+
+    Integers of one dtype, wide enough for both.
+    """
+    shift = major.dtype.type(minor_bits)
+    joined = major << shift | minor
+    joined.sort(axis=1)
+    return joined >> shift, joined & major.dtype.type((1 << minor_bits) - 1)
+
+
+def _log_rest(relative: NDArray[np.float32]) -> NDArray[np.float32]:
+    """[A]: log(1 - sum_i exp(z_i - L)); -inf where rounding leaves nothing."""
+    rest = 1 - np.exp(relative, dtype=np.float64).sum(axis=1)
+    logs = np.full(len(rest), -np.inf, np.float32)
+    np.log(rest, out=logs, where=rest > 0, casting="same_kind")
+    return logs

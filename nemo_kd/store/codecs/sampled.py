@@ -1,0 +1,80 @@
+"""K draws from the teacher's whole distribution: the ids that came up, and how often.
+
+    p_hat(v) = count_v / K,   E[p_hat(v)] = p(v);   1 + 3 distinct bytes a token
+
+After *Sparse Logit Sampling* (Anshumann et al. 2025, arXiv 2503.16870): top-K keeps a biased
+distribution, this one is right on average, and so is the gradient of a forward KL, in which the
+teacher enters linearly. `top_k` is the number of draws. The teacher handed in has logits
+`log(count / K)`, falling, and log-sum-exp 0; ids that did not come up are absent. An entry is
+the number `id * K + count - 1` in the fewest bytes: 3 where vocab_size * K is at most 2^24.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, ragged
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.spec import StoreSpec
+
+MOST_DRAWS = 255
+
+
+class Sampled(Codec):
+    name = "sampled"
+    options = ("seed",)
+
+    def __init__(self, spec: StoreSpec) -> None:
+        super().__init__(spec)
+        if spec.top_k > MOST_DRAWS:
+            raise StoreError(
+                f"profile sampled has at most {MOST_DRAWS} draws a token, top_k is {spec.top_k}"
+            )
+        if spec.temperatures != (1.0,):
+            raise StoreError(
+                "profile sampled holds draws at temperature 1.0 alone; leave temperatures at "
+                f"[1.0], not {list(spec.temperatures)}"
+            )
+        self.width = -(-(spec.vocab_size * spec.top_k - 1).bit_length() // 8)
+
+    @property
+    def dtypes(self) -> dict[str, type[np.generic]]:
+        return {"distinct": np.uint8, "entries": np.uint8}
+
+    def encode(self, teacher: Teacher) -> Arrays:
+        draws = self.spec.top_k
+        counts = np.rint(np.exp(teacher.logits, dtype=np.float64) * draws).astype(np.int64)
+        if (counts.sum(axis=1) != draws).any() or teacher.logsumexp.any():
+            raise StoreError(
+                f"profile sampled takes counts of {draws} draws, as logits log(count / {draws}) "
+                "and log-sum-exp 0; a top-K teacher cannot be turned into draws"
+            )
+        drawn = counts > 0
+        numbers = (teacher.ids[drawn] * draws + counts[drawn] - 1).astype("<u8")
+        octets = numbers.view(np.uint8).reshape(-1, 8)[:, : self.width]
+        return {
+            "distinct": drawn.sum(axis=1).astype(np.uint8),
+            "entries": np.ascontiguousarray(octets).ravel(),
+        }
+
+    def decode(self, arrays: Arrays, answers: int) -> Teacher:
+        draws = self.spec.top_k
+        octets = arrays["entries"].reshape(-1, self.width)
+        padded = np.zeros((len(octets), 8), np.uint8)
+        padded[:, : self.width] = octets
+        numbers = padded.view("<u8").reshape(-1).astype(np.int64)
+        distinct = arrays["distinct"].reshape(answers)
+        ids = ragged(distinct, draws, ABSENT_ID, numbers // draws)
+        counts = ragged(distinct, draws, 0, numbers % draws + 1)
+        return Teacher(ids, log_frequency(counts, draws), np.zeros((answers, 1), np.float32))
+
+
+def log_frequency(counts: NDArray[Any], draws: int) -> NDArray[np.float32]:
+    """log(count / draws) float32, -inf for 0."""
+    table = np.full(draws + 1, -np.inf, np.float32)
+    table[1:] = np.log(np.arange(1, draws + 1) / draws)
+    logs: NDArray[np.float32] = table[counts]
+    return logs
