@@ -1,16 +1,26 @@
-"""Reading a Hugging Face directory: `config.json`, `*.safetensors`, tokenizer files."""
+"""Hugging Face's side: reading a directory, and any checkpoint as a transformers model."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import safe_open
 
-from nemo_kd.checkpoints.llama import CheckpointError, Llama, RopeScaling, check_tensors
+from nemo_kd.checkpoints.llama import (
+    Checkpoint,
+    CheckpointError,
+    Llama,
+    RopeScaling,
+    check_tensors,
+)
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
 
 ARCHITECTURE = "LlamaForCausalLM"
 
@@ -122,6 +132,45 @@ def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
         high_freq_factor=rope["high_freq_factor"],
         original_context=rope["original_max_position_embeddings"],
     )
+
+
+def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:
+    """The model in transformers, float32, to measure or compare with."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    llama = checkpoint.llama
+    config = LlamaConfig(
+        vocab_size=llama.vocab_size,
+        hidden_size=llama.hidden_size,
+        intermediate_size=llama.ffn_hidden_size,
+        num_hidden_layers=llama.num_layers,
+        num_attention_heads=llama.num_heads,
+        num_key_value_heads=llama.num_kv_heads,
+        head_dim=llama.head_dim,
+        max_position_embeddings=llama.context,
+        rms_norm_eps=llama.norm_eps,
+        rope_theta=llama.rope_base,
+        rope_scaling=_rope_scaling_config(llama.rope_scaling),
+        tie_word_embeddings=llama.tied,
+    )
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config)
+    state = {name: checkpoint.tensor(name).float() for name in llama.shapes()}
+    if llama.tied:
+        state["lm_head.weight"] = state["model.embed_tokens.weight"]
+    model.load_state_dict(state, assign=True)
+    model.tie_weights()
+    # The only buffer: it is not in the state, and was made on the meta device.
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    return model.eval()
+
+
+def _rope_scaling_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
+    if scaling is None:
+        return None
+    values = asdict(scaling)
+    context = values.pop("original_context")
+    return {"rope_type": "llama3", **values, "original_max_position_embeddings": context}
 
 
 def _expect(key: str, actual: Any, expected: Any) -> None:

