@@ -22,7 +22,7 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
 
 
 def script(main: Callable[[], None]) -> None:
-    """Run a Hydra entry point; a mistake of the user's ends in one line, not in a stack of frames."""
+    """Run a Hydra entry point; a user's mistake ends in one line, not in a stack of frames."""
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

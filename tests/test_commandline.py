@@ -1,4 +1,4 @@
-"""Every Hydra spelling of a `model.kd` override means the same; other overrides stay as they are."""
+"""Every Hydra spelling of a `model.kd` override means the same; others stay as they are."""
 
 from nemo_kd.commandline import accept_every_spelling
 

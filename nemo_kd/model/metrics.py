@@ -67,7 +67,7 @@ class MetricSums:
 
 
 class MetricsJsonl(Callback):
-    """One JSON object a training step and a validation, in `metrics.jsonl` of the run's directory."""
+    """One JSON object a training step and a validation: `metrics.jsonl` of a run's directory."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

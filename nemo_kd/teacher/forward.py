@@ -1,4 +1,4 @@
-"""The teacher's forward pass: Megatron's schedule, and top-K of answer positions on the last stage."""
+"""The teacher's forward pass: Megatron's schedule, then top-K of answer positions at its end."""
 
 from __future__ import annotations
 
