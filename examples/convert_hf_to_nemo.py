@@ -3,12 +3,14 @@
     python examples/convert_hf_to_nemo.py SmolLM2-135M/ teacher.nemo
     python examples/convert_hf_to_nemo.py model.gguf student.nemo --keep-layers 0,1,8,9,19-24,29
 
-The tokenizer is written beside it, `teacher.tokenizer/`. The .nemo loads at any tensor and pipeline
-parallel size, with TransformerEngine (the container) and without (a CPU).
+`--keep-layers @FILE` takes the list `kept` of a JSON file, such as examples/demo/block_influence.py
+writes. The tokenizer is written beside the .nemo, `teacher.tokenizer/`. The .nemo loads at any
+tensor and pipeline parallel size, with TransformerEngine (the container) and without (a CPU).
 """
 
 from __future__ import annotations
 
+import json
 import time
 from enum import Enum
 from pathlib import Path
@@ -30,11 +32,22 @@ class Precision(str, Enum):
     bfloat16 = "bfloat16"
 
 
+def _layer_list(option: str | None) -> str | None:
+    """The list itself, or that of the JSON file after `@`."""
+    if option is None or not option.startswith("@"):
+        return option
+    path = Path(option.removeprefix("@"))
+    if not path.is_file():
+        raise CheckpointError(f"--keep-layers {option}: there is no file {path}")
+    return ",".join(map(str, json.loads(path.read_text())["kept"]))
+
+
 def main(
     source: Annotated[Path, typer.Argument(help="Hugging Face directory or .gguf file")],
     output: Annotated[Path, typer.Argument(help="the .nemo to write")],
     keep_layers: Annotated[
-        str | None, typer.Option(help="layers of a pruned model, such as 0,1,8-11; default all")
+        str | None,
+        typer.Option(help="layers of a pruned model, such as 0,1,8-11, or @FILE; default all"),
     ] = None,
     dtype: Annotated[
         Precision, typer.Option(help="own: the checkpoint's; float32 for a quantised one")
@@ -45,12 +58,12 @@ def main(
     if output.suffix != ".nemo":
         raise typer.BadParameter(f"{output} must end in .nemo", param_hint="OUTPUT")
     start = time.perf_counter()
-    cpu.install()  # megatron-core's checkpoint writer calls CUDA
     wanted = None if dtype is Precision.own else getattr(torch, dtype.value)
     try:
         with console.status(f"converting {source}"):
             checkpoint = open_checkpoint(source)
-            layers = parse_layers(keep_layers, checkpoint.llama.num_layers)
+            layers = parse_layers(_layer_list(keep_layers), checkpoint.llama.num_layers)
+            cpu.install()  # megatron-core's checkpoint writer calls CUDA
             done = write_nemo(checkpoint, output, layers, wanted)
     except CheckpointError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)

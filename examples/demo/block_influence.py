@@ -3,13 +3,13 @@
     BI_l = 1 - E[cos(h_l, h_{l+1})],  h_l the residual stream before layer l, over tokens
 
 A layer that hardly turns the residual stream is the cheapest to lose (ShortGPT, arXiv 2403.03853).
-Writes `layers.txt`, the value of `convert_hf_to_nemo.py --keep-layers`, and
-`block_influence.json`, every layer's figure.
+Writes a JSON file that `convert_hf_to_nemo.py --keep-layers=@FILE` reads.
 """
 
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -58,32 +58,32 @@ def most_influential(influence: torch.Tensor, depth: int) -> list[int]:
 
 def main(
     source: Annotated[Path, typer.Argument(help="the teacher: Hugging Face directory or .gguf")],
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer directory")],
     data: Annotated[Path, typer.Option(help="SFT JSONL to measure on")],
-    depth: Annotated[int, typer.Option(help="layers to keep")],
-    output_dir: Annotated[Path, typer.Option(help="for layers.txt and block_influence.json")],
+    keep: Annotated[int, typer.Option(help="layers of the student")],
+    output: Annotated[Path, typer.Option(help="JSON file for the layers and their influence")],
     samples: Annotated[int, typer.Option(help="rows of the data that are used")] = 32,
 ) -> None:
-    """Measure SOURCE on a few samples and choose the layers of a student of DEPTH layers."""
+    """Measure SOURCE on a few samples and choose the layers of a student of KEEP layers."""
     from transformers import AutoTokenizer
 
     console = Console()
-    encode = AutoTokenizer.from_pretrained(str(tokenizer))
-    with console.status(f"reading {source}"):
-        model = to_transformers(open_checkpoint(source))
-    count = model.config.num_hidden_layers
-    if not 0 < depth <= count:
-        raise typer.BadParameter(f"--depth {depth}: expected 1 to {count}, the teacher's layers")
+    with console.status(f"reading {source}"), tempfile.TemporaryDirectory() as directory:
+        checkpoint = open_checkpoint(source)
+        checkpoint.save_tokenizer(directory)
+        tokenizer = AutoTokenizer.from_pretrained(directory)
+        model = to_transformers(checkpoint)
+    count = checkpoint.llama.num_layers
+    if not 0 < keep <= count:
+        raise typer.BadParameter(f"--keep {keep}: expected 1 to {count}, the teacher's layers")
     rows = [json.loads(line) for line in data.read_text().splitlines()[:samples]]
     texts = [f"{row['input']} {row['output']}" for row in rows]
-    ids = (encode(text, return_tensors="pt").input_ids for text in texts)
+    ids = (tokenizer(text, return_tensors="pt").input_ids for text in texts)
     progress = track(ids, "measuring", total=len(texts), console=console)
     influence = block_influence(model, progress)
-    kept = most_influential(influence, depth)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    (output_dir / "layers.txt").write_text(",".join(map(str, kept)) + "\n")
-    figures = {"influence": influence.tolist(), "kept": kept, "samples": len(rows)}
-    (output_dir / "block_influence.json").write_text(json.dumps(figures, indent=2) + "\n")
+    kept = most_influential(influence, keep)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    figures = {"kept": kept, "influence": influence.tolist(), "samples": len(rows)}
+    output.write_text(json.dumps(figures) + "\n")
     least = float(influence[kept].min())
     console.print(f"kept layers {','.join(map(str, kept))}: influence {least:.3f} and more")
 
