@@ -1,8 +1,9 @@
-"""What a sample must be before it is stored."""
+"""What a sample must be: asked by the writer before it is stored, by `verify` after."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,58 +13,100 @@ from nemo_kd.store.errors import StoreError
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 
-# A log-probability above 0 by more than rounding means a log-sum-exp of other logits.
+# A log-probability, or the logarithm of a mass, above 0 by more than rounding means a log-sum-exp
+# of other logits.
 MAX_LOG_PROBABILITY = 1e-2
 
 
-def checked_tokens(sample: Sample) -> tuple[NDArray[np.int32], NDArray[np.uint8], int]:
-    """input_ids int32 [S], loss_mask uint8 [S] and A; StoreError names the row."""
-    input_ids = np.ascontiguousarray(sample.input_ids, dtype=np.int32)
-    mask = np.asarray(sample.loss_mask)
-    if input_ids.ndim != 1 or mask.shape != input_ids.shape or not input_ids.size:
+class Fault(NamedTuple):
+    """The first place where a teacher breaks one rule: answer token, column, what is wrong."""
+
+    token: int
+    column: int
+    what: str
+
+
+def checked_tokens(
+    input_ids: Any, loss_mask: Any, vocab_size: int
+) -> tuple[NDArray[np.int32], NDArray[np.uint8], int]:
+    """input_ids int32 [S], loss_mask uint8 [S] and A."""
+    ids, mask = np.asarray(input_ids), np.asarray(loss_mask)
+    if ids.ndim != 1 or mask.shape != ids.shape or not ids.size:
         raise StoreError(
-            f"row {sample.row}: input_ids {list(input_ids.shape)} and loss_mask "
-            f"{list(mask.shape)} must be two vectors of one length, at least 1"
+            f"input_ids {list(ids.shape)} and loss_mask {list(mask.shape)} must be two vectors "
+            "of one length, at least 1"
         )
+    if ids.min() < 0 or ids.max() >= vocab_size:
+        reach = f"{ids.min()} to {ids.max()}"
+        raise StoreError(f"input_ids reach from {reach}, outside [0, vocab_size={vocab_size})")
     if not ((mask == 0) | (mask == 1)).all():
-        raise StoreError(f"row {sample.row}: loss_mask must hold only 0 and 1")
-    loss_mask = np.ascontiguousarray(mask, dtype=np.uint8)
-    return input_ids, loss_mask, int(np.count_nonzero(loss_mask[1:]))
+        raise StoreError("loss_mask must hold only 0 and 1")
+    binary = np.ascontiguousarray(mask, dtype=np.uint8)
+    return np.ascontiguousarray(ids, dtype=np.int32), binary, int(np.count_nonzero(binary[1:]))
 
 
 def checked_teacher(sample: Sample, answers: int, spec: StoreSpec) -> Teacher:
-    """The teacher's arrays in their dtypes; StoreError names the row and the answer token."""
+    """The teacher's arrays in their dtypes; StoreError names the answer token."""
     ids = _array(sample, "topk_ids", np.int64, (answers, spec.top_k))
     logits = _array(sample, "topk_logits", np.float32, (answers, spec.top_k))
     logsumexp = _array(sample, "logsumexp", np.float32, (answers, len(spec.temperatures)))
-    absent = np.isneginf(logits)
-    outside = (ids < 0) | (ids >= spec.vocab_size)
-    _refuse(sample, "an id outside the vocabulary", outside & ~absent, ids)
-    _refuse(sample, "no logit but an id (absent is -1)", absent & (ids != ABSENT_ID), ids)
-    _refuse(sample, "a logit that is not a number", np.isnan(logits) | (logits == np.inf), logits)
-    _refuse(sample, "no logit at all", absent[:, :1], logits)
-    _refuse(sample, "a log-sum-exp that is not finite", ~np.isfinite(logsumexp), logsumexp)
-    _refuse(sample, "a logit above the one before it", logits[:, 1:] > logits[:, :-1], logits)
+    teacher = Teacher(ids, logits, logsumexp)
+    for fault in teacher_faults(teacher, spec):
+        raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
+    return teacher
+
+
+def teacher_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
+    """What can be seen at little cost; nothing when all is well."""
+    ids, logits, logsumexp = teacher
+    if not ids.size:
+        return
     unit = logsumexp[:, spec.temperatures.index(1.0), None]
-    above = logits[:, :1] - unit > MAX_LOG_PROBABILITY
-    _refuse(sample, "a logit above the log-sum-exp of all at T=1", above, logits)
-    return Teacher(ids, logits, logsumexp)
+    absent = logits == -np.inf
+    # Each rule as: where it is broken, the values to show, what to say.
+    yield from _faults(absent[:, :1], logits, "no logit at all")
+    yield from _faults(~(logits < np.inf), logits, "a logit that is not a number")
+    yield from _faults(~np.isfinite(logsumexp), logsumexp, "a log-sum-exp that is not finite")
+    yield from _faults(
+        logits[:, 1:] > logits[:, :-1], logits[:, 1:], "logits must fall, but one rises to"
+    )
+    outside = (ids < 0) | (ids >= spec.vocab_size)
+    outside ^= absent  # an absent place has no id, every other has one
+    yield from _faults(outside | (absent & (ids != ABSENT_ID)), ids, "an id out of place:")
+    yield from _faults(
+        logits[:, :1] - unit > MAX_LOG_PROBABILITY,
+        logits,
+        "a logit above the log-sum-exp of all at T=1:",
+    )
+
+
+def deep_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
+    """Ids twice, and masses above 1: what the writer trusts its caller with."""
+    ids, logits, logsumexp = teacher
+    if not ids.size:
+        return
+    order = ids.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    twice = np.zeros(ids.shape, np.bool_)
+    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)
+    np.put_along_axis(twice, order[:, 1:], again, axis=1)
+    yield from _faults(twice, ids, "the same id twice:")
+    relative = logits - logsumexp[:, spec.temperatures.index(1.0), None]
+    mass = np.exp(relative, dtype=np.float64).sum(axis=1, keepdims=True)
+    yield from _faults(mass > 1 + MAX_LOG_PROBABILITY, mass, "a probability mass above 1:")
+
+
+def _faults(broken: NDArray[np.bool_], values: NDArray[Any], what: str) -> Iterator[Fault]:
+    if broken.any():
+        token, column = map(int, np.argwhere(broken)[0])
+        yield Fault(token, column, f"{what} {values[token, column]}")
 
 
 def _array(sample: Sample, name: str, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
     array = np.asarray(getattr(sample, name))
     if array.shape != shape:
         raise StoreError(
-            f"row {sample.row}: {name} is {list(array.shape)}, expected {list(shape)} "
-            f"for its {shape[0]} answer tokens (loss_mask[1:].sum())"
+            f"{name} is {list(array.shape)}, expected {list(shape)} for its {shape[0]} answer "
+            "tokens (loss_mask[1:].sum())"
         )
     return np.ascontiguousarray(array, dtype=dtype)
-
-
-def _refuse(sample: Sample, what: str, bad: NDArray[np.bool_], values: NDArray[Any]) -> None:
-    if bad.any():
-        token, column = np.argwhere(bad)[0]
-        raise StoreError(
-            f"row {sample.row}, answer token {token}, column {column}: {what} "
-            f"({values[token, column]}); the store takes logits by falling size"
-        )

@@ -25,15 +25,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.checks import checked_teacher, checked_tokens
+from nemo_kd.store.checks import checked_teacher, checked_tokens, deep_faults
+from nemo_kd.store.codecs import ABSENT_ID
 from nemo_kd.store.errors import StoreError
 from nemo_kd.store.files import fsync
-from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 
 CHUNK_ID = "CHUNK_ID"
 DECIMALS = 5
+ABSENT_LOG_PROBABILITY = -10_000.0  # NeMo-Aligner has no absent places: id 0 and this for one
 KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 
 
@@ -85,11 +86,18 @@ def read_jsonl(
             yield sample
 
 
-def write_jsonl(store: Store, path: str | Path, samples_per_chunk: int | None = None) -> int:
-    """Write every sample of the store to `path`, whole or not at all; returns how many.
+def write_jsonl(
+    path: str | Path,
+    samples: Iterable[Sample],
+    *,
+    unit_temperature: int = 0,
+    samples_per_chunk: int | None = None,
+) -> int:
+    """Write samples (a `Store`, say) to `path`, whole or not at all; returns how many.
 
-    Positions that are no answer token have zeros for a teacher: NeMo-Aligner wants a row for each
-    position and masks these. With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples.
+    `unit_temperature` is the place of T = 1 among the temperatures. Positions that are no answer
+    token have zeros for a teacher: NeMo-Aligner wants a row for each position and masks these.
+    With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples.
     """
     name = str(path)
     if (CHUNK_ID in name) != (samples_per_chunk is not None):
@@ -97,8 +105,7 @@ def write_jsonl(store: Store, path: str | Path, samples_per_chunk: int | None = 
             f"{name}: {CHUNK_ID} in the path and a number of samples per chunk go together, "
             f"the number is {samples_per_chunk}"
         )
-    unit = store.manifest.spec.temperatures.index(1.0)
-    records = (_record(store[i], unit) for i in range(len(store)))
+    records = (_record(sample, unit_temperature) for sample in samples)
     if samples_per_chunk is None:
         return _write_file(Path(name), records)
     written = 0
@@ -132,9 +139,11 @@ def _record(sample: Sample, unit_temperature: int) -> dict[str, Any]:
     ids = np.zeros((places, sample.topk_ids.shape[1]), np.int64)
     logits = np.zeros(ids.shape)
     logsumexp = np.zeros(places)
-    ids[answers] = sample.topk_ids
-    logits[answers] = sample.topk_logits
     logsumexp[answers] = sample.logsumexp[:, unit_temperature]
+    absent = sample.topk_ids == ABSENT_ID
+    ids[answers] = np.where(absent, 0, sample.topk_ids)
+    floor = sample.logsumexp[:, unit_temperature, None] + np.float32(ABSENT_LOG_PROBABILITY)
+    logits[answers] = np.where(absent, floor, sample.topk_logits)
     return {
         "tokens": sample.input_ids[:-1].tolist(),
         "labels": sample.input_ids[1:].tolist(),
@@ -182,27 +191,31 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec) -> Sample:
             f"tokens, labels and loss_mask have {places}, {len(labels)} and {len(mask)} values; "
             "they must have the same number, at least 1"
         )
-    for name, ids in (("tokens", tokens), ("labels", labels)):
-        if ids.min() < 0 or ids.max() >= spec.vocab_size:
-            raise StoreError(f"{name} has an id outside [0, vocab_size={spec.vocab_size})")
-    if not np.isin(mask, (0, 1)).all():
-        raise StoreError("loss_mask must hold only 0 and 1")
+    checked_tokens(tokens, mask, spec.vocab_size)
     answers = np.flatnonzero(mask)
     # What follows the last answer token is padding; nothing is learnt from or through it.
     end = int(answers[-1]) + 1 if answers.size else places
     if (labels[: end - 1] != tokens[1:end]).any():
         raise StoreError("labels are not the tokens shifted by one")
+    input_ids, loss_mask, _ = checked_tokens(
+        np.append(tokens[:end], labels[end - 1]), np.append(0, mask[:end]), spec.vocab_size
+    )
+    logsumexp = _array(record, "log_sum_exp_logits", "iuf", 1, places)[answers, None]
+    logits = _teacher_rows(record, "topk_logits", "iuf", answers, places, spec.top_k)
+    ids = _teacher_rows(record, "topk_token_ids", "iu", answers, places, spec.top_k)
+    absent = logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2
     sample = Sample(
         row,
-        np.append(tokens[:end], labels[end - 1]).astype(np.int32),
-        np.append(0, mask[:end]).astype(np.uint8),
-        _teacher_rows(record, "topk_token_ids", "iu", answers, places, spec.top_k),
-        _teacher_rows(record, "topk_logits", "iuf", answers, places, spec.top_k),
-        _array(record, "log_sum_exp_logits", "iuf", 1, places)[answers, None],
+        input_ids,
+        loss_mask,
+        np.where(absent, ABSENT_ID, ids),
+        np.where(absent, -np.inf, logits),
+        logsumexp,
     )
-    _, _, tokens_to_learn = checked_tokens(sample)
-    teacher = checked_teacher(sample, tokens_to_learn, spec)
-    return Sample(row, sample.input_ids, sample.loss_mask, *teacher)
+    teacher = checked_teacher(sample, len(answers), spec)
+    for fault in deep_faults(teacher, spec):
+        raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
+    return Sample(row, input_ids, loss_mask, *teacher)
 
 
 def _teacher_rows(

@@ -2,7 +2,7 @@
 
 tokens     int32   [S]       input_ids
 loss_mask  uint8   [S]       loss_mask
-rows       int64   [3]       row, checksum of the tokens, sums of the teacher's arrays
+rows       int64   [3]       row, checksum of the tokens, seal of the teacher's arrays
 ...                          the profile's own files
 """
 
@@ -23,6 +23,7 @@ SAMPLE_FIELDS: dict[str, type[np.generic]] = {
     "rows": np.int64,
 }
 ROW_ITEM = 3  # values in an item of `rows`
+_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: any other row number shows
 
 
 def field_dtypes(codec: Codec) -> dict[str, type[np.generic]]:
@@ -39,16 +40,26 @@ def token_checksum(input_ids: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -
     return zlib.crc32(loss_mask.data, zlib.crc32(input_ids.data))
 
 
-def teacher_checksum(arrays: Iterable[NDArray[Any]]) -> int:
-    """Sum mod 2^16 of each array's 16-bit words, the j-th array's at bits 16 j; as int64.
+def word_sums(arrays: Iterable[NDArray[Any]]) -> list[int]:
+    """For each array the sum mod 2^16 of its 16-bit words.
 
     Any change within one word shows, and all others but 1 in 65,536. Cheap enough to be checked
     whenever a sample is read, which SHA-256 and CRC-32 are not.
     """
-    packed = 0
-    for place, array in enumerate(arrays):
-        packed |= _word_sum(array) << (16 * place)
+    return [_word_sum(array) for array in arrays]
+
+
+def seal(row: int, sums: list[int]) -> int:
+    """The word sums and the row number in one int64: `sum_j sums[j] 2^16j + row * ODD mod 2^64`."""
+    packed = sum(value << (16 * place) for place, value in enumerate(sums)) + row * _ODD
+    packed %= 1 << 64
     return packed - (1 << 64) if packed >> 63 else packed
+
+
+def unseal(row: int, sealed: int, fields: int) -> list[int]:
+    """The word sums that `seal` was given: what says which field is damaged."""
+    packed = (sealed - row * _ODD) % (1 << 64)
+    return [packed >> (16 * place) & 0xFFFF for place in range(fields)]
 
 
 def _word_sum(array: NDArray[Any]) -> int:

@@ -16,16 +16,10 @@ from numpy.typing import NDArray
 
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.errors import StoreError
-from nemo_kd.store.indexed import FieldReader
-from nemo_kd.store.layout import (
-    ROW_ITEM,
-    field_dtypes,
-    file_names,
-    teacher_checksum,
-    token_checksum,
-)
+from nemo_kd.store.layout import field_dtypes, file_names
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo
 from nemo_kd.store.sample import Sample
+from nemo_kd.store.shard import Shard
 
 # megatron-core holds three file descriptors for each .bin/.idx pair.
 _DESCRIPTORS_PER_FIELD = 3
@@ -43,11 +37,11 @@ class Store:
         _refuse_unfinished(self.directory)
         self.manifest = Manifest.read(self.directory)
         self.fingerprint = self.manifest.fingerprint
-        self._codec = codec_of(self.manifest.spec)
+        self.codec = codec_of(self.manifest.spec)
         self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
-        self._open: OrderedDict[int, _Shard] = OrderedDict()
+        self._open: OrderedDict[int, Shard] = OrderedDict()
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        descriptors = _DESCRIPTORS_PER_FIELD * len(field_dtypes(self._codec))
+        descriptors = _DESCRIPTORS_PER_FIELD * len(field_dtypes(self.codec))
         self._most_open = max(1, soft_limit // (2 * descriptors))
         for shard in self.manifest.shards:
             self._refuse_other_sizes(shard)
@@ -61,7 +55,7 @@ class Store:
             raise IndexError(f"sample {index} of {len(self)} in {self.directory}")
         number = bisect_right(self._ends, place)
         first = self._ends[number - 1] if number else 0
-        return self._shard(number).sample(place - first)
+        return self.shard(number).sample(place - first)
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self.directory}
@@ -72,13 +66,13 @@ class Store:
     @property
     def lengths(self) -> NDArray[np.int32]:
         """[samples]: the tokens of each sample, from the indices alone."""
-        parts = [self._shard(number).lengths for number in self._filled_shards()]
+        parts = [self.shard(number).lengths() for number in self._filled_shards()]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
     @property
     def rows(self) -> NDArray[np.int64]:
         """[samples]: the row number of each sample."""
-        parts = [self._shard(number).rows for number in self._filled_shards()]
+        parts = [self.shard(number).rows() for number in self._filled_shards()]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
     def check(
@@ -125,21 +119,22 @@ class Store:
     def _filled_shards(self) -> list[int]:
         return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]
 
-    def _shard(self, number: int) -> _Shard:
+    def shard(self, number: int) -> Shard:
+        """The open files of a shard; those not used for longest are closed."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
         if len(self._open) >= self._most_open:
             self._open.popitem(last=False)
-        shard = _Shard(self, self.manifest.shards[number])
+        shard = Shard(self.directory, self.manifest.shards[number], self.codec)
         self._open[number] = shard
         return shard
 
     def _refuse_other_sizes(self, shard: ShardInfo) -> None:
-        if sorted(shard.files) != file_names(self._codec):
+        if sorted(shard.files) != file_names(self.codec):
             raise StoreError(
                 f"{self.directory / MANIFEST}: {shard.name} has the files {sorted(shard.files)}, "
-                f"the {self._codec.name} profile has {file_names(self._codec)}"
+                f"the {self.codec.name} profile has {file_names(self.codec)}"
             )
         for name, info in shard.files.items():
             path = self.directory / shard.name / name
@@ -150,53 +145,6 @@ class Store:
                     f"{path} {found}, the manifest says {info.bytes}; copy it again, or remove "
                     f"{path.parent} and run the dump again, which writes only that shard"
                 )
-
-
-class _Shard:
-    """The open files of one shard."""
-
-    def __init__(self, store: Store, info: ShardInfo) -> None:
-        self._directory = store.directory / info.name
-        self._codec = store._codec
-        self._fields = {
-            name: FieldReader(self._directory / name, dtype, info.samples)
-            for name, dtype in field_dtypes(self._codec).items()
-        }
-        self._tokens, self._mask = self._fields["tokens"], self._fields["loss_mask"]
-        self._rows = self._fields["rows"]
-        self._teacher = [(name, self._fields[name]) for name in self._codec.dtypes]
-        self._samples = info.samples
-
-    @property
-    def lengths(self) -> NDArray[np.int32]:
-        return self._tokens.lengths.copy()
-
-    @property
-    def rows(self) -> NDArray[np.int64]:
-        items = self._rows.values
-        if items.size != ROW_ITEM * self._samples:
-            raise StoreError(f"{self._rows.prefix}.bin: not {ROW_ITEM} values a sample")
-        return items.reshape(-1, ROW_ITEM)[:, 0].copy()
-
-    def sample(self, index: int) -> Sample:
-        input_ids, loss_mask = self._tokens[index], self._mask[index]
-        arrays = {name: field[index] for name, field in self._teacher}
-        item = self._rows[index].tolist()
-        sums = [token_checksum(input_ids, loss_mask), teacher_checksum(arrays.values())]
-        if item[1:] != sums:
-            raise self._damaged(index, item, "its checksum is not the one that was written")
-        try:
-            teacher = self._codec.decode(arrays, int(np.count_nonzero(loss_mask[1:])))
-        except ValueError as error:
-            raise self._damaged(index, item, str(error)) from error
-        return Sample(item[0], input_ids.copy(), loss_mask.copy(), *teacher)
-
-    def _damaged(self, index: int, item: list[int], why: str) -> StoreError:
-        row = f" (row {item[0]})" if len(item) == ROW_ITEM else ""
-        return StoreError(
-            f"{self._directory}: sample {index}{row} is damaged: {why}; `nemo-kd verify "
-            f"{self._directory.parent}` lists the damage, a dump writes removed shards again"
-        )
 
 
 def _refuse_unfinished(directory: Path) -> None:

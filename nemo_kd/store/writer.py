@@ -9,18 +9,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_kd.store.checks import checked_teacher, checked_tokens
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.errors import StoreError
 from nemo_kd.store.files import canonical_json, fsync, publish, read_json, sha256_of
 from nemo_kd.store.indexed import FieldWriter
-from nemo_kd.store.layout import field_dtypes, file_names, teacher_checksum, token_checksum
+from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (
     MANIFEST,
     SHARD,
@@ -133,14 +135,35 @@ class ShardWriter:
 
     def add(self, sample: Sample) -> None:
         """Append one sample. StoreError, naming the row, if it is not what the spec says."""
-        row = self._checked_row(int(sample.row))
-        input_ids, loss_mask, answers = checked_tokens(sample)
-        teacher = checked_teacher(sample, answers, self._store.spec)
-        arrays = self._store.codec.encode(teacher)
-        item = [row, token_checksum(input_ids, loss_mask), teacher_checksum(arrays.values())]
-        arrays.update(tokens=input_ids, loss_mask=loss_mask, rows=np.array(item, dtype=np.int64))
-        for name, array in arrays.items():
+        row, spec = int(sample.row), self._store.spec
+        try:
+            input_ids, loss_mask, answers = checked_tokens(
+                sample.input_ids, sample.loss_mask, spec.vocab_size
+            )
+            arrays = self._store.codec.encode(checked_teacher(sample, answers, spec))
+        except StoreError as error:
+            raise StoreError(f"row {row}: {error}") from error
+        self.add_encoded(row, input_ids, loss_mask, arrays)
+
+    def add_encoded(
+        self,
+        row: int,
+        input_ids: NDArray[np.int32],
+        loss_mask: NDArray[np.uint8],
+        arrays: Mapping[str, NDArray[Any]],
+    ) -> None:
+        """Append a sample in the profile's own arrays, as a store of the same profile has them."""
+        self._check_row(row)
+        sealed = seal(row, word_sums(arrays[name] for name in self._store.codec.dtypes))
+        item = np.array([row, token_checksum(input_ids, loss_mask), sealed], dtype=np.int64)
+        for name, array in {
+            **arrays,
+            "tokens": input_ids,
+            "loss_mask": loss_mask,
+            "rows": item,
+        }.items():
             self._fields[name].add(array)
+        answers = int(np.count_nonzero(loss_mask[1:]))
         self._first_row = row if self._first_row is None else self._first_row
         self._last_row = row
         self._samples += 1
@@ -161,7 +184,7 @@ class ShardWriter:
             field.abandon()
         shutil.rmtree(self._directory)
 
-    def _checked_row(self, row: int) -> int:
+    def _check_row(self, row: int) -> None:
         if row not in self._rows:
             raise StoreError(
                 f"row {row} is not of {self._name}, which holds rows {self._rows.start} to "
@@ -172,7 +195,6 @@ class ShardWriter:
                 f"{self._name}: row {row} after row {self._last_row}; add the rows of a shard in "
                 "rising order, each once"
             )
-        return row
 
     def _publish(self) -> None:
         for field in self._fields.values():
