@@ -5,6 +5,7 @@ Torch alone: process groups come in as arguments. `reference` is the dense float
 
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.divergences import DIVERGENCES
+from nemo_kd.loss.fused_linear import linear_sft_kd_loss
 from nemo_kd.loss.metrics import MassWatch
 from nemo_kd.loss.objective import KDLoss, sft_kd_loss
 from nemo_kd.loss.primitive import gather_logits_and_logsumexp
@@ -20,6 +21,7 @@ __all__ = [
     "TopK",
     "check_teacher",
     "gather_logits_and_logsumexp",
+    "linear_sft_kd_loss",
     "sft_kd_loss",
     "vocab_parallel_topk",
 ]

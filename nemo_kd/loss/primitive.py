@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemo_kd.loss import torch_kernels
+from nemo_kd.loss import kernels
 from nemo_kd.loss.rows import Rows
 from nemo_kd.loss.shard import VocabShard
 
@@ -41,11 +41,13 @@ class Gathered(NamedTuple):
 
 
 class PassState(NamedTuple):
-    """What the backward pass needs of the forward pass, one [N] for each temperature.
+    """What the backward pass needs of the forward pass: [N], or one [N] for each temperature.
 
-    `share` = this shard's part in Σ_{v ∉ ids} exp(z / T), in [0, 1].
+    `top` = this shard's largest logit outside; `norm` as in `ShardPass`; `share` = this shard's
+    part in Σ_{v ∉ ids} exp(z / T), in [0, 1].
     """
 
+    top: Tensor
     norm: list[Tensor]
     share: list[Tensor]
 
@@ -61,7 +63,7 @@ def gather_pass(
 
     Layout: logits sharded by column, `ids` [N, M] the same on every rank; so are the results.
     """
-    local = torch_kernels.forward(logits, ids, shard, temperatures, kept)
+    local = kernels.choose(logits.matrix).forward(logits, ids, shard, temperatures, kept)
     top = shard.max(local.top.clone()).clamp_min_(torch.finfo(local.top.dtype).min)  # [N]
     log_sums = [
         log_sum + (local.top - top) / temperature  # -inf where this shard has nothing
@@ -71,7 +73,9 @@ def gather_pass(
     packed = shard.sum(torch.cat([local.picked, *sums], -1))  # [N, M + temperatures]
     outside = packed[:, ids.shape[1] :].log().unbind(-1)
     share = [torch.exp(a - b).nan_to_num_(0.0) for a, b in zip(log_sums, outside, strict=True)]
-    return Gathered(packed[:, : ids.shape[1]], outside, top), PassState(local.norm, share)
+    return Gathered(packed[:, : ids.shape[1]], outside, top), PassState(
+        local.top, local.norm, share
+    )
 
 
 def logit_gradient(
@@ -95,8 +99,8 @@ def logit_gradient(
             grad_outside, state.share, state.norm, temperatures, strict=True
         )
     ]
-    torch_kernels.backward(
-        logits, ids, shard, temperatures, grad_picked, coefficients, out, softmax_kept
+    kernels.choose(logits.matrix).backward(
+        logits, ids, shard, temperatures, state.top, grad_picked, coefficients, out, softmax_kept
     )
 
 
@@ -116,7 +120,7 @@ class _Gather(torch.autograd.Function):
         rows = Rows.of(logits, positions)
         if len(ids) != len(rows):
             raise ValueError(f"ids have {len(ids)} rows, but {len(rows)} positions were chosen")
-        ctx.softmax_kept = ctx.needs_input_grad[0] and torch_kernels.keeps_softmax(
+        ctx.softmax_kept = ctx.needs_input_grad[0] and kernels.choose(logits).keeps_softmax(
             logits.dtype, temperatures
         )
         ctx.inplace, ctx.shard, ctx.temperatures = inplace, shard, temperatures

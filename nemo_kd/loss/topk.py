@@ -18,6 +18,7 @@ from torch import Tensor
 
 from nemo_kd.loss.rows import Rows, row_chunks
 from nemo_kd.loss.shard import VocabShard
+from nemo_kd.loss.torch_kernels import avoid_empty, log_sum_of, softmax_at
 
 BLOCK = 32
 """Columns of a block in the first selection; 32 and 64 are the fastest for K = 100."""
@@ -64,11 +65,14 @@ def vocab_parallel_topk(
     keys = torch.empty(len(rows), k, dtype=torch.int64, device=logits.device)
     sums = torch.empty(len(rows), len(temperatures), device=logits.device)
     columns = -(-shard.width // BLOCK) * BLOCK
+    scratch = None
     for part in row_chunks(len(rows), columns, logits.device):
-        work = torch.full((part.stop - part.start, columns), -torch.inf, device=logits.device)
+        if scratch is None:
+            scratch = torch.full((part.stop, columns), -torch.inf, device=logits.device)
+        work = scratch[: part.stop - part.start]
         work[:, : shard.valid] = rows.read(part)[:, : shard.valid]
         keys[part] = _largest_keys(work, k, shard)
-        sums[part] = torch.stack([torch.logsumexp(work / t, -1) for t in temperatures], -1)
+        sums[part] = _logsumexp(work, temperatures)
     keys = _top(shard.gather(keys), k)  # [N, K] of [N, K · ranks]
     values, ids = _decode(keys)
     logsumexp = _add_ranks(sums, values[:, 0], temperatures, shard)
@@ -144,6 +148,15 @@ def _largest_keys(work: Tensor, k: int, shard: VocabShard) -> Tensor:
     here = min(k, shard.valid)
     found[:, :here] = _top(_encode(work, ids + shard.start), here)
     return found
+
+
+def _logsumexp(work: Tensor, temperatures: Sequence[float]) -> Tensor:
+    """log Σ exp(work / T) [n, temperatures]; -inf for a row of -inf."""
+    top = work.amax(-1)
+    avoid_empty(work, top)
+    sums = [log_sum_of(softmax_at(work, t))[0] + top / t for t in temperatures]
+    work[:, 0].masked_fill_(top == -torch.inf, -torch.inf)
+    return torch.stack(sums, -1)
 
 
 def _add_ranks(

@@ -68,15 +68,11 @@ def forward(
         picked[part] = work.gather(1, column).masked_fill_(~here, 0)
         _open_holes(work, column, here, shard)
         top[part] = work.amax(-1)
-        _avoid_empty(work, top[part])
+        avoid_empty(work, top[part])
         target = kept.view(part) if kept is not None else None
         for i, temperature in enumerate(temperatures):
-            soft = _softmax(work, temperature, target, last=i == len(temperatures) - 1)
-            # The fused softmax sums in single precision with an error that grows with V;
-            # torch.sum does not, and its ratio to 1 corrects both the sum and the gradient.
-            norms[i][part] = soft.sum(-1)
-            # The largest exponential is exp(0), so the largest value of the softmax is 1 / sum.
-            sums[i][part] = torch.log(norms[i][part] / soft.amax(-1))
+            soft = softmax_at(work, temperature, target, last=i == len(temperatures) - 1)
+            sums[i][part], norms[i][part] = log_sum_of(soft)
         if kept is not None and target is None:
             kept.write(part, soft)
     return ShardPass(picked, top, sums, norms)
@@ -87,14 +83,16 @@ def backward(
     ids: Tensor,
     shard: VocabShard,
     temperatures: Sequence[float],
+    top: Tensor,
     grad_picked: Tensor | None,
     coefficients: Sequence[Tensor | None],
     out: Rows,
     softmax_kept: bool = False,
 ) -> None:
-    """out ← Σ_i coefficients[i] · exp(z / temperatures[i] - max) / sum + scatter(grad_picked).
+    """out ← Σ_i coefficients[i] · norm[i] · softmax_i  +  scatter_add(grad_picked).
 
-    One read, one write. `coefficients[i]` [N] (None for zero) includes 1 / norm; `grad_picked`
+    softmax_i is that of z / temperatures[i] over what is outside in this shard. One read, one
+    write. `top` [N] is the forward pass's; `coefficients[i]` [N] or None for zero; `grad_picked`
     [N, M]. `out` may be `logits` itself; with `softmax_kept` it holds what `forward` kept.
     """
     scratch = None
@@ -111,13 +109,30 @@ def backward(
                 scratch = logits.matrix.new_empty(part.stop, shard.width, dtype=dtype)
             work = scratch[: part.stop - part.start].copy_(logits.read(part))  # [n, Vp]
             _open_holes(work, column, here, shard)
-            _avoid_empty(work, work.amax(-1))
+            avoid_empty(work, top[part])
             grad = _mix(work, temperatures, coefficients, part)
         if grad_picked is not None:
             grad.scatter_add_(1, column, grad_picked[part].masked_fill(~here, 0))
         if target is None:
             out.write(part, grad)
     out.clear_others()
+
+
+def avoid_empty(work: Tensor, top: Tensor) -> None:
+    """A row of -inf gets one finite value, so that its softmax is no NaN; its top of -inf makes it
+    count for nothing."""
+    work[:, 0].masked_fill_(top == -torch.inf, 0)
+
+
+def log_sum_of(soft: Tensor) -> tuple[Tensor, Tensor]:
+    """(log Σ exp(z - max z), Σ soft) [n] from soft = softmax(z) [n, Vp].
+
+    The largest exponential is exp(0), so the largest value of the softmax is 1 / sum. The fused
+    softmax sums naively, with an error that grows with Vp; `torch.sum` does not, and how far its
+    result is from 1 corrects the sum, and the gradient, to float32's precision.
+    """
+    norm = soft.sum(-1)
+    return torch.log(norm / soft.amax(-1)), norm
 
 
 def _open_holes(work: Tensor, column: Tensor, here: Tensor, shard: VocabShard) -> None:
@@ -128,14 +143,10 @@ def _open_holes(work: Tensor, column: Tensor, here: Tensor, shard: VocabShard) -
     work.scatter_reduce_(1, column, holes, "amin")
 
 
-def _avoid_empty(work: Tensor, top: Tensor) -> None:
-    """A row with nothing outside gets one finite value, so that its softmax is no NaN; its top of
-    -inf makes it count for nothing."""
-    work[:, 0].masked_fill_(top == -torch.inf, 0)
-
-
-def _softmax(work: Tensor, temperature: float, target: Tensor | None, last: bool) -> Tensor:
-    """softmax(work / temperature) [n, Vp], into `target` or, when `last`, over `work`."""
+def softmax_at(
+    work: Tensor, temperature: float, target: Tensor | None = None, last: bool = False
+) -> Tensor:
+    """softmax(work / temperature) [n, Vp]: in `target`, else over `work` if `last`, else new."""
     if temperature == 1:
         return torch.softmax(work, -1, out=work if target is None and last else target)
     scaled = work.div_(temperature) if last else work / temperature
@@ -153,7 +164,7 @@ def _mix(
     used = [(t, c) for t, c in zip(temperatures, coefficients, strict=True) if c is not None]
     total = None
     for i, (temperature, coefficient) in enumerate(used):
-        soft = _softmax(work, temperature, None, last=i == len(used) - 1)
+        soft = softmax_at(work, temperature, last=i == len(used) - 1)
         soft.mul_(coefficient[part].unsqueeze(1))
         total = soft if total is None else total.add_(soft)
     return work.zero_() if total is None else total

@@ -1,0 +1,192 @@
+"""LM head and loss in one, a chunk of tokens at a time: the logits [N, Vp] never exist as a whole.
+
+    z = softcap(scale · h Wᵀ),    dh = dz W,    dW = dzᵀ h
+
+A token's loss depends on its own logits alone, and callers nearly always weigh all tokens of a
+micro-batch alike. So the forward pass makes the gradient of Σ loss while it has the logits, and
+the backward pass multiplies it by the common weight: three matrix products, as many as without
+fusion. Tokens that turn out to be weighed differently cost the passes over the chunks again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemo_kd.loss.config import KDConfig
+from nemo_kd.loss.linear_chunks import LinearHead, LinearPass, linear_pass
+from nemo_kd.loss.objective import (
+    KDLoss,
+    chosen_positions,
+    put_back,
+    wanted_ids,
+)
+from nemo_kd.loss.shard import VocabShard
+from nemo_kd.loss.topk import TopK
+
+CHUNK_ELEMENTS = {"cpu": 1 << 23}
+"""Logits of one chunk: enough tokens for the matrix products to be efficient."""
+DEFAULT_CHUNK_ELEMENTS = 1 << 27
+
+
+def linear_sft_kd_loss(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    teacher: TopK | None,
+    config: KDConfig,
+    *,
+    group: dist.ProcessGroup | None = None,
+    vocab_size: int | None = None,
+    mask: Tensor | None = None,
+    sequence_parallel: bool = False,
+    logit_scale: float = 1.0,
+    logit_softcap: float | None = None,
+    chunk_tokens: int | None = None,
+) -> KDLoss:
+    """`sft_kd_loss` of logits z = softcap(logit_scale · hidden weightᵀ) that are never stored.
+
+    softcap(z) = c · tanh(z / c) for `logit_softcap` c. Only `loss` has a gradient: `nll`, `kd` and
+    the metrics are for reporting.
+
+    Layout: weight [Vp, H] are this rank's rows; labels [*], mask [*] and the teacher are as in
+    `sft_kd_loss`. It stands in the place of Megatron's ColumnParallelLinear and takes over its
+    communication: without `sequence_parallel`, hidden [*, H] is the same on every rank, and so is
+    its gradient, summed over `group` here. With it, hidden [s / ranks, b, H] is this rank's part
+    of the sequence (labels [s, b] are whole) and so is its gradient. Do not wrap hidden in
+    Megatron's `copy_to` or `gather_from` regions: the gradient would be summed twice. The weight's
+    gradient is this rank's own. Under autocast the products are in its dtype, as for a linear
+    layer; the weight's gradient adds up in float32 over the chunks.
+
+    `chunk_tokens`: tokens of a chunk (default: so many that it has 2²³ logits on a CPU, 2²⁷ on a
+    GPU); its logits, or twice that with a soft-cap, are all that exists at a time.
+
+    Collectives: two all-reduces a chunk, as `sft_kd_loss`; backward one all-reduce of [N, H], or a
+    reduce-scatter; `sequence_parallel` adds an all-gather of hidden.
+
+    Errors: as `sft_kd_loss`, and ValueError where hidden and weight do not fit.
+    """
+    if hidden.shape[-1] != weight.shape[-1]:
+        raise ValueError(
+            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in their last "
+            "dimension: give hidden [*, H] and weight [Vp, H]."
+        )
+    shard = VocabShard.of(len(weight), group, None if config.count_padding else vocab_size)
+    lead = list(hidden.shape[:-1])
+    if sequence_parallel:
+        lead[0] *= 1 if shard.group is None else dist.get_world_size(shard.group)
+    positions = chosen_positions(torch.Size(lead), labels, mask)
+    ids = wanted_ids(labels, positions, teacher, config, vocab_size or shard.size)
+    if chunk_tokens is None:
+        budget = CHUNK_ELEMENTS.get(hidden.device.type, DEFAULT_CHUNK_ELEMENTS)
+        chunk_tokens = max(1, budget // len(weight))
+    head = LinearHead(shard, config, logit_scale, logit_softcap, chunk_tokens, sequence_parallel)
+    metrics: dict[str, Tensor] = {}
+    apply: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply
+    values = apply(hidden, weight, ids, positions, teacher, head, metrics)
+    loss, nll, kd = (put_back(value, positions, labels.shape) for value in values)
+    return KDLoss(loss, nll, kd, metrics)
+
+
+class _LinearLoss(torch.autograd.Function):
+    """(loss, nll, kd) [N] of hidden and weight; the metrics go into the dictionary given."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        ids: Tensor,
+        positions: Tensor | None,
+        teacher: TopK | None,
+        head: LinearHead,
+        metrics: dict[str, Tensor],
+    ) -> tuple[Tensor, ...]:
+        # The backward pass runs outside of autocast, but has to compute as this one does.
+        ctx.dtype = _product_dtype(hidden)
+        ctx.positions, ctx.teacher, ctx.head = positions, teacher, head
+        result = _all_chunks(ctx, hidden, weight, ids, None)
+        ctx.gradients = result.grad_hidden, result.grad_weight
+        ctx.save_for_backward(hidden, weight, ids)
+        ctx.mark_non_differentiable(result.nll, result.kd)
+        metrics.update(result.metrics)
+        return result.loss, result.nll, result.kd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, ids = ctx.saved_tensors
+        if ctx.gradients is None:
+            raise RuntimeError("linear_sft_kd_loss keeps its gradient for one backward pass only")
+        grad_hidden, grad_weight = ctx.gradients
+        ctx.gradients = None
+        if len(grad) and not bool((grad == grad[0]).all()):
+            result = _all_chunks(ctx, hidden, weight, ids, grad)
+            grad_hidden, grad_weight = result.grad_hidden, result.grad_weight
+        elif len(grad):
+            for gradient in (grad_hidden, grad_weight):
+                if gradient is not None:
+                    gradient.mul_(grad[0])
+        if grad_hidden is not None:
+            grad_hidden = _reduce_hidden(grad_hidden, hidden, ctx.positions, ctx.head)
+        if grad_weight is not None:
+            grad_weight = grad_weight.to(weight.dtype)
+        return grad_hidden, grad_weight, None, None, None, None, None
+
+
+def _all_chunks(
+    ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, token_weight: Tensor | None
+) -> LinearPass:
+    """`linear_pass` over the chosen positions of the whole sequence."""
+    with torch.autocast(hidden.device.type, enabled=False):
+        flat = _whole_sequence(hidden.detach(), ctx.head)
+        chosen = flat if ctx.positions is None else flat[ctx.positions]  # [N, H]
+        return linear_pass(
+            chosen.to(ctx.dtype),
+            weight.detach().to(ctx.dtype),
+            ids,
+            ctx.teacher,
+            ctx.head,
+            token_weight,
+            ctx.needs_input_grad[:2],
+        )
+
+
+def _product_dtype(hidden: Tensor) -> torch.dtype:
+    """What a linear layer would compute in: autocast's dtype, if it is on."""
+    kind = hidden.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+
+
+def _whole_sequence(hidden: Tensor, head: LinearHead) -> Tensor:
+    """[R, H]: all positions; under sequence parallelism all-gathered along the first dimension."""
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    group = head.shard.group
+    if group is None or not head.sequence_parallel:
+        return flat
+    parts = [torch.empty_like(flat) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(parts, flat.contiguous(), group=group)
+    return torch.cat(parts)
+
+
+def _reduce_hidden(
+    grad: Tensor, hidden: Tensor, positions: Tensor | None, head: LinearHead
+) -> Tensor:
+    """The gradient of hidden in its shape, from this rank's [N, H] at the chosen positions."""
+    group = head.shard.group
+    scattered = group is not None and head.sequence_parallel
+    if not scattered:
+        head.shard.sum(grad)
+    ranks = dist.get_world_size(group) if scattered else 1
+    rows = ranks * (hidden.numel() // hidden.shape[-1])
+    if positions is not None:
+        grad = grad.new_zeros(rows, grad.shape[-1]).index_copy_(0, positions, grad)
+    if scattered:
+        whole, grad = grad, grad.new_empty(rows // ranks, grad.shape[-1])
+        dist.reduce_scatter_tensor(grad, whole, group=group)
+    return grad.view(hidden.shape).to(hidden.dtype)

@@ -1,0 +1,139 @@
+"""LM head, loss and gradients a chunk of tokens at a time, without autograd.
+
+z = softcap(scale · h Wᵀ),    dh = dz W,    dW = dzᵀ h
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from nemo_kd.loss import kernels
+from nemo_kd.loss.config import KDConfig
+from nemo_kd.loss.objective import token_losses
+from nemo_kd.loss.primitive import Gathered, gather_pass, logit_gradient
+from nemo_kd.loss.rows import Rows
+from nemo_kd.loss.shard import VocabShard
+from nemo_kd.loss.topk import TopK
+
+
+@dataclass(frozen=True)
+class LinearHead:
+    """What does not change from token to token."""
+
+    shard: VocabShard
+    config: KDConfig
+    scale: float
+    softcap: float | None
+    chunk_tokens: int
+    sequence_parallel: bool
+
+    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(z [n, Vp], dz / d(h Wᵀ) [n, Vp] or None where it is just the scale)."""
+        z = hidden @ weight.t()
+        if self.scale != 1:
+            z *= self.scale
+        if self.softcap is None:
+            return z, None
+        tanh = z.div_(self.softcap).tanh_()
+        slope = (1 - tanh * tanh).mul_(self.scale)
+        return tanh.mul_(self.softcap), slope
+
+
+class Values(NamedTuple):
+    """Per-token values [N], detached."""
+
+    loss: Tensor
+    nll: Tensor
+    kd: Tensor
+    metrics: dict[str, Tensor]
+
+
+class LinearPass(NamedTuple):
+    """Values, and the gradients of Σ token_weight · loss where they are wanted."""
+
+    loss: Tensor
+    nll: Tensor
+    kd: Tensor
+    metrics: dict[str, Tensor]
+    grad_hidden: Tensor | None
+    grad_weight: Tensor | None
+
+
+def linear_pass(
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    teacher: TopK | None,
+    head: LinearHead,
+    token_weight: Tensor | None,
+    wanted: tuple[bool, bool],
+) -> LinearPass:
+    """Values and gradients of hidden [N, H], weight [Vp, H]; `ids` [N, 1 + K], label first.
+
+    `token_weight` [N], None for ones. `grad_hidden` is this rank's part of a sum over the ranks;
+    `grad_weight` is in float32 at least. Collectives: two all-reduces a chunk.
+    """
+    wider = torch.promote_types(weight.dtype, torch.float32)
+    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_weight = torch.zeros_like(weight, dtype=wider) if wanted[1] else None
+    results = []
+    # Without any token there is one empty chunk, which gives the results their dtypes.
+    for start in range(0, max(len(ids), 1), head.chunk_tokens):
+        part = slice(start, start + head.chunk_tokens)
+        scale = None if token_weight is None else token_weight[part]
+        z, slope = head.logits(hidden[part], weight)
+        results.append(_chunk(z, ids[part], _rows_of(teacher, part), head, scale, any(wanted)))
+        if any(wanted):  # z is now dz
+            z = z.mul_(slope) if slope is not None else z if head.scale == 1 else z.mul_(head.scale)
+        if grad_hidden is not None:
+            torch.mm(z, weight, out=grad_hidden[part])
+        if grad_weight is not None:
+            _add_product(grad_weight, z, hidden[part])
+    loss, nll, kd = (torch.cat([getattr(r, name) for r in results]) for name in Values._fields[:3])
+    metrics = {name: torch.cat([r.metrics[name] for r in results]) for name in results[0].metrics}
+    return LinearPass(loss, nll, kd, metrics, grad_hidden, grad_weight)
+
+
+def _chunk(
+    z: Tensor,
+    ids: Tensor,
+    teacher: TopK | None,
+    head: LinearHead,
+    token_weight: Tensor | None,
+    wanted: bool,
+) -> Values:
+    """The values of a chunk's tokens; if wanted, z [n, Vp] ← d Σ token_weight · loss / dz."""
+    rows, temperatures, size = Rows.of(z), head.config.temperatures, head.shard.size
+    keeps = wanted and kernels.choose(z).keeps_softmax(z.dtype, temperatures)
+    gathered, state = gather_pass(rows, ids, head.shard, temperatures, rows if keeps else None)
+    if not wanted:
+        return Values(*token_losses(gathered, ids, teacher, head.config, size))
+    with torch.enable_grad():
+        picked, *outside = (x.requires_grad_() for x in (gathered.picked, *gathered.outside))
+        gathered = Gathered(picked, tuple(outside), gathered.top)
+        loss, nll, kd, metrics = token_losses(gathered, ids, teacher, head.config, size)
+        weights = torch.ones_like(loss) if token_weight is None else token_weight.to(loss.dtype)
+        grads = torch.autograd.grad(loss, (picked, *outside), weights, allow_unused=True)
+    logit_gradient(
+        rows, ids, head.shard, temperatures, state, grads[0], grads[1:], rows, softmax_kept=keeps
+    )
+    return Values(loss.detach(), nll.detach(), kd.detach(), metrics)
+
+
+def _rows_of(teacher: TopK | None, part: slice) -> TopK | None:
+    if teacher is None:
+        return None
+    logsumexp = None if teacher.logsumexp is None else teacher.logsumexp[part]
+    return TopK(teacher.logits[part], teacher.ids[part], logsumexp)
+
+
+def _add_product(total: Tensor, dz: Tensor, hidden: Tensor) -> None:
+    """total [Vp, H] += dzᵀ h, in total's precision."""
+    if total.dtype == dz.dtype:
+        total.addmm_(dz.t(), hidden)
+    else:
+        total += dz.t() @ hidden

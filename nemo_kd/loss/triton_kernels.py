@@ -1,0 +1,228 @@
+# mypy: disable-error-code="import-untyped,untyped-decorator,no-untyped-def"
+"""The two passes over a vocabulary shard as Triton kernels: the same functions as `torch_kernels`.
+
+One program a row. Forward: one read (online maximum and sum, gather); backward: one read, one
+write, scatter. Only imported where Triton is; `kernels.choose` decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from nemo_kd.loss.rows import Rows
+from nemo_kd.loss.shard import VocabShard
+from nemo_kd.loss.torch_kernels import ShardPass
+
+MAX_BLOCK = 4096
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+
+
+def keeps_softmax(dtype: torch.dtype, temperatures: Sequence[float]) -> bool:
+    """Never: on a GPU the exponential costs less than a second write of the logits."""
+    return False
+
+
+def forward(
+    logits: Rows,
+    ids: Tensor,
+    shard: VocabShard,
+    temperatures: Sequence[float],
+    kept: Rows | None = None,
+) -> ShardPass:
+    """As `torch_kernels.forward`, in float32, for one or two temperatures; `kept` is not used.
+
+    While a row is summed its gathered logits are -inf in memory, and put back at its end: the
+    logits must not be read by another stream meanwhile.
+    """
+    rows, gathered = ids.shape
+    picked = torch.empty(rows, gathered, dtype=torch.float32, device=ids.device)
+    top = picked.new_empty(rows)
+    sums = picked.new_empty(len(temperatures), rows)
+    _launch(
+        _forward_kernel,
+        logits,
+        ids,
+        shard,
+        temperatures,
+        picked,
+        top,
+        sums,
+    )
+    # A row has a sum of at least exp(0) or none at all, and then a share of 0.
+    return ShardPass(picked, top, list(sums.log()), list(sums.clamp_min(1.0)))
+
+
+def backward(
+    logits: Rows,
+    ids: Tensor,
+    shard: VocabShard,
+    temperatures: Sequence[float],
+    top: Tensor,
+    grad_picked: Tensor | None,
+    coefficients: Sequence[Tensor | None],
+    out: Rows,
+    softmax_kept: bool = False,
+) -> None:
+    """As `torch_kernels.backward`; `softmax_kept` is never true."""
+    grad = torch.zeros_like(ids, dtype=torch.float32) if grad_picked is None else grad_picked
+    nothing = torch.zeros_like(top)
+    packed = torch.stack([nothing if c is None else c for c in coefficients])  # [T, N]
+    _launch(
+        _backward_kernel,
+        logits,
+        ids,
+        shard,
+        temperatures,
+        grad.contiguous(),
+        top,
+        packed,
+        out.matrix,
+        out.matrix.stride(0),
+        shard.width,
+    )
+    out.clear_others()
+
+
+def _launch(
+    kernel: Any,
+    logits: Rows,
+    ids: Tensor,
+    shard: VocabShard,
+    temperatures: Sequence[float],
+    *rest: Any,
+) -> None:
+    if len(temperatures) > 2:
+        raise ValueError(f"{len(temperatures)} temperatures: the kernels take one or two.")
+    if len(ids) == 0:
+        return
+    matrix = logits.matrix
+    device = matrix.device.index if matrix.is_cuda else -1
+    with torch.cuda.device(device):
+        kernel[(len(ids),)](
+            matrix,
+            matrix.stride(0),
+            ids if logits.index is None else logits.index,
+            ids.contiguous(),
+            ids.shape[1],
+            shard.start,
+            shard.valid,
+            1 / temperatures[0],
+            1 / temperatures[-1],
+            *rest,
+            INDEXED=logits.index is not None,
+            TWO=len(temperatures) == 2,
+            BLOCK_M=triton.next_power_of_2(ids.shape[1]),
+            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(shard.width)),
+            num_warps=8,
+        )
+
+
+@triton.jit
+def _forward_kernel(
+    matrix,
+    stride,
+    index,
+    ids,
+    gathered,
+    start,
+    valid,
+    scale_a,
+    scale_b,
+    picked,
+    top,
+    sums,
+    INDEXED: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """picked, top, sums[0] = Σ exp((z - top) scale_a), sums[1] with scale_b if TWO; of one row."""
+    n = tl.program_id(0).to(tl.int64)
+    row = matrix + (tl.load(index + n) if INDEXED else n) * stride
+    m = tl.arange(0, BLOCK_M)
+    column = tl.load(ids + n * gathered + m, mask=m < gathered, other=-1) - start
+    here = (column >= 0) & (column < valid) & (m < gathered)
+    original = tl.load(row + column, mask=here, other=0.0)
+    tl.store(picked + n * gathered + m, original.to(tl.float32), mask=m < gathered)
+    # All threads have read before any writes, and have written before any reads on.
+    tl.debug_barrier()
+    tl.store(row + column, tl.full([BLOCK_M], -float("inf"), original.dtype), mask=here)
+    tl.debug_barrier()
+    largest = _LOWEST
+    sum_a = 0.0
+    sum_b = 0.0
+    for first in range(0, valid, BLOCK):
+        v = first + tl.arange(0, BLOCK)
+        z = tl.load(row + v, mask=v < valid, other=-float("inf")).to(tl.float32)
+        larger = tl.maximum(largest, tl.max(z, 0))
+        shifted = z - larger
+        sum_a = sum_a * tl.exp((largest - larger) * scale_a) + tl.sum(tl.exp(shifted * scale_a), 0)
+        if TWO:
+            sum_b *= tl.exp((largest - larger) * scale_b)
+            sum_b += tl.sum(tl.exp(shifted * scale_b), 0)
+        largest = larger
+    tl.debug_barrier()
+    tl.store(row + column, original, mask=here)
+    tl.store(top + n, tl.where(largest == _LOWEST, -float("inf"), largest))
+    tl.store(sums + n, sum_a)
+    if TWO:
+        tl.store(sums + tl.num_programs(0) + n, sum_b)
+
+
+@triton.jit
+def _backward_kernel(
+    matrix,
+    stride,
+    index,
+    ids,
+    gathered,
+    start,
+    valid,
+    scale_a,
+    scale_b,
+    grad_picked,
+    top,
+    coefficients,
+    out,
+    out_stride,
+    width,
+    INDEXED: tl.constexpr,
+    TWO: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """out = Σ coefficient · exp((z - top) scale), then grad_picked at the ids; of one row."""
+    n = tl.program_id(0).to(tl.int64)
+    place = tl.load(index + n) if INDEXED else n
+    row = matrix + place * stride
+    to = out + place * out_stride
+    largest = tl.load(top + n)
+    factor_a = tl.load(coefficients + n)
+    factor_b = tl.load(coefficients + tl.num_programs(0) + n) if TWO else 0.0
+    for first in range(0, width, BLOCK):
+        v = first + tl.arange(0, BLOCK)
+        z = tl.load(row + v, mask=v < valid, other=-float("inf")).to(tl.float32)
+        # Where nothing is outside, top is -inf and everything here an id or padding.
+        shifted = tl.where(v < valid, z - tl.maximum(largest, _LOWEST), -float("inf"))
+        grad = factor_a * tl.exp(shifted * scale_a)
+        if TWO:
+            grad += factor_b * tl.exp(shifted * scale_b)
+        tl.store(to + v, grad.to(out.dtype.element_ty), mask=v < width)
+    tl.debug_barrier()
+    # Ids have no part in the sums: theirs replaces what stands there. A repeated id stores the
+    # sum of its gradients each time.
+    m = tl.arange(0, BLOCK_M)
+    own = tl.load(ids + n * gathered + m, mask=m < gathered, other=-1)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    for j in range(0, gathered):
+        grad_j = tl.load(grad_picked + n * gathered + j)
+        total += tl.where(own == tl.load(ids + n * gathered + j), grad_j, 0.0)
+    column = own - start
+    here = (column >= 0) & (column < valid) & (m < gathered)
+    tl.store(to + column, total.to(out.dtype.element_ty), mask=here)
