@@ -85,15 +85,22 @@ def deep_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
     ids, logits, logsumexp = teacher
     if not ids.size:
         return
-    order = ids.argsort(axis=1, kind="stable")
-    ordered = np.take_along_axis(ids, order, axis=1)
-    twice = np.zeros(ids.shape, np.bool_)
-    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)
-    np.put_along_axis(twice, order[:, 1:], again, axis=1)
-    yield from _faults(twice, ids, "the same id twice:")
+    ordered = np.sort(ids, axis=1)
+    if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)).any():
+        yield from _faults(_repeated(ids), ids, "the same id twice:")
     relative = logits - logsumexp[:, spec.temperatures.index(1.0), None]
     mass = np.exp(relative, dtype=np.float64).sum(axis=1, keepdims=True)
     yield from _faults(mass > 1 + MAX_LOG_PROBABILITY, mass, "a probability mass above 1:")
+
+
+def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
+    """[A, K]: where an id stands that stands further left as well."""
+    order = ids.argsort(axis=1, kind="stable")
+    ordered = np.take_along_axis(ids, order, axis=1)
+    again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)
+    repeated = np.zeros(ids.shape, np.bool_)
+    np.put_along_axis(repeated, order[:, 1:], again, axis=1)
+    return repeated
 
 
 def _faults(broken: NDArray[np.bool_], values: NDArray[Any], what: str) -> Iterator[Fault]:

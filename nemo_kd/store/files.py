@@ -27,6 +27,11 @@ def sha256_of(path: Path) -> str:
     return digest.hexdigest()
 
 
+def size_of(path: Path) -> int | None:
+    """Bytes of a file, None where there is none."""
+    return path.stat().st_size if path.is_file() else None
+
+
 def fsync(path: Path) -> None:
     """Put a file's bytes, or a directory's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)

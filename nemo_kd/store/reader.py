@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from bisect import bisect_right
 from collections import OrderedDict
@@ -16,10 +15,12 @@ from numpy.typing import NDArray
 
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.errors import StoreError
+from nemo_kd.store.files import size_of
 from nemo_kd.store.layout import field_dtypes, file_names
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Shard
+from nemo_kd.store.verify import Problem, verify
 
 # megatron-core holds three file descriptors for each .bin/.idx pair.
 _DESCRIPTORS_PER_FIELD = 3
@@ -116,6 +117,10 @@ class Store:
                     f"{self.directory}: {name} is {there!r} in the store, {expected!r} here; {hint}"
                 )
 
+    def verify(self) -> list[Problem]:
+        """All that is broken, by every checksum and every rule; empty when the store is whole."""
+        return list(verify(self.directory))
+
     def _filled_shards(self) -> list[int]:
         return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]
 
@@ -138,7 +143,7 @@ class Store:
             )
         for name, info in shard.files.items():
             path = self.directory / shard.name / name
-            size = os.path.getsize(path) if path.is_file() else None
+            size = size_of(path)
             if size != info.bytes:
                 found = "is missing" if size is None else f"has {size} bytes"
                 raise StoreError(

@@ -7,7 +7,6 @@ killed and started again, write the same store.
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +19,7 @@ from numpy.typing import NDArray
 from nemo_kd.store.checks import checked_teacher, checked_tokens
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.errors import StoreError
-from nemo_kd.store.files import canonical_json, fsync, publish, read_json, sha256_of
+from nemo_kd.store.files import canonical_json, fsync, publish, read_json, sha256_of, size_of
 from nemo_kd.store.indexed import FieldWriter
 from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (
@@ -107,7 +106,7 @@ class StoreWriter:
             return None
         if spec != self.spec.fingerprint or sorted(shard.files) != file_names(self.codec):
             return None
-        whole = all(_size(directory / name) == info.bytes for name, info in shard.files.items())
+        whole = all(size_of(directory / name) == info.bytes for name, info in shard.files.items())
         return shard if whole else None
 
 
@@ -245,7 +244,3 @@ def _remove_leftovers(directory: Path) -> None:
     for name in (MANIFEST, SPEC):
         for path in directory.glob(f".{name}.*.tmp"):
             path.unlink()
-
-
-def _size(path: Path) -> int:
-    return os.path.getsize(path) if path.is_file() else -1

@@ -1,0 +1,197 @@
+"""Every checksum and every rule of a store; what is broken, by file, row and position.
+
+Works on what opening refuses, too: nothing that is on disk makes it raise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from nemo_kd.store.checks import deep_faults, teacher_faults
+from nemo_kd.store.codecs import Codec, codec_of
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.files import canonical_json, read_json, sha256_of, size_of
+from nemo_kd.store.layout import file_names
+from nemo_kd.store.manifest import (
+    MANIFEST,
+    SHARD,
+    SPEC,
+    Manifest,
+    ShardInfo,
+    read_shard_info,
+    shard_name,
+)
+from nemo_kd.store.shard import Shard, Stored
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One broken thing."""
+
+    file: str
+    """Relative to the store."""
+
+    what: str
+
+    row: int | None = None
+    """Source row."""
+
+    position: int | None = None
+    """Token of the row."""
+
+    def __str__(self) -> str:
+        place = [self.file]
+        place += [f"row {self.row}"] if self.row is not None else []
+        place += [f"position {self.position}"] if self.position is not None else []
+        return f"{', '.join(place)}: {self.what}"
+
+
+def verify(
+    directory: str | Path, on_shard: Callable[[int, int], None] | None = None
+) -> Iterator[Problem]:
+    """The problems of the store, in the order of its files; `on_shard(done, of)` as it goes on."""
+    root = Path(directory)
+    try:
+        manifest = Manifest.read(root)
+        codec = codec_of(manifest.spec)
+    except StoreError as error:
+        yield Problem(MANIFEST, str(error))
+        return
+    yield from _verify_head(root, manifest)
+    last_row = -1
+    for number, info in enumerate(manifest.shards):
+        if on_shard is not None:
+            on_shard(number, len(manifest.shards))
+        yield from _verify_entry(root, info, number, manifest.spec.fingerprint)
+        yield from _verify_files(root, info, codec)
+        if _readable(root, info, codec):
+            yield from _verify_samples(root, info, codec, number, last_row)
+        last_row = last_row if info.last_row is None else info.last_row
+
+
+def _verify_head(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    text = (root / MANIFEST).read_bytes()
+    if text != canonical_json(manifest.to_json()).encode():
+        yield Problem(MANIFEST, "altered since it was written: not the text of its own values")
+    try:
+        spec = read_json(root / SPEC)
+    except StoreError as error:
+        yield Problem(SPEC, str(error))
+        return
+    if spec != manifest.spec.to_json():
+        yield Problem(SPEC, f"not the spec that {MANIFEST} has")
+
+
+def _verify_entry(root: Path, info: ShardInfo, number: int, spec: str) -> Iterator[Problem]:
+    """The shard's own description, and its place in the manifest."""
+    if info.name != shard_name(number):
+        yield Problem(MANIFEST, f"shard {number} is called {info.name}")
+    try:
+        if read_shard_info(root / info.name) != (info, spec):
+            yield Problem(f"{info.name}/{SHARD}", f"not what {MANIFEST} says of this shard")
+    except StoreError as error:
+        yield Problem(f"{info.name}/{SHARD}", str(error))
+
+
+def _verify_files(root: Path, info: ShardInfo, codec: Codec) -> Iterator[Problem]:
+    """Names, sizes and SHA-256."""
+    directory = root / info.name
+    expected = file_names(codec)
+    if sorted(info.files) != expected:
+        yield Problem(MANIFEST, f"{info.name} has the files {sorted(info.files)}")
+    for name, file in info.files.items():
+        size = size_of(directory / name)
+        if size != file.bytes:
+            found = "missing" if size is None else f"{size} bytes"
+            yield Problem(f"{info.name}/{name}", f"{found}, expected {file.bytes} bytes")
+        elif sha256_of(directory / name) != file.sha256:
+            yield Problem(f"{info.name}/{name}", "its SHA-256 is not the manifest's")
+    present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
+    for name in sorted(present - {*expected, SHARD}):
+        yield Problem(f"{info.name}/{name}", "does not belong to a shard")
+
+
+def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
+    """Whether all files are there with their sizes: without that no sample can be looked at."""
+    sizes = {name: size_of(root / info.name / name) for name in file_names(codec)}
+    return sizes == {name: file.bytes for name, file in info.files.items()}
+
+
+def _verify_samples(
+    root: Path, info: ShardInfo, codec: Codec, number: int, last_row: int
+) -> Iterator[Problem]:
+    """Each sample of a shard by itself, their order, and the counts."""
+    try:
+        shard = Shard(root, info, codec)
+    except StoreError as error:
+        yield Problem(info.name, str(error))
+        return
+    rows = range(number * codec.spec.rows_per_shard, (number + 1) * codec.spec.rows_per_shard)
+    found: list[tuple[int, int, int]] = []  # row, tokens, answer tokens
+    for index in range(info.samples):
+        try:
+            stored = shard.unchecked(index)
+        except StoreError as error:
+            yield Problem(info.name, str(error))
+            continue
+        for damage in shard.damage(stored):
+            yield Problem(info.name, damage, stored.row)
+        if stored.row not in rows or stored.row <= last_row:
+            what = f"out of order, or not one of rows {rows.start} to {rows.stop - 1}"
+            yield Problem(f"{info.name}/rows.bin", what, stored.row)
+        last_row = stored.row
+        found.append((stored.row, stored.input_ids.size, stored.answers))
+        yield from _verify_sample(info.name, stored, codec)
+    if len(found) == info.samples and _counts(found) != _stated(info):
+        what = f"{_counts(found)} found, {MANIFEST} says {_stated(info)}"
+        yield Problem(info.name, f"samples, tokens, answers, without, first, last row: {what}")
+
+
+def _verify_sample(shard: str, stored: Stored, codec: Codec) -> Iterator[Problem]:
+    ids, mask = stored.input_ids, stored.loss_mask
+    outside = (ids < 0) | (ids >= codec.spec.vocab_size)
+    if not ids.size or ids.size != mask.size or (mask > 1).any():
+        what = f"{ids.size} tokens, {mask.size} of the mask, which must be 0 or 1"
+        yield Problem(f"{shard}/loss_mask.bin", what, stored.row)
+        return
+    if outside.any():
+        place = int(outside.argmax())
+        what = f"token {ids[place]} outside [0, {codec.spec.vocab_size})"
+        yield Problem(f"{shard}/tokens.bin", what, stored.row, place)
+    fields = ", ".join(f"{name}.bin" for name in codec.dtypes)
+    try:
+        teacher = codec.decode(stored.arrays, stored.answers)
+    except ValueError as error:
+        yield Problem(f"{shard}/{fields}", str(error), stored.row)
+        return
+    positions = np.flatnonzero(mask[1:]) + 1
+    for check in (teacher_faults, deep_faults):
+        for fault in check(teacher, codec.spec):
+            what = f"column {fault.column}: {fault.what}"
+            yield Problem(f"{shard}/{fields}", what, stored.row, int(positions[fault.token]))
+
+
+Counts = tuple[int, int, int, int, int | None, int | None]
+
+
+def _counts(found: list[tuple[int, int, int]]) -> Counts:
+    rows = [row for row, _, _ in found]
+    tokens, answers = sum(t for _, t, _ in found), sum(a for _, _, a in found)
+    without = sum(a == 0 for _, _, a in found)
+    ends = (rows[0], rows[-1]) if rows else (None, None)
+    return (len(found), tokens, answers, without, *ends)
+
+
+def _stated(info: ShardInfo) -> Counts:
+    return (
+        info.samples,
+        info.tokens,
+        info.answer_tokens,
+        info.samples_without_answer,
+        info.first_row,
+        info.last_row,
+    )
