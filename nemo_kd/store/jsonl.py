@@ -71,18 +71,24 @@ def read_jsonl(
             "NeMo-Aligner's JSONL has a log-sum-exp for temperature 1.0 alone, the store is to "
             f"have {list(spec.temperatures)}; leave temperatures at [1.0]"
         )
-    lines = count()
+    lines, last_row = count(), -1
     for file_path in chunk_paths(path):
         for number, line in _lines(file_path):
             row = next(lines)
             try:
                 sample = _sample(line, row, renumber, spec)
+                if sample.row <= last_row:
+                    raise StoreError(
+                        f"index {sample.row} after {last_row}: rows must rise; sort the lines, "
+                        "or number them anew (renumber)"
+                    )
             except StoreError as error:
                 bad = StoreError(f"{file_path}, line {number}: {error}")
                 if on_bad_line is None:
                     raise bad from error
                 on_bad_line(bad)
                 continue
+            last_row = sample.row
             yield sample
 
 
@@ -105,6 +111,8 @@ def write_jsonl(
             f"{name}: {CHUNK_ID} in the path and a number of samples per chunk go together, "
             f"the number is {samples_per_chunk}"
         )
+    if samples_per_chunk is not None and samples_per_chunk < 1:
+        raise StoreError(f"a chunk has at least 1 sample, not {samples_per_chunk}")
     records = (_record(sample, unit_temperature) for sample in samples)
     if samples_per_chunk is None:
         return _write_file(Path(name), records)

@@ -49,11 +49,13 @@ class ShardInfo:
         try:
             files = {name: FileInfo(**info) for name, info in value["files"].items()}
             shard = cls(**{**value, "files": files})
-            numbers = [shard.samples, shard.tokens, shard.answer_tokens]
-            if min(*numbers, *(info.bytes for info in files.values()), 0) < 0:
-                raise ValueError("a negative count")
-        except (TypeError, KeyError, AttributeError, ValueError) as error:
+        except (TypeError, KeyError, AttributeError) as error:
             raise StoreError(f"{where}: a shard's entry is damaged ({error})") from error
+        counts = [shard.samples, shard.tokens, shard.answer_tokens, shard.samples_without_answer]
+        counts += [row for row in (shard.first_row, shard.last_row) if row is not None]
+        counts += [info.bytes for info in files.values()]
+        if any(type(count) is not int or count < 0 for count in counts):
+            raise StoreError(f"{where}: a count of {shard.name} is not a number from 0 up")
         return shard
 
 
@@ -108,6 +110,8 @@ class Manifest:
         if not isinstance(value.get("shards"), list):
             raise StoreError(f"{path}: has no list of shards; restore the file")
         shards = tuple(ShardInfo.from_json(shard, path) for shard in value["shards"])
+        if [shard.name for shard in shards] != [shard_name(i) for i in range(len(shards))]:
+            raise StoreError(f"{path}: its shards are not {shard_name(0)} and so on in order")
         manifest = cls(StoreSpec.from_json(value.get("spec")), shards)
         if manifest.totals != value.get("totals"):
             raise StoreError(

@@ -48,6 +48,9 @@ class StoreSpec:
     """The SFT file: its name, rows and fingerprint."""
 
     def __post_init__(self) -> None:
+        for name in ("top_k", "vocab_size", "rows_per_shard"):
+            if type(getattr(self, name)) is not int:
+                raise StoreError(f"{name} must be a whole number, not {getattr(self, name)!r}")
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         for name in ("profile_options", "tokenizer", "teacher", "template", "source"):
             object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
@@ -84,7 +87,9 @@ class StoreSpec:
             raise StoreError(f"a store's spec must have the keys {sorted(names)}, not {got}")
         try:
             return cls(**value)
-        except TypeError as error:
+        except StoreError:
+            raise
+        except (TypeError, ValueError) as error:
             raise StoreError(f"a store's spec has a value of the wrong type: {error}") from error
 
     def differences(self, other: StoreSpec) -> list[tuple[str, Any, Any]]:

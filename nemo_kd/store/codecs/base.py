@@ -58,6 +58,10 @@ class Codec(ABC):
     def decode(self, arrays: Arrays, answers: int) -> Teacher:
         """Raises ValueError when the arrays cannot be those of A = `answers` tokens."""
 
+    @abstractmethod
+    def bytes_per_token(self, kept: float) -> float:
+        """Of an answer token with `kept` ids, its tokens and indices left out."""
+
 
 def relative_logits(teacher: Teacher, unit_temperature: int) -> NDArray[np.float32]:
     """`z - L` [A, K] float32, at most 0: rounding may put a probability a hair above 1."""

@@ -106,6 +106,9 @@ class Compact(Codec):
         logsumexp[:, others] = arrays["lse"].reshape(answers, len(others))
         return Teacher(ids.astype(np.int64), logits, logsumexp)
 
+    def bytes_per_token(self, kept: float) -> float:
+        return self.record_bytes + 4 * (self.temperatures - 1)
+
     def _finest_levels(
         self, relative: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

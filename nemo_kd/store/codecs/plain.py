@@ -46,6 +46,10 @@ class Plain(Codec):
             ids[half == HALF_MINUS_INFINITY] = ABSENT_ID
         return Teacher(ids, logits, logsumexp)
 
+    def bytes_per_token(self, kept: float) -> float:
+        width = np.dtype(id_dtype(self.spec)).itemsize
+        return (width + 2) * self.spec.top_k + 4 * self.temperatures
+
 
 HALF_MINUS_INFINITY = 0xFC00
 

@@ -71,6 +71,9 @@ class Sampled(Codec):
         counts = ragged(distinct, draws, 0, numbers % draws + 1)
         return Teacher(ids, log_frequency(counts, draws), np.zeros((answers, 1), np.float32))
 
+    def bytes_per_token(self, kept: float) -> float:
+        return 1 + self.width * kept
+
 
 def log_frequency(counts: NDArray[Any], draws: int) -> NDArray[np.float32]:
     """log(count / draws) float32, -inf for 0."""

@@ -69,3 +69,7 @@ class TopP(Codec):
         logsumexp = arrays["lse"].reshape(answers, self.temperatures).copy()
         logits = from_half(half, logsumexp[:, self.unit_temperature, None])
         return Teacher(ids, logits, logsumexp)
+
+    def bytes_per_token(self, kept: float) -> float:
+        width = np.dtype(id_dtype(self.spec)).itemsize
+        return 2 + (width + 2) * kept + 4 * self.temperatures

@@ -1,0 +1,113 @@
+"""What a dump will cost, before anyone spends a GPU hour: disk, time, memory.
+
+disk    = answer tokens * bytes of the profile + tokens * 5 + samples * 20 bytes a file
+time    = 2 * parameters * tokens / (GPUs * FLOP/s * utilisation)
+memory  = parameters * 2 / (TP * PP) + logits of the rows at the LM head + activations
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from nemo_kd.store.codecs import codec_of
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.layout import ROW_ITEM, field_dtypes
+from nemo_kd.store.spec import StoreSpec
+
+TOKEN_BYTES = 4 + 1  # tokens and loss_mask
+INDEX_BYTES = 4 + 8 + 8  # length, offset and document of a sample in each .idx
+JSONL_BYTES_PER_LOGIT = 25  # a logit and its id as NeMo-Aligner writes them
+WIDTH_TO_DEPTH = 128  # of a transformer of ordinary shape: parameters = 12 * width^3 / 128
+ACTIVATIONS = 16  # values a token of the micro-batch and unit of width, forward only
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The data and the machines."""
+
+    answer_tokens: float
+    total_tokens: float
+    """Prompts and answers: what the teacher reads."""
+    samples: float
+    teacher_parameters: float
+    gpus: int
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    gpu_tflops: float = 989.0
+    """Dense bf16 peak of one GPU; 989 is an H100 SXM."""
+    utilisation: float = 0.35
+    """Share of the peak that a forward pass reaches."""
+    gpu_memory_gib: float = 80.0
+    micro_batch_tokens: int = 8 * 2048
+    rows_per_lm_head: int = 256
+
+    def __post_init__(self) -> None:
+        numbers = asdict(self)
+        bad = [f"{name}={value}" for name, value in numbers.items() if value <= 0]
+        if bad:
+            raise StoreError(f"a plan wants numbers above 0, not {', '.join(bad)}")
+        if self.gpus % (self.tensor_parallel * self.pipeline_parallel):
+            raise StoreError(
+                f"{self.gpus} GPUs cannot hold tensor × pipeline parallel size "
+                f"{self.tensor_parallel * self.pipeline_parallel}; give a multiple of it"
+            )
+        if self.total_tokens < self.answer_tokens:
+            raise StoreError(
+                f"{self.total_tokens:.0f} tokens in all are fewer than the "
+                f"{self.answer_tokens:.0f} answer tokens among them"
+            )
+
+
+@dataclass(frozen=True)
+class Plan:
+    bytes_per_answer_token: float
+    """The teacher's part alone."""
+    disk_bytes: float
+    jsonl_bytes: float
+    """The same as NeMo-Aligner's JSONL, for comparison."""
+    dump_seconds: float
+    gpu_hours: float
+    weights_bytes_per_gpu: float
+    other_bytes_per_gpu: float
+    """Logits and activations."""
+    fits: bool
+    """Whether it does in the memory of one GPU, a tenth of it left free."""
+    smallest_model_parallel: int
+    """The fewest GPUs that together hold one teacher."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
+    """`kept`: ids a token that `top_p` or `sampled` keep on average; K when None."""
+    codec = codec_of(spec)
+    each = codec.bytes_per_token(spec.top_k if kept is None else kept)
+    tokens = work.total_tokens * TOKEN_BYTES
+    files = work.samples * (ROW_ITEM * 8 + INDEX_BYTES * len(field_dtypes(codec)))
+    seconds = 2 * work.teacher_parameters * work.total_tokens
+    seconds /= work.gpus * work.gpu_tflops * 1e12 * work.utilisation
+    parallel = work.tensor_parallel * work.pipeline_parallel
+    weights = 2 * work.teacher_parameters
+    other = _other_bytes(spec, work)
+    room = 0.9 * work.gpu_memory_gib * 2**30
+    return Plan(
+        bytes_per_answer_token=each,
+        disk_bytes=work.answer_tokens * each + tokens + files,
+        jsonl_bytes=work.total_tokens * spec.top_k * JSONL_BYTES_PER_LOGIT,
+        dump_seconds=seconds,
+        gpu_hours=seconds * work.gpus / 3600,
+        weights_bytes_per_gpu=weights / parallel,
+        other_bytes_per_gpu=other,
+        fits=weights / parallel + other <= room,
+        smallest_model_parallel=max(1, -int(-weights // max(room - other, 1.0))),
+    )
+
+
+def _other_bytes(spec: StoreSpec, work: Workload) -> float:
+    """Logits in bf16 and float32 of the rows at the LM head; a layer's activations in bf16."""
+    logits = work.rows_per_lm_head * spec.vocab_size * (2 + 4)
+    width = (work.teacher_parameters * WIDTH_TO_DEPTH / 12) ** (1 / 3)
+    activations = work.micro_batch_tokens * width * ACTIVATIONS * 2
+    return (logits + activations) / work.tensor_parallel

@@ -1,0 +1,203 @@
+"""Stores from stores: another profile or fewer logits, several in one, one in parts.
+
+Merging and splitting copy the profile's own arrays, so not a bit of the teacher changes; only row
+numbers do in a merge. Converting reads and writes, with the error of both profiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, TypeVar
+
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.manifest import Manifest
+from nemo_kd.store.reader import Store
+from nemo_kd.store.sample import Sample
+from nemo_kd.store.shard import Stored
+from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.writer import ShardWriter, StoreWriter
+
+Item = TypeVar("Item")
+Progress = Callable[[int], None]
+"""Called with the number of samples that are done."""
+
+MAY_DIFFER = ("source", "rows_per_shard")  # between stores that are merged
+
+
+def write_samples(
+    samples: Iterable[Sample],
+    directory: str | Path,
+    spec: StoreSpec,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """A store of samples that come in rising row order; a shard is begun when a row needs it."""
+    writer = StoreWriter(directory, spec, overwrite=overwrite)
+    return _write(writer, ((s.row, s) for s in samples), _add_sample, progress)
+
+
+def convert(
+    store: Store,
+    directory: str | Path,
+    *,
+    profile: str,
+    profile_options: dict[str, Any] | None = None,
+    top_k: int | None = None,
+    rows_per_shard: int | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """The same samples in another profile, with the first `top_k` logits of each token."""
+    there = store.manifest.spec
+    k = there.top_k if top_k is None else top_k
+    if k > there.top_k:
+        raise StoreError(
+            f"{store.directory} holds {there.top_k} logits a token, top_k is {k}; lower it, or "
+            "dump again"
+        )
+    spec = replace(
+        there,
+        top_k=k,
+        profile=profile,
+        profile_options=profile_options or {},
+        rows_per_shard=rows_per_shard or there.rows_per_shard,
+    )
+    samples = (_cut(store[i], k) for i in range(len(store)))
+    return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
+
+
+def merge(
+    stores: Sequence[Store],
+    directory: str | Path,
+    *,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Manifest:
+    """One store with the samples of several, in their order.
+
+    Rows are numbered on: a store's row r becomes `r + offset`, the offset being where the rows of
+    those before it end. `spec.source` keeps each store's own source and its offset.
+    """
+    first = stores[0]
+    for other in stores[1:]:
+        _refuse_unlike(first, other)
+    ends = [int(store.rows[-1]) + 1 if len(store) else 0 for store in stores]
+    offsets = [0, *accumulate(ends)][:-1]
+    parts = [
+        {"offset": offset, "store": store.fingerprint, "source": store.manifest.spec.source}
+        for store, offset in zip(stores, offsets, strict=True)
+    ]
+    spec = replace(first.manifest.spec, source={"merged": parts})
+    rows = (
+        (stored.row + offset, stored)
+        for store, offset in zip(stores, offsets, strict=True)
+        for stored in _stored(store)
+    )
+    writer = StoreWriter(directory, spec, overwrite=overwrite)
+    return _write(writer, rows, _add_stored, progress)
+
+
+def split(
+    store: Store,
+    directories: Sequence[str | Path],
+    weights: Sequence[float],
+    *,
+    seed: int = 0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> list[Manifest]:
+    """Parts of a store, a sample in one of them with the chance that its weight gives.
+
+    Which one follows from the seed and the row number alone, so two stores of the same rows are
+    split alike. Rows keep their numbers.
+    """
+    if len(weights) != len(directories) or min(weights) < 0 or sum(weights) <= 0:
+        raise StoreError(
+            f"{len(directories)} directories need as many weights, none below 0 and one above: "
+            f"{list(weights)}"
+        )
+    bounds = [end / sum(weights) for end in accumulate(weights)]
+    manifests = []
+    for part, directory in enumerate(directories):
+        note = {"part": part, "weights": list(weights), "seed": seed, "store": store.fingerprint}
+        source = {**store.manifest.spec.source, "split": note}
+        rows = (
+            (stored.row, stored)
+            for stored in _stored(store)
+            if _part(seed, stored.row, bounds) == part
+        )
+        spec = replace(store.manifest.spec, source=source)
+        writer = StoreWriter(directory, spec, overwrite=overwrite)
+        manifests.append(_write(writer, rows, _add_stored, progress))
+    return manifests
+
+
+def _write(
+    writer: StoreWriter,
+    rows: Iterable[tuple[int, Item]],
+    add: Callable[[ShardWriter, int, Item], None],
+    progress: Progress | None,
+) -> Manifest:
+    """Every (row, item) into the shard of its row; shards that no row needs are empty."""
+    stream = iter(rows)
+    pending = next(stream, None)
+    done = shard_index = 0
+    while pending is not None:
+        with writer.shard(shard_index) as shard:
+            end = (shard_index + 1) * writer.spec.rows_per_shard
+            while pending is not None and pending[0] < end:
+                row, item = pending
+                add(shard, row, item)
+                done += 1
+                pending = next(stream, None)
+        shard_index += 1
+        if progress is not None:
+            progress(done)
+    return writer.finish(shard_index)
+
+
+def _add_sample(shard: ShardWriter, row: int, sample: Sample) -> None:
+    shard.add(sample)
+
+
+def _add_stored(shard: ShardWriter, row: int, stored: Stored) -> None:
+    shard.add_encoded(row, stored.input_ids, stored.loss_mask, stored.arrays)
+
+
+def _stored(store: Store) -> Iterator[Stored]:
+    for number, info in enumerate(store.manifest.shards):
+        for index in range(info.samples):
+            yield store.shard(number).stored(index)
+
+
+def _cut(sample: Sample, top_k: int) -> Sample:
+    ids, logits = sample.topk_ids[:, :top_k], sample.topk_logits[:, :top_k]
+    return replace(sample, topk_ids=ids, topk_logits=logits)
+
+
+def _refuse_unlike(first: Store, other: Store) -> None:
+    found = first.manifest.spec.differences(other.manifest.spec)
+    unlike = [d for d in found if d[0].split(".")[0] not in MAY_DIFFER]
+    if unlike:
+        lines = "\n".join(f"  {name}: {a!r} and {b!r}" for name, a, b in unlike)
+        raise StoreError(
+            f"{first.directory} and {other.directory} cannot be one store, they differ in\n{lines}"
+        )
+
+
+def _part(seed: int, row: int, bounds: Sequence[float]) -> int:
+    share = _uniform(seed, row)
+    return next(i for i, bound in enumerate(bounds) if share < bound)
+
+
+def _uniform(seed: int, row: int) -> float:
+    """In [0, 1), from the 53 high bits of splitmix64 at (seed, row)."""
+    mask = (1 << 64) - 1
+    x = (seed * 0xD1342543DE82EF95 + row * 0x9E3779B97F4A7C15) & mask
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
+    return ((x ^ x >> 31) >> 11) / (1 << 53)
