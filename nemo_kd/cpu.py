@@ -45,20 +45,17 @@ def install() -> bool:
 
 def cpu_settings(precision: str | int = 32) -> dict[str, Any]:
     """Overrides (dotted key → value) that a NeMo training configuration needs on a CPU."""
-    model = dict.fromkeys(
-        [
-            "transformer_engine",
-            "persist_layer_norm",
-            "masked_softmax_fusion",
-            "bias_activation_fusion",
-            "bias_dropout_add_fusion",
-            "apply_rope_fusion",
-            "gradient_accumulation_fusion",
-            "gradient_as_bucket_view",
-        ],
-        False,
+    off = (
+        "transformer_engine",
+        "persist_layer_norm",
+        "masked_softmax_fusion",
+        "bias_activation_fusion",
+        "bias_dropout_add_fusion",
+        "apply_rope_fusion",
+        "gradient_accumulation_fusion",
+        "gradient_as_bucket_view",
     )
-    settings = {f"model.{key}": value for key, value in model.items()}
+    settings: dict[str, Any] = {f"model.{key}": False for key in off}
     settings["model.use_cpu_initialization"] = True
     settings["model.precision"] = settings["trainer.precision"] = precision
     settings["trainer.accelerator"] = "cpu"
@@ -131,7 +128,7 @@ def _patch_autocast() -> None:
     """`autocast("cuda")` would silently run in float32; `custom_fwd` binds it at import."""
     autocast, forward, backward = torch.autocast, torch.amp.custom_fwd, torch.amp.custom_bwd
 
-    class CpuAutocast(autocast):  # type: ignore[misc, valid-type]
+    class CpuAutocast(autocast):
         def __init__(self, device_type: str = "cpu", *args: Any, **kwargs: Any) -> None:
             super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
@@ -193,8 +190,12 @@ def _patch_nemo() -> None:
     """What NeMo takes from TransformerEngine, from Megatron-core's own torch modules instead."""
     # NeMo probes TransformerEngine's version where sequence parallelism meets adapters.
     version = importlib.metadata.version
-    te_names = ("transformer-engine", "transformer_engine")
-    importlib.metadata.version = lambda name: "0.0" if name in te_names else version(name)
+
+    def version_of(distribution_name: str) -> str:
+        te_names = ("transformer-engine", "transformer_engine")
+        return "0.0" if distribution_name in te_names else version(distribution_name)
+
+    importlib.metadata.version = version_of
 
     import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as gpt
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -250,7 +251,8 @@ class ShardableAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        super().__init__(params, lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay)
+        both = (betas[0], betas[1])  # a list where it comes from YAML
+        super().__init__(params, lr=lr, betas=both, eps=eps, weight_decay=weight_decay)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own asks for each `step`

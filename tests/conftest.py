@@ -48,14 +48,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
     The teacher is fine-tuned by the product's own script: plain SFT on the JSONL.
     """
     directory = tmp_path_factory.mktemp("tiny")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tests/tiny.py"), str(directory)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    program("tests/tiny.py", directory)
     script(
         "train_gpt_sft_kd.py",
         "name=teacher",
@@ -77,6 +70,18 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
     )
     (directory / "teacher/checkpoints/teacher.nemo").rename(directory / "teacher.nemo")
     return directory
+
+
+def program(path: str, *arguments: object) -> None:
+    """Run a helper of the tests in a process of its own: it patches torch for the CPU."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / path), *map(str, arguments)],
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
 
 
 def environment() -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -21,6 +22,9 @@ class KDTrainingConfig(KDConfig):
     """`microbatch`: mean over the answer tokens of each micro-batch, then over micro-batches and
     data-parallel ranks, as NeMo's SFT. `global_tokens`: mean over all answer tokens of the global
     batch, so the result does not depend on how the batch is split."""
+    fused_lm_head: bool = False
+    """Compute the LM head with the loss, in chunks of answer tokens: the logits of a whole
+    micro-batch never exist, and prompt positions do not go through the LM head at all."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -33,14 +37,14 @@ class KDTrainingConfig(KDConfig):
 
 def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:
     """`model.kd` → `KDTrainingConfig`; an unknown key is an error with the nearest valid name."""
-    values = {} if block is None else OmegaConf.to_container(block, resolve=True)
+    values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
     known = [field.name for field in dataclasses.fields(KDTrainingConfig)]
-    for key in values:  # type: ignore[union-attr]
+    for key in values:
         if key not in known:
-            near = difflib.get_close_matches(str(key), known, n=1)
+            near = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean model.kd.{near[0]}? " if near else ""
             raise ValueError(f"model.kd.{key} is unknown; {hint}Known: {', '.join(known)}")
-    return KDTrainingConfig(**values)  # type: ignore[arg-type]
+    return KDTrainingConfig(**values)
 
 
 def store_directories(data_cfg: DictConfig) -> list[str]:

@@ -21,8 +21,8 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig, ListConfig
 
 from nemo_kd.data import TEACHER_KEYS, TeacherSelection, teacher_at
-from nemo_kd.loss import KDLoss, sft_kd_loss
-from nemo_kd.megatron import gpt_module
+from nemo_kd.loss import KDLoss, linear_sft_kd_loss, sft_kd_loss
+from nemo_kd.megatron import gpt_module, split_lm_head
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.metrics import MetricSums
 from nemo_kd.model.stores import build_store_datasets
@@ -44,7 +44,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         # What is saved must load in a NeMo without this package.
         self.cfg.target = NEMO_SFT
         self._teacher: TeacherSelection | None = None
-        self._answer_tokens = 0
+        self._answer_tokens = torch.zeros(())  # of the global batch, all data-parallel ranks
         self._forward_only = False
         self._clock: float | None = None
         self._step_sums = MetricSums()
@@ -52,8 +52,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._sums = self._step_sums
         gpt = gpt_module(self)
         if gpt.post_process:
-            self._sft_loss = gpt.compute_language_model_loss
+            self._gpt_forward, self._sft_loss = gpt.forward, gpt.compute_language_model_loss
             gpt.compute_language_model_loss = self._language_model_loss
+            if self.kd.fused_lm_head and not self._is_plain_sft():
+                gpt.forward = self._fused_forward
 
     # --- data ----------------------------------------------------------------------------------
 
@@ -91,8 +93,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         """
         teacher, self._teacher = self._teacher, None
         if teacher is None:
-            return self._sft_loss(labels, logits)
-        if self._is_plain_sft(logits):
+            return self._loss_without_teacher(labels, logits)
+        if self._is_plain_sft():
             with torch.no_grad():
                 self._sums.add(self._sft_kd(labels, logits.detach(), teacher, inplace=False))
             return self.kd.weights[0] * self._sft_loss(labels, logits)
@@ -114,7 +116,42 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             inplace=inplace,
         )
 
-    def _is_plain_sft(self, logits: torch.Tensor) -> bool:
+    def _fused_forward(
+        self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """The GPTModel's forward, its LM head and loss in one where there are teacher rows."""
+        if labels is None or self._teacher is None:
+            return self._gpt_forward(*args, labels=labels, **kwargs)
+        teacher, self._teacher = self._teacher, None
+        gpt = gpt_module(self)
+        with split_lm_head(gpt):
+            hidden = self._gpt_forward(*args, labels=None, **kwargs)  # [S, B, H], or [S/TP, B, H]
+        tied = gpt.share_embeddings_and_output_weights
+        customization = self.cfg.get("mcore_customization_config") or {}
+        result = linear_sft_kd_loss(
+            hidden,
+            gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight,
+            labels.t(),
+            teacher.topk,
+            self.kd,
+            group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_size=self.tokenizer.vocab_size,
+            mask=teacher.mask,
+            sequence_parallel=gpt.config.sequence_parallel,
+            logit_softcap=customization.get("final_logit_softcapping") or None,
+        )
+        self._sums.add(result)
+        return result.loss.t().contiguous()
+
+    def _loss_without_teacher(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        if self.kd.weights[1] and not self._forward_only:
+            raise ValueError(
+                f"the weight of the distillation is {self.kd.weights[1]:g}, but this training "
+                "batch has no teacher rows: every training set needs a store"
+            )
+        return self._sft_loss(labels, logits)
+
+    def _is_plain_sft(self) -> bool:
         """Without a KD term Megatron's own cross-entropy trains: NeMo's SFT bit for bit."""
         padding = self.padded_vocab_size - self.tokenizer.vocab_size
         return not self.kd.weights[1] and (self.kd.count_padding or not padding)
@@ -128,7 +165,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             return super().loss_func(loss_mask, count, output_tensor)
         # Megatron divides by the number of micro-batches, NeMo by that of data-parallel ranks.
         parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
-        return super().loss_func(loss_mask, self._answer_tokens / parts, output_tensor)
+        count = self._answer_tokens.clamp(min=1) / parts
+        return super().loss_func(loss_mask, count, output_tensor)
 
     def fwd_bwd_step(
         self, dataloader_iter: Iterator[Any], forward_only: bool, first_val_step: Any = None
@@ -136,10 +174,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         batch = next(dataloader_iter)
         batch = batch[0] if isinstance(batch, tuple) else batch
         self._forward_only = forward_only
-        if self.kd.normalize == "global_tokens" and not forward_only:
+        if not forward_only:
             count = batch["loss_mask"].sum().to(torch.cuda.current_device())
             torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
-            self._answer_tokens = count.clamp(min=1)
+            self._answer_tokens = count
         return super().fwd_bwd_step(iter([batch]), forward_only, first_val_step)
 
     # --- metrics -------------------------------------------------------------------------------
@@ -153,7 +191,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         means = self._step_sums.means(self.kd)
         # From one step's backward to the next one's: data, forward, backward, optimizer.
         now = time.perf_counter()
-        means["tokens_per_s"] = self._step_sums.answer_tokens / (now - (self._clock or now - 1))
+        assert self._clock is not None  # set by on_train_batch_start
+        means["tokens_per_s"] = float(self._answer_tokens) / (now - self._clock)
         self._clock = now
         for name, value in means.items():
             self.log(name, value, batch_size=1, rank_zero_only=True)

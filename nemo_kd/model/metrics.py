@@ -33,7 +33,6 @@ class MetricSums:
 
     def reset(self) -> None:
         self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64)  # the last counts tokens
-        self.answer_tokens = 0
 
     def add(self, result: KDLoss) -> None:
         """Add one micro-batch: sums over its answer tokens, in float64."""
@@ -57,8 +56,7 @@ class MetricSums:
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        self.answer_tokens = int(sums[-1])
-        if not self.answer_tokens:
+        if not sums[-1]:
             return {}
         result = dict(zip(NAMES, (sums[:-1] / sums[-1]).tolist(), strict=True))
         sft_weight, kd_weight = kd.weights

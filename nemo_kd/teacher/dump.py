@@ -55,7 +55,7 @@ def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest:
     if torch.distributed.get_rank() == 0:
         writer.finish(shards)
         if cfg.jsonl:
-            store, unit = Store(writer.directory), spec.temperatures.index(1.0)
+            store, unit = iter(Store(writer.directory)), spec.temperatures.index(1.0)
             write_jsonl(writer.directory / "topk.jsonl", store, unit_temperature=unit)
     torch.distributed.barrier()
     return Store(writer.directory).manifest

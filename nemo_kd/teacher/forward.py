@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from megatron.core import parallel_state
@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,
     )
+
+
+class AnswerTopK(NamedTuple):
+    """The teacher at the A answer tokens of one row, on the CPU."""
+
+    logits: torch.Tensor  # [A, K] float32
+    ids: torch.Tensor  # [A, K] int64
+    logsumexp: torch.Tensor  # [A, temperatures] float32
 
 
 class TopKForward:
@@ -44,11 +52,11 @@ class TopKForward:
         self.pad_to = 8 * tensor_size if self.gpt.config.sequence_parallel else 16
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[TopK] | None:
+    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[AnswerTopK] | None:
         """One pass over `rows` (a multiple of `micro_batch_size`), padded to one length.
 
-        Returns for each row its TopK `[A, K]` (log-sum-exp `[A, T]`), on the CPU, on the last
-        pipeline stage of every tensor-parallel rank; None on the other stages.
+        Returns the top-K of each row on the last pipeline stage, the same on every
+        tensor-parallel rank; None on the other stages.
         """
         length = max(len(row) for row in rows) - 1  # the last token is only a target
         length = -(-length // self.pad_to) * self.pad_to
@@ -89,8 +97,8 @@ class TopKForward:
 
     def _topk(
         self, hidden: torch.Tensor, head: LMHead | None, rows: Sequence[Row]
-    ) -> Iterator[TopK]:
-        """hidden [S, B, H] (or this rank's part of S) → TopK of each row's answer tokens."""
+    ) -> Iterator[AnswerTopK]:
+        """hidden [S, B, H] (or this rank's part of S) → the top-K of each row's answer tokens."""
         assert head is not None  # the schedule calls this on the last stage only
         if self.gpt.config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
@@ -106,7 +114,7 @@ class TopKForward:
         for parts in zip(
             logits.split(sizes), ids.split(sizes), logsumexp.split(sizes), strict=True
         ):
-            yield TopK(*parts)
+            yield AnswerTopK(*parts)
 
     def _head_topk(self, hidden: torch.Tensor, head: LMHead) -> TopK:
         return vocab_parallel_topk(

@@ -12,8 +12,8 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from nemo_kd.loss import TopK
 from nemo_kd.store import StoreSpec
+from nemo_kd.teacher.forward import AnswerTopK
 from nemo_kd.teacher.rows import Row, SFTRows
 
 SECONDS_BETWEEN_LINES = 10.0
@@ -67,7 +67,7 @@ class DumpProgress:
         if self.shows and kind is None and self.rows:
             self._line()
 
-    def advance(self, rows: Sequence[Row], topk: Sequence[TopK] | None) -> None:
+    def advance(self, rows: Sequence[Row], topk: Sequence[AnswerTopK] | None) -> None:
         if not self.shows:
             return
         self.rows += len(rows)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
 
 if TYPE_CHECKING:
@@ -36,8 +37,8 @@ class Row:
     """One sample: `loss_mask[t]` is 1 where token t is an answer token (a target)."""
 
     row: int
-    input_ids: np.ndarray  # [S] int32
-    loss_mask: np.ndarray  # [S] uint8
+    input_ids: NDArray[np.int32]  # [S]
+    loss_mask: NDArray[np.uint8]  # [S]
 
     def __len__(self) -> int:
         return len(self.input_ids)

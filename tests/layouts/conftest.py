@@ -14,6 +14,7 @@ TENSOR, PIPELINE = "model.tensor_model_parallel_size", "model.pipeline_model_par
 LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
     "tp2": (2, [f"{TENSOR}=2"]),
+    "tp2sp": (2, [f"{TENSOR}=2", "model.sequence_parallel=true"]),
     "pp2": (2, [f"{PIPELINE}=2"]),
     "dp2": (2, []),
     "tp2pp2": (4, [f"{TENSOR}=2", f"{PIPELINE}=2"]),

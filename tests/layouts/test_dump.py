@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import Store
+from tests.conftest import program
+from tests.layouts.dense import ROWS
 
 
 def test_every_row_and_answer_token_is_stored(dump: Callable[..., Path], tiny: Path) -> None:
@@ -21,6 +23,26 @@ def test_every_row_and_answer_token_is_stored(dump: Callable[..., Path], tiny: P
         assert sample.topk_ids.shape == sample.topk_logits.shape == (answers, 20)
         assert sample.logsumexp.shape == (answers, 2)
         assert (np.diff(sample.topk_logits, axis=1) <= 0).all()
+
+
+def test_store_is_the_top_of_the_teachers_whole_distribution(
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    program("tests/layouts/dense.py", tiny, tmp_path / "dense.npz")
+    dense = np.load(tmp_path / "dense.npz")
+    for row in range(ROWS):
+        sample = Store(dump())[row]
+        assert np.array_equal(sample.input_ids, dense[f"tokens{row}"])
+        targets = sample.answer_positions()
+        assert targets[0] == dense[f"answer_start{row}"]
+        logits = dense[f"logits{row}"][targets - 1]  # [A, V] float64
+        order = np.argsort(-logits, axis=1, kind="stable")[:, :20]
+        assert np.array_equal(sample.topk_ids, order)
+        top = np.take_along_axis(logits, order, 1)
+        assert np.abs(sample.topk_logits - top).max() < 2**-6  # float16, values up to 16
+        for place, temperature in enumerate((1.0, 2.0)):
+            logsumexp = np.logaddexp.reduce(logits / temperature, axis=1)
+            assert np.abs(sample.logsumexp[:, place] - logsumexp).max() < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])

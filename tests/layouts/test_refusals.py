@@ -1,0 +1,121 @@
+"""What a user can get wrong ends in one line that says what to change."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Script
+
+QUIET = {"NEMO_KD_TRACEBACK": ""}
+
+
+def refused(script: Script, name: str, *overrides: str) -> str:
+    done = script(name, *overrides, fails=True, **QUIET)
+    lines = done.stderr.strip().splitlines()
+    (at,) = [i for i, line in enumerate(lines) if line.startswith("error: ")]
+    assert "Traceback" not in done.stderr
+    return "\n".join(lines[at:])
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.data.train_ds.store=/nowhere", "no store at /nowhere"),
+        ("model.kd.support=buckets", "Did you mean 'bucket'?"),
+        ("+model.kd.temprature=2", "did you mean model.kd.temperature?"),
+        ("+model.kd.alpha=0.5 model.kd.kd_weight=1", "both given"),
+        ("model.restore_from_path=/nowhere.nemo", "no checkpoint at /nowhere.nemo"),
+    ],
+)
+def test_settings(
+    script: Script, tiny: Path, dump: Callable[..., Path], override: str, message: str
+) -> None:
+    start = [f"model.restore_from_path={tiny}/student.nemo", f"model.data.train_ds.store={dump()}"]
+    assert message in refused(script, "train_gpt_sft_kd.py", *start, *override.split())
+
+
+def test_distillation_without_a_store(script: Script, tiny: Path) -> None:
+    message = refused(
+        script,
+        "train_gpt_sft_kd.py",
+        f"model.restore_from_path={tiny}/student.nemo",
+        f"model.data.train_ds.file_names=[{tiny}/train.jsonl]",
+        "trainer.precision=32",
+    )
+    assert "model.data.train_ds.store is not set" in message and "model.kd.alpha=0" in message
+
+
+def test_store_of_another_tokenizer(
+    script: Script, tiny: Path, dump: Callable[..., Path], tmp_path: Path
+) -> None:
+    """The same vocabulary size, another map: only the fingerprint tells."""
+    store = tmp_path / "store"
+    store.mkdir()
+    for path in dump().iterdir():
+        (store / path.name).symlink_to(path)
+    manifest = json.loads((store / "manifest.json").read_text())
+    manifest["spec"]["tokenizer"]["fingerprint"] = "0" * 64
+    (store / "manifest.json").unlink()
+    (store / "manifest.json").write_text(json.dumps(manifest))
+    message = refused(
+        script,
+        "train_gpt_sft_kd.py",
+        f"model.restore_from_path={tiny}/student.nemo",
+        f"model.data.train_ds.store={store}",
+        "trainer.precision=32",
+    )
+    assert "tokenizer is '0000" in message and "dump again" in message
+
+
+def dump_refused(script: Script, tiny: Path, tmp_path: Path, data: Path, *more: str) -> str:
+    return refused(
+        script,
+        "dump_teacher_topk.py",
+        f"model.restore_from_path={tiny}/teacher.nemo",
+        f"data.file_path={data}",
+        f"output_dir={tmp_path}/store",
+        "trainer.precision=32",
+        *more,
+    )
+
+
+def test_more_logits_than_words(script: Script, tiny: Path, tmp_path: Path) -> None:
+    message = dump_refused(script, tiny, tmp_path, tiny / "train.jsonl", "+model.kd.top_k=501")
+    assert "top_k must be in [1, vocab_size=500], not 501" in message
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"input": "a question"}, "row 1: no field 'output'"),
+        ({"input": "a question", "output": ""}, "row 1: no answer token ('output' is empty"),
+    ],
+)
+def test_record_without_an_answer(
+    script: Script, tiny: Path, tmp_path: Path, record: dict[str, str], message: str
+) -> None:
+    data = tmp_path / "bad.jsonl"
+    first = (tiny / "train.jsonl").read_text().splitlines()[0]
+    data.write_text(first + "\n" + json.dumps(record) + "\n")
+    assert message in dump_refused(script, tiny, tmp_path, data)
+    assert not (tmp_path / "store" / "manifest.json").exists()
+
+
+def test_resume_under_another_k(
+    script: Script, tiny: Path, tmp_path: Path, dump: Callable[..., Path]
+) -> None:
+    store = dump()
+    message = refused(
+        script,
+        "dump_teacher_topk.py",
+        f"model.restore_from_path={tiny}/teacher.nemo",
+        f"data.file_path={tiny}/train.jsonl",
+        f"output_dir={store}",
+        "trainer.precision=32",
+        "+model.kd.top_k=10",
+    )
+    assert "top_k: 20 there, 10 now" in message and "overwrite=true" in message
