@@ -58,12 +58,12 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
 def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
     """½ Σ |p - q|, in [0, 1] (no nats).
 
-    Its gradient is the sign of p - q. A difference below rounding has a sign by chance, so it
-    counts in the value but has no gradient: a student equal to its teacher is left in peace.
+    Its gradient is made of signs, and where p and q are equal but for rounding these are chance:
+    such a token has its value but no gradient, so that a student equal to its teacher stays so.
     """
-    difference = log_p.exp() - log_q.exp()
-    noise = difference.detach().abs() <= 32 * torch.finfo(difference.dtype).eps
-    return 0.5 * torch.where(noise, difference.detach(), difference).abs().sum(-1)
+    total = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
+    equal = total.detach() <= 32 * torch.finfo(total.dtype).eps
+    return torch.where(equal, total.detach(), total)
 
 
 def _mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:

@@ -31,13 +31,13 @@ class LinearHead:
     chunk_tokens: int
     sequence_parallel: bool
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(z [n, Vp], dz / d(h Wᵀ) [n, Vp] or None where it is just the scale)."""
+    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | float]:
+        """z [n, Vp] and its slope dz / d(h Wᵀ): [n, Vp], or a number where it is the same."""
         z = hidden @ weight.t()
         if self.scale != 1:
             z *= self.scale
         if self.softcap is None:
-            return z, None
+            return z, self.scale
         tanh = z.div_(self.softcap).tanh_()
         slope = (1 - tanh * tanh).mul_(self.scale)
         return tanh.mul_(self.softcap), slope
@@ -88,7 +88,7 @@ def linear_pass(
         z, slope = head.logits(hidden[part], weight)
         results.append(_chunk(z, ids[part], _rows_of(teacher, part), head, scale, any(wanted)))
         if any(wanted):  # z is now dz
-            z = z.mul_(slope) if slope is not None else z if head.scale == 1 else z.mul_(head.scale)
+            z *= slope
         if grad_hidden is not None:
             torch.mm(z, weight, out=grad_hidden[part])
         if grad_weight is not None:
