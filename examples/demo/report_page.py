@@ -1,0 +1,201 @@
+"""The report as one HTML page: no script, nothing loaded from elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+import report_figures
+from pygments import highlight
+from pygments.formatters import HtmlFormatter
+from pygments.lexers import PythonLexer
+from report_data import MODELS, STUDENTS, Demo, machine, versions
+
+STYLE = """
+:root { color-scheme: light; --ink: #1f2937; --soft: #6b7280; --line: #e5e7eb; --blue: #2563eb; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f3f4f6; color: var(--ink);
+  font: 16px/1.55 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif; }
+main { max-width: 68rem; margin: 0 auto; padding: 2.5rem 1.5rem 4rem; }
+h1 { font-size: 1.9rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
+h2 { font-size: 1.2rem; margin: 2.6rem 0 .7rem; }
+p { margin: .4rem 0 .8rem; max-width: 48rem; }
+.lead { font-size: 1.08rem; }
+.soft { color: var(--soft); }
+.card { background: white; border: 1px solid var(--line); border-radius: 10px;
+  padding: 1.1rem 1.3rem; margin: 1rem 0; overflow-x: auto; }
+.card > svg { width: 100%; height: auto; display: block; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .5rem .75rem; border-bottom: 1px solid var(--line); }
+th:first-child, td:first-child { text-align: left; }
+th { font-weight: 600; color: var(--soft); font-size: .86rem; vertical-align: bottom; }
+tr:last-child td { border-bottom: 0; }
+td.best { font-weight: 700; color: var(--blue); }
+.small td, .small th { font-size: .88rem; padding: .35rem .6rem; }
+pre { margin: 0; font: .79rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
+  monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .8rem;
+  margin-top: .9rem; }
+.answer { border: 1px solid var(--line); border-top: 3px solid var(--colour); border-radius: 6px;
+  padding: .6rem .8rem; background: #fcfcfd; }
+.answer h4 { margin: 0 0 .35rem; font-size: .8rem; color: var(--colour); }
+.origin { font-size: .82rem; color: var(--soft); margin: 0 0 .5rem; }
+code { font: .85em ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+details { margin: .2rem 0; } summary { cursor: pointer; }
+dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0;
+  font-size: .92rem; }
+dt { color: var(--soft); } dd { margin: 0; }
+"""
+
+
+def page(demo: Demo) -> str:
+    """The whole document."""
+    sections = [
+        heading(demo),
+        f"<div class='card'>{results_table(demo)}</div>{metric_notes(demo)}",
+        f"<h2>Learning curves</h2><div class='card'>{report_figures.curves(demo)}</div>",
+        layers(demo),
+        "<h2>Held-out prompts, completed greedily</h2>",
+        *(sample(row) for row in demo.completions["samples"]),
+        what_was_run(demo),
+    ]
+    return (
+        "<!doctype html><html lang='en'><head><meta charset='utf-8'>"
+        "<meta name='viewport' content='width=device-width, initial-scale=1'>"
+        f"<title>nemo-kd demo</title><style>{STYLE}</style></head>"
+        f"<body><main>{''.join(sections)}</main></body></html>\n"
+    )
+
+
+def heading(demo: Demo) -> str:
+    """The outcome in two sentences, whichever way it went."""
+    sft, kd = (demo.evaluation[name]["sft_loss"] for name in STUDENTS)
+    teacher, before = (demo.evaluation[name]["sft_loss"] for name in ("teacher", "student"))
+    word = "below" if kd < sft else "above"
+    return (
+        "<h1>Distillation from stored top-K logits</h1>"
+        f"<p class='lead'>After {last_step(demo)} steps on the same data in the same order, "
+        f"KD + SFT has a held-out cross-entropy of {kd:.3f} nats a token, {abs(sft - kd):.3f} "
+        f"{word} SFT alone ({sft:.3f}). The student started at {before:.2f}; its teacher has "
+        f"{teacher:.3f}.</p>"
+    )
+
+
+def last_step(demo: Demo) -> int:
+    """The number of steps that both students were trained."""
+    return max(demo.runs["kd"].training)
+
+
+def results_table(demo: Demo) -> str:
+    """One row a model; the better of the two trained students in bold."""
+    names = ["", "layers", "cross-entropy", "KL to the teacher", "top-1 agreement"]
+    head = "".join(f"<th>{name}</th>" for name in names)
+    rows = []
+    depth = {"teacher": len(demo.layers["influence"])}
+    for name, title in MODELS.items():
+        figures = demo.evaluation[name]
+        cells = [f"<td>{title}</td><td>{depth.get(name, len(demo.layers['kept']))}</td>"]
+        for metric, text in (
+            ("sft_loss", f"{figures['sft_loss']:.3f}"),
+            ("kd_loss", f"{figures['kd_loss']:.3f}"),
+            ("top1_agreement", f"{100 * figures['top1_agreement']:.1f} %"),
+        ):
+            cells.append(f"<td{best_class(demo, name, metric)}>{text}</td>")
+        rows.append(f"<tr>{''.join(cells)}</tr>")
+    return f"<table><tr>{head}</tr>{''.join(rows)}</table>"
+
+
+def best_class(demo: Demo, name: str, metric: str) -> str:
+    """The attribute that marks the better student's cell."""
+    if name not in STUDENTS:
+        return ""
+    values = [demo.evaluation[student][metric] for student in STUDENTS]
+    best = max(values) if metric == "top1_agreement" else min(values)
+    return " class='best'" if demo.evaluation[name][metric] == best else ""
+
+
+def metric_notes(demo: Demo) -> str:
+    """What the columns are."""
+    heldout = demo.data["heldout"]
+    return (
+        f"<p class='soft'>Over the answer tokens of {heldout['samples']} held-out functions, from "
+        f"{heldout['modules']} modules that training never saw, in nats a token. KL is that of "
+        "the teacher's stored top-K probabilities and the rest in one bucket, a lower bound of "
+        "the full one. Agreement: how often model and teacher have the same first choice.</p>"
+    )
+
+
+def layers(demo: Demo) -> str:
+    """Which layers the student has, and why."""
+    kept, total = demo.layers["kept"], len(demo.layers["influence"])
+    return (
+        "<h2>The student</h2>"
+        f"<p>The teacher pruned to {len(kept)} of its {total} layers, those that turn the "
+        "residual stream most (1 − cos of what enters and what leaves, in colour).</p>"
+        f"<div class='card'>{report_figures.layer_bars(demo)}</div>"
+    )
+
+
+def sample(row: dict[str, Any]) -> str:
+    """A prompt, its reference, and each model's completion side by side."""
+    columns = [("Reference", row["reference"], "#059669")]
+    for name, title in MODELS.items():
+        if name in row["completions"]:
+            colour = report_figures.COLOURS.get(name, "#6b7280")
+            columns.append((title, row["completions"][name], colour))
+    cells = "".join(
+        f"<div class='answer' style='--colour:{colour}'><h4>{escape(title)}</h4>"
+        f"<pre>{python(text)}</pre></div>"
+        for title, text, colour in columns
+    )
+    origin = f"{row['module']}, {row['function']}"
+    return (
+        f"<div class='card'><p class='origin'>{escape(origin)}</p>"
+        f"<pre>{python(row['prompt'])}</pre><div class='grid'>{cells}</div></div>"
+    )
+
+
+def python(text: str) -> str:
+    """Highlighted source; leading newlines are the dataset's, not the reader's."""
+    formatter = HtmlFormatter(nowrap=True, noclasses=True, style="xcode")
+    highlighted: str = highlight(text.lstrip("\n"), PythonLexer(stripnl=False), formatter)
+    return highlighted
+
+
+def what_was_run(demo: Demo) -> str:
+    """Commands with their times, data, versions, machine."""
+    rows = "".join(
+        f"<tr><td><details><summary>{escape(title)}</summary>"
+        f"<code>{escape(step['command'])}</code></details></td><td>{step['seconds']:.0f}</td></tr>"
+        for title, step in demo.steps.items()
+    )
+    total = sum(step["seconds"] for step in demo.steps.values())
+    table = (
+        "<table class='small'><tr><th>step</th><th>seconds</th></tr>"
+        f"{rows}<tr><td>all of it</td><td>{total:.0f}</td></tr></table>"
+    )
+    return (
+        f"<h2>What was run</h2><div class='card'>{definitions(facts(demo))}</div>"
+        f"<div class='card'>{table}</div>"
+    )
+
+
+def facts(demo: Demo) -> Iterable[tuple[str, str]]:
+    """Name and value of what a reader needs to judge the figures."""
+    for side, title in (("train", "training data"), ("heldout", "held-out data")):
+        size = demo.data[side]
+        counts = [f"{size[unit]:,} {unit}" for unit in ("samples", "tokens", "modules")]
+        yield title, ", ".join(counts)
+    sources = (f"{s['package']} {s['version']} ({s['licence']})" for s in demo.data["sources"])
+    yield "sources", ", ".join(sources)
+    seconds = (f"{MODELS[n]} {demo.runs[n].seconds_per_step:.2f} s" for n in STUDENTS)
+    yield "a training step", ", ".join(seconds)
+    yield "machine", machine()
+    yield "versions", ", ".join(f"{name} {version}" for name, version in versions().items())
+
+
+def definitions(pairs: Iterable[tuple[str, str]]) -> str:
+    """A list of names and values."""
+    items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs)
+    return f"<dl>{items}</dl>"
