@@ -1,0 +1,81 @@
+"""Checks that run inside a real gloo process group, each rank with its columns of the logits.
+
+`run(checks, ranks)` starts the ranks once and runs every check in them; a failing rank's
+assertion is what the caller sees.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+from nemo_kd.loss import KDConfig, TopK, reference
+
+
+def run(checks: Sequence[Callable[[], None]], ranks: int) -> None:
+    with tempfile.TemporaryDirectory() as directory:
+        arguments = (list(checks), ranks, f"file://{directory}/rendezvous")
+        mp.spawn(_rank, arguments, nprocs=ranks)
+
+
+def _rank(rank: int, checks: list[Callable[[], None]], ranks: int, address: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
+    try:
+        for check in checks:
+            check()
+    finally:
+        dist.destroy_process_group()
+
+
+def group() -> dist.ProcessGroup:
+    return dist.group.WORLD
+
+
+def columns(width: int) -> slice:
+    """This rank's columns of a vocabulary padded to `width`."""
+    each = width // dist.get_world_size()
+    return slice(dist.get_rank() * each, (dist.get_rank() + 1) * each)
+
+
+def padded(vocab_size: int) -> int:
+    """Megatron's padding: a multiple of the ranks, and never the vocabulary itself."""
+    ranks = dist.get_world_size()
+    return (vocab_size // ranks + 2) * ranks
+
+
+def student_logits(
+    shape: tuple[int, ...], vocab_size: int, dtype: torch.dtype, seed: int
+) -> torch.Tensor:
+    """[*shape, padded]: padding columns far above every real logit, where they would show."""
+    generator = torch.Generator().manual_seed(seed)
+    z = 3 * torch.randn(*shape, padded(vocab_size), generator=generator)
+    z[..., vocab_size:] = 50.0
+    return z.to(dtype)
+
+
+def teacher_rows(rows: int, vocab_size: int, k: int, temperature: float, seed: int) -> TopK:
+    generator = torch.Generator().manual_seed(seed + 1000)
+    z = 3 * torch.randn(rows, vocab_size, generator=generator)
+    exact = reference.topk(z, k, temperature)
+    assert exact.logsumexp is not None
+    return TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+
+
+def dense_gradient(
+    logits: torch.Tensor,
+    labels: torch.Tensor,
+    teacher: TopK,
+    config: KDConfig,
+    weight: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss [N] and d(Σ weight · loss)/d logits [N, V] of the dense reference, float64."""
+    z = logits.double().requires_grad_()
+    loss = reference.sft_kd_loss(z, labels, teacher, config)[0]
+    (loss * weight.double()).sum().backward()
+    assert z.grad is not None
+    return loss.detach(), z.grad
