@@ -19,6 +19,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.progress import Progress
 
 from nemo_kd import cpu
 from nemo_kd.checkpoints import CheckpointError, open_checkpoint, parse_layers, write_nemo
@@ -60,11 +61,14 @@ def main(
     start = time.perf_counter()
     wanted = None if dtype is Precision.own else getattr(torch, dtype.value)
     try:
-        with console.status(f"converting {source}"):
+        with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+            task = bar.add_task("reading", total=None)
             checkpoint = open_checkpoint(source)
             layers = parse_layers(_layer_list(keep_layers), checkpoint.llama.num_layers)
             cpu.install()  # megatron-core's checkpoint writer calls CUDA
-            done = write_nemo(checkpoint, output, layers, wanted)
+            # Writing takes about as long as reading a third of the layers.
+            bar.update(task, description="converting", total=len(layers) * 4 // 3)
+            done = write_nemo(checkpoint, output, layers, wanted, lambda: bar.advance(task))
     except CheckpointError as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from error

@@ -12,7 +12,7 @@ with H heads, G query groups, D head size.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,9 +68,16 @@ def global_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]
 
 
 def sharded_state(
-    checkpoint: Checkpoint, keep_layers: Sequence[int], vocab_size: int, dtype: torch.dtype
+    checkpoint: Checkpoint,
+    keep_layers: Sequence[int],
+    vocab_size: int,
+    dtype: torch.dtype,
+    layer_read: Callable[[], None],
 ) -> dict[str, Any]:
-    """The model of the kept layers; embedding and LM head cut to the tokenizer's `vocab_size`."""
+    """The model of the kept layers; embedding and LM head cut to the tokenizer's `vocab_size`.
+
+    `layer_read` is called after each layer.
+    """
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
     state: dict[str, Any] = {}
@@ -93,6 +100,7 @@ def sharded_state(
             state[f"{LAYERS}.{position}.{name}._extra_state"] = ShardedObject(
                 key, None, (count,), (position,)
             )
+        layer_read()
     return state
 
 

@@ -9,7 +9,7 @@ import hashlib
 import shutil
 import tarfile
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,10 +63,12 @@ def write_nemo(
     output: str | Path,
     keep_layers: Sequence[int],
     dtype: torch.dtype | None = None,
+    layer_read: Callable[[], None] = lambda: None,
 ) -> Conversion:
     """`checkpoint`'s `keep_layers` as `output` (.nemo), its tokenizer as a directory beside it.
 
-    `dtype` None keeps the checkpoint's own. The file appears when it is whole.
+    `dtype` None keeps the checkpoint's own. The file appears when it is whole. `layer_read` is
+    called after each layer.
     """
     output = Path(output).absolute()
     dtype = dtype or checkpoint.dtype
@@ -87,7 +89,7 @@ def write_nemo(
     config["converted_from"] = {"checkpoint": checkpoint.name, "layers": list(keep_layers)}
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
         folder = Path(scratch) / "content"
-        state = megatron.sharded_state(checkpoint, keep_layers, vocab_size, dtype)
+        state = megatron.sharded_state(checkpoint, keep_layers, vocab_size, dtype, layer_read)
         megatron.save(state, folder / "model_weights")
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)

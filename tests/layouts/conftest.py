@@ -21,6 +21,21 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 
+def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
+    return [
+        f"model.restore_from_path={tiny}/teacher.nemo",
+        f"data.file_path={tiny}/{split}.jsonl",
+        f"output_dir={directory}",
+        "data.max_seq_length=128",
+        "trainer.precision=32",
+        "model.micro_batch_size=3",
+        "rows_per_shard=10",
+        "rows_per_lm_head=50",
+        "+model.kd.top_k=20",
+        "model.kd.temperatures=[1.0,2.0]",
+    ]
+
+
 @pytest.fixture(scope="session")
 def dump(
     tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
@@ -32,21 +47,8 @@ def dump(
         if (layout, split) not in made:
             directory = tmp_path_factory.mktemp(f"dump-{layout}-{split}") / "store"
             processes, overrides = LAYOUTS[layout]
-            script(
-                "dump_teacher_topk.py",
-                f"model.restore_from_path={tiny}/teacher.nemo",
-                f"data.file_path={tiny}/{split}.jsonl",
-                f"output_dir={directory}",
-                "data.max_seq_length=128",
-                "trainer.precision=32",
-                "model.micro_batch_size=3",
-                "rows_per_shard=10",
-                "rows_per_lm_head=50",
-                "+model.kd.top_k=20",
-                "model.kd.temperatures=[1.0,2.0]",
-                *overrides,
-                processes=processes,
-            )
+            base = dump_overrides(tiny, split, directory)
+            script("dump_teacher_topk.py", *base, *overrides, processes=processes)
             made[layout, split] = directory
         return made[layout, split]
 

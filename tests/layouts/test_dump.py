@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,7 +10,8 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import Store
-from tests.conftest import program
+from tests.conftest import Script, program
+from tests.layouts.conftest import LAYOUTS, dump_overrides
 from tests.layouts.dense import ROWS
 
 
@@ -56,6 +58,30 @@ def test_layouts_agree(dump: Callable[..., Path], layout: str) -> None:
         # Relative logits are stored in float16: one unit in the last place of values up to 16.
         assert np.abs(a.topk_logits - b.topk_logits).max() < 2**-6
         assert np.abs(a.logsumexp - b.logsumexp).max() < 1e-5
+
+
+def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
+    dump: Callable[..., Path], tiny: Path, script: Script
+) -> None:
+    """The same command once more: every shard is whole, only the exchange file is new."""
+    store, overrides = dump("tp2"), LAYOUTS["tp2"]
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("shard-*/*")}
+    done = script(
+        "dump_teacher_topk.py",
+        *dump_overrides(tiny, "train", store),
+        "jsonl=true",
+        *overrides[1],
+        processes=2,
+    )
+    assert "4 shards are whole already" in done.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in store.rglob("shard-*/*")}
+    lines = (store / "topk.jsonl").read_text().splitlines()
+    for sample, line in zip(Store(store), lines, strict=True):
+        record = json.loads(line)
+        answers = sample.answer_positions() - 1
+        assert record["tokens"] == sample.input_ids[:-1].tolist()
+        assert np.array_equal(np.array(record["topk_token_ids"])[answers], sample.topk_ids)
+        assert np.allclose(np.array(record["topk_logits"])[answers], sample.topk_logits, atol=2**-6)
 
 
 def test_data_parallel_dump_has_the_same_bytes(dump: Callable[..., Path]) -> None:

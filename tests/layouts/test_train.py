@@ -84,6 +84,12 @@ def test_alpha_zero_is_nemos_own_sft_bit_for_bit(
     assert [line["reduced_train_loss"] for line in ours] == nemo
 
 
+def test_bf16_trains_over_a_pipeline(train: Callable[..., Path]) -> None:
+    options = ["trainer.precision=bf16-mixed", "trainer.max_steps=3"]
+    for a, b in zip(steps(train())[:3], steps(train("pp2", *options)), strict=True):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+
+
 def test_global_tokens_does_not_depend_on_the_split(train: Callable[..., Path]) -> None:
     """Micro-batches of 1, 2 and 4, accumulated 4, 1 and 1 times, over 1 and 2 ranks."""
     option = "+model.kd.normalize=global_tokens"
