@@ -128,7 +128,7 @@ def _patch_autocast() -> None:
     """`autocast("cuda")` would silently run in float32; `custom_fwd` binds it at import."""
     autocast, forward, backward = torch.autocast, torch.amp.custom_fwd, torch.amp.custom_bwd
 
-    class CpuAutocast(autocast):
+    class CpuAutocast(autocast):  # type: ignore[misc, valid-type]
         def __init__(self, device_type: str = "cpu", *args: Any, **kwargs: Any) -> None:
             super().__init__("cpu" if device_type == "cuda" else device_type, *args, **kwargs)
 
@@ -138,7 +138,7 @@ def _patch_autocast() -> None:
     def custom_bwd(bwd: Any = None, *, device_type: str = "cpu") -> Any:
         return backward(bwd, device_type="cpu")
 
-    torch.autocast = torch.amp.autocast = CpuAutocast  # type: ignore[misc]
+    torch.autocast = torch.amp.autocast = CpuAutocast
     torch.amp.custom_fwd, torch.amp.custom_bwd = custom_fwd, custom_bwd  # type: ignore[assignment]
 
 

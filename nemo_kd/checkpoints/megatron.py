@@ -123,9 +123,8 @@ def _process_group_of_one() -> Iterator[None]:
             )
         yield
         return
-    torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
-    )
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         yield
     finally:

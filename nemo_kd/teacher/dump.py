@@ -27,7 +27,7 @@ def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest:
     """Every row of `data.file_path` through the teacher; the manifest of the finished store.
 
     Shard i is the work of data-parallel rank `i % DP`; shards that are whole already are skipped.
-    Collectives over data-parallel ranks: barriers before the first shard and after the last.
+    Collectives over all ranks: barriers before the first shard, one small sum after the last.
     """
     rows = SFTRows(model, cfg.data)
     spec = store_spec(cfg, model, len(rows))
@@ -51,8 +51,10 @@ def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest:
                 with writer.shard(shard) as out:
                     for sample in sorted(samples, key=lambda sample: sample.row):
                         out.add(sample)
-    torch.distributed.barrier()
+    summary = progress.summary()
     if torch.distributed.get_rank() == 0:
+        if summary:
+            print(summary)
         writer.finish(shards)
         if cfg.jsonl:
             store, unit = iter(Store(writer.directory)), spec.temperatures.index(1.0)

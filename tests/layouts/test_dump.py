@@ -84,6 +84,16 @@ def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
         assert np.allclose(np.array(record["topk_logits"])[answers], sample.topk_logits, atol=2**-6)
 
 
+def test_a_teacher_that_never_agrees_with_the_labels_is_warned_of(
+    tiny: Path, script: Script, tmp_path: Path
+) -> None:
+    overrides = dump_overrides(tiny, "heldout", tmp_path / "store")[1:]
+    untrained = f"model.restore_from_path={tiny}/student.nemo"
+    done = script("dump_teacher_topk.py", untrained, *overrides)
+    assert "this run: 10 rows" in done.stdout
+    assert "WARNING: below 10%: is data.prompt_template" in done.stdout
+
+
 def test_data_parallel_dump_has_the_same_bytes(dump: Callable[..., Path]) -> None:
     files = sorted(path.relative_to(dump()) for path in dump().rglob("*") if path.is_file())
     assert len(files) > 5
