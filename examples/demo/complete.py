@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
+from rich.progress import track
 
 from nemo_kd import megatron
 
@@ -127,14 +128,12 @@ def main(
         }
         for row, text in zip(rows, texts, strict=True)
     ]
-    for name, path in models.items():
-        with console.status(f"{name} completes {len(rows)} prompts"):
-            # NeMo wants the batch size of its first model again, and generation changes it.
-            unset_num_microbatches_calculator()
-            restored = megatron.restore(path, MegatronGPTSFTModel, cfg, trainer)
-            for result, text in zip(results, complete(restored, texts, tokens), strict=True):
-                result["completions"][name] = text
-        console.print(f"{name}: done")
+    for name, path in track(models.items(), f"completing {len(rows)} prompts", console=console):
+        # NeMo wants the batch size of its first model again, and generation changes it.
+        unset_num_microbatches_calculator()
+        restored = megatron.restore(path, MegatronGPTSFTModel, cfg, trainer)
+        for result, text in zip(results, complete(restored, texts, tokens), strict=True):
+            result["completions"][name] = text
     output.parent.mkdir(parents=True, exist_ok=True)
     content = {"tokens": tokens, "samples": results}
     output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemo_kd.store import Store
+
 # Name in the directory → in the report. The order is that of every table and column.
 MODELS = {
     "teacher": "Teacher",
@@ -71,6 +73,8 @@ class Demo:
     """Title → command and seconds, in the order they ran."""
     data: dict[str, Any]
     layers: dict[str, Any]
+    store: Store
+    """The training data with the teacher's logits."""
 
 
 def figure(row: dict[str, float], metric: str, prefix: str = "") -> float:
@@ -108,6 +112,7 @@ def read_demo(directory: Path) -> Demo:
         steps=json.loads(_read(directory / "steps.json")),
         data=json.loads(_read(directory / "data.json")),
         layers=json.loads(_read(directory / "layers.json")),
+        store=Store(directory / "store-train"),
     )
 
 

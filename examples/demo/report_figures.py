@@ -11,6 +11,7 @@ from report_data import MODELS, STUDENTS, Curve, Demo
 matplotlib.use("svg")
 
 from matplotlib import pyplot
+from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"teacher": "#6b7280", "sft": "#d97706", "kd": "#2563eb"}
 SMOOTHING = 10  # steps; a training step sees a handful of samples
@@ -73,6 +74,7 @@ def curves(demo: Demo) -> str:
         )
         for axis, (title, label) in zip(axes.flat, titles, strict=True):
             axis.set(title=title, ylabel=label, xlabel="step")
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes[0, 0].legend(frameon=False)
         return _svg(figure)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from html import escape
 from typing import Any
@@ -35,7 +36,7 @@ td.best { font-weight: 700; color: var(--blue); }
 .small td, .small th { font-size: .88rem; padding: .35rem .6rem; }
 pre { margin: 0; font: .79rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
   monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(20rem, 1fr)); gap: .8rem;
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); gap: .8rem;
   margin-top: .9rem; }
 .answer { border: 1px solid var(--line); border-top: 3px solid var(--colour); border-radius: 6px;
   padding: .6rem .8rem; background: #fcfcfd; }
@@ -157,9 +158,11 @@ def sample(row: dict[str, Any]) -> str:
 
 
 def python(text: str) -> str:
-    """Highlighted source; leading newlines are the dataset's, not the reader's."""
+    """Highlighted source; an empty first line is the template's, not the reader's."""
     formatter = HtmlFormatter(nowrap=True, noclasses=True, style="xcode")
-    highlighted: str = highlight(text.lstrip("\n"), PythonLexer(stripnl=False), formatter)
+    highlighted: str = highlight(
+        re.sub(r"^\s*\n", "", text).rstrip(), PythonLexer(stripnl=False), formatter
+    )
     return highlighted
 
 
@@ -187,6 +190,12 @@ def facts(demo: Demo) -> Iterable[tuple[str, str]]:
         size = demo.data[side]
         counts = [f"{size[unit]:,} {unit}" for unit in ("samples", "tokens", "modules")]
         yield title, ", ".join(counts)
+    totals, spec = demo.store.manifest.totals, demo.store.manifest.spec
+    yield (
+        "teacher's logits",
+        f"top {spec.top_k} of {spec.vocab_size:,} at {totals['answer_tokens']:,} answer tokens, "
+        f"{totals['bytes'] / 1e6:.1f} MB",
+    )
     sources = (f"{s['package']} {s['version']} ({s['licence']})" for s in demo.data["sources"])
     yield "sources", ", ".join(sources)
     seconds = (f"{MODELS[n]} {demo.runs[n].seconds_per_step:.2f} s" for n in STUDENTS)
