@@ -138,8 +138,8 @@ def _patch_autocast() -> None:
     def custom_bwd(bwd: Any = None, *, device_type: str = "cpu") -> Any:
         return backward(bwd, device_type="cpu")
 
-    torch.autocast = torch.amp.autocast = CpuAutocast
-    torch.amp.custom_fwd, torch.amp.custom_bwd = custom_fwd, custom_bwd  # type: ignore[assignment]
+    torch.autocast = torch.amp.autocast = CpuAutocast  # type: ignore[misc]
+    torch.amp.custom_fwd, torch.amp.custom_bwd = custom_fwd, custom_bwd
 
 
 def _is_cuda(device: Any) -> bool:

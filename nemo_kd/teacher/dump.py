@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from nemo_kd.teacher.fingerprint import checkpoint_fingerprint, file_sha256
 from nemo_kd.teacher.forward import TopKForward
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import TEMPLATE_KEYS, Row, SFTRows
+from nemo_kd.teacher.stop import StopOnSignal
 from nemo_kd.tokenizer import tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -23,8 +25,10 @@ if TYPE_CHECKING:
     )
 
 
-def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest:
+def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest | None:
     """Every row of `data.file_path` through the teacher; the manifest of the finished store.
+
+    None when a signal asked to stop: what is whole stays, the same command goes on.
 
     Shard i is the work of data-parallel rank `i % DP`; shards that are whole already are skipped.
     Collectives over all ranks: barriers before the first shard, one small sum after the last.
@@ -44,23 +48,33 @@ def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest:
     writes = parallel_state.is_pipeline_last_stage() and not (
         parallel_state.get_tensor_model_parallel_rank()
     )
-    with DumpProgress(todo, len(mine) - len(todo), rows, spec) as progress:
+    with StopOnSignal() as stop, DumpProgress(todo, len(mine) - len(todo), rows, spec) as progress:
         for shard in todo:
+            if stop.agreed():
+                break
             samples = list(shard_samples(rows, shard, spec.rows_per_shard, forward, cfg, progress))
             if writes:
                 with writer.shard(shard) as out:
                     for sample in sorted(samples, key=lambda sample: sample.row):
                         out.add(sample)
+        stopped = stop.agreed(torch.distributed.group.WORLD)
     summary = progress.summary()
     if torch.distributed.get_rank() == 0:
         if summary:
             print(summary)
-        writer.finish(shards)
-        if cfg.jsonl:
+        if stopped:
+            whole = sum(writer.is_whole(shard) for shard in range(shards))
+            print(
+                f"stopped by a signal: {whole} of {shards} shards are whole in {cfg.output_dir}; "
+                "give the same command again to go on"
+            )
+        else:
+            writer.finish(shards)
+        if cfg.jsonl and not stopped:
             store, unit = iter(Store(writer.directory)), spec.temperatures.index(1.0)
             write_jsonl(writer.directory / "topk.jsonl", store, unit_temperature=unit)
     torch.distributed.barrier()
-    return Store(writer.directory).manifest
+    return None if stopped else Store(writer.directory).manifest
 
 
 def open_writer(cfg: DictConfig, spec: StoreSpec) -> StoreWriter:
@@ -116,7 +130,8 @@ def shard_samples(
     # More than one micro-batch in flight keeps the stages of a pipeline busy.
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     in_flight = 1 if stages == 1 else 2 * stages
-    for call, micro_batch_size in calls(batch, cfg.model.micro_batch_size, in_flight):
+    limit = cfg.max_tokens_per_micro_batch or sys.maxsize
+    for call, micro_batch_size in calls(batch, cfg.model.micro_batch_size, limit, in_flight):
         results = forward(call, micro_batch_size)
         for row, topk in zip(call, results or [], strict=False):
             yield Sample(
@@ -131,17 +146,19 @@ def shard_samples(
 
 
 def calls(
-    rows: list[Row], micro_batch_size: int, in_flight: int
+    rows: list[Row], micro_batch_size: int, max_tokens: int, in_flight: int
 ) -> Iterator[tuple[list[Row], int]]:
     """Rows of like length for one forward call each, with the micro-batch size of the call.
 
-    Megatron wants equal micro-batches in a call: what is left over becomes smaller calls.
+    A micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens (one row always
+    goes). Megatron wants equal micro-batches in a call: what is left over becomes smaller calls.
     """
     ordered = sorted(rows, key=lambda row: (-len(row), row.row))
     start = 0
     while start < len(ordered):
         left = len(ordered) - start
-        size = min(micro_batch_size, left)
+        fitting = min(max_tokens // len(ordered[start]), left)
+        size = max(min(micro_batch_size, fitting), 1)
         count = size * min(in_flight, left // size)
         yield ordered[start : start + count], size
         start += count

@@ -24,7 +24,7 @@ def run(cfg: DictConfig) -> None:
     model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
     model.freeze()
     manifest = dump(cfg, model.to(torch.cuda.current_device()))
-    if torch.distributed.get_rank() == 0:
+    if manifest is not None and torch.distributed.get_rank() == 0:
         totals = manifest.totals
         each = totals["bytes"] / max(totals["answer_tokens"], 1)
         print(

@@ -1,0 +1,101 @@
+"""A dump that is killed, or told to stop, goes on and ends with the bytes of one that was not."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.conftest import ROOT, Script, environment
+from tests.layouts.conftest import LAYOUTS, dump_overrides
+from tests.layouts.test_dump import assert_same_teacher
+
+REPEATS = 8  # of the tiny file: enough shards of one row that a signal meets the dump at work
+
+
+def started(overrides: list[str], processes: int) -> subprocess.Popen[str]:
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    launcher = torchrun if processes > 1 else []
+    command = [sys.executable, *launcher, str(ROOT / "examples/dump_teacher_topk.py"), *overrides]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
+
+
+def wait_for_shards(store: Path, count: int) -> None:
+    limit = time.monotonic() + 120
+    while len(list(store.glob("shard-*"))) < count:
+        assert time.monotonic() < limit, "no shard appeared"
+        time.sleep(0.002)
+
+
+def long_dump(tiny: Path, store: Path) -> list[str]:
+    data = tiny / "long.jsonl"
+    data.write_text((tiny / "train.jsonl").read_text() * REPEATS)
+    overrides = dump_overrides(tiny, "long", store)
+    return [*overrides, "rows_per_shard=1"]
+
+
+@pytest.fixture(scope="module")
+def whole(tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("whole") / "store"
+    script("dump_teacher_topk.py", *long_dump(tiny, store))
+    return store
+
+
+def same_bytes(a: Path, b: Path) -> None:
+    files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+    assert files == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+    for file in files:
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("shards", [1, pytest.param(100, marks=pytest.mark.slow)])
+def test_killed_dump_resumes_under_another_data_parallel_size(
+    tiny: Path, script: Script, whole: Path, tmp_path: Path, shards: int
+) -> None:
+    store = tmp_path / "store"
+    overrides = long_dump(tiny, store)
+    dump = started(overrides, processes=2)
+    wait_for_shards(store, shards)
+    launcher = psutil.Process(dump.pid)
+    for process in [launcher, *launcher.children(recursive=True)]:  # the ranks have own sessions
+        process.kill()
+    dump.communicate()
+    assert not (store / "manifest.json").exists()
+    script("dump_teacher_topk.py", *overrides)
+    same_bytes(whole, store)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_ends_the_dump_in_good_order(
+    tiny: Path, script: Script, whole: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    store = tmp_path / "store"
+    overrides = long_dump(tiny, store)
+    dump = started(overrides, processes=1)
+    wait_for_shards(store, 1)
+    dump.send_signal(number)
+    output, errors = dump.communicate(timeout=120)
+    assert dump.returncode == 0, errors
+    assert "stopped by a signal" in output and "give the same command again" in output
+    assert not (store / "manifest.json").exists()
+    script("dump_teacher_topk.py", *overrides)
+    same_bytes(whole, store)
+
+
+def test_long_rows_share_a_micro_batch_with_fewer_others(
+    dump: Callable[..., Path], tiny: Path, script: Script, tmp_path: Path
+) -> None:
+    """On the tensor- and pipeline-parallel layout at once, under sequence parallelism too."""
+    processes, overrides = LAYOUTS["tp2pp2"]
+    store = tmp_path / "store"
+    base = dump_overrides(tiny, "train", store)
+    more = ["max_tokens_per_micro_batch=100", "model.sequence_parallel=true"]
+    script("dump_teacher_topk.py", *base, *overrides, *more, processes=processes)
+    assert_same_teacher(dump(), store)
