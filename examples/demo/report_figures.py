@@ -25,6 +25,7 @@ STYLE: dict[str, Any] = {
     "axes.titlesize": 10,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
+    "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": "#e5e7eb",
     "xtick.color": "#6b7280",

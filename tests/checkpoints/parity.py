@@ -7,6 +7,7 @@ absolute value; and `saved.nemo`, what NeMo saves of a restored model.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import json
 import os
@@ -46,8 +47,15 @@ def make(directory: Path, rank: int) -> None:
 
 
 def make_tiny(directory: Path, name: str, model: Any, layers: Sequence[int]) -> None:
-    source = open_checkpoint(models.save(model, directory / name, shard_size="60KB"))
-    write_nemo(source, directory / f"{name}.nemo", layers)
+    if name == "untied_llama3":  # stored as most checkpoints are; transformers computes in float32
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16().float()
+        models.save(copy.deepcopy(model).bfloat16(), directory / name, shard_size="60KB")
+    else:
+        models.save(model, directory / name, shard_size="60KB")
+    done = write_nemo(open_checkpoint(directory / name), directory / f"{name}.nemo", layers)
+    assert (done.dtype is torch.bfloat16) == (name == "untied_llama3")
+    assert done.dropped_rows == 1
     model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in layers)
     for position, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = position
