@@ -31,7 +31,7 @@ def _megatron() -> ModuleType:
             f"a store's files are read and written by megatron-core, which is missing ({error}); "
             'pip install "megatron-core==0.13.1"'
         ) from error
-    return indexed_dataset  # type: ignore[no-any-return]
+    return indexed_dataset
 
 
 class FieldWriter:

@@ -110,4 +110,4 @@ def _other_bytes(spec: StoreSpec, work: Workload) -> float:
     logits = work.rows_per_lm_head * spec.vocab_size * (2 + 4)
     width = (work.teacher_parameters * WIDTH_TO_DEPTH / 12) ** (1 / 3)
     activations = work.micro_batch_tokens * width * ACTIVATIONS * 2
-    return (logits + activations) / work.tensor_parallel
+    return float((logits + activations) / work.tensor_parallel)

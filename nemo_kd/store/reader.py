@@ -5,7 +5,7 @@ from __future__ import annotations
 import resource
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ class Store:
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
-        _refuse_unfinished(self.directory)
+        refuse_unfinished(self.directory)
         self.manifest = Manifest.read(self.directory)
         self.fingerprint = self.manifest.fingerprint
         self.codec = codec_of(self.manifest.spec)
@@ -57,6 +57,9 @@ class Store:
         number = bisect_right(self._ends, place)
         first = self._ends[number - 1] if number else 0
         return self.shard(number).sample(place - first)
+
+    def __iter__(self) -> Iterator[Sample]:
+        return (self[i] for i in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
         return {"directory": self.directory}
@@ -124,6 +127,16 @@ class Store:
     def _filled_shards(self) -> list[int]:
         return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]
 
+    def index_of(self, row: int) -> int:
+        """Where the sample of this source row stands; StoreError if it is not in the store."""
+        number = row // self.manifest.spec.rows_per_shard
+        if 0 <= number < len(self.manifest.shards) and self.manifest.shards[number].samples:
+            found = np.flatnonzero(self.shard(number).rows() == row)
+            if found.size:
+                return (self._ends[number - 1] if number else 0) + int(found[0])
+        last = self.manifest.shards[-1].last_row if self.manifest.shards else None
+        raise StoreError(f"{self.directory} has no sample of row {row}; its last row is {last}")
+
     def shard(self, number: int) -> Shard:
         """The open files of a shard; those not used for longest are closed."""
         if number in self._open:
@@ -152,7 +165,7 @@ class Store:
                 )
 
 
-def _refuse_unfinished(directory: Path) -> None:
+def refuse_unfinished(directory: Path) -> None:
     if (directory / MANIFEST).is_file():
         return
     if not directory.is_dir():

@@ -11,6 +11,7 @@ from nemo_kd.store.errors import StoreError
 from nemo_kd.store.files import sha256_of_json
 
 MAX_VOCABULARY = 1 << 32
+ROWS_PER_SHARD = 256
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class StoreSpec:
     temperatures: tuple[float, ...] = (1.0,)
     """A log-sum-exp `log sum_v exp(z_v / T)` is stored for each T; 1.0 must be among them."""
 
-    rows_per_shard: int = 256
+    rows_per_shard: int = ROWS_PER_SHARD
     """Shard i holds source rows [i * rows_per_shard, (i + 1) * rows_per_shard)."""
 
     profile: str = "plain"

@@ -13,7 +13,6 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, relative_logits
@@ -71,12 +70,16 @@ def unpack_ids(packed: NDArray[Any]) -> NDArray[np.int64]:
 
 def to_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float16 bits, rounded to nearest even; torch's conversion is vectorised, numpy's is not."""
+    import torch  # takes a second, and not every command of `nemo-kd` reads samples
+
     bits: NDArray[np.uint16] = torch.from_numpy(values).half().numpy().view(np.uint16)
     return bits
 
 
 def from_half(bits: NDArray[np.uint16], added: NDArray[np.float32]) -> NDArray[np.float32]:
     """float32(bits) + added, `added` broadcast."""
+    import torch
+
     half = torch.from_numpy(bits.view(np.float16).copy())  # torch wants memory it may write
     sums: NDArray[np.float32] = half.float().add_(torch.from_numpy(added)).numpy()
     return sums

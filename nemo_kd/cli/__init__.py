@@ -1,0 +1,1 @@
+"""`nemo-kd`: stores on the command line."""

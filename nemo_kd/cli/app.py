@@ -1,0 +1,49 @@
+"""The application, and what its commands share."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+app = typer.Typer(
+    help="Stores of teacher logits: inspect, show, verify, stats, convert, merge, split, plan.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Overwrite = Annotated[bool, typer.Option(help="Replace a store that is there already.")]
+TokenizerPath = Annotated[
+    str | None,
+    typer.Option("--tokenizer", help="Tokenizer directory, or SentencePiece .model file."),
+]
+
+
+@contextmanager
+def progress(name: str) -> Iterator[Callable[[int, int], None]]:
+    """A bar on standard error, where that is a terminal; call with done and total."""
+    from rich.progress import Progress
+
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task(name, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def report(result: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(result)
+    else:
+        typer.echo(", ".join(f"{name}: {value}" for name, value in result.items()))

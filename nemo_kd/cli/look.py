@@ -1,0 +1,125 @@
+"""Looking at stores: inspect, show, verify, stats."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+from nemo_kd.cli.app import Json, StoreArgument, TokenizerPath, app, print_json, progress
+
+
+@app.command()
+def inspect(store: StoreArgument, as_json: Json = False) -> None:
+    """What a store is: its specification and totals, from the manifest alone."""
+    from nemo_kd.cli import render
+    from nemo_kd.store.manifest import Manifest
+    from nemo_kd.store.reader import refuse_unfinished
+
+    refuse_unfinished(store)
+    manifest = Manifest.read(store)
+    totals = manifest.totals
+    each = totals["bytes"] / max(totals["answer_tokens"], 1)
+    if as_json:
+        value = {"fingerprint": manifest.fingerprint, "bytes_per_answer_token": each, **totals}
+        print_json({**value, "shards": len(manifest.shards), "spec": manifest.spec.to_json()})
+        return
+    counts = {
+        "samples": f"{totals['samples']:,} ({totals['samples_without_answer']:,} without answer)",
+        "tokens": f"{totals['tokens']:,}, {totals['answer_tokens']:,} of answers",
+        "size": f"{render.size(totals['bytes'])} in {len(manifest.shards):,} shards, "
+        f"{each:.1f} bytes an answer token, tokens and indices included",
+        "fingerprint": manifest.fingerprint,
+    }
+    console = Console()
+    console.print(render.pairs(str(store), counts))
+    console.print(render.pairs("\nspecification", flat(manifest.spec.to_json())))
+
+
+@app.command()
+def show(
+    store: StoreArgument,
+    row: Annotated[int, typer.Argument(metavar="ROW", help="Source row, as errors name it.")],
+    tokenizer: TokenizerPath = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Ids instead of text.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Choices of the teacher to show.")] = 5,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained page instead.")] = None,
+    as_json: Json = False,
+) -> None:
+    """One sample: its text and, for each answer token, the teacher's most likely ids."""
+    from nemo_kd.cli import render
+    from nemo_kd.cli.html import render_html
+    from nemo_kd.cli.row import view_row
+    from nemo_kd.cli.tokenizers import Ids, store_tokenizer
+    from nemo_kd.store.reader import Store
+
+    opened = Store(store)
+    spec = opened.manifest.spec
+    view = view_row(opened, row, Ids() if ids else store_tokenizer(spec, tokenizer), top)
+    if html is not None:
+        html.write_text(render_html(view, store.name), encoding="utf-8")
+        Console(stderr=True).print(f"wrote {html}", highlight=False)
+    elif as_json:
+        print_json(view.to_json())
+    else:
+        Console().print(render.row(view))
+
+
+@app.command()
+def verify(store: StoreArgument, as_json: Json = False) -> None:
+    """Compare every checksum and every rule; says file, row and position of what is broken."""
+    from dataclasses import asdict
+
+    from nemo_kd.store.reader import refuse_unfinished
+    from nemo_kd.store.verify import verify as problems_of
+
+    refuse_unfinished(store)
+    with progress("verify") as advance:
+        problems = list(problems_of(store, on_shard=advance))
+    if as_json:
+        print_json({"whole": not problems, "problems": [asdict(p) for p in problems]})
+    else:
+        for problem in problems:
+            typer.echo(str(problem))
+        typer.echo(f"{store}: {len(problems)} problems" if problems else f"{store}: whole")
+    if problems:
+        raise typer.Exit(1)
+
+
+@app.command()
+def stats(
+    store: StoreArgument,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Only so many samples, evenly spaced.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Mass kept, entropy, agreement with the labels, and histograms of them."""
+    from nemo_kd.cli import render
+    from nemo_kd.store.reader import Store
+    from nemo_kd.store.stats import stats as stats_of
+
+    value = stats_of(Store(store), samples).to_json()
+    if as_json:
+        print_json(value)
+        return
+    histograms = {k: value.pop(k) for k in list(value) if k.endswith("_histogram")}
+    console = Console()
+    rounded = {k: f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for k, v in value.items()}
+    console.print(render.pairs(f"{store}, a mean answer token", rounded))
+    for name, one in histograms.items():
+        title = name.removesuffix("_histogram").replace("_", " ")
+        console.print(render.histogram(f"\n{title}", one["edges"], one["counts"]))
+
+
+def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, with dotted keys."""
+    result: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict) and item:
+            result.update(flat(item, f"{prefix}{key}."))
+        else:
+            result[prefix + key] = item
+    return result

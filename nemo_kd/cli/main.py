@@ -1,0 +1,26 @@
+"""`nemo-kd`: look into stores, check them, make others of them, plan a dump.
+
+Commands import what they need when they run: `--help` and `inspect` answer at once. Results go to
+standard output, progress and errors to standard error. Exit status 1: an error, or problems found.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from rich.console import Console
+
+from nemo_kd.cli import look, make, plan  # noqa: F401 (each adds its commands)
+from nemo_kd.cli.app import app
+
+
+def main() -> None:
+    """The entry point: what a user can do something about is one line, not a traceback."""
+    from nemo_kd.store.errors import StoreError
+
+    try:
+        app()
+    except StoreError as error:
+        console = Console(stderr=True, style="bold red", highlight=False)
+        console.print(f"error: {error}", markup=False, soft_wrap=True)
+        sys.exit(1)

@@ -1,0 +1,118 @@
+"""Making stores of stores: convert, merge, split."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_kd.cli.app import (
+    Json,
+    Overwrite,
+    StoreArgument,
+    TokenizerPath,
+    app,
+    progress,
+    report,
+)
+
+
+@app.command()
+def convert(
+    source: Annotated[str, typer.Argument(help="A store, or NeMo-Aligner JSONL to make one of.")],
+    target: Annotated[str, typer.Argument(help="A directory, or a .jsonl to write.")],
+    profile: Annotated[str, typer.Option(help="plain, compact, top_p or sampled.")] = "plain",
+    p: Annotated[float | None, typer.Option("--p", help="Mass that top_p keeps.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Fewer logits than there are.")] = None,
+    rows_per_shard: Annotated[int | None, typer.Option(min=1)] = None,
+    tokenizer: TokenizerPath = None,
+    bad_lines: Annotated[str, typer.Option(help="JSONL: stop at one, or skip it.")] = "stop",
+    renumber: Annotated[bool, typer.Option(help="JSONL: rows are lines, not `index`.")] = False,
+    samples_per_chunk: Annotated[
+        int | None, typer.Option(min=1, help="With CHUNK_ID in a .jsonl target.")
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """A store to another profile, or to NeMo-Aligner's JSONL, or from it."""
+    from nemo_kd.cli import conversions
+
+    options = {} if p is None else {"p": p}
+    if target.endswith(".jsonl"):
+        result = conversions.to_jsonl(source, target, samples_per_chunk)
+    elif source.endswith(".jsonl"):
+        result = conversions.from_jsonl(
+            source,
+            target,
+            profile=profile,
+            profile_options=options,
+            top_k=top_k,
+            rows_per_shard=rows_per_shard,
+            tokenizer=tokenizer,
+            bad_lines=bad_lines,
+            renumber=renumber,
+            overwrite=overwrite,
+        )
+    else:
+        with progress("convert") as advance:
+            result = conversions.between_stores(
+                source,
+                target,
+                profile=profile,
+                profile_options=options,
+                top_k=top_k,
+                rows_per_shard=rows_per_shard,
+                overwrite=overwrite,
+                advance=advance,
+            )
+    report(result, as_json)
+
+
+@app.command()
+def merge(
+    target: Annotated[Path, typer.Argument(help="The store to make.")],
+    sources: Annotated[list[Path], typer.Argument(help="Stores of one specification.")],
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """One store of several, in their order; rows are numbered on from store to store."""
+    from nemo_kd.cli.conversions import summary
+    from nemo_kd.store.reader import Store
+    from nemo_kd.store.transform import merge as merge_stores
+
+    stores = [Store(source) for source in sources]
+    total = sum(map(len, stores))
+    with progress("merge") as advance:
+        manifest = merge_stores(
+            stores, target, overwrite=overwrite, progress=lambda done: advance(done, total)
+        )
+    report(summary(target, manifest), as_json)
+
+
+@app.command()
+def split(
+    store: StoreArgument,
+    targets: Annotated[list[Path], typer.Argument(help="The stores to make.")],
+    weights: Annotated[str, typer.Option(help="Their shares: 0.95,0.05.")],
+    seed: Annotated[int, typer.Option(help="Another one gives another split.")] = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Parts of a store, by chance: training and held-out, say. Rows keep their numbers."""
+    from nemo_kd.cli.conversions import numbers, summary
+    from nemo_kd.store.reader import Store
+    from nemo_kd.store.transform import split as split_store
+
+    opened = Store(store)
+    with progress("split") as advance:
+        manifests = split_store(
+            opened,
+            targets,
+            numbers("--weights", weights),
+            seed=seed,
+            overwrite=overwrite,
+            progress=lambda done: advance(done, len(opened)),
+        )
+    for target, manifest in zip(targets, manifests, strict=True):
+        report(summary(target, manifest), as_json)
