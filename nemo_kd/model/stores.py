@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
 
 
+TRAINABLE_PROFILES = ("plain", "compact")
+
+
 def build_store_datasets(
     model: MegatronGPTSFTKDModel, data_cfg: DictConfig, is_train: bool
 ) -> BlendableDataset | list[StoreSFTDataset]:
@@ -52,6 +55,11 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
         vocab_size=model.tokenizer.vocab_size,
         temperature=model.kd.temperature,
     )
+    if store.manifest.spec.profile not in TRAINABLE_PROFILES:
+        raise StoreError(
+            f"store {directory} has the profile {store.manifest.spec.profile!r}, whose number of "
+            f"ids differs from token to token; training takes {' and '.join(TRAINABLE_PROFILES)}"
+        )
     if not len(store):
         raise StoreError(f"store {directory} has no samples")
     return store

@@ -1,0 +1,160 @@
+"""What is written is what is read, in every profile, to the precision that the profile promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from nemo_kd.store import Sample, Store, StoreError, StoreSpec
+from tests.store.samples import sample, spec, store, write
+
+HALF = 2.0**-10  # float16: half a unit in the last place of values up to 32 is 2^-7, relative 2^-11
+WIDTHS = (65_535, 65_536, 65_537, 131_071, 131_072, 262_143, 1 << 31)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[StoreSpec, list[Sample]]:
+    vocab_size = draw(st.sampled_from((1, 2, 7, 500, *WIDTHS)))
+    top_k = draw(st.integers(1, min(vocab_size, 40)))
+    temperatures = draw(st.sampled_from(((1.0,), (1.0, 2.0), (0.5, 1.0, 4.0))))
+    of = spec(
+        vocab_size=vocab_size,
+        top_k=top_k,
+        temperatures=temperatures,
+        rows_per_shard=draw(st.integers(1, 4)),
+    )
+    answers = draw(st.lists(st.integers(0, 6), min_size=0, max_size=6))
+    return of, [sample(row, of, count, prompt=1) for row, count in enumerate(answers)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(case=cases())
+def test_plain(case: tuple[StoreSpec, list[Sample]]) -> None:
+    of, samples = case
+    with TemporaryDirectory() as directory:
+        read = list(Store(write(Path(directory) / "s", of, samples)))
+    assert [s.row for s in read] == [s.row for s in samples]
+    unit = of.temperatures.index(1.0)
+    for was, now in zip(samples, read, strict=True):
+        assert np.array_equal(was.input_ids, now.input_ids)
+        assert np.array_equal(was.loss_mask, now.loss_mask)
+        assert np.array_equal(was.topk_ids, now.topk_ids) and now.topk_ids.dtype == np.int64
+        assert np.array_equal(was.logsumexp, now.logsumexp)
+        relative = was.topk_logits - was.logsumexp[:, unit, None]
+        error = np.abs(now.topk_logits - was.topk_logits)
+        assert (error <= HALF * np.abs(relative) + 1e-6).all()
+
+
+def log_bucket(read: Sample) -> NDArray[np.float64]:
+    """log p of the K, by rising id, and of the rest [A, K + 1]; float64.
+
+    Of the samples as they were, not of a plain store: float16 spoils a small rest.
+    """
+    order = np.argsort(read.topk_ids, axis=1)
+    log_p = read.topk_logits.astype(np.float64) - read.logsumexp[:, :1]
+    log_p = np.take_along_axis(log_p, order, 1)
+    rest = np.maximum(1 - np.exp(log_p).sum(1, keepdims=True), 1e-30)
+    return np.concatenate([log_p, np.log(rest)], axis=1)
+
+
+@pytest.mark.parametrize("vocab_size", [500, 49_152, 262_144])
+@pytest.mark.parametrize("spread", [0.1, 2.0, 6.0])
+def test_compact_is_a_faithful_teacher_in_few_bytes(
+    tmp_path: Path, vocab_size: int, spread: float
+) -> None:
+    options = {"vocab_size": vocab_size, "top_k": 100}
+    samples = [sample(row, spec(**options), 50, spread=spread) for row in range(4)]
+    compact = Store(write(tmp_path / "compact", spec(profile="compact", **options), samples))
+    divergences = []
+    for was, now in zip(samples, compact, strict=True):
+        assert np.array_equal(np.sort(was.topk_ids, 1), np.sort(now.topk_ids, 1))
+        p, q = log_bucket(was), log_bucket(now)
+        divergences.append((np.exp(q) * (q - p)).sum(1))
+    assert np.concatenate(divergences).mean() <= 1e-4
+    teacher_bytes = sum(
+        info.bytes
+        for shard in compact.manifest.shards
+        for name, info in shard.files.items()
+        if name.endswith(".bin") and name.split(".")[0] not in ("tokens", "loss_mask", "rows")
+    )
+    assert teacher_bytes / compact.manifest.totals["answer_tokens"] <= 250
+
+
+def test_plain_takes_404_bytes_an_answer_token(tmp_path: Path) -> None:
+    of = spec(vocab_size=65_536, top_k=100)
+    read = Store(write(tmp_path / "s", of, [sample(0, of, 200)]))
+    files = read.manifest.shards[0].files
+    teacher = ("topk_ids.bin", "topk_logits.bin", "lse.bin")
+    assert sum(files[name].bytes for name in teacher) == 404 * 200
+
+
+def test_top_p_keeps_the_fewest_ids_that_hold_p(tmp_path: Path) -> None:
+    of = spec(top_k=50)
+    samples = [sample(row, of, 20, spread=3.0) for row in range(3)]
+    cut = spec(top_k=50, profile="top_p", profile_options={"p": 0.8})
+    for was, now in zip(samples, Store(write(tmp_path / "s", cut, samples)), strict=True):
+        p = np.exp(was.topk_logits.astype(np.float64) - was.logsumexp)
+        kept = np.minimum((p.cumsum(1) < 0.8).sum(1) + 1, 50)
+        assert np.array_equal((now.topk_ids >= 0).sum(1), kept)
+        for a, count in enumerate(kept):
+            assert np.array_equal(now.topk_ids[a, :count], was.topk_ids[a, :count])
+
+
+def test_sampled_keeps_ids_and_counts_in_few_bytes(tmp_path: Path) -> None:
+    draws, vocab_size, answers = 50, 49_152, 100
+    of = spec(vocab_size=vocab_size, top_k=draws, profile="sampled")
+    rng = np.random.default_rng(0)
+    ids = np.full((answers, draws), -1)
+    counts = np.zeros((answers, draws), np.int64)
+    for a in range(answers):
+        values, count = np.unique(rng.zipf(2.5, draws) % vocab_size, return_counts=True)
+        order = np.argsort(-count, kind="stable")
+        ids[a, : len(values)], counts[a, : len(values)] = values[order], count[order]
+    with np.errstate(divide="ignore"):
+        logits = np.log(counts / draws).astype(np.float32)
+    base = sample(0, of, answers)
+    drawn = Sample(
+        0, base.input_ids, base.loss_mask, ids, logits, np.zeros((answers, 1), np.float32)
+    )
+    read = Store(write(tmp_path / "s", of, [drawn]))
+    assert np.array_equal(read[0].topk_ids, ids)
+    assert np.array_equal(np.rint(np.exp(read[0].topk_logits) * draws), counts)
+    files = read.manifest.shards[0].files
+    assert (files["entries.bin"].bytes + files["distinct.bin"].bytes) / answers <= 40
+
+
+def test_a_row_without_answers_is_kept_and_counted(tmp_path: Path) -> None:
+    of = spec()
+    read = Store(write(tmp_path / "s", of, [sample(0, of, 0), sample(1, of, 2)]))
+    assert read[0].topk_ids.shape == (0, 5)
+    assert read.manifest.totals["samples_without_answer"] == 1
+
+
+def test_any_order_of_reading(tmp_path: Path) -> None:
+    read = Store(store(tmp_path / "s", spec(), rows=7))
+    assert [read[i].row for i in (6, 0, 3, -1)] == [6, 0, 3, 6]
+    assert read.lengths.tolist() == [4 + row % 4 for row in range(7)]
+    with pytest.raises(IndexError):
+        read[7]
+
+
+def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
+    of = spec()
+    good = sample(0, of, 3)
+    broken = {
+        "logits must fall": {"topk_logits": good.topk_logits[:, ::-1]},
+        "an id out of place: ": {"topk_ids": good.topk_ids + 500},
+        "a logit that is not a number": {"topk_logits": good.topk_logits * np.nan},
+        "the same id twice": {"topk_ids": good.topk_ids[:, [0, 0, 1, 2, 3]]},
+        "topk_ids is": {"topk_ids": good.topk_ids[:2]},
+    }
+    for message, change in broken.items():
+        fields = {**good.__dict__, **change}
+        with pytest.raises(StoreError, match=f"row 0: .*{message}"):
+            write(tmp_path / message.replace(" ", "-"), of, [Sample(**fields)])

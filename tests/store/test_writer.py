@@ -1,0 +1,95 @@
+"""A store is whole or not there, and the same bytes whoever wrote it, in whatever order."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.store import Store, StoreError, StoreWriter
+from tests.conftest import ROOT
+from tests.store.samples import sample, spec, store
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = (path for path in directory.rglob("*") if path.is_file())
+    return {str(path.relative_to(directory)): path.read_bytes() for path in files}
+
+
+def test_order_of_shards_and_number_of_writers_do_not_matter(tmp_path: Path) -> None:
+    expected = contents(store(tmp_path / "one", spec()))
+    writers = [StoreWriter(tmp_path / "two", spec()) for _ in range(2)]
+    for shard in (2, 0, 1):
+        with writers[shard % 2].shard(shard) as out:
+            for row in range(3 * shard, min(3 * shard + 3, 7)):
+                out.add(sample(row, spec(), 1 + row % 4))
+    writers[0].finish(3)
+    assert contents(tmp_path / "two") == expected
+
+
+def test_a_failing_shard_leaves_nothing(tmp_path: Path) -> None:
+    writer = StoreWriter(tmp_path / "s", spec())
+    with pytest.raises(RuntimeError), writer.shard(0) as out:
+        out.add(sample(0, spec(), 2))
+        raise RuntimeError
+    assert not writer.is_whole(0)
+    assert not list((tmp_path / "s").glob("shard-*"))
+    with pytest.raises(StoreError, match="shards 0 of 1 are not there"):
+        writer.finish(1)
+    with pytest.raises(StoreError, match="the dump has not finished"):
+        Store(tmp_path / "s")
+
+
+def test_another_specification_is_refused_by_name(tmp_path: Path) -> None:
+    store(tmp_path / "s", spec())
+    teacher = {"name": "other.nemo", "fingerprint": "b" * 64}
+    with pytest.raises(StoreError) as refused:
+        StoreWriter(tmp_path / "s", spec(top_k=4, teacher=teacher))
+    message = str(refused.value)
+    assert "top_k: 5 there, 4 now" in message and "overwrite=true" in message
+    assert "teacher.name: 'teacher.nemo' there, 'other.nemo' now" in message
+    assert StoreWriter(tmp_path / "s", spec(top_k=4), overwrite=True).spec.top_k == 4
+    assert not list((tmp_path / "s").glob("shard-*"))
+
+
+WRITER = """
+    import sys
+    from pathlib import Path
+    from tests.store.samples import sample, spec
+    from nemo_kd.store import StoreWriter
+    of = spec(rows_per_shard=2)
+    writer = StoreWriter(Path(sys.argv[1]), of)
+    for shard in range(60):
+        if not writer.is_whole(shard):
+            with writer.shard(shard) as out:
+                for row in (2 * shard, 2 * shard + 1):
+                    out.add(sample(row, of, 1 + row % 4))
+        print(shard, flush=True)
+    writer.finish(60)
+"""
+
+
+@pytest.mark.parametrize(
+    "kills", [2, pytest.param(20, marks=pytest.mark.slow, id="20 kills, slow")]
+)
+def test_killed_at_any_moment_it_goes_on_to_the_same_bytes(tmp_path: Path, kills: int) -> None:
+    program = [sys.executable, "-c", textwrap.dedent(WRITER)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    subprocess.run([*program, str(tmp_path / "one")], env=environment, check=True, stdout=-3)
+    for kill in range(kills):
+        process = subprocess.Popen(
+            [*program, str(tmp_path / "two")], env=environment, stdout=subprocess.PIPE
+        )
+        assert process.stdout is not None
+        process.stdout.readline()  # at work: the import is behind it
+        time.sleep(0.003 * kill)
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
+    subprocess.run([*program, str(tmp_path / "two")], env=environment, check=True, stdout=-3)
+    assert contents(tmp_path / "two") == contents(tmp_path / "one")
