@@ -72,6 +72,7 @@ def test_problems_name_file_row_and_position(tmp_path: Path) -> None:
     ids.tofile(file)
     text = "\n".join(map(str, verify(directory)))
     assert "shard-00001/topk_ids.bin" in text and "row 3, position 3" in text
+    assert "the same id twice" in text
 
 
 @pytest.mark.parametrize(
