@@ -189,7 +189,8 @@ def gather_logits_and_logsumexp(
     `ids` [*, M] int64 and both results are the same on every rank of `group`, float32 (float64
     for float64 logits), in nats. Ids may repeat. Columns ≥ `vocab_size` are padding and do not
     count. Forward: two all-reduces, [N] and [N, M + 1]; backward: none. The gradient comes in the
-    logits' dtype; with `inplace` it is written over the logits, else they stay as they are.
+    logits' dtype; with `inplace` it is written over the logits, else they stay as they are. A
+    graph is good for one backward pass: its memory becomes the gradient.
 
     Errors: ValueError for shapes that do not match, or a `vocab_size` the shards cannot hold.
     """
