@@ -41,8 +41,8 @@ class MassWatch:
     says almost nothing about the teacher. The caller, who logs the mean anyway, passes it here.
     """
 
-    def __init__(self, temperature: float, top_k: int) -> None:
-        self.temperature, self.top_k = temperature, top_k
+    def __init__(self, temperature: float) -> None:
+        self.temperature = temperature
         self.warned = False
 
     def __call__(self, teacher_mass: float) -> None:
@@ -50,7 +50,7 @@ class MassWatch:
         if teacher_mass < LOW_MASS and not self.warned:
             self.warned = True
             warnings.warn(
-                f"The teacher's top {self.top_k} tokens hold {teacher_mass:.3f} of its probability "
+                f"The teacher's stored tokens hold {teacher_mass:.3f} of its probability "
                 f"at temperature {self.temperature:g} (below {LOW_MASS}): most of what is learned "
                 "is how much lies outside. Lower the temperature, or dump a larger K.",
                 stacklevel=2,

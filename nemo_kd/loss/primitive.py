@@ -120,16 +120,17 @@ class _Gather(torch.autograd.Function):
         rows = Rows.of(logits, positions)
         if len(ids) != len(rows):
             raise ValueError(f"ids have {len(ids)} rows, but {len(rows)} positions were chosen")
-        ctx.softmax_kept = ctx.needs_input_grad[0] and kernels.choose(logits).keeps_softmax(
-            logits.dtype, temperatures
+        # Over the logits, where that is allowed: then the backward pass needs no exponential.
+        ctx.softmax_kept = (
+            inplace
+            and ctx.needs_input_grad[0]
+            and kernels.choose(logits).keeps_softmax(logits.dtype, temperatures)
         )
         ctx.inplace, ctx.shard, ctx.temperatures = inplace, shard, temperatures
-        memory = rows.over(torch.empty_like(rows.matrix)) if not inplace else rows
-        kept = memory if ctx.softmax_kept else None
+        kept = rows if ctx.softmax_kept else None
         gathered, ctx.state = gather_pass(rows, ids, shard, temperatures, kept)
-        # Where the memory holds no softmax the backward pass reads the logits once more.
         ctx.rows = rows.over(torch.empty(0))
-        ctx.save_for_backward((kept or rows).matrix, ids)
+        ctx.save_for_backward(rows.matrix, ids)
         ctx.mark_non_differentiable(gathered.top)
         ctx.set_materialize_grads(False)
         return (gathered.picked, gathered.top, *gathered.outside)
@@ -140,8 +141,7 @@ class _Gather(torch.autograd.Function):
         grad_picked, _, *grad_outside = grads
         matrix, ids = ctx.saved_tensors
         rows = ctx.rows.over(matrix)
-        fresh = not (ctx.inplace or ctx.softmax_kept)
-        out = rows.over(torch.empty_like(matrix)) if fresh else rows
+        out = rows if ctx.inplace else rows.over(torch.empty_like(matrix))
         logit_gradient(
             rows,
             ids,
@@ -167,8 +167,9 @@ def gather(
 ) -> Gathered:
     """`gather_pass` under autograd: logits [*, Vp], ids [N, M], at N `positions` or all.
 
-    Unless `inplace`, the logits stay as they are. With it, the passes may write over them and the
-    gradient takes their memory. The gradient is zero at the other positions, which cost nothing.
+    Unless `inplace`, the logits stay as they are and the gradient is a new tensor. With it, the
+    passes write over the logits and the gradient takes their memory, for one backward pass. The
+    gradient is zero at the other positions, which cost nothing.
     """
     apply: Callable[..., tuple[Tensor, ...]] = _Gather.apply
     picked, top, *outside = apply(logits, ids, shard, temperatures, positions, inplace)

@@ -21,7 +21,7 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig, ListConfig
 
 from nemo_kd.data import TEACHER_KEYS, TeacherSelection, teacher_at
-from nemo_kd.loss import KDLoss, linear_sft_kd_loss, sft_kd_loss
+from nemo_kd.loss import KDLoss, MassWatch, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.megatron import gpt_module, split_lm_head
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.metrics import MetricSums
@@ -50,6 +50,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._step_sums = MetricSums()
         self._validation_sums: dict[int, MetricSums] = {}
         self._sums = self._step_sums
+        self._watch_mass = MassWatch(self.kd.temperature)
         gpt = gpt_module(self)
         if gpt.post_process:
             self._gpt_forward, self._sft_loss = gpt.forward, gpt.compute_language_model_loss
@@ -189,6 +190,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         self._sums.reset()
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
         means = self._step_sums.means(self.kd)
+        if "teacher_mass" in means and self.kd.weights[1] and not self.global_rank:
+            self._watch_mass(means["teacher_mass"])
         # From one step's backward to the next one's: data, forward, backward, optimizer.
         now = time.perf_counter()
         assert self._clock is not None  # set by on_train_batch_start

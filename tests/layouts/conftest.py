@@ -70,7 +70,7 @@ def train(
         if key not in made:
             directory = tmp_path_factory.mktemp(f"train-{layout}")
             processes, overrides = LAYOUTS[layout]
-            script(
+            done = script(
                 "train_gpt_sft_kd.py",
                 f"model.restore_from_path={tiny}/student.nemo",
                 f"model.data.train_ds.store={dump()}",
@@ -91,6 +91,7 @@ def train(
                 processes=processes,
             )
             made[key] = directory
+            (directory / "stderr.txt").write_text(done.stderr)
         return made[key]
 
     return get
