@@ -25,6 +25,7 @@ from tests.loss.sharded import (
     student_logits,
     teacher_rows,
 )
+from tests.loss.sharded_laws import LAWS, check_many_problems
 
 # Rounding of the gradient to the logits' own dtype, relative to its largest entries.
 GRADIENT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
@@ -191,4 +192,10 @@ CHECKS = (
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_every_rank_agrees_with_the_dense_reference(ranks: int) -> None:
-    run(CHECKS, ranks)
+    run([*CHECKS, *LAWS], ranks)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_many_shapes_and_settings(ranks: int) -> None:
+    run([check_many_problems], ranks)
