@@ -19,7 +19,7 @@ class StopOnSignal:
     """
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = self.stopped = False
 
     def __enter__(self) -> StopOnSignal:
         self._previous = {name: signal.signal(name, self._receive) for name in SIGNALS}
@@ -39,8 +39,9 @@ class StopOnSignal:
 
     def agreed(self, group: torch.distributed.ProcessGroup | None = None) -> bool:
         """Whether any rank of `group` has a signal; every rank of it asks. Default: the replica."""
-        flag = torch.tensor([float(self.received)], device=torch.cuda.current_device())
+        flag = torch.tensor([float(self.received or self.stopped)], device=torch.cuda.current_device())
         group = parallel_state.get_model_parallel_group() if group is None else group
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
-        self.received = bool(flag.item())
-        return self.received
+        # `received` is only ever set: a signal that comes during the collective is for the next.
+        self.stopped = self.stopped or bool(flag.item())
+        return self.stopped
