@@ -204,16 +204,6 @@ def _patch_nemo() -> None:
         return get_gpt_layer_local_spec(normalization=transformer_config.normalization)
 
     gpt.get_specs = get_specs
-    build_config = gpt.MegatronGPTModel.build_transformer_config
-
-    def build_transformer_config(self: Any) -> Any:
-        """Under autocast the stages hand on float32: gloo aborts on a buffer of another type."""
-        config = build_config(self)
-        if config.enable_autocast:
-            config.pipeline_dtype = torch.float32
-        return config
-
-    gpt.MegatronGPTModel.build_transformer_config = build_transformer_config
 
 
 def _patch_nemo_apex() -> None:

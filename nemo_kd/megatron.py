@@ -52,6 +52,12 @@ def prepare(cfg: DictConfig) -> None:
             f"trainer.precision={precision} does not work on a CPU; "
             f"choose one of {', '.join(CPU_PRECISIONS)}"
         )
+    if precision != "32" and cfg.model.pipeline_model_parallel_size > 1:
+        # Stages would hand on tensors of another type than Megatron's buffers: wrong gradients.
+        raise LayoutError(
+            f"trainer.precision={precision} does not work over pipeline stages on a CPU; set "
+            "trainer.precision=32 or model.pipeline_model_parallel_size=1"
+        )
     with open_dict(cfg):
         for key, value in cpu.cpu_settings(cfg.trainer.precision).items():
             OmegaConf.update(cfg, key, value, force_add=True)

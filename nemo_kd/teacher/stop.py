@@ -39,7 +39,9 @@ class StopOnSignal:
 
     def agreed(self, group: torch.distributed.ProcessGroup | None = None) -> bool:
         """Whether any rank of `group` has a signal; every rank of it asks. Default: the replica."""
-        flag = torch.tensor([float(self.received or self.stopped)], device=torch.cuda.current_device())
+        flag = torch.tensor(
+            [float(self.received or self.stopped)], device=torch.cuda.current_device()
+        )
         group = parallel_state.get_model_parallel_group() if group is None else group
         torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
         # `received` is only ever set: a signal that comes during the collective is for the next.

@@ -29,6 +29,7 @@ def refused(script: Script, name: str, *overrides: str) -> str:
         ("+model.kd.temprature=2", "did you mean model.kd.temperature?"),
         ("+model.kd.alpha=0.5 model.kd.kd_weight=1", "both given"),
         ("model.restore_from_path=/nowhere.nemo", "no checkpoint at /nowhere.nemo"),
+        ("model.pipeline_model_parallel_size=2", "does not work over pipeline stages on a CPU"),
     ],
 )
 def test_settings(

@@ -84,10 +84,12 @@ def test_alpha_zero_is_nemos_own_sft_bit_for_bit(
     assert [line["reduced_train_loss"] for line in ours] == nemo
 
 
-def test_bf16_trains_over_a_pipeline(train: Callable[..., Path]) -> None:
-    options = ["trainer.precision=bf16-mixed", "trainer.max_steps=3"]
-    for a, b in zip(steps(train())[:3], steps(train("pp2", *options)), strict=True):
-        assert a["loss"] == pytest.approx(b["loss"], rel=0.02)
+def test_bf16_is_close_to_float32(train: Callable[..., Path]) -> None:
+    for a, b in zip(
+        steps(train()), steps(train("tp2", "trainer.precision=bf16-mixed")), strict=True
+    ):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.01)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
 
 
 def test_too_little_teacher_mass_is_warned_of_once(train: Callable[..., Path]) -> None:
