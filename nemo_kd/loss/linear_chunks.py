@@ -31,16 +31,17 @@ class LinearHead:
     chunk_tokens: int
     sequence_parallel: bool
 
-    def logits(self, hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor | float]:
-        """z [n, Vp] and its slope dz / d(h Wᵀ): [n, Vp], or a number where it is the same."""
-        z = hidden @ weight.t()
+    def logits(self, hidden: Tensor, weight: Tensor, z: Tensor) -> Tensor | float:
+        """z [n, Vp] ← the logits; the slope dz / d(h Wᵀ): [n, Vp], or a number if all the same."""
+        torch.mm(hidden, weight.t(), out=z)
         if self.scale != 1:
             z *= self.scale
         if self.softcap is None:
-            return z, self.scale
-        tanh = z.div_(self.softcap).tanh_()
-        slope = (1 - tanh * tanh).mul_(self.scale)
-        return tanh.mul_(self.softcap), slope
+            return self.scale
+        z.div_(self.softcap).tanh_()
+        slope = (1 - z * z).mul_(self.scale)
+        z *= self.softcap
+        return slope
 
 
 class Values(NamedTuple):
@@ -81,11 +82,13 @@ def linear_pass(
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wider) if wanted[1] else None
     results = []
+    memory = hidden.new_empty(min(head.chunk_tokens, len(ids)), len(weight))
     # Without any token there is one empty chunk, which gives the results their dtypes.
     for start in range(0, max(len(ids), 1), head.chunk_tokens):
         part = slice(start, start + head.chunk_tokens)
         scale = None if token_weight is None else token_weight[part]
-        z, slope = head.logits(hidden[part], weight)
+        z = memory[: len(hidden[part])]
+        slope = head.logits(hidden[part], weight, z)
         results.append(_chunk(z, ids[part], _rows_of(teacher, part), head, scale, any(wanted)))
         if any(wanted):  # z is now dz
             z *= slope
