@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import megatron
 from nemo_kd.model.config import kd_training_config, store_directories
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 def run(cfg: DictConfig) -> None:
     """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory."""
     _prepare(cfg)
+    _fit_validation(cfg)
     from nemo.utils.exp_manager import exp_manager
 
     from nemo_kd.model.metrics import MetricsJsonl
@@ -62,6 +63,26 @@ def _prepare(cfg: DictConfig) -> None:
     kd_training_config(cfg.model.kd)
     megatron.prepare(cfg)
     OmegaConf.resolve(cfg)
+
+
+def _fit_validation(cfg: DictConfig) -> None:
+    """Validate at the end at the latest; without validation data, keep checkpoints all the same."""
+    trainer, data = cfg.trainer, cfg.model.data.validation_ds
+    if isinstance(trainer.val_check_interval, int):
+        trainer.val_check_interval = min(trainer.val_check_interval, trainer.max_steps)
+    if data.store or data.file_names:
+        return
+    trainer.limit_val_batches = 0
+    if cfg.exp_manager is None:
+        return
+    # NeMo keeps checkpoints by a validation metric, of which there is none now.
+    with open_dict(cfg):
+        checkpoints = cfg.exp_manager.checkpoint_callback_params
+        checkpoints.monitor = "reduced_train_loss"
+        checkpoints.filename = (
+            f"{cfg.name}--{{reduced_train_loss:.3f}}-{{step}}-{{consumed_samples}}"
+        )
+        checkpoints.every_n_epochs, checkpoints.every_n_train_steps = 0, trainer.val_check_interval
 
 
 def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:

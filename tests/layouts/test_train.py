@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.conftest import metrics, program
+from tests.conftest import Script, metrics, program
 
 STEP_METRICS = (
     "loss",
@@ -113,3 +114,26 @@ def test_global_tokens_does_not_depend_on_the_split(train: Callable[..., Path]) 
     # With NeMo's own normalization the split shows: the test above could fail.
     mean_of_means = steps(train())
     assert abs(one[0]["reduced_train_loss"] - mean_of_means[0]["reduced_train_loss"]) > 1e-4
+
+
+def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
+    tiny: Path, dump: Callable[..., Path], script: Script, tmp_path: Path
+) -> None:
+    """The README's shortest command, a few steps of it."""
+    script(
+        "train_gpt_sft_kd.py",
+        f"model.restore_from_path={tiny}/student.nemo",
+        f"model.data.train_ds.store={dump()}",
+        "+model.kd.alpha=0.5",
+        "trainer.max_steps=3",
+        "trainer.precision=32",
+        "model.global_batch_size=4",
+        f"exp_manager.explicit_log_dir={tmp_path}",
+    )
+    assert len(steps(tmp_path)) == 3
+    assert list((tmp_path / "checkpoints").glob("*reduced_train_loss=*step=3*"))
+    with tarfile.open(tmp_path / "checkpoints" / "gpt_sft_kd.nemo") as archive:
+        config = archive.extractfile("./model_config.yaml")
+        assert config is not None
+        target = next(line for line in config.read().decode().splitlines() if "target:" in line)
+    assert target.endswith("megatron_gpt_sft_model.MegatronGPTSFTModel")
