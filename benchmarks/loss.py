@@ -2,9 +2,11 @@
 
     python benchmarks/loss.py            # a table, and benchmarks/results/loss.json
 
-Each figure is the minimum of several forward + backward passes in a process of its own, so that
-its peak memory is its own too: what the process grows by beyond the logits (or, for the LM head,
-beyond hidden states and weight) that every candidate is given. float32 on a CPU, K = 100.
+Times: the minimum of several forward + backward passes, the two that are compared taking turns in
+one process (or one for each rank). Memory: by how much a process of its own grows at most, its
+inputs included, after a small pass has loaded the libraries; for the LM head beyond hidden states
+and weight, once with and once without the weight's gradient, which both ways have to return.
+float32 on a CPU, K = 100.
 """
 
 from __future__ import annotations
@@ -29,9 +31,10 @@ from nemo_kd import cpu
 
 RESULT = Path(__file__).parent / "results" / "loss.json"
 SHAPES = ((1024, 49_152), (512, 128_256))
-HEAD = (2048, 576, 49_152)
+HEAD = (2048, 49_152, 576)
 ROUNDS = 7
 Step = Callable[[], None]
+Candidate = tuple[str, list[Any]]
 
 
 # --- candidates: each makes its inputs and gives (prepare a round, the timed step) ---------------
@@ -112,13 +115,12 @@ def fresh(leaf: torch.Tensor) -> Step:
     return prepare
 
 
-def lm_head(fused: bool) -> tuple[Step, Step]:
+def lm_head(n: int, v: int, h: int, fused: bool) -> tuple[Step, Step]:
     from nemo_kd.loss import KDConfig, linear_sft_kd_loss, sft_kd_loss
 
-    n, h, v = HEAD
     _, labels, teacher = inputs(n, 400, 100)
     hidden = torch.randn(n, h).requires_grad_()
-    weight = (0.02 * torch.randn(v, h)).requires_grad_()
+    weight = torch.empty(v, h).normal_(std=0.02).requires_grad_()
     config = KDConfig()
 
     def step() -> None:
@@ -146,86 +148,114 @@ CANDIDATES: dict[str, Callable[..., tuple[Step, Step]]] = {
 # --- measuring ---------------------------------------------------------------------------------
 
 
-def measure(
-    rank: int, ranks: int, rendezvous: str, output: str, name: str, arguments: list[Any]
-) -> None:
-    """One candidate in a fresh process (or two): seconds and bytes, written by rank 0."""
-    cpu.install()
-    from megatron.core import parallel_state
-
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=ranks
-    )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
-    torch.ones(64, 64).matmul(torch.ones(64, 64))  # the library's own buffers
-    prepare, step = CANDIDATES[name](*arguments)
-    before = peak()
-    seconds = []
+def times(candidates: list[Candidate]) -> list[float]:
+    """Seconds of each candidate, their rounds alternating: a busy moment meets all of them."""
+    made = [CANDIDATES[name](*arguments) for name, arguments in candidates]
+    seconds: list[list[float]] = [[] for _ in made]
     for _ in range(ROUNDS):
-        prepare()
-        torch.distributed.barrier()
-        start = time.perf_counter()
-        step()
-        seconds.append(time.perf_counter() - start)
-    if rank == 0:
-        Path(output).write_text(json.dumps({"seconds": min(seconds), "bytes": peak() - before}))
-    torch.distributed.destroy_process_group()
+        for (prepare, step), taken in zip(made, seconds, strict=True):
+            prepare()
+            torch.distributed.barrier()
+            start = time.perf_counter()
+            step()
+            taken.append(time.perf_counter() - start)
+    return [min(taken) for taken in seconds]
+
+
+def memory(candidates: list[Candidate]) -> list[float]:
+    """Bytes by which the process grows; alone in its process, so one candidate only."""
+    ((name, (n, v, *others)),) = candidates
+    for size in ((16, 4096), (n, v)):
+        before = peak()
+        prepare, step = CANDIDATES[name](*size, *others)
+        for _ in range(2):
+            prepare()
+            step()
+    inputs_of_head = 4 * others[0] * (n + v) if name == "lm_head" else 0
+    return [peak() - before - inputs_of_head]
 
 
 def peak() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def run(name: str, *arguments: Any, ranks: int = 1) -> dict[str, float]:
-    print(f"{name} {arguments} on {ranks}", file=sys.stderr, flush=True)
+def rank_main(
+    rank: int,
+    ranks: int,
+    directory: str,
+    measure: Callable[[list[Candidate]], list[float]],
+    candidates: list[Candidate],
+) -> None:
+    cpu.install()
+    from megatron.core import parallel_state
+
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks
+    )
+    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
+    values = measure(candidates)
+    if rank == 0:
+        Path(directory, "result.json").write_text(json.dumps(values))
+    torch.distributed.destroy_process_group()
+
+
+def run(
+    measure: Callable[[list[Candidate]], list[float]], candidates: list[Candidate], ranks: int
+) -> list[float]:
+    print(measure.__name__, candidates, "on", ranks, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as directory:
-        output = f"{directory}/result.json"
-        values = (ranks, f"{directory}/rendezvous", output, name, list(arguments))
-        mp.spawn(measure, values, nprocs=ranks)
-        return json.loads(Path(output).read_text())
+        mp.spawn(rank_main, (ranks, directory, measure, candidates), nprocs=ranks)
+        return json.loads(Path(directory, "result.json").read_text())
+
+
+def pair(ours: Candidate, peer: Candidate, ranks: int = 1) -> tuple[list[float], list[float]]:
+    """(seconds, bytes), each of ours and of the peer."""
+    bytes_ = [run(memory, [one], ranks)[0] for one in (ours, peer)]
+    return run(times, [ours, peer], ranks), bytes_
 
 
 def compare() -> list[dict[str, Any]]:
     rows = []
     for n, v in SHAPES:
+        ours, shape = ("sft_kd", [n, v]), f"({n}, {v})"
         for ranks in (1, 2):
-            ours, peer = run("sft_kd", n, v, ranks=ranks), run("megatron", n, v, ranks=ranks)
+            measured = pair(ours, ("megatron", [n, v]), ranks)
             against = f"Megatron's cross-entropy alone, TP {ranks}"
-            rows.append(row(f"({n}, {v})", against, ours, peer, 0.80, 1.0))
-        ours, peer = run("sft_kd", n, v), run("dense", n, v)
-        rows.append(row(f"({n}, {v})", "dense KD + cross-entropy", ours, peer, 0.25, None))
-    fused, unfused = run("lm_head", True), run("lm_head", False)
-    rows.append(row(str(HEAD), "LM head and loss apart", fused, unfused, 1.15, 0.15))
-    base = run("sft_kd", 512, 49_152)
-    for what, arguments, target in (
-        ("half the rows", (256, 49_152), None),
-        ("half the vocabulary", (512, 24_576), None),
-        ("K = 200 against 100", (512, 49_152, 200), 1.10),
+            rows.append(row(shape, against, *measured, 0.80, 1.0))
+        rows.append(row(shape, "dense KD + cross-entropy", *pair(ours, ("dense", [n, v])), 0.25))
+    seconds, bytes_ = pair(("lm_head", [*HEAD, True]), ("lm_head", [*HEAD, False]))
+    rows.append(row(str(HEAD), "LM head and loss apart", seconds, bytes_, 1.15))
+    rest = [value - 4 * HEAD[1] * HEAD[2] for value in bytes_]
+    rows.append(row(str(HEAD), "the same, weight's gradient aside", seconds, rest, 1.15, 0.15))
+    for what, changed, target in (
+        ("half the rows", [256, 49_152], None),
+        ("half the vocabulary", [512, 24_576], None),
+        ("K = 200 against 100", [512, 49_152, 200], 1.10),
     ):
-        grown = run("sft_kd", *arguments)
-        rows.append(row("(512, 49152)", what, grown, base, target, None))
+        measured = pair(("sft_kd", changed), ("sft_kd", [512, 49_152]))
+        rows.append(row("(512, 49152)", what, *measured, target))
     return rows
 
 
 def row(
     shape: str,
     against: str,
-    ours: dict[str, float],
-    peer: dict[str, float],
+    seconds: list[float],
+    bytes_: list[float],
     time_target: float | None,
-    memory_target: float | None,
+    memory_target: float | None = None,
 ) -> dict[str, Any]:
     return {
         "shape": shape,
         "against": against,
-        "ms": round(1000 * ours["seconds"], 1),
-        "their_ms": round(1000 * peer["seconds"], 1),
-        "time_ratio": round(ours["seconds"] / peer["seconds"], 3),
+        "ms": round(1000 * seconds[0], 1),
+        "their_ms": round(1000 * seconds[1], 1),
+        "time_ratio": round(seconds[0] / seconds[1], 3),
         "time_target": time_target,
-        "mb": round(ours["bytes"] / 1e6),
-        "their_mb": round(peer["bytes"] / 1e6),
-        "memory_ratio": round(ours["bytes"] / max(peer["bytes"], 1), 3),
+        "mb": round(bytes_[0] / 1e6),
+        "their_mb": round(bytes_[1] / 1e6),
+        "memory_ratio": round(bytes_[0] / bytes_[1], 3),
         "memory_target": memory_target,
     }
 
