@@ -43,7 +43,12 @@ def print_json(value: Any) -> None:
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:
+    """What a command made."""
+    from nemo_kd.cli import render
+
     if as_json:
         print_json(result)
-    else:
-        typer.echo(", ".join(f"{name}: {value}" for name, value in result.items()))
+        return
+    numbers = {k: f"{v:,}" if isinstance(v, int) else v for k, v in result.items()}
+    title = f"wrote {numbers.pop('written')}"
+    Console().print(render.pairs(title, {k.replace("_", " "): v for k, v in numbers.items()}))

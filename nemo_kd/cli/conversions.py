@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_kd.cli.tokenizers import load_tokenizer
 from nemo_kd.store import Manifest, Store, StoreError, StoreSpec, read_jsonl, write_jsonl
-from nemo_kd.store.jsonl import chunk_paths
+from nemo_kd.store.jsonl import CHUNK_ID, chunk_paths
 from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.transform import convert, write_samples
 from nemo_kd.tokenizer import tokenizer_fingerprint
@@ -18,8 +18,13 @@ from nemo_kd.tokenizer import tokenizer_fingerprint
 ON_BAD_LINES = ("stop", "skip")
 
 
-def to_jsonl(source: str, target: str, samples_per_chunk: int | None) -> dict[str, Any]:
+def to_jsonl(
+    source: str, target: str, samples_per_chunk: int | None, *, overwrite: bool
+) -> dict[str, Any]:
     """Store → NeMo-Aligner's JSONL."""
+    first = Path(target.replace(CHUNK_ID, "0"))
+    if first.exists() and not overwrite:
+        raise StoreError(f"{first} is there already; give --overwrite to replace it")
     store = Store(source)
     unit = store.manifest.spec.temperatures.index(1.0)
     written = write_jsonl(target, store, unit_temperature=unit, samples_per_chunk=samples_per_chunk)

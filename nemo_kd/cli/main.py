@@ -14,12 +14,12 @@ from nemo_kd.cli import look, make, plan  # noqa: F401 (each adds its commands)
 from nemo_kd.cli.app import app
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """The entry point: what a user can do something about is one line, not a traceback."""
     from nemo_kd.store.errors import StoreError
 
     try:
-        app()
+        app(arguments)
     except StoreError as error:
         console = Console(stderr=True, style="bold red", highlight=False)
         console.print(f"error: {error}", markup=False, soft_wrap=True)

@@ -13,6 +13,7 @@ from nemo_kd.cli.app import (
     StoreArgument,
     TokenizerPath,
     app,
+    print_json,
     progress,
     report,
 )
@@ -40,7 +41,7 @@ def convert(
 
     options = {} if p is None else {"p": p}
     if target.endswith(".jsonl"):
-        result = conversions.to_jsonl(source, target, samples_per_chunk)
+        result = conversions.to_jsonl(source, target, samples_per_chunk, overwrite=overwrite)
     elif source.endswith(".jsonl"):
         result = conversions.from_jsonl(
             source,
@@ -114,5 +115,9 @@ def split(
             overwrite=overwrite,
             progress=lambda done: advance(done, len(opened)),
         )
-    for target, manifest in zip(targets, manifests, strict=True):
-        report(summary(target, manifest), as_json)
+    parts = [summary(target, manifest) for target, manifest in zip(targets, manifests, strict=True)]
+    if as_json:
+        print_json(parts)
+        return
+    for part in parts:
+        report(part, as_json=False)

@@ -29,23 +29,32 @@ def duration(seconds: float) -> str:
     return f"{seconds / 3600:.1f} h"
 
 
-def pairs(title: str, values: dict[str, Any]) -> Table:
+def pairs(title: str, values: dict[str, Any]) -> RenderableType:
     """Two columns: a name and its value."""
-    table = Table(title=title, show_header=False, title_justify="left", box=None)
+    table = Table(show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
         table.add_row(name, Text(str(value)))
-    return table
+    # A title of the table itself would be broken to the table's width.
+    return Group(Text(title, style="bold"), table)
 
 
-def histogram(title: str, edges: list[float | None], counts: list[int]) -> Table:
-    table = Table(title=title, show_header=False, title_justify="left", box=None)
+def histogram(title: str, edges: list[float | None], counts: list[int]) -> RenderableType:
+    table = Table(show_header=False, box=None)
     total, most = max(sum(counts), 1), max([*counts, 1])
     for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        span = f"{low:g} to {high:g}" if high is not None else f"{low:g} and more"
-        table.add_row(span, f"{count / total:6.1%}", "█" * round(BAR * count / most))
-    return table
+        table.add_row(_span(low, high), f"{count / total:6.1%}", "█" * round(BAR * count / most))
+    return Group(Text(title, style="bold"), table)
+
+
+def _span(low: float | None, high: float | None) -> str:
+    """What lies in [low, high); whole edges are of whole numbers."""
+    if high is None:
+        return f"{low:g} and more"
+    if isinstance(low, int) and isinstance(high, int):
+        return str(low) if high == low + 1 else f"{low} to {high - 1}"
+    return f"{low:g} to {high:g}"
 
 
 def row(view: RowView) -> RenderableType:

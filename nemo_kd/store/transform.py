@@ -12,6 +12,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.errors import StoreError
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
@@ -24,7 +25,8 @@ Item = TypeVar("Item")
 Progress = Callable[[int], None]
 """Called with the number of samples that are done."""
 
-MAY_DIFFER = ("source", "rows_per_shard")  # between stores that are merged
+# Between stores that are merged; a tokenizer's place is for `nemo-kd show`, not what it is.
+MAY_DIFFER = ("source", "rows_per_shard", "tokenizer.path")
 
 
 def write_samples(
@@ -58,6 +60,11 @@ def convert(
         raise StoreError(
             f"{store.directory} holds {there.top_k} logits a token, top_k is {k}; lower it, or "
             "dump again"
+        )
+    if (profile == Sampled.name) != (there.profile == Sampled.name):
+        raise StoreError(
+            f"{store.directory} has the profile {there.profile}, which cannot become {profile}: "
+            "draws from the whole distribution are made at the dump or not at all"
         )
     spec = replace(
         there,
@@ -181,7 +188,7 @@ def _cut(sample: Sample, top_k: int) -> Sample:
 
 def _refuse_unlike(first: Store, other: Store) -> None:
     found = first.manifest.spec.differences(other.manifest.spec)
-    unlike = [d for d in found if d[0].split(".")[0] not in MAY_DIFFER]
+    unlike = [d for d in found if not {d[0], d[0].split(".")[0]} & {*MAY_DIFFER}]
     if unlike:
         lines = "\n".join(f"  {name}: {a!r} and {b!r}" for name, a, b in unlike)
         raise StoreError(

@@ -93,7 +93,8 @@ class StoreWriter:
             )
             raise StoreError(
                 f"{self.directory} holds a store of another configuration:\n{lines}\n"
-                "use overwrite=true to drop it and start over, or choose another directory"
+                "use overwrite=true (nemo-kd: --overwrite) to drop it and start over, or choose "
+                "another directory"
             )
 
     def _whole_shard(self, shard_index: int) -> ShardInfo | None:

