@@ -111,6 +111,7 @@ def stats(
     console.print(render.pairs(f"{store}, a mean answer token", rounded))
     for name, one in histograms.items():
         title = name.removesuffix("_histogram").replace("_", " ")
+        title += ", 0 is the teacher's first choice" if name == "label_rank_histogram" else ""
         console.print(render.histogram(f"\n{title}", one["edges"], one["counts"]))
 
 

@@ -73,8 +73,10 @@ def teacher_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
     outside = (ids < 0) | (ids >= spec.vocab_size)
     outside ^= absent  # an absent place has no id, every other has one
     yield from _faults(outside | (absent & (ids != ABSENT_ID)), ids, "an id out of place:")
+    with np.errstate(invalid="ignore"):  # what is not finite is reported as that
+        above = logits[:, :1] - unit > MAX_LOG_PROBABILITY
     yield from _faults(
-        logits[:, :1] - unit > MAX_LOG_PROBABILITY,
+        above,
         logits,
         "a logit above the log-sum-exp of all at T=1:",
     )
@@ -88,7 +90,8 @@ def deep_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
     ordered = np.sort(ids, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)).any():
         yield from _faults(_repeated(ids), ids, "the same id twice:")
-    relative = logits - logsumexp[:, spec.temperatures.index(1.0), None]
+    with np.errstate(invalid="ignore"):
+        relative = logits - logsumexp[:, spec.temperatures.index(1.0), None]
     mass = np.exp(relative, dtype=np.float64).sum(axis=1, keepdims=True)
     yield from _faults(mass > 1 + MAX_LOG_PROBABILITY, mass, "a probability mass above 1:")
 

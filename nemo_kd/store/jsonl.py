@@ -211,7 +211,7 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec) -> Sample:
     logsumexp = _array(record, "log_sum_exp_logits", "iuf", 1, places)[answers, None]
     logits = _teacher_rows(record, "topk_logits", "iuf", answers, places, spec.top_k)
     ids = _teacher_rows(record, "topk_token_ids", "iu", answers, places, spec.top_k)
-    absent = logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2
+    absent = np.isfinite(logsumexp) & (logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2)
     sample = Sample(
         row,
         input_ids,

@@ -1,0 +1,120 @@
+"""Stores of stores: what is copied stays bit for bit; plans and statistics against plain sums."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_kd.store import Store, StoreError
+from nemo_kd.store.plan import Workload, plan
+from nemo_kd.store.stats import stats
+from nemo_kd.store.transform import convert, merge, split
+from tests.store.samples import sample, spec, store, write
+from tests.store.test_writer import contents
+
+PROFILES = {
+    "plain": {},
+    "compact": {"profile": "compact"},
+    "top_p": {"profile": "top_p", "profile_options": {"p": 0.9}},
+}
+
+
+def bits(opened: Store, offset: int = 0) -> dict[int, tuple[bytes, ...]]:
+    return {
+        one.row + offset: tuple(
+            array.tobytes()
+            for array in (one.input_ids, one.topk_ids, one.topk_logits, one.logsumexp)
+        )
+        for one in opened
+    }
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_split_and_merged_store_has_the_same_bits(tmp_path: Path, profile: str) -> None:
+    opened = Store(store(tmp_path / "s", spec(**PROFILES[profile]), rows=20))
+    targets = [tmp_path / name for name in "abc"]
+    split(opened, targets, [2, 1, 1], seed=3)
+    parts = [Store(target) for target in targets]
+    assert {k: v for part in parts for k, v in bits(part).items()} == bits(opened)
+    merge(parts, tmp_path / "merged")
+    merged, expected, offset = Store(tmp_path / "merged"), {}, 0
+    for part in parts:
+        expected |= bits(part, offset)
+        offset += int(part.rows[-1]) + 1
+    assert bits(merged) == expected
+    assert merged.verify() == []
+    assert [one["store"] for one in merged.manifest.spec.source["merged"]] == [
+        part.fingerprint for part in parts
+    ]
+
+
+def test_a_split_follows_from_seed_and_row_alone(tmp_path: Path) -> None:
+    plain = Store(store(tmp_path / "plain", spec(), rows=20))
+    compact = Store(store(tmp_path / "compact", spec(profile="compact", rows_per_shard=5), rows=20))
+    rows = []
+    for name, opened, seed in (("p", plain, 0), ("c", compact, 0), ("q", plain, 1)):
+        split(opened, [tmp_path / f"{name}0", tmp_path / f"{name}1"], [1, 1], seed=seed)
+        rows.append(Store(tmp_path / f"{name}0").rows.tolist())
+    assert rows[0] == rows[1] != rows[2]
+
+
+def test_converting_to_the_same_profile_changes_nothing(tmp_path: Path) -> None:
+    opened = Store(store(tmp_path / "s", spec(), rows=7))
+    convert(opened, tmp_path / "t", profile="plain")
+    assert contents(tmp_path / "t") == contents(tmp_path / "s")
+    with pytest.raises(StoreError, match="holds 5 logits a token, top_k is 6"):
+        convert(opened, tmp_path / "u", profile="plain", top_k=6)
+
+
+def test_unlike_stores_are_not_merged(tmp_path: Path) -> None:
+    one = Store(store(tmp_path / "a", spec()))
+    tokenizer = {**one.manifest.spec.tokenizer, "path": "elsewhere"}
+    moved = Store(store(tmp_path / "b", spec(tokenizer=tokenizer)))
+    merge([one, moved], tmp_path / "fine")
+    other = Store(store(tmp_path / "c", spec(teacher={"name": "other.nemo"})))
+    with pytest.raises(StoreError, match=r"teacher.name: 'teacher.nemo' and 'other.nemo'"):
+        merge([one, other], tmp_path / "d")
+
+
+def test_statistics_are_the_plain_sums(tmp_path: Path) -> None:
+    of = spec(top_k=6, vocab_size=12)
+    opened = Store(write(tmp_path / "s", of, [sample(row, of, row) for row in range(6)]))
+    masses, entropies, first, kept, nll = [], [], 0, 0, 0.0
+    for one in opened:
+        for a, position in enumerate(one.answer_positions()):
+            p = np.exp(one.topk_logits[a].astype(float) - one.logsumexp[a, 0])
+            outcomes = np.append(p, max(1 - p.sum(), 1e-300))
+            masses.append(p.sum())
+            entropies.append(-(outcomes * np.log(outcomes)).sum())
+            found = one.topk_ids[a].tolist()
+            label = int(one.input_ids[position])
+            first += found[0] == label
+            if label in found:
+                kept += 1
+                nll -= np.log(p[found.index(label)])
+    value = stats(opened).to_json()
+    assert value["answer_tokens"] == len(masses) == 15
+    assert value["mass"] == pytest.approx(np.mean(masses), rel=1e-6)
+    assert value["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert value["label_is_first"] == first / 15 and value["label_is_kept"] == kept / 15
+    assert value["nll_of_kept_labels"] == pytest.approx(nll / max(kept, 1), rel=1e-5)
+    for name in ("mass", "entropy"):
+        assert sum(value[f"{name}_histogram"]["counts"]) == 15
+    assert sum(value["answer_length_histogram"]["counts"]) == 6
+
+
+@pytest.mark.parametrize("profile", ["plain", "compact"])
+def test_planned_disk_is_what_a_store_takes(tmp_path: Path, profile: str) -> None:
+    of = spec(profile=profile, top_k=20, rows_per_shard=50)
+    opened = Store(write(tmp_path / "s", of, [sample(row, of, 30) for row in range(50)]))
+    totals = opened.manifest.totals
+    work = Workload(
+        answer_tokens=totals["answer_tokens"],
+        total_tokens=totals["tokens"],
+        samples=totals["samples"],
+        teacher_parameters=1e9,
+        gpus=1,
+    )
+    assert plan(of, work).disk_bytes == pytest.approx(totals["bytes"], rel=0.01)
