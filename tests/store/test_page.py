@@ -9,19 +9,30 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_kd.store import Store
+from nemo_kd.store import Sample, Store, StoreSpec
 from tests.conftest import ROOT
-from tests.store.samples import spec, store
+from tests.store.samples import sample, spec, store, write
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "plain": {"temperatures": (2.0, 1.0)},
+    "compact": {"profile": "compact", "top_k": 10, "temperatures": (2.0, 1.0, 0.5)},
+    "compact, large K": {"profile": "compact", "top_k": 100},
+    "top_p": {"profile": "top_p", "profile_options": {"p": 0.7}},
+}
 
 
-@pytest.mark.parametrize("vocab_size", [500, 262_144])
-def test_the_pages_reader_reads_a_store(tmp_path: Path, vocab_size: int) -> None:
-    page = (ROOT / "docs" / "store.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+@pytest.fixture(scope="module")
+def page() -> dict[str, Any]:
+    text = (ROOT / "docs" / "store.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    assert re.findall(r"import .*", code) == ["import json, numpy as np"]
     namespace: dict[str, Any] = {}
     exec(code, namespace)
-    directory = store(tmp_path / "s", spec(vocab_size=vocab_size, temperatures=(2.0, 1.0)))
-    rows = list(namespace["samples"](directory))
+    return namespace
+
+
+def assert_reads(page: dict[str, Any], directory: Path) -> None:
+    rows = list(page["samples"](directory))
     for expected, (row, tokens, mask, ids, logits, lse) in zip(Store(directory), rows, strict=True):
         assert row == expected.row
         assert np.array_equal(tokens, expected.input_ids)
@@ -29,3 +40,41 @@ def test_the_pages_reader_reads_a_store(tmp_path: Path, vocab_size: int) -> None
         assert np.array_equal(ids, expected.topk_ids)
         assert np.allclose(logits, expected.topk_logits, atol=1e-5)
         assert np.array_equal(lse, expected.logsumexp)
+
+
+@pytest.mark.parametrize("vocab_size", [500, 65_536, 262_144])
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_pages_reader_reads_a_store(
+    page: dict[str, Any], tmp_path: Path, profile: str, vocab_size: int
+) -> None:
+    of = spec(**{**PROFILES[profile], "vocab_size": vocab_size})
+    assert_reads(page, store(tmp_path / "s", of))
+
+
+def test_the_pages_reader_reads_absent_places_and_empty_answers(
+    page: dict[str, Any], tmp_path: Path
+) -> None:
+    one = sample(1, spec(), 2)
+    one.topk_ids[:, 3:], one.topk_logits[:, 3:] = -1, -np.inf
+    assert_reads(page, write(tmp_path / "s", spec(), [sample(0, spec(), 0), one]))
+
+
+def draws(row: int, of: StoreSpec) -> Sample:
+    """Answer tokens of which 1, 2, ... ids came up."""
+    base = sample(row, of, of.top_k)
+    k = of.top_k
+    counts = np.tril(np.ones((k, k), np.int64))
+    counts[:, 0] += k - counts.sum(1)
+    with np.errstate(divide="ignore"):
+        logits = np.log(counts / k).astype(np.float32)
+    ids = np.where(counts > 0, base.topk_ids, -1)
+    zeros = np.zeros((k, 1), np.float32)
+    return Sample(row, base.input_ids, base.loss_mask, ids, logits, zeros)
+
+
+@pytest.mark.parametrize(("vocab_size", "top_k"), [(500, 7), (49_152, 50), (262_144, 200)])
+def test_the_pages_reader_reads_draws(
+    page: dict[str, Any], tmp_path: Path, vocab_size: int, top_k: int
+) -> None:
+    of = spec(profile="sampled", vocab_size=vocab_size, top_k=top_k)
+    assert_reads(page, write(tmp_path / "s", of, [draws(row, of) for row in range(4)]))
