@@ -8,14 +8,15 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-CHUNK_ELEMENTS = {"cpu": 1 << 19}
-"""Elements of one chunk: on a CPU, what the cache holds (2 MiB in float32)."""
+CPU_CHUNK_ELEMENTS = 1 << 19
+"""Elements of a chunk for each thread of a CPU: what its cache holds (2 MiB in float32)."""
 DEFAULT_CHUNK_ELEMENTS = 1 << 26
 
 
 def row_chunks(rows: int, width: int, device: torch.device) -> Iterator[slice]:
     """Slices that cover `rows` rows of `width` columns, each small enough for the cache."""
-    budget = CHUNK_ELEMENTS.get(device.type, DEFAULT_CHUNK_ELEMENTS)
+    on_cpu = CPU_CHUNK_ELEMENTS * torch.get_num_threads()
+    budget = on_cpu if device.type == "cpu" else DEFAULT_CHUNK_ELEMENTS
     step = max(1, budget // max(width, 1))
     for start in range(0, rows, step):
         yield slice(start, min(start + step, rows))
