@@ -26,6 +26,10 @@ SUPPORTS: Mapping[str, str] = MappingProxyType(
 )
 
 
+LEAST_REST = 1e-12
+"""The least probability of the teacher outside its K, where K is not the whole vocabulary."""
+
+
 def log_floor(dtype: torch.dtype) -> float:
     """A log-probability whose exponential is 0, far enough from -inf to take differences of."""
     return torch.finfo(dtype).min / 4
@@ -41,12 +45,13 @@ def teacher_bucket(
 ) -> Tensor:
     """log p [N, K + 1] of t / T - L [N, K] and of the remainder log(1 - Σ exp(t / T - L)).
 
-    In float64, where a remainder of 1e-9 is still seen if the inputs hold it. A mass above 1, which
-    rounding of what was stored can give, means no remainder.
+    In float64, where a remainder of 1e-9 is still seen if the inputs hold it. Rounding of what was
+    stored can give a mass of 1 or more: the remainder is at least `LEAST_REST`, or a reverse KL
+    would take it for impossible and be infinite.
     """
     log_p = logits.double() / temperature - logsumexp.double().unsqueeze(-1)
     mass = torch.logsumexp(log_p, -1, keepdim=True)
-    rest = torch.log(-torch.expm1(mass.clamp_max(0)))  # [N, 1]
+    rest = torch.log((-torch.expm1(mass)).clamp_min(LEAST_REST))  # [N, 1]
     normal = torch.log_softmax(torch.cat([log_p, rest], -1), -1)
     return normal.to(dtype).clamp_min(log_floor(dtype))
 
