@@ -72,7 +72,9 @@ def test_killed_dump_resumes_under_another_data_parallel_size(
     same_bytes(whole, store)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_signal_ends_the_dump_in_good_order(
     tiny: Path, script: Script, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:

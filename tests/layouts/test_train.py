@@ -58,7 +58,7 @@ FUSED = "+model.kd.fused_lm_head=true"
         ("tp2pp2", []),
         ("one", [FUSED]),
         ("tp2sp", [FUSED]),
-        ("pp2", [FUSED]),
+        pytest.param("pp2", [FUSED], marks=pytest.mark.slow),
     ],
 )
 def test_layouts_and_fused_lm_head_agree(
@@ -85,6 +85,7 @@ def test_alpha_zero_is_nemos_own_sft_bit_for_bit(
     assert [line["reduced_train_loss"] for line in ours] == nemo
 
 
+@pytest.mark.slow
 def test_bf16_is_close_to_float32(train: Callable[..., Path]) -> None:
     for a, b in zip(
         steps(train()), steps(train("tp2", "trainer.precision=bf16-mixed")), strict=True
@@ -102,15 +103,20 @@ def test_too_little_teacher_mass_is_warned_of_once(train: Callable[..., Path]) -
     assert "of its probability" not in (train() / "stderr.txt").read_text()
 
 
-def test_global_tokens_does_not_depend_on_the_split(train: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("layout", "size"),
+    [("one", 4), ("dp2", 2), pytest.param("one", 2, marks=pytest.mark.slow)],
+)
+def test_global_tokens_does_not_depend_on_the_split(
+    train: Callable[..., Path], layout: str, size: int
+) -> None:
     """Micro-batches of 1, 2 and 4, accumulated 4, 2 and 1 times, over 1 and 2 ranks."""
     option = "+model.kd.normalize=global_tokens"
     one = steps(train("one", option))
-    for layout, size in (("one", 2), ("one", 4), ("dp2", 2)):
-        other = steps(train(layout, option, f"model.micro_batch_size={size}"))
-        for a, b in zip(one, other, strict=True):
-            for name in ("reduced_train_loss", "grad_norm", "sft_loss", "kd_loss"):
-                assert a[name] == pytest.approx(b[name], abs=1e-5), (layout, size, a["step"], name)
+    other = steps(train(layout, option, f"model.micro_batch_size={size}"))
+    for a, b in zip(one, other, strict=True):
+        for name in ("reduced_train_loss", "grad_norm", "sft_loss", "kd_loss"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5), (a["step"], name)
     # With NeMo's own normalization the split shows: the test above could fail.
     mean_of_means = steps(train())
     assert abs(one[0]["reduced_train_loss"] - mean_of_means[0]["reduced_train_loss"]) > 1e-4
