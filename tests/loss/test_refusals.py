@@ -1,0 +1,94 @@
+"""Input that does not fit is refused: the message names the thing, both values, what to do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from nemo_kd.loss import (
+    KDConfig,
+    TopK,
+    gather_logits_and_logsumexp,
+    linear_sft_kd_loss,
+    sft_kd_loss,
+    vocab_parallel_topk,
+)
+
+N, V = 3, 12
+
+
+def call(**changes: Any) -> None:
+    arguments: dict[str, Any] = {
+        "logits": torch.randn(N, V),
+        "labels": torch.arange(N),
+        "teacher": vocab_parallel_topk(torch.randn(N, V), 4),
+        "config": KDConfig(),
+    }
+    sft_kd_loss(**(arguments | changes))
+
+
+def rows(n: int) -> TopK:
+    return vocab_parallel_topk(torch.randn(n, V), 4)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"labels": torch.tensor([0, -100, 1])}, "from -100 to 1, expected 0 to 11: mask"),
+        ({"labels": torch.tensor([0, V, 1])}, "from 0 to 12, expected 0 to 11"),
+        ({"labels": torch.tensor([0, 11, 1]), "vocab_size": 11}, "expected 0 to 10"),
+        ({"labels": torch.arange(N)[:, None]}, r"labels have shape \(3, 1\), expected \(3,\)"),
+        ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask have shape \(2,\), expected \(3,\)"),
+        ({"teacher": None}, "weight of the distillation is 0.5, but there is no teacher"),
+        ({"teacher": rows(2)}, "has 2 rows, but 3 positions are chosen"),
+        ({"teacher": rows(N)._replace(logits=torch.randn(N, 5))}, r"expected \(3, 4\) beside"),
+        ({"teacher": rows(N)._replace(logsumexp=torch.zeros(N, 2))}, r"expected \(3,\) beside"),
+        ({"teacher": rows(N)._replace(logsumexp=torch.full((N,), torch.nan))}, "row 0 .* NaN"),
+        ({"teacher": rows(N)._replace(logsumexp=None)}, "log-sum-exp at temperature 1, and"),
+        ({"vocab_size": V + 1}, "vocab_size is 13, but the logits have 12 columns"),
+        ({"vocab_size": 0}, "vocab_size is 0"),
+    ],
+)
+def test_the_loss_refuses(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        call(**changes)
+
+
+def test_the_others_refuse() -> None:
+    z = torch.randn(N, V)
+    with pytest.raises(ValueError, match="k is 13: expected 1 to 12"):
+        vocab_parallel_topk(z, 13)
+    with pytest.raises(ValueError, match="k is 11: expected 1 to 10"):
+        vocab_parallel_topk(z, 11, vocab_size=10)
+    for temperatures in ((), (1.0, 0.0)):
+        with pytest.raises(ValueError, match="expected one or more, all > 0"):
+            vocab_parallel_topk(z, 3, temperatures=temperatures)
+    with pytest.raises(ValueError, match="differ in their leading dimensions"):
+        gather_logits_and_logsumexp(z, torch.zeros(2, 1, dtype=torch.int64))
+    hidden, weight = torch.randn(N, 6), torch.randn(V, 5)
+    with pytest.raises(ValueError, match="differ in their last"):
+        linear_sft_kd_loss(hidden, weight, torch.arange(N), rows(N), KDConfig())
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"beta": 1.0}, "beta is 1.0: expected a value inside"),
+        ({"skew": 0.0}, "skew is 0.0: expected a value inside"),
+        ({"sft_weight": -1.0}, "sft_weight is -1.0: expected a finite value >= 0"),
+        ({"kd_weight": float("inf")}, "kd_weight is inf"),
+        ({"sft_weight": 0.0, "kd_weight": 0.0}, "nothing would be learned"),
+        ({"temperature": float("nan")}, "temperature is nan"),
+    ],
+)
+def test_the_configuration_refuses(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        KDConfig(**settings)
+
+
+def test_one_weight_given_leaves_the_other_at_1() -> None:
+    assert KDConfig(kd_weight=0.3).weights == (1.0, 0.3)
+    assert KDConfig(sft_weight=0.3).weights == (0.3, 1.0)
+    assert KDConfig().weights == (0.5, 0.5) and KDConfig(alpha=0.2).weights == (0.8, 0.2)
