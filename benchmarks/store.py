@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def random_samples(of: StoreSpec) -> list[Sample]:
     rng = np.random.default_rng(0)
     kinds = []
     for _ in range(10):
-        z = np.sort(rng.normal(0, 3, (SPEED_ANSWERS, of.top_k)).astype(np.float32))[:, ::-1]
+        z = -np.sort(rng.normal(0, 3, (SPEED_ANSWERS, of.top_k)).astype(np.float32))
         lse = np.log(np.exp(z).sum(1, keepdims=True)) + np.float32(0.05)
         step = of.vocab_size // of.top_k
         ids = rng.permuted(np.tile(np.arange(of.top_k) * step, (SPEED_ANSWERS, 1)), axis=1)
@@ -209,9 +210,9 @@ def speed(name: str) -> dict[str, int]:
     samples = random_samples(of)
     order = np.random.default_rng(1).permutation(len(samples)).tolist()
     with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "store"
-        write = best(lambda: write_samples(samples, path, of, overwrite=True))
-        store = Store(path)
+        names = (Path(directory) / str(i) for i in count())
+        write = best(lambda: write_samples(samples, next(names), of))
+        store = Store(Path(directory) / "0")
 
         def read_all() -> None:
             for i in order:

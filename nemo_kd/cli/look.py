@@ -15,15 +15,16 @@ from nemo_kd.cli.app import Json, StoreArgument, TokenizerPath, app, print_json,
 def inspect(store: StoreArgument, as_json: Json = False) -> None:
     """What a store is: its specification and totals, from the manifest alone."""
     from nemo_kd.cli import render
-    from nemo_kd.store.manifest import Manifest
+    from nemo_kd.store.files import sha256_of
+    from nemo_kd.store.manifest import MANIFEST, Manifest
     from nemo_kd.store.reader import refuse_unfinished
 
     refuse_unfinished(store)
-    manifest = Manifest.read(store)
+    manifest, fingerprint = Manifest.read(store), sha256_of(store / MANIFEST)
     totals = manifest.totals
     each = totals["bytes"] / max(totals["answer_tokens"], 1)
     if as_json:
-        value = {"fingerprint": manifest.fingerprint, "bytes_per_answer_token": each, **totals}
+        value = {"fingerprint": fingerprint, "bytes_per_answer_token": each, **totals}
         print_json({**value, "shards": len(manifest.shards), "spec": manifest.spec.to_json()})
         return
     counts = {
@@ -31,7 +32,7 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
         "tokens": f"{totals['tokens']:,}, {totals['answer_tokens']:,} of answers",
         "size": f"{render.size(totals['bytes'])} in {len(manifest.shards):,} shards, "
         f"{each:.1f} bytes an answer token, tokens and indices included",
-        "fingerprint": manifest.fingerprint,
+        "fingerprint": fingerprint,
     }
     console = Console()
     console.print(render.pairs(str(store), counts))

@@ -59,9 +59,9 @@ def checked_teacher(sample: Sample, answers: int, spec: StoreSpec) -> Teacher:
 def teacher_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
     """What can be seen at little cost; nothing when all is well."""
     ids, logits, logsumexp = teacher
-    if not ids.size:
-        return
     unit = logsumexp[:, spec.temperatures.index(1.0), None]
+    if not ids.size or _all_present_and_well(teacher, unit, spec.vocab_size):
+        return
     absent = logits == -np.inf
     # Each rule as: where it is broken, the values to show, what to say.
     yield from _faults(absent[:, :1], logits, "no logit at all")
@@ -79,6 +79,22 @@ def teacher_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
         above,
         logits,
         "a logit above the log-sum-exp of all at T=1:",
+    )
+
+
+def _all_present_and_well(teacher: Teacher, unit: NDArray[np.float32], vocab_size: int) -> bool:
+    """The ordinary case in a third of the time: no rule is broken, and no place is absent.
+
+    What falls from a finite logit to a finite one is finite; a comparison with NaN is false.
+    """
+    ids, logits, logsumexp = teacher
+    return bool(
+        (logits[:, 1:] <= logits[:, :-1]).all()
+        and np.isfinite(logits[:, [0, -1]]).all()
+        and np.isfinite(logsumexp).all()
+        and (logits[:, :1] - unit <= MAX_LOG_PROBABILITY).all()
+        and ids.min() >= 0
+        and ids.max() < vocab_size
     )
 
 

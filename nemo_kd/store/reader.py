@@ -15,9 +15,9 @@ from numpy.typing import NDArray
 
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.errors import StoreError
-from nemo_kd.store.files import size_of
+from nemo_kd.store.files import sha256_of, size_of
 from nemo_kd.store.layout import field_dtypes, file_names
-from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo
+from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.verify import Problem, verify
@@ -37,15 +37,15 @@ class Store:
         self.directory = Path(directory)
         refuse_unfinished(self.directory)
         self.manifest = Manifest.read(self.directory)
-        self.fingerprint = self.manifest.fingerprint
+        # The manifest's file is its canonical JSON, or it is not the one that was written.
+        self.fingerprint = sha256_of(self.directory / MANIFEST)
         self.codec = codec_of(self.manifest.spec)
         self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
         self._open: OrderedDict[int, Shard] = OrderedDict()
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         descriptors = _DESCRIPTORS_PER_FIELD * len(field_dtypes(self.codec))
         self._most_open = max(1, soft_limit // (2 * descriptors))
-        for shard in self.manifest.shards:
-            self._refuse_other_sizes(shard)
+        self._refuse_other_files()
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -148,21 +148,25 @@ class Store:
         self._open[number] = shard
         return shard
 
-    def _refuse_other_sizes(self, shard: ShardInfo) -> None:
-        if sorted(shard.files) != file_names(self.codec):
-            raise StoreError(
-                f"{self.directory / MANIFEST}: {shard.name} has the files {sorted(shard.files)}, "
-                f"the {self.codec.name} profile has {file_names(self.codec)}"
-            )
-        for name, info in shard.files.items():
-            path = self.directory / shard.name / name
-            size = size_of(path)
-            if size != info.bytes:
-                found = "is missing" if size is None else f"has {size} bytes"
+    def _refuse_other_files(self) -> None:
+        """Names and sizes; without a Path for each file, which would be half of the time."""
+        expected = file_names(self.codec)
+        for shard in self.manifest.shards:
+            if sorted(shard.files) != expected:
                 raise StoreError(
-                    f"{path} {found}, the manifest says {info.bytes}; copy it again, or remove "
-                    f"{path.parent} and run the dump again, which writes only that shard"
+                    f"{self.directory / MANIFEST}: {shard.name} has the files "
+                    f"{sorted(shard.files)}, the {self.codec.name} profile has {expected}"
                 )
+            directory = f"{self.directory}/{shard.name}"
+            for name, info in shard.files.items():
+                size = size_of(f"{directory}/{name}")
+                if size != info.bytes:
+                    found = "is missing" if size is None else f"has {size} bytes"
+                    raise StoreError(
+                        f"{directory}/{name} {found}, the manifest says {info.bytes}; copy it "
+                        f"again, or remove {directory} and run the dump again, which writes only "
+                        "that shard"
+                    )
 
 
 def refuse_unfinished(directory: Path) -> None:
