@@ -47,7 +47,7 @@ from nemo_kd.store.transform import write_samples
 
 RESULT = Path(__file__).parent / "results" / "store.json"
 K = 100
-DRAWS = 50
+DRAWS = 48
 PROFILES: dict[str, dict[str, Any]] = {
     "plain": {},
     "compact": {"profile": "compact"},
@@ -265,6 +265,7 @@ def machine() -> dict[str, str | int]:
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
         "numpy": np.__version__,
+        "load": round(os.getloadavg()[0], 1),
     }
 
 
@@ -299,9 +300,10 @@ def main() -> None:
     ]
     tokens = sum(len(one.log_p) for one in everything)
     show(rows, tokens)
-    opened = opening()
+    opened, where = opening(), machine()
     print(f"opening {opened['samples']:,} samples: {opened['seconds']} s, {opened['mb']} MB")
-    result = {"machine": machine(), "answer_tokens": tokens, "profiles": rows, "opening": opened}
+    print(f"{where['processor']}, {where['cores']} cores, load {where['load']} in the last minute")
+    result = {"machine": where, "answer_tokens": tokens, "profiles": rows, "opening": opened}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -15,7 +16,7 @@ from nemo_kd.store import Sample, Store, StoreError, StoreSpec
 from tests.store.samples import sample, spec, store, write
 
 HALF = 2.0**-10  # float16: half a unit in the last place of values up to 32 is 2^-7, relative 2^-11
-WIDTHS = (65_535, 65_536, 65_537, 131_071, 131_072, 262_143, 1 << 31)
+WIDTHS = (65_535, 65_536, 65_537, 131_071, 131_072, 262_143, 1 << 31, 1 << 32)
 
 
 @st.composite
@@ -33,7 +34,7 @@ def cases(draw: st.DrawFn) -> tuple[StoreSpec, list[Sample]]:
     return of, [sample(row, of, count, prompt=1) for row, count in enumerate(answers)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(case=cases())
 def test_plain(case: tuple[StoreSpec, list[Sample]]) -> None:
     of, samples = case
@@ -49,6 +50,45 @@ def test_plain(case: tuple[StoreSpec, list[Sample]]) -> None:
         relative = was.topk_logits - was.logsumexp[:, unit, None]
         error = np.abs(now.topk_logits - was.topk_logits)
         assert (error <= HALF * np.abs(relative) + 1e-6).all()
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases())
+def test_compact_keeps_every_id_and_each_temperature(case: tuple[StoreSpec, list[Sample]]) -> None:
+    of, samples = case
+    of = replace(of, profile="compact")
+    unit = of.temperatures.index(1.0)
+    with TemporaryDirectory() as directory:
+        read = list(Store(write(Path(directory) / "s", of, samples)))
+    for was, now in zip(samples, read, strict=True):
+        assert np.array_equal(np.sort(was.topk_ids, 1), np.sort(now.topk_ids, 1))
+        assert (now.topk_logits[:, 1:] <= now.topk_logits[:, :-1]).all()
+        mass = [
+            np.exp(s.topk_logits.astype(float) - s.logsumexp[:, [unit]]).sum(1) for s in (was, now)
+        ]
+        assert np.allclose(*mass, atol=1e-3)
+        # A shift of all logits by c shifts the log-sum-exp at T by c / T: the same distribution.
+        relative = [
+            s.logsumexp - s.logsumexp[:, [unit]] / np.array(of.temperatures, np.float32)
+            for s in (was, now)
+        ]
+        assert np.allclose(*relative, atol=1e-5)
+
+
+@settings(max_examples=25, deadline=None)
+@given(case=cases(), p=st.floats(0.01, 1))
+def test_top_p_is_plain_cut_off(case: tuple[StoreSpec, list[Sample]], p: float) -> None:
+    of, samples = case
+    cut = replace(of, profile="top_p", profile_options={"p": p})
+    with TemporaryDirectory() as directory:
+        plain = list(Store(write(Path(directory) / "plain", of, samples)))
+        read = list(Store(write(Path(directory) / "cut", cut, samples)))
+    for whole, now in zip(plain, read, strict=True):
+        present = now.topk_ids >= 0
+        assert present[:, :1].all() and np.array_equal(present, np.isfinite(now.topk_logits))
+        assert np.array_equal(now.topk_ids[present], whole.topk_ids[present])
+        assert np.array_equal(now.topk_logits[present], whole.topk_logits[present])
+        assert np.array_equal(now.logsumexp, whole.logsumexp)
 
 
 def log_bucket(read: Sample) -> NDArray[np.float64]:
