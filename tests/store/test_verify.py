@@ -68,6 +68,11 @@ def test_a_broken_rule_is_named_with_row_and_position(tmp_path: Path, kind: str)
     assert Store(directory)[ROW - 1].row == ROW - 1  # no other sample is lost
 
 
+def rename_file(manifest: dict[str, Any], name: str) -> None:
+    files = manifest["shards"][0]["files"]
+    files[name] = files.pop("tokens.bin")
+
+
 def rewrite(path: Path, change: Callable[[Any], None]) -> None:
     value = json.loads(path.read_text())
     change(value)
@@ -110,6 +115,11 @@ STORE_DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         lambda d: rewrite(d / "manifest.json", lambda v: v["totals"].update(tokens=1)),
         "manifest.json",
         "totals",
+    ),
+    "manifest's file names": (
+        lambda d: rewrite(d / "manifest.json", lambda v: rename_file(v, "../../../secret\0")),
+        "manifest.json",
+        "shard-00000 has the files",
     ),
     "manifest's text": (
         lambda d: rewrite(d / "manifest.json", lambda v: None),
