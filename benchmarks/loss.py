@@ -1,6 +1,6 @@
 """Time and memory of the loss, side by side in one run: ours, Megatron's cross-entropy, dense.
 
-    python benchmarks/loss.py            # a table, and benchmarks/results/loss.json
+    python benchmarks/loss.py            # a table, benchmarks/results/loss.json, docs/loss.md
 
 Times: the minimum of several forward + backward passes, the two that are compared taking turns in
 one process (or one for each rank). Memory: by how much a process of its own grows at most, its
@@ -15,10 +15,12 @@ import json
 import os
 import platform
 import resource
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +29,17 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
-from nemo_kd import cpu
-
-RESULT = Path(__file__).parent / "results" / "loss.json"
+HERE = Path(__file__).parent
+RESULT = HERE / "results" / "loss.json"
+PAGE = HERE.parent / "docs" / "loss.md"
+BEGIN, END = "<!-- benchmarks/loss.py writes this table -->", "<!-- end of the table -->"
 SHAPES = ((1024, 49_152), (512, 128_256))
 HEAD = (2048, 49_152, 576)
 ROUNDS = 7
+KEYS = (
+    *("shape", "against", "ms", "their_ms", "time_ratio", "time_target"),
+    *("mb", "their_mb", "memory_ratio", "memory_target"),
+)
 Step = Callable[[], None]
 Candidate = tuple[str, list[Any]]
 
@@ -77,8 +84,12 @@ def sft_kd(n: int, v: int, k: int = 100) -> tuple[Step, Step]:
 
 
 def megatron_cross_entropy(n: int, v: int) -> tuple[Step, Step]:
+    from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
+    if not parallel_state.model_parallel_is_initialized():
+        ranks = torch.distributed.get_world_size()
+        parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     shard, labels, _ = inputs(n, v, 1)
     leaf = shard.requires_grad_()
 
@@ -186,14 +197,10 @@ def rank_main(
     measure: Callable[[list[Candidate]], list[float]],
     candidates: list[Candidate],
 ) -> None:
-    cpu.install()
-    from megatron.core import parallel_state
-
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{directory}/rendezvous", rank=rank, world_size=ranks
     )
-    parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
     values = measure(candidates)
     if rank == 0:
         Path(directory, "result.json").write_text(json.dumps(values))
@@ -211,8 +218,14 @@ def run(
 
 def pair(ours: Candidate, peer: Candidate, ranks: int = 1) -> tuple[list[float], list[float]]:
     """(seconds, bytes), each of ours and of the peer."""
-    bytes_ = [run(memory, [one], ranks)[0] for one in (ours, peer)]
+    bytes_ = [grown(name, tuple(arguments), ranks) for name, arguments in (ours, peer)]
     return run(times, [ours, peer], ranks), bytes_
+
+
+@cache
+def grown(name: str, arguments: tuple[Any, ...], ranks: int) -> float:
+    """Bytes of one candidate, measured once for all of its comparisons."""
+    return run(memory, [(name, list(arguments))], ranks)[0]
 
 
 def compare() -> list[dict[str, Any]]:
@@ -225,9 +238,9 @@ def compare() -> list[dict[str, Any]]:
             rows.append(row(shape, against, *measured, 0.80, 1.0))
         rows.append(row(shape, "dense KD + cross-entropy", *pair(ours, ("dense", [n, v])), 0.25))
     seconds, bytes_ = pair(("lm_head", [*HEAD, True]), ("lm_head", [*HEAD, False]))
-    rows.append(row(str(HEAD), "LM head and loss apart", seconds, bytes_, 1.15))
+    rows.append(row(str(HEAD), "LM head and loss apart", seconds, bytes_, 1.15, 0.15))
     rest = [value - 4 * HEAD[1] * HEAD[2] for value in bytes_]
-    rows.append(row(str(HEAD), "the same, weight's gradient aside", seconds, rest, 1.15, 0.15))
+    rows.append(row(str(HEAD), "the same, weight's gradient aside", seconds, rest, None))
     for what, changed, target in (
         ("half the rows", [256, 49_152], None),
         ("half the vocabulary", [512, 24_576], None),
@@ -267,8 +280,16 @@ def machine() -> dict[str, str | int]:
         "processor": model or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
+        "commit": git("rev-parse", "--short", "HEAD"),
+        "changed_since": bool(git("status", "--porcelain", "nemo_kd/loss", "benchmarks/loss.py")),
         "python": platform.python_version(),
     }
+
+
+def git(*arguments: str) -> str:
+    return subprocess.run(
+        ["git", *arguments], cwd=HERE.parent, check=True, capture_output=True, text=True
+    ).stdout.strip()
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -287,17 +308,39 @@ def show(rows: list[dict[str, Any]]) -> None:
     ):
         table.add_column(column, justify="left" if column in ("shape", "against") else "right")
     for one in rows:
-        keys = ("shape", "against", "ms", "their_ms", "time_ratio", "time_target")
-        keys += ("mb", "their_mb", "memory_ratio", "memory_target")
-        table.add_row(*("" if one[key] is None else str(one[key]) for key in keys))
+        table.add_row(*("" if one[key] is None else str(one[key]) for key in KEYS))
     Console(width=130).print(table)
 
 
+def table_of_page(result: dict[str, Any]) -> str:
+    """The page's table: each figure beside the one it is compared with, and the target."""
+    of = result["machine"]
+    lines = [
+        f"{of['processor']}, {of['cores']} cores, torch {of['torch']}, commit {of['commit']}, "
+        "`python benchmarks/loss.py`:",
+        "",
+        "| shape | against | ms | theirs | ratio | target | MB | theirs | ratio | target |",
+        "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    for one in result["rows"]:
+        lines.append("| " + " | ".join("" if one[key] is None else str(one[key]) for key in KEYS))
+        lines[-1] += " |"
+    return "\n".join(lines)
+
+
+def write_page(result: dict[str, Any]) -> None:
+    before, rest = PAGE.read_text().split(BEGIN)
+    PAGE.write_text(f"{before}{BEGIN}\n{table_of_page(result)}\n{END}{rest.split(END)[1]}")
+
+
 def main() -> None:
+    about = machine()  # before the minutes in which the code may change
     rows = compare()
     show(rows)
+    result = {"machine": about, "rows": rows}
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps({"machine": machine(), "rows": rows}, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    write_page(result)
 
 
 if __name__ == "__main__":
