@@ -7,7 +7,9 @@ micro-batch's teacher tensors are set aside before NeMo's forward (`get_batch`),
 
 from __future__ import annotations
 
+import sys
 import time
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -191,7 +193,12 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
         means = self._step_sums.means(self.kd)
         if "teacher_mass" in means and self.kd.weights[1] and not self.global_rank:
-            self._watch_mass(means["teacher_mass"])
+            # NeMo takes Python's warnings away into its own log: this one must be seen.
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self._watch_mass(means["teacher_mass"])
+            for warning in caught:
+                print(f"WARNING: {warning.message}", file=sys.stderr, flush=True)
         # From one step's backward to the next one's: data, forward, backward, optimizer.
         now = time.perf_counter()
         assert self._clock is not None  # set by on_train_batch_start
