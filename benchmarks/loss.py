@@ -273,13 +273,15 @@ def row(
     }
 
 
-def machine() -> dict[str, str | int]:
+def machine() -> dict[str, str | float]:
+    """`load`: processes that wanted to run when the benchmark began; more than 0 is noise."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
     return {
         "processor": model or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "torch": torch.__version__,
+        "load": round(os.getloadavg()[0], 1),
         "commit": git("rev-parse", "--short", "HEAD"),
         "changed_since": bool(git("status", "--porcelain", "nemo_kd/loss", "benchmarks/loss.py")),
         "python": platform.python_version(),
@@ -316,8 +318,8 @@ def table_of_page(result: dict[str, Any]) -> str:
     """The page's table: each figure beside the one it is compared with, and the target."""
     of = result["machine"]
     lines = [
-        f"{of['processor']}, {of['cores']} cores, torch {of['torch']}, commit {of['commit']}, "
-        "`python benchmarks/loss.py`:",
+        f"{of['processor']}, {of['cores']} cores, load {of['load']} before it began, "
+        f"torch {of['torch']}, commit {of['commit']}, `python benchmarks/loss.py`:",
         "",
         "| shape | against | ms | theirs | ratio | target | MB | theirs | ratio | target |",
         "|---|---|---:|---:|---:|---:|---:|---:|---:|---:|",
