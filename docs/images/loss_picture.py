@@ -43,7 +43,7 @@ def main() -> None:
         axis.bar(place, -z.grad[0], color=["#2563eb"] * K + ["#93c5fd"] * (V - K))
         axis.axhline(0, color="#1f2937", linewidth=0.8)
         axis.axvspan(-0.5, K - 0.5, color="#dbeafe", zorder=0)
-        axis.set_ylim(-0.22, 0.32)
+        axis.set_ylim(-0.3, 0.32)
         axis.set_title(f"push on the logits, {TITLES[support]}", loc="left", fontsize=10)
     for axis in axes.flat:
         axis.set_xticks([])
