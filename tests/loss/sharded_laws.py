@@ -22,6 +22,9 @@ from nemo_kd.loss import (
 from tests.loss.sharded import columns, dense_gradient, group, padded, student_logits, teacher_rows
 
 KINDS = sorted(DIVERGENCES)
+GRADIENT_ERROR = {"reverse_kl": 4e-6}
+"""Its gradient is q (log q - log p): differences of 20 nats, of which plain torch on one process
+loses 2.6e-6 in float32 too. In float64 these problems agree to 1e-11."""
 
 
 def problem(seed: int) -> tuple[int, int, int, KDConfig, int]:
@@ -59,7 +62,8 @@ def check_problem(number: int) -> None:
     dense = torch.nn.functional.pad(gradient, (0, padded(v) - v))[:, columns(padded(v))]
     assert shard.grad is not None
     error = (shard.grad.double() - dense).abs().max()
-    assert error <= 1e-6 * max(1.0, float(gradient.abs().max())), problem(number)
+    limit = GRADIENT_ERROR.get(config.divergence, 1e-6)
+    assert error <= limit * max(1.0, float(gradient.abs().max())), problem(number)
 
 
 def check_any_problem() -> None:
