@@ -82,15 +82,17 @@ def linear_pass(
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight = torch.zeros_like(weight, dtype=wider) if wanted[1] else None
     results = []
-    memory = hidden.new_empty(min(head.chunk_tokens, len(ids)), len(weight))
     # Without any token there is one empty chunk, which gives the results their dtypes.
-    for start in range(0, max(len(ids), 1), head.chunk_tokens):
-        part = slice(start, start + head.chunk_tokens)
+    chunks = max(1, -(-len(ids) // head.chunk_tokens))
+    size = max(1, -(-len(ids) // chunks))  # all alike: a short last one would waste its products
+    memory = hidden.new_empty(size, len(weight))
+    for start in range(0, max(len(ids), 1), size):
+        part = slice(start, start + size)
         scale = None if token_weight is None else token_weight[part]
         z = memory[: len(hidden[part])]
         slope = head.logits(hidden[part], weight, z)
         results.append(_chunk(z, ids[part], _rows_of(teacher, part), head, scale, any(wanted)))
-        if any(wanted):  # z is now dz
+        if any(wanted) and not (isinstance(slope, float) and slope == 1):  # z is now dz
             z *= slope
         if grad_hidden is not None:
             torch.mm(z, weight, out=grad_hidden[part])
