@@ -64,7 +64,7 @@ def unseal(row: int, sealed: int, fields: int) -> list[int]:
 
 
 def _word_sum(array: NDArray[Any]) -> int:
-    if array.dtype == np.uint8:  # may have odd length and odd address
+    if array.itemsize == 1:  # may have odd length and odd address
         padded = np.zeros((array.size + 1) // 2, dtype=np.uint16)
         padded.view(np.uint8)[: array.size] = array
         array = padded

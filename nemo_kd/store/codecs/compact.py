@@ -131,7 +131,12 @@ class Compact(Codec):
         units = (coarse << self.dtype.type(FINER_BITS + 1)) + middle
         finer = self._get(padded, self.finer_at, FINER_BITS, self.finer)
         units[:, : self.finer] += finer + finer + one - middle
-        return sort_pairs(units, ids, self.id_bits)
+        # Only what shares a level with the last finer one, or lies before it, changes places.
+        end = self.finer
+        while 0 < end < self.k and (coarse[:, end] == coarse[:, self.finer - 1]).any():
+            end += 1
+        units[:, :end], ids[:, :end] = sort_pairs(units[:, :end], ids[:, :end], self.id_bits)
+        return units, ids
 
     def _log_probabilities(
         self, units: NDArray[Any], log_rest: NDArray[np.float32], ranges: NDArray[np.float32]

@@ -81,5 +81,5 @@ def from_half(bits: NDArray[np.uint16], added: NDArray[np.float32]) -> NDArray[n
     import torch
 
     half = torch.from_numpy(bits.view(np.float16).copy())  # torch wants memory it may write
-    sums: NDArray[np.float32] = half.float().add_(torch.from_numpy(added)).numpy()
+    sums: NDArray[np.float32] = torch.add(half, torch.from_numpy(added)).numpy()
     return sums
