@@ -44,8 +44,8 @@ def word_sums(arrays: Iterable[NDArray[Any]]) -> list[int]:
     """For each array the sum mod 2^16 of its 16-bit words.
 
     Any change within one word shows, changes of several but for 1 in 65,536, an exchange of words
-    never: that is for `verify` and SHA-256. Cheap enough to be checked whenever a sample is read,
-    which SHA-256 and CRC-32 are not.
+    never: that is for `verify` and SHA-256. Cheap enough to be checked when a sample is read, which
+    SHA-256 and CRC-32 are not.
     """
     return [_word_sum(array) for array in arrays]
 

@@ -30,7 +30,7 @@ class Store:
     """`store[i]` is the i-th sample by row number; `len(store)` counts them.
 
     Opening reads the manifest and compares every file's size with it. A sample's own checksums
-    are compared whenever it is read; `verify` compares everything.
+    are compared when it is first read; `verify` compares everything.
     """
 
     def __init__(self, directory: str | Path) -> None:
