@@ -78,9 +78,8 @@ def linear_pass(
     `token_weight` [N], None for ones. `grad_hidden` is this rank's part of a sum over the ranks;
     `grad_weight` is in float32 at least. Collectives: two all-reduces a chunk.
     """
-    wider = torch.promote_types(weight.dtype, torch.float32)
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
-    grad_weight = torch.zeros_like(weight, dtype=wider) if wanted[1] else None
+    grad_weight: Tensor | None = None
     results = []
     # Without any token there is one empty chunk, which gives the results their dtypes.
     chunks = max(1, -(-len(ids) // head.chunk_tokens))
@@ -96,8 +95,8 @@ def linear_pass(
             z *= slope
         if grad_hidden is not None:
             torch.mm(z, weight, out=grad_hidden[part])
-        if grad_weight is not None:
-            _add_product(grad_weight, z, hidden[part])
+        if wanted[1]:
+            grad_weight = _add_product(grad_weight, z, hidden[part])
     loss, nll, kd = (torch.cat([getattr(r, name) for r in results]) for name in Values._fields[:3])
     metrics = {name: torch.cat([r.metrics[name] for r in results]) for name in results[0].metrics}
     return LinearPass(loss, nll, kd, metrics, grad_hidden, grad_weight)
@@ -136,9 +135,9 @@ def _rows_of(teacher: TopK | None, part: slice) -> TopK | None:
     return TopK(teacher.logits[part], teacher.ids[part], logsumexp)
 
 
-def _add_product(total: Tensor, dz: Tensor, hidden: Tensor) -> None:
-    """total [Vp, H] += dzᵀ h, in total's precision."""
-    if total.dtype == dz.dtype:
-        total.addmm_(dz.t(), hidden)
-    else:
-        total += dz.t() @ hidden
+def _add_product(total: Tensor | None, dz: Tensor, hidden: Tensor) -> Tensor:
+    """total + dzᵀ h [Vp, H], in float32 at least and in total's memory; None for no total yet."""
+    wider = torch.promote_types(dz.dtype, torch.float32)
+    if total is None:
+        return (dz.t() @ hidden).to(wider)
+    return total.addmm_(dz.t(), hidden) if dz.dtype == wider else total.add_(dz.t() @ hidden)
