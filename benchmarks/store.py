@@ -38,16 +38,16 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
-from nemo_kd import cpu
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.codecs import ABSENT_ID
 from nemo_kd.store.layout import SAMPLE_FIELDS
 from nemo_kd.store.manifest import shard_name
 from nemo_kd.store.transform import write_samples
+from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
 
 RESULT = Path(__file__).parent / "results" / "store.json"
 K = 100
-DRAWS = 48
+DRAWS = 40
 PROFILES: dict[str, dict[str, Any]] = {
     "plain": {},
     "compact": {"profile": "compact"},
@@ -105,18 +105,16 @@ def dense(model: Any, store: Store, samples: int) -> Iterator[Dense]:
         yield Dense(sample, log_p, log_q)
 
 
-def drawn(one: Dense, rng: np.random.Generator) -> Sample:
-    """DRAWS ids from the teacher's whole distribution, as the sampled profile takes them."""
-    shape = (len(one.log_p), DRAWS)
-    ids, logits = np.full(shape, ABSENT_ID), np.full(shape, -np.inf, np.float32)
-    for a, log_p in enumerate(one.log_p):
-        p = np.exp(log_p)
-        counts = rng.multinomial(DRAWS, p / p.sum())
-        order = np.argsort(-counts, kind="stable")[: np.count_nonzero(counts)]
-        ids[a, : len(order)] = order
-        logits[a, : len(order)] = np.log(counts[order] / DRAWS)
-    lse = np.zeros((len(ids), 1), np.float32)
-    return replace(one.sample, topk_ids=ids, topk_logits=logits, logsumexp=lse)
+def drawn(one: Dense) -> Sample:
+    """DRAWS ids from the teacher's whole distribution, as a dump takes them."""
+    u = uniforms(0, one.sample.row, len(one.log_p))
+    topk = vocab_parallel_sample(torch.from_numpy(one.log_p), DRAWS, u)
+    return replace(
+        one.sample,
+        topk_ids=topk.ids.numpy(),
+        topk_logits=topk.logits.numpy(),
+        logsumexp=np.zeros((len(topk.ids), 1), np.float32),
+    )
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -145,9 +143,8 @@ def errors(read: Sample, one: Dense) -> dict[str, NDArray[np.float64]]:
 def fidelity(everything: list[Dense], spec: StoreSpec, name: str) -> dict[str, Any]:
     """Write, read and compare one profile."""
     of = replace(spec, **PROFILES[name])
-    rng = np.random.default_rng(0)
     sampled = of.profile == "sampled"
-    samples = (drawn(one, rng) if sampled else one.sample for one in everything)
+    samples = (drawn(one) if sampled else one.sample for one in everything)
     with tempfile.TemporaryDirectory() as directory:
         manifest = write_samples(samples, Path(directory) / "store", of)
         read = list(Store(Path(directory) / "store"))
@@ -289,7 +286,6 @@ def main() -> None:
     parser.add_argument("--teacher", type=Path, help="Hugging Face directory or .gguf")
     parser.add_argument("--samples", type=int, default=96)
     options = parser.parse_args()
-    cpu.install()
     store = Store(options.store)
     model = teacher_model(options.teacher or smollm2())
     everything = list(dense(model, store, options.samples))
