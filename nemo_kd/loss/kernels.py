@@ -27,7 +27,7 @@ class Kernels(Protocol):
         ids: Tensor,
         shard: VocabShard,
         temperatures: Sequence[float],
-        kept: Rows | None = None,
+        keep: bool = False,
     ) -> ShardPass: ...
 
     def backward(

@@ -113,7 +113,7 @@ def _chunk(
     """The values of a chunk's tokens; if wanted, z [n, Vp] ← d Σ token_weight · loss / dz."""
     rows, temperatures, size = Rows.of(z), head.config.temperatures, head.shard.size
     keeps = wanted and kernels.choose(z).keeps_softmax(z.dtype, temperatures)
-    gathered, state = gather_pass(rows, ids, head.shard, temperatures, rows if keeps else None)
+    gathered, state = gather_pass(rows, ids, head.shard, temperatures, keeps)
     if not wanted:
         return Values(*token_losses(gathered, ids, teacher, head.config, size))
     with torch.enable_grad():

@@ -57,13 +57,13 @@ def gather_pass(
     ids: Tensor,
     shard: VocabShard,
     temperatures: Sequence[float],
-    kept: Rows | None = None,
+    keep: bool = False,
 ) -> tuple[Gathered, PassState]:
     """The forward pass without autograd. Two all-reduces: [N] maximum, [N, M + temperatures] sum.
 
     Layout: logits sharded by column, `ids` [N, M] the same on every rank; so are the results.
     """
-    local = kernels.choose(logits.matrix).forward(logits, ids, shard, temperatures, kept)
+    local = kernels.choose(logits.matrix).forward(logits, ids, shard, temperatures, keep)
     top = shard.max(local.top.clone()).clamp_min_(torch.finfo(local.top.dtype).min)  # [N]
     log_sums = [
         log_sum + (local.top - top) / temperature  # -inf where this shard has nothing
@@ -127,8 +127,7 @@ class _Gather(torch.autograd.Function):
             and kernels.choose(logits).keeps_softmax(logits.dtype, temperatures)
         )
         ctx.inplace, ctx.shard, ctx.temperatures = inplace, shard, temperatures
-        kept = rows if ctx.softmax_kept else None
-        gathered, ctx.state = gather_pass(rows, ids, shard, temperatures, kept)
+        gathered, ctx.state = gather_pass(rows, ids, shard, temperatures, ctx.softmax_kept)
         ctx.rows = rows.over(torch.empty(0))
         ctx.save_for_backward(rows.matrix, ids)
         ctx.mark_non_differentiable(gathered.top)

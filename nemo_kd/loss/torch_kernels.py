@@ -48,12 +48,12 @@ def forward(
     ids: Tensor,
     shard: VocabShard,
     temperatures: Sequence[float],
-    kept: Rows | None = None,
+    keep: bool = False,
 ) -> ShardPass:
     """One read of the logits: gather, maximum and log-sum-exp.
 
-    Shapes: `ids` [N, M] int64. `kept` (same rows; may be `logits` itself) takes the shard's softmax
-    up to `norm`. Everything is computed in float32, or float64 for float64 logits.
+    Shapes: `ids` [N, M] int64. With `keep` the shard's softmax, up to `norm`, is written over the
+    logits (see `keeps_softmax`). Everything is computed in float32, or float64 for float64 logits.
     """
     width, dtype = shard.width, compute_dtype(logits.matrix.dtype)
     picked = ids.new_empty(ids.shape, dtype=dtype)
@@ -62,19 +62,21 @@ def forward(
     norms = [torch.empty_like(top) for _ in temperatures]
     scratch = None
     for part in row_chunks(len(ids), width, ids.device):
-        scratch = picked.new_empty(part.stop, width) if scratch is None else scratch
-        work = scratch[: part.stop - part.start].copy_(logits.read(part))  # [n, Vp]
+        work = logits.view(part) if keep else None  # [n, Vp]
+        in_memory = work is not None
+        if work is None:
+            scratch = picked.new_empty(part.stop, width) if scratch is None else scratch
+            work = scratch[: part.stop - part.start].copy_(logits.read(part))
         column, here = shard.local(ids[part])
         picked[part] = work.gather(1, column).masked_fill_(~here, 0)
         _open_holes(work, column, here, shard)
         top[part] = work.amax(-1)
         avoid_empty(work, top[part])
-        target = kept.view(part) if kept is not None else None
         for i, temperature in enumerate(temperatures):
-            soft = softmax_at(work, temperature, target, last=i == len(temperatures) - 1)
+            soft = softmax_at(work, temperature, last=i == len(temperatures) - 1)
             sums[i][part], norms[i][part] = log_sum_of(soft)
-        if kept is not None and target is None:
-            kept.write(part, soft)
+        if keep and not in_memory:
+            logits.write(part, soft)
     return ShardPass(picked, top, sums, norms)
 
 
@@ -143,14 +145,12 @@ def _open_holes(work: Tensor, column: Tensor, here: Tensor, shard: VocabShard) -
     work.scatter_reduce_(1, column, holes, "amin")
 
 
-def softmax_at(
-    work: Tensor, temperature: float, target: Tensor | None = None, last: bool = False
-) -> Tensor:
-    """softmax(work / temperature) [n, Vp]: in `target`, else over `work` if `last`, else new."""
+def softmax_at(work: Tensor, temperature: float, last: bool = False) -> Tensor:
+    """softmax(work / temperature) [n, Vp]: over `work` if `last`, else in new memory."""
     if temperature == 1:
-        return torch.softmax(work, -1, out=work if target is None and last else target)
+        return torch.softmax(work, -1, out=work if last else None)
     scaled = work.div_(temperature) if last else work / temperature
-    return torch.softmax(scaled, -1, out=scaled if target is None else target)
+    return torch.softmax(scaled, -1, out=scaled)
 
 
 def _scale(soft: Tensor, coefficient: Tensor | None, part: slice) -> Tensor:

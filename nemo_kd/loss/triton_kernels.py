@@ -33,9 +33,9 @@ def forward(
     ids: Tensor,
     shard: VocabShard,
     temperatures: Sequence[float],
-    kept: Rows | None = None,
+    keep: bool = False,
 ) -> ShardPass:
-    """As `torch_kernels.forward`, in float32, for one or two temperatures; `kept` is not used.
+    """As `torch_kernels.forward`, in float32, for one or two temperatures; `keep` is never true.
 
     While a row is summed its gathered logits are -inf in memory, and put back at its end: the
     logits must not be read by another stream meanwhile.
