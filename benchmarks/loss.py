@@ -6,7 +6,7 @@ Times: the minimum of several forward + backward passes, the two that are compar
 one process (or one for each rank). Memory: by how much a process of its own grows at most, its
 inputs included, after a small pass has loaded the libraries; for the LM head beyond hidden states
 and weight, once with and once without the weight's gradient, which both ways have to return.
-float32 on a CPU, K = 100.
+float32 on a CPU unless said otherwise, K = 100.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ Candidate = tuple[str, list[Any]]
 # --- candidates: each makes its inputs and gives (prepare a round, the timed step) ---------------
 
 
-def inputs(n: int, v: int, k: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
+def inputs(
+    n: int, v: int, k: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
     from nemo_kd.loss import TopK
 
     rank, ranks = torch.distributed.get_rank(), torch.distributed.get_world_size()
@@ -57,14 +59,16 @@ def inputs(n: int, v: int, k: int) -> tuple[torch.Tensor, torch.Tensor, Any]:
     teacher = TopK(
         torch.randn(n, k, generator=generator).sort(-1, True).values, ids, torch.full((n,), 6.0)
     )
-    shard = torch.empty(n, v // ranks).normal_(generator=torch.Generator().manual_seed(rank))
+    shard = torch.empty(n, v // ranks, dtype=dtype).normal_(
+        generator=torch.Generator().manual_seed(rank)
+    )
     return shard, labels, teacher
 
 
-def sft_kd(n: int, v: int, k: int = 100) -> tuple[Step, Step]:
+def sft_kd(n: int, v: int, k: int = 100, dtype: str = "float32") -> tuple[Step, Step]:
     from nemo_kd.loss import KDConfig, sft_kd_loss
 
-    shard, labels, teacher = inputs(n, v, k)
+    shard, labels, teacher = inputs(n, v, k, getattr(torch, dtype))
     leaf = shard.requires_grad_()
 
     def step() -> None:
@@ -83,14 +87,14 @@ def sft_kd(n: int, v: int, k: int = 100) -> tuple[Step, Step]:
     return fresh(leaf), step
 
 
-def megatron_cross_entropy(n: int, v: int) -> tuple[Step, Step]:
+def megatron_cross_entropy(n: int, v: int, dtype: str = "float32") -> tuple[Step, Step]:
     from megatron.core import parallel_state
     from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
 
     if not parallel_state.model_parallel_is_initialized():
         ranks = torch.distributed.get_world_size()
         parallel_state.initialize_model_parallel(tensor_model_parallel_size=ranks)
-    shard, labels, _ = inputs(n, v, 1)
+    shard, labels, _ = inputs(n, v, 1, getattr(torch, dtype))
     leaf = shard.requires_grad_()
 
     def step() -> None:
@@ -236,6 +240,8 @@ def compare() -> list[dict[str, Any]]:
             measured = pair(ours, ("megatron", [n, v]), ranks)
             against = f"Megatron's cross-entropy alone, TP {ranks}"
             rows.append(row(shape, against, *measured, 0.80, 1.0))
+        half = pair(("sft_kd", [n, v, 100, "bfloat16"]), ("megatron", [n, v, "bfloat16"]))
+        rows.append(row(shape, "Megatron's, both on bf16 logits", *half, None))
         rows.append(row(shape, "dense KD + cross-entropy", *pair(ours, ("dense", [n, v])), 0.25))
     seconds, bytes_ = pair(("lm_head", [*HEAD, True]), ("lm_head", [*HEAD, False]))
     rows.append(row(str(HEAD), "LM head and loss apart", seconds, bytes_, 1.15, 0.15))

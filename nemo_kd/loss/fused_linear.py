@@ -29,7 +29,7 @@ from nemo_kd.loss.objective import (
 from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.topk import TopK
 
-CHUNK_ELEMENTS = {"cpu": 10 << 20}
+CHUNK_ELEMENTS = {"cpu": 13 << 20}
 """Logits of one chunk: enough tokens for the matrix products to be efficient."""
 DEFAULT_CHUNK_ELEMENTS = 1 << 27
 
@@ -63,8 +63,8 @@ def linear_sft_kd_loss(
     gradient is this rank's own. Under autocast the products are in its dtype, as for a linear
     layer; the weight's gradient adds up in float32 over the chunks.
 
-    `chunk_tokens`: tokens of a chunk (default: so many that it has 10⁷ logits on a CPU, 2²⁷ on a
-    GPU); its logits, or twice that with a soft-cap, are all that exists at a time.
+    `chunk_tokens`: tokens of a chunk (default: so many that it has 1.3 · 10⁷ logits on a CPU, 2²⁷
+    on a GPU); its logits, or twice that with a soft-cap, are all that exists at a time.
 
     Collectives: two all-reduces a chunk, as `sft_kd_loss`; backward one all-reduce of [N, H], or a
     reduce-scatter; `sequence_parallel` adds an all-gather of hidden.
