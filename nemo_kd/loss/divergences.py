@@ -79,12 +79,15 @@ class Divergence:
     parameter: Literal["beta", "skew"] | None = None
     needs_teacher_everywhere: bool = False
     """Infinite wherever the student has mass and the teacher has none (support `vocab`)."""
+    in_double: bool = False
+    """Its gradient multiplies the student's probability with a difference of logarithms: computed
+    in float64, or float32's rounding of these shows."""
 
 
 DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
     {
         "forward_kl": Divergence(forward_kl),
-        "reverse_kl": Divergence(reverse_kl, needs_teacher_everywhere=True),
+        "reverse_kl": Divergence(reverse_kl, needs_teacher_everywhere=True, in_double=True),
         "jsd": Divergence(jsd, parameter="beta"),
         "skew_forward_kl": Divergence(skew_forward_kl, parameter="skew"),
         "skew_reverse_kl": Divergence(skew_reverse_kl, parameter="skew"),

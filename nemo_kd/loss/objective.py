@@ -135,19 +135,29 @@ def token_losses(
 
     `size`: the columns of the student's vocabulary that count.
     """
+    dtype = gathered.top.dtype
+    if DIVERGENCES[config.divergence].in_double:
+        picked, outside, top = gathered
+        gathered = Gathered(picked.double(), tuple(x.double() for x in outside), top.double())
+    # What no id stands for is impossible, and its token is among those outside.
+    floor = log_floor(gathered.top.dtype)
+    picked = gathered.picked.masked_fill(ids < 0, floor)
     # Relative to the largest logit, where float32 is finest.
-    best = torch.maximum(gathered.top, gathered.picked.detach().amax(-1))  # [N]
-    picked = gathered.picked - best.unsqueeze(-1)
+    best = torch.maximum(gathered.top, picked.detach().amax(-1))  # [N]
+    picked = picked - best.unsqueeze(-1)
     label, student = picked[:, 0], picked[:, 1:]
     rests = _outside_the_k(gathered, best, label, ids, config)
     nll = torch.logsumexp(torch.cat([student, rests[0].unsqueeze(-1)], -1), -1) - label
-    metrics = {"top1_label": (label.detach() >= 0).to(nll.dtype)}
+    metrics = {"top1_label": (label.detach() >= 0).to(dtype)}
     if teacher is None:
+        nll = nll.to(dtype)
         return config.weights[0] * nll, nll, torch.zeros_like(nll), metrics
     log_q = student_bucket(student, rests[-1], config.temperature)
     log_p = _teacher_bucket(teacher, config.temperature, size, nll.dtype)
     kd = config.temperature**2 * _divergence(log_p, log_q, student, teacher, config)
-    metrics |= token_metrics(log_p, log_q, student, teacher.logits)
+    for name, value in token_metrics(log_p, log_q, student, teacher.logits).items():
+        metrics[name] = value.to(dtype)
+    nll, kd = nll.to(dtype), kd.to(dtype)
     return _weigh(nll, kd, config.weights), nll, kd, metrics
 
 
@@ -178,7 +188,7 @@ def _teacher_bucket(
     teacher: TopK, temperature: float, size: int, dtype: torch.dtype
 ) -> Tensor | None:
     """log p [N, K + 1] over the K and the rest, or None where the log-sum-exp is not known."""
-    if teacher.logits.shape[1] == size:
+    if teacher.logits.shape[1] == size and not bool((teacher.ids < 0).any()):
         return with_empty_rest(teacher_topk(teacher.logits, temperature, dtype))
     if teacher.logsumexp is None:
         return None

@@ -23,10 +23,14 @@ from nemo_kd.loss.torch_kernels import avoid_empty, log_sum_of, softmax_at
 BLOCK = 32
 """Columns of a block in the first selection; 32 and 64 are the fastest for K = 100."""
 _LOW = 0xFFFFFFFF
+ABSENT_ID = -1
+"""Stands where a row of a teacher has no further token; its logit is -inf."""
 
 
 class TopK(NamedTuple):
     """`logits` [N, K] float32, `ids` [N, K] int64 and `logsumexp` [N] of N rows.
+
+    Where a row has fewer than K tokens the other places are absent: id -1 and logit -inf.
 
     logsumexp = log Σ_v exp(z_v / T) over the real vocabulary at the training temperature T, in
     nats; `vocab_parallel_topk` gives [N, temperatures] when asked for several. None where it is
@@ -83,7 +87,7 @@ def check_teacher(teacher: TopK, vocab_size: int) -> None:
     """Refuse teacher rows that no loss can be right on: meant for the data loader, on the CPU.
 
     Errors: ValueError that names the first row with an id outside [0, vocab_size), an id twice,
-    or a logit or log-sum-exp that is NaN.
+    no id at all, an absent id with a logit, or a logit or log-sum-exp that is NaN.
     """
     logits, ids, logsumexp = teacher
     if logits.shape != ids.shape or logits.dim() != 2:
@@ -93,8 +97,13 @@ def check_teacher(teacher: TopK, vocab_size: int) -> None:
     if ids.shape[1] > vocab_size:
         raise ValueError(f"The teacher has K = {ids.shape[1]} of a vocabulary of {vocab_size}.")
     ordered = _sorted(ids)  # [N, K]
-    repeated = (ordered[:, 1:] == ordered[:, :-1]).any(-1)
-    outside = (ordered[:, :1] < 0).any(-1) | (ordered[:, -1:] >= vocab_size).any(-1)
+    again = ordered[:, 1:] == ordered[:, :-1]
+    outside = (ordered[:, -1:] >= vocab_size).any(-1)
+    if bool((ordered[:, :1] < 0).any()):  # absent ids, which most teachers do not have
+        again &= ordered[:, 1:] >= 0
+        outside |= ((ids < 0) & ((ids != ABSENT_ID) | (logits != -torch.inf))).any(-1)
+        outside |= (ordered[:, -1:] < 0).any(-1)
+    repeated = again.any(-1)
     nan = logits.isnan().any(-1)
     if logsumexp is not None:
         nan = nan | logsumexp.unsqueeze(-1).flatten(1).isnan().any(-1)

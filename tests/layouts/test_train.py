@@ -122,6 +122,18 @@ def test_global_tokens_does_not_depend_on_the_split(
     assert abs(one[0]["reduced_train_loss"] - mean_of_means[0]["reduced_train_loss"]) > 1e-4
 
 
+@pytest.mark.slow
+def test_global_tokens_over_eight_micro_batches(train: Callable[..., Path]) -> None:
+    """A global batch of 8 as 8 micro-batches of 1, 4 of 2, and 1 of 4 on each of two ranks."""
+    options = ["+model.kd.normalize=global_tokens", "model.global_batch_size=8"]
+    eight = steps(train("one", *options))
+    for layout, size in (("one", 2), ("dp2", 4)):
+        other = steps(train(layout, *options, f"model.micro_batch_size={size}"))
+        for a, b in zip(eight, other, strict=True):
+            for name in ("reduced_train_loss", "grad_norm", "sft_loss", "kd_loss"):
+                assert a[name] == pytest.approx(b[name], abs=1e-5), (layout, a["step"], name)
+
+
 def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
     tiny: Path, dump: Callable[..., Path], script: Script, tmp_path: Path
 ) -> None:

@@ -17,6 +17,7 @@ from nemo_kd.loss import (
 )
 
 N, V = 3, 12
+NOTHING = torch.full((N, 4), -torch.inf)
 
 
 def call(**changes: Any) -> None:
@@ -46,6 +47,9 @@ def rows(n: int) -> TopK:
         ({"teacher": rows(N)._replace(logits=torch.randn(N, 5))}, r"expected \(3, 4\) beside"),
         ({"teacher": rows(N)._replace(logsumexp=torch.zeros(N, 2))}, r"expected \(3,\) beside"),
         ({"teacher": rows(N)._replace(logsumexp=torch.full((N,), torch.nan))}, "row 0 .* NaN"),
+        ({"teacher": rows(N)._replace(ids=torch.full((N, 4), -1))}, "row 0 has an id outside"),
+        ({"teacher": TopK(NOTHING, torch.full((N, 4), -1), torch.zeros(N))}, "an id outside"),
+        ({"teacher": TopK(NOTHING, torch.arange(-2, 2).expand(N, 4), None)}, "an id outside"),
         ({"teacher": rows(N)._replace(logsumexp=None)}, "log-sum-exp at temperature 1, and"),
         ({"vocab_size": V + 1}, "vocab_size is 13, but the logits have 12 columns"),
         ({"vocab_size": 0}, "vocab_size is 0"),
