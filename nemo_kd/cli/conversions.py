@@ -1,15 +1,16 @@
-"""The three directions of `nemo-kd convert`."""
+"""What `nemo-kd convert` does in its three directions, and `merge --average`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_kd.cli.tokenizers import load_tokenizer
 from nemo_kd.store import Manifest, Store, StoreError, StoreSpec, read_jsonl, write_jsonl
+from nemo_kd.store.average import average
 from nemo_kd.store.jsonl import CHUNK_ID, chunk_paths
 from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.transform import convert, write_samples
@@ -38,6 +39,16 @@ def between_stores(
     store = Store(source)
     manifest = convert(store, target, progress=lambda done: advance(done, len(store)), **changes)
     return summary(target, manifest)
+
+
+def averaged(
+    stores: Sequence[Store], target: Path, weights: list[float], **options: Any
+) -> dict[str, Any]:
+    """Stores of several teachers → the store of their mixture."""
+    manifest = average(stores, target, weights, **options)
+    others = {t for store in stores for t in store.manifest.spec.temperatures} - {1.0}
+    left_out = {"temperatures_left_out": sorted(others)} if others else {}
+    return {**summary(target, manifest), **left_out}
 
 
 def from_jsonl(

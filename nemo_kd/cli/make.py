@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -72,23 +72,35 @@ def convert(
 
 @app.command()
 def merge(
-    target: Annotated[Path, typer.Argument(help="The store to make.")],
     sources: Annotated[list[Path], typer.Argument(help="Stores of one specification.")],
+    target: Annotated[Path, typer.Argument(help="The store to make.")],
+    average: Annotated[
+        str | None,
+        typer.Option(help="Weights, 0.5,0.5: the mixture of teachers over the same tokens."),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """One store of several, in their order; rows are numbered on from store to store."""
-    from nemo_kd.cli.conversions import summary
+    """One store of several: their samples in order, rows numbered on from store to store.
+
+    With --average the stores hold the same samples, and the new one the mixture of their teachers.
+    """
+    from nemo_kd.cli.conversions import averaged, numbers, summary
     from nemo_kd.store.reader import Store
     from nemo_kd.store.transform import merge as merge_stores
 
     stores = [Store(source) for source in sources]
-    total = sum(map(len, stores))
+    total = len(stores[0]) if average else sum(map(len, stores))
     with progress("merge") as advance:
-        manifest = merge_stores(
-            stores, target, overwrite=overwrite, progress=lambda done: advance(done, total)
-        )
-    report(summary(target, manifest), as_json)
+        options: dict[str, Any] = {
+            "overwrite": overwrite,
+            "progress": lambda done: advance(done, total),
+        }
+        if average is None:
+            result = summary(target, merge_stores(stores, target, **options))
+        else:
+            result = averaged(stores, target, numbers("--average", average), **options)
+    report(result, as_json)
 
 
 @app.command()

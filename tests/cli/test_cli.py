@@ -96,8 +96,19 @@ def test_split_and_merge(a_store: Path, tmp_path: Path) -> None:
     assert "2 directories need as many weights" in wrong
     rows = [{one.row for one in Store(part)} for part in (a, b)]
     assert rows[0] | rows[1] == set(range(7)) and not rows[0] & rows[1]
-    nemo_kd("merge", tmp_path / "both", a, b)
+    nemo_kd("merge", a, b, tmp_path / "both")
     assert len(Store(tmp_path / "both")) == 7
+
+
+def test_average_of_two_teachers(a_store: Path, tmp_path: Path) -> None:
+    warm = spec(temperatures=(1.0, 2.0), teacher={"name": "other.nemo"})
+    other, target = store(tmp_path / "other", warm), tmp_path / "mixed"
+    result = as_json("merge", "--average", "1,3", a_store, other, target)
+    assert result["samples"] == 7 and result["temperatures_left_out"] == [2.0]
+    assert "0.25 teacher.nemo + 0.75 other.nemo" in nemo_kd("inspect", target)
+    assert "whole" in nemo_kd("verify", target)
+    wrong = nemo_kd("merge", "--average", "1", a_store, other, tmp_path / "x", fails=True)
+    assert "1 weights for 2 stores" in wrong and not (tmp_path / "x").exists()
 
 
 def test_plan() -> None:
