@@ -1,4 +1,4 @@
-"""`nemo-kd`: look into stores, check them, make others of them, plan a dump.
+"""`nemo-kd`: look into stores, check them, make others of them, plan a dump; and a doctor.
 
 Commands import what they need when they run: `--help` and `inspect` answer at once. Results go to
 standard output, progress and errors to standard error. Exit status 1: an error, or problems found.
@@ -10,7 +10,7 @@ import sys
 
 from rich.console import Console
 
-from nemo_kd.cli import look, make, plan  # noqa: F401 (each adds its commands)
+from nemo_kd.cli import doctor, look, make, plan  # noqa: F401 (each adds its commands)
 from nemo_kd.cli.app import app
 
 

@@ -1,0 +1,21 @@
+"""`nemo-kd doctor`: what this environment is, and what works in it."""
+
+from __future__ import annotations
+
+import typer
+
+from nemo_kd.cli.app import Json, app, print_json
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Versions, GPUs and what works here; exit status 0 on a supported stack."""
+    from nemo_kd.doctor import as_text, examine
+
+    report = examine()
+    if as_json:
+        print_json(report.to_json())
+    else:
+        typer.echo(as_text(report))
+    if not report.supported:
+        raise typer.Exit(1)

@@ -1,0 +1,57 @@
+"""Facts and judgements together, as text and as JSON."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import nemo_kd
+from nemo_kd.doctor.checks import Check, checks
+from nemo_kd.doctor.environment import Environment, look
+
+
+@dataclass(frozen=True)
+class Report:
+    environment: Environment
+    checks: list[Check]
+
+    @property
+    def stack(self) -> str:
+        return "CPU" if self.environment.cuda is None else "GPU"
+
+    @property
+    def supported(self) -> bool:
+        return all(check.works for check in self.checks if check.required)
+
+    def to_json(self) -> dict[str, Any]:
+        head = {"nemo_kd": nemo_kd.__version__, "supported": self.supported, "stack": self.stack}
+        return {**head, **asdict(self)}
+
+
+def examine() -> Report:
+    """Look at everything; takes the time of importing torch."""
+    environment = look()
+    return Report(environment, list(checks(environment)))
+
+
+def as_text(report: Report) -> str:
+    """For people."""
+    environment = report.environment
+    rows: list[tuple[str, str | None]] = [
+        ("container", environment.container or "none, or not known"),
+        ("python", environment.python),
+        *environment.packages.items(),
+        ("CUDA of torch", environment.cuda),
+        *(("GPU", gpu) for gpu in environment.gpus or ["none visible"]),
+        ("NCCL", environment.nccl),
+    ]
+    lines = [f"nemo-kd {nemo_kd.__version__}", "", "environment"]
+    lines += [f"  {name:20} {value or '-'}" for name, value in rows]
+    lines += ["", "what works"]
+    for check in report.checks:
+        mark = "yes" if check.works else "NO" if check.required else "no"
+        lines.append(f"  {mark:4} {check.name}: {check.found}")
+        if not check.works:
+            lines.append(f"       -> {check.remedy}")
+    verdict = "supported" if report.supported else "NOT supported: what says NO is needed"
+    return "\n".join([*lines, "", f"{report.stack} stack: {verdict}"])
