@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from megatron.core import parallel_state
@@ -13,30 +13,52 @@ from omegaconf import DictConfig
 
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.teacher.fingerprint import checkpoint_fingerprint, file_sha256
-from nemo_kd.teacher.forward import TopKForward
+from nemo_kd.teacher.forward import AnswerTopK, TopKForward
 from nemo_kd.teacher.progress import DumpProgress
-from nemo_kd.teacher.rows import TEMPLATE_KEYS, Row, SFTRows
+from nemo_kd.teacher.rows import TEMPLATE_KEYS, Row, SFTRows, Teacher
 from nemo_kd.teacher.stop import StopOnSignal
 from nemo_kd.tokenizer import tokenizer_fingerprint
 
-if TYPE_CHECKING:
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-        MegatronGPTSFTModel,
-    )
+
+class Forward(Protocol):
+    """Rows in, the top-K of their answer tokens out; None on ranks that hold no logits."""
+
+    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[AnswerTopK] | None: ...
 
 
-def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest | None:
+def dump(
+    cfg: DictConfig, model: Teacher, forward_class: Callable[..., Forward] = TopKForward
+) -> Manifest | None:
     """Every row of `data.file_path` through the teacher; the manifest of the finished store.
 
     None when a signal asked to stop: what is whole stays, the same command goes on.
-
-    Shard i is the work of data-parallel rank `i % DP`; shards that are whole already are skipped.
-    Collectives over all ranks: barriers before the first shard, one small sum after the last.
     """
     rows = SFTRows(model, cfg.data)
     spec = store_spec(cfg, model, len(rows))
+    forward = forward_class(model, spec, cfg.rows_per_lm_head)
+
+    def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
+        return shard_samples(rows, shard, spec.rows_per_shard, forward, cfg, progress)
+
+    return write_store(cfg, spec, len(rows), samples)
+
+
+def write_store(
+    cfg: DictConfig,
+    spec: StoreSpec,
+    num_rows: int,
+    samples_of: Callable[[int, DumpProgress], Iterable[Sample]],
+    progress_class: type[DumpProgress] = DumpProgress,
+) -> Manifest | None:
+    """The store of `num_rows` rows, shard by shard; its manifest, or None when a signal stopped it.
+
+    Shard i is the work of data-parallel rank `i % DP`; shards that are whole already are skipped.
+    `samples_of(shard, progress)` gives a shard's samples in any order, on the rank of each replica
+    that holds logits. Collectives over all ranks: barriers before the first shard, one small sum
+    after the last.
+    """
     writer = open_writer(cfg, spec)
-    shards = -(-len(rows) // spec.rows_per_shard)
+    shards = -(-num_rows // spec.rows_per_shard)
     mine = range(
         parallel_state.get_data_parallel_rank(),
         shards,
@@ -44,15 +66,17 @@ def dump(cfg: DictConfig, model: MegatronGPTSFTModel) -> Manifest | None:
     )
     todo = [shard for shard in mine if not writer.is_whole(shard)]
     torch.distributed.barrier()  # all ranks of a replica must have looked before one writes
-    forward = TopKForward(model, spec.top_k, spec.temperatures, cfg.rows_per_lm_head)
     writes = parallel_state.is_pipeline_last_stage() and not (
         parallel_state.get_tensor_model_parallel_rank()
     )
-    with StopOnSignal() as stop, DumpProgress(todo, len(mine) - len(todo), rows, spec) as progress:
+    with (
+        StopOnSignal() as stop,
+        progress_class(todo, len(mine) - len(todo), num_rows, spec) as progress,
+    ):
         for shard in todo:
             if stop.agreed():
                 break
-            samples = list(shard_samples(rows, shard, spec.rows_per_shard, forward, cfg, progress))
+            samples = list(samples_of(shard, progress))
             if writes:
                 with writer.shard(shard) as out:
                     for sample in sorted(samples, key=lambda sample: sample.row):
@@ -88,7 +112,7 @@ def open_writer(cfg: DictConfig, spec: StoreSpec) -> StoreWriter:
     return StoreWriter(directory, spec)
 
 
-def store_spec(cfg: DictConfig, model: MegatronGPTSFTModel, num_rows: int) -> StoreSpec:
+def store_spec(cfg: DictConfig, model: Teacher, num_rows: int) -> StoreSpec:
     """What this dump's store is: a resume under another spec is refused by the writer."""
     teacher, source = Path(cfg.model.restore_from_path), Path(cfg.data.file_path)
     tokenizer = model.cfg.tokenizer
@@ -97,6 +121,8 @@ def store_spec(cfg: DictConfig, model: MegatronGPTSFTModel, num_rows: int) -> St
         vocab_size=model.tokenizer.vocab_size,
         temperatures=tuple(cfg.model.kd.temperatures),
         rows_per_shard=cfg.rows_per_shard,
+        profile=cfg.model.kd.profile,
+        profile_options=dict(cfg.model.kd.profile_options),
         tokenizer={
             "fingerprint": tokenizer_fingerprint(model.tokenizer),
             "library": tokenizer.library,
@@ -120,7 +146,7 @@ def shard_samples(
     rows: SFTRows,
     shard: int,
     rows_per_shard: int,
-    forward: TopKForward,
+    forward: Forward,
     cfg: DictConfig,
     progress: DumpProgress,
 ) -> Iterator[Sample]:

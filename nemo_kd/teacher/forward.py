@@ -10,9 +10,10 @@ from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from nemo_kd.loss import TopK, vocab_parallel_topk
 from nemo_kd.megatron import LMHead, gpt_module, split_lm_head
+from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.rows import Row
+from nemo_kd.teacher.select import Selection
 
 if TYPE_CHECKING:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -28,26 +29,52 @@ class AnswerTopK(NamedTuple):
     logsumexp: torch.Tensor  # [A, temperatures] float32
 
 
-class TopKForward:
-    """Rows in, their answer tokens' top-K out, on any tensor, pipeline and sequence layout.
+class AnswerHead:
+    """Hidden states in, what the store keeps of answer tokens out, whatever the model is.
 
     Only answer positions reach the LM head, `rows_per_lm_head` at a time: no tensor is larger
-    than `[rows_per_lm_head, V/TP]`. Collectives: those of the model's own forward, and
-    `vocab_parallel_topk`'s over the tensor-parallel group on the last stage.
+    than `[rows_per_lm_head, V/TP]`. Collectives: `Selection`'s over the tensor-parallel group.
+    """
+
+    def __init__(self, spec: StoreSpec, rows_per_lm_head: int) -> None:
+        self.select = Selection(spec, parallel_state.get_tensor_model_parallel_group())
+        self.rows_per_lm_head = rows_per_lm_head
+
+    def topk(self, hidden: torch.Tensor, head: LMHead, rows: Sequence[Row]) -> Iterator[AnswerTopK]:
+        """hidden [S, B, H] → the top-K of the answer tokens of each of the B rows."""
+        targets = [torch.from_numpy(row.loss_mask[1:].nonzero()[0]) for row in rows]
+        answers = torch.cat([hidden[target, b] for b, target in enumerate(targets)])  # [N, H]
+        chunks = [
+            self.select(head(part), uniform)  # of logits [n, Vp]
+            for part, uniform in zip(
+                answers.split(self.rows_per_lm_head),
+                self.select.uniform(rows).split(self.rows_per_lm_head),
+                strict=True,
+            )
+        ]
+        logits, ids, logsumexp = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))
+        sizes = [len(target) for target in targets]
+        for parts in zip(
+            logits.split(sizes), ids.split(sizes), logsumexp.split(sizes), strict=True
+        ):
+            yield AnswerTopK(*parts)
+
+
+class TopKForward(AnswerHead):
+    """Rows in, their answer tokens' top-K out, on any tensor, pipeline and sequence layout.
+
+    Collectives: those of the model's own forward, and of the top-K on the last stage.
     """
 
     def __init__(
         self,
         model: MegatronGPTSFTModel,
-        top_k: int,
-        temperatures: Sequence[float],
+        spec: StoreSpec,
         rows_per_lm_head: int,
     ) -> None:
+        super().__init__(spec, rows_per_lm_head)
         self.model = model
         self.gpt = gpt_module(model)
-        self.top_k = top_k
-        self.temperatures = tuple(temperatures)
-        self.rows_per_lm_head = rows_per_lm_head
         tensor_size = parallel_state.get_tensor_model_parallel_world_size()
         self.pad_to = 8 * tensor_size if self.gpt.config.sequence_parallel else 16
 
@@ -93,34 +120,16 @@ class TopKForward:
             attention_mask=None,  # causal, built by the attention itself
             labels=None,
         )
-        return output, lambda hidden, non_loss_data: list(self._topk(hidden, head, rows))
+        return output, lambda hidden, non_loss_data: self._topk(hidden, head, rows)
 
     def _topk(
         self, hidden: torch.Tensor, head: LMHead | None, rows: Sequence[Row]
-    ) -> Iterator[AnswerTopK]:
+    ) -> list[AnswerTopK]:
         """hidden [S, B, H] (or this rank's part of S) → the top-K of each row's answer tokens."""
         assert head is not None  # the schedule calls this on the last stage only
-        if self.gpt.config.sequence_parallel:
-            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        targets = [torch.from_numpy(row.loss_mask[1:].nonzero()[0]) for row in rows]
-        answers = torch.cat([hidden[target, b] for b, target in enumerate(targets)])  # [N, H]
         config = self.gpt.config
+        if config.sequence_parallel:
+            hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         # The schedule calls this outside its own autocast; one context casts the head once.
         with torch.autocast("cuda", config.autocast_dtype, enabled=config.enable_autocast):
-            chunks = [self._head_topk(part, head) for part in answers.split(self.rows_per_lm_head)]
-        logits, ids, logsumexp = (torch.cat(parts).cpu() for parts in zip(*chunks, strict=True))
-        logsumexp = logsumexp.reshape(len(logits), len(self.temperatures))
-        sizes = [len(target) for target in targets]
-        for parts in zip(
-            logits.split(sizes), ids.split(sizes), logsumexp.split(sizes), strict=True
-        ):
-            yield AnswerTopK(*parts)
-
-    def _head_topk(self, hidden: torch.Tensor, head: LMHead) -> TopK:
-        return vocab_parallel_topk(
-            head(hidden),  # [n, Vp]
-            self.top_k,
-            group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_size=self.model.tokenizer.vocab_size,
-            temperatures=self.temperatures,
-        )
+            return list(self.topk(hidden, head, rows))

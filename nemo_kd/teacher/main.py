@@ -6,10 +6,14 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import megatron
+from nemo_kd.store import StoreSpec
+from nemo_kd.store.codecs import codec_of
+from nemo_kd.store.spec import MAX_VOCABULARY
 
 
 def run(cfg: DictConfig) -> None:
     """Restore the teacher, dump, and say what the store holds."""
+    check_store_settings(cfg)
     megatron.prepare(cfg)
     # NeMo and Megatron only now: on a CPU they must find their patches in place.
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -31,6 +35,20 @@ def run(cfg: DictConfig) -> None:
             f"{cfg.output_dir}: {totals['samples']} samples, {totals['answer_tokens']} answer "
             f"tokens, {totals['bytes'] / 1e6:.1f} MB ({each:.0f} bytes a token)"
         )
+
+
+def check_store_settings(cfg: DictConfig) -> None:
+    """Refuse what no store can hold before the teacher is loaded, which may take minutes."""
+    kd = cfg.model.kd
+    spec = StoreSpec(
+        top_k=kd.top_k,
+        vocab_size=MAX_VOCABULARY,  # the teacher's is not known yet
+        temperatures=tuple(kd.temperatures),
+        rows_per_shard=cfg.rows_per_shard,
+        profile=kd.profile,
+        profile_options=dict(kd.profile_options),
+    )
+    codec_of(spec)
 
 
 def _complete(cfg: DictConfig) -> None:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.forward import AnswerTopK
-from nemo_kd.teacher.rows import Row, SFTRows
+from nemo_kd.teacher.rows import Row
 
 SECONDS_BETWEEN_LINES = 10.0
 
@@ -30,9 +30,11 @@ class DumpProgress:
     how often the teacher's best token is the label.
     """
 
-    def __init__(self, todo: Sequence[int], done: int, rows: SFTRows, spec: StoreSpec) -> None:
+    name = "dump"
+
+    def __init__(self, todo: Sequence[int], done: int, num_rows: int, spec: StoreSpec) -> None:
         self.total = sum(
-            min(spec.rows_per_shard, len(rows) - shard * spec.rows_per_shard) for shard in todo
+            min(spec.rows_per_shard, num_rows - shard * spec.rows_per_shard) for shard in todo
         )
         self.skipped = done
         self.top_k = spec.top_k
@@ -46,7 +48,7 @@ class DumpProgress:
         self.mass = 0.0
         self.start = self.last_line = time.monotonic()
         self.bar = Progress(
-            TextColumn("dump"),
+            TextColumn(self.name),
             BarColumn(),
             TextColumn("{task.completed}/{task.total} rows  {task.fields[note]}"),
             TimeElapsedColumn(),
@@ -55,11 +57,11 @@ class DumpProgress:
             console=Console(stderr=True),
             disable=not (self.shows and sys.stderr.isatty()),
         )
-        self.task = self.bar.add_task("dump", total=self.total, note="")
+        self.task = self.bar.add_task(self.name, total=self.total, note="")
 
     def __enter__(self) -> DumpProgress:
         if self.shows and self.skipped:
-            print(f"dump: {self.skipped} shards are whole already, skipped", file=sys.stderr)
+            print(f"{self.name}: {self.skipped} shards are whole already, skipped", file=sys.stderr)
         self.bar.start()
         return self
 
@@ -119,7 +121,8 @@ class DumpProgress:
         spent = self.last_line - self.start
         left = spent * (self.total - self.rows) / max(self.rows, 1)
         print(
-            f"dump: {self.rows}/{self.total} rows, {self._note()}, {spent:.0f} s, ETA {left:.0f} s",
+            f"{self.name}: {self.rows}/{self.total} rows, {self._note()}, {spent:.0f} s, "
+            f"ETA {left:.0f} s",
             file=sys.stderr,
             flush=True,
         )

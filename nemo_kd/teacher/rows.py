@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from omegaconf import DictConfig, OmegaConf
-
-if TYPE_CHECKING:
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-        MegatronGPTSFTModel,
-    )
 
 # Settings of the `data` block that shape a sample's tokens: the store's template.
 TEMPLATE_KEYS = (
@@ -26,6 +21,19 @@ TEMPLATE_KEYS = (
     "truncation_method",
     "prompt_template",
 )
+
+
+class Teacher(Protocol):
+    """What the rows, and a store's spec, ask of a teacher; a `MegatronGPTSFTModel` has it."""
+
+    cfg: Any
+    """With `tokenizer.library` and `tokenizer.type`."""
+
+    tokenizer: Any
+    """NeMo's."""
+
+    def _build_dataset(self, data_cfg: DictConfig, is_train: bool) -> Any:
+        """NeMo's SFT data sets of `data_cfg.file_names`."""
 
 
 class RowError(ValueError):
@@ -47,7 +55,7 @@ class Row:
 class SFTRows:
     """Random access to the rows of one JSONL file through NeMo's own SFT data set."""
 
-    def __init__(self, model: MegatronGPTSFTModel, data_cfg: DictConfig) -> None:
+    def __init__(self, model: Teacher, data_cfg: DictConfig) -> None:
         self.file_path = str(data_cfg.file_path)
         self.label_key = data_cfg.label_key
         self.chat = bool(data_cfg.get("chat", False))
