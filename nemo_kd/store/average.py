@@ -165,13 +165,13 @@ def _refuse_other_rows(first: Store, other: Store) -> None:
 
 def _description(stores: Sequence[Store], shares: Sequence[float]) -> dict[str, Any]:
     """What takes the teacher's place in the spec."""
+    teachers = [store.manifest.spec.teacher for store in stores]
+    names = (
+        f"{share:.4g} {teacher.get('name') or store.directory.name}"
+        for store, teacher, share in zip(stores, teachers, shares, strict=True)
+    )
     parts = [
-        {"weight": share, "store": store.fingerprint, "teacher": store.manifest.spec.teacher}
-        for store, share in zip(stores, shares, strict=True)
+        {"weight": share, "store": store.fingerprint, "teacher": teacher}
+        for store, teacher, share in zip(stores, teachers, shares, strict=True)
     ]
-    names = [
-        part["teacher"].get("name") or store.directory.name
-        for part, store in zip(parts, stores, strict=True)
-    ]
-    name = " + ".join(f"{share:.4g} {one}" for share, one in zip(shares, names, strict=True))
-    return {"name": name, "average": parts}
+    return {"name": " + ".join(names), "average": parts}
