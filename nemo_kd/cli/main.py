@@ -8,14 +8,20 @@ from __future__ import annotations
 
 import sys
 
-from rich.console import Console
-
-from nemo_kd.cli import doctor, look, make, plan  # noqa: F401 (each adds its commands)
-from nemo_kd.cli.app import app
-
 
 def main(arguments: list[str] | None = None) -> None:
     """The entry point: what a user can do something about is one line, not a traceback."""
+    try:
+        from rich.console import Console
+
+        from nemo_kd.cli import doctor, look, make, plan  # noqa: F401 (each adds its commands)
+        from nemo_kd.cli.app import app
+    except ModuleNotFoundError as error:
+        if error.name not in ("rich", "typer"):
+            raise
+        sys.exit(
+            f'error: {error.name} is not installed; pip install typer rich, or "nemo-kd[nemo]"'
+        )
     from nemo_kd.store.errors import StoreError
 
     try:

@@ -39,7 +39,7 @@ def checks(environment: Environment) -> Iterator[Check]:
     if packages["nemo_toolkit"] is not None:
         yield sft_model_check()
         yield helpers_check()
-    if environment.cuda is not None:
+    if environment.on_gpu:
         yield from gpu_checks(environment)
     yield modules_check("scripts (Hydra)", ("hydra", "omegaconf"), "hydra-core omegaconf", True)
     yield modules_check("nemo-kd on the command line", ("typer", "rich"), "typer rich")

@@ -24,12 +24,18 @@ class Environment:
     """Facts, no judgement. A package that is not installed has None for its version."""
 
     container: str | None
+    """What NVIDIA's image says it is; None outside of one."""
     python: str
     packages: dict[str, str | None]
     cuda: str | None = None
     """The CUDA that torch was built with; None: a torch for CPUs."""
     gpus: list[str] = field(default_factory=list)
     nccl: str | None = None
+
+    @property
+    def on_gpu(self) -> bool:
+        """Whether NeMo is to run on GPUs here: an image of NVIDIA's is built where none is."""
+        return bool(self.gpus) or (self.container is not None and self.cuda is not None)
 
 
 def look() -> Environment:
@@ -60,9 +66,7 @@ def container() -> str | None:
     """NVIDIA's images say in the environment what they are."""
     names = ("NVIDIA_PRODUCT_NAME", "NVIDIA_PYTORCH_VERSION", "NVIDIA_BUILD_ID")
     said = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
-    if said:
-        return ", ".join(said)
-    return "not NVIDIA's" if Path("/.dockerenv").exists() else None
+    return ", ".join(said) or None
 
 
 def installed(name: str) -> str | None:

@@ -17,7 +17,7 @@ class Report:
 
     @property
     def stack(self) -> str:
-        return "CPU" if self.environment.cuda is None else "GPU"
+        return "GPU" if self.environment.on_gpu else "CPU"
 
     @property
     def supported(self) -> bool:
@@ -38,7 +38,7 @@ def as_text(report: Report) -> str:
     """For people."""
     environment = report.environment
     rows: list[tuple[str, str | None]] = [
-        ("container", environment.container or "none, or not known"),
+        ("container", environment.container or "not one of NVIDIA's"),
         ("python", environment.python),
         *environment.packages.items(),
         ("CUDA of torch", environment.cuda),
