@@ -30,9 +30,11 @@ test: $(INSTALLED)  ## the test suite, at most 15 minutes on 2 cores
 test-all: $(INSTALLED)  ## the suite with its slow tests
 	$(BIN)/python -m pytest -m ''
 
-lint: $(INSTALLED)  ## ruff and mypy
+lint: $(INSTALLED)  ## ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/hadolint Dockerfile Dockerfile.cpu
+	$(BIN)/shellcheck .ci/run
 	$(BIN)/mypy
 
 clean:  ## remove the environment and everything the demo made
