@@ -1,8 +1,9 @@
 """Teacher rows of several samples as batch-first tensors, and back to one row a target.
 
 Megatron cuts a batch into micro-batches along dimension 0 and hands tensors only, so a batch
-carries the teacher as `[B, A, K]`, `A` the most answer tokens of a sample in it. Padding rows are
-never read: which rows are real follows from the loss mask alone.
+carries the teacher as `[B, A, K]`, `A` the most answer tokens of a sample in it, `K` the most ids
+of an answer token. Padding rows are never read: which rows are real follows from the loss mask
+alone.
 """
 
 from __future__ import annotations
@@ -12,11 +13,28 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from nemo_kd.loss import TopK
-from nemo_kd.store import Sample, StoreError
+from nemo_kd.store import Sample
+from nemo_kd.store.codecs import ABSENT_ID
 
 TEACHER_KEYS = ("teacher_ids", "teacher_logits", "teacher_logsumexp")
+
+
+class TeacherRows(NamedTuple):
+    """The teacher at the A answer tokens of a sample, at one temperature."""
+
+    ids: NDArray[np.int64]  # [A, K]; absent places are last, with id -1 and logit -inf
+    logits: NDArray[np.float32]  # [A, K]
+    logsumexp: NDArray[np.float32]  # [A]
+
+    @classmethod
+    def of(cls, sample: Sample, temperature_index: int) -> TeacherRows:
+        """`temperature_index` picks the log-sum-exp among the store's temperatures."""
+        ids, logits = sample.topk_ids, sample.topk_logits
+        width = int((ids != ABSENT_ID).any(axis=0).sum()) if len(ids) else ids.shape[1]
+        return cls(ids[:, :width], logits[:, :width], sample.logsumexp[:, temperature_index])
 
 
 class TeacherSelection(NamedTuple):
@@ -26,27 +44,22 @@ class TeacherSelection(NamedTuple):
     topk: TopK  # N rows, in row-major order of the mask's True positions
 
 
-def collate_teacher(samples: Sequence[Sample], temperature_index: int) -> dict[str, torch.Tensor]:
-    """Teacher rows `[A_i, K_i]` of B samples → `TEACHER_KEYS` tensors `[B, A, K]` and `[B, A]`.
+def collate_teacher(teachers: Sequence[TeacherRows]) -> dict[str, torch.Tensor]:
+    """Teacher rows of B samples → `TEACHER_KEYS` tensors `[B, A, K]` and `[B, A]`.
 
-    ids are int64, logits and log-sum-exp float32; `temperature_index` picks the log-sum-exp among
-    the store's temperatures.
+    ids are int64, logits and log-sum-exp float32. Samples of several K, or of a K that differs
+    from token to token, get absent ids.
     """
-    rows = max((len(sample.topk_ids) for sample in samples), default=0)
-    width = max((sample.topk_ids.shape[1] for sample in samples), default=0)
-    ids = torch.zeros(len(samples), rows, width, dtype=torch.int64)
-    logits = torch.zeros(len(samples), rows, width)
-    logsumexp = torch.zeros(len(samples), rows)
-    for b, sample in enumerate(samples):
-        count, kept = sample.topk_ids.shape
-        if kept != width and count:
-            raise StoreError(
-                f"row {sample.row} has {kept} logits a token, others in its batch {width}; "
-                "train on stores of one K (`nemo-kd convert` makes them alike)"
-            )
-        ids[b, :count] = torch.from_numpy(np.ascontiguousarray(sample.topk_ids))
-        logits[b, :count] = torch.from_numpy(np.ascontiguousarray(sample.topk_logits))
-        logsumexp[b, :count] = torch.from_numpy(sample.logsumexp[:, temperature_index].copy())
+    rows = max((len(teacher.ids) for teacher in teachers), default=0)
+    width = max((teacher.ids.shape[1] for teacher in teachers), default=0)
+    ids = torch.full((len(teachers), rows, width), ABSENT_ID)
+    logits = torch.full((len(teachers), rows, width), -torch.inf)
+    logsumexp = torch.zeros(len(teachers), rows)
+    for b, teacher in enumerate(teachers):
+        count, kept = teacher.ids.shape
+        ids[b, :count, :kept] = torch.from_numpy(np.ascontiguousarray(teacher.ids))
+        logits[b, :count, :kept] = torch.from_numpy(np.ascontiguousarray(teacher.logits))
+        logsumexp[b, :count] = torch.from_numpy(np.ascontiguousarray(teacher.logsumexp))
     return dict(zip(TEACHER_KEYS, (ids, logits, logsumexp), strict=True))
 
 

@@ -7,6 +7,7 @@ micro-batch's teacher tensors are set aside before NeMo's forward (`get_batch`),
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import time
 import warnings
@@ -17,17 +18,21 @@ import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from megatron.core.num_microbatches_calculator import get_num_microbatches
+from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
 from omegaconf import DictConfig, ListConfig
+from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, TeacherSelection, teacher_at
 from nemo_kd.loss import KDLoss, MassWatch, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.megatron import gpt_module, split_lm_head
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.metrics import MetricSums
+from nemo_kd.model.resume import WholeRunBatchSampler, check_same_stores, remember_stores
 from nemo_kd.model.stores import build_store_datasets
+from nemo_kd.store import Store
 
 NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
 
@@ -45,6 +50,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         super().__init__(cfg, trainer)
         # What is saved must load in a NeMo without this package.
         self.cfg.target = NEMO_SFT
+        self._train_stores: list[Store] = []
         self._teacher: TeacherSelection | None = None
         self._answer_tokens = torch.zeros(())  # of the global batch, all data-parallel ranks
         self._forward_only = False
@@ -64,7 +70,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         if data_cfg.get("store"):
-            return build_store_datasets(self, data_cfg, is_train)
+            stores, datasets = build_store_datasets(self, data_cfg, is_train)
+            if is_train:
+                self._train_stores = stores
+            return datasets
         if is_train and self.kd.weights[1]:
             raise ValueError(
                 "model.data.train_ds.store is not set, so there are no teacher logits to learn "
@@ -74,6 +83,38 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         if data_cfg.get("file_names") is None and not is_train:
             return []  # a run without validation data
         return super()._build_dataset(data_cfg, is_train)
+
+    def build_data_loader(
+        self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
+    ) -> DataLoader[Any]:
+        """NeMo's, but a run that is resumed goes on with the sample where it was."""
+        blended = isinstance(dataset, BlendableDataset)
+        sampler = WholeRunBatchSampler(
+            total_samples=len(dataset),
+            consumed_samples=consumed_samples,
+            micro_batch_size=data_cfg.micro_batch_size,
+            global_batch_size=data_cfg.global_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+            drop_last=data_cfg.drop_last,
+            pad_samples_to_global_batch_size=not data_cfg.drop_last,
+        )
+        return DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=dataset.datasets[0].collate_fn if blended else dataset.collate_fn,
+            num_workers=data_cfg.num_workers,
+            pin_memory=data_cfg.pin_memory,
+            persistent_workers=data_cfg.num_workers > 0,
+        )
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        super().on_save_checkpoint(checkpoint)
+        remember_stores(self._train_stores, checkpoint, dataclasses.asdict(self.kd))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        check_same_stores(self._train_stores, checkpoint)
+        super().on_load_checkpoint(checkpoint)
 
     def get_batch(self, data_iterator: Iterator[Any], tuning: bool) -> dict[str, Any]:
         """NeMo's micro-batch; its teacher tensors are kept for the loss of the same forward."""

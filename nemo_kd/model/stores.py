@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils import (
@@ -10,6 +11,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils imp
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from omegaconf import DictConfig
 
+from nemo_kd.data import Fitting, fit_lengths
 from nemo_kd.model.config import store_directories
 from nemo_kd.model.dataset import StoreSFTDataset
 from nemo_kd.store import Store, StoreError
@@ -18,20 +20,28 @@ from nemo_kd.tokenizer import tokenizer_fingerprint
 if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
 
-
-TRAINABLE_PROFILES = ("plain", "compact")
+NEMO_SHUFFLE_SEED = 1
 
 
 def build_store_datasets(
     model: MegatronGPTSFTKDModel, data_cfg: DictConfig, is_train: bool
-) -> BlendableDataset | list[StoreSFTDataset]:
-    """Every store of `data_cfg.store`, checked against the student; blended for training."""
+) -> tuple[list[Store], BlendableDataset | list[StoreSFTDataset]]:
+    """The stores of `data_cfg.store`, checked, and their data sets; blended for training."""
     directories = store_directories(data_cfg)
     stores = [open_store(model, directory) for directory in directories]
+    fitted = [
+        fit_lengths(store, data_cfg.max_seq_length, data_cfg.get("over_long", "refuse"))
+        for store in stores
+    ]
+    for store, fitting in zip(stores, fitted, strict=True):
+        if (fitting.cut or fitting.dropped) and not model.global_rank:
+            longest = f"more than max_seq_length={data_cfg.max_seq_length} tokens"
+            print(f"store {store.directory}: {longest}: {fitting}", file=sys.stderr, flush=True)
+    parts = list(zip(stores, fitted, strict=True))
     if not is_train:
-        return [_dataset(model, store, data_cfg, None) for store in stores]
+        return stores, [_dataset(model, *part, data_cfg, None) for part in parts]
     weights = data_cfg.get("concat_sampling_probabilities")
-    weights = [len(store) for store in stores] if weights is None else list(weights)
+    weights = [len(fitting.used) for fitting in fitted] if weights is None else list(weights)
     if len(weights) != len(stores):
         raise StoreError(
             f"concat_sampling_probabilities has {len(weights)} entries for {len(stores)} stores"
@@ -40,25 +50,29 @@ def build_store_datasets(
     prefix = [part for pair in zip(weights, directories, strict=True) for part in pair]
     _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, wanted)
     datasets = [
-        _dataset(model, store, data_cfg, count[0])
-        for store, count in zip(stores, samples, strict=True)
+        _dataset(model, *part, data_cfg, count[0])
+        for part, count in zip(parts, samples, strict=True)
     ]
     size = sum(count[0] for count in samples)
-    return BlendableDataset(datasets=datasets, weights=probabilities, size=size)
+    return stores, BlendableDataset(datasets=datasets, weights=probabilities, size=size)
 
 
 def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
-    """The store at `directory`, refused where it does not fit the student's tokenizer."""
+    """The store at `directory`, refused where it does not fit the student or its loss."""
     store = Store(directory)
     store.check(
         tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
         vocab_size=model.tokenizer.vocab_size,
         temperature=model.kd.temperature,
     )
-    if store.manifest.spec.profile not in TRAINABLE_PROFILES:
+    kd = model.kd
+    unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
+    if store.manifest.spec.profile == "sampled" and kd.weights[1] and not unbiased:
         raise StoreError(
-            f"store {directory} has the profile {store.manifest.spec.profile!r}, whose number of "
-            f"ids differs from token to token; training takes {' and '.join(TRAINABLE_PROFILES)}"
+            f"store {directory} holds draws from the teacher (profile 'sampled'): they are right "
+            "on average for divergence forward_kl on support bucket or vocab alone, not for "
+            f"{kd.divergence} on {kd.support}; set model.kd.divergence and model.kd.support so, "
+            "or dump another profile"
         )
     if not len(store):
         raise StoreError(f"store {directory} has no samples")
@@ -66,7 +80,11 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
 
 
 def _dataset(
-    model: MegatronGPTSFTKDModel, store: Store, data_cfg: DictConfig, num_samples: int | None
+    model: MegatronGPTSFTKDModel,
+    store: Store,
+    fitting: Fitting,
+    data_cfg: DictConfig,
+    num_samples: int | None,
 ) -> StoreSFTDataset:
     tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
     arguments: dict[str, Any] = {
@@ -77,11 +95,9 @@ def _dataset(
         "pad_seq_length_to_mult": 8 * tensor_size if model.cfg.get("sequence_parallel") else 16,
         "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
         "max_num_samples": num_samples,
-        "seed": data_cfg.get("seed", 1234),
         "truncation_field": None,
-        "index_mapping_dir": data_cfg.get("index_mapping_dir", None),
-        "global_sample_mapping": data_cfg.get("global_sample_mapping", False),
         "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
         "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
     }
-    return StoreSFTDataset(store, model.kd.temperature, **arguments)
+    shuffle_seed = data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED)
+    return StoreSFTDataset(store, fitting, model.kd.temperature, shuffle_seed, **arguments)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
-import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_kd.data import collate_teacher, teacher_at
-from nemo_kd.store import Sample, StoreError
+from nemo_kd.data import TeacherRows, collate_teacher, teacher_at
+from nemo_kd.store import Sample
 
 K, TEMPERATURES = 3, 2
 
@@ -29,6 +30,10 @@ def sample(row: int, mask: list[int]) -> Sample:
     )
 
 
+def collate(samples: list[Sample], temperature_index: int) -> dict[str, torch.Tensor]:
+    return collate_teacher([TeacherRows.of(sample, temperature_index) for sample in samples])
+
+
 masks = st.lists(st.lists(st.integers(0, 1), min_size=1, max_size=7), min_size=1, max_size=5)
 
 
@@ -40,7 +45,7 @@ def test_each_target_gets_its_own_teacher_row(
     samples = [sample(row, mask) for row, mask in enumerate(masks)]
     length = max(len(mask) for mask in masks)
     loss_mask = torch.tensor([mask + [0] * (length - len(mask)) for mask in masks])  # [B, S]
-    selected = teacher_at(collate_teacher(samples, temperature_index), loss_mask)
+    selected = teacher_at(collate(samples, temperature_index), loss_mask)
     expected = [
         1000 * b + s + 1  # the label at position s is token s + 1
         for s in range(length)
@@ -54,20 +59,21 @@ def test_each_target_gets_its_own_teacher_row(
 
 
 def test_a_batch_without_answers_selects_nothing() -> None:
-    batch = collate_teacher([sample(0, [0, 0]), sample(1, [0, 0])], 0)
+    batch = collate([sample(0, [0, 0]), sample(1, [0, 0])], 0)
     selected = teacher_at(batch, torch.zeros(2, 2))
     assert selected.topk.ids.shape == (0, K) and not selected.mask.any()
 
 
-def test_stores_of_different_k_do_not_mix() -> None:
-    other = sample(1, [1])
-    narrow = Sample(
-        row=1,
-        input_ids=other.input_ids,
-        loss_mask=other.loss_mask,
-        topk_ids=other.topk_ids[:, :2],
-        topk_logits=other.topk_logits[:, :2],
-        logsumexp=other.logsumexp,
-    )
-    with pytest.raises(StoreError, match="row 1 has 2 logits a token, others in its batch 3"):
-        collate_teacher([sample(0, [1]), narrow], 0)
+def test_rows_of_fewer_ids_get_absent_ones() -> None:
+    """Stores of another K, and profiles whose K differs from token to token."""
+    wide, other = sample(0, [1, 1]), sample(1, [1])
+    narrow = replace(other, topk_ids=other.topk_ids[:, :1], topk_logits=other.topk_logits[:, :1])
+    ids, logits = wide.topk_ids.copy(), wide.topk_logits.copy()
+    ids[:, 2], logits[:, 2] = -1, -np.inf
+    ids[0, 1], logits[0, 1] = -1, -np.inf
+    ragged = replace(wide, topk_ids=ids, topk_logits=logits)
+    batch = collate_teacher([TeacherRows.of(ragged, 0), TeacherRows.of(narrow, 0)])
+    assert batch["teacher_ids"].shape == (2, 2, 2)  # no wider than what is there
+    selected = teacher_at(batch, torch.tensor([[1, 1], [1, 0]])).topk
+    assert selected.ids.tolist() == [[10, -1], [10010, -1], [20, 21]]
+    assert selected.logits.tolist() == [[1, -np.inf], [1001, -np.inf], [2, 3]]

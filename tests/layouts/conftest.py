@@ -36,6 +36,25 @@ def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
     ]
 
 
+def train_overrides(tiny: Path, store: Path, heldout: Path, directory: Path) -> list[str]:
+    return [
+        f"model.restore_from_path={tiny}/student.nemo",
+        f"model.data.train_ds.store={store}",
+        f"model.data.validation_ds.store={heldout}",
+        "model.data.validation_ds.names=[heldout]",
+        f"exp_manager.explicit_log_dir={directory}",
+        "trainer.precision=32",
+        "trainer.max_steps=6",
+        "trainer.val_check_interval=3",
+        "trainer.enable_progress_bar=false",
+        "model.global_batch_size=4",
+        "model.micro_batch_size=1",
+        "model.data.train_ds.max_seq_length=128",
+        "model.optim.lr=0.01",
+        "model.optim.sched.warmup_steps=2",
+    ]
+
+
 @pytest.fixture(scope="session")
 def dump(
     tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
@@ -70,26 +89,9 @@ def train(
         if key not in made:
             directory = tmp_path_factory.mktemp(f"train-{layout}")
             processes, overrides = LAYOUTS[layout]
-            done = script(
-                "train_gpt_sft_kd.py",
-                f"model.restore_from_path={tiny}/student.nemo",
-                f"model.data.train_ds.store={dump()}",
-                f"model.data.validation_ds.store={dump(split='heldout')}",
-                "model.data.validation_ds.names=[heldout]",
-                f"exp_manager.explicit_log_dir={directory}",
-                "trainer.precision=32",
-                "trainer.max_steps=6",
-                "trainer.val_check_interval=3",
-                "trainer.enable_progress_bar=false",
-                "model.global_batch_size=4",
-                "model.micro_batch_size=1",
-                "model.data.train_ds.max_seq_length=128",
-                "model.optim.lr=0.01",
-                "model.optim.sched.warmup_steps=2",
-                *overrides,
-                *more,
-                processes=processes,
-            )
+            stores = dump(), dump(split="heldout")
+            base = train_overrides(tiny, *stores, directory)
+            done = script("train_gpt_sft_kd.py", *base, *overrides, *more, processes=processes)
             made[key] = directory
             (directory / "stderr.txt").write_text(done.stderr)
         return made[key]

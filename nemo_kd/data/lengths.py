@@ -1,0 +1,77 @@
+"""Samples longer than the student's `max_seq_length`: refused, cut or dropped, always counted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.store import Sample, Store, StoreError
+
+OVER_LONG = ("refuse", "cut_prompt", "drop")
+
+
+@dataclass(frozen=True)
+class Fitting:
+    """Which samples of a store are used, and what happened to the others."""
+
+    used: NDArray[np.int64]
+    """Places in the store, rising."""
+
+    cut: int
+    dropped: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.cut} cut from the left of their prompt, {self.dropped} dropped, "
+            f"{len(self.used)} samples are used"
+        )
+
+
+def fit_lengths(store: Store, max_seq_length: int, over_long: str = "refuse") -> Fitting:
+    """The samples of `store` that can be used with at most `max_seq_length` tokens.
+
+    `over_long` says what becomes of longer ones: `refuse` all of the store; `cut_prompt`: tokens
+    are taken from the left of the prompt, as far as one is left before the first answer token,
+    or the sample is dropped; `drop` them. The teacher saw the whole prompt in any case.
+
+    Errors: StoreError for `refuse`, for an unknown `over_long`, and where no sample is left.
+    """
+    if over_long not in OVER_LONG:
+        raise StoreError(
+            f"over_long={over_long!r} is unknown; choose one of {', '.join(OVER_LONG)}"
+        )
+    lengths = store.lengths
+    long = np.flatnonzero(lengths > max_seq_length)
+    if len(long) and over_long == "refuse":
+        raise StoreError(
+            f"store {store.directory} has {len(long)} of {len(lengths)} samples with more than "
+            f"max_seq_length={max_seq_length} tokens (the longest has {lengths.max()}); raise "
+            "max_seq_length of this data set, or set its over_long to cut_prompt or drop"
+        )
+    fits = [over_long == "cut_prompt" and _fits(store[int(i)], max_seq_length) for i in long]
+    dropped = long[~np.array(fits, dtype=bool)]
+    used = np.setdiff1d(np.arange(len(lengths)), dropped, assume_unique=True)
+    if not len(used):
+        raise StoreError(
+            f"store {store.directory} has no sample of at most max_seq_length={max_seq_length} "
+            f"tokens; its shortest has {min(lengths, default=0)}: raise max_seq_length"
+        )
+    return Fitting(used, cut=sum(fits), dropped=len(dropped))
+
+
+def cut_prompt(sample: Sample, max_seq_length: int) -> Sample:
+    """The sample's last `max_seq_length` tokens; its teacher rows stay as they are."""
+    return replace(
+        sample,
+        input_ids=sample.input_ids[-max_seq_length:],
+        loss_mask=sample.loss_mask[-max_seq_length:],
+    )
+
+
+def _fits(sample: Sample, max_seq_length: int) -> bool:
+    """Whether every answer token still has a token before it."""
+    too_many = len(sample.input_ids) - max_seq_length
+    answers = sample.answer_positions()
+    return not len(answers) or bool(answers[0] > too_many)

@@ -1,0 +1,103 @@
+"""Which rows a training run reads, without training: real data sets, blends and samplers.
+
+Run as `order.py FIRST_STORE SECOND_STORE OUT.json` in a process of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import types
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_kd import cpu
+
+cpu.install()
+
+from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import (  # noqa: E402
+    BlendableDataset,
+)
+from omegaconf import OmegaConf  # noqa: E402
+
+from nemo_kd.data import fit_lengths  # noqa: E402
+from nemo_kd.model import stores  # noqa: E402
+from nemo_kd.model.resume import WholeRunBatchSampler  # noqa: E402
+from nemo_kd.store import Store  # noqa: E402
+
+GLOBAL_BATCH = 4
+
+
+def blend(directories: list[str], max_steps: int, **changes: Any) -> BlendableDataset:
+    """The training data of `model.data.train_ds.store`, as the model builds it."""
+    model: Any = types.SimpleNamespace(
+        trainer=types.SimpleNamespace(max_steps=max_steps),
+        kd=types.SimpleNamespace(temperature=1.0),
+        cfg=OmegaConf.create({}),
+        tokenizer=types.SimpleNamespace(eos_id=2, space_sensitive=False),
+        global_rank=0,
+    )
+    data = {"store": directories, "max_seq_length": 128, "min_seq_length": 1}
+    cfg = OmegaConf.create({**data, "global_batch_size": GLOBAL_BATCH, **changes})
+    return stores.build_store_datasets(model, cfg, is_train=True)[1]
+
+
+def rows(dataset: BlendableDataset) -> list[tuple[int, int]]:
+    """(store, row) of each place."""
+    return [
+        (int(dataset.dataset_index[i]), int(dataset[i]["metadata"]["row"]))
+        for i in range(len(dataset))
+    ]
+
+
+def batches(total: int, consumed: int, micro_batch: int, replicas: int) -> list[list[int]]:
+    """The places of each global batch, over all data-parallel ranks."""
+    samplers = [
+        iter(
+            WholeRunBatchSampler(
+                total_samples=total,
+                consumed_samples=consumed,
+                micro_batch_size=micro_batch,
+                global_batch_size=GLOBAL_BATCH,
+                data_parallel_rank=rank,
+                data_parallel_size=replicas,
+                drop_last=True,
+            )
+        )
+        for rank in range(replicas)
+    ]
+    return [
+        sorted(place for part in parts for place in part) for parts in zip(*samplers, strict=True)
+    ]
+
+
+def main(first: str, second: str, out: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{out}.rendezvous", rank=0, world_size=1
+    )
+    # The tokenizer is checked elsewhere; here it would need the whole model.
+    stores.open_store = lambda model, directory: Store(directory)
+    one = blend([first], 24)
+    result = {
+        "one": rows(one),
+        "one_longer_run": rows(blend([first], 40)),
+        "other_seed": rows(blend([first], 24, shuffle_seed=7)),
+        "two": rows(blend([first, second], 12)),
+        "weighted": rows(blend([first, second], 24, concat_sampling_probabilities=[0.75, 0.25])),
+        "dropped": rows(blend([first], 24, over_long="drop", max_seq_length=60)),
+        "used": fit_lengths(Store(first), 60, "drop").used.tolist(),
+        "batches": batches(40, 0, 1, 1),
+        "other_layouts": [batches(40, 0, size, ranks) for size, ranks in ((2, 1), (1, 2), (2, 2))],
+        "resumed": [batches(40, 12, size, ranks) for size, ranks in ((1, 1), (2, 2))],
+    }
+    loader = torch.utils.data.DataLoader(
+        one, batch_size=4, num_workers=2, collate_fn=lambda items: [i["metadata"] for i in items]
+    )
+    result["workers"] = [int(item["row"]) for batch in loader for item in batch]
+    out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))

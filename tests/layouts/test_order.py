@@ -1,0 +1,60 @@
+"""Each sample once an epoch, in an order that depends on the seed alone."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_kd.store import Store
+from tests.conftest import program
+
+
+@pytest.fixture(scope="module")
+def order(dump: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    out = tmp_path_factory.mktemp("order") / "order.json"
+    program("tests/layouts/order.py", dump(), dump(split="heldout"), out)
+    return json.loads(out.read_text())
+
+
+def test_each_epoch_has_every_sample_once(order: dict[str, Any], dump: Callable[..., Path]) -> None:
+    size = len(Store(dump()))
+    rows = [row for _, row in order["one"]]
+    assert len(rows) > 2 * size
+    first, second = rows[:size], rows[size : 2 * size]
+    assert sorted(first) == sorted(second) == list(range(size))
+    assert first != second and first != sorted(first)
+
+
+def test_a_longer_run_begins_as_the_shorter_one(order: dict[str, Any]) -> None:
+    assert order["one_longer_run"][: len(order["one"])] == order["one"]
+    assert order["other_seed"] != order["one"]
+    assert order["workers"] == [row for _, row in order["one"]]
+
+
+def test_stores_are_mixed_in_proportion_or_by_weight(
+    order: dict[str, Any], dump: Callable[..., Path]
+) -> None:
+    sizes = [len(Store(dump())), len(Store(dump(split="heldout")))]
+    epoch = order["two"][: sum(sizes)]
+    assert sorted(map(tuple, epoch)) == [(s, row) for s in (0, 1) for row in range(sizes[s])]
+    weighted = [store for store, _ in order["weighted"]]
+    assert abs(weighted.count(1) / len(weighted) - 0.25) < 0.02
+
+
+def test_dropped_samples_never_appear(order: dict[str, Any], dump: Callable[..., Path]) -> None:
+    rows = [row for _, row in order["dropped"]]
+    assert 0 < len(order["used"]) < len(Store(dump()))
+    assert sorted(rows[: len(order["used"])]) == order["used"]
+
+
+def test_global_batches_do_not_depend_on_the_layout_and_go_on_where_they_were(
+    order: dict[str, Any],
+) -> None:
+    whole = order["batches"]
+    assert [place for batch in whole for place in batch] == list(range(40))
+    assert order["other_layouts"] == [whole] * 3
+    assert order["resumed"] == [whole[3:]] * 2
