@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
@@ -10,24 +14,27 @@ from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.spec import MAX_VOCABULARY
 
+if TYPE_CHECKING:
+    from nemo_kd.store import Manifest
+
+KINDS = ("nemo", "hf")
+PARALLEL_SIZES = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "context_parallel_size",
+)
+
 
 def run(cfg: DictConfig) -> None:
     """Restore the teacher, dump, and say what the store holds."""
-    check_store_settings(cfg)
-    megatron.prepare(cfg)
-    # NeMo and Megatron only now: on a CPU they must find their patches in place.
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-        MegatronGPTSFTModel,
-    )
-
+    teacher, forward = load(cfg)
     from nemo_kd.teacher.dump import dump
 
-    _complete(cfg)
-    trainer = megatron.build_trainer(cfg)
-    megatron.start_process_groups(cfg.model, trainer)
-    model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
-    model.freeze()
-    manifest = dump(cfg, model.to(torch.cuda.current_device()))
+    report(cfg, dump(cfg, teacher, forward))
+
+
+def report(cfg: DictConfig, manifest: Manifest | None) -> None:
+    """On rank 0, one line about a finished store."""
     if manifest is not None and torch.distributed.get_rank() == 0:
         totals = manifest.totals
         each = totals["bytes"] / max(totals["answer_tokens"], 1)
@@ -35,6 +42,30 @@ def run(cfg: DictConfig) -> None:
             f"{cfg.output_dir}: {totals['samples']} samples, {totals['answer_tokens']} answer "
             f"tokens, {totals['bytes'] / 1e6:.1f} MB ({each:.0f} bytes a token)"
         )
+
+
+def load(cfg: DictConfig) -> tuple[Any, Callable[..., Any]]:
+    """The teacher of `teacher.kind`, process groups started, and the class of its forward pass."""
+    check_store_settings(cfg)
+    check_kind(cfg)
+    megatron.prepare(cfg)
+    # NeMo and Megatron only now: on a CPU they must find their patches in place.
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+
+    _complete(cfg)
+    trainer = megatron.build_trainer(cfg)
+    megatron.start_process_groups(cfg.model, trainer)
+    if cfg.teacher.kind == "hf":
+        from nemo_kd.teacher.hf import HFForward, load_teacher
+
+        return load_teacher(cfg), HFForward
+    from nemo_kd.teacher.forward import TopKForward
+
+    model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
+    model.freeze()
+    return model.to(torch.cuda.current_device()), TopKForward
 
 
 def check_store_settings(cfg: DictConfig) -> None:
@@ -49,6 +80,29 @@ def check_store_settings(cfg: DictConfig) -> None:
         profile_options=dict(kd.profile_options),
     )
     codec_of(spec)
+
+
+def check_kind(cfg: DictConfig) -> None:
+    """Refuse a teacher of the wrong kind before the slow imports."""
+    kind, path = cfg.teacher.kind, Path(cfg.model.restore_from_path)
+    if kind not in KINDS:
+        raise megatron.LayoutError(f"teacher.kind={kind}: expected one of {', '.join(KINDS)}")
+    if kind == "nemo":
+        if (path / "config.json").is_file() or path.suffix == ".gguf":
+            raise megatron.LayoutError(
+                f"{path} is a Hugging Face checkpoint: set teacher.kind=hf, or make a .nemo of it "
+                "with examples/convert_hf_to_nemo.py"
+            )
+        return
+    if path.suffix == ".nemo":
+        raise megatron.LayoutError(f"{path} is NeMo's: set teacher.kind=nemo")
+    for key in PARALLEL_SIZES:
+        if cfg.model[key] > 1:
+            raise megatron.LayoutError(
+                f"model.{key}={cfg.model[key]}: a Hugging Face teacher (teacher.kind=hf) is whole "
+                "on each rank, only data parallelism works; set it to 1, or make a .nemo of the "
+                "teacher with examples/convert_hf_to_nemo.py"
+            )
 
 
 def _complete(cfg: DictConfig) -> None:
