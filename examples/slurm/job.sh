@@ -1,0 +1,59 @@
+# shellcheck shell=bash
+# Sourced by the .sbatch files: one srun that stops in good order before the time limit, is requeued
+# and goes on, until its product is there.
+
+# shellcheck source=examples/slurm/settings.sh
+source examples/slurm/settings.sh
+
+# Rendezvous: the first node of the job, and a port that no other job on it has.
+MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
+export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron asks for it under tensor parallelism
+
+# Seconds that the ranks have after the warning to stop in good order, out of those of --signal.
+GRACE=${GRACE:-240}
+
+# run PRODUCT SCRIPT [key=value ...]: SCRIPT on all tasks; PRODUCT is there when it has finished.
+run() {
+    local product=$1 task status=0
+    local -a command
+    launcher
+    command+=("${@:2}" trainer.devices="$SLURM_NTASKS_PER_NODE" trainer.num_nodes="$SLURM_NNODES")
+    echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date): ${command[*]}"
+    stop_by=
+    trap stop USR1
+    "${command[@]}" &
+    task=$!
+    while kill -0 "$task" 2>/dev/null && [[ -z $stop_by || $SECONDS -lt $stop_by ]]; do
+        sleep 1
+    done
+    if ! kill -0 "$task" 2>/dev/null; then
+        wait "$task" || status=$?
+        # A run that stopped in good order ends with 0 as well: only its product tells.
+        [[ $status == 0 && -e $product ]] && return 0
+        [[ -z $stop_by ]] && return $((status ? status : 1))
+    fi
+    echo "not finished at the time limit: requeued"
+    scontrol requeue "$SLURM_JOB_ID"
+}
+
+# SIGTERM for the ranks, not for this script: the dump ends its shard, training its step, both save.
+stop() {
+    stop_by=$((SECONDS + GRACE))
+    echo "time limit near, $(date): the ranks are asked to stop"
+    scancel --signal=TERM "$SLURM_JOB_ID"
+}
+
+# Sets `command`: srun, in the container if there is one. PYTHONPATH is set inside: the image's own
+# must stay, and nemo_kd need not be installed in it.
+launcher() {
+    command=(srun --kill-on-bad-exit=1)
+    local python=${PYTHON:-$PWD/.venv/bin/python}
+    if [[ -n $IMAGE ]]; then
+        python=${PYTHON:-python}
+        command+=(--container-image="$IMAGE" --container-workdir="$PWD")
+        command+=(--container-mounts="$PWD${MOUNTS:+,$MOUNTS}")
+    fi
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    command+=(bash -c 'PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} exec "$@"' rank "$python")
+}

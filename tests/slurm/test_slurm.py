@@ -1,0 +1,135 @@
+"""examples/slurm on a real SLURM of two nodes: time limit, requeue, resume, dependency, array."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.store import Store
+from nemo_kd.store.verify import verify
+from tests.slurm.conftest import Cluster
+
+pytestmark = pytest.mark.slow
+
+# About 90 s of training on 2 cores: the warning of a limit of 2 minutes comes within the first.
+STEPS = 900
+LIMIT = "--nodes=2 --ntasks-per-node=1 --time=2 --signal=B:USR1@60"
+TRAIN = (
+    "trainer.precision=32",
+    f"trainer.max_steps={STEPS}",
+    f"trainer.val_check_interval={STEPS}",
+    "model.global_batch_size=4",
+    "model.micro_batch_size=1",
+    "model.data.train_ds.max_seq_length=128",
+    "model.optim.lr=0.001",
+    "model.optim.sched.warmup_steps=2",
+)
+DUMP = (
+    "data.max_seq_length=128",
+    "trainer.precision=32",
+    "model.micro_batch_size=3",
+    "rows_per_shard=4",
+    "model.kd.top_k=20",
+)
+
+
+@pytest.fixture(scope="module")
+def rows(tiny: Path) -> Path:
+    """Enough of them that a dump does not end before it is asked to stop."""
+    path = tiny / "long.jsonl"
+    path.write_text((tiny / "train.jsonl").read_text() * 60)
+    return path
+
+
+def test_dump_then_training_over_the_time_limit(
+    cluster: Cluster, tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    """Each is stopped, requeued, resumed and finished; nothing is lost, nothing done twice."""
+    store, run = tmp_path / "store", tmp_path / "run"
+    said = cluster.run(
+        "examples/slurm/submit.sh",
+        *TRAIN,
+        TEACHER=str(tiny / "teacher.nemo"),
+        STUDENT=str(tiny / "student.nemo"),
+        DATA=str(rows),
+        STORE=str(store),
+        RUN=str(run),
+        DUMP_ARGUMENTS=" ".join((*DUMP, "model.tensor_model_parallel_size=2")),
+        SBATCH_OPTIONS=LIMIT,
+        GRACE="50",
+    )
+    dump, train = said.rpartition("=")[2].strip().split(",")
+    wait_for(lambda: list(store.glob("shard-*")), 90)
+    # The tiny dump is over before any limit; SLURM's warning is this signal.
+    cluster.run("scancel", "--batch", "--signal=USR1", dump)
+    ended = cluster.wait(dump, 180)
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1, cluster.log(dump)
+    assert "stopped by a signal" in cluster.log(dump)
+    assert not list(verify(store))
+    assert [sample.row for sample in Store(store)] == list(range(len(rows.open().readlines())))
+
+    ended = cluster.wait(train, 900)
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1, cluster.log(train)
+    assert "the ranks are asked to stop" in cluster.log(train)
+    assert steps(run) == list(range(1, STEPS + 1))
+    assert (run / "checkpoints" / "kd.nemo").is_file()
+
+
+def test_what_waits_for_a_failed_dump_is_cancelled(
+    cluster: Cluster, tiny: Path, tmp_path: Path
+) -> None:
+    said = cluster.run(
+        "examples/slurm/submit.sh",
+        TEACHER=str(tiny / "teacher.nemo"),
+        STUDENT=str(tiny / "student.nemo"),
+        DATA=str(tmp_path / "absent.jsonl"),
+        STORE=str(tmp_path / "store"),
+        RUN=str(tmp_path / "run"),
+        SBATCH_OPTIONS=LIMIT,
+    )
+    dump, train = said.rpartition("=")[2].strip().split(",")
+    ended = cluster.wait(dump, 120)
+    assert (ended["JobState"], ended["Restarts"]) == ("FAILED", "0")
+    assert "absent.jsonl" in cluster.log(dump)
+    assert cluster.wait(train, 60)["JobState"] == "CANCELLED"
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_array_dumps_each_part_into_a_store_of_its_own(
+    cluster: Cluster, tiny: Path, tmp_path: Path
+) -> None:
+    lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
+    for part, some in enumerate((lines[:20], lines[20:])):
+        (tmp_path / f"part-{part}.jsonl").write_text("".join(some))
+    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--time=5")
+    job = cluster.run(
+        "sbatch",
+        "--parsable",
+        *options,
+        "examples/slurm/dump_teacher.sbatch",
+        *DUMP,
+        TEACHER=str(tiny / "teacher.nemo"),
+        DATA=str(tmp_path / "part-%a.jsonl"),
+        STORE=str(tmp_path / "store-%a"),
+    ).strip()
+    for part, rows in enumerate((20, len(lines) - 20)):
+        assert cluster.wait(f"{job}_{part}", 180)["JobState"] == "COMPLETED"
+        assert len(Store(tmp_path / f"store-{part}")) == rows
+
+
+def steps(run: Path) -> list[int]:
+    """Of all starts, in order: on resume NeMo moves the last one's files to run_N."""
+    earlier = sorted(run.glob("run_*/metrics.jsonl"), key=lambda path: int(path.parent.name[4:]))
+    lines = [line for path in [*earlier, run / "metrics.jsonl"] for line in path.open()]
+    return [json.loads(line)["step"] for line in lines]
+
+
+def wait_for(condition: Callable[[], object], seconds: float) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
