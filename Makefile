@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-all lint clean
+.PHONY: help install demo test test-all lint docs clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -34,8 +34,12 @@ lint: $(INSTALLED)  ## ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile Dockerfile.cpu
-	$(BIN)/shellcheck .ci/run
+	$(BIN)/shellcheck --external-sources .ci/run examples/slurm/*.sh examples/slurm/*.sbatch tests/slurm/*.sh
 	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## the documentation, as a site in outputs/site
+	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove the environment and everything the demo made
 	rm -rf $(VENV) outputs
