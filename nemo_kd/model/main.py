@@ -30,8 +30,21 @@ def run(cfg: DictConfig) -> None:
     trainer = megatron.build_trainer(cfg)
     log_dir = exp_manager(trainer, cfg.exp_manager)
     if log_dir is not None:
-        trainer.callbacks.append(MetricsJsonl(Path(log_dir) / "metrics.jsonl"))
+        # Before NeMo's callbacks: the one that ends a run at SIGTERM leaves the others no step.
+        trainer.callbacks.insert(0, MetricsJsonl(Path(log_dir) / "metrics.jsonl"))
+    if not torch.cuda.is_available():
+        _stop_on_sigterm(cfg, trainer)
     trainer.fit(_student(cfg, trainer))
+
+
+def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
+    """SIGTERM saves after the step and ends with status 0: NeMo sets it up only where CUDA is."""
+    from nemo.utils.callbacks.preemption import PreemptionCallback
+
+    if trainer.checkpoint_callback is not None and cfg.exp_manager.get(
+        "create_preemption_callback", True
+    ):
+        trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback))
 
 
 def evaluate(cfg: DictConfig) -> None:
