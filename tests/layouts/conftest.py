@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from tests.conftest import Script
+from tests.conftest import Script, program
 
 TENSOR, PIPELINE = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 # name → (processes, overrides)
@@ -34,6 +37,14 @@ def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
         "+model.kd.top_k=20",
         "model.kd.temperatures=[1.0,2.0]",
     ]
+
+
+@pytest.fixture(scope="session")
+def dense(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[Any]]:
+    """The teacher's whole distribution over the first rows: see `dense.py`."""
+    path = tmp_path_factory.mktemp("dense") / "dense.npz"
+    program("tests/layouts/dense.py", tiny, path)
+    return dict(np.load(path))
 
 
 def train_overrides(tiny: Path, store: Path, heldout: Path, directory: Path) -> list[str]:

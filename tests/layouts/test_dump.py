@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from nemo_kd.store import Store
-from tests.conftest import Script, program
+from tests.conftest import Script
 from tests.layouts.conftest import LAYOUTS, dump_overrides
 from tests.layouts.dense import ROWS
 
@@ -28,10 +30,8 @@ def test_every_row_and_answer_token_is_stored(dump: Callable[..., Path], tiny: P
 
 
 def test_store_is_the_top_of_the_teachers_whole_distribution(
-    dump: Callable[..., Path], tiny: Path, tmp_path: Path
+    dump: Callable[..., Path], dense: dict[str, NDArray[Any]]
 ) -> None:
-    program("tests/layouts/dense.py", tiny, tmp_path / "dense.npz")
-    dense = np.load(tmp_path / "dense.npz")
     for row in range(ROWS):
         sample = Store(dump())[row]
         assert np.array_equal(sample.input_ids, dense[f"tokens{row}"])

@@ -1,0 +1,143 @@
+"""Every profile: dumped by the teacher, and trained on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from nemo_kd.store import Store
+from tests.conftest import Script, metrics
+from tests.layouts.conftest import LAYOUTS, dump_overrides
+from tests.layouts.dense import ROWS
+from tests.layouts.test_refusals import refused
+
+DRAWS = 40
+
+
+@pytest.fixture(scope="module")
+def sampled(tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    store = tmp_path_factory.mktemp("sampled") / "store"
+    script("dump_teacher_topk.py", *sampled_overrides(tiny, store))
+    return store
+
+
+def sampled_overrides(tiny: Path, store: Path) -> list[str]:
+    return [
+        *dump_overrides(tiny, "train", store),
+        f"model.kd.top_k={DRAWS}",
+        "model.kd.temperatures=[1.0]",
+        "model.kd.profile=sampled",
+        "model.kd.profile_options={seed: 3}",
+    ]
+
+
+def losses(run: Path) -> list[dict[str, Any]]:
+    return [line for line in metrics(run) if "sft_loss" in line]
+
+
+def test_draws_are_of_the_teachers_whole_distribution(
+    sampled: Path, dense: dict[str, NDArray[Any]]
+) -> None:
+    """A count is within one of its expectation, for every token of the vocabulary."""
+    for row in range(ROWS):
+        sample = Store(sampled)[row]
+        logits = dense[f"logits{row}"][sample.answer_positions() - 1]  # [A, V] float64
+        p = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
+        counts = np.zeros_like(p)
+        there = sample.topk_ids >= 0
+        tokens = np.broadcast_to(np.arange(len(p))[:, None], there.shape)[there]
+        counts[tokens, sample.topk_ids[there]] = DRAWS * np.exp(sample.topk_logits[there])
+        assert np.allclose(counts.sum(1), DRAWS)
+        assert (np.abs(counts - DRAWS * p) < 1 + 1e-3).all()
+
+
+def test_draws_are_trained_on(train: Callable[..., Path], sampled: Path) -> None:
+    """Forward KL to the draws is the whole teacher's on average, but for the draws' entropy."""
+    top_k = losses(train())
+    drawn = losses(train("one", f"model.data.train_ds.store={sampled}"))
+    for a, b in zip(top_k, drawn, strict=True):
+        assert b["teacher_mass"] == pytest.approx(1, abs=1e-6)
+        assert b["sft_loss"] == pytest.approx(a["sft_loss"], rel=0.03)
+    # The first step's student is the same: only the targets differ.
+    assert drawn[0]["sft_loss"] == pytest.approx(top_k[0]["sft_loss"], abs=1e-6)
+    cross_entropies = [line["kd_loss"] + line["teacher_entropy"] for line in (top_k[0], drawn[0])]
+    assert cross_entropies[1] == pytest.approx(cross_entropies[0], rel=0.05)
+
+
+@pytest.mark.slow
+def test_draws_with_a_loss_that_they_bias_are_refused(
+    script: Script, tiny: Path, sampled: Path
+) -> None:
+    message = refused(
+        script,
+        "train_gpt_sft_kd.py",
+        f"model.restore_from_path={tiny}/student.nemo",
+        f"model.data.train_ds.store={sampled}",
+        "trainer.precision=32",
+        "model.kd.divergence=reverse_kl",
+    )
+    assert "right on average for divergence forward_kl on support bucket or vocab" in message
+
+
+@pytest.mark.slow
+def test_draws_do_not_depend_on_the_layout(
+    tiny: Path, script: Script, sampled: Path, tmp_path: Path
+) -> None:
+    """The random numbers are the same; a sum that rounds otherwise may move single draws."""
+    for layout in ("tp2", "dp2"):
+        store = tmp_path / layout
+        processes, more = LAYOUTS[layout]
+        script("dump_teacher_topk.py", *sampled_overrides(tiny, store), *more, processes=processes)
+        same = total = 0
+        for a, b in zip(Store(sampled), Store(store), strict=True):
+            same += int((a.topk_ids == b.topk_ids).all(1).sum())
+            total += len(a.topk_ids)
+        assert same >= 0.99 * total, layout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("profile", "options", "tolerance"),
+    [("compact", "{}", 1e-3), ("top_p", "{p: 1.0}", 1e-3), ("top_p", "{p: 0.7}", 0.2)],
+)
+def test_other_profiles_train_to_the_same_losses(
+    train: Callable[..., Path],
+    tiny: Path,
+    script: Script,
+    tmp_path: Path,
+    profile: str,
+    options: str,
+    tolerance: float,
+) -> None:
+    script(
+        "dump_teacher_topk.py",
+        *dump_overrides(tiny, "train", tmp_path / "store"),
+        f"model.kd.profile={profile}",
+        f"model.kd.profile_options={options}",
+    )
+    other = losses(train("one", f"model.data.train_ds.store={tmp_path}/store"))
+    for a, b in zip(losses(train()), other, strict=True):
+        for name in ("sft_loss", "kd_loss", "teacher_mass"):
+            assert a[name] == pytest.approx(b[name], abs=tolerance), (a["step"], name)
+
+
+@pytest.mark.slow
+def test_a_store_that_was_jsonl_trains_to_the_same_losses(
+    train: Callable[..., Path], dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    command = [str(Path(sys.executable).with_name("nemo-kd")), "convert"]
+    jsonl, store = tmp_path / "topk.jsonl", tmp_path / "store"
+    subprocess.run([*command, dump(), jsonl], check=True)
+    tokenizer = f"--tokenizer={tiny}/tokenizer.model"
+    subprocess.run([*command, jsonl, store, tokenizer], check=True)
+    other = losses(train("one", f"model.data.train_ds.store={store}"))
+    for a, b in zip(losses(train()), other, strict=True):
+        for name in ("sft_loss", "kd_loss", "teacher_mass"):
+            assert a[name] == pytest.approx(b[name], abs=1e-3), (a["step"], name)
