@@ -22,7 +22,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig, ListConfig, open_dict
 from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, TeacherSelection, teacher_at
@@ -30,7 +30,12 @@ from nemo_kd.loss import KDLoss, MassWatch, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.megatron import gpt_module, split_lm_head
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.metrics import MetricSums
-from nemo_kd.model.resume import WholeRunBatchSampler, check_same_stores, remember_stores
+from nemo_kd.model.resume import (
+    WholeRunBatchSampler,
+    check_same_stores,
+    remember_stores,
+    trained_on,
+)
 from nemo_kd.model.stores import build_store_datasets
 from nemo_kd.store import Store
 
@@ -73,6 +78,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             stores, datasets = build_store_datasets(self, data_cfg, is_train)
             if is_train:
                 self._train_stores = stores
+                with open_dict(self.cfg):  # what a `.nemo` says of itself
+                    self.cfg.kd_train_stores = trained_on(stores)
             return datasets
         if is_train and self.kd.weights[1]:
             raise ValueError(

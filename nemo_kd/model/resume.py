@@ -26,10 +26,14 @@ class WholeRunBatchSampler(MegatronPretrainingBatchSampler):
         return whole + bool(rest and not self.drop_last)
 
 
+def trained_on(stores: Sequence[Store]) -> list[dict[str, str]]:
+    """Where the stores are, and the fingerprint of all their bytes."""
+    return [{"path": str(s.directory), "fingerprint": s.fingerprint} for s in stores]
+
+
 def remember_stores(stores: Sequence[Store], checkpoint: dict[str, Any], kd: Any) -> None:
     """Into a checkpoint: which stores the student is trained on, and how."""
-    trained_on = [{"path": str(s.directory), "fingerprint": s.fingerprint} for s in stores]
-    checkpoint[CHECKPOINT_KEY] = {"train_stores": trained_on, "kd": kd}
+    checkpoint[CHECKPOINT_KEY] = {"train_stores": trained_on(stores), "kd": kd}
 
 
 def check_same_stores(stores: Sequence[Store], checkpoint: dict[str, Any]) -> None:

@@ -22,6 +22,17 @@ if TYPE_CHECKING:
 
 NEMO_SHUFFLE_SEED = 1
 
+NEMO_TEMPLATE = {
+    "label_key": "output",
+    "add_eos": True,
+    "add_sep": False,
+    "add_bos": False,
+    "truncation_field": "input",
+    "truncation_method": "right",
+    "prompt_template": "{input} {output}",
+}
+"""NeMo's defaults of what made tokens of a source row: a configuration with these asks nothing."""
+
 
 def build_store_datasets(
     model: MegatronGPTSFTKDModel, data_cfg: DictConfig, is_train: bool
@@ -29,6 +40,8 @@ def build_store_datasets(
     """The stores of `data_cfg.store`, checked, and their data sets; blended for training."""
     directories = store_directories(data_cfg)
     stores = [open_store(model, directory) for directory in directories]
+    for store in stores:
+        _check_template(store, data_cfg)
     fitted = [
         fit_lengths(store, data_cfg.max_seq_length, data_cfg.get("over_long", "refuse"))
         for store in stores
@@ -77,6 +90,17 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
     if not len(store):
         raise StoreError(f"store {directory} has no samples")
     return store
+
+
+def _check_template(store: Store, data_cfg: DictConfig) -> None:
+    """Refuse a store whose tokens were made otherwise than this data block sets it."""
+    there = store.manifest.spec.template
+    asked = {
+        key: data_cfg[key]
+        for key, default in NEMO_TEMPLATE.items()
+        if key in there and data_cfg.get(key) is not None and data_cfg[key] != default
+    }
+    store.check(template=asked)
 
 
 def _dataset(

@@ -25,7 +25,7 @@ from omegaconf import OmegaConf  # noqa: E402
 from nemo_kd.data import fit_lengths  # noqa: E402
 from nemo_kd.model import stores  # noqa: E402
 from nemo_kd.model.resume import WholeRunBatchSampler  # noqa: E402
-from nemo_kd.store import Store  # noqa: E402
+from nemo_kd.store import Store, StoreError  # noqa: E402
 
 GLOBAL_BATCH = 4
 
@@ -92,6 +92,10 @@ def main(first: str, second: str, out: Path) -> None:
         "other_layouts": [batches(40, 0, size, ranks) for size, ranks in ((2, 1), (1, 2), (2, 2))],
         "resumed": [batches(40, 12, size, ranks) for size, ranks in ((1, 1), (2, 2))],
     }
+    try:
+        blend([first], 24, prompt_template="Q: {input} A: {output}")
+    except StoreError as error:
+        result["other_template"] = str(error)
     loader = torch.utils.data.DataLoader(
         one, batch_size=4, num_workers=2, collate_fn=lambda items: [i["metadata"] for i in items]
     )

@@ -58,3 +58,9 @@ def test_global_batches_do_not_depend_on_the_layout_and_go_on_where_they_were(
     assert [place for batch in whole for place in batch] == list(range(40))
     assert order["other_layouts"] == [whole] * 3
     assert order["resumed"] == [whole[3:]] * 2
+
+
+def test_another_prompt_template_than_the_stores_is_refused(order: dict[str, Any]) -> None:
+    message = order["other_template"]
+    assert "prompt_template is '{input} {output}' in the store" in message
+    assert "'Q: {input} A: {output}' here; set it to" in message

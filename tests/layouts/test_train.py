@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nemo_kd.store import Store
 from tests.conftest import Script, metrics, program
 
 STEP_METRICS = (
@@ -153,5 +154,7 @@ def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
     with tarfile.open(tmp_path / "checkpoints" / "gpt_sft_kd.nemo") as archive:
         config = archive.extractfile("./model_config.yaml")
         assert config is not None
-        target = next(line for line in config.read().decode().splitlines() if "target:" in line)
+        text = config.read().decode()
+    target = next(line for line in text.splitlines() if "target:" in line)
+    assert Store(dump()).fingerprint in text  # what it was trained on
     assert target.endswith("megatron_gpt_sft_model.MegatronGPTSFTModel")
