@@ -1,7 +1,8 @@
-"""How far a dump is: a bar in a terminal, plain lines in a log."""
+"""How far a dump is: one bar for the job in a terminal, plain lines in a log."""
 
 from __future__ import annotations
 
+import secrets
 import sys
 import time
 from collections.abc import Sequence
@@ -13,40 +14,43 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nemo_kd.store import StoreSpec
+from nemo_kd.teacher.counters import JobCounters
 from nemo_kd.teacher.forward import AnswerTopK
 from nemo_kd.teacher.rows import Row
+from nemo_kd.teacher.tally import Tally
 
 SECONDS_BETWEEN_LINES = 10.0
-
-
-# Below this the prompt template or the tokenizer is probably not the teacher's.
-LOW_AGREEMENT = 0.1
+SECONDS_BETWEEN_REPORTS = 1.0
+_MILLION = 1_000_000  # a mass is counted in millionths
 
 
 class DumpProgress:
-    """Progress of one data-parallel rank's share; only the first replica's last stage shows it.
+    """Progress of the whole job, shown by the first replica; made and ended by every rank.
 
-    That rank holds the logits, so it can say how much of the teacher's mass the K logits keep and
-    how often the teacher's best token is the label.
+    One rank of each replica holds the logits (last stage, first tensor rank). It counts, and adds
+    what it has counted to the job's counters once a second and with its last row; the first
+    replica's one reads them when it shows something. So shards may be uneven; once the first
+    replica has no shard left, the bar waits for the end.
+
+    Collectives over all ranks: one small sum when it is made, one small all-gather in `summary`.
     """
 
     name = "dump"
 
     def __init__(self, todo: Sequence[int], done: int, num_rows: int, spec: StoreSpec) -> None:
-        self.total = sum(
-            min(spec.rows_per_shard, num_rows - shard * spec.rows_per_shard) for shard in todo
-        )
-        self.skipped = done
-        self.top_k = spec.top_k
-        self.place_of_one = spec.temperatures.index(1.0)
         self.counts = (
             parallel_state.is_pipeline_last_stage()
             and parallel_state.get_tensor_model_parallel_rank() == 0
         )
         self.shows = self.counts and parallel_state.get_data_parallel_rank() == 0
-        self.rows = self.tokens = self.agreed = 0
-        self.mass = 0.0
-        self.start = self.last_line = time.monotonic()
+        self.tally = Tally(spec)
+        self.place_of_one = spec.temperatures.index(1.0)
+        size = spec.rows_per_shard
+        self.mine = sum(min(size, num_rows - shard * size) for shard in todo)
+        self.total, self.skipped, key = self._agree(done)
+        self.job = JobCounters(f"{self.name}/{key}", ("rows", "tokens", "mass"))
+        self.reported = self._counted()
+        self.start = self.last_line = self.last_report = time.monotonic()
         self.bar = Progress(
             TextColumn(self.name),
             BarColumn(),
@@ -71,57 +75,62 @@ class DumpProgress:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        if self.shows and kind is None:
+            self._show(last=True)
         self.bar.stop()
-        if self.shows and kind is None and self.rows:
-            self._line()
 
     def advance(self, rows: Sequence[Row], topk: Sequence[AnswerTopK] | None) -> None:
         if not self.counts:
             return
-        self.rows += len(rows)
         for row, result in zip(rows, topk or (), strict=True):
-            logsumexp = result.logsumexp[:, self.place_of_one, None]
-            self.mass += float(torch.exp(result.logits.float() - logsumexp).sum())
-            labels = torch.from_numpy(row.input_ids[1:][row.loss_mask[1:] == 1].astype("int64"))
-            self.agreed += int((result.ids[:, 0] == labels).sum())
-            self.tokens += len(result.logits)
-        if not self.shows:
+            self.tally.add(row, result)
+        now = time.monotonic()
+        if now - self.last_report < SECONDS_BETWEEN_REPORTS and self.tally.rows < self.mine:
             return
-        self.bar.update(self.task, completed=self.rows, note=self._note())
-        if not sys.stderr.isatty() and time.monotonic() - self.last_line > SECONDS_BETWEEN_LINES:
-            self._line()
+        self.last_report = now
+        counted = self._counted()
+        self.job.add(**{name: counted[name] - self.reported[name] for name in counted})
+        self.reported = counted
+        if self.shows:
+            self._show()
 
     def summary(self) -> str:
         """What this run dumped, over all ranks; every rank calls it. Empty without new rows."""
-        mine = [self.rows, self.tokens, self.mass, self.agreed] if self.counts else [0.0] * 4
-        sums = torch.tensor(mine, dtype=torch.float64, device=torch.cuda.current_device())
+        mine = self.tally.vector().to(torch.cuda.current_device())
+        everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(everyone, mine)
+        return Tally.of((vector.cpu() for vector in everyone), self.tally.spec).summary()
+
+    def _agree(self, done: int) -> tuple[int, int, int]:
+        """Rows to do and shards skipped of the whole job, and a key that no other dump has."""
+        key = secrets.randbits(48) if torch.distributed.get_rank() == 0 else 0
+        mine = [self.mine, done] if self.counts else [0, 0]
+        sums = torch.tensor([*mine, key], dtype=torch.int64, device=torch.cuda.current_device())
         torch.distributed.all_reduce(sums)
-        rows, tokens, mass, agreed = sums.tolist()
-        if not tokens:
-            return ""
-        text = (
-            f"this run: {rows:.0f} rows, {tokens:.0f} answer tokens; the {self.top_k} logits hold "
-            f"{mass / tokens:.3f} of the teacher's mass, its best token is the label for "
-            f"{agreed / tokens:.1%}"
-        )
-        if agreed < LOW_AGREEMENT * tokens:
-            text += (
-                f"\nWARNING: below {LOW_AGREEMENT:.0%}: is data.prompt_template the one that the "
-                "teacher was trained on, and is this its tokenizer? `nemo-kd show` shows rows."
-            )
-        return text
+        total, skipped, key = sums.tolist()
+        return total, skipped, key
 
-    def _note(self) -> str:
-        rate = self.tokens / max(time.monotonic() - self.start, 1e-9)
-        kept = self.mass / max(self.tokens, 1)
-        return f"{self.tokens} answer tokens, {rate:.0f}/s, mass kept {kept:.3f}"
+    def _counted(self) -> dict[str, int]:
+        mass = round(float(self.tally.mass[self.place_of_one]) * _MILLION)
+        return {"rows": self.tally.rows, "tokens": self.tally.tokens, "mass": mass}
 
-    def _line(self) -> None:
+    def _show(self, last: bool = False) -> None:
+        """The bar in a terminal, else a line from time to time and at the end."""
+        terminal = sys.stderr.isatty()
+        if not terminal and not last and time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES:
+            return
+        job = self.job.read()
         self.last_line = time.monotonic()
         spent = self.last_line - self.start
-        left = spent * (self.total - self.rows) / max(self.rows, 1)
+        kept = job["mass"] / _MILLION / max(job["tokens"], 1)
+        rate = job["tokens"] / max(spent, 1e-9)
+        note = f"{job['tokens']} answer tokens, {rate:.0f}/s, mass kept {kept:.3f}"
+        self.bar.update(self.task, completed=job["rows"], note=note)
+        if terminal or not job["rows"]:
+            return
+        left = spent * (self.total - job["rows"]) / job["rows"]
         print(
-            f"{self.name}: {self.rows}/{self.total} rows, {self._note()}, {spent:.0f} s, "
+            f"{self.name}: {job['rows']}/{self.total} rows, {note}, {spent:.0f} s, "
             f"ETA {left:.0f} s",
             file=sys.stderr,
             flush=True,

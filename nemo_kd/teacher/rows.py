@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -47,6 +50,8 @@ class Row:
     row: int
     input_ids: NDArray[np.int32]  # [S]
     loss_mask: NDArray[np.uint8]  # [S]
+    cut: bool = False
+    """Whether tokens were left out, at `max_seq_length`."""
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -59,34 +64,65 @@ class SFTRows:
         self.file_path = str(data_cfg.file_path)
         self.label_key = data_cfg.label_key
         self.chat = bool(data_cfg.get("chat", False))
+        if Path(self.file_path).is_file() and not Path(self.file_path).stat().st_size:
+            raise RowError(f"{self.file_path} has no rows: the file is empty")
         block = {**OmegaConf.to_container(data_cfg), "file_names": [self.file_path]}  # type: ignore[dict-item]
         (self.dataset,) = model._build_dataset(OmegaConf.create(block), is_train=False)
         # As for training, a missing answer is an error, not an empty string.
         self.dataset.is_test = False
-        if not len(self.dataset):
-            raise RowError(f"{self.file_path} has no rows")
+        self.max_seq_length = int(self.dataset.max_seq_length)
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def __getitem__(self, row: int) -> Row:
-        try:
-            item = self.dataset[row]
-        except KeyError as error:
-            raise RowError(
-                f"{self.file_path}, row {row}: no field {error}; the row has "
-                f"{sorted(self.dataset.indexed_dataset[row])}. Check data.label_key and "
-                "data.prompt_template, or drop the row"
-            ) from error
+        item = self._item(row)
         if "answer_ids" in item and not len(item["answer_ids"]):
             raise RowError(
                 f"{self.file_path}, row {row}: no answer token ({self.label_key!r} is empty or "
-                f"was cut away at data.max_seq_length={self.dataset.max_seq_length}); "
+                f"was cut away at data.max_seq_length={self.max_seq_length}); "
                 "drop the row or raise data.max_seq_length"
             )
-        input_ids = np.asarray(item["input_ids"], dtype=np.int32)
-        mask = np.asarray(self.dataset._build_loss_mask(item), dtype=np.uint8)
-        mask[0] = 0  # nothing comes before the first token to predict it from
-        if not mask.any():
-            raise RowError(f"{self.file_path}, row {row}: no answer token to learn from")
-        return Row(row, input_ids, mask)
+        mask = item["mask"] if self.chat else self.dataset._build_loss_mask(item)
+        length = len(item["input_ids"])
+        # NeMo makes samples within the limit, but cuts conversations only where it pads a batch
+        # (to one target more than here, where the limit is that of a sample's tokens).
+        cut = length > self.max_seq_length if self.chat else self._is_cut(row, length)
+        input_ids = np.asarray(item["input_ids"][: self.max_seq_length], dtype=np.int32)
+        loss_mask = np.asarray(mask[: self.max_seq_length], dtype=np.uint8)
+        loss_mask[0] = 0  # nothing comes before the first token to predict it from
+        if not loss_mask.any():
+            raise RowError(
+                f"{self.file_path}, row {row}: no answer token to learn from within "
+                f"data.max_seq_length={self.max_seq_length}; drop the row or raise it"
+            )
+        return Row(row, input_ids, loss_mask, cut)
+
+    def _item(self, row: int) -> dict[str, Any]:
+        """NeMo's sample; whatever it finds wrong with a row is an error that names the row."""
+        where = f"{self.file_path}, row {row}"
+        try:
+            return self.dataset[row]
+        except json.JSONDecodeError as error:
+            raise RowError(f"{where}: not JSON ({error}); mend or drop the line") from error
+        except KeyError as error:
+            raise RowError(
+                f"{where}: no field {error}; the row has "
+                f"{sorted(self.dataset.indexed_dataset[row])}. Check data.label_key and "
+                "data.prompt_template, or drop the row"
+            ) from error
+        except (TypeError, AttributeError, ValueError, AssertionError) as error:
+            raise RowError(
+                f"{where}: not what NeMo's SFT takes ({error}); a row is an object whose fields "
+                f"are strings{', with conversations as NeMo wants them' if self.chat else ''}"
+            ) from error
+
+    def _is_cut(self, row: int, length: int) -> bool:
+        """NeMo does not say: the row once more without a limit, where it is as long as allowed."""
+        if length < self.max_seq_length:
+            return False
+        self.dataset.max_seq_length = sys.maxsize
+        try:
+            return len(self._item(row)["input_ids"]) > length
+        finally:
+            self.dataset.max_seq_length = self.max_seq_length

@@ -78,7 +78,9 @@ def dump(
             directory = tmp_path_factory.mktemp(f"dump-{layout}-{split}") / "store"
             processes, overrides = LAYOUTS[layout]
             base = dump_overrides(tiny, split, directory)
-            script("dump_teacher_topk.py", *base, *overrides, processes=processes)
+            done = script("dump_teacher_topk.py", *base, *overrides, processes=processes)
+            (directory.parent / "stdout.txt").write_text(done.stdout)
+            (directory.parent / "stderr.txt").write_text(done.stderr)
             made[layout, split] = directory
         return made[layout, split]
 

@@ -98,6 +98,20 @@ def test_a_teacher_that_never_agrees_with_the_labels_is_warned_of(
     assert "WARNING: below 10%: is data.prompt_template" in done.stdout
 
 
+def test_ranks_show_one_job(dump: Callable[..., Path]) -> None:
+    """Two replicas, 20 rows and 17: one count of rows, and a summary that is one process's."""
+    printed = {}
+    for layout in ("one", "dp2", "tp2"):
+        printed[layout] = (dump(layout).parent / "stdout.txt").read_text()
+        assert "dump: 37/37 rows" in (dump(layout).parent / "stderr.txt").read_text()
+    summary, store = printed["one"].split(str(dump()))
+    assert printed["dp2"].split(str(dump("dp2"))) == [summary, store]
+    assert "this run: 37 rows" in summary and "at T = 2" in summary and "likes least" in summary
+    assert "bytes a token" in store
+    worst = summary.split("(nats a token): ")[1].split(" (")[0]
+    assert worst == printed["tp2"].split("(nats a token): ")[1].split(" (")[0]
+
+
 def test_data_parallel_dump_has_the_same_bytes(dump: Callable[..., Path]) -> None:
     files = sorted(path.relative_to(dump()) for path in dump().rglob("*") if path.is_file())
     assert len(files) > 5

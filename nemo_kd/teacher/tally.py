@@ -1,0 +1,115 @@
+"""What a dump has seen of its teacher: sums over answer tokens, and the samples it likes least.
+
+    nll(label) = L - z_label          where the label is among the K
+              >= L - z_K              where it is not: the least that it can be
+
+A wrong template or tokenizer shows here first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+
+from nemo_kd.store import StoreSpec
+from nemo_kd.teacher.forward import AnswerTopK
+from nemo_kd.teacher.rows import Row
+
+WORST = 5
+LOW_AGREEMENT = 0.1
+"""Below this the prompt template or the tokenizer is probably not the teacher's."""
+
+_COUNTS = 4
+
+
+class Worst(NamedTuple):
+    """A row, and its labels' mean negative log-probability in nats, or the least it can be."""
+
+    nll: float
+    row: int
+
+
+class Tally:
+    """Sums over rows. Those of several ranks are added as vectors: `of(all vectors, spec)`."""
+
+    def __init__(self, spec: StoreSpec) -> None:
+        self.spec = spec
+        self.rows = self.tokens = self.agreed = self.cut = 0
+        self.mass = torch.zeros(len(spec.temperatures), dtype=torch.float64)
+        """Sum over answer tokens of the K ids' probability, for each temperature."""
+        self.worst: list[Worst] = []
+
+    def add(self, row: Row, topk: AnswerTopK) -> None:
+        """One row; topk: its A answer tokens."""
+        logits = topk.logits.double()  # [A, K]; -inf where a place is absent
+        labels = torch.from_numpy(row.input_ids[1:][row.loss_mask[1:] == 1].astype("int64"))
+        hit = topk.ids == labels[:, None]  # [A, K]
+        for j, temperature in enumerate(self.spec.temperatures):
+            logsumexp = topk.logsumexp[:, j, None].double()
+            self.mass[j] += (logits / temperature - logsumexp).exp().sum()
+        last = logits.masked_fill(logits.isneginf(), torch.inf).amin(1)  # [A]
+        label = torch.where(hit.any(1), logits.masked_fill(~hit, -torch.inf).amax(1), last)
+        unit = self.spec.temperatures.index(1.0)
+        nll = float((topk.logsumexp[:, unit].double() - label).mean())
+        self.rows += 1
+        self.cut += row.cut
+        self.tokens += len(labels)
+        self.agreed += int(hit[:, 0].sum())
+        self._keep([*self.worst, Worst(nll, row.row)])
+
+    def vector(self) -> torch.Tensor:
+        """float64 [4 + T + 2 * WORST]: everything, to be sent."""
+        counts = torch.tensor([self.rows, self.tokens, self.agreed, self.cut], dtype=torch.float64)
+        worst = torch.full((WORST, 2), -1.0, dtype=torch.float64)
+        if self.worst:
+            worst[: len(self.worst)] = torch.tensor(self.worst, dtype=torch.float64)
+        return torch.cat([counts, self.mass, worst.flatten()])
+
+    @classmethod
+    def of(cls, vectors: Iterable[torch.Tensor], spec: StoreSpec) -> Tally:
+        """The sum of several tallies."""
+        tally, worst = cls(spec), []
+        for vector in vectors:
+            counts, mass, rows = vector.split([_COUNTS, len(spec.temperatures), 2 * WORST])
+            n, tokens, agreed, cut = (int(count) for count in counts.tolist())
+            tally.rows, tally.tokens = tally.rows + n, tally.tokens + tokens
+            tally.agreed, tally.cut = tally.agreed + agreed, tally.cut + cut
+            tally.mass += mass
+            worst += [Worst(nll, int(row)) for nll, row in rows.view(WORST, 2).tolist()]
+        tally._keep([one for one in worst if one.row >= 0])
+        return tally
+
+    def _keep(self, candidates: list[Worst]) -> None:
+        self.worst = sorted(candidates, key=lambda one: (-one.nll, one.row))[:WORST]
+
+    def summary(self) -> str:
+        """What to say at the end of a dump; empty without rows."""
+        if not self.tokens:
+            return ""
+        lines = [
+            f"this run: {self.rows} rows, {self.tokens} answer tokens; {self._held()}"
+            f"its best token is the label for {self.agreed / self.tokens:.1%}"
+        ]
+        if self.cut:
+            limit = self.spec.template.get("max_seq_length")
+            lines.append(f"cut at data.max_seq_length={limit}: {self.cut} of {self.rows} rows")
+        worst = ", ".join(f"{one.row} ({one.nll:.2f})" for one in self.worst)
+        lines.append(f"rows whose labels the teacher likes least (nats a token): {worst}")
+        if self.agreed < LOW_AGREEMENT * self.tokens:
+            lines.append(
+                f"WARNING: below {LOW_AGREEMENT:.0%}: is data.prompt_template the one that the "
+                "teacher was trained on, and is this its tokenizer? `nemo-kd show` shows rows."
+            )
+        return "\n".join(lines)
+
+    def _held(self) -> str:
+        if self.spec.profile == "sampled":
+            return f"{self.spec.top_k} draws a token, "
+        held = dict(zip(self.spec.temperatures, (self.mass / self.tokens).tolist(), strict=True))
+        others = ", ".join(f"{m:.3f} at T = {t:g}" for t, m in held.items() if t != 1.0)
+        return (
+            f"the {self.spec.top_k} logits hold {held[1.0]:.3f} of the teacher's mass"
+            f"{f' ({others})' if others else ''}, "
+        )
