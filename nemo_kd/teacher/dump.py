@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 from megatron.core import parallel_state
@@ -24,6 +24,18 @@ class Forward(Protocol):
     """Rows in, the top-K of their answer tokens out; None on ranks that hold no logits."""
 
     def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[AnswerTopK] | None: ...
+
+
+class Numbered(Protocol):
+    """Rows and prompts: some tokens of one row."""
+
+    @property
+    def row(self) -> int: ...
+
+    def __len__(self) -> int: ...
+
+
+Work = TypeVar("Work", bound=Numbered)
 
 
 def dump(
@@ -172,8 +184,8 @@ def shard_samples(
 
 
 def calls(
-    rows: list[Row], micro_batch_size: int, max_tokens: int, in_flight: int
-) -> Iterator[tuple[list[Row], int]]:
+    rows: list[Work], micro_batch_size: int, max_tokens: int, in_flight: int
+) -> Iterator[tuple[list[Work], int]]:
     """Rows of like length for one forward call each, with the micro-batch size of the call.
 
     A micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens (one row always

@@ -1,4 +1,4 @@
-"""`examples/dump_teacher_topk.py` after Hydra: from a configuration to a store."""
+"""The teacher's scripts after Hydra: dump it, let it generate; from a configuration to a store."""
 
 from __future__ import annotations
 
@@ -31,6 +31,21 @@ def run(cfg: DictConfig) -> None:
     from nemo_kd.teacher.dump import dump
 
     report(cfg, dump(cfg, teacher, forward))
+
+
+def run_generation(cfg: DictConfig) -> None:
+    """Restore the teacher, let it write the answers, and say what the store holds."""
+    teacher, _ = load(cfg)
+    from nemo_kd.teacher.generate import generate
+    from nemo_kd.teacher.generate_hf import HFWriter
+    from nemo_kd.teacher.generate_nemo import NemoWriter
+
+    def writer(*arguments: Any) -> Any:
+        if cfg.teacher.kind == "hf":
+            return HFWriter(teacher.model, *arguments)
+        return NemoWriter(teacher, *arguments)
+
+    report(cfg, generate(cfg, teacher, writer))
 
 
 def report(cfg: DictConfig, manifest: Manifest | None) -> None:

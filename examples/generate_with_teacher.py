@@ -1,0 +1,17 @@
+"""Let a teacher write the answers, and store its top-K logits in the same pass: `--help`."""
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_kd.commandline import script
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="generate_with_teacher")
+def main(cfg: DictConfig) -> None:
+    from nemo_kd.teacher.main import run_generation
+
+    run_generation(cfg)
+
+
+if __name__ == "__main__":
+    script(main)

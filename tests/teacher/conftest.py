@@ -1,0 +1,27 @@
+"""Hugging Face teachers, their dumps and their answers, made once for this folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import program
+
+SETTINGS = [
+    "data.max_seq_length=128",
+    "trainer.precision=32",
+    "model.micro_batch_size=3",
+    "rows_per_shard=4",
+    "rows_per_lm_head=50",
+    "model.kd.top_k=20",
+    "model.kd.temperatures=[1.0,2.0]",
+]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `world.py` makes: checkpoints, data, stores, `parity.json`."""
+    directory = tmp_path_factory.mktemp("hf")
+    program("tests/teacher/world.py", directory, *SETTINGS)
+    return directory

@@ -1,0 +1,263 @@
+"""The teacher writes: the model's own greedy answers, draws that depend on nothing else, the same
+top-K as a dump of what was written."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import PreTrainedModel
+
+from nemo_kd.store import Store, StoreSpec
+from nemo_kd.teacher.generate_filter import AnswerFilter
+from nemo_kd.teacher.generate_hf import HFWriter
+from nemo_kd.teacher.generate_step import Answer, Decoding, GenerationError, Prompt, choose
+from nemo_kd.teacher.sampling import uniforms
+from tests.conftest import Script
+from tests.teacher.conftest import SETTINGS
+from tests.teacher.test_hf import same_files, tiny_model
+
+VOCABULARY, LENGTH = 60, 12  # the models have one more logit than the tokenizer tokens
+
+
+def prompts(count: int = 5) -> list[Prompt]:
+    draw = np.random.default_rng(0)
+    sizes = [9, 4, 1, 7, 9][:count]
+    return [
+        Prompt(row, tuple(map(int, draw.integers(2, VOCABULARY, n))), LENGTH)
+        for row, n in enumerate(sizes)
+    ]
+
+
+def written(
+    model: PreTrainedModel, asked: list[Prompt], profile: str = "plain", **settings: object
+) -> list[Answer]:
+    decoding = Decoding(**{"max_new_tokens": LENGTH, "stop_ids": (1,), **settings})  # type: ignore[arg-type]
+    spec = StoreSpec(top_k=7, vocab_size=VOCABULARY, temperatures=(1.0, 2.0), profile=profile)
+    return HFWriter(model, spec, decoding)(asked)
+
+
+@pytest.mark.parametrize("name", ["Llama", "Gemma2", "GPT2", "OPT", "Bloom"])
+@torch.no_grad()
+def test_greedy_answers_and_their_topk_are_the_models_own(name: str) -> None:
+    model = tiny_model(name, tie_word_embeddings=False)  # tied ones say the same word again
+    endless = [set(answer.ids) for answer in written(model, prompts(), stop_ids=(999,))]
+    # Tokens that some answers meet and some do not.
+    stops = sorted(set.union(*endless) - set.intersection(*endless))[:1]
+    model.generation_config.repetition_penalty = 1.7  # not the teacher's distribution: ignored
+    answers = written(model, prompts(), stop_ids=stops)
+    model.generation_config.repetition_penalty = 1.0
+    for answer in answers:
+        ids = torch.tensor([answer.prompt.ids])
+        settings = {"max_new_tokens": LENGTH, "eos_token_id": stops, "pad_token_id": 0}
+        own = model.generate(ids, do_sample=False, attention_mask=torch.ones_like(ids), **settings)
+        assert own[0, ids.shape[1] :].tolist() == list(answer.ids)
+        assert answer.finished == (answer.ids[-1] in stops)
+        assert answer.finished or len(answer.ids) == LENGTH
+        logits = model(own).logits[0, ids.shape[1] - 1 : -1, :VOCABULARY]
+        top = logits.topk(7)
+        assert torch.equal(answer.topk.ids, top.indices)
+        assert torch.allclose(answer.topk.logits, top.values, rtol=1e-4, atol=1e-5)
+        for j, temperature in enumerate((1.0, 2.0)):
+            logsumexp = (logits / temperature).logsumexp(-1)
+            assert torch.allclose(answer.topk.logsumexp[:, j], logsumexp, rtol=1e-4, atol=1e-5)
+    assert {answer.finished for answer in answers} == {True, False}
+
+
+def test_draws_do_not_depend_on_the_batch() -> None:
+    model = tiny_model("Llama")
+    together = written(model, prompts(), temperature=1.5, top_p=0.9)
+    for answer, prompt in zip(together, prompts(), strict=True):
+        (alone,) = written(model, [prompt], temperature=1.5, top_p=0.9)
+        assert alone.ids == answer.ids
+        assert torch.allclose(alone.topk.logits, answer.topk.logits, rtol=1e-4, atol=1e-5)
+    other = written(model, prompts(), temperature=1.5, top_p=0.9, seed=1)
+    assert [a.ids for a in other] != [a.ids for a in together]
+
+
+def test_a_model_that_looks_at_the_padding_is_refused() -> None:
+    model = tiny_model("Llama")
+    inputs = model.prepare_inputs_for_generation
+    model.prepare_inputs_for_generation = lambda *ids, **kwargs: {
+        **inputs(*ids, **kwargs),
+        "attention_mask": None,
+    }
+    with pytest.raises(GenerationError, match="LlamaForCausalLM writes with logits that differ"):
+        written(model, prompts())
+    assert len(written(model, prompts(1))) == 1  # nothing is padded
+
+
+def test_the_sampled_profile_draws_what_a_dump_of_the_answer_would() -> None:
+    from nemo_kd.teacher.rows import Row
+    from nemo_kd.teacher.select import Selection
+
+    model = tiny_model("Llama")
+    spec = StoreSpec(top_k=7, vocab_size=VOCABULARY, profile="sampled", profile_options={"seed": 3})
+    decoding = Decoding(max_new_tokens=LENGTH, stop_ids=(999,))
+    for answer in HFWriter(model, spec, decoding)(prompts(2)):
+        ids = np.array(answer.prompt.ids + answer.ids)
+        mask = (np.arange(len(ids)) >= len(answer.prompt.ids)).astype(np.uint8)
+        selection = Selection(spec)
+        uniform = selection.uniform([Row(answer.prompt.row, ids, mask)])
+        with torch.no_grad():
+            logits = model(torch.from_numpy(ids)[None]).logits[0, len(answer.prompt.ids) - 1 : -1]
+        expected = selection(logits, uniform)
+        assert torch.equal(answer.topk.ids, expected.ids)
+        assert torch.equal(answer.topk.logits, expected.logits)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.3)])
+def test_choices_follow_the_distribution_cut_at_top_p(temperature: float, top_p: float) -> None:
+    draws = 20_000
+    logits = torch.randn(17, generator=torch.Generator().manual_seed(2)) * 2
+    decoding = Decoding(1, (0,), temperature=temperature, top_p=top_p)
+    chosen = choose(logits.expand(draws, -1), uniforms(9, 9, draws), decoding)
+    probability, order = torch.softmax(logits.double() / temperature, -1).sort(descending=True)
+    inside = probability.cumsum(-1) - probability < top_p  # the mass before is not enough yet
+    expected = torch.zeros(17, dtype=torch.float64)
+    expected[order[inside]] = probability[inside] / probability[inside].sum()
+    found = torch.bincount(chosen, minlength=17) / draws
+    assert (found[expected == 0] == 0).all()
+    # Five standard deviations of a frequency.
+    assert ((found - expected).abs() < 5 * (expected * (1 - expected) / draws).sqrt() + 1e-9).all()
+
+
+def test_of_equal_logits_the_first_is_chosen() -> None:
+    logits = torch.tensor([[0.0, 2.0, 2.0, -1.0]])
+    assert choose(logits, torch.zeros(1), Decoding(1, (0,))).tolist() == [1]
+    edge = torch.tensor([1 - 2**-53], dtype=torch.float64)
+    assert choose(logits, edge, Decoding(1, (0,), temperature=1.0)).tolist() == [3]
+    assert choose(logits, edge, Decoding(1, (0,), temperature=1.0, top_p=0.5)).tolist() == [2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
+        ({"temperature": -1.0}, "temperature=-1.0 is below 0"),
+        ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
+        ({"samples_per_prompt": 2}, "the same answer again"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(GenerationError, match=message):
+        Decoding(**{"max_new_tokens": 5, "stop_ids": (1,), **settings})  # type: ignore[arg-type]
+
+
+def test_a_filter_is_a_pattern_a_function_or_both(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_checks.py").write_text(
+        "def is_right(answer, row):\n    return answer.endswith(row['output'])\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    row = {"output": "42"}
+    both = AnswerFilter("is", "my_checks:is_right")
+    assert both.keeps("it is 42", row)
+    assert not both.keeps("it is 43", row) and not both.keeps("it was 42", row)
+    assert AnswerFilter("^it").keeps("it was", row) and AnswerFilter().keeps("", row)
+    for name, message in (
+        ("my_checks", "expected module:function"),
+        ("my_checks:is_wrong", "no attribute 'is_wrong'"),
+        ("no_checks:is_right", "No module named 'no_checks'"),
+        ("my_checks:__name__", "is no function"),
+    ):
+        with pytest.raises(GenerationError, match=message):
+            AnswerFilter(function=name)
+    with pytest.raises(GenerationError, match="is no regular expression"):
+        AnswerFilter("(")
+
+
+def lines(directory: Path) -> list[dict[str, str]]:
+    return [json.loads(line) for line in (directory / "answers.jsonl").read_text().splitlines()]
+
+
+def test_a_dump_of_the_written_file_gives_the_same_store(world: Path) -> None:
+    answers, dumped = Store(world / "answers"), Store(world / "dumped")
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    assert 5 < len(answers) == len(dumped) < 3 * len(rows)  # those that did not end are dropped
+    for ours, again, line in zip(answers, dumped, lines(world / "answers"), strict=True):
+        assert line["input"] == rows[ours.row // 3]["input"]
+        assert np.array_equal(ours.input_ids, again.input_ids)
+        assert np.array_equal(ours.loss_mask, again.loss_mask)
+        assert ours.input_ids[-1] == 0  # the end of the sequence is learnt too
+        assert np.array_equal(ours.topk_ids, again.topk_ids)
+        assert np.abs(ours.topk_logits - again.topk_logits).max() < 2**-6  # float16
+        assert np.abs(ours.logsumexp - again.logsumexp).max() < 1e-4
+    assert not answers.verify()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(world: Path) -> None:
+    same_files(world / "answers", world / "resumed")
+
+
+def test_only_answers_that_pass_the_filter_are_kept(world: Path) -> None:
+    texts = {
+        s.row: line["output"]
+        for s, line in zip(Store(world / "answers"), lines(world / "answers"), strict=True)
+    }
+    kept = {
+        s.row: line["output"]
+        for s, line in zip(Store(world / "filtered"), lines(world / "filtered"), strict=True)
+    }
+    pattern = re.compile("[0-9].*[0-9]")
+    assert 0 < len(kept) < 3 * len((world / "train.jsonl").read_text().splitlines())
+    assert all(pattern.search(text) for text in kept.values())
+    passed = {row: text for row, text in texts.items() if pattern.search(text)}
+    assert passed and passed.items() <= kept.items()
+    unfinished = [s for s in Store(world / "filtered") if s.input_ids[-1] != 0]
+    assert unfinished and all(s.loss_mask.sum() == 40 for s in unfinished)
+
+
+def assert_same_answers(directory: Path, other: Path) -> None:
+    assert lines(directory) == lines(other)
+    for a, b in zip(Store(directory), Store(other), strict=True):
+        assert a.row == b.row
+        assert np.array_equal(a.input_ids, b.input_ids)
+        assert np.array_equal(a.topk_ids, b.topk_ids)
+        assert np.abs(a.topk_logits - b.topk_logits).max() < 2**-6  # float16
+        assert np.abs(a.logsumexp - b.logsumexp).max() < 1e-4
+
+
+def test_the_converted_teacher_writes_the_same_in_nemo(world: Path) -> None:
+    assert_same_answers(world / "answers", world / "nemo")
+
+
+def generation(world: Path, teacher: str, store: Path) -> list[str]:
+    return [
+        *SETTINGS,
+        "data.prompt_template='{input}{output}'",
+        "generation.max_new_tokens=40",
+        "generation.temperature=1.0",
+        "generation.samples_per_prompt=3",
+        f"model.restore_from_path={world}/{teacher}",
+        f"data.file_path={world}/train.jsonl",
+        f"output_dir={store}",
+    ]
+
+
+@pytest.mark.slow
+def test_the_script_at_two_ranks_writes_the_same_bytes(
+    world: Path, script: Script, tmp_path: Path
+) -> None:
+    settings = generation(world, "typist", tmp_path / "store")
+    done = script("generate_with_teacher.py", *settings, processes=2)
+    assert "dropped, not ended within generation.max_new_tokens" in done.stdout
+    total = len(Store(world / "answers"))
+    assert f"{total} answers as text; SFT reads {total} of them as the very" in done.stdout
+    same_files(world / "answers", tmp_path / "store")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+def test_nemo_writes_the_same_over_two_ranks(
+    world: Path, script: Script, tmp_path: Path, layout: str
+) -> None:
+    settings = generation(world, "typist.nemo", tmp_path / "store")
+    parallel = ["teacher.kind=nemo", f"model.{layout}_model_parallel_size=2"]
+    script("generate_with_teacher.py", *settings, *parallel, processes=2)
+    assert_same_answers(world / "answers", tmp_path / "store")

@@ -1,0 +1,164 @@
+"""Hugging Face teachers: the model's own logits, at answer positions only, in the same store."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+
+from nemo_kd.store import Store
+from nemo_kd.teacher.main import check_kind
+from nemo_kd.teacher.split import HFTeacherError, SplitModel
+from tests.conftest import ROOT, Script
+from tests.teacher.conftest import SETTINGS
+
+TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+LLAMA = {**TINY, "intermediate_size": 48, "num_key_value_heads": 2, "pad_token_id": 0}
+# Each does something else with its last hidden states, or is built in another way.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "Llama": LLAMA,
+    "Gemma2": {**LLAMA, "head_dim": 8, "final_logit_softcapping": 2.0},
+    "Granite": {**LLAMA, "logits_scaling": 8.0},
+    "Cohere": {**LLAMA, "logit_scale": 0.0625},
+    "Phi": LLAMA,  # a bias in the LM head
+    "Mixtral": {**LLAMA, "num_local_experts": 4, "output_router_logits": True},
+    "GPT2": {"vocab_size": 61, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64},
+    "GPTNeoX": {**TINY, "intermediate_size": 48},
+    "OPT": {**TINY, "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 64},
+    "Bloom": {"vocab_size": 61, "hidden_size": 32, "n_layer": 2, "n_head": 4},
+    "Mamba": {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4},
+}
+
+
+def tiny_model(name: str, **more: Any) -> transformers.PreTrainedModel:
+    torch.manual_seed(3)
+    spread = {"init_std" if name == "OPT" else "initializer_range": 0.3}
+    config = getattr(transformers, f"{name}Config")(**ARCHITECTURES[name], **spread, **more)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() == 1:
+            torch.nn.init.normal_(parameter, 0.5, 0.3)  # biases and norms that can be seen
+    return model
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+@torch.no_grad()
+def test_halves_make_the_models_own_logits(name: str) -> None:
+    model = tiny_model(name)
+    split = SplitModel(model)
+    assert split.check() == 61
+    tokens = torch.randint(0, 61, (2, 23), generator=torch.Generator().manual_seed(0))
+    # Right padding, as the dump pads: the first row is 9 tokens shorter.
+    padded = tokens.clone()
+    padded[0, 14:] = 0
+    output = split.hidden(padded)
+    for b, length in enumerate((14, 23)):
+        expected = model(tokens[b : b + 1, :length]).logits[0]
+        some = torch.tensor([1, 5, 6, length - 1])
+        actual = split.logits(output, output.last_hidden_state[b, some])
+        assert expected.abs().max() > 0.1
+        assert torch.allclose(actual, expected[some], rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(padded).logits, model(padded).logits)  # whole again
+
+
+def test_a_model_whose_halves_are_not_the_whole_is_refused() -> None:
+    class Odd(transformers.LlamaForCausalLM):
+        def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:  # type: ignore[override]
+            output = super().forward(input_ids, **more)
+            output.logits = output.logits + self.model.embed_tokens(input_ids).sum(-1, keepdim=True)
+            return output
+
+    model = Odd(transformers.LlamaConfig(**LLAMA, initializer_range=0.3)).eval()
+    with pytest.raises(HFTeacherError, match="Odd does not compute its logits from the last"):
+        SplitModel(model).check()
+
+
+def test_the_converted_teacher_has_the_same_ids_and_logits(world: Path) -> None:
+    figures = json.loads((world / "parity.json").read_text())
+    assert figures["tokens"] > 500 and figures["largest_logit"] > 1
+    assert figures["samples_equal"] and figures["ids_equal"]
+    assert figures["logits"] < 1e-4 and figures["logsumexp"] < 1e-4
+    assert figures["store_fits_the_converted_student"]
+
+
+def test_another_tokenizer_is_refused_by_its_first_other_token(world: Path) -> None:
+    renamed, longer, unknown = json.loads((world / "parity.json").read_text())["differences"]
+    assert renamed == "; the first difference is id 1, '<end>' there and '</s>' here"
+    assert longer == "; 300 tokens there, 299 here, the first 299 equal"
+    assert unknown == ""
+
+
+def same_files(a: Path, b: Path) -> None:
+    files = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+    assert len(files) > 5
+    assert files == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+    for file in files:
+        assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+def test_two_ranks_write_the_same_bytes_as_one_and_resume(
+    world: Path, script: Script, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    shutil.copytree(world / "store", store)
+    (store / "manifest.json").unlink()
+    for shard in ("shard-00000", "shard-00002"):
+        shutil.rmtree(store / shard)
+    settings = [*SETTINGS, "teacher.kind=hf", f"output_dir={store}"]
+    paths = [f"model.restore_from_path={world}/llama", f"data.file_path={world}/train.jsonl"]
+    done = script("dump_teacher_topk.py", *settings, *paths, processes=2)
+    assert "this run: 5 rows" in done.stdout
+    same_files(world / "store", store)
+
+
+def test_a_gguf_file_gives_what_the_directory_gives(world: Path) -> None:
+    compared = 0
+    for a, b in zip(Store(world / "store"), Store(world / "gguf_store"), strict=True):
+        assert np.array_equal(a.input_ids, b.input_ids)
+        # The file's vocabulary has one token more, which may push out the last of the K.
+        for ids, logits, theirs, their_logits in zip(
+            a.topk_ids, a.topk_logits, b.topk_ids, b.topk_logits, strict=True
+        ):
+            common, here, there = np.intersect1d(ids, theirs, return_indices=True)
+            assert len(common) >= len(ids) - 1
+            assert np.abs(logits[here] - their_logits[there]).max() < 2**-6  # float16
+            compared += len(common)
+    assert compared > 5000
+
+
+def configuration(*overrides: str) -> Any:
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        return compose("dump_teacher_topk", [*overrides, "data.file_path=x", "output_dir=y"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ("teacher.kind=huggingface", "expected one of nemo, hf"),
+        ("teacher.kind=hf model.tensor_model_parallel_size=2", "only data parallelism works"),
+        ("teacher.kind=hf model.pipeline_model_parallel_size=4", "only data parallelism works"),
+        ("teacher.kind=hf model.context_parallel_size=2", "only data parallelism works"),
+        ("teacher.kind=hf model.restore_from_path=a.nemo", "set teacher.kind=nemo"),
+        ("model.restore_from_path=a.gguf", "set teacher.kind=hf"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(overrides: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_kind(configuration("model.restore_from_path=llama", *overrides.split()))
+
+
+def test_unusable_checkpoints_are_refused(world: Path) -> None:
+    refusals = json.loads((world / "refusals.json").read_text())
+    assert "lacks 1 of the model's tensors, first lm_head.weight" in refusals["headless"]
+    assert "the tokenizer has 299 tokens, the model logits for 61" in refusals["small"]
+    assert "set data.max_seq_length=128 or less" in refusals["long"]
+    assert "no checkpoint at" in refusals["nowhere"]
+    assert "transformers does not load" in refusals["empty"]
+    assert "trainer.precision=8" in refusals["precision"]

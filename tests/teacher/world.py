@@ -1,0 +1,246 @@
+# ruff: noqa: E402 (NeMo comes after its patches)
+"""Hugging Face teachers dumped in one process, beside the same model in NeMo; run as a script.
+
+Writes checkpoints, data and stores into a directory; `parity.json`, how far the two differ;
+`refusals.json`, what is said of checkpoints that cannot be teachers. Further arguments are
+overrides for all dumps.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from nemo_kd import cpu
+
+cpu.install()
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
+
+import torch
+from hydra import compose, initialize_config_dir
+from megatron.core import num_microbatches_calculator, parallel_state
+from omegaconf import DictConfig
+from tokenizers import Tokenizer, decoders
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from nemo_kd.checkpoints import open_checkpoint, write_nemo
+from nemo_kd.store import Store
+from nemo_kd.teacher import hf
+from nemo_kd.teacher.dump import dump, store_spec
+from nemo_kd.teacher.generate import generate
+from nemo_kd.teacher.generate_hf import HFWriter
+from nemo_kd.teacher.generate_nemo import NemoWriter
+from nemo_kd.teacher.main import load
+from nemo_kd.teacher.rows import SFTRows
+from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
+from tests.checkpoints import models
+from tests.tiny import functions
+
+ROWS = 9
+SETTINGS = sys.argv[2:]
+
+
+def configuration(
+    directory: Path, name: str, store: str, *overrides: str, script: str = "dump_teacher_topk"
+) -> DictConfig:
+    paths = [
+        f"model.restore_from_path={directory}/{name}",
+        f"data.file_path={directory}/train.jsonl",
+        f"output_dir={directory}/{store}",
+    ]
+    with initialize_config_dir(f"{sys.path[0]}/conf", version_base=None):
+        return compose(script, [*SETTINGS, *paths, *overrides])
+
+
+def start(cfg: DictConfig) -> tuple[Any, Any]:
+    num_microbatches_calculator.unset_num_microbatches_calculator()
+    parallel_state.destroy_model_parallel()
+    return load(cfg)
+
+
+def parity(directory: Path) -> dict[str, Any]:
+    """Dumps the Hugging Face teacher, and holds NeMo's pass of the converted one against it."""
+    cfg = configuration(directory, "llama", "store", "teacher.kind=hf")
+    teacher, forward = start(cfg)
+    dump(cfg, teacher, forward)
+    rows = SFTRows(teacher, cfg.data)
+    spec = store_spec(cfg, teacher, len(rows))
+    hf_rows = [rows[i] for i in range(len(rows))]
+    ours = [forward(teacher, spec, 50)([row], 1)[0] for row in hf_rows]
+    cfg = configuration(directory, "llama.nemo", "nemo_store")
+    nemo, forward = start(cfg)
+    rows = SFTRows(nemo, cfg.data)
+    nemo_rows = [rows[i] for i in range(len(rows))]
+    theirs = [forward(nemo, spec, 50)([row], 1)[0] for row in nemo_rows]
+    Store(directory / "store").check(
+        tokenizer_fingerprint=tokenizer_fingerprint(nemo.tokenizer),
+        vocab_size=nemo.tokenizer.vocab_size,
+    )
+    pairs = list(zip(ours, theirs, strict=True))
+    return {
+        "tokens": sum(len(a.ids) for a, _ in pairs),
+        "largest_logit": max(float(a.logits.max()) for a, _ in pairs),
+        "samples_equal": all(
+            (a.input_ids == b.input_ids).all() and (a.loss_mask == b.loss_mask).all()
+            for a, b in zip(hf_rows, nemo_rows, strict=True)
+        ),
+        "ids_equal": all(torch.equal(a.ids, b.ids) for a, b in pairs),
+        "logits": max(float((a.logits - b.logits).abs().max()) for a, b in pairs),
+        "logsumexp": max(float((a.logsumexp - b.logsumexp).abs().max()) for a, b in pairs),
+        "store_fits_the_converted_student": True,
+        "differences": differences(directory, nemo.tokenizer),
+    }
+
+
+def differences(directory: Path, ours: Any) -> list[str]:
+    """What is said of a store whose tokenizer has another token, one more, or is not there."""
+    renamed, longer = directory / "renamed", directory / "longer"
+    shutil.copytree(directory / "llama", renamed)
+    for file in renamed.glob("*token*.json"):
+        file.write_text(file.read_text().replace("</s>", "<end>"))
+    more = models.tokenizer()
+    more.add_tokens(["<more>"])
+    more.save_pretrained(longer)
+    paths = (renamed, longer, directory / "nowhere")
+    return [first_difference(ours, {"library": "huggingface", "path": str(p)}) for p in paths]
+
+
+def refusals(directory: Path) -> dict[str, str]:
+    headless = models.save(models.llama("untied_llama3"), directory / "headless")
+    whole = LlamaForCausalLM.from_pretrained(headless)
+    whole.model.save_pretrained(headless)  # the base model alone
+    config = json.loads((headless / "config.json").read_text())
+    config["architectures"] = ["LlamaForCausalLM"]
+    (headless / "config.json").write_text(json.dumps(config))
+    small = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    models.save(LlamaForCausalLM(LlamaConfig(vocab_size=61, **small)), directory / "small")
+    (directory / "empty").mkdir()
+    said = {}
+    for name in ("headless", "small", "nowhere", "empty"):
+        said[name] = refused(configuration(directory, name, "none"))
+    long = configuration(directory, "llama", "none", "data.max_seq_length=512")
+    odd = configuration(directory, "llama", "none", "trainer.precision=8")
+    return {**said, "long": refused(long), "precision": refused(odd)}
+
+
+def refused(cfg: DictConfig) -> str:
+    try:
+        hf.load_teacher(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        return str(error)
+    return "not refused"
+
+
+def characters() -> PreTrainedTokenizerFast:
+    """A token for each printable character but the space: any ids are the tokens of their text."""
+    tokens = ["</s>", *map(chr, range(33, 127))]
+    backend = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
+    backend.add_special_tokens(["</s>"])
+    backend.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+
+
+def write_typist(directory: Path) -> None:
+    """A random model over `characters`, which ends about every third answer within 40 tokens."""
+    torch.manual_seed(5)
+    config = LlamaConfig(**TYPIST, initializer_range=0.2)
+    LlamaForCausalLM(config).save_pretrained(directory)
+    characters().save_pretrained(directory)
+
+
+TYPIST = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+GENERATION = [
+    "data.prompt_template='{input}{output}'",
+    "generation.max_new_tokens=40",
+    "generation.temperature=1.0",
+    "generation.samples_per_prompt=3",
+]
+
+
+class Interrupted(Exception):
+    """Stands for a kill in the middle of a shard."""
+
+
+def generations(directory: Path) -> None:
+    """Answers whole, interrupted and resumed, filtered; and a dump of the written file."""
+    teacher: Any = None
+
+    def run(store: str, *overrides: str, calls: int | None = None) -> None:
+        nonlocal teacher
+        more = [*GENERATION, *overrides]
+        cfg = configuration(directory, "typist", store, *more, script="generate_with_teacher")
+        if teacher is None:
+            teacher, _ = start(cfg)
+
+        def make(*arguments: Any) -> Any:
+            write = HFWriter(teacher.model, *arguments)
+            count = iter(range(calls)) if calls is not None else itertools.count()
+
+            def limited(prompts: Any) -> Any:
+                if next(count, None) is None:
+                    raise Interrupted
+                return write(prompts)
+
+            return limited
+
+        generate(cfg, teacher, make)
+
+    run("answers")
+    try:
+        run("resumed", calls=4)
+    except Interrupted:
+        assert not (directory / "resumed/manifest.json").exists()
+        assert len(list((directory / "resumed").glob("shard-*"))) > 0
+        run("resumed")
+    run("filtered", "generation.filter.pattern='[0-9].*[0-9]'", "generation.keep_unfinished=true")
+    shutil.copy(directory / "answers/answers.jsonl", directory)  # NeMo puts an index beside it
+    cfg = configuration(
+        directory,
+        "typist",
+        "dumped",
+        f"data.file_path={directory}/answers.jsonl",
+        "data.prompt_template='{input}{output}'",
+        "teacher.kind=hf",
+    )
+    dump(cfg, teacher, hf.HFForward)
+    write_nemo(open_checkpoint(directory / "typist"), directory / "typist.nemo", range(2))
+    more = [*GENERATION, "teacher.kind=nemo"]
+    cfg = configuration(directory, "typist.nemo", "nemo", *more, script="generate_with_teacher")
+    nemo, _ = start(cfg)
+    generate(cfg, nemo, lambda *arguments: NemoWriter(nemo, *arguments))
+
+
+def main(directory: Path) -> None:
+    pairs = functions()[:ROWS]
+    text = "\n".join(json.dumps(pair) for pair in pairs)
+    (directory / "train.jsonl").write_text(text + "\n")
+    model = models.llama("tied_grouped")
+    models.save(model, directory / "llama")
+    models.write_gguf(model, directory / "llama.gguf")
+    checkpoint = open_checkpoint(directory / "llama")
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    write_nemo(checkpoint, directory / "llama.nemo", range(4))
+    (directory / "parity.json").write_text(json.dumps(parity(directory)))
+    cfg = configuration(directory, "llama.gguf", "gguf_store", "teacher.kind=hf")
+    dump(cfg, *start(cfg))
+    write_typist(directory / "typist")
+    generations(directory)
+    (directory / "refusals.json").write_text(json.dumps(refusals(directory)))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
