@@ -15,7 +15,7 @@ from nemo_kd.data import Fitting, fit_lengths
 from nemo_kd.model.config import store_directories
 from nemo_kd.model.dataset import StoreSFTDataset
 from nemo_kd.store import Store, StoreError
-from nemo_kd.tokenizer import tokenizer_fingerprint
+from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
@@ -72,12 +72,18 @@ def build_store_datasets(
 
 def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
     """The store at `directory`, refused where it does not fit the student or its loss."""
-    store = Store(directory)
-    store.check(
-        tokenizer_fingerprint=tokenizer_fingerprint(model.tokenizer),
-        vocab_size=model.tokenizer.vocab_size,
-        temperature=model.kd.temperature,
-    )
+    store, fingerprint = Store(directory), tokenizer_fingerprint(model.tokenizer)
+    try:
+        store.check(
+            tokenizer_fingerprint=fingerprint,
+            vocab_size=model.tokenizer.vocab_size,
+            temperature=model.kd.temperature,
+        )
+    except StoreError as error:
+        origin = store.manifest.spec.tokenizer
+        if origin.get("fingerprint") == fingerprint:
+            raise
+        raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
     kd = model.kd
     unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
     if store.manifest.spec.profile == "sampled" and kd.weights[1] and not unbiased:
