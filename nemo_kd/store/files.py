@@ -6,11 +6,14 @@ disk first, and the fsync of the directory after it makes the new name survive a
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import stat
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,19 +49,38 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+@contextmanager
+def full_disk_explained(directory: Path) -> Iterator[None]:
+    """A write that finds no space left, or a quota reached, is an error that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise StoreError(
+            f"{directory}: {error.strerror}; what is whole stays as it is: free some space and "
+            "give the same command again, it goes on from there"
+        ) from error
+
+
 def publish(path: Path, text: str) -> None:
     """Write `text` so that `path` holds all of it or what was there before."""
-    # A name of its own: two hosts may write the same text at once.
-    descriptor, temporary = tempfile.mkstemp(
-        prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
-    )
-    with open(descriptor, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fchmod(file.fileno(), 0o666 & ~_umask())
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync(path.parent)
+    with full_disk_explained(path.parent):
+        # A name of its own: two hosts may write the same text at once.
+        descriptor, temporary = tempfile.mkstemp(
+            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
+        )
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+        fsync(path.parent)
 
 
 def _umask() -> int:

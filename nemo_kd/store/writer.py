@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -19,7 +20,15 @@ from numpy.typing import NDArray
 from nemo_kd.store.checks import checked_teacher, checked_tokens
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.errors import StoreError
-from nemo_kd.store.files import canonical_json, fsync, publish, read_json, sha256_of, size_of
+from nemo_kd.store.files import (
+    canonical_json,
+    fsync,
+    full_disk_explained,
+    publish,
+    read_json,
+    sha256_of,
+    size_of,
+)
 from nemo_kd.store.indexed import FieldWriter
 from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (
@@ -48,7 +57,8 @@ class StoreWriter:
         self.directory = Path(directory)
         self.spec = spec
         self.codec = codec_of(spec)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        with full_disk_explained(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
         if overwrite:
             _remove_store(self.directory)
         if (self.directory / SPEC).exists():
@@ -128,9 +138,10 @@ class ShardWriter:
     def __enter__(self) -> ShardWriter:
         if self._directory.exists():
             shutil.rmtree(self._directory)  # left by a dump that was killed
-        self._directory.mkdir()
-        for name, dtype in field_dtypes(self._store.codec).items():
-            self._fields[name] = FieldWriter(self._directory / name, dtype)
+        with full_disk_explained(self._store.directory):
+            self._directory.mkdir()
+            for name, dtype in field_dtypes(self._store.codec).items():
+                self._fields[name] = FieldWriter(self._directory / name, dtype)
         return self
 
     def add(self, sample: Sample) -> None:
@@ -177,12 +188,14 @@ class ShardWriter:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if kind is None:
-            self._publish()
-            return
-        for field in self._fields.values():
-            field.abandon()
-        shutil.rmtree(self._directory)
+        with full_disk_explained(self._store.directory):
+            try:
+                if error is not None:
+                    raise error
+                self._publish()
+            except BaseException:
+                self._discard()
+                raise
 
     def _check_row(self, row: int) -> None:
         if row not in self._rows:
@@ -195,6 +208,12 @@ class ShardWriter:
                 f"{self._name}: row {row} after row {self._last_row}; add the rows of a shard in "
                 "rising order, each once"
             )
+
+    def _discard(self) -> None:
+        for field in self._fields.values():
+            with suppress(OSError):  # closing writes what is left, and the disk may be full
+                field.abandon()
+        shutil.rmtree(self._directory, ignore_errors=True)
 
     def _publish(self) -> None:
         for field in self._fields.values():

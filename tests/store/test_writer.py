@@ -14,6 +14,7 @@ import pytest
 
 from nemo_kd.store import Store, StoreError, StoreWriter
 from tests.conftest import ROOT
+from tests.disk import free_bytes, small_disk
 from tests.store.samples import sample, spec, store
 
 
@@ -44,6 +45,37 @@ def test_a_failing_shard_leaves_nothing(tmp_path: Path) -> None:
         writer.finish(1)
     with pytest.raises(StoreError, match="the dump has not finished"):
         Store(tmp_path / "s")
+
+
+def test_a_full_disk_keeps_what_is_whole(tmp_path: Path) -> None:
+    """A real one with a little more space each time: it ends in any file, flush or rename."""
+    of = spec(rows_per_shard=2)
+    samples = [sample(row, of, 40) for row in range(6)]
+
+    def write(directory: Path) -> None:
+        writer = StoreWriter(directory, of)
+        for shard in range(3):
+            if not writer.is_whole(shard):
+                with writer.shard(shard) as out:
+                    for one in samples[2 * shard : 2 * shard + 2]:
+                        out.add(one)
+        writer.finish(3)
+
+    write(tmp_path / "one")
+    refusals = 0
+    with small_disk(tmp_path / "disk", kilobytes=512) as disk:
+        for kilobytes in range(0, 320, 4):
+            ballast = disk / "ballast"
+            ballast.write_bytes(b"0" * (free_bytes(disk) - 1024 * kilobytes))
+            try:
+                write(disk / "s")
+            except StoreError as error:
+                assert "No space left on device; what is whole stays" in str(error)
+                assert not list((disk / "s").glob(".*.tmp"))
+                refusals += 1
+            ballast.unlink()
+        assert refusals > 10
+        assert contents(disk / "s") == contents(tmp_path / "one")
 
 
 def test_another_specification_is_refused_by_name(tmp_path: Path) -> None:
