@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from nemo_kd.store import Store
 from nemo_kd.teacher.main import check_kind
 from nemo_kd.teacher.split import HFTeacherError, SplitModel
-from tests.conftest import ROOT, Script
+from tests.conftest import ROOT, Script, metrics
 from tests.teacher.conftest import SETTINGS
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -93,6 +93,31 @@ def test_another_tokenizer_is_refused_by_its_first_other_token(world: Path) -> N
     assert renamed == "; the first difference is id 1, '<end>' there and '</s>' here"
     assert longer == "; 300 tokens there, 299 here, the first 299 equal"
     assert unknown == ""
+
+
+@pytest.mark.slow
+def test_a_nemo_student_trains_on_the_stores(world: Path, script: Script, tmp_path: Path) -> None:
+    """On a dump by transformers, and on answers that it wrote."""
+    for store, student in (("store", "llama"), ("answers", "typist")):
+        script(
+            "train_gpt_sft_kd.py",
+            f"model.restore_from_path={world}/{student}.nemo",
+            f"model.data.train_ds.store={world}/{store}",
+            f"exp_manager.explicit_log_dir={tmp_path}/{store}",
+            "exp_manager.checkpoint_callback_params.save_top_k=0",
+            "trainer.precision=32",
+            "trainer.max_steps=3",
+            "trainer.enable_progress_bar=false",
+            "model.global_batch_size=2",
+            "model.micro_batch_size=1",
+            "model.data.train_ds.max_seq_length=128",
+            "model.optim.lr=0.001",
+            "model.optim.sched.warmup_steps=1",
+            "model.kd.alpha=1",
+        )
+        first = metrics(tmp_path / store)[0]
+        # The student is the teacher: nothing is to learn but float16's rounding.
+        assert abs(first["reduced_train_loss"]) < 1e-3, first
 
 
 def same_files(a: Path, b: Path) -> None:
