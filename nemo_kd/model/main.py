@@ -101,6 +101,9 @@ def _fit_validation(cfg: DictConfig) -> None:
 def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:
     # Only now: on a CPU NeMo and Megatron must find their patches in place.
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
+    from nemo_kd.model.peft import add_adapters
 
     megatron.start_process_groups(cfg.model, trainer)
-    return megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTKDModel, cfg, trainer)
+    model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTKDModel, cfg, trainer)
+    add_adapters(cfg, model)
+    return model
