@@ -32,7 +32,9 @@ from nemo_kd.loss.topk import TopK, check_teacher
 class KDLoss(NamedTuple):
     """Per-token values in nats; `loss`, `nll` and `kd` have the labels' shape, 0 where masked.
 
-    `metrics`: name → detached [N], one value for each chosen position (see `token_metrics`).
+    `metrics`: name → detached [N], one value for each chosen position: those of `token_metrics`,
+    and top1_label: 1 where the label is the student's best token, confidence: that best token's
+    probability at temperature 1.
     """
 
     loss: Tensor
@@ -147,8 +149,12 @@ def token_losses(
     picked = picked - best.unsqueeze(-1)
     label, student = picked[:, 0], picked[:, 1:]
     rests = _outside_the_k(gathered, best, label, ids, config)
-    nll = torch.logsumexp(torch.cat([student, rests[0].unsqueeze(-1)], -1), -1) - label
-    metrics = {"top1_label": (label.detach() >= 0).to(dtype)}
+    total = torch.logsumexp(torch.cat([student, rests[0].unsqueeze(-1)], -1), -1)
+    nll = total - label
+    metrics = {
+        "top1_label": (label.detach() >= 0).to(dtype),
+        "confidence": total.detach().neg().exp().to(dtype),
+    }
     if teacher is None:
         nll = nll.to(dtype)
         return config.weights[0] * nll, nll, torch.zeros_like(nll), metrics

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.loss import KDConfig
+from nemo_kd.loss.config import check_name
 
 NORMALIZATIONS = ("microbatch", "global_tokens")
+SCHEDULES = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
@@ -26,13 +29,76 @@ class KDTrainingConfig(KDConfig):
     """Compute the LM head with the loss, in chunks of answer tokens: the logits of a whole
     micro-batch never exist, and prompt positions do not go through the LM head at all."""
 
+    alpha_end: float | None = None
+    """Where a schedule takes `alpha`; None: it stays."""
+    temperature_end: float | None = None
+    """Where a schedule takes `temperature`; None: it stays. Not with support `bucket`, which needs
+    the teacher's log-sum-exp at every temperature."""
+    schedule: str = "linear"
+    """`linear`, or `cosine` (half a wave: slow at both ends)."""
+    schedule_steps: int | None = None
+    """Steps until the end of the schedule; None: `trainer.max_steps`."""
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_name("model.kd.schedule", self.schedule, SCHEDULES)
+        if self.alpha_end is not None and (self.sft_weight, self.kd_weight) != (None, None):
+            raise ValueError(
+                "model.kd.alpha_end is a schedule of model.kd.alpha; use alpha instead of "
+                "sft_weight and kd_weight"
+            )
+        if self.temperature_end not in (None, self.temperature) and self.support == "bucket":
+            raise ValueError(
+                "model.kd.temperature_end needs model.kd.support=topk or vocab: support bucket "
+                "needs the teacher's log-sum-exp at every temperature on the way"
+            )
+        if self.schedule_steps is not None and self.schedule_steps < 1:
+            raise ValueError(
+                f"model.kd.schedule_steps is {self.schedule_steps}: expected at least 1, or null "
+                "for trainer.max_steps"
+            )
+        if self.scheduled:
+            _ = self.end  # checked as any constant is
         if self.normalize not in NORMALIZATIONS:
             raise ValueError(
                 f"model.kd.normalize={self.normalize!r} is unknown; "
                 f"choose one of {', '.join(NORMALIZATIONS)}"
             )
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether anything changes from step to step."""
+        return self.alpha_end is not None or self.temperature_end is not None
+
+    @property
+    def distils(self) -> bool:
+        """Whether the divergence has a weight above 0 at any step."""
+        return self.weights[1] > 0 or bool(self.alpha_end)
+
+    @property
+    def end(self) -> KDTrainingConfig:
+        """The constant settings that a schedule comes to."""
+        return self.at(self.schedule_steps or 1, 1)
+
+    def at(self, step: int, max_steps: int) -> KDTrainingConfig:
+        """The constant settings of a step; the first is 0, and `schedule_steps` has the end."""
+        if not self.scheduled:
+            return self
+        part = min(step / (self.schedule_steps or max(max_steps, 1)), 1.0)
+        if self.schedule == "cosine":
+            part = (1 - math.cos(math.pi * part)) / 2
+
+        def between(start: float, end: float | None) -> float:
+            return start if end is None else start + part * (end - start)
+
+        alpha = None if self.alpha_end is None else between(self.weights[1], self.alpha_end)
+        return dataclasses.replace(
+            self,
+            alpha=self.alpha if alpha is None else alpha,
+            temperature=between(self.temperature, self.temperature_end),
+            alpha_end=None,
+            temperature_end=None,
+        )
 
 
 def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, ListConfig, open_dict
 from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, TeacherSelection, teacher_at
-from nemo_kd.loss import KDLoss, MassWatch, linear_sft_kd_loss, sft_kd_loss
+from nemo_kd.loss import KDLoss, MassWatch, TopK, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.megatron import gpt_module, split_lm_head
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.metrics import MetricSums
@@ -50,7 +50,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     """
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
-        self.kd = kd_training_config(cfg.get("kd"))
+        self.kd_schedule = kd_training_config(cfg.get("kd"))
+        self.kd = self.kd_schedule.at(0, 1)  # the settings of the step that runs
         _refuse_unsupported(cfg)
         super().__init__(cfg, trainer)
         # What is saved must load in a NeMo without this package.
@@ -68,7 +69,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         if gpt.post_process:
             self._gpt_forward, self._sft_loss = gpt.forward, gpt.compute_language_model_loss
             gpt.compute_language_model_loss = self._language_model_loss
-            if self.kd.fused_lm_head and not self._is_plain_sft():
+            plain = self._is_plain_sft() and not self.kd_schedule.distils
+            if self.kd.fused_lm_head and not plain:
                 gpt.forward = self._fused_forward
 
     # --- data ----------------------------------------------------------------------------------
@@ -81,7 +83,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 with open_dict(self.cfg):  # what a `.nemo` says of itself
                     self.cfg.kd_train_stores = trained_on(stores)
             return datasets
-        if is_train and self.kd.weights[1]:
+        if is_train and self.kd_schedule.distils:
             raise ValueError(
                 "model.data.train_ds.store is not set, so there are no teacher logits to learn "
                 "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
@@ -117,7 +119,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        remember_stores(self._train_stores, checkpoint, dataclasses.asdict(self.kd))
+        remember_stores(self._train_stores, checkpoint, dataclasses.asdict(self.kd_schedule))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         check_same_stores(self._train_stores, checkpoint)
@@ -159,13 +161,19 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         return sft_kd_loss(
             logits,
             labels.t(),
-            teacher.topk,
+            self._at_temperature(teacher),
             self.kd,
             group=parallel_state.get_tensor_model_parallel_group(),
             vocab_size=self.tokenizer.vocab_size,
             mask=teacher.mask,
             inplace=inplace,
         )
+
+    def _at_temperature(self, teacher: TeacherSelection) -> TopK:
+        """The data sets' log-sum-exp is at the schedule's first temperature; others are unknown."""
+        if self.kd.temperature == self.kd_schedule.temperature:
+            return teacher.topk
+        return teacher.topk._replace(logsumexp=None)
 
     def _fused_forward(
         self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any
@@ -183,7 +191,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
             hidden,
             gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight,
             labels.t(),
-            teacher.topk,
+            self._at_temperature(teacher),
             self.kd,
             group=parallel_state.get_tensor_model_parallel_group(),
             vocab_size=self.tokenizer.vocab_size,
@@ -195,10 +203,10 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
         return result.loss.t().contiguous()
 
     def _loss_without_teacher(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if self.kd.weights[1] and not self._forward_only:
+        if self.kd_schedule.distils and not self._forward_only:
             raise ValueError(
-                f"the weight of the distillation is {self.kd.weights[1]:g}, but this training "
-                "batch has no teacher rows: every training set needs a store"
+                "the weight of the distillation is above 0, but this training batch has no "
+                "teacher rows: every training set needs a store"
             )
         return self._sft_loss(labels, logits)
 
@@ -236,6 +244,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     def training_step_fwd_bwd_step_call(
         self, dataloader_iter: Iterator[Any], forward_only: bool
     ) -> torch.Tensor:
+        self.kd = self.kd_schedule.at(self.trainer.global_step, self.trainer.max_steps)
         self._sums = self._step_sums
         self._sums.reset()
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
@@ -247,6 +256,8 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 self._watch_mass(means["teacher_mass"])
             for warning in caught:
                 print(f"WARNING: {warning.message}", file=sys.stderr, flush=True)
+        if self.kd_schedule.scheduled:
+            means["kd_weight"], means["temperature"] = self.kd.weights[1], self.kd.temperature
         # From one step's backward to the next one's: data, forward, backward, optimizer.
         now = time.perf_counter()
         assert self._clock is not None  # set by on_train_batch_start
@@ -268,6 +279,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
     def inference_step_validation_call(
         self, batch: Any, batch_idx: int, data_cfg: DictConfig, dataloader_idx: int = 0
     ) -> Any:
+        self.kd = self.kd_schedule.end  # so that one validation can be compared with the next
         self._sums = self._validation_sums.setdefault(dataloader_idx, MetricSums())
         return super().inference_step_validation_call(batch, batch_idx, data_cfg, dataloader_idx)
 
@@ -278,7 +290,7 @@ class MegatronGPTSFTKDModel(MegatronGPTSFTModel):
                 key = (
                     f"{'val' if mode == 'validation' else mode}/{_set_name(data_cfg, index)}/{name}"
                 )
-                self.log(key, value, batch_size=1, rank_zero_only=True)
+                self.log(key, value, batch_size=1)  # on every rank: it may be monitored
         return result
 
 

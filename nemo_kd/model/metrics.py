@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -22,33 +23,49 @@ TOKEN_METRICS = {
     "teacher_entropy": "teacher_entropy",
     "student_entropy": "student_entropy",
 }
-NAMES = ("sft_loss", "kd_loss", *TOKEN_METRICS)
+CALIBRATION_BINS = 15
+LOSSES = ("sft_loss", "kd_loss")
+NAMES = (*LOSSES, *TOKEN_METRICS)
 
 
 class MetricSums:
-    """Sums over answer tokens; every rank calls `means`, also those that added nothing."""
+    """Sums over answer tokens; every rank calls `means`, also those that added nothing.
+
+    calibration_error: the expected calibration error of the student's best token, Σ over 15 bins
+    of |Σ (confidence - correct)| / tokens (Guo et al., "On calibration of modern neural networks",
+    2017).
+    """
 
     def __init__(self) -> None:
         self.reset()
 
     def reset(self) -> None:
         self.sums = torch.zeros(len(NAMES) + 1, dtype=torch.float64)  # the last counts tokens
+        # Σ (confidence - correct) of the tokens of each bin of confidence
+        self.calibration = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
 
     def add(self, result: KDLoss) -> None:
         """Add one micro-batch: sums over its answer tokens, in float64."""
-        tokens = [result.metrics[name] for name in TOKEN_METRICS.values()]
+        unknown = torch.full_like(result.metrics["top1_label"], torch.nan)
+        tokens = [result.metrics.get(name, unknown) for name in TOKEN_METRICS.values()]
         sums = [values.detach().sum(dtype=torch.float64) for values in (result.nll, result.kd)]
         sums += [values.sum(dtype=torch.float64) for values in tokens]
         count = torch.full_like(sums[0], tokens[0].numel())
         self.sums = self.sums.to(count.device) + torch.stack([*sums, count])
+        confidence = result.metrics["confidence"].double()
+        bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
+        apart = confidence - result.metrics["top1_label"].double()
+        self.calibration = self.calibration.to(count.device).index_add(0, bins, apart)
 
     def means(self, kd: KDTrainingConfig) -> dict[str, float]:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
 
-        Empty where no micro-batch had teacher rows. Collectives: an all-reduce over the
-        data-parallel group, a broadcast from the last pipeline stage to the others.
+        Empty where no micro-batch had teacher rows; without what needs a log-sum-exp that is not
+        known. Collectives: an all-reduce over the data-parallel group, a broadcast from the last
+        pipeline stage to the others.
         """
-        sums = self.sums.to(torch.cuda.current_device())
+        device = torch.cuda.current_device()
+        sums = torch.cat([self.calibration.to(device), self.sums.to(device)])
         torch.distributed.all_reduce(sums, group=parallel_state.get_data_parallel_group())
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
@@ -58,7 +75,10 @@ class MetricSums:
             )
         if not sums[-1]:
             return {}
-        result = dict(zip(NAMES, (sums[:-1] / sums[-1]).tolist(), strict=True))
+        calibration, sums = sums[:CALIBRATION_BINS], sums[CALIBRATION_BINS:]
+        means = zip(NAMES, (sums[:-1] / sums[-1]).tolist(), strict=True)
+        result = {name: mean for name, mean in means if not math.isnan(mean) or name in LOSSES}
+        result["calibration_error"] = float(calibration.abs().sum() / sums[-1])
         sft_weight, kd_weight = kd.weights
         result["loss"] = sft_weight * result["sft_loss"] + kd_weight * result["kd_loss"]
         return result

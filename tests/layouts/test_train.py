@@ -45,6 +45,7 @@ def test_training_lowers_both_losses_on_held_out_data(train: Callable[..., Path]
     first, last = validations(train("one", "+model.kd.alpha=0.9"))
     assert last["val/heldout/sft_loss"] < first["val/heldout/sft_loss"]
     assert last["val/heldout/kd_loss"] < first["val/heldout/kd_loss"]
+    assert 0 < last["val/heldout/calibration_error"] < 1
 
 
 FUSED = "+model.kd.fused_lm_head=true"
@@ -60,6 +61,7 @@ FUSED = "+model.kd.fused_lm_head=true"
         ("one", [FUSED]),
         ("tp2sp", [FUSED]),
         pytest.param("pp2", [FUSED], marks=pytest.mark.slow),
+        pytest.param("tp4", [], marks=pytest.mark.slow),
     ],
 )
 def test_layouts_and_fused_lm_head_agree(
@@ -158,3 +160,29 @@ def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
     target = next(line for line in text.splitlines() if "target:" in line)
     assert Store(dump()).fingerprint in text  # what it was trained on
     assert target.endswith("megatron_gpt_sft_model.MegatronGPTSFTModel")
+
+
+@pytest.mark.slow
+def test_schedules_change_the_weights_and_the_temperature_step_by_step(
+    train: Callable[..., Path],
+) -> None:
+    lines = steps(
+        train(
+            "pp2",
+            "model.kd.support=topk",
+            "model.kd.alpha=0.8",
+            "model.kd.alpha_end=0.2",
+            "model.kd.temperature=2.0",
+            "model.kd.temperature_end=1.0",
+            "model.kd.schedule_steps=4",
+        )
+    )
+    assert [line["kd_weight"] for line in lines] == pytest.approx([0.8, 0.65, 0.5, 0.35, 0.2, 0.2])
+    assert [line["temperature"] for line in lines] == pytest.approx([2, 1.75, 1.5, 1.25, 1, 1])
+    for line in lines:
+        weight = line["kd_weight"]
+        expected = (1 - weight) * line["sft_loss"] + weight * line["kd_loss"]
+        assert line["loss"] == pytest.approx(expected, abs=1e-5)
+        assert line["reduced_train_loss"] == pytest.approx(line["loss"], abs=0.3)
+    # The log-sum-exp is known at the dumped temperature alone.
+    assert ["teacher_mass" in line for line in lines] == [True] + [False] * 5

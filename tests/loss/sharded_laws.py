@@ -191,6 +191,7 @@ def check_metrics_do_not_depend_on_the_sharding() -> None:
         "student_entropy": entropy(q),
         "top1_teacher": (best == teacher.ids[:, 0]).double(),
         "top1_label": (best == labels).double(),
+        "confidence": whole[:, :v].double().softmax(1).amax(1),
     }
     for support in SUPPORTS:
         config = KDConfig(support=support, temperature=temperature)
