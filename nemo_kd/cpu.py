@@ -20,11 +20,14 @@ from torch.optim.adamw import adamw
 from torch.overrides import TorchFunctionMode
 
 CPU = torch.device("cpu")
-_state = types.SimpleNamespace(device_mode=None)
+_state = types.SimpleNamespace(device_mode=None, nemo=False)
 
 
-def install() -> bool:
-    """Make NeMo run on the CPU; True when patched, False (nothing done) when CUDA is there."""
+def install(nemo: bool = True) -> bool:
+    """Make NeMo run on the CPU; True when patched, False (nothing done) when CUDA is there.
+
+    Without `nemo`, Megatron-core alone.
+    """
     if torch.cuda.is_available():
         return False
     if _state.device_mode is None:
@@ -37,6 +40,8 @@ def install() -> bool:
         _state.device_mode = _CudaMeansCpu()
         _state.device_mode.__enter__()
         _patch_megatron()
+    if nemo and not _state.nemo:
+        _state.nemo = True
         _patch_nemo()
         _patch_nemo_apex()
         _register_adamw()

@@ -17,12 +17,14 @@ from nemo_kd import cpu
 
 cpu.install()
 
+from megatron.core import parallel_state  # noqa: E402
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import (  # noqa: E402
     BlendableDataset,
 )
 from omegaconf import OmegaConf  # noqa: E402
 
 from nemo_kd.data import fit_lengths  # noqa: E402
+from nemo_kd.mcore import StoreBatches  # noqa: E402
 from nemo_kd.model import stores  # noqa: E402
 from nemo_kd.model.resume import WholeRunBatchSampler  # noqa: E402
 from nemo_kd.store import Store, StoreError  # noqa: E402
@@ -73,6 +75,29 @@ def batches(total: int, consumed: int, micro_batch: int, replicas: int) -> list[
     ]
 
 
+def megatron_core_rows(store: Store, consumed: int, batches: int) -> list[int]:
+    """The rows of the next micro-batches of `StoreBatches`, found by their tokens."""
+    parallel_state.destroy_model_parallel()
+    parallel_state.initialize_model_parallel()
+    row_of = {tuple(sample.input_ids[:-1].tolist()): sample.row for sample in store}
+    length = int(store.lengths.max())
+    iterator = iter(
+        StoreBatches(
+            store,
+            seq_length=length,
+            micro_batch_size=2,
+            global_batch_size=GLOBAL_BATCH,
+            consumed_samples=consumed,
+        )
+    )
+    found = []
+    for _ in range(batches):
+        for tokens in next(iterator)["tokens"].tolist():
+            whole = [tuple(tokens[:end]) for end in range(length, 0, -1)]
+            found.append(next(row_of[part] for part in whole if part in row_of))
+    return found
+
+
 def main(first: str, second: str, out: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{out}.rendezvous", rank=0, world_size=1
@@ -96,6 +121,8 @@ def main(first: str, second: str, out: Path) -> None:
         blend([first], 24, prompt_template="Q: {input} A: {output}")
     except StoreError as error:
         result["other_template"] = str(error)
+    result["megatron_core"] = megatron_core_rows(Store(first), consumed=0, batches=30)
+    result["megatron_core_resumed"] = megatron_core_rows(Store(first), consumed=12, batches=10)
     loader = torch.utils.data.DataLoader(
         one, batch_size=4, num_workers=2, collate_fn=lambda items: [i["metadata"] for i in items]
     )

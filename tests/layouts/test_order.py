@@ -60,6 +60,16 @@ def test_global_batches_do_not_depend_on_the_layout_and_go_on_where_they_were(
     assert order["resumed"] == [whole[3:]] * 2
 
 
+def test_megatron_cores_iterator_has_whole_epochs_and_goes_on_too(
+    order: dict[str, Any], dump: Callable[..., Path]
+) -> None:
+    size = len(Store(dump()))
+    rows = order["megatron_core"]
+    assert sorted(rows[:size]) == list(range(size))
+    assert rows[:size] != list(range(size))
+    assert order["megatron_core_resumed"] == rows[12 : 12 + 20]
+
+
 def test_another_prompt_template_than_the_stores_is_refused(order: dict[str, Any]) -> None:
     message = order["other_template"]
     assert "prompt_template is '{input} {output}' in the store" in message

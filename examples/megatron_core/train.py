@@ -1,0 +1,168 @@
+"""Distillation from a store with Megatron-core alone: GPTModel, its schedules and its optimizer.
+
+    python examples/megatron_core/train.py --store store --steps 20
+    torchrun --nproc_per_node=2 examples/megatron_core/train.py --store store --tensor-parallel 2
+
+The student begins from random weights. What makes it a distillation is two names of
+`nemo_kd.mcore`: `StoreBatches` and `kd_forward_step`; the rest is any Megatron-core program.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import warnings
+
+import torch
+
+from nemo_kd import cpu
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--store", required=True, help="of examples/dump_teacher_topk.py")
+    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--global-batch-size", type=int, default=8)
+    parser.add_argument("--micro-batch-size", type=int, default=2)
+    parser.add_argument("--seq-length", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--hidden-size", type=int, default=64)
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--tensor-parallel", type=int, default=1)
+    parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument("--sequence-parallel", action="store_true")
+    parser.add_argument("--seed", type=int, default=1234)
+    return parser.parse_args()
+
+
+def start(args: argparse.Namespace) -> None:
+    """Process groups, from torchrun's variables or for one process alone."""
+    from megatron.core import parallel_state, tensor_parallel
+
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
+        os.environ.setdefault(name, value)
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29511")
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    parallel_state.initialize_model_parallel(args.tensor_parallel, args.pipeline_parallel)
+    tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
+
+
+def student(args: argparse.Namespace, vocab_size: int) -> torch.nn.Module:
+    """A small Llama-like GPTModel, wrapped for data parallelism."""
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+    from megatron.core.distributed.finalize_model_grads import finalize_model_grads
+    from megatron.core.models.gpt import GPTModel
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+    from megatron.core.transformer import TransformerConfig
+
+    config = TransformerConfig(
+        num_layers=args.layers,
+        hidden_size=args.hidden_size,
+        num_attention_heads=args.heads,
+        ffn_hidden_size=2 * args.hidden_size,
+        tensor_model_parallel_size=args.tensor_parallel,
+        pipeline_model_parallel_size=args.pipeline_parallel,
+        sequence_parallel=args.sequence_parallel,
+        pipeline_dtype=torch.float32,
+        use_cpu_initialization=not torch.cuda.is_available(),
+        normalization="RMSNorm",
+        gated_linear_unit=True,
+        activation_func=torch.nn.functional.silu,
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        calculate_per_token_loss=True,  # every answer token of the global batch weighs alike
+        finalize_model_grads_func=finalize_model_grads,
+    )
+    torch.manual_seed(args.seed)
+    multiple = 8 * args.tensor_parallel
+    model = GPTModel(
+        config,
+        get_gpt_layer_local_spec(normalization="RMSNorm"),
+        vocab_size=-(-vocab_size // multiple) * multiple,
+        max_sequence_length=args.seq_length,
+        pre_process=parallel_state.is_pipeline_first_stage(),
+        post_process=parallel_state.is_pipeline_last_stage(),
+        parallel_output=True,
+        position_embedding_type="rope",
+    ).to(torch.cuda.current_device())
+    ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
+    return DistributedDataParallel(config, ddp, model)
+
+
+def main() -> None:
+    args = arguments()
+    # Megatron says, many times over, what it falls back to where apex is not installed.
+    for module in ("megatron", "torch.distributed"):
+        warnings.filterwarnings("ignore", module=module)
+    cpu.install(nemo=False)
+    from megatron.core import parallel_state
+    from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+    from megatron.core.pipeline_parallel import get_forward_backward_func
+
+    from nemo_kd.loss import KDConfig
+    from nemo_kd.mcore import StoreBatches, kd_forward_step
+    from nemo_kd.store import Store
+
+    start(args)
+    store = Store(args.store)
+    vocab_size = store.manifest.spec.vocab_size
+    model = student(args, vocab_size)
+    clip = 1.0 if torch.cuda.is_available() else 0.0  # Megatron clips CUDA's gradients alone
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=args.lr, clip_grad=clip), [model])
+    batches = iter(
+        StoreBatches(
+            store,
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            global_batch_size=args.global_batch_size,
+            temperature=args.temperature,
+            seed=args.seed,
+        )
+    )
+    step = kd_forward_step(KDConfig(alpha=args.alpha, temperature=args.temperature), vocab_size)
+    replicas = parallel_state.get_data_parallel_world_size()
+    for number in range(1, args.steps + 1):
+        model.zero_grad_buffer()
+        optimizer.zero_grad()
+        reports = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=batches,
+            model=[model],
+            num_microbatches=args.global_batch_size // (args.micro_batch_size * replicas),
+            seq_length=args.seq_length,
+            micro_batch_size=args.micro_batch_size,
+            forward_only=False,
+        )
+        optimizer.step()
+        show(number, reports)
+    torch.distributed.destroy_process_group()
+
+
+def show(number: int, reports: list[dict[str, torch.Tensor]]) -> None:
+    """Means over the answer tokens of the global batch, on the rank that knows them."""
+    from megatron.core import parallel_state
+
+    if not parallel_state.is_pipeline_last_stage():
+        return
+    sums = {name: sum(report[name].double() for report in reports) for name in reports[0]}
+    for value in sums.values():
+        torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
+    count = sums.pop("answer_tokens")
+    if parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
+        return
+    means = ", ".join(f"{name} {float(value / count):.5f}" for name, value in sums.items())
+    print(f"step {number}: {means}", flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,58 @@
+"""The example without NeMo: Megatron-core's own loop on a store."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Script
+
+
+def losses(
+    script: Script, store: Path, *options: str, processes: int = 1, steps: int = 6
+) -> list[dict[str, float]]:
+    done = script(
+        "megatron_core/train.py",
+        f"--store={store}",
+        f"--steps={steps}",
+        "--lr=0.01",
+        *options,
+        processes=processes,
+    )
+    assert "UserWarning" not in done.stderr
+    lines = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("step ")]
+    pairs = [[part.rsplit(" ", 1) for part in line.split(", ")] for line in lines]
+    assert len(pairs) == steps
+    return [{name: float(value) for name, value in line} for line in pairs]
+
+
+def test_data_parallel_ranks_train_as_one_process(
+    script: Script, dump: Callable[..., Path]
+) -> None:
+    """With other micro-batches too: every answer token of the global batch weighs alike."""
+    one = losses(script, dump())
+    two = losses(script, dump(), "--micro-batch-size=1", processes=2)
+    for a, b in zip(one, two, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+        assert a["loss"] == pytest.approx(0.5 * a["sft_loss"] + 0.5 * a["kd_loss"], abs=1e-4)
+    assert one[-1]["kd_loss"] < one[0]["kd_loss"] and one[-1]["sft_loss"] < one[0]["sft_loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("processes", "options"),
+    [
+        (2, ["--tensor-parallel=2", "--sequence-parallel"]),
+        (2, ["--pipeline-parallel=2"]),
+        (4, ["--tensor-parallel=2", "--pipeline-parallel=2"]),
+    ],
+)
+def test_other_layouts_learn(
+    script: Script, dump: Callable[..., Path], processes: int, options: list[str]
+) -> None:
+    """Their random weights are others, so that their losses are too."""
+    lines = losses(script, dump(), *options, processes=processes, steps=12)
+    assert lines[-1]["kd_loss"] < lines[0]["kd_loss"] - 0.3
+    assert lines[-1]["sft_loss"] < lines[0]["sft_loss"] - 0.3
