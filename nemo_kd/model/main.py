@@ -68,6 +68,27 @@ def evaluate(cfg: DictConfig) -> None:
             path.write_text(json.dumps(figures, indent=1) + "\n")
 
 
+def merge(cfg: DictConfig) -> None:
+    """Add the LoRA adapters of `model.peft.restore_from_path` into the model; save it whole."""
+    peft = cfg.model.peft
+    if peft.peft_scheme != "lora" or not peft.restore_from_path:
+        raise ValueError(
+            "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo), and "
+            "model.peft.lora_tuning as they were trained"
+        )
+    if Path(cfg.output).exists():
+        raise FileExistsError(f"output={cfg.output} is there already; remove it or name another")
+    _prepare(cfg)
+    trainer = megatron.build_trainer(cfg)
+    model = _student(cfg, trainer)
+    from nemo_kd.model.merge import merge_lora
+
+    merged = merge_lora(model)
+    model.save_to(cfg.output)
+    if torch.distributed.get_rank() == 0:
+        print(f"{cfg.output}: the whole model, {merged} adapters merged on each rank")
+
+
 def _prepare(cfg: DictConfig) -> None:
     """What can be wrong with the user's stores and settings is said before the slow imports."""
     for split in ("train_ds", "validation_ds"):

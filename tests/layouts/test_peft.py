@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from tests.conftest import Script, metrics
+from tests.layouts.conftest import LAYOUTS
 
 LORA = ["model.peft.peft_scheme=lora", "model.peft.lora_tuning.adapter_dim=4"]
 ALL = "model.peft.lora_tuning.target_modules=[all]"
@@ -69,6 +70,43 @@ def test_lora_begins_as_the_whole_model_on_every_layout(
     whole = steps(train())
     assert lines[0]["loss"] == pytest.approx(whole[0]["loss"], abs=1e-4)
     assert lines[-1]["loss"] < lines[0]["loss"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tp2", "tp2pp2"])
+def test_merged_it_is_a_plain_model_of_the_same_losses(
+    train: Callable[..., Path],
+    dump: Callable[..., Path],
+    tiny: Path,
+    script: Script,
+    tmp_path: Path,
+    layout: str,
+) -> None:
+    processes, more = LAYOUTS[layout]
+    run, merged = train(layout, *LORA, ALL), tmp_path / "merged.nemo"
+    script(
+        "merge_lora.py",
+        f"model.restore_from_path={tiny}/student.nemo",
+        f"model.peft.restore_from_path={run}/checkpoints/gpt_sft_kd.nemo",
+        f"output={merged}",
+        "trainer.precision=32",
+        *LORA,
+        ALL,
+        *more,
+        processes=processes,
+    )
+    figures = tmp_path / "figures.json"
+    script(
+        "evaluate_gpt_sft_kd.py",
+        f"model.restore_from_path={merged}",
+        f"model.data.validation_ds.store={dump(split='heldout')}",
+        "model.data.validation_ds.names=[heldout]",
+        "trainer.precision=32",
+        f"output={figures}",
+    )
+    expected = held_out(run)
+    for name, value in json.loads(figures.read_text()).items():
+        assert value == pytest.approx(expected[f"val/{name}"], abs=1e-4), name
 
 
 @pytest.mark.slow

@@ -1,0 +1,17 @@
+"""Merge LoRA adapters into their model: `--help` has examples."""
+
+import hydra
+from omegaconf import DictConfig
+
+from nemo_kd.commandline import script
+
+
+@hydra.main(version_base=None, config_path="../conf", config_name="merge_lora")
+def main(cfg: DictConfig) -> None:
+    from nemo_kd.model.main import merge
+
+    merge(cfg)
+
+
+if __name__ == "__main__":
+    script(main)
