@@ -24,11 +24,15 @@ $(INSTALLED): constraints.txt pyproject.toml
 demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 15 minutes on 2 cores
 	$(BIN)/python examples/demo/run.py
 
+# Two workers, each a file of tests at a time; one thread each, for torch would take all cores.
+WORKERS ?= 2
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+
 test: $(INSTALLED)  ## the test suite, at most 15 minutes on 2 cores
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 test-all: $(INSTALLED)  ## the suite with its slow tests
-	$(BIN)/python -m pytest -m ''
+	$(PYTEST) -m ''
 
 lint: $(INSTALLED)  ## ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .

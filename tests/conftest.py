@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parent.parent
 Script = Callable[..., subprocess.CompletedProcess[str]]
+Shared = Callable[[str, Callable[[Path], None]], Path]
 
 
 @pytest.fixture(scope="session")
@@ -42,12 +45,33 @@ def script() -> Script:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
-    """teacher.nemo, student.nemo, train.jsonl, heldout.jsonl of `tests/tiny.py`.
+def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Shared:
+    """shared(name, make) → the directory that `make` filled, once for all of pytest's workers."""
+    root = tmp_path_factory.getbasetemp()
+    root = (root if worker_id == "master" else root.parent) / "shared"
+    root.mkdir(exist_ok=True)
 
-    The teacher is fine-tuned by the product's own script: plain SFT on the JSONL.
-    """
-    directory = tmp_path_factory.mktemp("tiny")
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        directory, done = root / name, root / f"{name}.done"
+        with FileLock(root / f"{name}.lock"):
+            if not done.exists():
+                shutil.rmtree(directory, ignore_errors=True)  # of a worker that failed
+                directory.mkdir()
+                make(directory)
+                done.touch()
+        return directory
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def tiny(shared: Shared, script: Script) -> Path:
+    """teacher.nemo, student.nemo, train.jsonl, heldout.jsonl of `tests/tiny.py`."""
+    return shared("tiny", lambda directory: make_tiny(directory, script))
+
+
+def make_tiny(directory: Path, script: Script) -> None:
+    """The teacher is fine-tuned by the product's own script: plain SFT on the JSONL."""
     program("tests/tiny.py", directory)
     script(
         "train_gpt_sft_kd.py",
@@ -69,7 +93,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, script: Script) -> Path:
         "model.kd.alpha=0",
     )
     (directory / "teacher/checkpoints/teacher.nemo").rename(directory / "teacher.nemo")
-    return directory
 
 
 def program(path: str, *arguments: object) -> None:

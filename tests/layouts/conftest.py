@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.conftest import Script, program
+from tests.conftest import Script, Shared, program
 
 TENSOR, PIPELINE = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 # name → (processes, overrides)
@@ -41,11 +42,10 @@ def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
 
 
 @pytest.fixture(scope="session")
-def dense(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, NDArray[Any]]:
+def dense(tiny: Path, shared: Shared) -> dict[str, NDArray[Any]]:
     """The teacher's whole distribution over the first rows: see `dense.py`."""
-    path = tmp_path_factory.mktemp("dense") / "dense.npz"
-    program("tests/layouts/dense.py", tiny, path)
-    return dict(np.load(path))
+    made = shared("dense", lambda path: program("tests/layouts/dense.py", tiny, path / "dense.npz"))
+    return dict(np.load(made / "dense.npz"))
 
 
 def train_overrides(tiny: Path, store: Path, heldout: Path, directory: Path) -> list[str]:
@@ -68,46 +68,37 @@ def train_overrides(tiny: Path, store: Path, heldout: Path, directory: Path) -> 
 
 
 @pytest.fixture(scope="session")
-def dump(
-    tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
+def dump(tiny: Path, script: Script, shared: Shared) -> Callable[..., Path]:
     """dump(layout, split) → directory of the store, made at the first call."""
-    made: dict[tuple[str, str], Path] = {}
 
     def get(layout: str = "one", split: str = "train") -> Path:
-        if (layout, split) not in made:
-            directory = tmp_path_factory.mktemp(f"dump-{layout}-{split}") / "store"
-            processes, overrides = LAYOUTS[layout]
-            base = dump_overrides(tiny, split, directory)
-            done = script("dump_teacher_topk.py", *base, *overrides, processes=processes)
-            (directory.parent / "stdout.txt").write_text(done.stdout)
-            (directory.parent / "stderr.txt").write_text(done.stderr)
-            made[layout, split] = directory
-        return made[layout, split]
+        processes, overrides = LAYOUTS[layout]
+
+        def make(directory: Path) -> None:
+            base = dump_overrides(tiny, split, directory / "store")
+            script("dump_teacher_topk.py", *base, *overrides, processes=processes)
+
+        return shared(f"dump-{layout}-{split}", make) / "store"
 
     return get
 
 
 @pytest.fixture(scope="session")
 def train(
-    tiny: Path,
-    dump: Callable[..., Path],
-    script: Script,
-    tmp_path_factory: pytest.TempPathFactory,
+    tiny: Path, dump: Callable[..., Path], script: Script, shared: Shared
 ) -> Callable[..., Path]:
     """train(layout, *overrides) → the run's directory, with metrics.jsonl and checkpoints."""
-    made: dict[tuple[str, ...], Path] = {}
 
     def get(layout: str = "one", *more: str) -> Path:
-        key = (layout, *more)
-        if key not in made:
-            directory = tmp_path_factory.mktemp(f"train-{layout}")
-            processes, overrides = LAYOUTS[layout]
-            stores = dump(), dump(split="heldout")
+        processes, overrides = LAYOUTS[layout]
+        stores = dump(), dump(split="heldout")
+
+        def make(directory: Path) -> None:
             base = train_overrides(tiny, *stores, directory)
             done = script("train_gpt_sft_kd.py", *base, *overrides, *more, processes=processes)
-            made[key] = directory
             (directory / "stderr.txt").write_text(done.stderr)
-        return made[key]
+
+        name = hashlib.sha256(" ".join(more).encode()).hexdigest()[:12]
+        return shared(f"train-{layout}-{name}", make)
 
     return get

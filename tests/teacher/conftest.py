@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import program
+from tests.conftest import Shared, program
 
 SETTINGS = [
     "data.max_seq_length=128",
@@ -20,8 +20,6 @@ SETTINGS = [
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def world(shared: Shared) -> Path:
     """What `world.py` makes: checkpoints, data, stores, `parity.json`."""
-    directory = tmp_path_factory.mktemp("hf")
-    program("tests/teacher/world.py", directory, *SETTINGS)
-    return directory
+    return shared("hf", lambda path: program("tests/teacher/world.py", path, *SETTINGS))
