@@ -88,6 +88,26 @@ def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
         assert np.allclose(np.array(record["topk_logits"])[answers], sample.topk_logits, atol=2**-6)
 
 
+@pytest.mark.slow
+def test_no_collective_is_as_wide_as_the_vocabulary(
+    dump: Callable[..., Path], tiny: Path, script: Script, tmp_path: Path
+) -> None:
+    """Of the logits, K keys of two words go to each of the TP ranks, and the log-sum-exps."""
+    processes, overrides = LAYOUTS["tp2"]
+    base = dump_overrides(tiny, "train", tmp_path / "store")
+    arguments = [str(tmp_path / "moved"), *base, *overrides]
+    script("../tests/layouts/moved.py", *arguments, processes=processes)
+    answers = sum(len(sample.topk_ids) for sample in Store(dump()))
+    for rank in range(processes):
+        moved = json.loads((tmp_path / f"moved.{rank}").read_text())
+        shapes = [(one["name"], shape) for one in moved for shape in one["shapes"] if shape]
+        assert max(shape[-1] for _, shape in shapes) < 500 // processes
+        keys = [shape for name, shape in shapes if name == "gloo:all_gather" and shape[-1] == 20]
+        assert sum(shape[0] for shape in keys) == answers
+        sums = [s for name, s in shapes if name == "gloo:all_reduce" and len(s) == 2 and s[1] == 2]
+        assert sum(shape[0] for shape in sums) == answers
+
+
 def test_a_teacher_that_never_agrees_with_the_labels_is_warned_of(
     tiny: Path, script: Script, tmp_path: Path
 ) -> None:

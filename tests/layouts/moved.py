@@ -1,0 +1,37 @@
+"""A dump with every collective noted: `torchrun … moved.py RESULT OVERRIDES`, one file a rank."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+
+from nemo_kd.commandline import accept_every_spelling
+
+
+def main(result: str, *overrides: str) -> None:
+    from nemo_kd.teacher.main import load
+
+    conf = Path(__file__).parent.parent.parent / "conf"
+    with initialize_config_dir(str(conf), version_base=None):
+        cfg = compose("dump_teacher_topk", accept_every_spelling(list(overrides)))
+    model, forward = load(cfg)
+    import torch
+    from torch.profiler import profile
+
+    from nemo_kd.teacher.dump import dump
+
+    with profile(record_shapes=True) as recorded:
+        dump(cfg, model, forward)
+    moved = [
+        {"name": event.name, "shapes": event.input_shapes}
+        for event in recorded.events() or []
+        if event.name.startswith("gloo:")
+    ]
+    Path(f"{result}.{torch.distributed.get_rank()}").write_text(json.dumps(moved))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
