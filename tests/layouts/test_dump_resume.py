@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import psutil
 import pytest
 
 from tests.conftest import ROOT, Script, environment
+from tests.disk import resize, small_disk
 from tests.layouts.conftest import LAYOUTS, dump_overrides
 from tests.layouts.test_dump import assert_same_teacher
 
@@ -70,6 +72,50 @@ def test_killed_dump_resumes_under_another_data_parallel_size(
     assert not (store / "manifest.json").exists()
     script("dump_teacher_topk.py", *overrides)
     same_bytes(whole, store)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["dp2", "tp2pp2"])
+def test_twenty_kills_at_random_moments(
+    tiny: Path, script: Script, tmp_path: Path, layout: str
+) -> None:
+    """All processes at once, or in each fifth run one rank, whose end must end the others'."""
+    processes, overrides = LAYOUTS[layout]
+    straight, store = ([*long_dump(tiny, tmp_path / name), *overrides] for name in "ab")
+    script("dump_teacher_topk.py", *straight, processes=processes)
+    chance = random.Random(layout)
+    kills = 0
+    while kills < 20:
+        before = len(list((tmp_path / "b").glob("shard-*")))
+        dump = started(store, processes)
+        launcher = psutil.Process(dump.pid)
+        wait_for_shards(tmp_path / "b", before + 1)
+        time.sleep(chance.uniform(0, 0.1))
+        ranks = launcher.children(recursive=True)
+        one = kills % 5 == 4
+        for process in chance.sample(ranks, 1) if one else [launcher, *ranks]:
+            process.kill()
+        dump.communicate(timeout=120)
+        assert not (tmp_path / "b" / "manifest.json").exists(), "finished before it was killed"
+        kills += 1
+    script("dump_teacher_topk.py", *store, processes=processes)
+    same_bytes(tmp_path / "a", tmp_path / "b")
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full(tiny: Path, script: Script, whole: Path, tmp_path: Path) -> None:
+    with small_disk(tmp_path / "disk", kilobytes=2000) as disk:
+        overrides = long_dump(tiny, disk / "store")
+        done = script("dump_teacher_topk.py", *overrides, fails=True, NEMO_KD_TRACEBACK="")
+        (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+        assert "No space left on device" in message and "give the same command again" in message
+        kept = {path.name for path in (disk / "store").glob("shard-*")}
+        assert kept and not list((disk / "store").glob(".*.tmp"))
+        before = {name: (disk / "store" / name).stat().st_mtime_ns for name in kept}
+        resize(disk, kilobytes=200_000)
+        script("dump_teacher_topk.py", *overrides)
+        assert before == {name: (disk / "store" / name).stat().st_mtime_ns for name in kept}
+        same_bytes(whole, disk / "store")
 
 
 @pytest.mark.parametrize(
