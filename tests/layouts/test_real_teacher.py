@@ -1,0 +1,50 @@
+"""SmolLM2-135M-Instruct, dumped whole and over tensor-parallel ranks.
+
+Its 9 attention heads over 3 groups divide by 3, not by 2: three ranks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_kd.store import Store
+from tests.checkpoints.parity import smollm2_gguf
+from tests.conftest import Script
+
+ROWS = 12
+
+
+@pytest.mark.slow
+def test_smollm2_at_tensor_parallel_3(script: Script, tiny: Path, tmp_path: Path) -> None:
+    teacher, data = tmp_path / "smollm2.nemo", tmp_path / "rows.jsonl"
+    script("convert_hf_to_nemo.py", str(smollm2_gguf()), str(teacher))
+    rows = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[:ROWS]
+    data.write_text("".join(rows))
+    for name, processes in (("one", 1), ("three", 3)):
+        script(
+            "dump_teacher_topk.py",
+            f"model.restore_from_path={teacher}",
+            f"data.file_path={data}",
+            f"output_dir={tmp_path / name}",
+            "data.max_seq_length=160",
+            "trainer.precision=32",
+            "model.micro_batch_size=4",
+            f"model.tensor_model_parallel_size={processes}",
+            "+model.kd.top_k=100",
+            processes=processes,
+        )
+    one, three = Store(tmp_path / "one"), Store(tmp_path / "three")
+    assert len(one) == len(three) == ROWS
+    for a, b in zip(one, three, strict=True):
+        assert np.array_equal(a.input_ids, b.input_ids)
+        assert np.abs(a.logsumexp - b.logsumexp).max() < 2e-5
+        assert np.abs(a.topk_logits - b.topk_logits).max() < 2**-6  # a step of float16
+        # Other sums round otherwise: two ids a hair apart may change places.
+        places, columns = np.nonzero(a.topk_ids != b.topk_ids)
+        assert len(places) < 0.002 * a.topk_ids.size
+        for place, column in zip(places.tolist(), columns.tolist(), strict=True):
+            near = a.topk_logits[place, max(column - 1, 0) : column + 2]
+            assert near.max() - near.min() < 2**-5
