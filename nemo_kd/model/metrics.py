@@ -24,8 +24,7 @@ TOKEN_METRICS = {
     "student_entropy": "student_entropy",
 }
 CALIBRATION_BINS = 15
-LOSSES = ("sft_loss", "kd_loss")
-NAMES = (*LOSSES, *TOKEN_METRICS)
+NAMES = ("sft_loss", "kd_loss", *TOKEN_METRICS)
 
 
 class MetricSums:
@@ -60,7 +59,7 @@ class MetricSums:
     def means(self, kd: KDTrainingConfig) -> dict[str, float]:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
 
-        Empty where no micro-batch had teacher rows; without what needs a log-sum-exp that is not
+        Empty where no micro-batch had teacher rows; NaN for what needs a log-sum-exp that is not
         known. Collectives: an all-reduce over the data-parallel group, a broadcast from the last
         pipeline stage to the others.
         """
@@ -77,7 +76,7 @@ class MetricSums:
             return {}
         calibration, sums = sums[:CALIBRATION_BINS], sums[CALIBRATION_BINS:]
         means = zip(NAMES, (sums[:-1] / sums[-1]).tolist(), strict=True)
-        result = {name: mean for name, mean in means if not math.isnan(mean) or name in LOSSES}
+        result = dict(means)
         result["calibration_error"] = float(calibration.abs().sum() / sums[-1])
         sft_weight, kd_weight = kd.weights
         result["loss"] = sft_weight * result["sft_loss"] + kd_weight * result["kd_loss"]
@@ -85,7 +84,10 @@ class MetricSums:
 
 
 class MetricsJsonl(Callback):
-    """One JSON object a training step and a validation: `metrics.jsonl` of a run's directory."""
+    """One JSON object a training step and a validation: `metrics.jsonl` of a run's directory.
+
+    What is not known at a step, NaN, is left out; a loss of NaN is not.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -100,6 +102,7 @@ class MetricsJsonl(Callback):
         if trainer.global_rank:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if wanted(k)}
+        metrics = {k: v for k, v in metrics.items() if not math.isnan(v) or k.endswith("loss")}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({**metrics, "step": trainer.global_step}) + "\n")
