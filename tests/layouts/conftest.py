@@ -76,7 +76,9 @@ def dump(tiny: Path, script: Script, shared: Shared) -> Callable[..., Path]:
 
         def make(directory: Path) -> None:
             base = dump_overrides(tiny, split, directory / "store")
-            script("dump_teacher_topk.py", *base, *overrides, processes=processes)
+            done = script("dump_teacher_topk.py", *base, *overrides, processes=processes)
+            (directory / "stdout.txt").write_text(done.stdout)
+            (directory / "stderr.txt").write_text(done.stderr)
 
         return shared(f"dump-{layout}-{split}", make) / "store"
 
