@@ -40,11 +40,14 @@ def test_smollm2_at_tensor_parallel_3(script: Script, tiny: Path, tmp_path: Path
     assert len(one) == len(three) == ROWS
     for a, b in zip(one, three, strict=True):
         assert np.array_equal(a.input_ids, b.input_ids)
-        assert np.abs(a.logsumexp - b.logsumexp).max() < 2e-5
+        # Thirty layers in float32: some twenty units in the last place.
+        np.testing.assert_allclose(a.logsumexp, b.logsumexp, rtol=2e-6)
         assert np.abs(a.topk_logits - b.topk_logits).max() < 2**-6  # a step of float16
         # Other sums round otherwise: two ids a hair apart may change places.
         places, columns = np.nonzero(a.topk_ids != b.topk_ids)
         assert len(places) < 0.002 * a.topk_ids.size
         for place, column in zip(places.tolist(), columns.tolist(), strict=True):
-            near = a.topk_logits[place, max(column - 1, 0) : column + 2]
-            assert near.max() - near.min() < 2**-5
+            logits, ids = a.topk_logits[place], a.topk_ids[place]
+            there = np.flatnonzero(ids == b.topk_ids[place, column])
+            # One that only the other has is as good as the last.
+            assert abs(logits[column] - logits[there[0] if len(there) else -1]) <= 2**-5
