@@ -7,12 +7,13 @@ Megatron's schedules call. Megatron-LM and Megatron-Bridge train through the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
 import torch
 from megatron.core import parallel_state
+from numpy.typing import NDArray
 
 from nemo_kd.data import TeacherRows, collate_teacher, cut_prompt, fit_lengths, teacher_at
 from nemo_kd.loss import KDConfig, sft_kd_loss
@@ -53,6 +54,8 @@ class StoreBatches:
         self.temperature_index = store.manifest.spec.temperatures.index(temperature)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.seed, self.consumed_samples = seed, consumed_samples
+        # One epoch's order serves all of its samples; a step may reach into the next.
+        self._order_of = lru_cache(maxsize=2)(self._order)
         self.ranks = parallel_state.get_data_parallel_world_size()
         if global_batch_size % (micro_batch_size * self.ranks):
             raise StoreError(
@@ -74,6 +77,10 @@ class StoreBatches:
             for first in range(0, len(mine), self.micro_batch_size):
                 yield self._batch(mine[first : first + self.micro_batch_size])
 
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """[samples]: their places in the store, in the order of an epoch."""
+        return np.random.default_rng([self.seed, epoch]).permutation(self.used)
+
     def _batch(self, places: range) -> Batch:
         """The samples at these places of the endless sequence of epochs."""
         shape = len(places), self.seq_length
@@ -83,8 +90,8 @@ class StoreBatches:
         teachers = []
         for b, place in enumerate(places):
             epoch, position = divmod(place, len(self.used))
-            order = np.random.default_rng([self.seed, epoch]).permutation(self.used)
-            sample = cut_prompt(self.store[int(order[position])], self.seq_length + 1)
+            place_in_store = int(self._order_of(epoch)[position])
+            sample = cut_prompt(self.store[place_in_store], self.seq_length + 1)
             ids = torch.from_numpy(sample.input_ids.astype(np.int64))
             batch["tokens"][b, : len(ids) - 1] = ids[:-1]
             batch["labels"][b, : len(ids) - 1] = ids[1:]

@@ -23,18 +23,19 @@ from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters imp
 def fit_adapters_to_megatron() -> None:
     """Replace the copies that Megatron's calls do not fit; nothing where they do."""
     for mixin, original, forward in (
-        (mcore_mixins.MCoreSelfAttentionMixin, SelfAttention, _attention_forward),
-        (mcore_mixins.MCoreTransformerLayerMixin, TransformerLayer, _layer_forward),
+        (mcore_mixins.MCoreSelfAttentionMixin, SelfAttention.forward, _attention_forward),
+        (
+            mcore_mixins.MCoreTransformerLayerMixin,
+            TransformerLayer._forward_attention,  # its `forward` hands all arguments on to it
+            _layer_forward,
+        ),
     ):
-        called_with = inspect.signature(original.forward).parameters
-        if original is TransformerLayer:
-            called_with = inspect.signature(original._forward_attention).parameters
-        if "inference_context" in called_with and not _knows(mixin.forward, "inference_context"):
+        if _knows_context(original) and not _knows_context(mixin.forward):
             mixin.forward = forward
 
 
-def _knows(function: Callable[..., Any], parameter: str) -> bool:
-    return parameter in inspect.signature(function).parameters
+def _knows_context(function: Callable[..., Any]) -> bool:
+    return "inference_context" in inspect.signature(function).parameters
 
 
 def _attention_forward(self: Any, *arguments: Any, **named: Any) -> Any:

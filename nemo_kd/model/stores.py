@@ -15,6 +15,7 @@ from nemo_kd.data import Fitting, fit_lengths
 from nemo_kd.model.config import store_directories
 from nemo_kd.model.dataset import StoreSFTDataset
 from nemo_kd.store import Store, StoreError
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
         raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
     kd = model.kd
     unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
-    if store.manifest.spec.profile == "sampled" and kd.weights[1] and not unbiased:
+    if store.manifest.spec.profile == Sampled.name and kd.weights[1] and not unbiased:
         raise StoreError(
             f"store {directory} holds draws from the teacher (profile 'sampled'): they are right "
             "on average for divergence forward_kl on support bucket or vocab alone, not for "

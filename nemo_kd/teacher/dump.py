@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.teacher.fingerprint import checkpoint_fingerprint, file_sha256
-from nemo_kd.teacher.forward import AnswerTopK, TopKForward
+from nemo_kd.teacher.forward import AnswerTopK, TopKForward, sample_of
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import TEMPLATE_KEYS, Row, SFTRows, Teacher
 from nemo_kd.teacher.stop import StopOnSignal
@@ -172,14 +172,7 @@ def shard_samples(
     for call, micro_batch_size in calls(batch, cfg.model.micro_batch_size, limit, in_flight):
         results = forward(call, micro_batch_size)
         for row, topk in zip(call, results or [], strict=False):
-            yield Sample(
-                row=row.row,
-                input_ids=row.input_ids,
-                loss_mask=row.loss_mask,
-                topk_ids=topk.ids.numpy(),
-                topk_logits=topk.logits.float().numpy(),
-                logsumexp=topk.logsumexp.numpy(),
-            )
+            yield sample_of(row, topk)
         progress.advance(call, results)
 
 

@@ -11,7 +11,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from nemo_kd.megatron import LMHead, gpt_module, split_lm_head
-from nemo_kd.store import StoreSpec
+from nemo_kd.store import Sample, StoreSpec
 from nemo_kd.teacher.rows import Row
 from nemo_kd.teacher.select import Selection
 
@@ -27,6 +27,26 @@ class AnswerTopK(NamedTuple):
     logits: torch.Tensor  # [A, K] float32
     ids: torch.Tensor  # [A, K] int64
     logsumexp: torch.Tensor  # [A, temperatures] float32
+
+
+def sample_of(row: Row, topk: AnswerTopK) -> Sample:
+    """What the store holds of a row."""
+    return Sample(
+        row=row.row,
+        input_ids=row.input_ids,
+        loss_mask=row.loss_mask,
+        topk_ids=topk.ids.numpy(),
+        topk_logits=topk.logits.float().numpy(),
+        logsumexp=topk.logsumexp.numpy(),
+    )
+
+
+def inputs_of(rows: Sequence[Row], length: int) -> torch.Tensor:
+    """[B, length] int64: the rows but for their last tokens, which are only targets, then zeros."""
+    tokens = torch.zeros(len(rows), length, dtype=torch.int64)
+    for b, row in enumerate(rows):
+        tokens[b, : len(row) - 1] = torch.from_numpy(row.input_ids[:-1].astype("int64"))
+    return tokens
 
 
 class AnswerHead:
@@ -110,12 +130,9 @@ class TopKForward(AnswerHead):
         self, rows: Sequence[Row], model: torch.nn.Module, length: int, head: LMHead | None
     ) -> tuple[torch.Tensor, object]:
         device = torch.cuda.current_device()
-        tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-        for b, row in enumerate(rows):
-            tokens[b, : len(row) - 1] = torch.from_numpy(row.input_ids[:-1].astype("int64"))
         positions = torch.arange(length).expand(len(rows), -1)
         output = model(
-            input_ids=tokens.to(device),
+            input_ids=inputs_of(rows, length).to(device),
             position_ids=positions.to(device),
             attention_mask=None,  # causal, built by the attention itself
             labels=None,

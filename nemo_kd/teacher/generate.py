@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.teacher.dump import calls, store_spec, write_store
+from nemo_kd.teacher.forward import sample_of
 from nemo_kd.teacher.generate_filter import AnswerFilter
 from nemo_kd.teacher.generate_prompts import Prompts
 from nemo_kd.teacher.generate_step import Answer, Decoding, GenerationError, Prompt
@@ -62,7 +63,7 @@ def generate(
                 elif not keep.keeps(prompts.text(answer.ids), prompts.source(answer.prompt.row)):
                     progress.filtered += 1
                 else:
-                    yield _sample(answer)
+                    yield sample_of(_row(answer), answer.topk)
 
     manifest = write_store(cfg, spec, len(prompts), samples, GenerateProgress)
     if manifest is not None and torch.distributed.get_rank() == 0:
@@ -102,18 +103,6 @@ def _row(answer: Answer) -> Row:
     mask = [0] * len(prompt.ids) + [1] * len(answer.ids)
     ids = np.array(prompt.ids + answer.ids, dtype=np.int32)
     return Row(prompt.row, ids, np.array(mask, dtype=np.uint8))
-
-
-def _sample(answer: Answer) -> Sample:
-    row, topk = _row(answer), answer.topk
-    return Sample(
-        row=row.row,
-        input_ids=row.input_ids,
-        loss_mask=row.loss_mask,
-        topk_ids=topk.ids.numpy(),
-        topk_logits=topk.logits.float().numpy(),
-        logsumexp=topk.logsumexp.numpy(),
-    )
 
 
 def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]:

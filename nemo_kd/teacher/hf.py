@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint
 from nemo_kd.store import StoreSpec
-from nemo_kd.teacher.forward import AnswerHead, AnswerTopK
+from nemo_kd.teacher.forward import AnswerHead, AnswerTopK, inputs_of
 from nemo_kd.teacher.rows import Row, RowError
 from nemo_kd.teacher.split import HFTeacherError, SplitModel
 
@@ -153,9 +153,7 @@ class HFForward(AnswerHead):
                 f"row {row.row} has {len(row)} tokens, the teacher knows {context} positions; "
                 "shorten or drop it"
             )
-        tokens = torch.zeros(len(rows), length, dtype=torch.int64)
-        for b, row in enumerate(rows):
-            tokens[b, : len(row) - 1] = torch.from_numpy(row.input_ids[:-1].astype("int64"))
+        tokens = inputs_of(rows, length)
         output = self.teacher.split.hidden(tokens.to(self.teacher.model.device))
         hidden = output.last_hidden_state.transpose(0, 1)  # [S, B, H]
         return self.topk(hidden, lambda part: self.teacher.split.logits(output, part), rows)

@@ -9,10 +9,9 @@ import torch.distributed as dist
 
 from nemo_kd.loss import TopK, vocab_parallel_topk
 from nemo_kd.store import StoreSpec
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.teacher.rows import Row
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
-
-SAMPLED = "sampled"
 
 
 class Selection:
@@ -21,7 +20,7 @@ class Selection:
     def __init__(self, spec: StoreSpec, group: dist.ProcessGroup | None = None) -> None:
         self.spec = spec
         self.group = group
-        self.draws = spec.profile == SAMPLED
+        self.draws = spec.profile == Sampled.name
 
     def uniform(self, rows: Sequence[Row]) -> torch.Tensor:
         """[N] float64 in [0, 1): one for each answer token of `rows`, whatever batch they are in.

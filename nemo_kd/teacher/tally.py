@@ -14,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from nemo_kd.store import StoreSpec
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.teacher.forward import AnswerTopK
 from nemo_kd.teacher.rows import Row
 
@@ -105,7 +106,7 @@ class Tally:
         return "\n".join(lines)
 
     def _held(self) -> str:
-        if self.spec.profile == "sampled":
+        if self.spec.profile == Sampled.name:
             return f"{self.spec.top_k} draws a token, "
         held = dict(zip(self.spec.temperatures, (self.mass / self.tokens).tolist(), strict=True))
         others = ", ".join(f"{m:.3f} at T = {t:g}" for t, m in held.items() if t != 1.0)
