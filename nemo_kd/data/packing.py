@@ -1,0 +1,73 @@
+"""Samples into packs of a bounded size: first-fit-decreasing, all samples of one length at once.
+
+Longest first, each sample goes into the first pack that has room for it. Samples of one length
+fill the packs from the first on, each as far as it goes: so a length costs one pass over the
+packs, not each sample.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+
+@dataclass(frozen=True)
+class Packs:
+    """Which samples are together: pack p has `members[bounds[p] : bounds[p + 1]]`."""
+
+    members: NDArray[np.int64]
+    """[samples]: each index once."""
+
+    bounds: NDArray[np.int64]
+    """[packs + 1]"""
+
+    def __len__(self) -> int:
+        return len(self.bounds) - 1
+
+    def __getitem__(self, pack: int) -> NDArray[np.int64]:
+        return self.members[self.bounds[pack] : self.bounds[pack + 1]]
+
+
+def first_fit_decreasing(lengths: ArrayLike, size: int, seed: int = 0) -> Packs:
+    """Packs of at most `size` in sum; lengths [samples] are whole numbers from 0 to `size`.
+
+    At most 11/9 of the fewest packs possible, and two thirds of one. `seed` decides which samples
+    of the same length are with which others; how many of a length are in a pack does not depend
+    on it.
+
+    Errors: ValueError for a length that is below 0 or above `size`.
+    """
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= size:
+        raise ValueError(
+            f"lengths from {sizes.min()} to {sizes.max()} do not fit packs of {size}: each must "
+            f"be in [0, {size}]"
+        )
+    shuffled = np.random.default_rng(seed).permutation(len(sizes))
+    order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]  # longest first
+    pack_of = _packs_of_falling(sizes[order], size)
+    by_pack = np.argsort(pack_of, kind="stable")
+    counts = np.bincount(pack_of)
+    return Packs(order[by_pack], np.concatenate([[0], counts.cumsum()]))
+
+
+def _packs_of_falling(sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """[samples]: the pack of each, for falling sizes."""
+    room = np.full(len(sizes), size)  # of each pack, opened or not
+    opened = 0
+    pack_of = [np.empty(0, dtype=np.int64)]
+    values, counts = np.unique(-sizes, return_counts=True)
+    for length, count in zip(-values, counts, strict=True):
+        # Those with room, and as many new ones as would take all of them.
+        new = -(-count // (size // length)) if length else 1
+        packs = np.append(np.flatnonzero(room[:opened] >= length), np.arange(opened, opened + new))
+        packs = packs[:count]
+        fitting = room[packs] // length if length else np.full(len(packs), count)
+        before = np.cumsum(fitting) - fitting
+        taken = np.clip(count - before, 0, fitting)  # first fit: in the order of the packs
+        room[packs] -= taken * length
+        pack_of.append(np.repeat(packs, taken))
+        opened = max(opened, int(pack_of[-1].max(initial=-1)) + 1)
+    return np.concatenate(pack_of)
