@@ -19,22 +19,35 @@ from nemo_kd.loss import TopK
 from nemo_kd.store import Sample
 from nemo_kd.store.codecs import ABSENT_ID
 
-TEACHER_KEYS = ("teacher_ids", "teacher_logits", "teacher_logsumexp")
+TEACHER_KEYS = ("teacher_ids", "teacher_logits", "teacher_logsumexp", "teacher_alpha")
 
 
 class TeacherRows(NamedTuple):
-    """The teacher at the A answer tokens of a sample, at one temperature."""
+    """The teacher at the A answer tokens of a sample, at one temperature.
+
+    A sample without a teacher has absent ids alone: `TeacherRows.none`.
+    """
 
     ids: NDArray[np.int64]  # [A, K]; absent places are last, with id -1 and logit -inf
     logits: NDArray[np.float32]  # [A, K]
     logsumexp: NDArray[np.float32]  # [A]
+    alpha: float | None = None
+    """The sample's own weight of the distillation; None: the training's."""
 
     @classmethod
-    def of(cls, sample: Sample, temperature_index: int) -> TeacherRows:
+    def of(cls, sample: Sample, temperature_index: int, alpha: float | None = None) -> TeacherRows:
         """`temperature_index` picks the log-sum-exp among the store's temperatures."""
         ids, logits = sample.topk_ids, sample.topk_logits
         width = int((ids != ABSENT_ID).any(axis=0).sum()) if len(ids) else ids.shape[1]
-        return cls(ids[:, :width], logits[:, :width], sample.logsumexp[:, temperature_index])
+        logsumexp = sample.logsumexp[:, temperature_index]
+        return cls(ids[:, :width], logits[:, :width], logsumexp, alpha)
+
+    @classmethod
+    def none(cls, answer_tokens: int) -> TeacherRows:
+        """Of a sample that no teacher has seen: its cross-entropy alone is learned."""
+        ids = np.full((answer_tokens, 1), ABSENT_ID)
+        logits = np.full(ids.shape, -np.inf, np.float32)
+        return cls(ids, logits, np.zeros(answer_tokens, np.float32), 0.0)
 
 
 class TeacherSelection(NamedTuple):
@@ -42,13 +55,21 @@ class TeacherSelection(NamedTuple):
 
     mask: torch.Tensor  # [S, B] bool
     topk: TopK  # N rows, in row-major order of the mask's True positions
+    alpha: torch.Tensor | None = None  # [N] float32, NaN where the training's weights hold
+
+    def weights(self, of_training: tuple[float, float]) -> torch.Tensor | None:
+        """[N, 2]: weights of cross-entropy and distillation; None: the training's everywhere."""
+        if self.alpha is None:
+            return None
+        own = torch.stack([1 - self.alpha, self.alpha], -1)
+        return torch.where(own.isnan(), own.new_tensor(of_training), own)
 
 
 def collate_teacher(teachers: Sequence[TeacherRows]) -> dict[str, torch.Tensor]:
-    """Teacher rows of B samples → `TEACHER_KEYS` tensors `[B, A, K]` and `[B, A]`.
+    """Teacher rows of B samples → `TEACHER_KEYS` tensors `[B, A, K]`, `[B, A]` and `[B]`.
 
-    ids are int64, logits and log-sum-exp float32. Samples of several K, or of a K that differs
-    from token to token, get absent ids.
+    ids are int64, the others float32; `teacher_alpha` has NaN for None, and is left out where all
+    are. Samples of several K, or of a K that differs from token to token, get absent ids.
     """
     rows = max((len(teacher.ids) for teacher in teachers), default=0)
     width = max((teacher.ids.shape[1] for teacher in teachers), default=0)
@@ -60,7 +81,11 @@ def collate_teacher(teachers: Sequence[TeacherRows]) -> dict[str, torch.Tensor]:
         ids[b, :count, :kept] = torch.from_numpy(np.ascontiguousarray(teacher.ids))
         logits[b, :count, :kept] = torch.from_numpy(np.ascontiguousarray(teacher.logits))
         logsumexp[b, :count] = torch.from_numpy(np.ascontiguousarray(teacher.logsumexp))
-    return dict(zip(TEACHER_KEYS, (ids, logits, logsumexp), strict=True))
+    tensors = dict(zip(TEACHER_KEYS, (ids, logits, logsumexp), strict=False))
+    if any(teacher.alpha is not None for teacher in teachers):
+        alphas = [torch.nan if teacher.alpha is None else teacher.alpha for teacher in teachers]
+        tensors["teacher_alpha"] = torch.tensor(alphas)
+    return tensors
 
 
 def teacher_at(batch: dict[str, torch.Tensor], loss_mask: torch.Tensor) -> TeacherSelection:
@@ -73,5 +98,10 @@ def teacher_at(batch: dict[str, torch.Tensor], loss_mask: torch.Tensor) -> Teach
     row_of_position = mask.long().cumsum(dim=1) - 1  # [B, S]
     s, b = mask.t().nonzero(as_tuple=True)  # [N] each, row-major in [S, B]
     a = row_of_position[b, s]
-    ids, logits, logsumexp = (batch[key] for key in TEACHER_KEYS)
-    return TeacherSelection(mask.t(), TopK(logits[b, a], ids[b, a], logsumexp[b, a]))
+    ids, logits, logsumexp = (batch[key] for key in TEACHER_KEYS[:3])
+    alpha = batch.get("teacher_alpha")
+    return TeacherSelection(
+        mask.t(),
+        TopK(logits[b, a], ids[b, a], logsumexp[b, a]),
+        None if alpha is None else alpha[b],
+    )

@@ -34,6 +34,9 @@ class KDConfig:
     """The share mixed in by `skew_forward_kl` and `skew_reverse_kl`, in (0, 1)."""
     temperature: float = 1.0
     """Divides both models' logits; the divergence is multiplied by its square."""
+    positions: str = "all"
+    """Where the distillation is learned: `all` answer tokens, or `top_entropy(SHARE)`, that share
+    in (0, 1] of a micro-batch's where the student's entropy is largest."""
     count_padding: bool = False
     """Let the vocabulary's padding columns into the student's softmax, as NeMo's loss does."""
 
@@ -49,6 +52,7 @@ class KDConfig:
                 )
         if not self.temperature > 0:
             raise ValueError(f"temperature is {self.temperature}: expected a value > 0.")
+        _ = self.share
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
             raise ValueError(
                 f"divergence {self.divergence!r} is infinite on support 'vocab', where the teacher "
@@ -63,6 +67,23 @@ class KDConfig:
             return (1.0 if sft is None else sft, 1.0 if kd is None else kd)
         alpha = 0.5 if self.alpha is None else self.alpha
         return 1 - alpha, alpha
+
+    @property
+    def share(self) -> float:
+        """The share of the answer tokens that the distillation is learned at; 1: all."""
+        if self.positions == "all":
+            return 1.0
+        name, _, rest = self.positions.partition("(")
+        try:
+            share = float(rest.removesuffix(")")) if rest.endswith(")") else 0.0
+        except ValueError:
+            share = 0.0
+        if name != "top_entropy" or not 0 < share <= 1:
+            raise ValueError(
+                f"positions is {self.positions!r}: expected all, or top_entropy(SHARE) with a "
+                "share in (0, 1], as top_entropy(0.2)."
+            )
+        return share
 
     @property
     def temperatures(self) -> tuple[float, ...]:

@@ -28,6 +28,7 @@ from nemo_kd.loss.objective import (
 )
 from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.topk import TopK
+from nemo_kd.loss.weights import token_weights
 
 CHUNK_ELEMENTS = {"cpu": 13 << 20}
 """Logits of one chunk: enough tokens for the matrix products to be efficient."""
@@ -44,6 +45,7 @@ def linear_sft_kd_loss(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
     sequence_parallel: bool = False,
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
@@ -52,12 +54,13 @@ def linear_sft_kd_loss(
     """`sft_kd_loss` of logits z = softcap(logit_scale · hidden weightᵀ) that are never stored.
 
     softcap(z) = c · tanh(z / c) for `logit_softcap` c. Only `loss` has a gradient: `nll`, `kd` and
-    the metrics are for reporting.
+    the metrics are for reporting. Selecting positions costs a pass over the chunks of its own: what
+    is selected is known only when all have been seen.
 
-    Layout: weight [Vp, H] are this rank's rows; labels [*], mask [*] and the teacher are as in
-    `sft_kd_loss`. It stands in the place of Megatron's ColumnParallelLinear and takes over its
-    communication: without `sequence_parallel`, hidden [*, H] is the same on every rank, and so is
-    its gradient, summed over `group` here. With it, hidden [s / ranks, b, H] is this rank's part
+    Layout: weight [Vp, H] are this rank's rows; labels [*], mask [*], weights and the teacher are
+    as in `sft_kd_loss`. It stands in the place of Megatron's ColumnParallelLinear and takes over
+    its communication: without `sequence_parallel`, hidden [*, H] is the same on every rank, and so
+    is its gradient, summed over `group` here. With it, hidden [s / ranks, b, H] is this rank's part
     of the sequence (labels [s, b] are whole) and so is its gradient. Do not wrap hidden in
     Megatron's `copy_to` or `gather_from` regions: the gradient would be summed twice. The weight's
     gradient is this rank's own. Under autocast the products are in its dtype, as for a linear
@@ -88,7 +91,7 @@ def linear_sft_kd_loss(
     head = LinearHead(shard, config, logit_scale, logit_softcap, chunk_tokens, sequence_parallel)
     metrics: dict[str, Tensor] = {}
     apply: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply
-    values = apply(hidden, weight, ids, positions, teacher, head, metrics)
+    values = apply(hidden, weight, ids, positions, teacher, head, weights, metrics)
     loss, nll, kd = (put_back(value, positions, labels.shape) for value in values)
     return KDLoss(loss, nll, kd, metrics)
 
@@ -105,12 +108,17 @@ class _LinearLoss(torch.autograd.Function):
         positions: Tensor | None,
         teacher: TopK | None,
         head: LinearHead,
+        weights: Tensor | None,
         metrics: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
         # The backward pass runs outside of autocast, but has to compute as this one does.
         ctx.dtype = _product_dtype(hidden)
         ctx.positions, ctx.teacher, ctx.head = positions, teacher, head
-        result = _all_chunks(ctx, hidden, weight, ids, None)
+        ctx.weights = head.config.weights if weights is None else weights
+        if head.config.share < 1:
+            seen = _all_chunks(ctx, hidden, weight, ids, None, (False, False))
+            ctx.weights = token_weights(head.config, weights, seen.metrics)
+        result = _all_chunks(ctx, hidden, weight, ids, None, ctx.needs_input_grad[:2])
         ctx.gradients = result.grad_hidden, result.grad_weight
         ctx.save_for_backward(hidden, weight, ids)
         ctx.mark_non_differentiable(result.nll, result.kd)
@@ -126,7 +134,7 @@ class _LinearLoss(torch.autograd.Function):
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
         if len(grad) and not bool((grad == grad[0]).all()):
-            result = _all_chunks(ctx, hidden, weight, ids, grad)
+            result = _all_chunks(ctx, hidden, weight, ids, grad, ctx.needs_input_grad[:2])
             grad_hidden, grad_weight = result.grad_hidden, result.grad_weight
         elif len(grad):
             for gradient in (grad_hidden, grad_weight):
@@ -136,11 +144,16 @@ class _LinearLoss(torch.autograd.Function):
             grad_hidden = _reduce_hidden(grad_hidden, hidden, ctx.positions, ctx.head)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None, None, None
 
 
 def _all_chunks(
-    ctx: Any, hidden: Tensor, weight: Tensor, ids: Tensor, token_weight: Tensor | None
+    ctx: Any,
+    hidden: Tensor,
+    weight: Tensor,
+    ids: Tensor,
+    token_weight: Tensor | None,
+    wanted: tuple[bool, bool],
 ) -> LinearPass:
     """`linear_pass` over the chosen positions of the whole sequence."""
     with torch.autocast(hidden.device.type, enabled=False):
@@ -152,8 +165,9 @@ def _all_chunks(
             ids,
             ctx.teacher,
             ctx.head,
+            ctx.weights,
             token_weight,
-            ctx.needs_input_grad[:2],
+            wanted,
         )
 
 

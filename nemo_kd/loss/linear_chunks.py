@@ -13,11 +13,12 @@ from torch import Tensor
 
 from nemo_kd.loss import kernels
 from nemo_kd.loss.config import KDConfig
-from nemo_kd.loss.objective import token_losses
+from nemo_kd.loss.objective import token_terms
 from nemo_kd.loss.primitive import Gathered, gather_pass, logit_gradient
 from nemo_kd.loss.rows import Rows
 from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.topk import TopK
+from nemo_kd.loss.weights import Weights, weigh
 
 
 @dataclass(frozen=True)
@@ -70,13 +71,15 @@ def linear_pass(
     ids: Tensor,
     teacher: TopK | None,
     head: LinearHead,
+    weights: Weights,
     token_weight: Tensor | None,
     wanted: tuple[bool, bool],
 ) -> LinearPass:
     """Values and gradients of hidden [N, H], weight [Vp, H]; `ids` [N, 1 + K], label first.
 
-    `token_weight` [N], None for ones. `grad_hidden` is this rank's part of a sum over the ranks;
-    `grad_weight` is in float32 at least. Collectives: two all-reduces a chunk.
+    `weights`: those of the two losses. `token_weight` [N], None for ones. `grad_hidden` is this
+    rank's part of a sum over the ranks; `grad_weight` is in float32 at least. Collectives: two
+    all-reduces a chunk.
     """
     grad_hidden = torch.empty_like(hidden) if wanted[0] else None
     grad_weight: Tensor | None = None
@@ -90,7 +93,9 @@ def linear_pass(
         scale = None if token_weight is None else token_weight[part]
         z = memory[: len(hidden[part])]
         slope = head.logits(hidden[part], weight, z)
-        results.append(_chunk(z, ids[part], _rows_of(teacher, part), head, scale, any(wanted)))
+        both = weights[part] if isinstance(weights, Tensor) else weights
+        rows = _rows_of(teacher, part)
+        results.append(_chunk(z, ids[part], rows, head, both, scale, any(wanted)))
         if any(wanted) and not (isinstance(slope, float) and slope == 1):  # z is now dz
             z *= slope
         if grad_hidden is not None:
@@ -107,6 +112,7 @@ def _chunk(
     ids: Tensor,
     teacher: TopK | None,
     head: LinearHead,
+    both: Weights,
     token_weight: Tensor | None,
     wanted: bool,
 ) -> Values:
@@ -115,11 +121,13 @@ def _chunk(
     keeps = wanted and kernels.choose(z).keeps_softmax(z.dtype, temperatures)
     gathered, state = gather_pass(rows, ids, head.shard, temperatures, keeps)
     if not wanted:
-        return Values(*token_losses(gathered, ids, teacher, head.config, size))
+        nll, kd, metrics = token_terms(gathered, ids, teacher, head.config, size)
+        return Values(weigh(nll, kd, both), nll, kd, metrics)
     with torch.enable_grad():
         picked, *outside = (x.requires_grad_() for x in (gathered.picked, *gathered.outside))
         gathered = Gathered(picked, tuple(outside), gathered.top)
-        loss, nll, kd, metrics = token_losses(gathered, ids, teacher, head.config, size)
+        nll, kd, metrics = token_terms(gathered, ids, teacher, head.config, size)
+        loss = weigh(nll, kd, both)
         weights = torch.ones_like(loss) if token_weight is None else token_weight.to(loss.dtype)
         grads = torch.autograd.grad(loss, (picked, *outside), weights, allow_unused=True)
     logit_gradient(

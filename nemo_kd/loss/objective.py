@@ -27,6 +27,7 @@ from nemo_kd.loss.supports import (
     with_empty_rest,
 )
 from nemo_kd.loss.topk import TopK, check_teacher
+from nemo_kd.loss.weights import token_weights, weigh
 
 
 class KDLoss(NamedTuple):
@@ -52,6 +53,7 @@ def sft_kd_loss(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
     mask: Tensor | None = None,
+    weights: Tensor | None = None,
     inplace: bool = False,
 ) -> KDLoss:
     """loss = sft_weight · nll + kd_weight · kd, one value a token; who sums and divides is the
@@ -62,8 +64,11 @@ def sft_kd_loss(
     (float64 for float64 logits). `teacher` has one row for each True position of the mask, in
     row-major order (for each position without a mask). Only those positions are worked on: what
     labels and logits hold elsewhere is never looked at, and gets a gradient of exactly 0.
-    `vocab_size`: the real vocabulary; columns beyond it are padding. With `inplace` the logits'
-    memory may be written over, and takes the gradient; else they stay as they are.
+    `vocab_size`: the real vocabulary; columns beyond it are padding. `weights` [N, 2]: those of
+    cross-entropy and distillation for each chosen position, instead of the configuration's; then a
+    position may have no teacher (absent ids alone): its `kd` is 0, its teacher's metrics NaN. With
+    `inplace` the logits' memory may be written over, and takes the gradient; else they stay as they
+    are.
 
     Collectives: forward two all-reduces, [N] and [N, K + 2] ([N, K + 3] where T ≠ 1); backward
     none. With no position chosen there is none, the loss is 0 and the gradient too.
@@ -78,7 +83,8 @@ def sft_kd_loss(
     gathered = gather(
         logits, ids, shard, temperatures=config.temperatures, positions=positions, inplace=inplace
     )
-    loss, nll, kd, metrics = token_losses(gathered, ids, teacher, config, shard.size)
+    nll, kd, metrics = token_terms(gathered, ids, teacher, config, shard.size)
+    loss = weigh(nll, kd, token_weights(config, weights, metrics))
     loss, nll, kd = (put_back(values, positions, labels.shape) for values in (loss, nll, kd))
     return KDLoss(loss, nll, kd, metrics)
 
@@ -130,10 +136,10 @@ def wanted_ids(
     return torch.cat([label, teacher.ids], -1)
 
 
-def token_losses(
+def token_terms(
     gathered: Gathered, ids: Tensor, teacher: TopK | None, config: KDConfig, size: int
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, nll, kd, metrics), each [N], from `picked` [N, 1 + K] and `outside`: no collective.
+) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+    """(nll, kd, metrics), each [N], from `picked` [N, 1 + K] and `outside`: no collective.
 
     `size`: the columns of the student's vocabulary that count.
     """
@@ -157,14 +163,16 @@ def token_losses(
     }
     if teacher is None:
         nll = nll.to(dtype)
-        return config.weights[0] * nll, nll, torch.zeros_like(nll), metrics
+        return nll, torch.zeros_like(nll), metrics
+    unknown = (teacher.ids < 0).all(-1)  # [N]: no teacher has seen the token
+    teacher = teacher._replace(logits=teacher.logits.masked_fill(unknown.unsqueeze(-1), 0))
     log_q = student_bucket(student, rests[-1], config.temperature)
     log_p = _teacher_bucket(teacher, config.temperature, size, nll.dtype)
     kd = config.temperature**2 * _divergence(log_p, log_q, student, teacher, config)
+    kd = kd.masked_fill(unknown, 0)
     for name, value in token_metrics(log_p, log_q, student, teacher.logits).items():
-        metrics[name] = value.to(dtype)
-    nll, kd = nll.to(dtype), kd.to(dtype)
-    return _weigh(nll, kd, config.weights), nll, kd, metrics
+        metrics[name] = value.to(dtype).masked_fill(unknown, torch.nan)
+    return nll.to(dtype), kd.to(dtype), metrics
 
 
 def put_back(values: Tensor, positions: Tensor | None, shape: torch.Size) -> Tensor:
@@ -220,14 +228,6 @@ def _divergence(
     divergence = DIVERGENCES[config.divergence]
     names = [divergence.parameter] if divergence.parameter else []
     return divergence.function(log_p, log_q, *(getattr(config, name) for name in names))
-
-
-def _weigh(nll: Tensor, kd: Tensor, weights: tuple[float, float]) -> Tensor:
-    """A weight of 0 leaves its term out altogether: 0 · inf must not spoil the other."""
-    sft, kd_weight = weights
-    if not kd_weight:
-        return sft * nll
-    return kd_weight * kd if not sft else sft * nll + kd_weight * kd
 
 
 def _check_teacher_fits(teacher: TopK, rows: int) -> None:
