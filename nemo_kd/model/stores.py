@@ -78,16 +78,16 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
         store.check(
             tokenizer_fingerprint=fingerprint,
             vocab_size=model.tokenizer.vocab_size,
-            temperature=model.kd.temperature,
+            temperature=model.kd_schedule.temperature,
         )
     except StoreError as error:
         origin = store.manifest.spec.tokenizer
         if origin.get("fingerprint") == fingerprint:
             raise
         raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
-    kd = model.kd
+    kd = model.kd_schedule
     unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
-    if store.manifest.spec.profile == Sampled.name and kd.weights[1] and not unbiased:
+    if store.manifest.spec.profile == Sampled.name and kd.distils and not unbiased:
         raise StoreError(
             f"store {directory} holds draws from the teacher (profile 'sampled'): they are right "
             "on average for divergence forward_kl on support bucket or vocab alone, not for "
@@ -131,4 +131,4 @@ def _dataset(
         "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
     }
     shuffle_seed = data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED)
-    return StoreSFTDataset(store, fitting, model.kd.temperature, shuffle_seed, **arguments)
+    return StoreSFTDataset(store, fitting, model.kd_schedule.temperature, shuffle_seed, **arguments)
