@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable
 
 KD_OVERRIDE = re.compile(r"^\+{0,2}(model\.kd\.[\w.]+=)")
+SELECTION = re.compile(r"=(top_entropy\(.*\))$")
 
 
 def accept_every_spelling(arguments: list[str]) -> list[str]:
@@ -16,9 +17,10 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
 
     Plain Hydra refuses `+` for a key that the YAML has and the bare form for one that it lacks;
     nobody should have to know which of them a key of `model.kd` is. Unknown keys are refused
-    later, by name.
+    later, by name. `positions=top_entropy(0.2)` is quoted: Hydra would call a function.
     """
-    return [KD_OVERRIDE.sub(r"++\1", argument) for argument in arguments]
+    arguments = [KD_OVERRIDE.sub(r"++\1", argument) for argument in arguments]
+    return [SELECTION.sub(r"='\1'", argument) for argument in arguments]
 
 
 def script(main: Callable[[], None]) -> None:

@@ -84,7 +84,7 @@ def linear_sft_kd_loss(
     if sequence_parallel:
         lead[0] *= 1 if shard.group is None else dist.get_world_size(shard.group)
     positions = chosen_positions(torch.Size(lead), labels, mask)
-    ids = wanted_ids(labels, positions, teacher, config, vocab_size or shard.size)
+    ids = wanted_ids(labels, positions, teacher, config, vocab_size or shard.size, weights)
     if chunk_tokens is None:
         budget = CHUNK_ELEMENTS.get(hidden.device.type, DEFAULT_CHUNK_ELEMENTS)
         chunk_tokens = max(1, budget // len(weight))

@@ -79,7 +79,7 @@ def sft_kd_loss(
     """
     shard = VocabShard.of(logits.shape[-1], group, None if config.count_padding else vocab_size)
     positions = chosen_positions(logits.shape[:-1], labels, mask)
-    ids = wanted_ids(labels, positions, teacher, config, vocab_size or shard.size)
+    ids = wanted_ids(labels, positions, teacher, config, vocab_size or shard.size, weights)
     gathered = gather(
         logits, ids, shard, temperatures=config.temperatures, positions=positions, inplace=inplace
     )
@@ -109,6 +109,7 @@ def wanted_ids(
     teacher: TopK | None,
     config: KDConfig,
     vocab_size: int,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """[N, 1 + K] int64: the label and the teacher's ids at each chosen position.
 
@@ -131,8 +132,13 @@ def wanted_ids(
             )
         return label
     _check_teacher_fits(teacher, len(label))
+    if weights is not None and weights.shape != (len(label), 2):
+        raise ValueError(
+            f"weights have shape {tuple(weights.shape)}, expected {(len(label), 2)}: one pair for "
+            "each True position of the mask (each position without a mask)."
+        )
     if teacher.ids.device.type == "cpu":
-        check_teacher(teacher, vocab_size)
+        check_teacher(teacher, vocab_size, may_be_absent=weights is not None)
     return torch.cat([label, teacher.ids], -1)
 
 

@@ -83,11 +83,12 @@ def vocab_parallel_topk(
     return TopK(values, ids, logsumexp.squeeze(-1) if len(temperatures) == 1 else logsumexp)
 
 
-def check_teacher(teacher: TopK, vocab_size: int) -> None:
+def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -> None:
     """Refuse teacher rows that no loss can be right on: meant for the data loader, on the CPU.
 
     Errors: ValueError that names the first row with an id outside [0, vocab_size), an id twice,
-    no id at all, an absent id with a logit, or a logit or log-sum-exp that is NaN.
+    no id at all (unless a token's teacher `may_be_absent`), an absent id with a logit, or a logit
+    or log-sum-exp that is NaN.
     """
     logits, ids, logsumexp = teacher
     if logits.shape != ids.shape or logits.dim() != 2:
@@ -102,7 +103,8 @@ def check_teacher(teacher: TopK, vocab_size: int) -> None:
     if bool((ordered[:, :1] < 0).any()):  # absent ids, which most teachers do not have
         again &= ordered[:, 1:] >= 0
         outside |= ((ids < 0) & ((ids != ABSENT_ID) | (logits != -torch.inf))).any(-1)
-        outside |= (ordered[:, -1:] < 0).any(-1)
+        if not may_be_absent:
+            outside |= (ordered[:, -1:] < 0).any(-1)
     repeated = again.any(-1)
     nan = logits.isnan().any(-1)
     if logsumexp is not None:
