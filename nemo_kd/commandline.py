@@ -1,4 +1,4 @@
-"""What the Hydra scripts share: spellings of `model.kd` overrides, quiet logs, short errors."""
+"""What the Hydra scripts share: spellings of `model.kd` overrides, help, quiet logs, errors."""
 
 from __future__ import annotations
 
@@ -7,6 +7,9 @@ import re
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
+
+from omegaconf import OmegaConf
 
 KD_OVERRIDE = re.compile(r"^\+{0,2}(model\.kd\.[\w.]+=)")
 SELECTION = re.compile(r"=(top_entropy\(.*\))$")
@@ -23,10 +26,20 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
     return [SELECTION.sub(r"='\1'", argument) for argument in arguments]
 
 
+def commented(*names: str) -> str:
+    """The files `conf/NAME.yaml` beside the running script's folder as its help shows them: with
+    their comments, without what Hydra alone reads."""
+    conf = Path(sys.argv[0]).resolve().parent.parent / "conf"
+    texts = {name: (conf / f"{name}.yaml").read_text().partition("\nhydra:\n")[0] for name in names}
+    shown = "\n\n".join(f"# --- conf/{name}.yaml\n{text}" for name, text in texts.items())
+    return shown.replace("$", "$$")  # Hydra's template gives one of them back
+
+
 def script(main: Callable[[], None]) -> None:
     """Run a Hydra entry point; a user's mistake ends in one line, not in a stack of frames."""
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
+    OmegaConf.register_new_resolver("commented", commented, replace=True)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         main()

@@ -27,7 +27,8 @@ class KDConfig:
     support: str = "bucket"
     """`bucket`, `vocab` or `topk`: what the K stored values are compared over."""
     divergence: str = "forward_kl"
-    """One of `DIVERGENCES`."""
+    """`forward_kl`, `reverse_kl`, `jsd`, `skew_forward_kl`, `skew_reverse_kl` or
+    `total_variation`."""
     beta: float = 0.5
     """The teacher's weight in the mixture of `jsd`, in (0, 1)."""
     skew: float = 0.1

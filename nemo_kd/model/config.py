@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 from dataclasses import dataclass
-from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from nemo_kd.keys import check_keys, settings_of
 from nemo_kd.loss import KDConfig
 from nemo_kd.loss.config import check_name
 
@@ -103,14 +102,58 @@ class KDTrainingConfig(KDConfig):
 
 def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:
     """`model.kd` → `KDTrainingConfig`; an unknown key is an error with the nearest valid name."""
-    values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
-    known = [field.name for field in dataclasses.fields(KDTrainingConfig)]
-    for key in values:
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean model.kd.{near[0]}? " if near else ""
-            raise ValueError(f"model.kd.{key} is unknown; {hint}Known: {', '.join(known)}")
-    return KDTrainingConfig(**values)
+    return settings_of(KDTrainingConfig, block, "model.kd")
+
+
+SPLIT_KEYS = (
+    "store",
+    "over_long",
+    # NeMo's, as its `_build_dataset` and `build_data_loader` read them.
+    "file_names",
+    "global_batch_size",
+    "micro_batch_size",
+    "shuffle",
+    "seed",
+    "num_workers",
+    "memmap_workers",
+    "pin_memory",
+    "max_seq_length",
+    "min_seq_length",
+    "drop_last",
+    "label_key",
+    "add_eos",
+    "add_sep",
+    "add_bos",
+    "truncation_field",
+    "truncation_method",
+    "prompt_template",
+    "index_mapping_dir",
+    "global_sample_mapping",
+    "hf_dataset",
+    "pad_to_max_length",
+    "ceil_to_power_2",
+    "get_attention_mask_from_fusion",
+    "packed_sequence",
+    "packed_sequence_return_cu_seqlen",
+    "tokens_to_generate",
+    "sample_weight",
+)
+DATA_KEYS = {
+    "train_ds": (*SPLIT_KEYS, "concat_sampling_probabilities", "shuffle_seed"),
+    "validation_ds": (
+        *SPLIT_KEYS,
+        "names",
+        "metric",
+        "write_predictions_to_file",
+        "output_file_path_prefix",
+    ),
+}
+
+
+def check_data(data: DictConfig) -> None:
+    """Errors: ValueError for an unknown key of `model.data.train_ds` or `validation_ds`."""
+    for split, known in DATA_KEYS.items():
+        check_keys(data.get(split), known, f"model.data.{split}")
 
 
 def store_directories(data_cfg: DictConfig) -> list[str]:

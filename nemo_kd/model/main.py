@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import megatron
-from nemo_kd.model.config import kd_training_config, store_directories
+from nemo_kd.model.config import check_data, kd_training_config, store_directories
 from nemo_kd.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def merge(cfg: DictConfig) -> None:
 
 def _prepare(cfg: DictConfig) -> None:
     """What can be wrong with the user's stores and settings is said before the slow imports."""
+    check_data(cfg.model.data)
     for split in ("train_ds", "validation_ds"):
         for directory in store_directories(cfg.model.data[split]):
             Store(directory)

@@ -13,6 +13,7 @@ from nemo_kd import megatron
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.spec import MAX_VOCABULARY
+from nemo_kd.teacher.config import dump_config
 
 if TYPE_CHECKING:
     from nemo_kd.store import Manifest
@@ -85,14 +86,14 @@ def load(cfg: DictConfig) -> tuple[Any, Callable[..., Any]]:
 
 def check_store_settings(cfg: DictConfig) -> None:
     """Refuse what no store can hold before the teacher is loaded, which may take minutes."""
-    kd = cfg.model.kd
+    kd = dump_config(cfg)
     spec = StoreSpec(
         top_k=kd.top_k,
         vocab_size=MAX_VOCABULARY,  # the teacher's is not known yet
         temperatures=tuple(kd.temperatures),
         rows_per_shard=cfg.rows_per_shard,
         profile=kd.profile,
-        profile_options=dict(kd.profile_options),
+        profile_options=kd.profile_options,
     )
     codec_of(spec)
 
