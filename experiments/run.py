@@ -1,0 +1,120 @@
+"""Run the experiments: `python experiments/run.py --help`."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+import hydra
+from assets import Assets
+from omegaconf import DictConfig, OmegaConf
+from queue_plan import Job, estimate, read_results, remaining
+from steps import ROOT, StepFailedError, Workshop, remove, write_json
+from student import directory, result, steps
+from study import Experiment, read_experiments
+
+from nemo_kd.commandline import script
+
+
+def select(experiments: list[Experiment], only: Any) -> list[Experiment]:
+    """Those named, in the queue's order. Errors: ValueError for a name that is not there."""
+    if only is None:
+        return experiments
+    names = [only] if isinstance(only, str) else list(only)
+    known = [experiment.name for experiment in experiments]
+    if unknown := [name for name in names if name not in known]:
+        raise ValueError(f"only={unknown[0]}: expected some of {', '.join(known)}")
+    return [experiment for experiment in experiments if experiment.name in names]
+
+
+def lock(out: Path) -> TextIO:
+    """Errors: ValueError where another queue works in the same directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process runs the experiments in {out}; stop it first") from None
+    return file
+
+
+def do(job: Job, assets: Assets, workshop: Workshop, results: Path) -> None:
+    """Every step of a run that is not done, then its result file."""
+    for step in steps(job.run, assets, job.generate):
+        workshop.run(step)
+    already = assets.out / "results" / f"{job.run.name}.json"
+    content = result(job.run, assets, workshop, job.generate)
+    write_json(already, content)
+    write_json(results / already.name, content)
+    for path in (directory(job.run, assets) / "checkpoints").glob("*"):
+        if path.suffix != ".nemo":
+            remove(path)  # the state for going on; what is learned is in the .nemo
+
+
+def say(jobs: list[Job], cfg: DictConfig, found: dict[str, Any]) -> None:
+    """What remains, one line a job."""
+    hours = 0.0
+    for job in jobs:
+        hours += estimate(cfg, job, found) / 3600
+        writes = ", and what it writes" if job.generate else ""
+        waits = "" if job.decided else ", once its learning rate is chosen"
+        print(f"{hours:7.2f} h  {job.run.name}{writes}{waits}")
+    print(f"{len(jobs)} runs remain, about {hours:.1f} h with what is made once for all left out")
+
+
+def collect(out: Path, results: Path) -> None:
+    """Facts of the data and stores that the report needs, beside the results."""
+    for domain in ("code", "prose"):
+        source = out / "data" / domain / "data.json"
+        if source.is_file():
+            target = results / "data" / f"{domain}.json"
+            target.parent.mkdir(parents=True, exist_ok=True)
+            target.write_bytes(source.read_bytes())
+
+
+def run(cfg: DictConfig) -> None:
+    """The queue: the first job that remains, until none does or the time is over."""
+    start = time.monotonic()
+    out, results = Path(cfg.out).resolve(), Path(cfg.results).resolve()
+    assets, workshop = Assets(cfg, out), Workshop(out, cfg.threads)
+    experiments = select(read_experiments(cfg), cfg.only)
+    failed: set[str] = set()
+    found = read_results(results)
+    jobs = remaining(cfg, experiments, found)
+    if cfg.list:
+        return say(jobs, cfg, found)
+    held = lock(out)
+    while ready := [job for job in jobs if job.decided and job.run.name not in failed]:
+        if cfg.max_hours is not None and time.monotonic() - start > cfg.max_hours * 3600:
+            print(f"{cfg.max_hours} h are over")
+            break
+        hours = sum(estimate(cfg, job, found) for job in jobs) / 3600
+        job = ready[0]
+        print(f"\n#### {job.run.name}; {len(jobs)} remain, {hours:.1f} h", flush=True)
+        try:
+            do(job, assets, workshop, results)
+        except StepFailedError as error:
+            # The others may well work: this one is named again at the end.
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            failed.add(job.run.name)
+        collect(out, results)
+        found = read_results(results)
+        jobs = remaining(cfg, experiments, found)
+    held.close()
+    if failed:
+        sys.exit(f"error: {len(failed)} runs failed: {', '.join(sorted(failed))}; see {out}/logs")
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    os.chdir(ROOT)
+    OmegaConf.resolve(cfg)
+    run(cfg)
+
+
+if __name__ == "__main__":
+    script(main)

@@ -1,0 +1,37 @@
+"""The test store in one store a group, so that validation says each group's figures apart."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_kd.store import Sample, Store
+from nemo_kd.store.transform import write_samples
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="the store of test.jsonl")],
+    target: Annotated[Path, typer.Argument(help="directory for group-00, group-01, …")],
+    data: Annotated[Path, typer.Option(help="data.json, which says each row's group")],
+) -> None:
+    """Write the groups and groups.json, the answer tokens of each."""
+    group_of = json.loads(data.read_text())["groups"]
+    store = Store(source)
+    parts: dict[int, list[Sample]] = defaultdict(list)
+    for sample in store:
+        parts[group_of[sample.row]].append(sample)
+    tokens = {}
+    for group, samples in sorted(parts.items()):
+        name = f"group-{group:02d}"
+        spec = store.manifest.spec
+        manifest = write_samples(samples, target / name, spec, overwrite=True)
+        tokens[name] = manifest.totals["answer_tokens"]
+    (target / "groups.json").write_text(json.dumps(tokens, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    typer.run(main)

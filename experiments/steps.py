@@ -1,0 +1,127 @@
+"""One command of the product's own scripts, run once: a marker file says that it is done.
+
+A command that is killed leaves no marker and is given again: a dump and a training go on where
+they were, the product of any other is removed first.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+class StepFailedError(RuntimeError):
+    """A command ended with an error, or without its product."""
+
+
+@dataclass(frozen=True)
+class Step:
+    """One command; `product` is there when it has ended well."""
+
+    name: str
+    """Unique; the marker is `done/<name>.json`."""
+    arguments: tuple[str, ...]
+    """A script below the repository, or `nemo-kd`, and its arguments."""
+    product: Path
+    resumes: bool = False
+    """The command goes on with a half-finished product by itself."""
+
+    @property
+    def command(self) -> list[str]:
+        first, *rest = self.arguments
+        if first == "nemo-kd":
+            return [sys.executable, "-m", "nemo_kd.cli.main", *rest]
+        return [sys.executable, str(ROOT / first), *rest]
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Where steps leave their files, and how they are run."""
+
+    out: Path
+    threads: int
+
+    def marker(self, step: Step) -> Path:
+        return self.out / "done" / f"{step.name}.json"
+
+    def is_done(self, step: Step) -> bool:
+        """Ended well in this process or an earlier one."""
+        return self.marker(step).is_file()
+
+    def seconds(self, step: Step) -> float:
+        """What the last, successful call took."""
+        return float(json.loads(self.marker(step).read_text())["seconds"])
+
+    def run(self, step: Step) -> None:
+        """Run it unless it is done. Errors: StepFailedError that names the log."""
+        if self.is_done(step):
+            return
+        shown = shlex.join(["python", *step.arguments]).replace(str(self.out), "outputs")
+        print(f"== {step.name}\n   {shown}", flush=True)
+        if not step.resumes:
+            remove(step.product)
+        step.product.parent.mkdir(parents=True, exist_ok=True)
+        log = self.out / "logs" / f"{step.name}.log"
+        log.parent.mkdir(parents=True, exist_ok=True)
+        start = time.monotonic()
+        code = self._call(step.command, log)
+        if code or not step.product.exists():
+            raise StepFailedError(
+                f"{step.name} ended with {code}"
+                f"{'' if step.product.exists() else f' and without {step.product}'}; see {log}"
+            )
+        seconds = round(time.monotonic() - start, 1)
+        print(f"   {seconds:.0f} s", flush=True)
+        write_json(self.marker(step), {"command": shown, "seconds": seconds})
+
+    def _call(self, command: list[str], log: Path) -> int:
+        """The exit status; a signal that ends this process ends the command first."""
+        environment = os.environ | {
+            "OMP_NUM_THREADS": str(self.threads),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+        }
+        with log.open("a") as file:
+            child = subprocess.Popen(
+                command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
+            )
+            before = signal.signal(signal.SIGTERM, _exit_on_signal)
+            try:
+                return child.wait()
+            except BaseException:
+                child.terminate()  # a training saves its state
+                child.wait()
+                raise
+            finally:
+                signal.signal(signal.SIGTERM, before)
+
+
+def _exit_on_signal(number: int, _: Any) -> None:
+    raise SystemExit(128 + number)
+
+
+def remove(path: Path) -> None:
+    """A file or a directory, if it is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any, encode: Callable[..., str] = json.dumps) -> None:
+    """The whole file or none of it, whenever the process dies."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text(encode(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)

@@ -1,0 +1,174 @@
+"""One run: a student trained, measured and, where asked, made to write; and its result file.
+
+    {"name", "run": settings, "steps", "curve": {"steps", "groups", metric: [step][group]},
+     "valid": figures, "test": figures, "store": sizes, "seconds": {…}, "generation": {…}}
+
+The curve is that of the test split, a column for each of its groups; `valid` and `test` are
+measured on the finished student.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, training
+from functions import judge
+from steps import ROOT, Step, Workshop
+from study import Run
+
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+import report_data
+
+CURVES = ("sft_loss", "kd_loss", "top1_label")
+
+
+def train_stores(run: Run, assets: Assets) -> tuple[list[Step], list[Path]]:
+    """The stores that the student learns from, and the steps that make them."""
+    steps: list[Step] = []
+    stores = []
+    if run.answers in ("original", "both"):
+        # SFT has no use for the logits: it shares the store of its experiment's other runs.
+        steps += assets.store_steps(run.domain, run.teacher, run.store)
+        stores.append(assets.store(run.domain, run.teacher, "train", run.store))
+    if run.answers in ("teacher", "both"):
+        steps += assets.answers_steps(run.domain)
+        stores.append(assets.store(run.domain, "tuned", "answers"))
+    return steps, stores
+
+
+def directory(run: Run, assets: Assets) -> Path:
+    return assets.out / "runs" / run.name
+
+
+def trained(run: Run, assets: Assets) -> Path:
+    """The model that is measured."""
+    if run.length == 0:
+        return assets.model(run.domain, run.layers, run.teacher)
+    return directory(run, assets) / "checkpoints" / "student.nemo"
+
+
+def train_step(run: Run, assets: Assets) -> Step:
+    cfg = assets.cfg
+    stores = train_stores(run, assets)[1]
+    groups = assets.groups(run.domain)
+    names = [f"group-{i:02d}" for i in range(cfg.data.groups)]
+    arguments = (
+        "examples/train_gpt_sft_kd.py",
+        "name=student",
+        f"model.restore_from_path={assets.model(run.domain, run.layers)}",
+        f"exp_manager.explicit_log_dir={directory(run, assets)}",
+        f"trainer.max_steps={run.steps(cfg.train.steps)}",
+        f"trainer.val_check_interval={cfg.train.validate_every}",
+        f"model.optim.lr={run.lr}",
+        f"model.data.train_ds.store=[{','.join(map(str, stores))}]",
+        f"model.data.train_ds.shuffle_seed={run.seed}",
+        f"model.data.validation_ds.store=[{','.join(str(groups / name) for name in names)}]",
+        f"model.data.validation_ds.names=[{','.join(names)}]",
+        *validation(assets),
+        f"model.kd.alpha={run.alpha}",
+        f"model.kd.support={run.support}",
+        f"model.kd.divergence={run.divergence}",
+        "model.kd.fused_lm_head=true",
+        *training(cfg),
+        *CHECKPOINTS,
+    )
+    return Step(f"train-{run.name}", arguments, trained(run, assets), resumes=True)
+
+
+def validation(assets: Assets) -> list[str]:
+    """Batches of a group's size: the last batch of each set is filled up."""
+    size = -(-assets.cfg.data.test // assets.cfg.data.groups)
+    block = "model.data.validation_ds"
+    return [f"{block}.global_batch_size={size}", f"{block}.micro_batch_size={size}"]
+
+
+def measure_step(run: Run, assets: Assets) -> Step:
+    """On both held-out splits, by the default loss whatever the run was trained with."""
+    product = directory(run, assets) / "measured.json"
+    stores = [assets.store(run.domain, "tuned", split) for split in ("valid", "test")]
+    arguments = (
+        "examples/evaluate_gpt_sft_kd.py",
+        f"model.restore_from_path={trained(run, assets)}",
+        f"model.data.validation_ds.store=[{','.join(map(str, stores))}]",
+        "model.data.validation_ds.names=[valid,test]",
+        *validation(assets),
+        "model.kd.fused_lm_head=true",
+        f"output={product}",
+        *training(assets.cfg),
+    )
+    return Step(f"measure-{run.name}", arguments, product)
+
+
+def generate_step(run: Run, assets: Assets) -> Step:
+    cfg, product = assets.cfg, directory(run, assets) / "completions.json"
+    arguments = (
+        "examples/demo/complete.py",
+        f"--model=student={trained(run, assets)}",
+        f"--prompts={assets.data(run.domain)}/test.jsonl",
+        f"--output={product}",
+        f"--samples={cfg.generation.samples}",
+        f"--tokens={cfg.generation.tokens}",
+    )
+    return Step(f"generate-{run.name}", arguments, product)
+
+
+def steps(run: Run, assets: Assets, generate: bool) -> list[Step]:
+    """Everything up to the result, in order; steps of other runs among them are done only once."""
+    mine = assets.held_out_steps(run.domain)
+    if run.layers < TEACHER_LAYERS:
+        mine = [*mine, *assets.student_steps(run.domain, run.layers)]
+    if run.length > 0:
+        mine = [*mine, *train_stores(run, assets)[0], train_step(run, assets)]
+    mine = [*mine, measure_step(run, assets)]
+    return [*mine, generate_step(run, assets)] if generate else mine
+
+
+def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dict[str, Any]:
+    """The result file's content."""
+    figures = json.loads((directory(run, assets) / "measured.json").read_text())
+    content: dict[str, Any] = {
+        "name": run.name,
+        "run": asdict(run),
+        "steps": run.steps(assets.cfg.train.steps),
+        "seconds": {"measure": workshop.seconds(measure_step(run, assets))},
+    }
+    for split in ("valid", "test"):
+        prefix = f"{split}/"
+        content[split] = {
+            key.removeprefix(prefix): round(value, 6)
+            for key, value in figures.items()
+            if key.startswith(prefix)
+        }
+    if run.length > 0:
+        content["curve"], seconds = curve(run, assets)
+        content["seconds"] |= {"train": workshop.seconds(train_step(run, assets)), "step": seconds}
+        content["store"] = [store_sizes(path) for path in train_stores(run, assets)[1]]
+    if generated:
+        completions = json.loads((directory(run, assets) / "completions.json").read_text())
+        content["generation"] = judge(completions["samples"])
+        content["seconds"]["generate"] = workshop.seconds(generate_step(run, assets))
+    return content
+
+
+def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
+    """The test groups' figures at each validation, and the median seconds of a training step."""
+    log = report_data.read_run(directory(run, assets) / "metrics.jsonl")
+    tokens = json.loads((assets.groups(run.domain) / "groups.json").read_text())
+    content: dict[str, Any] = {"steps": list(log.validation), "groups": tokens}
+    for metric in CURVES:
+        content[metric] = [
+            [round(row[f"val/{group}/{metric}"], 5) for group in tokens]
+            for row in log.validation.values()
+        ]
+    return content, round(log.seconds_per_step, 3)
+
+
+def store_sizes(store: Path) -> dict[str, Any]:
+    """What the logits cost on disk."""
+    totals = json.loads((store / "manifest.json").read_text())["totals"]
+    return {"store": store.name, "tokens": totals["answer_tokens"], "bytes": totals["bytes"]}
