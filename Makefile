@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-all lint docs clean
+.PHONY: help install demo experiments test test-all lint docs clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -23,6 +23,10 @@ $(INSTALLED): constraints.txt pyproject.toml
 
 demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 15 minutes on 2 cores
 	$(BIN)/python examples/demo/run.py
+
+experiments: $(INSTALLED)  ## every experiment of docs/results.md, hours; stop it at will, it goes on
+	$(BIN)/python experiments/run.py
+	$(BIN)/python experiments/write_report.py
 
 # Two workers, each a file of tests at a time; one thread each, for torch would take all cores.
 WORKERS ?= 2

@@ -146,7 +146,7 @@ class Assets:
         ]
 
     def answers_steps(self, domain: str) -> list[Step]:
-        """The fine-tuned teacher's own answers to the training prompts, greedily, with its top K."""
+        """The fine-tuned teacher's own answers to the training prompts, greedily, with logits."""
         target = self.store(domain, "tuned", "answers")
         arguments = [
             "examples/generate_with_teacher.py",

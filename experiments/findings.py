@@ -1,0 +1,117 @@
+"""Figures of each experiment's runs, from result files; what is missing is None, never a guess."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from omegaconf import DictConfig
+from queue_plan import Results, resolve
+from steps_ratio import Curves, Interval, difference, ratio
+from study import Experiment, Run
+
+METRICS = ("sft_loss", "kd_loss", "top1_label", "calibration_error")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of an experiment's table: the runs of a label that are finished."""
+
+    label: str
+    planned: int
+    """seeds"""
+    found: tuple[dict[str, Any], ...]
+    """result files of the seeds that are finished"""
+    against_baseline: Interval | None = None
+    """final cross-entropy less the baseline's, over the seeds that both have"""
+    steps: Interval | None = None
+    """steps to the baseline's best, as a share of the baseline's"""
+    is_baseline: bool = False
+
+    @property
+    def finished(self) -> bool:
+        return len(self.found) == self.planned
+
+    def mean(self, metric: str) -> float | None:
+        """Over the finished seeds, of the test split."""
+        return mean([result["test"].get(metric) for result in self.found])
+
+    def seconds_per_step(self) -> float | None:
+        return mean([result["seconds"].get("step") for result in self.found])
+
+    def bytes_per_token(self) -> float | None:
+        """Of the stores that were trained on; None for SFT, which needs no logits."""
+        results = [r for r in self.found if r["run"]["alpha"] > 0]
+        stores = [store for result in results for store in result.get("store", [])]
+        tokens = sum(store["tokens"] for store in stores)
+        return sum(store["bytes"] for store in stores) / tokens if tokens else None
+
+    def share(self, what: str) -> float | None:
+        """Of the generated functions, over all seeds: `parses` or `exact`."""
+        judged = [result["generation"] for result in self.found if "generation" in result]
+        samples = sum(g["samples"] for g in judged)
+        return sum(g[what] for g in judged) / samples if samples else None
+
+
+def mean(values: Sequence[float | None]) -> float | None:
+    """None where there are none."""
+    known = [value for value in values if value is not None]
+    return sum(known) / len(known) if known else None
+
+
+def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]:
+    """A row a label, in the experiment's order."""
+    found = {
+        label: {
+            run.seed: result for run in runs if (result := result_of(cfg, run, results)) is not None
+        }
+        for label, runs in experiment.runs.items()
+    }
+    baseline = found.get(experiment.baseline or "", {})
+    table = []
+    for label, runs in experiment.runs.items():
+        mine = found[label]
+        both = [seed for seed in mine if seed in baseline and label != experiment.baseline]
+        pair = (curves([baseline[s] for s in both]), curves([mine[s] for s in both]))
+        options: Any = dict(cfg.bootstrap)
+        comparable = all(part is not None for part in pair)
+        table.append(
+            Row(
+                label,
+                len(runs),
+                tuple(mine.values()),
+                difference(*pair, **options) if comparable else None,  # type: ignore[arg-type]
+                ratio(*pair, **options) if comparable else None,  # type: ignore[arg-type]
+                label == experiment.baseline,
+            )
+        )
+    return table
+
+
+def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | None:
+    """A run's result file, if its learning rate is chosen and it is finished."""
+    resolved = resolve(cfg, run, results)
+    return None if resolved is None else results.get(resolved.name)
+
+
+def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves | None:
+    """The curves of runs of one length; None without any, or for models that were not trained."""
+    if not found or any("curve" not in result for result in found):
+        return None
+    first = found[0]["curve"]
+    return Curves(
+        np.array(first["steps"], dtype=float),
+        np.array([result["curve"][metric] for result in found]),
+        np.array(list(first["groups"].values()), dtype=float),
+    )
+
+
+def verdict(row: Row) -> str | None:
+    """`better`, `worse` or `undecided` than the baseline: where its interval lies."""
+    if row.against_baseline is None:
+        return None
+    if row.against_baseline.high < 0:
+        return "better"
+    return "worse" if row.against_baseline.low > 0 else "undecided"

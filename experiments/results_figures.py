@@ -1,0 +1,85 @@
+"""Curves of an experiment, and the difference from its baseline, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from findings import Row, curves
+from omegaconf import DictConfig
+from steps_ratio import Curves, bootstrap
+
+matplotlib.use("agg")
+
+from matplotlib import pyplot
+
+COLOURS = ("#d97706", "#2563eb", "#059669", "#9333ea", "#dc2626", "#0891b2")
+STYLE: dict[str, Any] = {
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "grid.color": "#e5e7eb",
+}
+
+
+def draw(cfg: DictConfig, rows: Sequence[Row], baseline: str | None, path: Path) -> bool:
+    """Left the seeds' curves, right the difference from the baseline with its interval; False
+    where no run has a curve."""
+    drawn = [(row, found) for row in rows if (found := curves(row.found)) is not None]
+    if not drawn:
+        return False
+    with pyplot.rc_context(STYLE):
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+        base = next((row for row, _ in drawn if row.label == baseline), None)
+        for i, (row, found) in enumerate(drawn):
+            colour = COLOURS[i % len(COLOURS)]
+            _curve(left, row.label, found, colour)
+            if base is not None and row is not base:
+                _difference(cfg, right, base, row, colour)
+        left.set(title="Held-out cross-entropy", xlabel="step", ylabel="nats a token")
+        right.set(title=f"Less that of: {baseline}", xlabel="step", ylabel="nats a token")
+        right.axhline(0, color="#6b7280", linewidth=1)
+        left.legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return True
+
+
+def _curve(axis: Any, label: str, found: Curves, colour: str) -> None:
+    """The mean of the seeds, and each of them."""
+    for i in range(len(found.values)):
+        axis.plot(found.steps, found.mean(np.array([i])), color=colour, alpha=0.35, linewidth=0.8)
+    seeds = f", {len(found.values)} seeds" if len(found.values) > 1 else ""
+    axis.plot(found.steps, found.mean(), color=colour, marker="o", ms=3, label=label + seeds)
+
+
+def _difference(cfg: DictConfig, axis: Any, base: Row, row: Row, colour: str) -> None:
+    """At the steps that both were validated at, over the seeds that both have."""
+    by_seed = {result["run"]["seed"]: result for result in base.found}
+    mine = [result for result in row.found if result["run"]["seed"] in by_seed]
+    a = curves([by_seed[result["run"]["seed"]] for result in mine])
+    b = curves(mine)
+    if a is None or b is None:
+        return
+    steps = np.intersect1d(a.steps, b.steps)
+    at_a, at_b = np.searchsorted(a.steps, steps), np.searchsorted(b.steps, steps)
+    boot = cfg.bootstrap
+
+    def gap(point: int) -> Any:
+        def statistic(seeds: Any, groups: Any) -> float:
+            return float(b.mean(seeds, groups)[at_b[point]] - a.mean(seeds, groups)[at_a[point]])
+
+        return bootstrap(statistic, a, min(boot.draws, 500), boot.level, boot.seed)
+
+    gaps = [gap(i) for i in range(len(steps))]
+    axis.fill_between(
+        steps, [g.low for g in gaps], [g.high for g in gaps], color=colour, alpha=0.15, linewidth=0
+    )
+    axis.plot(steps, [g.value for g in gaps], color=colour, marker="o", ms=3, label=row.label)

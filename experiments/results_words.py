@@ -1,0 +1,186 @@
+"""The page's sentences. Each says what the figures say, whichever way they went."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+from findings import Row, verdict
+from omegaconf import DictConfig
+from queue_plan import Results, chosen_lr, grid
+from steps_ratio import Interval
+from study import Experiment
+
+Rows = Mapping[str, list[Row]]
+
+
+def figure(value: float | None, *, percent: bool = False, digits: int = 3) -> str:
+    if value is None:
+        return ""
+    return f"{100 * value:.1f} %" if percent else f"{value:.{digits}f}"
+
+
+def interval(found: Interval | None, *, signed: bool = False) -> str:
+    """`0.68 [0.61, 0.74]`; a limit that is never reached is written as >1."""
+    if found is None:
+        return ""
+
+    def one(value: float) -> str:
+        if math.isinf(value):
+            return "never"
+        return f"{value:+.3f}" if signed else f"{value:.2f}"
+
+    return f"{one(found.value)} [{one(found.low)}, {one(found.high)}]"
+
+
+def how_much(experiments: Sequence[Experiment], rows: Rows) -> str:
+    """How much of the list is finished."""
+    planned = {run for e in experiments for run in e.all_runs()}
+    names = [e.title for e in experiments if all(row.finished for row in rows[e.name])]
+    open_ = [e.title for e in experiments if not all(row.finished for row in rows[e.name])]
+    text = f"{len(names)} of {len(experiments)} experiments ({len(planned)} runs) are finished."
+    if open_:
+        text += f" Not, or not wholly, run yet: {'; '.join(open_)}."
+    return text + "\n"
+
+
+def headline(rows: Sequence[Row], published: float, beyond: float) -> str:
+    """The claim, confirmed or not."""
+    sft, kd = rows[0], rows[1]
+    gain, steps = kd.against_baseline, kd.steps
+    if gain is None or steps is None:
+        return "Not run yet.\n"
+    seeds = min(len(sft.found), len(kd.found))
+    less = {"better": "lower", "worse": "higher", "undecided": "not surely different:"}
+    text = (
+        f"After the same steps on the same data in the same order ({plural(seeds, 'seed')} of "
+        f"{sft.planned}), the held-out cross-entropy of KD + SFT is "
+        f"{less[verdict(kd) or 'undecided']} by {abs(gain.value):.3f} nats a token "
+        f"(difference {interval(gain, signed=True)}). "
+    )
+    if math.isinf(steps.value):
+        text += "KD + SFT never is as good as SFT's best. "
+    else:
+        text += f"It is as good as SFT's best after {steps.value:.2f} of its steps "
+        text += f"({interval(steps)}). "
+    text += f"Published: {published:.2f}; here that is {reached(steps, published)}, "
+    text += f"and {beyond:.2f} {reached(steps, beyond)}."
+    return text + "\n"
+
+
+def reached(steps: Interval, target: float) -> str:
+    if steps.high <= target:
+        return "reached, with the whole interval"
+    if steps.value <= target:
+        return "reached, but not with the whole interval"
+    return "not reached"
+
+
+def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
+    """Every comparison of the list under one of three headings, those that failed too."""
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+    for experiment in experiments:
+        for row in rows[experiment.name]:
+            outcome = verdict(row)
+            if outcome is not None:
+                seeds = plural(len(row.found), "seed")
+                groups[outcome].append(
+                    f"- {experiment.title}: {row.label}, "
+                    f"{interval(row.against_baseline, signed=True)} against "
+                    f"{experiment.baseline} ({seeds})"
+                )
+    titles = {
+        "better": "Better than its baseline: the whole interval is below 0",
+        "worse": "Worse than its baseline: the whole interval is above 0",
+        "undecided": "Undecided: the interval has 0 inside",
+    }
+    parts = [
+        f"**{title}**\n\n" + ("\n".join(groups[key]) or "Nothing so far.") + "\n"
+        for key, title in titles.items()
+    ]
+    parts.append(
+        "Differences are of the final held-out cross-entropy, in nats a token. One seed says "
+        "nothing of how another order of the data would end: its interval is that of the test "
+        "data alone.\n"
+    )
+    return "\n".join(parts)
+
+
+def recommendation(rows: Rows) -> str:
+    """The defaults, and what the experiments say against them."""
+    against = [
+        f"{row.label} ({interval(row.against_baseline, signed=True)})"
+        for name in ("alpha", "top_k", "divergence")
+        for row in rows.get(name, [])
+        if verdict(row) == "better"
+    ]
+    ran = any(verdict(r) for name in ("alpha", "top_k", "divergence") for r in rows.get(name, []))
+    if not ran:
+        return "Nothing that speaks for or against the defaults has been run yet.\n"
+    if not against:
+        return "Nothing that was run is surely better than the defaults: they stay.\n"
+    return f"Better than the defaults here: {'; '.join(against)}.\n"
+
+
+def learning_rates(cfg: DictConfig, results: Results) -> str:
+    """What was chosen, and a warning where the grid's end was."""
+    lines = []
+    for family in ("sft", "bucket", "vocab", "topk", "alone"):
+        rate = chosen_lr(cfg, family, results)
+        if rate is None:
+            continue
+        losses = [
+            f"{results[r.name]['valid']['sft_loss']:.3f} at {r.lr:g}" for r in grid(cfg, family)
+        ]
+        edge = rate in (cfg.learning_rates[0], cfg.learning_rates[-1])
+        note = "; the end of the grid, a further one may be better" if edge else ""
+        lines.append(f"- {family}: {rate:g}, by the validation split ({', '.join(losses)}){note}")
+    return "\n".join(lines) + "\n" if lines else ""
+
+
+def setting(cfg: DictConfig) -> dict[str, str]:
+    """Name and value of what a reader needs to judge the figures."""
+    train, boot = cfg.train, cfg.bootstrap
+    epochs = train.steps * train.batch / cfg.data.train
+    return {
+        "teacher": "SmolLM2-135M-Instruct (30 layers), fine-tuned on the training split for "
+        f"{cfg.teacher.steps} steps at learning rate {cfg.teacher.lr:g}",
+        "students": "the teacher as it comes, pruned to the layers of most block influence",
+        "training": f"{train.steps} steps of {train.batch} samples, {epochs:g} times over the "
+        f"training split; {train.precision}, cosine decay to 0 after {train.warmup} steps",
+        "seed": "the order of the samples, in every epoch the same for all objectives of a seed; "
+        "students start from the same weights and have no dropout, nothing else is random",
+        "learning rate": "of each family of objectives, chosen on the validation split with seed "
+        f"{cfg.tuned_on.seed} of 8 layers on code among "
+        f"{', '.join(f'{rate:g}' for rate in cfg.learning_rates)}, used everywhere",
+        "held-out figures": f"over the answer tokens of the test split, every "
+        f"{train.validate_every} steps; the KL is to the fine-tuned teacher's top "
+        f"{cfg.teacher.top_k} and the rest in one bucket",
+        "intervals": f"{100 * boot.level:g} %, percentiles of {boot.draws} draws of the test "
+        f"split's {cfg.data.groups} groups of modules and of the seeds",
+        "steps ratio": "the step at which the curve first is as low as the baseline's lowest, "
+        "as a share of the baseline's step; never: it is not within the run",
+    }
+
+
+def costs(rows: Rows, experiments: Sequence[Experiment]) -> list[list[str]]:
+    """A line an experiment: its runs, and the hours of those that are finished. Runs that an
+    earlier experiment has too are counted there."""
+    seen: set[str] = set()
+    lines = []
+    for experiment in experiments:
+        mine = {r["name"]: r for row in rows[experiment.name] for r in row.found}
+        new = {name: result for name, result in mine.items() if name not in seen}
+        seen |= set(new)
+        hours = sum(sum(_whole(r["seconds"]).values()) for r in new.values()) / 3600
+        lines.append([experiment.title, str(len(new)), f"{hours:.2f}" if new else ""])
+    return lines
+
+
+def _whole(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Times of whole commands."""
+    return {key: value for key, value in seconds.items() if key != "step"}
+
+
+def plural(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"

@@ -1,0 +1,108 @@
+"""How many steps are saved, and how sure that is.
+
+    ratio = (first step at which B is as good as A's best) / (step of A's best)
+
+B's curve is taken as straight between two validations. Intervals are percentiles of a bootstrap
+that draws the groups of the test split and the seeds, both with replacement and the same for A
+and B. A group is some whole modules: samples of one module are alike, and are drawn together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Curves:
+    """Held-out losses of the seeds of one setting."""
+
+    steps: Array
+    """[P], rising"""
+    values: Array
+    """[seeds, P, groups], nats a token"""
+    tokens: Array
+    """[groups], answer tokens"""
+
+    def mean(self, seeds: NDArray[np.intp] | None = None, groups: Array | None = None) -> Array:
+        """[P], over seeds and tokens; `groups` [groups] says how often each group was drawn."""
+        weights = self.tokens if groups is None else self.tokens * groups
+        values = self.values if seeds is None else self.values[seeds]
+        mean: Array = (values @ weights).mean(axis=0) / weights.sum()
+        return mean
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A figure, and where the bootstrap's draws of it lie."""
+
+    value: float
+    low: float
+    high: float
+
+
+def first_reached(steps: Array, curve: Array, target: float) -> float:
+    """The step at which a curve first is at or below the target; inf where it never is.
+
+    At the first point where that is already below: an upper bound.
+    """
+    below = np.flatnonzero(curve <= target)
+    if not len(below):
+        return float("inf")
+    i = int(below[0])
+    if i == 0:
+        return float(steps[0])
+    share = (curve[i - 1] - target) / (curve[i - 1] - curve[i])
+    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+
+
+def steps_ratio(steps_a: Array, a: Array, steps_b: Array, b: Array) -> float:
+    """Of two curves; inf where B never is as good as A's best."""
+    best = int(a.argmin())
+    return first_reached(steps_b, b, float(a[best])) / float(steps_a[best])
+
+
+def ratio(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval:
+    """The steps ratio of the mean curves, with its interval."""
+
+    def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
+        return steps_ratio(a.steps, a.mean(seeds, groups), b.steps, b.mean(seeds, groups))
+
+    return bootstrap(statistic, a, draws, level, seed)
+
+
+def difference(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval:
+    """B's last loss less A's, with its interval; below 0 B is better."""
+
+    def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
+        return float(b.mean(seeds, groups)[-1] - a.mean(seeds, groups)[-1])
+
+    return bootstrap(statistic, a, draws, level, seed)
+
+
+def bootstrap(
+    statistic: Callable[[NDArray[np.intp] | None, Array | None], float],
+    like: Curves,
+    draws: int,
+    level: float,
+    seed: int,
+) -> Interval:
+    """`statistic(None, None)` and the percentiles of its draws; `like` says how much is drawn."""
+    random = np.random.default_rng(seed)
+    seeds, groups = len(like.values), len(like.tokens)
+    values = [
+        statistic(
+            random.integers(seeds, size=seeds),
+            np.bincount(random.integers(groups, size=groups), minlength=groups).astype(float),
+        )
+        for _ in range(draws)
+    ]
+    # Without interpolation: a draw may be inf.
+    margin = (1 - level) / 2
+    low, high = np.quantile(values, [margin, 1 - margin], method="inverted_cdf")
+    return Interval(statistic(None, None), float(low), float(high))

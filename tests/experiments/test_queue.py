@@ -1,0 +1,133 @@
+"""The queue goes on after a kill, and knows what remains."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from queue_plan import chosen_lr, grid, remaining
+from steps import Step, StepFailedError, Workshop
+from study import Run, read_experiments, read_run
+
+from tests.conftest import ROOT
+
+SCRIPT = """\
+import pathlib, sys, time
+product, seconds = pathlib.Path(sys.argv[1]), float(sys.argv[2])
+log = product.with_name("calls")
+log.write_text(log.read_text() + "x" if log.exists() else "x")
+was = product.read_text() if product.exists() else ""
+product.write_text(was + "a")
+time.sleep(seconds)
+product.write_text(was + "ab")
+"""
+
+
+@pytest.fixture
+def script(tmp_path: Path) -> Path:
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+def step(script: Path, seconds: float = 0, *, resumes: bool = False) -> Step:
+    product = script.parent / "product"
+    return Step("one", (str(script), str(product), str(seconds)), product, resumes)
+
+
+def start(script: Path, seconds: float) -> subprocess.Popen[bytes]:
+    """Another process that runs the step; returns when its command has begun."""
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'experiments')!r})\n"
+        "from pathlib import Path; from steps import Step, Workshop\n"
+        f"d = Path({str(script.parent)!r})\n"
+        f"s = Step('one', ({str(script)!r}, str(d / 'product'), '{seconds}'), d / 'product')\n"
+        "Workshop(d, 1).run(s)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True)
+    while not (script.parent / "product").exists():
+        time.sleep(0.02)
+    return process
+
+
+def test_a_step_that_is_done_is_not_run_again(script: Path) -> None:
+    workshop = Workshop(script.parent, threads=1)
+    workshop.run(step(script))
+    workshop.run(step(script))
+    assert (script.parent / "calls").read_text() == "x"
+    assert workshop.seconds(step(script)) >= 0
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_a_killed_step_is_run_again_and_its_half_product_is_only_kept_to_go_on_with(
+    script: Path, resumes: bool
+) -> None:
+    process = start(script, 600)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    workshop = Workshop(script.parent, threads=1)
+    assert not workshop.is_done(step(script))
+    workshop.run(step(script, resumes=resumes))
+    assert (script.parent / "product").read_text() == ("aab" if resumes else "ab")
+
+
+def test_sigterm_ends_the_command_too(script: Path) -> None:
+    process = start(script, 600)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=20) != 0
+    assert not subprocess.run(["pgrep", "-f", str(script)], capture_output=True).stdout
+    assert not Workshop(script.parent, 1).is_done(step(script))
+
+
+def test_a_command_without_its_product_has_failed(tmp_path: Path) -> None:
+    script = tmp_path / "nothing.py"
+    script.write_text("print('nothing is written')")
+    with pytest.raises(StepFailedError, match=r"one ended with 0 and without .*product; see"):
+        Workshop(tmp_path, 1).run(step(script))
+    assert "nothing is written" in (tmp_path / "logs" / "one.log").read_text()
+
+
+def finished(run: Run, valid: float = 3.0) -> dict[str, Any]:
+    return {"run": dataclasses.asdict(run), "valid": {"sft_loss": valid}, "seconds": {}}
+
+
+def test_every_run_of_the_list_remains_once_and_is_gone_when_it_is_done(cfg: Any) -> None:
+    experiments = read_experiments(cfg)
+    results: dict[str, dict[str, Any]] = {}
+    order = []
+    while ready := [job for job in remaining(cfg, experiments, results) if job.decided]:
+        job = ready[0]
+        order.append((job.run.name, job.generate))
+        content = finished(job.run)
+        results[job.run.name] = content | ({"generation": {}} if job.generate else {})
+    assert len(order) == len(set(order))
+    assert not remaining(cfg, experiments, results)
+    assert len(results) == len({name for name, _ in order})
+
+
+def test_the_learning_rate_is_the_best_on_the_validation_split(cfg: Any) -> None:
+    runs = grid(cfg, "sft")
+    results = {run.name: finished(run, valid) for run, valid in zip(runs, (3.0, 2.0), strict=False)}
+    assert chosen_lr(cfg, "sft", results) is None
+    results[runs[2].name] = finished(runs[2], 2.5)
+    assert chosen_lr(cfg, "sft", results) == runs[1].lr
+    assert chosen_lr(cfg, "bucket", results) is None
+
+
+def test_runs_that_differ_have_different_names(cfg: Any) -> None:
+    runs = {run for experiment in read_experiments(cfg) for run in experiment.all_runs()}
+    named = {dataclasses.replace(run, lr=run.lr or 1e-4) for run in runs}
+    trained = {run for run in named if run.length > 0}
+    assert len({run.name for run in trained}) == len(trained)
+
+
+def test_an_unknown_setting_of_a_run_is_refused() -> None:
+    with pytest.raises(ValueError, match="alhpa"):
+        read_run({}, {"alhpa": 0.5})

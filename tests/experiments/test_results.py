@@ -1,0 +1,132 @@
+"""The report of a half-finished set of results: what is there, and what is not."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from functions import judge
+from queue_plan import FAMILY_OBJECTIVES, grid
+from results_page import NOT_RUN
+from split_data import deal
+from steps import write_json
+from study import Run
+from write_report import read_study, write
+
+GROUPS = {"group-00": 100, "group-01": 300}
+
+
+def write_result(directory: Path, run: Run, last: float, **more: Any) -> None:
+    """A run whose loss falls to `last`; the second group is 0.5 harder."""
+    curve = {"steps": [20, 40, 60], "groups": GROUPS}
+    curve["sft_loss"] = [[last + d, last + d + 0.5] for d in (1.0, 0.5, 0.0)]
+    figures = {"sft_loss": last, "kd_loss": last / 2, "top1_label": 0.5, "calibration_error": 0.1}
+    content = {
+        "name": run.name,
+        "run": dataclasses.asdict(run),
+        "steps": 60,
+        "valid": figures,
+        "test": figures,
+        "seconds": {"train": 400.0, "measure": 50.0, "step": 1.5},
+        "store": [{"store": "s", "tokens": 100, "bytes": 41_600}],
+        "curve": curve,
+    }
+    write_json(directory / f"{run.name}.json", content | more)
+
+
+@pytest.fixture
+def results(cfg: Any, tmp_path: Path) -> Path:
+    """SFT and KD + SFT tuned, two of the three seeds of the headline, and nothing more."""
+    directory = tmp_path / "results"
+    for family, losses in (("sft", (3.4, 3.123, 3.3)), ("bucket", (3.2, 2.811, 3.0))):
+        for run, loss in zip(grid(cfg, family), losses, strict=True):
+            write_result(directory, run, loss)
+    for family, loss in (("sft", 3.323), ("bucket", 2.911)):
+        run = Run(**FAMILY_OBJECTIVES[family], lr=cfg.learning_rates[1], seed=2)
+        write_result(directory, run, loss)
+    return directory
+
+
+def written(cfg: Any, results: Path, tmp_path: Path) -> tuple[str, str]:
+    cfg.results = str(results)
+    docs, page = tmp_path / "docs", tmp_path / "report.html"
+    docs.mkdir()
+    write(read_study(cfg), docs, page)
+    return (docs / "results.md").read_text(), page.read_text()
+
+
+def test_finished_runs_are_there_and_others_are_not_run_yet(
+    cfg: Any, results: Path, tmp_path: Path
+) -> None:
+    text, page = written(cfg, results, tmp_path)
+    headline = text[text.index("## KD + SFT against SFT\n\nDoes") :]
+    headline = headline[: headline.index("\n## ")]
+    assert f"2 of 3 | {(3.123 + 3.323) / 2:.3f}" in headline
+    assert f"2 of 3 | {(2.811 + 2.911) / 2:.3f}" in headline
+    divergences = text[text.index("## Divergences") :]
+    divergences = divergences[: divergences.index("\n## ", 5)]
+    assert divergences.count(NOT_RUN) == 4
+    assert "2 seeds of 3" in text
+    assert "Learning rates" not in text[: text.index("## KD + SFT")].partition("run yet:")[2]
+    assert re.search(r"lower by 0\.362 nats", text)
+    for source in re.findall(r"src='([^']{1,30})", page):
+        assert source.startswith("data:image/png;base64,")
+    assert "http" not in page
+
+
+def test_steps_ratio_of_the_page_is_that_of_the_curves(
+    cfg: Any, results: Path, tmp_path: Path
+) -> None:
+    """Mean curves fall by 0.5 in 20 steps, B's ends 0.362 below: 0.362 / 0.5 of 20 steps less."""
+    text, _ = written(cfg, results, tmp_path)
+    assert f"after {1 - (0.362 / 0.5) * 20 / 60:.2f} of its steps" in text
+
+
+def test_worse_is_said_as_plainly_as_better(cfg: Any, results: Path, tmp_path: Path) -> None:
+    for path in results.glob("*kd0.5-lr*.json"):
+        content = json.loads(path.read_text())
+        worse = [[value + 1.0 for value in row] for row in content["curve"]["sft_loss"]]
+        content["curve"]["sft_loss"] = worse
+        path.write_text(json.dumps(content))
+    text, _ = written(cfg, results, tmp_path)
+    assert "is higher by 0.638 nats" in text
+    assert "never is as good as SFT's best" in text
+    worse = text[text.index("**Worse than") : text.index("**Undecided")]
+    assert "KD + SFT, +0.638" in worse
+
+
+def test_nothing_at_all_is_a_page_too(cfg: Any, tmp_path: Path) -> None:
+    text, _ = written(cfg, tmp_path / "none", tmp_path)
+    assert "Not run yet." in text
+    assert not re.search(r"\| \d\.\d", text)
+
+
+def test_functions_are_judged_by_their_syntax_trees() -> None:
+    prompt = 'def f(x):\n    """Twice."""'
+    written = {
+        "the same, other layout": "\n    return (2*x)  # twice",
+        "another": "\n    return x + x",
+        "no body": "\n",
+        "broken": "\n    return 2 * (x",
+        "two functions": "\n    return 2 * x\ndef g(): pass",
+    }
+    samples = [
+        {"prompt": prompt, "reference": "\n    return 2 * x", "completions": {"student": body}}
+        for body in written.values()
+    ]
+    assert judge(samples) == {"samples": 5, "parses": 2, "exact": 1}
+
+
+def test_modules_are_in_one_group_each() -> None:
+    from make_data import Pair
+
+    sizes = {"a": 7, "b": 3, "c": 3, "d": 2, "e": 1}
+    pairs = [Pair("", "", "", m, str(i)) for m, n in sizes.items() for i in range(n)]
+    groups = deal(pairs, 3)
+    home = {(pair.module, group) for pair, group in zip(pairs, groups, strict=True)}
+    assert len(home) == len(sizes)
+    assert sorted(groups.count(group) for group in range(3)) == [4, 5, 7]
