@@ -136,6 +136,8 @@ def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dic
         "run": asdict(run),
         "steps": run.steps(assets.cfg.train.steps),
         "seconds": {"measure": workshop.seconds(measure_step(run, assets))},
+        "versions": report_data.versions(),
+        "machine": report_data.machine(),
     }
     for split in ("valid", "test"):
         prefix = f"{split}/"
