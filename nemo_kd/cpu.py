@@ -186,6 +186,46 @@ def _patch_megatron() -> None:
         return module
 
     WrappedTorchNorm.__new__ = norm
+    _patch_packed_attention()
+
+
+def _patch_packed_attention() -> None:
+    """Megatron's torch attention refuses packed sequences; on a GPU TransformerEngine's takes them.
+
+    Here each sequence of a pack goes through it alone: a block-diagonal causal mask, and no scores
+    are computed that it would mask.
+    """
+    from megatron.core.transformer.dot_product_attention import DotProductAttention
+
+    attention = DotProductAttention.forward
+
+    def forward(
+        self: Any,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        attn_mask_type: Any = None,
+        attention_bias: torch.Tensor | None = None,
+        packed_seq_params: Any = None,
+    ) -> torch.Tensor:
+        """Packed: query [T, heads, width], key and value [T, groups, width] → [T, 1, hidden]."""
+        if packed_seq_params is None:
+            return attention(
+                self, query, key, value, attention_mask, attn_mask_type, attention_bias
+            )
+        ends = packed_seq_params.cu_seqlens_q_padded
+        ends = packed_seq_params.cu_seqlens_q if ends is None else ends
+        lengths = ends.diff().tolist()
+        rows = (tensor.unsqueeze(1).split(lengths) for tensor in (query, key, value))
+        outputs = [
+            attention(self, q, k, v, None, attn_mask_type)
+            for q, k, v in zip(*rows, strict=True)
+            if len(q)
+        ]
+        return torch.cat(outputs)
+
+    DotProductAttention.forward = forward
 
 
 # --- NeMo --------------------------------------------------------------------------------------

@@ -8,18 +8,22 @@ from nemo_kd.data.collate import (
     teacher_at,
 )
 from nemo_kd.data.lengths import OVER_LONG, Fitting, cut_prompt, fit_lengths
-from nemo_kd.data.packing import Packs, first_fit_decreasing
+from nemo_kd.data.packed_batch import collate_packs
+from nemo_kd.data.packing import Packing, Packs, first_fit_decreasing, pack_samples
 
 __all__ = [
     "OVER_LONG",
     "TEACHER_KEYS",
     "Fitting",
+    "Packing",
     "Packs",
     "TeacherRows",
     "TeacherSelection",
+    "collate_packs",
     "collate_teacher",
     "cut_prompt",
     "first_fit_decreasing",
     "fit_lengths",
+    "pack_samples",
     "teacher_at",
 ]

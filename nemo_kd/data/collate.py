@@ -9,7 +9,7 @@ alone.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -48,6 +48,23 @@ class TeacherRows(NamedTuple):
         ids = np.full((answer_tokens, 1), ABSENT_ID)
         logits = np.full(ids.shape, -np.inf, np.float32)
         return cls(ids, logits, np.zeros(answer_tokens, np.float32), 0.0)
+
+    @classmethod
+    def joined(cls, parts: Sequence[TeacherRows]) -> TeacherRows:
+        """Of several samples of one alpha, one after the other; with the most ids of any."""
+        (alpha,) = {part.alpha for part in parts}
+        width = max(part.ids.shape[1] for part in parts)
+
+        def widened(array: NDArray[Any], absent: float) -> NDArray[Any]:
+            missing = width - array.shape[1]
+            return np.pad(array, ((0, 0), (0, missing)), constant_values=absent)
+
+        return cls(
+            np.concatenate([widened(part.ids, ABSENT_ID) for part in parts]),
+            np.concatenate([widened(part.logits, -np.inf) for part in parts]),
+            np.concatenate([part.logsumexp for part in parts]),
+            alpha,
+        )
 
 
 class TeacherSelection(NamedTuple):

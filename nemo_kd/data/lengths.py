@@ -22,6 +22,10 @@ class Fitting:
     cut: int
     dropped: int
 
+    def __len__(self) -> int:
+        """How many items an epoch has."""
+        return len(self.used)
+
     def __str__(self) -> str:
         return (
             f"{self.cut} cut from the left of their prompt, {self.dropped} dropped, "

@@ -12,6 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from nemo_kd.data.lengths import Fitting
+from nemo_kd.store import Store
+
 
 @dataclass(frozen=True)
 class Packs:
@@ -51,6 +54,36 @@ def first_fit_decreasing(lengths: ArrayLike, size: int, seed: int = 0) -> Packs:
     by_pack = np.argsort(pack_of, kind="stable")
     counts = np.bincount(pack_of)
     return Packs(order[by_pack], np.concatenate([[0], counts.cumsum()]))
+
+
+@dataclass(frozen=True)
+class Packing(Fitting):
+    """The used samples of a store in packs; `packs` counts the places in `used`."""
+
+    packs: Packs
+    max_seq_length: int
+    inputs: int
+    """In all packs: a sample of L tokens has L - 1, for its last token is a label alone."""
+
+    def __len__(self) -> int:
+        return len(self.packs)
+
+    def __str__(self) -> str:
+        full = self.inputs / (len(self) * self.max_seq_length)
+        return (
+            f"{len(self.used)} samples in {len(self)} packs of max_seq_length="
+            f"{self.max_seq_length} tokens, {len(self.used) / len(self):.1f} samples a pack, "
+            f"{full:.1%} full"
+        )
+
+
+def pack_samples(store: Store, fitting: Fitting, max_seq_length: int, seed: int = 0) -> Packing:
+    """The samples that `fit_lengths` found, in packs of at most `max_seq_length` inputs."""
+    lengths = np.minimum(store.lengths[fitting.used], max_seq_length) - 1  # longer ones are cut
+    packs = first_fit_decreasing(lengths, max_seq_length, seed)
+    return Packing(
+        fitting.used, fitting.cut, fitting.dropped, packs, max_seq_length, int(lengths.sum())
+    )
 
 
 def _packs_of_falling(sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:

@@ -30,7 +30,7 @@ class StoreSFTDataset(GPTSFTDataset):
         super().__init__(file_path=str(store.directory), **gpt_sft_arguments)
 
     def _load_dataset(self) -> None:
-        self.indexed_dataset = _Examples(self)
+        self.indexed_dataset: Any = _Examples(self)
 
     def _maybe_validate_prompt_template(self) -> None:
         """Templates were applied at the dump."""
@@ -42,7 +42,7 @@ class StoreSFTDataset(GPTSFTDataset):
         """
         self.samples_mapping = None
         if self.max_num_samples is not None:
-            size = len(self.used)
+            size = len(self.indexed_dataset)
             epochs = -(-self.max_num_samples // size)
             self.samples_mapping = OnlineSampleMapping(
                 size, epochs * size, block_size=size, seed=self.shuffle_seed

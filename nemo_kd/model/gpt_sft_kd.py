@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, teacher_at
 from nemo_kd.megatron import gpt_module
+from nemo_kd.model.packed import check_packing
 from nemo_kd.model.reporting import ReportingSFTModel
 from nemo_kd.model.resume import (
     WholeRunBatchSampler,
@@ -57,6 +58,7 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
     # --- data ----------------------------------------------------------------------------------
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
+        check_packing(data_cfg)
         if data_cfg.get("store"):
             stores, datasets = build_store_datasets(self, data_cfg, is_train)
             if is_train:
@@ -68,7 +70,8 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
             raise ValueError(
                 "model.data.train_ds.store is not set, so there are no teacher logits to learn "
                 "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
-                "for SFT alone on model.data.train_ds.file_names"
+                "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
+                "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
             )
         if data_cfg.get("file_names") is None and not is_train:
             return []  # a run without validation data
@@ -151,8 +154,4 @@ def _refuse_unsupported(cfg: DictConfig) -> None:
         raise ValueError(
             f"model.context_parallel_size={cfg.context_parallel_size} is not supported with "
             "distillation yet; use tensor, pipeline, sequence and data parallelism"
-        )
-    if cfg.data.get("train_ds") and cfg.data.train_ds.get("packed_sequence", False):
-        raise ValueError(
-            "model.data.train_ds.packed_sequence=true is not supported with distillation yet"
         )

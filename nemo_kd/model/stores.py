@@ -11,9 +11,10 @@ from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils imp
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from omegaconf import DictConfig
 
-from nemo_kd.data import Fitting, fit_lengths
+from nemo_kd.data import Fitting, Packing, fit_lengths, pack_samples
 from nemo_kd.model.config import store_directories
 from nemo_kd.model.dataset import StoreSFTDataset
+from nemo_kd.model.packed import PackedStoreSFTDataset
 from nemo_kd.store import Store, StoreError
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
@@ -51,11 +52,13 @@ def build_store_datasets(
         if (fitting.cut or fitting.dropped) and not model.global_rank:
             longest = f"more than max_seq_length={data_cfg.max_seq_length} tokens"
             print(f"store {store.directory}: {longest}: {fitting}", file=sys.stderr, flush=True)
+    if data_cfg.get("packed_sequence", False):
+        fitted = [_packed(model, *part, data_cfg) for part in zip(stores, fitted, strict=True)]
     parts = list(zip(stores, fitted, strict=True))
     if not is_train:
         return stores, [_dataset(model, *part, data_cfg, None) for part in parts]
     weights = data_cfg.get("concat_sampling_probabilities")
-    weights = [len(fitting.used) for fitting in fitted] if weights is None else list(weights)
+    weights = [len(fitting) for fitting in fitted] if weights is None else list(weights)
     if len(weights) != len(stores):
         raise StoreError(
             f"concat_sampling_probabilities has {len(weights)} entries for {len(stores)} stores"
@@ -110,6 +113,16 @@ def _check_template(store: Store, data_cfg: DictConfig) -> None:
     store.check(template=asked)
 
 
+def _packed(
+    model: MegatronGPTSFTKDModel, store: Store, fitting: Fitting, data_cfg: DictConfig
+) -> Packing:
+    seed = data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED)
+    packing = pack_samples(store, fitting, data_cfg.max_seq_length, seed)
+    if not model.global_rank:
+        print(f"store {store.directory}: {packing}", file=sys.stderr, flush=True)
+    return packing
+
+
 def _dataset(
     model: MegatronGPTSFTKDModel,
     store: Store,
@@ -130,5 +143,7 @@ def _dataset(
         "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
         "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
     }
-    shuffle_seed = data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED)
-    return StoreSFTDataset(store, fitting, model.kd_schedule.temperature, shuffle_seed, **arguments)
+    order = model.kd_schedule.temperature, data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED)
+    if isinstance(fitting, Packing):
+        return PackedStoreSFTDataset(store, fitting, *order, **arguments)
+    return StoreSFTDataset(store, fitting, *order, **arguments)

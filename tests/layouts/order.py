@@ -36,7 +36,7 @@ def blend(directories: list[str], max_steps: int, **changes: Any) -> BlendableDa
     """The training data of `model.data.train_ds.store`, as the model builds it."""
     model: Any = types.SimpleNamespace(
         trainer=types.SimpleNamespace(max_steps=max_steps),
-        kd=types.SimpleNamespace(temperature=1.0),
+        kd_schedule=types.SimpleNamespace(temperature=1.0),
         cfg=OmegaConf.create({}),
         tokenizer=types.SimpleNamespace(eos_id=2, space_sensitive=False),
         global_rank=0,

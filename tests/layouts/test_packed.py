@@ -1,0 +1,112 @@
+"""Packed sequences: the same losses and gradients as the samples alone, on every layout."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.data import fit_lengths, pack_samples
+from nemo_kd.store import Store
+from tests.conftest import Script
+from tests.layouts.conftest import LAYOUTS, train_overrides
+from tests.layouts.test_refusals import refused
+from tests.layouts.test_train import steps, validations
+from tests.layouts.test_train_resume import EXACT, killed_after, logged
+
+LENGTH = 192  # four packs of the ten held-out samples: even, for two data-parallel ranks
+FUSED = "+model.kd.fused_lm_head=true"
+Options = Callable[[int], list[str]]
+
+
+@pytest.fixture(scope="session")
+def options(dump: Callable[..., Path]) -> Options:
+    """The whole held-out store in each step, so that packs and samples see the same tokens."""
+
+    def get(global_batch_size: int) -> list[str]:
+        return [
+            f"model.data.train_ds.store={dump(split='heldout')}",
+            f"model.global_batch_size={global_batch_size}",
+            "+model.kd.normalize=global_tokens",
+            "trainer.max_steps=4",
+            "trainer.val_check_interval=4",
+        ]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def packed(dump: Callable[..., Path], options: Options) -> list[str]:
+    store = Store(dump(split="heldout"))
+    packs = len(pack_samples(store, fit_lengths(store, LENGTH), LENGTH))
+    assert packs == 4 and len(store) == 10
+    length = f"model.data.train_ds.max_seq_length={LENGTH}"
+    return [*options(packs), length, "model.data.train_ds.packed_sequence=true"]
+
+
+@pytest.mark.parametrize(
+    ("layout", "more"),
+    [
+        ("one", []),
+        pytest.param("one", [FUSED], marks=pytest.mark.slow),
+        pytest.param("tp2", [], marks=pytest.mark.slow),
+        pytest.param("pp2", [], marks=pytest.mark.slow),
+        pytest.param("dp2", [], marks=pytest.mark.slow),
+        pytest.param("tp2sp", [FUSED], marks=pytest.mark.slow),
+    ],
+)
+def test_packs_train_as_their_samples(
+    train: Callable[..., Path],
+    dump: Callable[..., Path],
+    options: Options,
+    packed: list[str],
+    layout: str,
+    more: list[str],
+) -> None:
+    alone = train("one", *options(len(Store(dump(split="heldout")))))
+    together = train(layout, *packed, *more)
+    for a, b in zip(steps(alone), steps(together), strict=True):
+        for name in ("reduced_train_loss", "sft_loss", "kd_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), (a["step"], name)
+    (a,), (b,) = validations(alone), validations(together)
+    assert a["val/heldout/kd_loss"] == pytest.approx(b["val/heldout/kd_loss"], abs=1e-5)
+    text = (together / "stderr.txt").read_text()
+    assert text.count(f"packs of max_seq_length={LENGTH} tokens") == 1
+
+
+@pytest.mark.slow
+def test_a_killed_packed_run_goes_on_exactly(
+    train: Callable[..., Path],
+    dump: Callable[..., Path],
+    tiny: Path,
+    script: Script,
+    tmp_path: Path,
+) -> None:
+    """Packs of the training store, whose epochs end within the run and within a step."""
+    more = ["model.data.train_ds.packed_sequence=true", "trainer.max_steps=12"]
+    processes, layout = LAYOUTS["tp2"]
+    overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), *layout, *more]
+    whole = logged(train("tp2", *more))
+    killed_after(7, overrides, processes, tmp_path)
+    script("train_gpt_sft_kd.py", *overrides, processes=processes)
+    resumed = logged(tmp_path)
+    first = resumed[0]["step"]
+    assert first > 3
+    for line, expected in zip(resumed, whole[first - 1 :], strict=True):
+        assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
+
+
+@pytest.mark.slow
+def test_what_does_not_pack_is_refused(
+    script: Script, tiny: Path, dump: Callable[..., Path], tmp_path: Path
+) -> None:
+    start = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path)
+    start += ["model.data.train_ds.packed_sequence=true"]
+    message = refused(script, "train_gpt_sft_kd.py", *start, "model.micro_batch_size=2")
+    assert "micro_batch_size=2 with packed_sequence=true" in message
+    files = json.dumps([str(tiny / "train.npy")])
+    no_store = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names={files}"]
+    message = refused(script, "train_gpt_sft_kd.py", *start, *no_store)
+    assert "Packed sequences are made from the store itself" in message
