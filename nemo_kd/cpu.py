@@ -162,9 +162,23 @@ class _CudaMeansCpu(TorchFunctionMode):
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
             kwargs = dict(kwargs, device=CPU)
+        if kwargs.get("pin_memory"):  # there is no device to copy to
+            kwargs = dict(kwargs, pin_memory=False)
         if func is torch.Tensor.to:
             args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
         return func(*args, **kwargs)
+
+
+class _TypesOfCuda(TorchFunctionMode):
+    """`parameter.type()` says "torch.cuda.FloatTensor", as Megatron's optimizers want it."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func is torch.Tensor.type and isinstance(result, str):
+            return result.replace("torch.", "torch.cuda.")
+        return result
 
 
 # --- megatron-core -----------------------------------------------------------------------------
@@ -187,6 +201,7 @@ def _patch_megatron() -> None:
 
     WrappedTorchNorm.__new__ = norm
     _patch_packed_attention()
+    _patch_megatron_optimizers()
 
 
 def _patch_packed_attention() -> None:
@@ -228,6 +243,23 @@ def _patch_packed_attention() -> None:
     DotProductAttention.forward = forward
 
 
+def _patch_megatron_optimizers() -> None:
+    """They look at their tensors' type names; all else of them works over gloo."""
+    import megatron.core.optimizer.optimizer as optimizer
+    from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Distributed
+
+    def named(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with _TypesOfCuda():
+                return function(*args, **kwargs)
+
+        return call
+
+    optimizer.clip_grad_by_total_norm_fp32 = named(optimizer.clip_grad_by_total_norm_fp32)
+    build = Distributed._build_model_and_main_param_groups.__func__
+    Distributed._build_model_and_main_param_groups = classmethod(named(build))
+
+
 # --- NeMo --------------------------------------------------------------------------------------
 
 
@@ -265,12 +297,12 @@ def _patch_nemo_apex() -> None:
         local_multi_tensor_l2_norm,
         local_multi_tensor_scale,
     )
+    from nemo.core.optim.mcore_optim import McoreDistributedOptimizer
 
     overrides.HAVE_APEX = clip_grads.HAVE_APEX = True
-    # Only ever asked by isinstance; never built, since their names are refused without CUDA.
-    for name in ("MegatronDistributedFusedAdam", "McoreDistributedOptimizer"):
-        if not hasattr(overrides, name):
-            setattr(overrides, name, type(name, (), {}))
+    overrides.McoreDistributedOptimizer = McoreDistributedOptimizer
+    # apex's own: only ever asked by isinstance.
+    overrides.MegatronDistributedFusedAdam = type("MegatronDistributedFusedAdam", (), {})
     build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = set_defaults
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
     for name in ("MixedFusedRMSNorm", "FusedLayerNorm", "FastLayerNorm"):

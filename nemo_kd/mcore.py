@@ -15,7 +15,15 @@ import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-from nemo_kd.data import TeacherRows, collate_teacher, cut_prompt, fit_lengths, teacher_at
+from nemo_kd.data import (
+    TeacherRows,
+    TeacherSelection,
+    collate_teacher,
+    context_parallel_positions,
+    cut_prompt,
+    fit_lengths,
+    teacher_at,
+)
 from nemo_kd.loss import KDConfig, sft_kd_loss
 from nemo_kd.store import Store, StoreError
 
@@ -100,6 +108,15 @@ class StoreBatches:
         return batch | collate_teacher(teachers)
 
 
+def own_positions(length: int) -> torch.Tensor | None:
+    """[length / C]: the positions of a sequence that this context-parallel rank has; None: all."""
+    size = parallel_state.get_context_parallel_world_size()
+    if size == 1:
+        return None
+    rank = parallel_state.get_context_parallel_rank()
+    return context_parallel_positions(length, rank, size).to(torch.cuda.current_device())
+
+
 def kd_forward_step(
     config: KDConfig, vocab_size: int
 ) -> Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]:
@@ -107,7 +124,9 @@ def kd_forward_step(
 
     Its loss function gives (Σ loss over the micro-batch's answer tokens, their number, sums for
     the logs): the schedule divides by the number, of the micro-batch, or of the global batch with
-    `TransformerConfig.calculate_per_token_loss`. Tensor, pipeline, sequence and data parallel.
+    `TransformerConfig.calculate_per_token_loss`. Tensor, pipeline, sequence and data
+    parallel, and context parallel where the model's attention is. Under a virtual pipeline each
+    chunk of the model has a `StoreBatches` of its own.
     """
 
     def step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
@@ -115,20 +134,29 @@ def kd_forward_step(
             name: tensor.to(torch.cuda.current_device(), non_blocking=True)
             for name, tensor in next(iterator).items()
         }
-        output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
-        return output, partial(_loss, batch, config, vocab_size)
+        at = own_positions(batch["tokens"].shape[1])
+        teacher = teacher_at(batch, batch["loss_mask"], at)
+        tokens, labels, positions = (
+            batch[name] if at is None else batch[name][:, at]
+            for name in ("tokens", "labels", "position_ids")
+        )
+        output = model(tokens, positions, attention_mask=None)
+        return output, partial(_loss, labels, teacher, config, vocab_size)
 
     return step
 
 
 def _loss(
-    batch: Batch, config: KDConfig, vocab_size: int, logits: torch.Tensor
+    labels: torch.Tensor,
+    teacher: TeacherSelection,
+    config: KDConfig,
+    vocab_size: int,
+    logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """logits [B, S, Vp] of this tensor-parallel rank."""
-    teacher = teacher_at(batch, batch["loss_mask"])
+    """labels [B, S], logits [B, S, Vp] of this tensor- and context-parallel rank."""
     result = sft_kd_loss(
         logits.transpose(0, 1),
-        batch["labels"].t(),
+        labels.t(),
         teacher.topk,
         config,
         group=parallel_state.get_tensor_model_parallel_group(),

@@ -39,6 +39,7 @@ def prepare(cfg: DictConfig) -> None:
 
     Call before anything of NeMo is imported.
     """
+    _refuse_virtual_pipeline(cfg)
     # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     on_cpu = cpu.install()
@@ -46,23 +47,49 @@ def prepare(cfg: DictConfig) -> None:
         _quiet()
     if not on_cpu:
         return
-    precision = str(cfg.trainer.precision)
-    if precision not in CPU_PRECISIONS:
-        raise LayoutError(
-            f"trainer.precision={precision} does not work on a CPU; "
-            f"choose one of {', '.join(CPU_PRECISIONS)}"
-        )
-    if precision != "32" and cfg.model.pipeline_model_parallel_size > 1:
-        # Stages would hand on tensors of another type than Megatron's buffers: wrong gradients.
-        raise LayoutError(
-            f"trainer.precision={precision} does not work over pipeline stages on a CPU; set "
-            "trainer.precision=32 or model.pipeline_model_parallel_size=1"
-        )
+    _refuse_on_cpu(cfg)
     with open_dict(cfg):
         for key, value in cpu.cpu_settings(cfg.trainer.precision).items():
             OmegaConf.update(cfg, key, value, force_add=True)
         if cfg.model.get("optim") and cfg.model.optim.name in ("fused_adam", "megatron_fused_adam"):
             cfg.model.optim.name = "adamw"  # the same arithmetic without apex
+
+
+def _refuse_virtual_pipeline(cfg: DictConfig) -> None:
+    size = cfg.model.get("virtual_pipeline_model_parallel_size") or 1
+    if size > 1:
+        raise LayoutError(
+            f"model.virtual_pipeline_model_parallel_size={size}: NeMo 2.4 builds no virtual "
+            "pipelines any more, on any device; leave it at null, or train with nemo_kd.mcore "
+            "(examples/megatron_core/train.py --virtual-pipeline)"
+        )
+
+
+def _refuse_on_cpu(cfg: DictConfig) -> None:
+    """What would fail deep inside Megatron, or be silently wrong."""
+    precision, model = str(cfg.trainer.precision), cfg.model
+    if precision not in CPU_PRECISIONS:
+        raise LayoutError(
+            f"trainer.precision={precision} does not work on a CPU; "
+            f"choose one of {', '.join(CPU_PRECISIONS)}"
+        )
+    if precision != "32" and model.pipeline_model_parallel_size > 1:
+        # Stages would hand on tensors of another type than Megatron's buffers: wrong gradients.
+        raise LayoutError(
+            f"trainer.precision={precision} does not work over pipeline stages on a CPU; set "
+            "trainer.precision=32 or model.pipeline_model_parallel_size=1"
+        )
+    if model.get("context_parallel_size", 1) > 1:
+        raise LayoutError(
+            f"model.context_parallel_size={model.context_parallel_size} does not work on a CPU: "
+            "attention over a cut sequence is TransformerEngine's alone; set it to 1"
+        )
+    optimizer = model.get("optim") or {}
+    if optimizer.get("name") == "distributed_fused_adam":
+        raise LayoutError(
+            "model.optim.name=distributed_fused_adam is apex's, which has no CPU version; set "
+            "mcore_distributed_optim, Megatron-core's own distributed optimizer"
+        )
 
 
 def _quiet() -> None:

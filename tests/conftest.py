@@ -19,29 +19,30 @@ Script = Callable[..., subprocess.CompletedProcess[str]]
 Shared = Callable[[str, Callable[[Path], None]], Path]
 
 
+def run_script(
+    name: str, *overrides: str, processes: int = 1, fails: bool = False, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run `examples/NAME` on `processes` ranks under torchrun; a failure shows its output."""
+    launcher = [sys.executable]
+    if processes > 1:
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        launcher += [*torchrun, f"--nproc_per_node={processes}"]
+    done = subprocess.run(
+        [*launcher, str(ROOT / "examples" / name), *overrides],
+        env={**environment(), **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    if (done.returncode != 0) != fails:
+        raise AssertionError(done.stdout[-4000:] + done.stderr[-8000:])
+    return done
+
+
 @pytest.fixture(scope="session")
 def script() -> Script:
-    """Run `examples/NAME` on `processes` ranks under torchrun; a failure shows its output."""
-
-    def run(
-        name: str, *overrides: str, processes: int = 1, fails: bool = False, **variables: str
-    ) -> subprocess.CompletedProcess[str]:
-        launcher = [sys.executable]
-        if processes > 1:
-            torchrun = ["-m", "torch.distributed.run", "--standalone"]
-            launcher += [*torchrun, f"--nproc_per_node={processes}"]
-        done = subprocess.run(
-            [*launcher, str(ROOT / "examples" / name), *overrides],
-            env={**environment(), **variables},
-            capture_output=True,
-            text=True,
-            timeout=600,
-        )
-        if (done.returncode != 0) != fails:
-            raise AssertionError(done.stdout[-4000:] + done.stderr[-8000:])
-        return done
-
-    return run
+    """`run_script`."""
+    return run_script
 
 
 @pytest.fixture(scope="session")

@@ -35,6 +35,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument(
+        "--virtual-pipeline", type=int, default=1, help="parts of the model on each pipeline stage"
+    )
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--seed", type=int, default=1234)
     return parser.parse_args()
@@ -51,12 +54,18 @@ def start(args: argparse.Namespace) -> None:
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
-    parallel_state.initialize_model_parallel(args.tensor_parallel, args.pipeline_parallel)
+    interleaved = args.virtual_pipeline if args.virtual_pipeline > 1 else None
+    parallel_state.initialize_model_parallel(
+        args.tensor_parallel, args.pipeline_parallel, interleaved
+    )
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
 
 
-def student(args: argparse.Namespace, vocab_size: int) -> torch.nn.Module:
-    """A small Llama-like GPTModel, wrapped for data parallelism."""
+def student(args: argparse.Namespace, vocab_size: int) -> list[torch.nn.Module]:
+    """A small Llama-like GPTModel, wrapped for data parallelism.
+
+    This rank's parts of it: one, or as many as a virtual pipeline has.
+    """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
@@ -64,6 +73,7 @@ def student(args: argparse.Namespace, vocab_size: int) -> torch.nn.Module:
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
     from megatron.core.transformer import TransformerConfig
 
+    interleaves = args.virtual_pipeline > 1
     config = TransformerConfig(
         num_layers=args.layers,
         hidden_size=args.hidden_size,
@@ -72,6 +82,10 @@ def student(args: argparse.Namespace, vocab_size: int) -> torch.nn.Module:
         tensor_model_parallel_size=args.tensor_parallel,
         pipeline_model_parallel_size=args.pipeline_parallel,
         sequence_parallel=args.sequence_parallel,
+        virtual_pipeline_model_parallel_size=args.virtual_pipeline if interleaves else None,
+        # In one batch, messages of both directions between the same two stages would be mixed up.
+        overlap_p2p_comm=interleaves,
+        batch_p2p_comm=not interleaves,
         pipeline_dtype=torch.float32,
         use_cpu_initialization=not torch.cuda.is_available(),
         normalization="RMSNorm",
@@ -85,18 +99,25 @@ def student(args: argparse.Namespace, vocab_size: int) -> torch.nn.Module:
     )
     torch.manual_seed(args.seed)
     multiple = 8 * args.tensor_parallel
-    model = GPTModel(
-        config,
-        get_gpt_layer_local_spec(normalization="RMSNorm"),
-        vocab_size=-(-vocab_size // multiple) * multiple,
-        max_sequence_length=args.seq_length,
-        pre_process=parallel_state.is_pipeline_first_stage(),
-        post_process=parallel_state.is_pipeline_last_stage(),
-        parallel_output=True,
-        position_embedding_type="rope",
-    ).to(torch.cuda.current_device())
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
-    return DistributedDataParallel(config, ddp, model)
+    parts: list[torch.nn.Module] = []
+    for part in range(args.virtual_pipeline):
+        stage = {"vp_stage": part} if interleaves else {}
+        where = {"ignore_virtual": not interleaves, **stage}
+        gpt = GPTModel(
+            config,
+            get_gpt_layer_local_spec(normalization="RMSNorm"),
+            vocab_size=-(-vocab_size // multiple) * multiple,
+            max_sequence_length=args.seq_length,
+            pre_process=parallel_state.is_pipeline_first_stage(**where),
+            post_process=parallel_state.is_pipeline_last_stage(**where),
+            parallel_output=True,
+            position_embedding_type="rope",
+            **stage,
+        ).to(torch.cuda.current_device())
+        # Only the first part's gradients are reduced while the backward still runs.
+        parts.append(DistributedDataParallel(config, ddp, gpt, disable_bucketing=part > 0))
+    return parts
 
 
 def main() -> None:
@@ -117,27 +138,31 @@ def main() -> None:
     store = Store(args.store)
     vocab_size = store.manifest.spec.vocab_size
     model = student(args, vocab_size)
-    clip = 1.0 if torch.cuda.is_available() else 0.0  # Megatron clips CUDA's gradients alone
-    optimizer = get_megatron_optimizer(OptimizerConfig(lr=args.lr, clip_grad=clip), [model])
-    batches = iter(
-        StoreBatches(
-            store,
-            seq_length=args.seq_length,
-            micro_batch_size=args.micro_batch_size,
-            global_batch_size=args.global_batch_size,
-            temperature=args.temperature,
-            seed=args.seed,
+    optimizer = get_megatron_optimizer(OptimizerConfig(lr=args.lr, clip_grad=1.0), model)
+    # Each part of the model reads the micro-batches by itself, at its own time.
+    batches = [
+        iter(
+            StoreBatches(
+                store,
+                seq_length=args.seq_length,
+                micro_batch_size=args.micro_batch_size,
+                global_batch_size=args.global_batch_size,
+                temperature=args.temperature,
+                seed=args.seed,
+            )
         )
-    )
+        for _ in model
+    ]
     step = kd_forward_step(KDConfig(alpha=args.alpha, temperature=args.temperature), vocab_size)
     replicas = parallel_state.get_data_parallel_world_size()
     for number in range(1, args.steps + 1):
-        model.zero_grad_buffer()
+        for part in model:
+            part.zero_grad_buffer()
         optimizer.zero_grad()
         reports = get_forward_backward_func()(
             forward_step_func=step,
-            data_iterator=batches,
-            model=[model],
+            data_iterator=batches if len(model) > 1 else batches[0],
+            model=model,
             num_microbatches=args.global_batch_size // (args.micro_batch_size * replicas),
             seq_length=args.seq_length,
             micro_batch_size=args.micro_batch_size,

@@ -7,6 +7,7 @@ from nemo_kd.data.collate import (
     collate_teacher,
     teacher_at,
 )
+from nemo_kd.data.context import context_parallel_positions
 from nemo_kd.data.lengths import OVER_LONG, Fitting, cut_prompt, fit_lengths
 from nemo_kd.data.packed_batch import collate_packs
 from nemo_kd.data.packing import Packing, Packs, first_fit_decreasing, pack_samples
@@ -21,6 +22,7 @@ __all__ = [
     "TeacherSelection",
     "collate_packs",
     "collate_teacher",
+    "context_parallel_positions",
     "cut_prompt",
     "first_fit_decreasing",
     "fit_lengths",

@@ -105,14 +105,21 @@ def collate_teacher(teachers: Sequence[TeacherRows]) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def teacher_at(batch: dict[str, torch.Tensor], loss_mask: torch.Tensor) -> TeacherSelection:
+def teacher_at(
+    batch: dict[str, torch.Tensor],
+    loss_mask: torch.Tensor,
+    positions: torch.Tensor | None = None,
+) -> TeacherSelection:
     """The teacher's rows for logits in Megatron's `[S, B, Vp]` layout.
 
     loss_mask [B, S]: nonzero where the label is an answer token; the a-th nonzero position of
-    sample b belongs to row `[b, a]` of the teacher tensors.
+    sample b belongs to row `[b, a]` of the teacher tensors. With `positions` [P] of the sequence,
+    such as a context-parallel rank has, the logits are those there, `[P, B, Vp]`.
     """
     mask = loss_mask.bool()
     row_of_position = mask.long().cumsum(dim=1) - 1  # [B, S]
+    if positions is not None:
+        mask, row_of_position = mask[:, positions], row_of_position[:, positions]  # [B, P]
     s, b = mask.t().nonzero(as_tuple=True)  # [N] each, row-major in [S, B]
     a = row_of_position[b, s]
     ids, logits, logsumexp = (batch[key] for key in TEACHER_KEYS[:3])

@@ -23,7 +23,9 @@ from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, teacher_at
+from nemo_kd.mcore import own_positions
 from nemo_kd.megatron import gpt_module
+from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.packed import check_packing
 from nemo_kd.model.reporting import ReportingSFTModel
 from nemo_kd.model.resume import (
@@ -117,7 +119,8 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
         if teacher and parallel_state.is_pipeline_last_stage():
             device = torch.cuda.current_device()
             on_device = {key: value.to(device, non_blocking=True) for key, value in teacher.items()}
-            self.student_loss.teacher = teacher_at(on_device, batch["loss_mask"].to(device))
+            mask = batch["loss_mask"].to(device)
+            self.student_loss.teacher = teacher_at(on_device, mask, own_positions(mask.shape[1]))
         return batch
 
     # --- loss ----------------------------------------------------------------------------------
@@ -151,7 +154,18 @@ def _refuse_unsupported(cfg: DictConfig) -> None:
     if not cfg.get("mcore_gpt", False):
         raise ValueError("model.mcore_gpt must be true: nemo_kd works with Megatron-core models")
     if cfg.get("context_parallel_size", 1) > 1:
+        _refuse_with_context_parallelism(cfg)
+
+
+def _refuse_with_context_parallelism(cfg: DictConfig) -> None:
+    where = f"model.context_parallel_size={cfg.context_parallel_size}"
+    if kd_training_config(cfg.get("kd")).positions != "all":
         raise ValueError(
-            f"model.context_parallel_size={cfg.context_parallel_size} is not supported with "
-            "distillation yet; use tensor, pipeline, sequence and data parallelism"
+            f"model.kd.positions={cfg.kd.positions} with {where}: each rank would choose among its "
+            "own part of a sequence; set model.kd.positions=all"
+        )
+    if cfg.data.get("train_ds") and cfg.data.train_ds.get("packed_sequence", False):
+        raise ValueError(
+            f"model.data.train_ds.packed_sequence=true with {where} is not supported: samples of a "
+            "store are not padded so that each could be cut; set one of them back"
         )

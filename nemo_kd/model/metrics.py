@@ -67,12 +67,14 @@ class MetricSums:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
 
         Empty where there was no micro-batch of a store; NaN for what is known of no token.
-        Collectives: an all-reduce over the data-parallel group, a broadcast from the last pipeline
-        stage to the others.
+        Collectives: an all-reduce over the data- and context-parallel ranks, a broadcast from the
+        last pipeline stage to the others.
         """
         device = torch.cuda.current_device()
         flat = torch.cat([self.calibration.to(device), self.sums.to(device).flatten()])
-        torch.distributed.all_reduce(flat, group=parallel_state.get_data_parallel_group())
+        # A context-parallel rank has added the tokens of its part of each sequence.
+        everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
+        torch.distributed.all_reduce(flat, group=everyone)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
             torch.distributed.broadcast(
                 flat,

@@ -131,12 +131,15 @@ def _dataset(
     num_samples: int | None,
 ) -> StoreSFTDataset:
     tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
+    # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
+    # parallelism into two chunks for each of its own.
+    multiple = 8 * tensor_size if model.cfg.get("sequence_parallel") else 16
+    multiple *= model.cfg.get("context_parallel_size", 1)
     arguments: dict[str, Any] = {
         "tokenizer": model.tokenizer,
         "max_seq_length": data_cfg.max_seq_length,
         "min_seq_length": data_cfg.min_seq_length,
-        # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks.
-        "pad_seq_length_to_mult": 8 * tensor_size if model.cfg.get("sequence_parallel") else 16,
+        "pad_seq_length_to_mult": multiple,
         "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
         "max_num_samples": num_samples,
         "truncation_field": None,

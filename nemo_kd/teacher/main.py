@@ -109,6 +109,12 @@ def check_kind(cfg: DictConfig) -> None:
                 f"{path} is a Hugging Face checkpoint: set teacher.kind=hf, or make a .nemo of it "
                 "with examples/convert_hf_to_nemo.py"
             )
+        if cfg.model.context_parallel_size > 1:
+            raise megatron.LayoutError(
+                f"model.context_parallel_size={cfg.model.context_parallel_size}: a forward pass "
+                "alone needs none; set it to 1, and for long samples raise "
+                "model.tensor_model_parallel_size or lower max_tokens_per_micro_batch"
+            )
         return
     if path.suffix == ".nemo":
         raise megatron.LayoutError(f"{path} is NeMo's: set teacher.kind=nemo")

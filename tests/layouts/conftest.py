@@ -21,6 +21,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "tp2sp": (2, [f"{TENSOR}=2", "model.sequence_parallel=true"]),
     "pp2": (2, [f"{PIPELINE}=2"]),
     "dp2": (2, []),
+    "dp2dist": (2, ["model.optim.name=mcore_distributed_optim"]),  # Adam's state cut over DP
     "tp4": (4, [f"{TENSOR}=4"]),
     "tp2pp2": (4, [f"{TENSOR}=2", f"{PIPELINE}=2"]),
 }

@@ -9,12 +9,19 @@ import pytest
 
 from tests.conftest import Script
 
+EXAMPLE = "megatron_core/train.py"
+
 
 def losses(
-    script: Script, store: Path, *options: str, processes: int = 1, steps: int = 6
+    script: Script,
+    store: Path,
+    *options: str,
+    processes: int = 1,
+    steps: int = 6,
+    program: str = EXAMPLE,
 ) -> list[dict[str, float]]:
     done = script(
-        "megatron_core/train.py",
+        program,
         f"--store={store}",
         f"--steps={steps}",
         "--lr=0.01",
@@ -56,3 +63,19 @@ def test_other_layouts_learn(
     lines = losses(script, dump(), *options, processes=processes, steps=12)
     assert lines[-1]["kd_loss"] < lines[0]["kd_loss"] - 0.3
     assert lines[-1]["sft_loss"] < lines[0]["sft_loss"] - 0.3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [1, 2])
+def test_pipelines_train_as_one_process(
+    script: Script, dump: Callable[..., Path], parts: int
+) -> None:
+    """From the same weights; interleaved, each loss must meet its own micro-batch's teacher."""
+    options = ["--micro-batch-size=1", "--global-batch-size=8"]
+    program = "../tests/layouts/interleaved.py"
+    one = losses(script, dump(), *options, program=program)
+    cut = [*options, "--pipeline-parallel=2", f"--virtual-pipeline={parts}"]
+    other = losses(script, dump(), *cut, processes=2, program=program)
+    for a, b in zip(one, other, strict=True):
+        assert a == pytest.approx(b, abs=1e-4)
+    assert one[-1]["kd_loss"] < one[0]["kd_loss"] - 0.3

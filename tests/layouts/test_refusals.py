@@ -30,6 +30,10 @@ def refused(script: Script, name: str, *overrides: str) -> str:
         ("+model.kd.alpha=0.5 model.kd.kd_weight=1", "both given"),
         ("model.restore_from_path=/nowhere.nemo", "no checkpoint at /nowhere.nemo"),
         ("model.pipeline_model_parallel_size=2", "does not work over pipeline stages on a CPU"),
+        ("+model.virtual_pipeline_model_parallel_size=2", "NeMo 2.4 builds no virtual pipelines"),
+        ("trainer.precision=32 model.context_parallel_size=2", "TransformerEngine's alone"),
+        ("trainer.precision=32 model.optim.name=distributed_fused_adam", "is apex's"),
+        ("+model.data.train_ds.overlong=drop", "did you mean model.data.train_ds.over_long?"),
     ],
 )
 def test_settings(
@@ -87,6 +91,20 @@ def dump_refused(script: Script, tiny: Path, tmp_path: Path, data: Path, *more: 
 def test_more_logits_than_words(script: Script, tiny: Path, tmp_path: Path) -> None:
     message = dump_refused(script, tiny, tmp_path, tiny / "train.jsonl", "+model.kd.top_k=501")
     assert "top_k must be in [1, vocab_size=500], not 501" in message
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("+model.kd.topk=5", "did you mean model.kd.top_k?"),
+        ("model.context_parallel_size=2", "a forward pass alone needs none"),
+        ("+model.virtual_pipeline_model_parallel_size=2", "NeMo 2.4 builds no virtual pipelines"),
+    ],
+)
+def test_settings_of_a_dump(
+    script: Script, tiny: Path, tmp_path: Path, override: str, message: str
+) -> None:
+    assert message in dump_refused(script, tiny, tmp_path, tiny / "train.jsonl", override)
 
 
 def test_record_without_an_answer(script: Script, tiny: Path, tmp_path: Path) -> None:

@@ -1,0 +1,22 @@
+"""Context parallelism up to the attention, in real processes: see `context.py`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import Script
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
+def test_loss_gradient_and_metrics_over_nemos_own_cut_are_those_of_the_whole(
+    script: Script, tmp_path: Path, ranks: int
+) -> None:
+    script("../tests/layouts/context.py", str(tmp_path / "found.json"), processes=ranks)
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["loss"] < 1e-6 and found["gradient"] < 1e-7 < 1e-3 < found["largest_gradient"]
+    assert len(found["metrics"]) > 8
+    for name, difference in found["metrics"].items():
+        assert difference < 1e-6, name
