@@ -1,0 +1,140 @@
+"""Code blocks of the documentation, and a check for each kind of command in them."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import re
+import shlex
+import subprocess
+from collections.abc import Iterator
+from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import typer
+from hydra import compose, initialize_config_dir
+
+from nemo_kd.cli.main import main
+from nemo_kd.commandline import accept_every_spelling
+from nemo_kd.model.config import check_data, kd_training_config
+from nemo_kd.teacher.config import dump_config
+from tests.conftest import ROOT
+
+FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
+ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
+# Run on its own, its exit status says what this machine has: tests/cli/test_doctor.py.
+NOT_RUN = ("doctor",)
+
+
+@dataclass(frozen=True)
+class Block:
+    page: str
+    language: str
+    text: str
+
+    @property
+    def first_line(self) -> str:
+        return self.text.splitlines()[0].strip()
+
+
+def blocks_of(page: Path) -> list[Block]:
+    found = FENCE.findall(page.read_text())
+    return [Block(page.name, language, dedent(text)) for _, language, text in found]
+
+
+def check_bash(text: str) -> None:
+    """Bash can read it, and each of its commands is one that works here."""
+    done = subprocess.run(["bash", "-n"], input=text, capture_output=True, text=True)
+    assert not done.returncode, done.stderr
+    for words in commands(text):
+        check_command(words)
+
+
+def check_console(text: str) -> None:
+    """After `$ ` a command; what follows is what it prints."""
+    for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
+        lines = part.splitlines()
+        (words,) = commands(lines[0])
+        assert words[0] == "nemo-kd"
+        printed = run_nemo_kd(words[1:]).strip("\n").splitlines()
+        assert [line.rstrip() for line in printed] == [line.rstrip() for line in lines[1:]], (
+            "the page shows another output"
+        )
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    for line in text.replace("\\\n", " ").splitlines():
+        if words := shlex.split(line, comments=True):
+            yield words
+
+
+def check_command(words: list[str]) -> None:
+    """An unknown program fails: a new kind of command wants a check of its own here."""
+    while words and (variable := ASSIGNMENT.fullmatch(words[0])):
+        if variable[1] == "DUMP_ARGUMENTS":
+            check_overrides("dump_teacher_topk", variable[2].split())
+        words = words[1:]
+    scripts = [i for i, word in enumerate(words) if re.search(r"examples/\w+\.py$", word)]
+    if words[:2] == ["python", "-m"]:
+        assert importlib.util.find_spec(words[2]), words[2]
+    elif scripts and words[0] in ("python", "torchrun", "docker"):
+        check_script(Path(words[scripts[0]]).stem, words[scripts[0] + 1 :])
+    elif words[0] == "nemo-kd":
+        if words[1] not in NOT_RUN:
+            run_nemo_kd(words[1:])
+    elif words[0] == "examples/slurm/submit.sh":
+        check_overrides("train_gpt_sft_kd", words[1:])
+    elif words[0] == "make":
+        subprocess.run(["make", "-n", *words[1:]], cwd=ROOT, check=True, capture_output=True)
+    elif words[:2] == ["docker", "build"]:
+        assert (ROOT / "Dockerfile").is_file()
+    else:
+        assert words[0] == "export", f"no check for the command {shlex.join(words)}"
+
+
+def run_nemo_kd(arguments: list[str]) -> str:
+    """For real, in the current directory."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), redirect_stderr(printed), pytest.raises(SystemExit) as left:
+        main(arguments)
+    assert not left.value.code, printed.getvalue()
+    return printed.getvalue()
+
+
+def check_script(name: str, arguments: list[str]) -> None:
+    if (ROOT / "conf" / f"{name}.yaml").exists():
+        check_overrides(name, arguments)
+    else:  # a typer program
+        command = program(name)
+        context = typer.Context(command)
+        command.make_parser(context).parse_args(list(arguments))
+
+
+def check_overrides(name: str, overrides: list[str]) -> None:
+    """Hydra composes them, and the checks of a run's beginning know every key."""
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        cfg = compose(name, accept_every_spelling(overrides))
+    if name == "train_gpt_sft_kd":
+        kd_training_config(cfg.model.kd)
+        check_data(cfg.model.data)
+    elif "teacher" in cfg:
+        dump_config(cfg)
+    elif "data" in cfg.model:
+        check_data(cfg.model.data)
+
+
+@cache
+def program(name: str) -> typer.core.TyperCommand:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    app = typer.Typer(add_completion=False)
+    app.command()(module.main)
+    command = typer.main.get_command(app)
+    assert isinstance(command, typer.core.TyperCommand)
+    return command

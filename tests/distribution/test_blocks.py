@@ -1,0 +1,157 @@
+"""Every code block of the documentation is run, composed or parsed; a new kind of one fails."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import io
+import re
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+import nemo_kd.loss
+from nemo_kd.cli.main import main
+from nemo_kd.loss import vocab_parallel_topk
+from tests.checkpoints import models
+from tests.conftest import ROOT
+from tests.distribution.blocks import Block, blocks_of, check_bash, check_console
+from tests.store.samples import sample, spec, write
+
+PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+# Page and first line of each block without a check here → where it has one, or why it needs none.
+EXEMPT = {
+    ("design.md", "JSONL (SFT)  +  teacher.nemo"): "a picture",
+    ("loss.md", "loss = sft_weight · CE + kd_weight · T² · D(p, q)            nats a token"): (
+        "formulas"
+    ),
+    ("nemo_aligner.md", "python examples/nlp/gpt/train_gpt_knowledge_distillation.py"): (
+        "NeMo-Aligner's own command, for comparison"
+    ),
+    ("store.md", "store/"): "a picture",
+    ("store.md", "import json, numpy as np"): "tests/store/test_page.py",
+}
+
+
+def exempt(block: Block) -> bool:
+    return any(
+        block.page == page and block.first_line.startswith(line.strip()) for page, line in EXEMPT
+    )
+
+
+@cache
+def sentencepiece_model() -> bytes:
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(models.TEXT.splitlines()),
+        model_writer=model,
+        vocab_size=300,
+        minloglevel=2,
+    )
+    return model.getvalue()
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current directory, with the files that the pages name: a store and its tokenizer, and
+    the same as NeMo-Aligner's JSONL."""
+    model = tmp_path / "tokenizer.model"
+    model.write_bytes(sentencepiece_model())
+    of = spec(vocab_size=300, tokenizer={"library": "sentencepiece", "path": str(model)})
+    write(tmp_path / "store", of, [sample(row, of, answers=1 + row % 4) for row in range(7)])
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "100")
+    (tmp_path / "data").mkdir()
+    for part in ("train", "val"):
+        with pytest.raises(SystemExit) as left:
+            main(["convert", "store", f"data/{part}_with_logits_0.jsonl"])
+        assert not left.value.code
+    return tmp_path
+
+
+def names(page: str) -> dict[str, Any]:
+    """What a reader has at hand when the page's Python begins."""
+    if page != "loss.md":
+        return {}
+    torch.manual_seed(0)
+    teacher = vocab_parallel_topk(torch.randn(5, 300), 7)
+    return {
+        "logits": torch.randn(5, 300, requires_grad=True),
+        "labels": torch.randint(300, (5,)),
+        "top_logits": teacher.logits,
+        "top_ids": teacher.ids,
+        "logsumexp": teacher.logsumexp,
+    }
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda page: page.name)
+def test_the_blocks_of_a_page_work(page: Path, world: Path) -> None:
+    namespace = names(page.name)
+    for block in blocks_of(page):
+        if exempt(block):
+            continue
+        match block.language:
+            case "bash":
+                check_bash(block.text)
+            case "console":
+                check_console(block.text)
+            case "yaml":
+                check_yaml(block.text)
+            case "python" if page.name == "design.md":
+                check_signatures(block.text)
+            case "python":
+                exec(block.text, namespace)
+            case other:
+                pytest.fail(f"no check for a block of {other!r}: {block.first_line}")
+    if "logits" in namespace:
+        assert np.isfinite(namespace["logits"].grad).all()
+
+
+def check_yaml(text: str) -> None:
+    for file in re.findall(r'--8<-- "(.+)"', text):
+        text = (ROOT / file).read_text()
+    assert isinstance(yaml.safe_load(text), dict)
+
+
+def check_signatures(text: str) -> None:
+    """`name(a, b, *, c=1, ...)` of `nemo_kd.loss` as the page prints it."""
+    printed = re.findall(r"^(\w+)\((.*?)(, \.\.\.)?\)(?= +->| +#|$)", text, re.MULTILINE)
+    assert printed
+    for name, arguments, more in printed:
+        (function,) = ast.parse(f"def f({arguments}): ...").body
+        assert isinstance(function, ast.FunctionDef)
+        said = [a.arg for a in (*function.args.args, *function.args.kwonlyargs)]
+        real = list(inspect.signature(getattr(nemo_kd.loss, name)).parameters)
+        assert said == (real[: len(said)] if more else real), name
+
+
+def test_every_exemption_is_of_a_block_that_there_is() -> None:
+    blocks = [block for page in PAGES for block in blocks_of(page)]
+    for page, line in EXEMPT:
+        assert any(b.page == page and b.first_line.startswith(line.strip()) for b in blocks), line
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "python examples/train_gpt_sft_kd.py model.nothing=1",
+        "python examples/train_gpt_sft_kd.py +model.kd.topk=1",
+        "python examples/dump_teacher_topk.py +data.overlong=x",
+        "python examples/convert_hf_to_nemo.py a b.nemo --layers 1",
+        "python examples/no_such_script.py a=1",
+        "nemo-kd stats nowhere",
+        "make nothing",
+        "rm -rf store",
+        "if true",
+    ],
+)
+def test_a_block_that_does_not_work_fails(text: str, world: Path) -> None:
+    with pytest.raises(BaseException):  # noqa: B017 (each program has its own)
+        check_bash(text)
