@@ -139,7 +139,7 @@ SPLIT_KEYS = (
     "sample_weight",
 )
 DATA_KEYS = {
-    "train_ds": (*SPLIT_KEYS, "concat_sampling_probabilities", "shuffle_seed"),
+    "train_ds": (*SPLIT_KEYS, "alpha", "concat_sampling_probabilities", "shuffle_seed"),
     "validation_ds": (
         *SPLIT_KEYS,
         "names",
@@ -160,3 +160,34 @@ def store_directories(data_cfg: DictConfig) -> list[str]:
     """The stores that a training or validation block names: none, one, or a list."""
     stores = data_cfg.get("store") or []
     return [stores] if isinstance(stores, str) else [str(store) for store in stores]
+
+
+def sft_files(data_cfg: DictConfig) -> list[str]:
+    """The SFT files that a training or validation block names: none, one, or a list."""
+    files = data_cfg.get("file_names") or []
+    return [files] if isinstance(files, str) else [str(file) for file in files]
+
+
+def store_alphas(data_cfg: DictConfig, kd: KDTrainingConfig) -> list[float | None]:
+    """One for each store of a block: its own alpha, or None for the training's weights.
+
+    Errors: ValueError for another number of them, one outside [0, 1], or beside weights.
+    """
+    stores, alphas = store_directories(data_cfg), data_cfg.get("alpha")
+    if alphas is None:
+        return [None] * len(stores)
+    alphas = [alphas] if isinstance(alphas, int | float) else list(alphas)
+    if len(alphas) != len(stores):
+        raise ValueError(
+            f"model.data.train_ds.alpha has {len(alphas)} entries for {len(stores)} stores: one "
+            "for each, null for model.kd.alpha (files have no teacher, and none)"
+        )
+    for alpha in alphas:
+        if alpha is not None and not 0 <= alpha <= 1:
+            raise ValueError(f"model.data.train_ds.alpha has {alpha}: expected values in [0, 1]")
+    if (kd.sft_weight, kd.kd_weight) != (None, None):
+        raise ValueError(
+            "model.data.train_ds.alpha gives stores weights of their own: use model.kd.alpha for "
+            "the others, not sft_weight and kd_weight"
+        )
+    return alphas

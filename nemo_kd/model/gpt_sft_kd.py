@@ -19,23 +19,22 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, teacher_at
 from nemo_kd.mcore import own_positions
 from nemo_kd.megatron import gpt_module
-from nemo_kd.model.config import kd_training_config
+from nemo_kd.model.blend import blend, build_datasets
+from nemo_kd.model.config import kd_training_config, sft_files, store_directories
 from nemo_kd.model.packed import check_packing
 from nemo_kd.model.reporting import ReportingSFTModel
 from nemo_kd.model.resume import (
     WholeRunBatchSampler,
-    check_same_stores,
-    remember_stores,
+    check_same_data,
+    remember_data,
     trained_on,
 )
-from nemo_kd.model.stores import build_store_datasets
-from nemo_kd.store import Store
 
 NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
 
@@ -52,7 +51,7 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
         super().__init__(cfg, trainer)
         # What is saved must load in a NeMo without this package.
         self.cfg.target = NEMO_SFT
-        self._train_stores: list[Store] = []
+        self._train_data: list[dict[str, str]] = []
         gpt = gpt_module(self)
         if gpt.post_process:
             self.student_loss.attach(gpt, self.kd_schedule.fused_lm_head)
@@ -61,13 +60,15 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         check_packing(data_cfg)
-        if data_cfg.get("store"):
-            stores, datasets = build_store_datasets(self, data_cfg, is_train)
-            if is_train:
-                self._train_stores = stores
-                with open_dict(self.cfg):  # what a `.nemo` says of itself
-                    self.cfg.kd_train_stores = trained_on(stores)
-            return datasets
+        packed_files = bool(sft_files(data_cfg)) and data_cfg.get("packed_sequence", False)
+        if store_directories(data_cfg) or (not is_train and not packed_files):
+            datasets = build_datasets(self, data_cfg)
+            if not is_train:
+                return datasets
+            self._train_data = trained_on(datasets)
+            with open_dict(self.cfg):  # what a `.nemo` says of itself
+                self.cfg.kd_train_stores = self._train_data
+            return blend(datasets, self.trainer.max_steps, data_cfg)
         if is_train and self.kd_schedule.distils:
             raise ValueError(
                 "model.data.train_ds.store is not set, so there are no teacher logits to learn "
@@ -75,9 +76,12 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
                 "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
                 "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
             )
-        if data_cfg.get("file_names") is None and not is_train:
-            return []  # a run without validation data
         return super()._build_dataset(data_cfg, is_train)
+
+    def setup_metric(self, data_cfg: DictConfig) -> Any:
+        """NeMo makes a metric for each of `file_names`: here stores count too."""
+        sets = [*store_directories(data_cfg), *sft_files(data_cfg)]
+        return super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
 
     def build_data_loader(
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
@@ -105,10 +109,10 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
-        remember_stores(self._train_stores, checkpoint, dataclasses.asdict(self.kd_schedule))
+        remember_data(self._train_data, checkpoint, dataclasses.asdict(self.kd_schedule))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_same_stores(self._train_stores, checkpoint)
+        check_same_data(self._train_data, checkpoint)
         super().on_load_checkpoint(checkpoint)
 
     def get_batch(self, data_iterator: Iterator[Any], tuning: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -26,30 +27,41 @@ class WholeRunBatchSampler(MegatronPretrainingBatchSampler):
         return whole + bool(rest and not self.drop_last)
 
 
-def trained_on(stores: Sequence[Store]) -> list[dict[str, str]]:
-    """Where the stores are, and the fingerprint of all their bytes."""
-    return [{"path": str(s.directory), "fingerprint": s.fingerprint} for s in stores]
+def trained_on(datasets: Sequence[Any]) -> list[dict[str, str]]:
+    """Where the data of these data sets is, and a fingerprint of all its bytes."""
+    return [_origin(dataset) for dataset in datasets]
 
 
-def remember_stores(stores: Sequence[Store], checkpoint: dict[str, Any], kd: Any) -> None:
-    """Into a checkpoint: which stores the student is trained on, and how."""
-    checkpoint[CHECKPOINT_KEY] = {"train_stores": trained_on(stores), "kd": kd}
+def _origin(dataset: Any) -> dict[str, str]:
+    store = getattr(dataset, "store", None)
+    if isinstance(store, Store):
+        return {"path": str(store.directory), "fingerprint": store.fingerprint}
+    with open(dataset.file_path, "rb") as file:
+        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
+    return {"path": str(dataset.file_path), "fingerprint": fingerprint}
 
 
-def check_same_stores(stores: Sequence[Store], checkpoint: dict[str, Any]) -> None:
+def remember_data(data: list[dict[str, str]], checkpoint: dict[str, Any], kd: Any) -> None:
+    """Into a checkpoint: what the student is trained on (`trained_on`), and how."""
+    checkpoint[CHECKPOINT_KEY] = {"train_stores": data, "kd": kd}
+
+
+def check_same_data(data: list[dict[str, str]], checkpoint: dict[str, Any]) -> None:
     """Refuse to go on with other training data than the checkpoint's.
 
-    Errors: StoreError that names both, for other stores, another order of them, or none.
+    Errors: StoreError that names both, for other stores or files, another order, or none.
     """
     if CHECKPOINT_KEY not in checkpoint:  # NeMo's own, or an SFT run's
         return
     then = checkpoint[CHECKPOINT_KEY]["train_stores"]
-    if [store["fingerprint"] for store in then] == [store.fingerprint for store in stores]:
+    if [origin["fingerprint"] for origin in then] == [origin["fingerprint"] for origin in data]:
         return
-    before = ", ".join(f"{s['path']} ({s['fingerprint'][:12]})" for s in then) or "none"
-    now = ", ".join(f"{s.directory} ({s.fingerprint[:12]})" for s in stores) or "none"
+    before, now = (
+        ", ".join(f"{origin['path']} ({origin['fingerprint'][:12]})" for origin in origins)
+        for origins in (then, data)
+    )
     raise StoreError(
-        f"the checkpoint to resume from was trained on the stores {before}, but "
-        f"model.data.train_ds.store is {now}; go on with the same stores, or start a new run in "
+        f"the checkpoint to resume from was trained on the stores {before or 'none'}, but "
+        f"model.data.train_ds.store is {now or 'none'}; go on with the same, or start a new run in "
         "another exp_manager.explicit_log_dir (its student may be the .nemo of this one)"
     )

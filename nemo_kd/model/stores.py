@@ -1,18 +1,13 @@
-"""The data sets of a training or validation block that names stores instead of JSONL files."""
+"""The stores of a training or validation block: opened, checked, fitted, as data sets."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING, Any
 
-from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils import (
-    get_datasets_weights_and_num_samples,
-)
-from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from omegaconf import DictConfig
 
-from nemo_kd.data import Fitting, Packing, fit_lengths, pack_samples
-from nemo_kd.model.config import store_directories
+from nemo_kd.data import fit_lengths, pack_samples
 from nemo_kd.model.dataset import StoreSFTDataset
 from nemo_kd.model.packed import PackedStoreSFTDataset
 from nemo_kd.store import Store, StoreError
@@ -36,42 +31,49 @@ NEMO_TEMPLATE = {
 """NeMo's defaults of what made tokens of a source row: a configuration with these asks nothing."""
 
 
-def build_store_datasets(
-    model: MegatronGPTSFTKDModel, data_cfg: DictConfig, is_train: bool
-) -> tuple[list[Store], BlendableDataset | list[StoreSFTDataset]]:
-    """The stores of `data_cfg.store`, checked, and their data sets; blended for training."""
-    directories = store_directories(data_cfg)
-    stores = [open_store(model, directory) for directory in directories]
-    for store in stores:
-        _check_template(store, data_cfg)
-    fitted = [
-        fit_lengths(store, data_cfg.max_seq_length, data_cfg.get("over_long", "refuse"))
-        for store in stores
-    ]
-    for store, fitting in zip(stores, fitted, strict=True):
-        if (fitting.cut or fitting.dropped) and not model.global_rank:
-            longest = f"more than max_seq_length={data_cfg.max_seq_length} tokens"
-            print(f"store {store.directory}: {longest}: {fitting}", file=sys.stderr, flush=True)
-    if data_cfg.get("packed_sequence", False):
-        fitted = [_packed(model, *part, data_cfg) for part in zip(stores, fitted, strict=True)]
-    parts = list(zip(stores, fitted, strict=True))
-    if not is_train:
-        return stores, [_dataset(model, *part, data_cfg, None) for part in parts]
-    weights = data_cfg.get("concat_sampling_probabilities")
-    weights = [len(fitting) for fitting in fitted] if weights is None else list(weights)
-    if len(weights) != len(stores):
-        raise StoreError(
-            f"concat_sampling_probabilities has {len(weights)} entries for {len(stores)} stores"
-        )
-    wanted = [model.trainer.max_steps * data_cfg.global_batch_size]
-    prefix = [part for pair in zip(weights, directories, strict=True) for part in pair]
-    _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, wanted)
-    datasets = [
-        _dataset(model, *part, data_cfg, count[0])
-        for part, count in zip(parts, samples, strict=True)
-    ]
-    size = sum(count[0] for count in samples)
-    return stores, BlendableDataset(datasets=datasets, weights=probabilities, size=size)
+def store_dataset(
+    model: MegatronGPTSFTKDModel, directory: str, data_cfg: DictConfig, alpha: float | None
+) -> StoreSFTDataset:
+    """The store at `directory`, in packs where `data_cfg` says so; what became of its samples is
+    said."""
+    store = open_store(model, directory)
+    _check_template(store, data_cfg)
+    length = data_cfg.max_seq_length
+    fitting = fit_lengths(store, length, data_cfg.get("over_long", "refuse"))
+    if fitting.cut or fitting.dropped:
+        _say(model, store, f"more than max_seq_length={length} tokens: {fitting}")
+    arguments = shared_arguments(model, data_cfg)
+    temperature = model.kd_schedule.temperature
+    if not data_cfg.get("packed_sequence", False):
+        return StoreSFTDataset(store, fitting, temperature, alpha, **arguments)
+    packing = pack_samples(store, fitting, length, data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED))
+    _say(model, store, str(packing))
+    return PackedStoreSFTDataset(store, packing, temperature, alpha, **arguments)
+
+
+def shared_arguments(model: MegatronGPTSFTKDModel, data_cfg: DictConfig) -> dict[str, Any]:
+    """What NeMo gives its SFT data sets and those of stores need too."""
+    tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
+    # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
+    # parallelism into two chunks for each of its own.
+    multiple = 8 * tensor_size if model.cfg.get("sequence_parallel") else 16
+    multiple *= model.cfg.get("context_parallel_size", 1)
+    return {
+        "tokenizer": model.tokenizer,
+        "max_seq_length": data_cfg.max_seq_length,
+        "min_seq_length": data_cfg.min_seq_length,
+        "pad_seq_length_to_mult": multiple,
+        "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
+        "truncation_field": None,
+        "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
+        "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
+        "tokens_to_generate": data_cfg.get("tokens_to_generate", 0),
+    }
+
+
+def _say(model: MegatronGPTSFTKDModel, store: Store, text: str) -> None:
+    if not model.global_rank:
+        print(f"store {store.directory}: {text}", file=sys.stderr, flush=True)
 
 
 def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
@@ -90,7 +92,7 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
         raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
     kd = model.kd_schedule
     unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
-    if store.manifest.spec.profile == Sampled.name and kd.distils and not unbiased:
+    if store.manifest.spec.profile == Sampled.name and not unbiased and kd.distils:
         raise StoreError(
             f"store {directory} holds draws from the teacher (profile 'sampled'): they are right "
             "on average for divergence forward_kl on support bucket or vocab alone, not for "
@@ -111,42 +113,3 @@ def _check_template(store: Store, data_cfg: DictConfig) -> None:
         if key in there and data_cfg.get(key) is not None and data_cfg[key] != default
     }
     store.check(template=asked)
-
-
-def _packed(
-    model: MegatronGPTSFTKDModel, store: Store, fitting: Fitting, data_cfg: DictConfig
-) -> Packing:
-    seed = data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED)
-    packing = pack_samples(store, fitting, data_cfg.max_seq_length, seed)
-    if not model.global_rank:
-        print(f"store {store.directory}: {packing}", file=sys.stderr, flush=True)
-    return packing
-
-
-def _dataset(
-    model: MegatronGPTSFTKDModel,
-    store: Store,
-    fitting: Fitting,
-    data_cfg: DictConfig,
-    num_samples: int | None,
-) -> StoreSFTDataset:
-    tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
-    # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
-    # parallelism into two chunks for each of its own.
-    multiple = 8 * tensor_size if model.cfg.get("sequence_parallel") else 16
-    multiple *= model.cfg.get("context_parallel_size", 1)
-    arguments: dict[str, Any] = {
-        "tokenizer": model.tokenizer,
-        "max_seq_length": data_cfg.max_seq_length,
-        "min_seq_length": data_cfg.min_seq_length,
-        "pad_seq_length_to_mult": multiple,
-        "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
-        "max_num_samples": num_samples,
-        "truncation_field": None,
-        "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
-        "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
-    }
-    order = model.kd_schedule.temperature, data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED)
-    if isinstance(fitting, Packing):
-        return PackedStoreSFTDataset(store, fitting, *order, **arguments)
-    return StoreSFTDataset(store, fitting, *order, **arguments)

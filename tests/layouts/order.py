@@ -25,25 +25,26 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from nemo_kd.data import fit_lengths  # noqa: E402
 from nemo_kd.mcore import StoreBatches  # noqa: E402
-from nemo_kd.model import stores  # noqa: E402
+from nemo_kd.model import blend, stores  # noqa: E402
+from nemo_kd.model.config import KDTrainingConfig  # noqa: E402
 from nemo_kd.model.resume import WholeRunBatchSampler  # noqa: E402
 from nemo_kd.store import Store, StoreError  # noqa: E402
 
 GLOBAL_BATCH = 4
 
 
-def blend(directories: list[str], max_steps: int, **changes: Any) -> BlendableDataset:
+def blended(directories: list[str], max_steps: int, **changes: Any) -> BlendableDataset:
     """The training data of `model.data.train_ds.store`, as the model builds it."""
     model: Any = types.SimpleNamespace(
         trainer=types.SimpleNamespace(max_steps=max_steps),
-        kd_schedule=types.SimpleNamespace(temperature=1.0),
+        kd_schedule=KDTrainingConfig(),
         cfg=OmegaConf.create({}),
         tokenizer=types.SimpleNamespace(eos_id=2, space_sensitive=False),
         global_rank=0,
     )
     data = {"store": directories, "max_seq_length": 128, "min_seq_length": 1}
     cfg = OmegaConf.create({**data, "global_batch_size": GLOBAL_BATCH, **changes})
-    return stores.build_store_datasets(model, cfg, is_train=True)[1]
+    return blend.blend(blend.build_datasets(model, cfg), max_steps, cfg)
 
 
 def rows(dataset: BlendableDataset) -> list[tuple[int, int]]:
@@ -104,21 +105,21 @@ def main(first: str, second: str, out: Path) -> None:
     )
     # The tokenizer is checked elsewhere; here it would need the whole model.
     stores.open_store = lambda model, directory: Store(directory)
-    one = blend([first], 24)
+    one = blended([first], 24)
     result = {
         "one": rows(one),
-        "one_longer_run": rows(blend([first], 40)),
-        "other_seed": rows(blend([first], 24, shuffle_seed=7)),
-        "two": rows(blend([first, second], 12)),
-        "weighted": rows(blend([first, second], 24, concat_sampling_probabilities=[0.75, 0.25])),
-        "dropped": rows(blend([first], 24, over_long="drop", max_seq_length=60)),
+        "one_longer_run": rows(blended([first], 40)),
+        "other_seed": rows(blended([first], 24, shuffle_seed=7)),
+        "two": rows(blended([first, second], 12)),
+        "weighted": rows(blended([first, second], 24, concat_sampling_probabilities=[0.75, 0.25])),
+        "dropped": rows(blended([first], 24, over_long="drop", max_seq_length=60)),
         "used": fit_lengths(Store(first), 60, "drop").used.tolist(),
         "batches": batches(40, 0, 1, 1),
         "other_layouts": [batches(40, 0, size, ranks) for size, ranks in ((2, 1), (1, 2), (2, 2))],
         "resumed": [batches(40, 12, size, ranks) for size, ranks in ((1, 1), (2, 2))],
     }
     try:
-        blend([first], 24, prompt_template="Q: {input} A: {output}")
+        blended([first], 24, prompt_template="Q: {input} A: {output}")
     except StoreError as error:
         result["other_template"] = str(error)
     result["megatron_core"] = megatron_core_rows(Store(first), consumed=0, batches=30)

@@ -1,0 +1,133 @@
+"""SFT files beside stores, in training and in validation; weights of their own for stores."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.conftest import Script, metrics
+from tests.layouts.conftest import train_overrides
+from tests.layouts.test_refusals import refused
+from tests.layouts.test_train import FUSED, steps, validations
+
+Run = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def mixed(train: Run, tiny: Path) -> Run:
+    """The store and the file that it was made of; validated on both of the held-out ones too."""
+
+    def get(layout: str = "one", *more: str) -> Path:
+        return train(
+            layout,
+            f"model.data.train_ds.file_names=[{tiny}/train.jsonl]",
+            f"model.data.validation_ds.file_names=[{tiny}/heldout.jsonl]",
+            "model.data.validation_ds.names=[heldout,file]",
+            *more,
+        )
+
+    return get
+
+
+def test_a_file_is_a_store_of_alpha_0(mixed: Run, train: Run, dump: Run) -> None:
+    """Rows without a teacher take their cross-entropy alone, in the same places of the blend."""
+    twice = f"model.data.train_ds.store=[{dump()},{dump()}]"
+    files, stores = mixed(), train("one", twice, "model.data.train_ds.alpha=[null,0.0]")
+    for a, b, every in zip(steps(files), steps(stores), steps(train()), strict=True):
+        for name in ("reduced_train_loss", "grad_norm", "loss", "sft_loss", "calibration_error"):
+            assert a[name] == pytest.approx(b[name], abs=1e-6, rel=1e-5), (a["step"], name)
+        assert abs(a["loss"] - every["loss"]) > 1e-3
+
+
+def test_sets_of_a_validation_have_their_own_metrics(mixed: Run) -> None:
+    """The same held-out rows as a store and as a file."""
+    for line in validations(mixed()):
+        for name in ("sft_loss", "top1_label", "calibration_error"):
+            of_store, of_file = line[f"val/heldout/{name}"], line[f"val/file/{name}"]
+            assert of_store == pytest.approx(of_file, abs=1e-5), name
+        assert "val/heldout/kd_loss" in line and "val/file/kd_loss" not in line
+        # The mean over the sets; a file's loss is its cross-entropy.
+        assert line["val/file/loss"] == pytest.approx(line["val/file/sft_loss"], abs=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+def test_mixes_on_every_layout(mixed: Run, layout: str) -> None:
+    one, other = mixed(), mixed(layout, FUSED)
+    for a, b in zip(steps(one), steps(other), strict=True):
+        for name in ("loss", "sft_loss", "kd_loss", "calibration_error"):
+            assert a[name] == pytest.approx(b[name], abs=1e-4), (a["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "pp2"])
+def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(train: Run, layout: str) -> None:
+    """No improvement is large enough: the second validation is the last."""
+    params = "exp_manager.checkpoint_callback_params"
+    run = train(
+        layout,
+        "trainer.max_steps=40",
+        "trainer.val_check_interval=2",
+        "exp_manager.create_early_stopping_callback=true",
+        "exp_manager.early_stopping_callback_params.monitor=val/heldout/kd_loss",
+        "exp_manager.early_stopping_callback_params.min_delta=100",
+        "exp_manager.early_stopping_callback_params.patience=1",
+        f"{params}.monitor=val/heldout/kd_loss",
+        f"{params}.filename=student-{{step}}-{{consumed_samples}}",
+    )
+    assert [line["step"] for line in steps(run)] == [1, 2, 3, 4]
+    best = min(validations(run), key=lambda line: line["val/heldout/kd_loss"])
+    assert list((run / "checkpoints").glob(f"student-step={best['step']}-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("layout", ["one", "tp2", "dp2"])
+def test_generation_metrics_of_stores_and_files(mixed: Run, layout: str) -> None:
+    run = mixed(
+        layout,
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "model.data.validation_ds.metric.name=rouge",
+        "model.data.validation_ds.tokens_to_generate=6",
+        "model.data.validation_ds.max_seq_length=160",
+        "model.data.validation_ds.write_predictions_to_file=true",
+        "model.data.validation_ds.output_file_path_prefix=${exp_manager.explicit_log_dir}/said",
+    )
+    (line,) = [line for line in metrics(run) if "val/file/sft_loss" in line]
+    scores: dict[str, Any] = {k: v for k, v in line.items() if "rouge" in k}
+    assert {"validation_rouge"} < set(scores) and all(0 <= v <= 1 for v in scores.values())
+    of_set = {}
+    for name in ("heldout", "file"):
+        (written,) = run.glob(f"said*{name}*.jsonl")
+        of_set[name] = [json.loads(text) for text in written.read_text().splitlines()]
+        assert len(of_set[name]) == 10
+    key = "pred" if "pred" in of_set["file"][0] else "preds"
+    assert [a[key] for a in of_set["heldout"]] == [a[key] for a in of_set["file"]]
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.data.train_ds.alpha=[0.5,0.5]", "has 2 entries for 1 stores"),
+        pytest.param(
+            "model.data.train_ds.alpha=[1.5]", "has 1.5: expected values", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "model.data.train_ds.alpha=[0.5] model.kd.kd_weight=1",
+            "not sft_weight and kd_weight",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "model.data.validation_ds.names=[a,b]", "does not name the 1", marks=pytest.mark.slow
+        ),
+    ],
+)
+def test_settings_of_mixes(
+    script: Script, tiny: Path, dump: Run, tmp_path: Path, override: str, message: str
+) -> None:
+    start = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path)
+    assert message in refused(script, "train_gpt_sft_kd.py", *start, *override.split())
