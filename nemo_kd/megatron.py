@@ -40,6 +40,8 @@ def prepare(cfg: DictConfig) -> None:
     Call before anything of NeMo is imported.
     """
     _refuse_virtual_pipeline(cfg)
+    if not torch.cuda.is_available():
+        _refuse_on_cpu(cfg)
     # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     on_cpu = cpu.install()
@@ -47,7 +49,6 @@ def prepare(cfg: DictConfig) -> None:
         _quiet()
     if not on_cpu:
         return
-    _refuse_on_cpu(cfg)
     with open_dict(cfg):
         for key, value in cpu.cpu_settings(cfg.trainer.precision).items():
             OmegaConf.update(cfg, key, value, force_add=True)
