@@ -183,7 +183,8 @@ def store_alphas(data_cfg: DictConfig, kd: KDTrainingConfig) -> list[float | Non
             "for each, null for model.kd.alpha (files have no teacher, and none)"
         )
     for alpha in alphas:
-        if alpha is not None and not 0 <= alpha <= 1:
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if alpha is not None and not (number and 0 <= alpha <= 1):
             raise ValueError(f"model.data.train_ds.alpha has {alpha}: expected values in [0, 1]")
     if (kd.sft_weight, kd.kd_weight) != (None, None):
         raise ValueError(

@@ -19,6 +19,9 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
+from nemo.collections.nlp.modules.common.text_generation_strategy import (
+    GPTModelTextGenerationStrategy,
+)
 from omegaconf import DictConfig, OmegaConf, open_dict
 from torch.utils.data import DataLoader
 
@@ -82,6 +85,14 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
         """NeMo makes a metric for each of `file_names`: here stores count too."""
         sets = [*store_directories(data_cfg), *sft_files(data_cfg)]
         return super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
+
+    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> Any:
+        """NeMo's; greedy, so that a metric of a validation is the same each time."""
+        config = self.get_inference_config()
+        config.setdefault("greedy", True)
+        # Given here, since NeMo's own choice of one imports all of its multimodal models.
+        config.setdefault("strategy", GPTModelTextGenerationStrategy(self))
+        return super().predict_step(batch, batch_idx, dataloader_idx)
 
     def build_data_loader(
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0

@@ -44,7 +44,7 @@ class StudentLoss:
         self._gpt = gpt
         self._gpt_forward, self._cross_entropy = gpt.forward, gpt.compute_language_model_loss
         gpt.compute_language_model_loss = self.of_logits
-        if fused_lm_head and (self.schedule.distils or not self._nemos_softmax):
+        if fused_lm_head:
             gpt.forward = self.fused_forward
 
     def of_logits(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
@@ -115,15 +115,11 @@ class StudentLoss:
         if self.schedule.distils and not self.forward_only:
             raise ValueError(
                 "the weight of the distillation is above 0, but this training batch has no "
-                "teacher rows: every training set needs a store"
+                "teacher rows: give model.data.train_ds.store, or set model.kd.alpha=0"
             )
         return self._cross_entropy(labels, logits)
 
-    @property
-    def _nemos_softmax(self) -> bool:
-        """Whether the columns that count are those of Megatron's own cross-entropy."""
-        return self.schedule.count_padding or not self.padding
-
     def _is_plain_sft(self, teacher: TeacherSelection) -> bool:
         """Without a KD term Megatron's own cross-entropy trains: NeMo's SFT bit for bit."""
-        return not self.kd.weights[1] and teacher.alpha is None and self._nemos_softmax
+        nemos_softmax = self.schedule.count_padding or not self.padding
+        return not self.kd.weights[1] and teacher.alpha is None and nemos_softmax

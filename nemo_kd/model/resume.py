@@ -61,7 +61,7 @@ def check_same_data(data: list[dict[str, str]], checkpoint: dict[str, Any]) -> N
         for origins in (then, data)
     )
     raise StoreError(
-        f"the checkpoint to resume from was trained on the stores {before or 'none'}, but "
-        f"model.data.train_ds.store is {now or 'none'}; go on with the same, or start a new run in "
+        f"the checkpoint to resume from was trained on {before or 'no store'}, but "
+        f"the training data now is {now or 'no store'}; go on with the same, or start a new run in "
         "another exp_manager.explicit_log_dir (its student may be the .nemo of this one)"
     )

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from nemo_kd.data import fit_lengths, pack_samples
+from nemo_kd.model.config import KDTrainingConfig
 from nemo_kd.model.dataset import StoreSFTDataset
 from nemo_kd.model.packed import PackedStoreSFTDataset
 from nemo_kd.store import Store, StoreError
@@ -38,6 +39,7 @@ def store_dataset(
     said."""
     store = open_store(model, directory)
     _check_template(store, data_cfg)
+    _check_unbiased(store, model.kd_schedule, alpha)
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long", "refuse"))
     if fitting.cut or fitting.dropped:
@@ -90,15 +92,6 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
         if origin.get("fingerprint") == fingerprint:
             raise
         raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
-    kd = model.kd_schedule
-    unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
-    if store.manifest.spec.profile == Sampled.name and not unbiased and kd.distils:
-        raise StoreError(
-            f"store {directory} holds draws from the teacher (profile 'sampled'): they are right "
-            "on average for divergence forward_kl on support bucket or vocab alone, not for "
-            f"{kd.divergence} on {kd.support}; set model.kd.divergence and model.kd.support so, "
-            "or dump another profile"
-        )
     if not len(store):
         raise StoreError(f"store {directory} has no samples")
     return store
@@ -113,3 +106,16 @@ def _check_template(store: Store, data_cfg: DictConfig) -> None:
         if key in there and data_cfg.get(key) is not None and data_cfg[key] != default
     }
     store.check(template=asked)
+
+
+def _check_unbiased(store: Store, kd: KDTrainingConfig, alpha: float | None) -> None:
+    """Refuse draws from the teacher where the mean over draws is not what would be learned."""
+    unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
+    distils = kd.distils if alpha is None else alpha > 0
+    if store.manifest.spec.profile == Sampled.name and distils and not unbiased:
+        raise StoreError(
+            f"store {store.directory} holds draws from the teacher (profile 'sampled'): they are "
+            "right on average for divergence forward_kl on support bucket or vocab alone, not for "
+            f"{kd.divergence} on {kd.support}; set model.kd.divergence and model.kd.support so, "
+            "or dump another profile"
+        )

@@ -13,6 +13,7 @@ from tests.conftest import Script, metrics
 from tests.layouts.conftest import train_overrides
 from tests.layouts.test_refusals import refused
 from tests.layouts.test_train import FUSED, steps, validations
+from tests.layouts.test_train_resume import EXACT, killed_after, logged
 
 Run = Callable[..., Path]
 
@@ -64,6 +65,30 @@ def test_mixes_on_every_layout(mixed: Run, layout: str) -> None:
 
 
 @pytest.mark.slow
+def test_a_killed_mix_goes_on_exactly_and_refuses_another_file(
+    mixed: Run, dump: Run, tiny: Path, script: Script, tmp_path: Path
+) -> None:
+    file = tmp_path / "train.jsonl"
+    file.write_bytes((tiny / "train.jsonl").read_bytes())
+    overrides = [
+        *train_overrides(tiny, dump(), dump(split="heldout"), tmp_path / "run"),
+        f"model.data.train_ds.file_names=[{file}]",
+    ]
+    killed_after(4, overrides, 1, tmp_path / "run")
+    script("train_gpt_sft_kd.py", *overrides)
+    resumed, whole = logged(tmp_path / "run"), logged(mixed())
+    first = resumed[0]["step"]
+    assert first > 3
+    for line, expected in zip(resumed, whole[first - 1 :], strict=True):
+        assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
+    file.write_text(file.read_text().replace("output", "output ", 1))
+    file.with_suffix(".jsonl.idx.npy").unlink(missing_ok=True)
+    longer = [*overrides, "trainer.max_steps=8"]
+    message = refused(script, "train_gpt_sft_kd.py", *longer)
+    assert "the checkpoint to resume from was trained on" in message and str(file) in message
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "pp2"])
 def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(train: Run, layout: str) -> None:
     """No improvement is large enough: the second validation is the last."""
@@ -77,11 +102,11 @@ def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(train: Run, layou
         "exp_manager.early_stopping_callback_params.min_delta=100",
         "exp_manager.early_stopping_callback_params.patience=1",
         f"{params}.monitor=val/heldout/kd_loss",
-        f"{params}.filename=student-{{step}}-{{consumed_samples}}",
     )
     assert [line["step"] for line in steps(run)] == [1, 2, 3, 4]
     best = min(validations(run), key=lambda line: line["val/heldout/kd_loss"])
-    assert list((run / "checkpoints").glob(f"student-step={best['step']}-*"))
+    assert list((run / "checkpoints").glob(f"*-step={best['step']}-*"))
+    assert len({line["step"] for line in validations(run)}) == 2
 
 
 @pytest.mark.slow
@@ -91,15 +116,17 @@ def test_generation_metrics_of_stores_and_files(mixed: Run, layout: str) -> None
         layout,
         "trainer.max_steps=2",
         "trainer.val_check_interval=2",
-        "model.data.validation_ds.metric.name=rouge",
+        "model.data.validation_ds.metric.name=exact_string_match",
         "model.data.validation_ds.tokens_to_generate=6",
         "model.data.validation_ds.max_seq_length=160",
         "model.data.validation_ds.write_predictions_to_file=true",
         "model.data.validation_ds.output_file_path_prefix=${exp_manager.explicit_log_dir}/said",
     )
     (line,) = [line for line in metrics(run) if "val/file/sft_loss" in line]
-    scores: dict[str, Any] = {k: v for k, v in line.items() if "rouge" in k}
-    assert {"validation_rouge"} < set(scores) and all(0 <= v <= 1 for v in scores.values())
+    scores: dict[str, Any] = {k: v for k, v in line.items() if "exact_string_match" in k}
+    assert {"validation_exact_string_match"} < set(scores) and all(
+        0 <= v <= 1 for v in scores.values()
+    )
     of_set = {}
     for name in ("heldout", "file"):
         (written,) = run.glob(f"said*{name}*.jsonl")

@@ -89,9 +89,26 @@ def test_alpha_zero_is_nemos_own_sft_bit_for_bit(
 
 
 @pytest.mark.slow
-def test_bf16_is_close_to_float32(train: Callable[..., Path]) -> None:
+def test_the_padding_of_teacher_and_student_need_not_agree(
+    train: Callable[..., Path], dump: Callable[..., Path]
+) -> None:
+    """500 ids: a teacher padded to 512 (TP 2), a student to 504, and the other way round."""
+    store = f"model.data.train_ds.store={dump('tp2')}"
+    for a, b, c in zip(
+        steps(train()), steps(train("one", store)), steps(train("tp2")), strict=True
+    ):
+        for name in STEP_METRICS[:-1]:
+            assert a[name] == pytest.approx(b[name], abs=1e-4), (a["step"], name)
+            assert a[name] == pytest.approx(c[name], abs=1e-4), (a["step"], name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layout", "precision"), [("tp2", "bf16-mixed"), ("dp2", "bf16-mixed"), ("one", "bf16")]
+)
+def test_bf16_is_close_to_float32(train: Callable[..., Path], layout: str, precision: str) -> None:
     for a, b in zip(
-        steps(train()), steps(train("tp2", "trainer.precision=bf16-mixed")), strict=True
+        steps(train()), steps(train(layout, f"trainer.precision={precision}")), strict=True
     ):
         assert a["loss"] == pytest.approx(b["loss"], rel=0.01)
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
