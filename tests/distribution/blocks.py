@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from textwrap import dedent
+from typing import Any
 
 import pytest
 import typer
@@ -79,7 +80,9 @@ def check_command(words: list[str]) -> None:
             check_overrides("dump_teacher_topk", variable[2].split())
         words = words[1:]
     scripts = [i for i, word in enumerate(words) if re.search(r"examples/\w+\.py$", word)]
-    if words[:2] == ["python", "-m"]:
+    if words[:2] == ["python", "examples/nemo_run/distil.py"]:
+        check_nemo_run(words[2:])
+    elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]), words[2]
     elif scripts and words[0] in ("python", "torchrun", "docker"):
         check_script(Path(words[scripts[0]]).stem, words[scripts[0] + 1 :])
@@ -127,14 +130,28 @@ def check_overrides(name: str, overrides: list[str]) -> None:
         check_data(cfg.model.data)
 
 
+def check_nemo_run(arguments: list[str]) -> None:
+    """The recipe's own commands for the two scripts; NeMo-Run itself is not needed for them."""
+    recipe = example("nemo_run/distil")
+    options = recipe.arguments(arguments)
+    for command in (recipe.dump(options), recipe.train(options)):
+        words = shlex.split(" ".join(command))
+        (script,) = (i for i, word in enumerate(words) if word.startswith(f"{ROOT}/examples/"))
+        check_script(Path(words[script]).stem, words[script + 1 :])
+
+
 @cache
-def program(name: str) -> typer.core.TyperCommand:
+def example(name: str) -> Any:
     spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def program(name: str) -> typer.core.TyperCommand:
     app = typer.Typer(add_completion=False)
-    app.command()(module.main)
+    app.command()(example(name).main)
     command = typer.main.get_command(app)
     assert isinstance(command, typer.core.TyperCommand)
     return command

@@ -1,0 +1,144 @@
+"""Dump, then training, as one NeMo-Run experiment; on this machine, or on SLURM in the container.
+
+    python examples/nemo_run/distil.py local --teacher teacher.nemo --student student.nemo \
+        --data train.jsonl --store store --run run --devices 2
+    python examples/nemo_run/distil.py slurm --dry-run --teacher /lustre/teacher.nemo \
+        --student /lustre/student.nemo --data /lustre/train.jsonl --store /lustre/store \
+        --run /lustre/runs/kd --account my_account --partition batch --mount /lustre
+
+`--dump KEY=VALUE` and `--train KEY=VALUE`, each as often as needed, go to the two scripts. This
+launcher needs `nemo_run` alone, in an environment of its own: docs/cluster.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import nemo_run as run
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+# In the job's script, outside the container, which has no scontrol; srun hands the variables on.
+RENDEZVOUS = """\
+export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+export MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))
+export CUDA_DEVICE_MAX_CONNECTIONS=1"""
+
+
+def main() -> None:
+    import nemo_run as run
+
+    options = arguments()
+    tasks = {"dump": dump(options), "train": train(options)}
+    if options.where == "local":  # one task: LocalExecutor starts the next even after a failure
+        tasks = {"distil": [*tasks["dump"], "&&", *tasks["train"]]}
+    with run.Experiment("nemo-kd") as experiment:
+        before: list[str] = []
+        for name, command in tasks.items():
+            script = run.Script(inline=" ".join(command))
+            before = [
+                experiment.add(script, executor=executor(options), name=name, dependencies=before)
+            ]
+        if options.dry_run:
+            experiment.dryrun()
+            return
+        experiment.run(detach=options.where == "slurm", tail_logs=options.where == "local")
+        if options.where == "local":
+            states = experiment.status(return_dict=True) or {}
+            failed = [name for name, job in states.items() if job["status"].name != "SUCCEEDED"]
+            if failed or set(states) != set(tasks):
+                sys.exit(f"error: not finished: {', '.join(failed) or 'a task was not started'}")
+
+
+def dump(options: argparse.Namespace) -> list[str]:
+    return [
+        *launcher(options, "dump_teacher_topk"),
+        shlex.quote(f"model.restore_from_path={options.teacher}"),
+        shlex.quote(f"data.file_path={options.data}"),
+        shlex.quote(f"output_dir={options.store}"),
+        *map(shlex.quote, options.dump),
+    ]
+
+
+def train(options: argparse.Namespace) -> list[str]:
+    return [
+        *launcher(options, "train_gpt_sft_kd"),
+        "name=kd",
+        shlex.quote(f"model.restore_from_path={options.student}"),
+        shlex.quote(f"model.data.train_ds.store={options.store}"),
+        shlex.quote(f"exp_manager.explicit_log_dir={options.run}"),
+        *map(shlex.quote, options.train),
+    ]
+
+
+def launcher(options: argparse.Namespace, script: str) -> list[str]:
+    """Under SLURM a rank each task, with the rendezvous of SLURM's variables; else torchrun.
+    NeMo-Run starts jobs in a directory of its own, hence `cd`: relative paths are the user's."""
+    root = shlex.quote(str(ROOT))
+    here = shlex.quote(str(Path.cwd())) if options.where == "local" else root
+    start = ["cd", here, "&&", "env", f"PYTHONPATH={root}:$PYTHONPATH"]
+    python = shlex.quote(options.python)
+    if options.where == "local":
+        torchrun = ["-m", "torch.distributed.run", "--standalone"]
+        start += [python, *torchrun, f"--nproc_per_node={options.devices}"]
+    else:
+        start.append(python)
+    sizes = [f"trainer.devices={options.devices}", f"trainer.num_nodes={options.nodes}"]
+    return [*start, f"{root}/examples/{script}.py", *sizes]
+
+
+def executor(options: argparse.Namespace) -> run.LocalExecutor | run.SlurmExecutor:
+    import nemo_run as run
+
+    if options.where == "local":
+        return run.LocalExecutor()
+    return run.SlurmExecutor(
+        account=options.account,
+        partition=options.partition,
+        nodes=options.nodes,
+        ntasks_per_node=options.devices,
+        gpus_per_node=options.devices,
+        time=options.time,
+        container_image=options.image,
+        container_mounts=[f"{path}:{path}" for path in (str(ROOT), *options.mount)],
+        setup_lines=RENDEZVOUS,
+        packager=run.Packager(),  # nothing is copied: the checkout is mounted
+        tunnel=run.LocalTunnel(job_dir=str(Path(options.run).absolute() / "nemo_run")),
+    )
+
+
+def arguments(words: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("where", choices=("local", "slurm"))
+    for name in ("teacher", "student", "data", "store", "run"):
+        parser.add_argument(f"--{name}", required=True)
+    for name in ("dump", "train", "mount"):
+        parser.add_argument(f"--{name}", action="append", default=[])
+    parser.add_argument("--devices", type=int, default=None, help="ranks a node: 1 local, 8 slurm")
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--python", default="python", help="of the stack that has NeMo")
+    parser.add_argument("--account", default="my_account")
+    parser.add_argument("--partition", default="batch")
+    parser.add_argument("--time", default="04:00:00")
+    parser.add_argument("--image", default="nvcr.io#nvidia/nemo:25.07")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs, start none")
+    options = parser.parse_args(words)
+    options.devices = options.devices or (8 if options.where == "slurm" else 1)
+    if options.where == "local" and options.nodes != 1:
+        parser.error("--nodes is for slurm; local is this machine alone")
+    for name in ("teacher", "student", "data", "store", "run"):
+        if options.where == "slurm" and not Path(getattr(options, name)).is_absolute():
+            parser.error(f"--{name} must be an absolute path, below a --mount")
+    return options
+
+
+if __name__ == "__main__":
+    main()
