@@ -81,7 +81,7 @@ def test_a_killed_mix_goes_on_exactly_and_refuses_another_file(
     assert first > 3
     for line, expected in zip(resumed, whole[first - 1 :], strict=True):
         assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
-    file.write_text(file.read_text().replace("output", "output ", 1))
+    file.write_text(file.read_text().replace("number", "n", 1))
     file.with_suffix(".jsonl.idx.npy").unlink(missing_ok=True)
     longer = [*overrides, "trainer.max_steps=8"]
     message = refused(script, "train_gpt_sft_kd.py", *longer)
