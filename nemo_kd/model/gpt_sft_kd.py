@@ -65,6 +65,11 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
         check_packing(data_cfg)
         packed_files = bool(sft_files(data_cfg)) and data_cfg.get("packed_sequence", False)
         if store_directories(data_cfg) or (not is_train and not packed_files):
+            if not is_train and data_cfg.get("packed_sequence", False):
+                raise ValueError(
+                    "model.data.validation_ds.packed_sequence=true with stores: they are measured "
+                    "sample by sample; set it to false"
+                )
             datasets = build_datasets(self, data_cfg)
             if not is_train:
                 return datasets
