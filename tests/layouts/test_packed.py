@@ -6,11 +6,13 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from nemo.utils import sequence_packing_utils as packing
 
 from nemo_kd.data import fit_lengths, pack_samples
 from nemo_kd.store import Store
-from tests.conftest import Script
+from tests.conftest import Script, metrics
 from tests.layouts.conftest import LAYOUTS, train_overrides
 from tests.layouts.test_refusals import refused
 from tests.layouts.test_train import steps, validations
@@ -96,6 +98,39 @@ def test_a_killed_packed_run_goes_on_exactly(
     assert first > 3
     for line, expected in zip(resumed, whole[first - 1 :], strict=True):
         assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
+
+
+@pytest.mark.slow
+def test_nemos_own_packed_files_train_without_a_teacher(
+    train: Callable[..., Path], dump: Callable[..., Path], options: Options, tmp_path: Path
+) -> None:
+    """A `.npy` made by NeMo's packing; NeMo's data set, Megatron's cross-entropy."""
+    samples = list(Store(dump(split="heldout")))
+    # NeMo's files have the loss mask at the place of the input, a token before its label.
+    rows = [
+        {"input_ids": s.input_ids.tolist(), "loss_mask": [*s.loss_mask[1:].tolist(), 0]}
+        for s in samples
+    ]
+    by_length, histogram = packing.create_hist(rows, LENGTH)
+    assignments, _ = packing.create_packing_strategy(histogram, LENGTH, "first_fit_decreasing")
+    file = tmp_path / "packed.npy"
+    np.save(file, packing.fill_packing_strategy(assignments, by_length, LENGTH, pad_id=2))
+    plain = ["model.kd.alpha=0", "++model.kd.count_padding=true"]
+    packs = train(
+        "one",
+        *options(len(assignments)),
+        *plain,
+        "model.data.train_ds.store=null",
+        f"model.data.train_ds.file_names=[{file}]",
+        "model.data.train_ds.concat_sampling_probabilities=[1.0]",
+        f"model.data.train_ds.max_seq_length={LENGTH}",
+        "model.data.train_ds.packed_sequence=true",
+    )
+    alone = steps(train("one", *options(len(samples)), *plain))
+    together = [line for line in metrics(packs) if "reduced_train_loss" in line]
+    for a, b in zip(alone, together, strict=True):
+        for name in ("reduced_train_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), (a["step"], name)
 
 
 @pytest.mark.slow
