@@ -125,8 +125,8 @@ def _patch_cuda_calls() -> None:
 def _patch_cuda_tensors() -> None:
     torch.Tensor.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
     torch.nn.Module.cuda = lambda self, *args, **kwargs: self  # type: ignore[method-assign]
-    for name in ("LongTensor", "FloatTensor", "IntTensor", "HalfTensor", "BFloat16Tensor"):
-        setattr(torch.cuda, name, getattr(torch, name))
+    for name in ("Byte", "Int", "Long", "Half", "BFloat16", "Float"):
+        setattr(torch.cuda, f"{name}Tensor", getattr(torch, f"{name}Tensor"))
 
 
 def _patch_autocast() -> None:

@@ -19,10 +19,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from nemo.collections.nlp.modules.common.text_generation_strategy import (
-    GPTModelTextGenerationStrategy,
-)
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, open_dict
 from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, teacher_at
@@ -30,8 +27,8 @@ from nemo_kd.mcore import own_positions
 from nemo_kd.megatron import gpt_module
 from nemo_kd.model.blend import blend, build_datasets
 from nemo_kd.model.config import kd_training_config, sft_files, store_directories
+from nemo_kd.model.generation import GeneratingSFTModel
 from nemo_kd.model.packed import check_packing
-from nemo_kd.model.reporting import ReportingSFTModel
 from nemo_kd.model.resume import (
     WholeRunBatchSampler,
     check_same_data,
@@ -42,7 +39,7 @@ from nemo_kd.model.resume import (
 NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
 
 
-class MegatronGPTSFTKDModel(ReportingSFTModel):
+class MegatronGPTSFTKDModel(GeneratingSFTModel):
     """SFT + KD: `loss = sft_weight * cross-entropy + kd_weight * divergence`, nats a token.
 
     Tensor, pipeline, sequence and data parallel. Configuration: `model.kd`
@@ -85,19 +82,6 @@ class MegatronGPTSFTKDModel(ReportingSFTModel):
                 "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
             )
         return super()._build_dataset(data_cfg, is_train)
-
-    def setup_metric(self, data_cfg: DictConfig) -> Any:
-        """NeMo makes a metric for each of `file_names`: here stores count too."""
-        sets = [*store_directories(data_cfg), *sft_files(data_cfg)]
-        return super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
-
-    def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> Any:
-        """NeMo's; greedy, so that a metric of a validation is the same each time."""
-        config = self.get_inference_config()
-        config.setdefault("greedy", True)
-        # Given here, since NeMo's own choice of one imports all of its multimodal models.
-        config.setdefault("strategy", GPTModelTextGenerationStrategy(self))
-        return super().predict_step(batch, batch_idx, dataloader_idx)
 
     def build_data_loader(
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0

@@ -23,6 +23,7 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "dp2": (2, []),
     "dp2dist": (2, ["model.optim.name=mcore_distributed_optim"]),  # Adam's state cut over DP
     "tp4": (4, [f"{TENSOR}=4"]),
+    "pp4": (4, [f"{PIPELINE}=4"]),
     "tp2pp2": (4, [f"{TENSOR}=2", f"{PIPELINE}=2"]),
 }
 

@@ -110,8 +110,8 @@ def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(train: Run, layou
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "tp2", "dp2"])
-def test_generation_metrics_of_stores_and_files(mixed: Run, layout: str) -> None:
+@pytest.mark.parametrize("layout", ["one", "tp2", "dp2", "pp2"])
+def test_generation_metrics_of_stores_and_files(mixed: Run, tiny: Path, layout: str) -> None:
     run = mixed(
         layout,
         "trainer.max_steps=2",
@@ -132,8 +132,27 @@ def test_generation_metrics_of_stores_and_files(mixed: Run, layout: str) -> None
         (written,) = run.glob(f"said*{name}*.jsonl")
         of_set[name] = [json.loads(text) for text in written.read_text().splitlines()]
         assert len(of_set[name]) == 10
-    key = "pred" if "pred" in of_set["file"][0] else "preds"
-    assert [a[key] for a in of_set["heldout"]] == [a[key] for a in of_set["file"]]
+    said = [line["pred"] for line in of_set["heldout"]]
+    assert said == [line["pred"] for line in of_set["file"]] and all(said)
+    # Prompts as they were asked, whatever was generated in their place.
+    rows = [json.loads(text) for text in (tiny / "heldout.jsonl").read_text().splitlines()]
+    for line in (line for lines in of_set.values() for line in lines):
+        assert "".join(line["input"].split()) in {"".join(row["input"].split()) for row in rows}
+
+
+@pytest.mark.slow
+def test_what_is_generated_may_be_longer_than_the_samples(mixed: Run) -> None:
+    """Rouge on a machine without NLTK's sentences, over four pipeline stages, two of them inner."""
+    run = mixed(
+        "pp4",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "model.data.validation_ds.metric.name=rouge",
+        "model.data.validation_ds.tokens_to_generate=90",
+    )
+    (line,) = [line for line in metrics(run) if "val/file/sft_loss" in line]
+    for name in ("heldout_rouge1", "heldout_rougeL", "file_rouge1", "file_rougeL"):
+        assert 0 <= line[f"validation_rouge_{name}_fmeasure"] <= 1
 
 
 @pytest.mark.parametrize(
@@ -150,6 +169,11 @@ def test_generation_metrics_of_stores_and_files(mixed: Run, layout: str) -> None
         ),
         pytest.param(
             "model.data.validation_ds.names=[a,b]", "does not name the 1", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            "model.data.validation_ds.metric.name=rouge model.sequence_parallel=true",
+            "cannot be cut over ranks",
+            marks=pytest.mark.slow,
         ),
     ],
 )
