@@ -16,7 +16,9 @@ from nemo_kd.store.average import average, mix
 from nemo_kd.store.codecs import ABSENT_ID, Teacher
 from tests.store.samples import sample, spec, store, write
 
-ROUNDING = 2.0**-20  # of float32 logits up to 16, as a share of a probability
+# As a share of a probability: half a unit of float32 logits up to 16, three times. The teacher's
+# logits and its log-sum-exp, which a mass above 1 is scaled by, and the result.
+ROUNDING = 3 * 2.0**-21
 HALF = 2.0**-9  # and of float16 log-probabilities, those read and those written
 
 
