@@ -21,18 +21,25 @@ from nemo_kd.model.reporting import ReportingSFTModel
 WITHOUT_SENTENCES = ("rouge1", "rouge2", "rougeL")
 
 
+def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
+    """Refuse, before a run begins, what its first validation could not do.
+
+    Errors: ValueError for generation under sequence parallelism.
+    """
+    generates = data_cfg.metric.name != "loss" or data_cfg.get("write_predictions_to_file")
+    if generates and model_cfg.get("sequence_parallel"):
+        raise ValueError(
+            "generation in a validation with model.sequence_parallel=true: one token at a time "
+            "cannot be cut over ranks; set it to false, or model.data.validation_ds.metric.name="
+            "loss and write_predictions_to_file=false"
+        )
+
+
 class GeneratingSFTModel(ReportingSFTModel):
     """NeMo's `metric` and predictions, on any tensor, pipeline and data parallel layout."""
 
     def setup_metric(self, data_cfg: DictConfig) -> Any:
         """NeMo makes a metric for each of `file_names`: here stores count too."""
-        generates = data_cfg.metric.name != "loss" or data_cfg.get("write_predictions_to_file")
-        if generates and self.cfg.get("sequence_parallel"):
-            raise ValueError(
-                "generation in a validation with model.sequence_parallel=true: one token at a time "
-                "cannot be cut over ranks; set it to false, or model.data.validation_ds.metric.name"
-                "=loss and write_predictions_to_file=false"
-            )
         sets = [*store_directories(data_cfg), *sft_files(data_cfg)]
         metrics, name = super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
         if name == "rouge" and not _splits_sentences():

@@ -27,7 +27,7 @@ from nemo_kd.mcore import own_positions
 from nemo_kd.megatron import gpt_module
 from nemo_kd.model.blend import blend, build_datasets
 from nemo_kd.model.config import kd_training_config, sft_files, store_directories
-from nemo_kd.model.generation import GeneratingSFTModel
+from nemo_kd.model.generation import GeneratingSFTModel, check_generation
 from nemo_kd.model.packed import check_packing
 from nemo_kd.model.resume import (
     WholeRunBatchSampler,
@@ -60,6 +60,8 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         check_packing(data_cfg)
+        if not is_train:
+            check_generation(self.cfg, data_cfg)
         packed_files = bool(sft_files(data_cfg)) and data_cfg.get("packed_sequence", False)
         if store_directories(data_cfg) or (not is_train and not packed_files):
             if not is_train and data_cfg.get("packed_sequence", False):

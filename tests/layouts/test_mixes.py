@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import Script, metrics
-from tests.layouts.conftest import train_overrides
+from tests.layouts.conftest import LAYOUTS, train_overrides
 from tests.layouts.test_refusals import refused
 from tests.layouts.test_train import FUSED, steps, validations
 from tests.layouts.test_train_resume import EXACT, killed_after, logged
@@ -155,6 +155,20 @@ def test_what_is_generated_may_be_longer_than_the_samples(mixed: Run) -> None:
         assert 0 <= line[f"validation_rouge_{name}_fmeasure"] <= 1
 
 
+@pytest.mark.slow
+def test_generation_under_sequence_parallelism_is_refused(
+    script: Script, tiny: Path, dump: Run, tmp_path: Path
+) -> None:
+    processes, overrides = LAYOUTS["tp2sp"]
+    start = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path)
+    metric = "model.data.validation_ds.metric.name=exact_string_match"
+    done = script(
+        "train_gpt_sft_kd.py", *start, *overrides, metric, processes=processes, fails=True
+    )
+    assert "one token at a time cannot be cut over ranks" in done.stderr
+    assert not (tmp_path / "metrics.jsonl").exists()
+
+
 @pytest.mark.parametrize(
     ("override", "message"),
     [
@@ -169,11 +183,6 @@ def test_what_is_generated_may_be_longer_than_the_samples(mixed: Run) -> None:
         ),
         pytest.param(
             "model.data.validation_ds.names=[a,b]", "does not name the 1", marks=pytest.mark.slow
-        ),
-        pytest.param(
-            "model.data.validation_ds.metric.name=rouge model.sequence_parallel=true",
-            "cannot be cut over ranks",
-            marks=pytest.mark.slow,
         ),
     ],
 )
