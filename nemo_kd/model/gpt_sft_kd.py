@@ -26,7 +26,7 @@ from nemo_kd.data import TEACHER_KEYS, teacher_at
 from nemo_kd.mcore import own_positions
 from nemo_kd.megatron import gpt_module
 from nemo_kd.model.blend import blend, build_datasets
-from nemo_kd.model.config import kd_training_config, sft_files, store_directories
+from nemo_kd.model.config import kd_training_config, store_directories
 from nemo_kd.model.generation import GeneratingSFTModel, check_generation
 from nemo_kd.model.packed import check_packing
 from nemo_kd.model.resume import (
@@ -61,22 +61,14 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         check_packing(data_cfg)
         if not is_train:
-            check_generation(self.cfg, data_cfg)
-        packed_files = bool(sft_files(data_cfg)) and data_cfg.get("packed_sequence", False)
-        if store_directories(data_cfg) or (not is_train and not packed_files):
-            if not is_train and data_cfg.get("packed_sequence", False):
-                raise ValueError(
-                    "model.data.validation_ds.packed_sequence=true with stores: they are measured "
-                    "sample by sample; set it to false"
-                )
+            return self._build_validation(data_cfg)
+        if store_directories(data_cfg):
             datasets = build_datasets(self, data_cfg)
-            if not is_train:
-                return datasets
             self._train_data = trained_on(datasets)
             with open_dict(self.cfg):  # what a `.nemo` says of itself
                 self.cfg.kd_train_stores = self._train_data
             return blend(datasets, self.trainer.max_steps, data_cfg)
-        if is_train and self.kd_schedule.distils:
+        if self.kd_schedule.distils:
             raise ValueError(
                 "model.data.train_ds.store is not set, so there are no teacher logits to learn "
                 "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
@@ -84,6 +76,17 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
                 "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
             )
         return super()._build_dataset(data_cfg, is_train)
+
+    def _build_validation(self, data_cfg: DictConfig) -> Any:
+        check_generation(self.cfg, data_cfg)
+        if not data_cfg.get("packed_sequence", False):
+            return build_datasets(self, data_cfg)
+        if store_directories(data_cfg):
+            raise ValueError(
+                "model.data.validation_ds.packed_sequence=true with stores: they are measured "
+                "sample by sample; set it to false"
+            )
+        return super()._build_dataset(data_cfg, is_train=False)  # NeMo's own packed files
 
     def build_data_loader(
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0

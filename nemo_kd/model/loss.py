@@ -78,12 +78,7 @@ class StudentLoss:
             hidden,
             gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight,
             labels.t(),
-            self._at_temperature(teacher),
-            self.kd,
-            weights=teacher.weights(self.kd.weights),
-            group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_size=self.vocab_size,
-            mask=teacher.mask,
+            **self._objective(teacher),
             sequence_parallel=gpt.config.sequence_parallel,
             logit_softcap=self.logit_softcap,
         )
@@ -93,17 +88,18 @@ class StudentLoss:
     def _sft_kd(
         self, labels: torch.Tensor, logits: torch.Tensor, teacher: TeacherSelection, inplace: bool
     ) -> KDLoss:
-        return sft_kd_loss(
-            logits,
-            labels.t(),
-            self._at_temperature(teacher),
-            self.kd,
-            weights=teacher.weights(self.kd.weights),
-            group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_size=self.vocab_size,
-            mask=teacher.mask,
-            inplace=inplace,
-        )
+        return sft_kd_loss(logits, labels.t(), **self._objective(teacher), inplace=inplace)
+
+    def _objective(self, teacher: TeacherSelection) -> dict[str, Any]:
+        """What the loss of logits and that of hidden states are given alike."""
+        return {
+            "teacher": self._at_temperature(teacher),
+            "config": self.kd,
+            "weights": teacher.weights(self.kd.weights),
+            "group": parallel_state.get_tensor_model_parallel_group(),
+            "vocab_size": self.vocab_size,
+            "mask": teacher.mask,
+        }
 
     def _at_temperature(self, teacher: TeacherSelection) -> TopK:
         """The data sets' log-sum-exp is at the schedule's first temperature; others are unknown."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
@@ -11,6 +11,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_sampler
 )
 
 from nemo_kd.store import Store, StoreError
+from nemo_kd.teacher.fingerprint import file_sha256
 
 CHECKPOINT_KEY = "nemo_kd"
 
@@ -36,9 +37,8 @@ def _origin(dataset: Any) -> dict[str, str]:
     store = getattr(dataset, "store", None)
     if isinstance(store, Store):
         return {"path": str(store.directory), "fingerprint": store.fingerprint}
-    with open(dataset.file_path, "rb") as file:
-        fingerprint = hashlib.file_digest(file, "sha256").hexdigest()
-    return {"path": str(dataset.file_path), "fingerprint": fingerprint}
+    path = Path(dataset.file_path)
+    return {"path": str(path), "fingerprint": file_sha256(path)}
 
 
 def remember_data(data: list[dict[str, str]], checkpoint: dict[str, Any], kd: Any) -> None:

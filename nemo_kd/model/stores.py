@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from omegaconf import DictConfig
 
 from nemo_kd.data import fit_lengths, pack_samples
-from nemo_kd.model.config import KDTrainingConfig
+from nemo_kd.model.config import NEMO_TEMPLATE, KDTrainingConfig
 from nemo_kd.model.dataset import StoreSFTDataset
 from nemo_kd.model.packed import PackedStoreSFTDataset
 from nemo_kd.store import Store, StoreError
@@ -19,17 +19,6 @@ if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
 
 NEMO_SHUFFLE_SEED = 1
-
-NEMO_TEMPLATE = {
-    "label_key": "output",
-    "add_eos": True,
-    "add_sep": False,
-    "add_bos": False,
-    "truncation_field": "input",
-    "truncation_method": "right",
-    "prompt_template": "{input} {output}",
-}
-"""NeMo's defaults of what made tokens of a source row: a configuration with these asks nothing."""
 
 
 def store_dataset(

@@ -13,7 +13,7 @@ from tests.conftest import Script, metrics
 from tests.layouts.conftest import LAYOUTS, train_overrides
 from tests.layouts.test_refusals import refused
 from tests.layouts.test_train import FUSED, steps, validations
-from tests.layouts.test_train_resume import EXACT, killed_after, logged
+from tests.layouts.test_train_resume import assert_goes_on_exactly, killed_after, logged
 
 Run = Callable[..., Path]
 
@@ -75,12 +75,7 @@ def test_a_killed_mix_goes_on_exactly_and_refuses_another_file(
         f"model.data.train_ds.file_names=[{file}]",
     ]
     killed_after(4, overrides, 1, tmp_path / "run")
-    script("train_gpt_sft_kd.py", *overrides)
-    resumed, whole = logged(tmp_path / "run"), logged(mixed())
-    first = resumed[0]["step"]
-    assert first > 3
-    for line, expected in zip(resumed, whole[first - 1 :], strict=True):
-        assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
+    assert_goes_on_exactly(script, logged(mixed()), overrides, 1, tmp_path / "run")
     file.write_text(file.read_text().replace("number", "n", 1))
     file.with_suffix(".jsonl.idx.npy").unlink(missing_ok=True)
     longer = [*overrides, "trainer.max_steps=8"]

@@ -16,7 +16,7 @@ from tests.conftest import Script, metrics
 from tests.layouts.conftest import LAYOUTS, train_overrides
 from tests.layouts.test_refusals import refused
 from tests.layouts.test_train import steps, validations
-from tests.layouts.test_train_resume import EXACT, killed_after, logged
+from tests.layouts.test_train_resume import assert_goes_on_exactly, killed_after, logged
 
 LENGTH = 192  # four packs of the ten held-out samples: even, for two data-parallel ranks
 FUSED = "+model.kd.fused_lm_head=true"
@@ -92,12 +92,7 @@ def test_a_killed_packed_run_goes_on_exactly(
     overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), *layout, *more]
     whole = logged(train("tp2", *more))
     killed_after(7, overrides, processes, tmp_path)
-    script("train_gpt_sft_kd.py", *overrides, processes=processes)
-    resumed = logged(tmp_path)
-    first = resumed[0]["step"]
-    assert first > 3
-    for line, expected in zip(resumed, whole[first - 1 :], strict=True):
-        assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
+    assert_goes_on_exactly(script, whole, overrides, processes, tmp_path)
 
 
 @pytest.mark.slow

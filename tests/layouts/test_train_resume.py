@@ -45,6 +45,18 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run) if "sft_loss" in line]
 
 
+def assert_goes_on_exactly(
+    script: Script, whole: list[dict[str, Any]], overrides: list[str], processes: int, run: Path
+) -> None:
+    """The killed run, started again, ends as `whole`, which nobody killed."""
+    script("train_gpt_sft_kd.py", *overrides, processes=processes)
+    resumed = logged(run)  # a new file, beside that of the killed run in run_0
+    first = resumed[0]["step"]
+    assert first > 3 and [line["step"] for line in resumed] == list(range(first, len(whole) + 1))
+    for line, expected in zip(resumed, whole[first - 1 :], strict=True):
+        assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
+
+
 @pytest.mark.parametrize(
     ("layout", "steps"),
     [
@@ -67,13 +79,9 @@ def test_killed_run_goes_on_exactly(
     longer = [f"trainer.max_steps={steps}"] if steps != 6 else []
     overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), *more, *longer]
     whole = logged(train(layout, *longer))
+    assert len(whole) == steps
     killed_after(4, overrides, processes, tmp_path)
-    script("train_gpt_sft_kd.py", *overrides, processes=processes)
-    resumed = logged(tmp_path)  # a new file, beside that of the killed run in run_0
-    first = resumed[0]["step"]
-    assert first > 3 and [line["step"] for line in resumed] == list(range(first, steps + 1))
-    for line, expected in zip(resumed, whole[first - 1 :], strict=True):
-        assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
+    assert_goes_on_exactly(script, whole, overrides, processes, tmp_path)
 
 
 @pytest.mark.slow
