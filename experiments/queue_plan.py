@@ -48,21 +48,39 @@ def read_results(directory: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def grid(cfg: DictConfig, family: str) -> list[Run]:
-    """The runs that decide a family's learning rate."""
+def grid(cfg: DictConfig, family: str, results: Results) -> list[Run]:
+    """The runs that decide a family's learning rate, ascending: those of the setting, and further
+    ones by factors of two for as long as the best that is measured is at an end."""
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
     tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
     run = read_run(base, {**tuned_on, **FAMILY_OBJECTIVES[family]})
-    return [dataclasses.replace(run, lr=rate) for rate in cfg.learning_rates]
+    runs = [dataclasses.replace(run, lr=rate) for rate in cfg.learning_rates]
+    while all(run.name in results for run in runs):
+        losses = [_valid(run, results) for run in runs]
+        if losses[0] < min(losses[1:]):
+            runs.insert(0, _times(runs[0], 0.5))
+        elif losses[-1] < min(losses[:-1]):
+            runs.append(_times(runs[-1], 2.0))
+        else:
+            break
+    return runs
+
+
+def _valid(run: Run, results: Results) -> float:
+    """Cross-entropy on the validation split, nats a token."""
+    return float(results[run.name]["valid"]["sft_loss"])
+
+
+def _times(run: Run, factor: float) -> Run:
+    return dataclasses.replace(run, lr=float(f"{run.lr * factor:g}") if run.lr else None)
 
 
 def chosen_lr(cfg: DictConfig, family: str, results: Results) -> float | None:
-    """The rate of least cross-entropy on the validation split; None until all are measured."""
-    runs = grid(cfg, family)
+    """The rate of least cross-entropy on the validation split; None until its grid is measured."""
+    runs = grid(cfg, family, results)
     if any(run.name not in results for run in runs):
         return None
-    best = min(runs, key=lambda run: results[run.name]["valid"]["sft_loss"])
-    return best.lr
+    return min(runs, key=lambda run: _valid(run, results)).lr
 
 
 def resolve(cfg: DictConfig, run: Run, results: Results) -> Run | None:
@@ -91,7 +109,7 @@ def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator
     for run in experiment.all_runs():
         resolved = resolve(cfg, run, results)
         if resolved is None:
-            rates = grid(cfg, run.family)
+            rates = grid(cfg, run.family, results)
             yield from (Job(rate, generate=False) for rate in rates)
             waiting = dataclasses.replace(run, lr=rates[0].lr)
             yield Job(waiting, experiment.generate, decided=False)

@@ -130,7 +130,8 @@ def learning_rates(cfg: DictConfig, results: Results) -> str:
         if rate is None:
             continue
         losses = [
-            f"{results[r.name]['valid']['sft_loss']:.3f} at {r.lr:g}" for r in grid(cfg, family)
+            f"{results[r.name]['valid']['sft_loss']:.3f} at {r.lr:g}"
+            for r in grid(cfg, family, results)
         ]
         edge = rate in (cfg.learning_rates[0], cfg.learning_rates[-1])
         note = "; the end of the grid, a further one may be better" if edge else ""

@@ -112,12 +112,26 @@ def test_every_run_of_the_list_remains_once_and_is_gone_when_it_is_done(cfg: Any
     assert len(results) == len({name for name, _ in order})
 
 
-def test_the_learning_rate_is_the_best_on_the_validation_split(cfg: Any) -> None:
-    runs = grid(cfg, "sft")
-    results = {run.name: finished(run, valid) for run, valid in zip(runs, (3.0, 2.0), strict=False)}
-    assert chosen_lr(cfg, "sft", results) is None
-    results[runs[2].name] = finished(runs[2], 2.5)
-    assert chosen_lr(cfg, "sft", results) == runs[1].lr
+@pytest.mark.parametrize(
+    ("losses", "best"),
+    [
+        ({6e-4: 3.0, 1.2e-3: 2.0, 2.4e-3: 2.5}, 1.2e-3),
+        ({6e-4: 3.0, 1.2e-3: 2.0, 2.4e-3: 1.5, 4.8e-3: 1.7}, 2.4e-3),
+        ({6e-4: 2.0, 1.2e-3: 3.0, 3e-4: 2.5}, 6e-4),
+    ],
+)
+def test_the_learning_rate_is_the_best_on_the_validation_split_and_not_at_an_end_of_the_grid(
+    cfg: Any, losses: dict[float, float], best: float
+) -> None:
+    results: dict[str, dict[str, Any]] = {}
+    asked = []
+    while chosen_lr(cfg, "sft", results) is None:
+        run = next(run for run in grid(cfg, "sft", results) if run.name not in results)
+        assert run.lr is not None
+        asked.append(run.lr)
+        results[run.name] = finished(run, losses[run.lr])
+    assert asked == list(losses)
+    assert chosen_lr(cfg, "sft", results) == best
     assert chosen_lr(cfg, "bucket", results) is None
 
 
