@@ -47,6 +47,7 @@ def results(cfg: Any, tmp_path: Path) -> Path:
             found = read_results(directory)
             run = next(run for run in grid(cfg, family, found) if run.name not in found)
             write_result(directory, run, loss)
+        write_result(directory, dataclasses.replace(run, lr=3e-4), 3.6)
     for family, loss in (("sft", 3.323), ("bucket", 2.911)):
         run = Run(**FAMILY_OBJECTIVES[family], lr=cfg.learning_rates[1], seed=2)
         write_result(directory, run, loss)
