@@ -85,13 +85,26 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         return super().inference_step_validation_call(batch, batch_idx, data_cfg, dataloader_idx)
 
     def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:
+        sets = outputs if outputs and isinstance(outputs[0], list) else [outputs]
+        means = {index: sums.means() for index, sums in sorted(self._validation_sums.items())}
+        for index, of_set in means.items():
+            for output in sets[index] if "loss" in of_set else []:
+                output["loss"] = self._as_nemo_averages(of_set["loss"])
         result = super().inference_epoch_end(outputs, mode, data_cfg)
         prefix = "val" if mode == "validation" else mode
-        for index, sums in sorted(self._validation_sums.items()):
-            for name, value in sums.means().items():
+        for index, of_set in means.items():
+            for name, value in of_set.items():
                 # On every rank: it may be monitored.
                 self.log(f"{prefix}/{_set_name(data_cfg, index)}/{name}", value, batch_size=1)
         return result
+
+    def _as_nemo_averages(self, loss: float) -> torch.Tensor:
+        """A batch's loss that NeMo's mean over batches leaves as it is.
+
+        Its own is over micro-batches, those of nothing but repeated samples among them with 0.
+        """
+        whole = self.cfg.data.get("validation_drop_last", True)
+        return torch.tensor(loss if whole else [loss, 1.0], device=torch.cuda.current_device())
 
 
 def _set_name(data_cfg: DictConfig, index: int) -> str:
