@@ -69,7 +69,8 @@ def check_console(text: str) -> None:
 
 def commands(text: str) -> Iterator[list[str]]:
     for line in text.replace("\\\n", " ").splitlines():
-        if words := shlex.split(line, comments=True):
+        # A comment begins a word: image names of enroot have a # in them.
+        if words := shlex.split(re.sub(r"(^|\s)#.*", "", line)):
             yield words
 
 
@@ -82,8 +83,21 @@ def check_command(words: list[str]) -> None:
     scripts = [i for i, word in enumerate(words) if re.search(r"examples/\w+\.py$", word)]
     if words[:2] == ["python", "examples/nemo_run/distil.py"]:
         check_nemo_run(words[2:])
+    elif words[:2] == ["python", "experiments/run.py"]:
+        with initialize_config_dir(str(ROOT / "experiments/conf"), version_base=None):
+            compose("config", words[2:])
+    elif words[0] == "python" and (ROOT / words[1]).is_file() and not words[2:]:
+        pass  # a script without arguments
     elif words[:2] == ["python", "-m"]:
         assert importlib.util.find_spec(words[2]), words[2]
+    elif words[0] == "srun":
+        check_command(words[words.index("python") :])
+    elif words[0] == "sbatch":
+        script = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
+        check_overrides(scripts_of(ROOT / words[script]), words[script + 1 :])
+    elif words[0] == "split":
+        Path(words[-2]).write_text("a row\n" * 8)
+        subprocess.run(words, check=True)
     elif scripts and words[0] in ("python", "torchrun", "docker"):
         check_script(Path(words[scripts[0]]).stem, words[scripts[0] + 1 :])
     elif words[0] == "nemo-kd":
@@ -97,6 +111,12 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / "Dockerfile").is_file()
     else:
         assert words[0] == "export", f"no check for the command {shlex.join(words)}"
+
+
+def scripts_of(job: Path) -> str:
+    """The script that a job runs."""
+    (name,) = re.findall(r"examples/(\w+)\.py", job.read_text())
+    return str(name)
 
 
 def run_nemo_kd(arguments: list[str]) -> str:

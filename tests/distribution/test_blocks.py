@@ -23,7 +23,11 @@ from tests.conftest import ROOT
 from tests.distribution.blocks import Block, blocks_of, check_bash, check_console
 from tests.store.samples import sample, spec, write
 
-PAGES = [*sorted((ROOT / "docs").glob("*.md")), ROOT / "README.md"]
+PAGES = [
+    *sorted((ROOT / "docs").glob("*.md")),
+    *(ROOT / path for path in ("README.md", "CONTRIBUTING.md")),
+    *(ROOT / path / "README.md" for path in ("examples/slurm", "experiments")),
+]
 # Page and first line of each block without a check here → where it has one, or why it needs none.
 EXEMPT = {
     ("design.md", "JSONL (SFT)  +  teacher.nemo"): "a picture",
@@ -92,7 +96,9 @@ def names(page: str) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("page", [p for p in PAGES if blocks_of(p)], ids=lambda page: page.name)
+@pytest.mark.parametrize(
+    "page", [p for p in PAGES if blocks_of(p)], ids=lambda page: str(page.relative_to(ROOT))
+)
 def test_the_blocks_of_a_page_work(page: Path, world: Path) -> None:
     namespace = names(page.name)
     for block in blocks_of(page):
@@ -116,9 +122,9 @@ def test_the_blocks_of_a_page_work(page: Path, world: Path) -> None:
 
 
 def check_yaml(text: str) -> None:
-    for file in re.findall(r'--8<-- "(.+)"', text):
-        text = (ROOT / file).read_text()
-    assert isinstance(yaml.safe_load(text), dict)
+    """A whole file of `conf/`; how scripts compose it is tested with them."""
+    (file,) = re.findall(r'^--8<-- "(conf/\w+\.yaml)"$', text.strip())
+    assert isinstance(yaml.safe_load((ROOT / file).read_text()), dict)
 
 
 def check_signatures(text: str) -> None:

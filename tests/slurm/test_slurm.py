@@ -1,4 +1,5 @@
-"""examples/slurm on a real SLURM of two nodes: time limit, requeue, resume, dependency, array."""
+"""examples/slurm on a real SLURM of two nodes: time limit, requeue, resume, dependency, array,
+and a teacher that writes."""
 
 from __future__ import annotations
 
@@ -12,6 +13,9 @@ import pytest
 from nemo_kd.store import Store
 from nemo_kd.store.verify import verify
 from tests.slurm.conftest import Cluster
+from tests.teacher.test_hf import same_files
+from tests.teacher.typist import write_typist
+from tests.tiny import functions
 
 pytestmark = pytest.mark.slow
 
@@ -77,6 +81,53 @@ def test_dump_then_training_over_the_time_limit(
     assert "the ranks are asked to stop" in cluster.log(train)
     assert steps(run) == list(range(1, STEPS + 1))
     assert (run / "checkpoints" / "kd.nemo").is_file()
+
+
+@pytest.fixture(scope="module")
+def typist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Hugging Face teacher, and prompts for about a minute of its writing."""
+    directory = tmp_path_factory.mktemp("typist")
+    write_typist(directory / "teacher")
+    lines = [json.dumps(pair) for pair in functions()[:9]] * 100
+    (directory / "prompts.jsonl").write_text("\n".join(lines) + "\n")
+    return directory
+
+
+def test_a_teacher_that_writes_is_requeued_and_its_answers_are_those_of_one_go(
+    cluster: Cluster, typist: Path, tmp_path: Path
+) -> None:
+    def submit(store: Path, *options: str) -> str:
+        return cluster.run(
+            "sbatch",
+            "--parsable",
+            *LIMIT.split(),
+            *options,
+            "examples/slurm/generate.sbatch",
+            *DUMP,
+            "data.prompt_template='{input}{output}'",
+            "generation.max_new_tokens=40",
+            "generation.temperature=1.0",
+            TEACHER=str(typist / "teacher"),
+            DATA=str(typist / "prompts.jsonl"),
+            STORE=str(store),
+            GRACE="50",
+        ).strip()
+
+    stopped, whole = tmp_path / "stopped", tmp_path / "whole"
+    job = submit(stopped)
+    wait_for(lambda: list(stopped.glob("shard-*")), 90)
+    cluster.run("scancel", "--batch", "--signal=USR1", job)
+    ended = cluster.wait(job, 300)
+    assert ended["JobState"] == "COMPLETED" and int(ended["Restarts"]) >= 1, cluster.log(job)
+    assert "stopped by a signal" in cluster.log(job)
+    job = submit(whole, "--time=10")
+    ended = cluster.wait(job, 300)
+    assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", "0"), cluster.log(job)
+
+    assert not list(verify(stopped))
+    rows = [sample.row for sample in Store(stopped)]
+    assert rows == sorted(set(rows)) and len(rows) > 100
+    same_files(stopped, whole)
 
 
 def test_what_waits_for_a_failed_dump_is_cancelled(

@@ -24,9 +24,7 @@ import torch
 from hydra import compose, initialize_config_dir
 from megatron.core import num_microbatches_calculator, parallel_state
 from omegaconf import DictConfig
-from tokenizers import Tokenizer, decoders
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint, write_nemo
 from nemo_kd.store import Store
@@ -39,6 +37,7 @@ from nemo_kd.teacher.main import load
 from nemo_kd.teacher.rows import SFTRows
 from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
 from tests.checkpoints import models
+from tests.teacher.typist import write_typist
 from tests.tiny import functions
 
 ROWS = 9
@@ -136,31 +135,6 @@ def refused(cfg: DictConfig) -> str:
     return "not refused"
 
 
-def characters() -> PreTrainedTokenizerFast:
-    """A token for each printable character but the space: any ids are the tokens of their text."""
-    tokens = ["</s>", *map(chr, range(33, 127))]
-    backend = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
-    backend.add_special_tokens(["</s>"])
-    backend.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
-
-
-def write_typist(directory: Path) -> None:
-    """A random model over `characters`, which ends about every third answer within 40 tokens."""
-    torch.manual_seed(5)
-    config = LlamaConfig(**TYPIST, initializer_range=0.2)
-    LlamaForCausalLM(config).save_pretrained(directory)
-    characters().save_pretrained(directory)
-
-
-TYPIST = {
-    "vocab_size": 96,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 128,
-}
 GENERATION = [
     "data.prompt_template='{input}{output}'",
     "generation.max_new_tokens=40",
