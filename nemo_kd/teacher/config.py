@@ -31,12 +31,14 @@ DATA_KEYS = (
     "file_path",
     *TEMPLATE_KEYS,
     "min_seq_length",
+    "no_answer",
     "memmap_workers",
     "index_mapping_dir",
     # NeMo's, for the reading of files.
     "hf_dataset",
     "global_sample_mapping",
 )
+NO_ANSWER = ("refuse", "drop")
 GENERATION_KEYS = (
     "max_new_tokens",
     "temperature",
@@ -53,6 +55,8 @@ def dump_config(cfg: DictConfig) -> KDDumpConfig:
     """`model.kd` of a dump or a generation, with the keys of their other blocks checked."""
     check_keys(cfg.teacher, ("kind",), "teacher")
     check_keys(cfg.data, DATA_KEYS, "data")
+    if cfg.data.no_answer not in NO_ANSWER:
+        raise ValueError(f"data.no_answer={cfg.data.no_answer}: expected {' or '.join(NO_ANSWER)}")
     if "generation" in cfg:
         check_keys(cfg.generation, GENERATION_KEYS, "generation")
         check_keys(cfg.generation.filter, ("pattern", "function"), "generation.filter")

@@ -15,7 +15,7 @@ from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write
 from nemo_kd.teacher.fingerprint import checkpoint_fingerprint, file_sha256
 from nemo_kd.teacher.forward import AnswerTopK, TopKForward, sample_of
 from nemo_kd.teacher.progress import DumpProgress
-from nemo_kd.teacher.rows import TEMPLATE_KEYS, Row, SFTRows, Teacher
+from nemo_kd.teacher.rows import TEMPLATE_KEYS, NoAnswerError, Row, SFTRows, Teacher
 from nemo_kd.teacher.stop import StopOnSignal
 from nemo_kd.tokenizer import tokenizer_fingerprint
 
@@ -164,7 +164,9 @@ def shard_samples(
 ) -> Iterator[Sample]:
     """The samples of one shard, by falling length; nothing on ranks that hold no logits."""
     first = shard * rows_per_shard
-    batch = [rows[row] for row in range(first, min(first + rows_per_shard, len(rows)))]
+    numbers = range(first, min(first + rows_per_shard, len(rows)))
+    batch = list(readable(rows, numbers, cfg.data.no_answer == "drop"))
+    progress.drop(len(numbers) - len(batch))
     # More than one micro-batch in flight keeps the stages of a pipeline busy.
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     in_flight = 1 if stages == 1 else 2 * stages
@@ -174,6 +176,16 @@ def shard_samples(
         for row, topk in zip(call, results or [], strict=False):
             yield sample_of(row, topk)
         progress.advance(call, results)
+
+
+def readable(rows: SFTRows, numbers: Iterable[int], drop: bool) -> Iterator[Row]:
+    """The rows, those without an answer token left out. Errors: NoAnswerError unless `drop`."""
+    for number in numbers:
+        try:
+            yield rows[number]
+        except NoAnswerError:
+            if not drop:
+                raise
 
 
 def calls(

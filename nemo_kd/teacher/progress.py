@@ -85,14 +85,20 @@ class DumpProgress:
         for row, result in zip(rows, topk or (), strict=True):
             self.tally.add(row, result)
         now = time.monotonic()
-        if now - self.last_report < SECONDS_BETWEEN_REPORTS and self.tally.rows < self.mine:
+        counted = self._counted()
+        if now - self.last_report < SECONDS_BETWEEN_REPORTS and counted["rows"] < self.mine:
             return
         self.last_report = now
-        counted = self._counted()
         self.job.add(**{name: counted[name] - self.reported[name] for name in counted})
         self.reported = counted
         if self.shows:
             self._show()
+
+    def drop(self, rows: int) -> None:
+        """So many rows have nothing to learn: they are done."""
+        if rows and self.counts:
+            self.tally.dropped += rows
+            self.advance((), ())
 
     def summary(self) -> str:
         """What this run dumped, over all ranks; every rank calls it. Empty without new rows."""
@@ -112,7 +118,8 @@ class DumpProgress:
 
     def _counted(self) -> dict[str, int]:
         mass = round(float(self.tally.mass[self.place_of_one]) * _MILLION)
-        return {"rows": self.tally.rows, "tokens": self.tally.tokens, "mass": mass}
+        rows = self.tally.rows + self.tally.dropped
+        return {"rows": rows, "tokens": self.tally.tokens, "mass": mass}
 
     def _show(self, last: bool = False) -> None:
         """The bar in a terminal, else a line from time to time and at the end."""

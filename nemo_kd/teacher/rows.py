@@ -57,6 +57,10 @@ class Row:
         return len(self.input_ids)
 
 
+class NoAnswerError(RowError):
+    """A row without an answer token within the limit."""
+
+
 class SFTRows:
     """Random access to the rows of one JSONL file through NeMo's own SFT data set."""
 
@@ -78,10 +82,10 @@ class SFTRows:
     def __getitem__(self, row: int) -> Row:
         item = self._item(row)
         if "answer_ids" in item and not len(item["answer_ids"]):
-            raise RowError(
+            raise NoAnswerError(
                 f"{self.file_path}, row {row}: no answer token ({self.label_key!r} is empty or "
                 f"was cut away at data.max_seq_length={self.max_seq_length}); "
-                "drop the row or raise data.max_seq_length"
+                "raise data.max_seq_length, or leave such rows out with data.no_answer=drop"
             )
         mask = item["mask"] if self.chat else self.dataset._build_loss_mask(item)
         length = len(item["input_ids"])
@@ -92,9 +96,10 @@ class SFTRows:
         loss_mask = np.asarray(mask[: self.max_seq_length], dtype=np.uint8)
         loss_mask[0] = 0  # nothing comes before the first token to predict it from
         if not loss_mask.any():
-            raise RowError(
+            raise NoAnswerError(
                 f"{self.file_path}, row {row}: no answer token to learn from within "
-                f"data.max_seq_length={self.max_seq_length}; drop the row or raise it"
+                f"data.max_seq_length={self.max_seq_length}; raise it, or leave such rows out "
+                "with data.no_answer=drop"
             )
         return Row(row, input_ids, loss_mask, cut)
 

@@ -22,7 +22,7 @@ WORST = 5
 LOW_AGREEMENT = 0.1
 """Below this the prompt template or the tokenizer is probably not the teacher's."""
 
-_COUNTS = 4
+_COUNTS = 5
 
 
 class Worst(NamedTuple):
@@ -38,6 +38,8 @@ class Tally:
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
         self.rows = self.tokens = self.agreed = self.cut = 0
+        self.dropped = 0
+        """Rows without an answer token, which the store does not have."""
         self.mass = torch.zeros(len(spec.temperatures), dtype=torch.float64)
         """Sum over answer tokens of the K ids' probability, for each temperature."""
         self.worst: list[Worst] = []
@@ -61,8 +63,9 @@ class Tally:
         self._keep([*self.worst, Worst(nll, row.row)])
 
     def vector(self) -> torch.Tensor:
-        """float64 [4 + T + 2 * WORST]: everything, to be sent."""
-        counts = torch.tensor([self.rows, self.tokens, self.agreed, self.cut], dtype=torch.float64)
+        """float64 [5 + T + 2 * WORST]: everything, to be sent."""
+        sums = [self.rows, self.tokens, self.agreed, self.cut, self.dropped]
+        counts = torch.tensor(sums, dtype=torch.float64)
         worst = torch.full((WORST, 2), -1.0, dtype=torch.float64)
         if self.worst:
             worst[: len(self.worst)] = torch.tensor(self.worst, dtype=torch.float64)
@@ -74,9 +77,10 @@ class Tally:
         tally, worst = cls(spec), []
         for vector in vectors:
             counts, mass, rows = vector.split([_COUNTS, len(spec.temperatures), 2 * WORST])
-            n, tokens, agreed, cut = (int(count) for count in counts.tolist())
+            n, tokens, agreed, cut, dropped = (int(count) for count in counts.tolist())
             tally.rows, tally.tokens = tally.rows + n, tally.tokens + tokens
             tally.agreed, tally.cut = tally.agreed + agreed, tally.cut + cut
+            tally.dropped += dropped
             tally.mass += mass
             worst += [Worst(nll, int(row)) for nll, row in rows.view(WORST, 2).tolist()]
         tally._keep([one for one in worst if one.row >= 0])
@@ -87,12 +91,14 @@ class Tally:
 
     def summary(self) -> str:
         """What to say at the end of a dump; empty without rows."""
+        left_out = [f"left out, without an answer token: {self.dropped} rows"] * bool(self.dropped)
         if not self.tokens:
-            return ""
+            return "".join(left_out)
         lines = [
             f"this run: {self.rows} rows, {self.tokens} answer tokens; {self._held()}"
             f"its best token is the label for {self.agreed / self.tokens:.1%}"
         ]
+        lines += left_out
         if self.cut:
             limit = self.spec.template.get("max_seq_length")
             lines.append(f"cut at data.max_seq_length={limit}: {self.cut} of {self.rows} rows")

@@ -27,6 +27,8 @@ from tests.conftest import ROOT
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
+# Downloads, and what NeMo's own repository has.
+ELSEWHERE = ("wget", "huggingface-cli", "tar", "mkdir", "/opt/NeMo/")
 # Run on its own, its exit status says what this machine has: tests/cli/test_doctor.py.
 NOT_RUN = ("doctor",)
 
@@ -80,7 +82,7 @@ def check_command(words: list[str]) -> None:
         if variable[1] == "DUMP_ARGUMENTS":
             check_overrides("dump_teacher_topk", variable[2].split())
         words = words[1:]
-    scripts = [i for i, word in enumerate(words) if re.search(r"examples/\w+\.py$", word)]
+    scripts = [i for i, word in enumerate(words) if re.search(r"examples/(\w+/)?\w+\.py$", word)]
     if words[:2] == ["python", "examples/nemo_run/distil.py"]:
         check_nemo_run(words[2:])
     elif words[:2] == ["python", "experiments/run.py"]:
@@ -99,10 +101,13 @@ def check_command(words: list[str]) -> None:
         Path(words[-2]).write_text("a row\n" * 8)
         subprocess.run(words, check=True)
     elif scripts and words[0] in ("python", "torchrun", "docker"):
-        check_script(Path(words[scripts[0]]).stem, words[scripts[0] + 1 :])
+        path = words[scripts[0]].partition("examples/")[2]
+        check_script(path.removesuffix(".py"), words[scripts[0] + 1 :])
     elif words[0] == "nemo-kd":
         if words[1] not in NOT_RUN:
             run_nemo_kd(words[1:])
+    elif words[0] in ELSEWHERE or (words[0] == "python" and words[1].startswith(ELSEWHERE[-1])):
+        pass
     elif words[0] == "examples/slurm/submit.sh":
         check_overrides("train_gpt_sft_kd", words[1:])
     elif words[0] == "make":

@@ -14,6 +14,7 @@ import transformers
 from hydra import compose, initialize_config_dir
 
 from nemo_kd.store import Store
+from nemo_kd.store.verify import verify
 from nemo_kd.teacher.main import check_kind
 from nemo_kd.teacher.split import HFTeacherError, SplitModel
 from tests.conftest import ROOT, Script, metrics
@@ -126,6 +127,12 @@ def same_files(a: Path, b: Path) -> None:
     assert files == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
     for file in files:
         assert (a / file).read_bytes() == (b / file).read_bytes(), file
+
+
+def test_rows_without_an_answer_are_left_out_if_asked(world: Path) -> None:
+    assert [sample.row for sample in Store(world / "gaps")] == [0, 1, 3, 8]
+    assert not list(verify(world / "gaps"))
+    assert "left out, without an answer token: 5 rows" in (world / "gaps.txt").read_text()
 
 
 def test_two_ranks_write_the_same_bytes_as_one_and_resume(

@@ -56,9 +56,11 @@ def test_ranks_add_up_whoever_had_which_rows() -> None:
     for row, topk, _ in (sample(row) for row in range(17)):
         whole.add(row, topk)
         parts[row.row % 3].add(row, topk)
+    whole.dropped, parts[1].dropped, parts[3].dropped = 5, 2, 3
     total = Tally.of([part.vector() for part in parts], SPEC)
+    assert "without an answer token: 5 rows" in total.summary()
     assert total.worst == whole.worst and total.summary() == whole.summary()
-    assert total.vector()[:4].tolist() == whole.vector()[:4].tolist()
+    assert total.vector()[:5].tolist() == whole.vector()[:5].tolist()
     assert total.mass.tolist() == pytest.approx(whole.mass.tolist(), rel=1e-12)
 
 

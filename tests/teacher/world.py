@@ -8,10 +8,12 @@ overrides for all dumps.
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import shutil
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,27 @@ def parity(directory: Path) -> dict[str, Any]:
         "store_fits_the_converted_student": True,
         "differences": differences(directory, nemo.tokenizer),
     }
+
+
+def without_answers(directory: Path) -> None:
+    """A dump of rows of which some, and a whole shard, have no answer within the limit."""
+    rows = [json.loads(line) for line in (directory / "train.jsonl").read_text().splitlines()]
+    for row in (2, 4, 5, 6, 7):
+        rows[row]["output"] = ""
+    (directory / "gaps.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    cfg = configuration(
+        directory,
+        "llama",
+        "gaps",
+        f"data.file_path={directory}/gaps.jsonl",
+        "data.no_answer=drop",
+        "data.prompt_template='{input}{output}'",  # the default's space would be an answer
+        "teacher.kind=hf",
+    )
+    printed = io.StringIO()
+    with redirect_stdout(printed):
+        dump(cfg, *start(cfg))
+    (directory / "gaps.txt").write_text(printed.getvalue())
 
 
 def differences(directory: Path, ours: Any) -> list[str]:
@@ -211,6 +234,7 @@ def main(directory: Path) -> None:
     (directory / "parity.json").write_text(json.dumps(parity(directory)))
     cfg = configuration(directory, "llama.gguf", "gguf_store", "teacher.kind=hf")
     dump(cfg, *start(cfg))
+    without_answers(directory)
     write_typist(directory / "typist")
     generations(directory)
     (directory / "refusals.json").write_text(json.dumps(refusals(directory)))

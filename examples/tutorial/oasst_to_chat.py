@@ -1,0 +1,87 @@
+"""OpenAssistant's message trees as conversations for NeMo's chat SFT: train.jsonl and val.jsonl.
+
+    python examples/tutorial/oasst_to_chat.py 2023-04-12_oasst_all.trees.jsonl.gz data/oasst
+
+Each way from a tree's root to a last answer is one conversation. Deleted messages are left out with
+what answers them, and so are questions without an answer. A tree is on one side as a whole,
+whichever other trees the file has.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import Progress
+
+SPEAKERS = {"prompter": "User", "assistant": "Assistant"}
+
+Turn = dict[str, str]
+
+
+def main(
+    trees: Annotated[Path, typer.Argument(help="the dataset's .trees.jsonl.gz", exists=True)],
+    output: Annotated[Path, typer.Argument(help="directory of the two files")],
+    val_share: Annotated[float, typer.Option(help="of the trees", min=0.0, max=1.0)] = 0.05,
+    lang: Annotated[str | None, typer.Option(help="of the first message, such as en")] = None,
+    system: Annotated[str, typer.Option(help="the system turn of each conversation")] = "",
+) -> None:
+    """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl."""
+    output.mkdir(parents=True, exist_ok=True)
+    counts = {"train": 0, "val": 0}
+    temporary = {split: output / f".{split}.jsonl.tmp" for split in counts}
+    files = {split: path.open("w", encoding="utf-8") for split, path in temporary.items()}
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        for tree in progress.track(list(read_trees(trees)), description="trees"):
+            if lang not in (None, tree["prompt"]["lang"]):
+                continue
+            split = "val" if place(tree["message_tree_id"]) < val_share else "train"
+            for turns in conversations(tree["prompt"]):
+                row = {"system": system, "mask": "User", "type": None, "conversations": turns}
+                files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
+                counts[split] += 1
+    for split, file in files.items():
+        file.close()
+        temporary[split].replace(output / f"{split}.jsonl")
+    print(f"{output}: {counts['train']} conversations to train on, {counts['val']} held out")
+
+
+def read_trees(path: Path) -> Iterator[dict[str, Any]]:
+    """Errors: BadParameter with the line that is no tree."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                tree = json.loads(line)
+                yield {"message_tree_id": tree["message_tree_id"], "prompt": tree["prompt"]}
+            except (ValueError, KeyError, TypeError):
+                raise typer.BadParameter(
+                    f"{path}, line {number}: no message tree; expected a .trees.jsonl.gz of "
+                    "OpenAssistant/oasst1"
+                ) from None
+
+
+def conversations(message: dict[str, Any], before: tuple[Turn, ...] = ()) -> Iterator[list[Turn]]:
+    """Every way to a last answer below a message; none below a deleted one."""
+    if message["deleted"]:
+        return
+    turns = (*before, {"from": SPEAKERS[message["role"]], "value": message["text"]})
+    longer = [way for reply in message["replies"] for way in conversations(reply, turns)]
+    if longer:
+        yield from longer
+    elif message["role"] == "assistant":
+        yield list(turns)
+
+
+def place(tree: str) -> float:
+    """A tree's place in [0, 1), the same in every file."""
+    return int.from_bytes(hashlib.sha256(tree.encode()).digest()[:4], "big") / 2**32
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,130 @@
+"""The tutorial's data: every answered way through a tree once, a tree on one side; and that the
+product reads it."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_kd.store import Store
+from tests.conftest import ROOT, Script
+from tests.teacher.conftest import SETTINGS, world
+
+__all__ = ["world"]  # the fixture
+
+Message = dict[str, Any]
+
+
+def message(role: str, text: str, *replies: Message, deleted: bool = False) -> Message:
+    return {"role": role, "text": text, "lang": "en", "deleted": deleted, "replies": list(replies)}
+
+
+def ask(text: str, *replies: Message, deleted: bool = False) -> Message:
+    return message("prompter", text, *replies, deleted=deleted)
+
+
+def answer(text: str, *replies: Message, deleted: bool = False) -> Message:
+    return message("assistant", text, *replies, deleted=deleted)
+
+
+def write(path: Path, trees: list[Message]) -> Path:
+    with gzip.open(path, "wt") as file:
+        for number, tree in enumerate(trees):
+            row = {"message_tree_id": f"tree-{number}", "tree_state": "x", "prompt": tree}
+            file.write(json.dumps(row) + "\n")
+    return path
+
+
+def convert(trees: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    script = ROOT / "examples" / "tutorial" / "oasst_to_chat.py"
+    command = [sys.executable, script, trees, output, *options]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+def rows(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def said(path: Path) -> list[str]:
+    return ["/".join(turn["value"] for turn in row["conversations"]) for row in rows(path)]
+
+
+TREE = ask(
+    "q",
+    answer("a", ask("more", answer("b"), answer("c", ask("nobody answers")))),
+    answer("gone", ask("below it", answer("gone too")), deleted=True),
+    answer("d", ask("and", answer("taken back", deleted=True))),
+)
+
+
+def test_each_answered_way_through_a_tree_is_a_conversation(tmp_path: Path) -> None:
+    alone = [ask("nobody"), ask("spam", answer("x"), deleted=True)]
+    trees = write(tmp_path / "t.gz", [TREE, *alone])
+    done = convert(trees, tmp_path / "out", "--val-share=0", "--system=be brief")
+    assert done.returncode == 0, done.stderr
+    assert "3 conversations to train on, 0 held out" in done.stdout
+    assert said(tmp_path / "out/train.jsonl") == ["q/a/more/b", "q/a/more/c", "q/d"]
+    row = rows(tmp_path / "out/train.jsonl")[0]
+    assert [turn["from"] for turn in row["conversations"]] == ["User", "Assistant"] * 2
+    assert (row["system"], row["mask"], row["type"]) == ("be brief", "User", None)
+
+
+def test_a_tree_is_on_one_side_whatever_else_is_in_the_file(tmp_path: Path) -> None:
+    trees = [ask(f"q{i}", answer("a"), answer("b")) for i in range(200)]
+    for name, part in (("all", trees), ("some", trees[:50])):
+        done = convert(write(tmp_path / f"{name}.gz", part), tmp_path / name, "--val-share=0.2")
+        assert done.returncode == 0, done.stderr
+    train, val = (set(said(tmp_path / f"all/{split}.jsonl")) for split in ("train", "val"))
+    assert len(train) + len(val) == 400 and 40 <= len(val) <= 120
+    assert not {way[:-2] for way in train} & {way[:-2] for way in val}
+    assert set(said(tmp_path / "some/val.jsonl")) <= val
+
+
+def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
+    path = tmp_path / "messages.jsonl.gz"
+    with gzip.open(path, "wt") as file:
+        file.write('{"message_id": "1", "text": "no tree"}\n')
+    done = convert(path, tmp_path / "out")
+    assert done.returncode == 2 and "line 1: no message tree" in done.stderr.replace("\n", " ")
+    assert not list((tmp_path / "out").glob("*.jsonl"))
+
+
+@pytest.mark.slow
+def test_a_teacher_is_dumped_on_it_and_a_student_learns_from_that(
+    world: Path, script: Script, tmp_path: Path
+) -> None:
+    trees = [ask(f"what is {i}", answer(f"it is {i}", ask("why", answer("so")))) for i in range(12)]
+    assert convert(write(tmp_path / "t.gz", trees), tmp_path, "--val-share=0.3").returncode == 0
+    for split in ("train", "val"):
+        script(
+            "dump_teacher_topk.py",
+            *SETTINGS,
+            "data.max_seq_length=300",
+            "data.chat=true",
+            f"model.restore_from_path={world}/llama.nemo",
+            f"data.file_path={tmp_path}/{split}.jsonl",
+            f"output_dir={tmp_path}/{split}",
+        )
+        assert len(Store(tmp_path / split)) == len(rows(tmp_path / f"{split}.jsonl"))
+    script(
+        "train_gpt_sft_kd.py",
+        f"model.restore_from_path={world}/llama.nemo",
+        f"model.data.train_ds.store={tmp_path}/train",
+        f"model.data.validation_ds.store={tmp_path}/val",
+        "model.data.train_ds.max_seq_length=300",
+        f"exp_manager.explicit_log_dir={tmp_path}/run",
+        "trainer.precision=32",
+        "trainer.max_steps=2",
+        "trainer.val_check_interval=2",
+        "model.global_batch_size=2",
+        "model.micro_batch_size=2",
+        "+model.kd.alpha=0.5",
+    )
+    (line,) = [row for row in rows(tmp_path / "run/metrics.jsonl") if "val/set0/kd_loss" in row]
+    assert line["val/set0/kd_loss"] >= 0
