@@ -89,10 +89,13 @@ def figure(row: dict[str, float], metric: str, prefix: str = "") -> float:
 
 
 def read_run(path: Path) -> Run:
-    """Later lines of a step replace earlier ones: a run that was started again appends."""
+    """A run's `metrics.jsonl`, and what NeMo moved to `run_N` when it went on after a stop. Later
+    lines of a step replace earlier ones."""
+    earlier = path.parent.glob("run_*/metrics.jsonl")
+    parts = [*sorted(earlier, key=lambda part: int(part.parent.name[4:])), path]
     training: dict[int, dict[str, float]] = {}
     validation: dict[int, dict[str, float]] = {}
-    for line in _read(path).splitlines():
+    for line in "".join(map(_read, parts)).splitlines():
         row = json.loads(line)
         is_validation = any(key.startswith("val") for key in row)
         (validation if is_validation else training)[int(row.pop("step"))] = row

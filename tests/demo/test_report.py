@@ -130,9 +130,15 @@ def test_text_of_models_and_commands_is_escaped(demo: Path) -> None:
 
 
 def test_a_run_that_was_started_again_counts_once(demo: Path) -> None:
+    """NeMo moves what the first start logged; the second repeats steps after the checkpoint."""
     path = demo / "runs/kd/metrics.jsonl"
     first = report_data.read_run(path)
-    path.write_text(path.read_text().replace("6.0", "5.5") + path.read_text())
+    lines = path.read_text().splitlines(keepends=True)
+    half = len(lines) // 2
+    (path.parent / "run_0").mkdir()
+    moved = "".join(lines[: half + 1]).replace("6.0", "5.5") + "".join(lines[:1])
+    (path.parent / "run_0/metrics.jsonl").write_text(moved)
+    path.write_text("".join(lines[half:]))
     again = report_data.read_run(path)
     assert again == first
     assert again.train("sft_loss").values == [6.0, 5.0, 4.0, 3.0]
