@@ -134,11 +134,11 @@ def test_a_run_that_was_started_again_counts_once(demo: Path) -> None:
     path = demo / "runs/kd/metrics.jsonl"
     first = report_data.read_run(path)
     lines = path.read_text().splitlines(keepends=True)
-    half = len(lines) // 2
     (path.parent / "run_0").mkdir()
-    moved = "".join(lines[: half + 1]).replace("6.0", "5.5") + "".join(lines[:1])
-    (path.parent / "run_0/metrics.jsonl").write_text(moved)
-    path.write_text("".join(lines[half:]))
+    lost = lines[3].replace("4.0", "4.5")
+    assert lost != lines[3]
+    (path.parent / "run_0/metrics.jsonl").write_text("".join([*lines[:3], lost]))
+    path.write_text("".join(lines[3:]))
     again = report_data.read_run(path)
     assert again == first
     assert again.train("sft_loss").values == [6.0, 5.0, 4.0, 3.0]
