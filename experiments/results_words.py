@@ -123,7 +123,7 @@ def recommendation(rows: Rows) -> str:
 
 
 def learning_rates(cfg: DictConfig, results: Results) -> str:
-    """What was chosen, and a warning where the grid's end was."""
+    """What was chosen, of what."""
     lines = []
     for family in ("sft", "bucket", "vocab", "topk", "alone"):
         rate = chosen_lr(cfg, family, results)
@@ -133,9 +133,7 @@ def learning_rates(cfg: DictConfig, results: Results) -> str:
             f"{results[r.name]['valid']['sft_loss']:.3f} at {r.lr:g}"
             for r in grid(cfg, family, results)
         ]
-        edge = rate in (cfg.learning_rates[0], cfg.learning_rates[-1])
-        note = "; the end of the grid, a further one may be better" if edge else ""
-        lines.append(f"- {family}: {rate:g}, by the validation split ({', '.join(losses)}){note}")
+        lines.append(f"- {family}: {rate:g}, by the validation split ({', '.join(losses)})")
     return "\n".join(lines) + "\n" if lines else ""
 
 
@@ -152,8 +150,9 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "seed": "the order of the samples, in every epoch the same for all objectives of a seed; "
         "students start from the same weights and have no dropout, nothing else is random",
         "learning rate": "of each family of objectives, chosen on the validation split with seed "
-        f"{cfg.tuned_on.seed} of 8 layers on code among "
-        f"{', '.join(f'{rate:g}' for rate in cfg.learning_rates)}, used everywhere",
+        f"{cfg.tuned_on.seed} of 8 layers on code, used everywhere; the grid begins with "
+        f"{' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is doubled or halved "
+        "until its best is not at an end",
         "held-out figures": f"over the answer tokens of the test split, every "
         f"{train.validate_every} steps; the KL is to the fine-tuned teacher's top "
         f"{cfg.teacher.top_k} and the rest in one bucket",
