@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,7 +27,7 @@ class Row:
     against_baseline: Interval | None = None
     """final cross-entropy less the baseline's, over the seeds that both have"""
     steps: Interval | None = None
-    """steps to the baseline's best, as a share of the baseline's"""
+    """steps to the best of SFT on the same data with the same depth, as a share of SFT's"""
     is_baseline: bool = False
 
     @property
@@ -73,21 +73,41 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
     table = []
     for label, runs in experiment.runs.items():
         mine = found[label]
-        both = [seed for seed in mine if seed in baseline and label != experiment.baseline]
-        pair = (curves([baseline[s] for s in both]), curves([mine[s] for s in both]))
-        options: Any = dict(cfg.bootstrap)
-        comparable = all(part is not None for part in pair)
+        against = {} if label == experiment.baseline else baseline
         table.append(
             Row(
                 label,
                 len(runs),
                 tuple(mine.values()),
-                difference(*pair, **options) if comparable else None,  # type: ignore[arg-type]
-                ratio(*pair, **options) if comparable else None,  # type: ignore[arg-type]
+                compared(cfg, difference, against, mine),
+                compared(cfg, ratio, sft_beside(cfg, runs, results), mine),
                 label == experiment.baseline,
             )
         )
     return table
+
+
+Seeds = dict[int, dict[str, Any]]
+"""Seed → result file."""
+
+
+def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results) -> Seeds:
+    """SFT's runs of the same domain, depth and seeds; none beside SFT itself."""
+    found: Seeds = {}
+    for run in runs:
+        sft = Run(domain=run.domain, layers=run.layers, alpha=0, seed=run.seed)
+        is_sft = run.alpha == 0 and run.answers == sft.answers
+        result = None if is_sft else result_of(cfg, sft, results)
+        if result is not None:
+            found[run.seed] = result
+    return found
+
+
+def compared(cfg: DictConfig, how: Callable[..., Interval], a: Seeds, b: Seeds) -> Interval | None:
+    """Over the seeds that both have; None without any, or where one was not trained."""
+    both = [seed for seed in b if seed in a]
+    first, second = curves([a[seed] for seed in both]), curves([b[seed] for seed in both])
+    return None if first is None or second is None else how(first, second, **cfg.bootstrap)
 
 
 def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | None:

@@ -158,8 +158,8 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         f"{cfg.teacher.top_k} and the rest in one bucket",
         "intervals": f"{100 * boot.level:g} %, percentiles of {boot.draws} draws of the test "
         f"split's {cfg.data.groups} groups of modules and of the seeds",
-        "steps ratio": "the step at which the curve first is as low as the baseline's lowest, "
-        "as a share of the baseline's step; never: it is not within the run",
+        "steps ratio": "the step at which the curve first is as low as the lowest of SFT on the "
+        "same data with the same depth, as a share of SFT's step; never: it is not within the run",
     }
 
 
