@@ -14,9 +14,7 @@ import pytest
 
 from nemo_kd.store import Store
 from tests.conftest import ROOT, Script
-from tests.teacher.conftest import SETTINGS, world
-
-__all__ = ["world"]  # the fixture
+from tests.teacher.conftest import SETTINGS
 
 Message = dict[str, Any]
 
