@@ -43,7 +43,7 @@ class Step:
     def command(self) -> list[str]:
         first, *rest = self.arguments
         if first == "nemo-kd":
-            return [sys.executable, "-m", "nemo_kd.cli.main", *rest]
+            return [str(Path(sys.executable).with_name(first)), *rest]
         return [sys.executable, str(ROOT / first), *rest]
 
 

@@ -17,6 +17,7 @@ from steps import Step, StepFailedError, Workshop
 from study import Run, read_experiments, read_run
 
 from tests.conftest import ROOT
+from tests.store.samples import spec, store
 
 SCRIPT = """\
 import pathlib, sys, time
@@ -84,6 +85,12 @@ def test_sigterm_ends_the_command_too(script: Path) -> None:
     assert process.wait(timeout=20) != 0
     assert not subprocess.run(["pgrep", "-f", str(script)], capture_output=True).stdout
     assert not Workshop(script.parent, 1).is_done(step(script))
+
+
+def test_the_products_own_command_is_run(tmp_path: Path) -> None:
+    source = store(tmp_path / "store", spec())
+    arguments = ("nemo-kd", "convert", str(source), str(tmp_path / "few"), "--top-k=2")
+    Workshop(tmp_path, 1).run(Step("few", arguments, tmp_path / "few" / "manifest.json"))
 
 
 def test_a_command_without_its_product_has_failed(tmp_path: Path) -> None:
