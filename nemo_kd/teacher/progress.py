@@ -85,10 +85,10 @@ class DumpProgress:
         for row, result in zip(rows, topk or (), strict=True):
             self.tally.add(row, result)
         now = time.monotonic()
-        counted = self._counted()
-        if now - self.last_report < SECONDS_BETWEEN_REPORTS and counted["rows"] < self.mine:
+        if now - self.last_report < SECONDS_BETWEEN_REPORTS and self.tally.done < self.mine:
             return
         self.last_report = now
+        counted = self._counted()
         self.job.add(**{name: counted[name] - self.reported[name] for name in counted})
         self.reported = counted
         if self.shows:
@@ -118,8 +118,7 @@ class DumpProgress:
 
     def _counted(self) -> dict[str, int]:
         mass = round(float(self.tally.mass[self.place_of_one]) * _MILLION)
-        rows = self.tally.rows + self.tally.dropped
-        return {"rows": rows, "tokens": self.tally.tokens, "mass": mass}
+        return {"rows": self.tally.done, "tokens": self.tally.tokens, "mass": mass}
 
     def _show(self, last: bool = False) -> None:
         """The bar in a terminal, else a line from time to time and at the end."""

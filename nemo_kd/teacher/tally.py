@@ -44,6 +44,11 @@ class Tally:
         """Sum over answer tokens of the K ids' probability, for each temperature."""
         self.worst: list[Worst] = []
 
+    @property
+    def done(self) -> int:
+        """Rows that are dealt with, dropped ones too."""
+        return self.rows + self.dropped
+
     def add(self, row: Row, topk: AnswerTopK) -> None:
         """One row; topk: its A answer tokens."""
         logits = topk.logits.double()  # [A, K]; -inf where a place is absent

@@ -27,8 +27,8 @@ from tests.conftest import ROOT
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
 ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
-# Downloads, and what NeMo's own repository has.
-ELSEWHERE = ("wget", "huggingface-cli", "tar", "mkdir", "/opt/NeMo/")
+DOWNLOADS = ("wget", "huggingface-cli", "tar", "mkdir")
+NEMO = "/opt/NeMo/"  # its own scripts, in the container
 # Run on its own, its exit status says what this machine has: tests/cli/test_doctor.py.
 NOT_RUN = ("doctor",)
 
@@ -106,7 +106,7 @@ def check_command(words: list[str]) -> None:
     elif words[0] == "nemo-kd":
         if words[1] not in NOT_RUN:
             run_nemo_kd(words[1:])
-    elif words[0] in ELSEWHERE or (words[0] == "python" and words[1].startswith(ELSEWHERE[-1])):
+    elif words[0] in DOWNLOADS or (words[0] == "python" and words[1].startswith(NEMO)):
         pass
     elif words[0] == "examples/slurm/submit.sh":
         check_overrides("train_gpt_sft_kd", words[1:])
