@@ -26,6 +26,7 @@ demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 15
 
 experiments: $(INSTALLED)  ## every experiment of docs/results.md, hours; stop it at will, it goes on
 	$(BIN)/python experiments/run.py
+	$(BIN)/python experiments/time_steps.py
 	$(BIN)/python experiments/write_report.py
 
 # Two workers, each a file of tests at a time; one thread each, for torch would take all cores.

@@ -38,9 +38,6 @@ class Row:
         """Over the finished seeds, of the test split."""
         return mean([result["test"].get(metric) for result in self.found])
 
-    def seconds_per_step(self) -> float | None:
-        return mean([result["seconds"].get("step") for result in self.found])
-
     def bytes_per_token(self) -> float | None:
         """Of the stores that were trained on; None for SFT, which needs no logits."""
         results = [r for r in self.found if r["run"]["alpha"] > 0]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import results_words as words
-from findings import Row
+from findings import Row, compared, result_of
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr
-from study import Experiment
+from steps_ratio import difference
+from study import Experiment, timed_runs
 
 NOT_RUN = "not run yet"
 PUBLISHED_SHARE, BEYOND_SHARE = 0.70, 0.50  # of SFT's steps: as published, and beyond it
@@ -27,6 +29,8 @@ class Study:
     results: Results
     data: Mapping[str, dict[str, Any]]
     """Domain → data.json."""
+    timed: Mapping[str, Any] | None
+    """What `time_steps.py` measured."""
 
 
 def page(study: Study, figures: Mapping[str, str]) -> str:
@@ -46,14 +50,15 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.recommendation(study.rows),
         "## The setting\n",
         setting(study),
+        "## What each choice costs\n",
+        choices(study),
         *(section(study, experiment, figures) for experiment in study.experiments),
         "## What it took\n",
         table(
             ["", "finished runs of its own", "hours"], words.costs(study.rows, study.experiments)
         ),
         "Training, measuring and writing, one command at a time with "
-        f"{study.cfg.threads} thread on a machine with other work: upper bounds of core-hours, and "
-        "seconds a step that compare only roughly.\n",
+        f"{study.cfg.threads} thread on a machine with other work: upper bounds of core-hours.\n",
     ]
     return "\n".join(part for part in parts if part)
 
@@ -117,13 +122,12 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
 def experiment_table(rows: Sequence[Row]) -> str:
     """A line a label; the baseline has no difference."""
     head = ["", "seeds", "cross-entropy", "less baseline's", "KL to the teacher"]
-    head += ["top-1 is the label", "calibration error", "steps ratio"]
-    head += ["bytes a token", "s a step"]
+    head += ["top-1 is the label", "calibration error", "steps ratio", "bytes a token"]
     lines = []
     for row in rows:
         name = f"**{row.label}** (baseline)" if row.is_baseline else row.label
         if not row.found:
-            lines.append([name, f"0 of {row.planned}", NOT_RUN, *[""] * 7])
+            lines.append([name, f"0 of {row.planned}", NOT_RUN, *[""] * 6])
             continue
         lines.append(
             [
@@ -136,10 +140,45 @@ def experiment_table(rows: Sequence[Row]) -> str:
                 words.figure(row.mean("calibration_error")),
                 words.interval(row.steps),
                 words.figure(row.bytes_per_token(), digits=0),
-                words.figure(row.seconds_per_step(), digits=2),
             ]
         )
     return table(head, lines)
+
+
+def choices(study: Study) -> str:
+    """Bytes, seconds and quality of one setting at a time, seed 1 of the tuned setting."""
+    if study.timed is None:
+        return "Not run yet.\n"
+    seconds: dict[str, list[float]] = study.timed["seconds"]
+    sft, usual, *_ = seconds
+    found = {
+        label: [r for r in [result_of(study.cfg, run, study.results)] if r is not None]
+        for label, run in timed_runs(study.cfg).items()
+    }
+    head = ["", "bytes a token", "s a step", "of SFT's", "cross-entropy", f"less that of {usual}"]
+    lines = []
+    for label, times in seconds.items():
+        row = Row(label, 1, tuple(found[label]))
+        mine = dict(enumerate(found[label]))
+        base = {} if label in (sft, usual) else dict(enumerate(found[usual]))
+        shares = [time / sft_time for time, sft_time in zip(times, seconds[sft], strict=True)]
+        lines.append(
+            [
+                label,
+                words.figure(row.bytes_per_token(), digits=0),
+                words.figure(statistics.median(times), digits=2),
+                f"{statistics.median(shares):.2f} [{min(shares):.2f}, {max(shares):.2f}]",
+                words.figure(row.mean("sft_loss")) or NOT_RUN,
+                words.interval(compared(study.cfg, difference, base, mine), signed=True),
+            ]
+        )
+    steps, rounds, threads = study.timed["steps"], len(seconds[sft]), study.timed["threads"]
+    note = (
+        f"One setting changed at a time. Seconds: medians of {steps} steps, then of {rounds} "
+        f"rounds side by side with {threads} thread; in brackets the least and the greatest share "
+        "of a round.\n"
+    )
+    return table(head, lines) + "\n" + note
 
 
 def setting(study: Study) -> str:

@@ -79,10 +79,14 @@ def reached(steps: Interval, target: float) -> str:
 def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
     """Every comparison of the list under one of three headings, those that failed too."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+    said: set[tuple[str, ...]] = set()  # experiments share runs, and so comparisons
     for experiment in experiments:
+        base = [row for row in rows[experiment.name] if row.is_baseline]
         for row in rows[experiment.name]:
             outcome = verdict(row)
-            if outcome is not None:
+            names = tuple(result["name"] for each in (*base, row) for result in each.found)
+            if outcome is not None and names not in said:
+                said.add(names)
                 seeds = plural(len(row.found), "seed")
                 groups[outcome].append(
                     f"- {experiment.title}: {row.label}, "

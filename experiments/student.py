@@ -54,30 +54,37 @@ def trained(run: Run, assets: Assets) -> Path:
 
 def train_step(run: Run, assets: Assets) -> Step:
     cfg = assets.cfg
-    stores = train_stores(run, assets)[1]
     groups = assets.groups(run.domain)
     names = [f"group-{i:02d}" for i in range(cfg.data.groups)]
     arguments = (
         "examples/train_gpt_sft_kd.py",
         "name=student",
-        f"model.restore_from_path={assets.model(run.domain, run.layers)}",
         f"exp_manager.explicit_log_dir={directory(run, assets)}",
         f"trainer.max_steps={run.steps(cfg.train.steps)}",
         f"trainer.val_check_interval={cfg.train.validate_every}",
         f"model.optim.lr={run.lr}",
-        f"model.data.train_ds.store=[{','.join(map(str, stores))}]",
-        f"model.data.train_ds.shuffle_seed={run.seed}",
+        *student_and_loss(run, assets),
         f"model.data.validation_ds.store=[{','.join(str(groups / name) for name in names)}]",
         f"model.data.validation_ds.names=[{','.join(names)}]",
         *validation(assets),
-        f"model.kd.alpha={run.alpha}",
-        f"model.kd.support={run.support}",
-        f"model.kd.divergence={run.divergence}",
-        "model.kd.fused_lm_head=true",
         *training(cfg),
         *CHECKPOINTS,
     )
     return Step(f"train-{run.name}", arguments, trained(run, assets), resumes=True)
+
+
+def student_and_loss(run: Run, assets: Assets) -> list[str]:
+    """Overrides that say what is trained, on what, by which objective."""
+    stores = train_stores(run, assets)[1]
+    return [
+        f"model.restore_from_path={assets.model(run.domain, run.layers)}",
+        f"model.data.train_ds.store=[{','.join(map(str, stores))}]",
+        f"model.data.train_ds.shuffle_seed={run.seed}",
+        f"model.kd.alpha={run.alpha}",
+        f"model.kd.support={run.support}",
+        f"model.kd.divergence={run.divergence}",
+        "model.kd.fused_lm_head=true",
+    ]
 
 
 def validation(assets: Assets) -> list[str]:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+TIMED = "timed/step_seconds.json"  # below the results
 USUAL = ("bucket", "forward_kl", "plain-100", "tuned")  # not said in a run's name
 
 
@@ -120,3 +121,10 @@ def read_experiments(cfg: DictConfig) -> list[Experiment]:
             )
         )
     return experiments
+
+
+def timed_runs(cfg: DictConfig) -> dict[str, Run]:
+    """Label → what `time_steps.py` times, SFT and the usual KD + SFT first."""
+    base: Any = OmegaConf.to_container(cfg.run, resolve=True)
+    content: Any = OmegaConf.to_container(cfg.step_seconds.runs, resolve=True)
+    return {label: read_run(base, overrides) for label, overrides in content.items()}

@@ -17,7 +17,7 @@ from results_figures import draw
 from results_html import html
 from results_page import Study, page
 from steps import ROOT
-from study import read_experiments
+from study import TIMED, read_experiments
 
 from nemo_kd.commandline import script
 
@@ -29,12 +29,14 @@ def read_study(cfg: DictConfig) -> Study:
     directory = Path(cfg.results)
     results, experiments = read_results(directory), read_experiments(cfg)
     data = {path.stem: json.loads(path.read_text()) for path in directory.glob("data/*.json")}
+    timed = directory / TIMED
     return Study(
         cfg=cfg,
         experiments=experiments,
         rows={experiment.name: rows(cfg, experiment, results) for experiment in experiments},
         results=results,
         data=dict(sorted(data.items())),
+        timed=json.loads(timed.read_text()) if timed.is_file() else None,
     )
 
 

@@ -14,7 +14,7 @@ from queue_plan import FAMILY_OBJECTIVES, grid, read_results
 from results_page import NOT_RUN
 from split_data import deal
 from steps import write_json
-from study import Run
+from study import TIMED, Run
 from write_report import read_study, write
 
 GROUPS = {"group-00": 100, "group-01": 300}
@@ -106,6 +106,30 @@ def test_nothing_at_all_is_a_page_too(cfg: Any, tmp_path: Path) -> None:
     text, _ = written(cfg, tmp_path / "none", tmp_path)
     assert "Not run yet." in text
     assert not re.search(r"\| \d\.\d", text)
+
+
+def test_a_comparison_that_experiments_share_is_said_once(
+    cfg: Any, results: Path, tmp_path: Path
+) -> None:
+    text, _ = written(cfg, results, tmp_path)
+    said = text[text.index("## What helped") : text.index("## Recommended")]
+    assert said.count("(2 seeds)") == 1
+    assert said.count("-0.312") == 1  # seed 1 alone, in three experiments
+
+
+def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
+    cfg: Any, results: Path, tmp_path: Path
+) -> None:
+    usual = list(cfg.step_seconds.runs)[1]
+    seconds = {"SFT": [2.0, 4.0, 1.0], usual: [2.2, 5.2, 1.2], "K = 4": [2.0, 4.4, 1.0]}
+    timed = {"steps": 12, "threads": 1, "machine": "", "seconds": seconds}
+    write_json(results / TIMED, timed)
+    few = Run(store="plain-4", lr=cfg.learning_rates[1])
+    sizes = [{"store": "s", "tokens": 100, "bytes": 3_400}]
+    write_result(results, few, 2.911, store=sizes)
+    text, _ = written(cfg, results, tmp_path)
+    assert f"| {usual} | 416 | 2.20 | 1.20 [1.10, 1.30] | 2.811 |  |" in text
+    assert "| K = 4 | 34 | 2.00 | 1.00 [1.00, 1.10] | 2.911 | +0.100 [+0.100, +0.100] |" in text
 
 
 def test_functions_are_judged_by_their_syntax_trees() -> None:

@@ -1,0 +1,74 @@
+"""What each choice costs in a training step: `python experiments/time_steps.py`.
+
+Short trainings of all choices side by side, several rounds, so that other work on the machine
+meets all of them alike. Leaves `timed/step_seconds.json` beside the result files:
+
+    {"steps", "threads", "machine", "seconds": {label: [median seconds of a step, one a round]}}
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import hydra
+from assets import Assets, training
+from omegaconf import DictConfig, OmegaConf
+from run import lock
+from steps import ROOT, Step, Workshop, write_json
+from student import student_and_loss, train_stores
+from study import TIMED, Run, timed_runs
+
+from nemo_kd.commandline import script
+
+sys.path.insert(0, str(ROOT / "examples" / "demo"))
+
+import report_data
+
+
+def timed_step(label: str, round_: int, run: Run, assets: Assets) -> Step:
+    """A training of some steps; its directory is the product, for nothing of it is gone on with."""
+    name = f"time-{round_}-{label.replace(' ', '')}"
+    product = assets.out / "timed" / name
+    arguments = (
+        "examples/train_gpt_sft_kd.py",
+        "name=timed",
+        f"exp_manager.explicit_log_dir={product}",
+        "exp_manager.create_checkpoint_callback=false",
+        f"trainer.max_steps={assets.cfg.step_seconds.steps}",
+        *student_and_loss(run, assets),
+        *training(assets.cfg),
+    )
+    return Step(name, arguments, product)
+
+
+@hydra.main(version_base=None, config_path="conf", config_name="config")
+def main(cfg: DictConfig) -> None:
+    os.chdir(ROOT)
+    OmegaConf.resolve(cfg)
+    out, results = Path(cfg.out).resolve(), Path(cfg.results).resolve()
+    assets, workshop = Assets(cfg, out), Workshop(out, cfg.threads)
+    seconds: dict[str, list[float]] = {label: [] for label in timed_runs(cfg)}
+    held = lock(out)
+    for run in timed_runs(cfg).values():
+        for step in assets.student_steps(run.domain, run.layers) + train_stores(run, assets)[0]:
+            workshop.run(step)
+    for round_ in range(cfg.step_seconds.rounds):
+        for label, run in timed_runs(cfg).items():
+            step = timed_step(label, round_, run, assets)
+            workshop.run(step)
+            log = report_data.read_run(step.product / "metrics.jsonl")
+            seconds[label].append(round(log.seconds_per_step, 4))
+    held.close()
+    content = {
+        "steps": cfg.step_seconds.steps,
+        "threads": cfg.threads,
+        "machine": report_data.machine(),
+        "seconds": seconds,
+    }
+    write_json(results / TIMED, content)
+
+
+if __name__ == "__main__":
+    script(main)
