@@ -54,25 +54,25 @@ def grid(cfg: DictConfig, family: str, results: Results) -> list[Run]:
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
     tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
     run = read_run(base, {**tuned_on, **FAMILY_OBJECTIVES[family]})
-    runs = [dataclasses.replace(run, lr=rate) for rate in cfg.learning_rates]
-    while all(run.name in results for run in runs):
-        losses = [_valid(run, results) for run in runs]
+
+    def at(rate: float) -> Run:
+        return dataclasses.replace(run, lr=float(f"{rate:g}"))
+
+    rates = list(cfg.learning_rates)
+    while all(at(rate).name in results for rate in rates):
+        losses = [_valid(at(rate), results) for rate in rates]
         if losses[0] < min(losses[1:]):
-            runs.insert(0, _times(runs[0], 0.5))
+            rates.insert(0, rates[0] / 2)
         elif losses[-1] < min(losses[:-1]):
-            runs.append(_times(runs[-1], 2.0))
+            rates.append(rates[-1] * 2)
         else:
             break
-    return runs
+    return [at(rate) for rate in rates]
 
 
 def _valid(run: Run, results: Results) -> float:
     """Cross-entropy on the validation split, nats a token."""
     return float(results[run.name]["valid"]["sft_loss"])
-
-
-def _times(run: Run, factor: float) -> Run:
-    return dataclasses.replace(run, lr=float(f"{run.lr * factor:g}") if run.lr else None)
 
 
 def chosen_lr(cfg: DictConfig, family: str, results: Results) -> float | None:

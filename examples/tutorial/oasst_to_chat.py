@@ -20,6 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from nemo_kd.store.files import publish
+
 SPEAKERS = {"prompter": "User", "assistant": "Assistant"}
 
 Turn = dict[str, str]
@@ -33,10 +35,7 @@ def main(
     system: Annotated[str, typer.Option(help="the system turn of each conversation")] = "",
 ) -> None:
     """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl."""
-    output.mkdir(parents=True, exist_ok=True)
-    counts = {"train": 0, "val": 0}
-    temporary = {split: output / f".{split}.jsonl.tmp" for split in counts}
-    files = {split: path.open("w", encoding="utf-8") for split, path in temporary.items()}
+    lines: dict[str, list[str]] = {"train": [], "val": []}
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for tree in progress.track(list(read_trees(trees)), description="trees"):
             if lang not in (None, tree["prompt"]["lang"]):
@@ -44,12 +43,12 @@ def main(
             split = "val" if place(tree["message_tree_id"]) < val_share else "train"
             for turns in conversations(tree["prompt"]):
                 row = {"system": system, "mask": "User", "type": None, "conversations": turns}
-                files[split].write(json.dumps(row, ensure_ascii=False) + "\n")
-                counts[split] += 1
-    for split, file in files.items():
-        file.close()
-        temporary[split].replace(output / f"{split}.jsonl")
-    print(f"{output}: {counts['train']} conversations to train on, {counts['val']} held out")
+                lines[split].append(json.dumps(row, ensure_ascii=False) + "\n")
+    output.mkdir(parents=True, exist_ok=True)
+    for split, content in lines.items():
+        publish(output / f"{split}.jsonl", "".join(content))
+    train, val = map(len, lines.values())
+    print(f"{output}: {train} conversations to train on, {val} held out")
 
 
 def read_trees(path: Path) -> Iterator[dict[str, Any]]:
