@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import results_words as words
-from findings import Row, compared, result_of
+from findings import Row
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr
-from steps_ratio import difference
-from study import Experiment, timed_runs
+from study import Experiment, Run
 
 NOT_RUN = "not run yet"
 PUBLISHED_SHARE, BEYOND_SHARE = 0.70, 0.50  # of SFT's steps: as published, and beyond it
@@ -29,6 +28,8 @@ class Study:
     results: Results
     data: Mapping[str, dict[str, Any]]
     """Domain → data.json."""
+    choices: Sequence[Row]
+    """One setting at a time."""
     timed: Mapping[str, Any] | None
     """What `time_steps.py` measured."""
 
@@ -47,7 +48,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "## What helped, what did not\n",
         words.verdicts(study.experiments, study.rows),
         "## Recommended settings\n",
-        words.recommendation(study.rows),
+        words.recommendation(study.choices, study.rows["default_alpha"]),
         "## The setting\n",
         setting(study),
         "## What each choice costs\n",
@@ -146,39 +147,34 @@ def experiment_table(rows: Sequence[Row]) -> str:
 
 
 def choices(study: Study) -> str:
-    """Bytes, seconds and quality of one setting at a time, seed 1 of the tuned setting."""
-    if study.timed is None:
-        return "Not run yet.\n"
-    seconds: dict[str, list[float]] = study.timed["seconds"]
-    sft, usual, *_ = seconds
-    found = {
-        label: [r for r in [result_of(study.cfg, run, study.results)] if r is not None]
-        for label, run in timed_runs(study.cfg).items()
-    }
-    head = ["", "bytes a token", "s a step", "of SFT's", "cross-entropy", f"less that of {usual}"]
+    """Bytes, seconds and quality, one setting at a time."""
+    times: dict[str, list[float]] = {} if study.timed is None else study.timed["seconds"]
+    base = next(row.label for row in study.choices if row.is_baseline)
+    head = ["", "bytes a token", "s a step", "of SFT's", "cross-entropy", f"less {base}'s"]
     lines = []
-    for label, times in seconds.items():
-        row = Row(label, 1, tuple(found[label]))
-        mine = dict(enumerate(found[label]))
-        base = {} if label in (sft, usual) else dict(enumerate(found[usual]))
-        shares = [time / sft_time for time, sft_time in zip(times, seconds[sft], strict=True)]
-        lines.append(
-            [
-                label,
-                words.figure(row.bytes_per_token(), digits=0),
-                words.figure(statistics.median(times), digits=2),
-                f"{statistics.median(shares):.2f} [{min(shares):.2f}, {max(shares):.2f}]",
-                words.figure(row.mean("sft_loss")) or NOT_RUN,
-                words.interval(compared(study.cfg, difference, base, mine), signed=True),
-            ]
-        )
-    steps, rounds, threads = study.timed["steps"], len(seconds[sft]), study.timed["threads"]
+    for row in study.choices:
+        mine, sft = times.get(row.label), times.get(study.choices[0].label)
+        seconds, share = NOT_RUN, ""
+        if mine and sft:
+            seconds = words.figure(statistics.median(mine), digits=2)
+            shares = [time / sft_time for time, sft_time in zip(mine, sft, strict=True)]
+            share = f"{statistics.median(shares):.2f} [{min(shares):.2f}, {max(shares):.2f}]"
+        loss = words.figure(row.mean("sft_loss")) or NOT_RUN
+        against = words.interval(row.against_baseline, signed=True)
+        size = words.figure(row.bytes_per_token(), digits=0)
+        lines.append([row.label, size, seconds, share, loss, against])
     note = (
-        f"One setting changed at a time. Seconds: medians of {steps} steps, then of {rounds} "
-        f"rounds side by side with {threads} thread; in brackets the least and the greatest share "
-        "of a round.\n"
+        f"{base}: forward KL over `bucket`, K = {study.cfg.teacher.top_k}, profile `plain`, alpha "
+        f"{Run.alpha:g}; below it one setting changed at a time. One seed."
     )
-    return table(head, lines) + "\n" + note
+    if study.timed is not None:
+        steps, rounds = study.timed["steps"], len(times[study.choices[0].label])
+        note += (
+            f" Seconds: medians of {steps} steps, then of {rounds} rounds side by side with "
+            f"{words.plural(study.timed['threads'], 'thread')}; in brackets the least and the "
+            "greatest share of a round."
+        )
+    return table(head, lines) + "\n" + note + "\n"
 
 
 def setting(study: Study) -> str:

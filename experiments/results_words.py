@@ -11,6 +11,9 @@ from queue_plan import Results, chosen_lr, grid
 from steps_ratio import Interval
 from study import Experiment
 
+from nemo_kd.loss import KDConfig
+from nemo_kd.teacher.config import KDDumpConfig
+
 Rows = Mapping[str, list[Row]]
 
 
@@ -110,20 +113,34 @@ def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
     return "\n".join(parts)
 
 
-def recommendation(rows: Rows) -> str:
-    """The defaults, and what the experiments say against them."""
-    against = [
-        f"{row.label} ({interval(row.against_baseline, signed=True)})"
-        for name in ("alpha", "top_k", "divergence")
-        for row in rows.get(name, [])
-        if verdict(row) == "better"
-    ]
-    ran = any(verdict(r) for name in ("alpha", "top_k", "divergence") for r in rows.get(name, []))
-    if not ran:
-        return "Nothing that speaks for or against the defaults has been run yet.\n"
-    if not against:
-        return "Nothing that was run is surely better than the defaults: they stay.\n"
-    return f"Better than the defaults here: {'; '.join(against)}.\n"
+def recommendation(choices: Sequence[Row], alphas: Sequence[Row]) -> str:
+    """The product's defaults, and what was measured beside them: one setting at a time, on one
+    seed, and alpha on several."""
+    loss, store = KDConfig(), KDDumpConfig()
+    defaults = {
+        "model.kd.alpha": f"{loss.weights[1]:g}",
+        "model.kd.support": loss.support,
+        "model.kd.divergence": loss.divergence,
+        "model.kd.temperature": f"{loss.temperature:g}",
+        "model.kd.top_k": str(store.top_k),
+        "model.kd.profile": store.profile,
+    }
+    text = "The recommended settings are the defaults: "
+    text += ", ".join(f"`{key}={value}`" for key, value in defaults.items()) + ". "
+    text += "The learning rate wants a search of its own: KD + SFT's is not SFT's. "
+    beside: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+    for row in (*choices[1:], *alphas):
+        if (outcome := verdict(row)) is not None:
+            difference = interval(row.against_baseline, signed=True)
+            beside[outcome].append(f"{row.label} ({difference}, {plural(len(row.found), 'seed')})")
+    said = {
+        outcome: "; ".join(labels) if labels else "nothing that was run"
+        for outcome, labels in beside.items()
+    }
+    return (
+        f"{text}Held-out cross-entropy beside them. Better: {said['better']}. Not surely "
+        f"different: {said['undecided']}. Worse: {said['worse']}.\n"
+    )
 
 
 def learning_rates(cfg: DictConfig, results: Results) -> str:

@@ -123,8 +123,12 @@ def read_experiments(cfg: DictConfig) -> list[Experiment]:
     return experiments
 
 
-def timed_runs(cfg: DictConfig) -> dict[str, Run]:
-    """Label → what `time_steps.py` times, SFT and the usual KD + SFT first."""
+def read_choices(cfg: DictConfig) -> Experiment:
+    """One setting at a time, each at the seed that the learning rates were chosen with."""
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
-    content: Any = OmegaConf.to_container(cfg.step_seconds.runs, resolve=True)
-    return {label: read_run(base, overrides) for label, overrides in content.items()}
+    content: Any = OmegaConf.to_container(cfg.choices.runs, resolve=True)
+    runs = {
+        label: (dataclasses.replace(read_run(base, overrides), seed=cfg.tuned_on.seed),)
+        for label, overrides in content.items()
+    }
+    return Experiment("choices", "What each choice costs", "", runs, baseline=list(runs)[1])

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from run import lock
 from steps import ROOT, Step, Workshop, write_json
 from student import student_and_loss, train_stores
-from study import TIMED, Run, timed_runs
+from study import TIMED, Run, read_choices
 
 from nemo_kd.commandline import script
 
@@ -36,7 +36,7 @@ def timed_step(label: str, round_: int, run: Run, assets: Assets) -> Step:
         "name=timed",
         f"exp_manager.explicit_log_dir={product}",
         "exp_manager.create_checkpoint_callback=false",
-        f"trainer.max_steps={assets.cfg.step_seconds.steps}",
+        f"trainer.max_steps={assets.cfg.choices.steps}",
         *student_and_loss(run, assets),
         *training(assets.cfg),
     )
@@ -49,20 +49,21 @@ def main(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
     out, results = Path(cfg.out).resolve(), Path(cfg.results).resolve()
     assets, workshop = Assets(cfg, out), Workshop(out, cfg.threads)
-    seconds: dict[str, list[float]] = {label: [] for label in timed_runs(cfg)}
+    runs = {label: runs[0] for label, runs in read_choices(cfg).runs.items()}
+    seconds: dict[str, list[float]] = {label: [] for label in runs}
     held = lock(out)
-    for run in timed_runs(cfg).values():
+    for run in runs.values():
         for step in assets.student_steps(run.domain, run.layers) + train_stores(run, assets)[0]:
             workshop.run(step)
-    for round_ in range(cfg.step_seconds.rounds):
-        for label, run in timed_runs(cfg).items():
+    for round_ in range(cfg.choices.rounds):
+        for label, run in runs.items():
             step = timed_step(label, round_, run, assets)
             workshop.run(step)
             log = report_data.read_run(step.product / "metrics.jsonl")
             seconds[label].append(round(log.seconds_per_step, 4))
     held.close()
     content = {
-        "steps": cfg.step_seconds.steps,
+        "steps": cfg.choices.steps,
         "threads": cfg.threads,
         "machine": report_data.machine(),
         "seconds": seconds,

@@ -17,7 +17,7 @@ from results_figures import draw
 from results_html import html
 from results_page import Study, page
 from steps import ROOT
-from study import TIMED, read_experiments
+from study import TIMED, read_choices, read_experiments
 
 from nemo_kd.commandline import script
 
@@ -36,6 +36,7 @@ def read_study(cfg: DictConfig) -> Study:
         rows={experiment.name: rows(cfg, experiment, results) for experiment in experiments},
         results=results,
         data=dict(sorted(data.items())),
+        choices=rows(cfg, read_choices(cfg), results),
         timed=json.loads(timed.read_text()) if timed.is_file() else None,
     )
 

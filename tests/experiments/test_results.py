@@ -14,7 +14,7 @@ from queue_plan import FAMILY_OBJECTIVES, grid, read_results
 from results_page import NOT_RUN
 from split_data import deal
 from steps import write_json
-from study import TIMED, Run
+from study import TIMED, Run, read_choices
 from write_report import read_study, write
 
 GROUPS = {"group-00": 100, "group-01": 300}
@@ -120,7 +120,7 @@ def test_a_comparison_that_experiments_share_is_said_once(
 def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
     cfg: Any, results: Path, tmp_path: Path
 ) -> None:
-    usual = list(cfg.step_seconds.runs)[1]
+    usual = read_choices(cfg).baseline
     seconds = {"SFT": [2.0, 4.0, 1.0], usual: [2.2, 5.2, 1.2], "K = 4": [2.0, 4.4, 1.0]}
     timed = {"steps": 12, "threads": 1, "machine": "", "seconds": seconds}
     write_json(results / TIMED, timed)
