@@ -48,7 +48,9 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "## What helped, what did not\n",
         words.verdicts(study.experiments, study.rows),
         "## Recommended settings\n",
-        words.recommendation(study.choices, study.rows["default_alpha"]),
+        words.recommendation(
+            [*study.choices[1:], *study.rows["default_alpha"], *study.rows["alpha"]]
+        ),
         "## The setting\n",
         setting(study),
         "## What each choice costs\n",

@@ -9,7 +9,7 @@ from findings import Row, verdict
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr, grid
 from steps_ratio import Interval
-from study import Experiment
+from study import Experiment, Run
 
 from nemo_kd.loss import KDConfig
 from nemo_kd.teacher.config import KDDumpConfig
@@ -113,9 +113,8 @@ def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
     return "\n".join(parts)
 
 
-def recommendation(choices: Sequence[Row], alphas: Sequence[Row]) -> str:
-    """The product's defaults, and what was measured beside them: one setting at a time, on one
-    seed, and alpha on several."""
+def recommendation(beside: Sequence[Row]) -> str:
+    """The product's defaults, and what was measured beside them; the first of a label counts."""
     loss, store = KDConfig(), KDDumpConfig()
     defaults = {
         "model.kd.alpha": f"{loss.weights[1]:g}",
@@ -128,18 +127,20 @@ def recommendation(choices: Sequence[Row], alphas: Sequence[Row]) -> str:
     text = "The recommended settings are the defaults: "
     text += ", ".join(f"`{key}={value}`" for key, value in defaults.items()) + ". "
     text += "The learning rate wants a search of its own: KD + SFT's is not SFT's. "
-    beside: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
-    for row in (*choices[1:], *alphas):
+    found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
+    for row in {row.label: row for row in reversed(beside)}.values():
         if (outcome := verdict(row)) is not None:
             difference = interval(row.against_baseline, signed=True)
-            beside[outcome].append(f"{row.label} ({difference}, {plural(len(row.found), 'seed')})")
+            found[outcome][row.label] = f"{difference}, {plural(len(row.found), 'seed')}"
     said = {
-        outcome: "; ".join(labels) if labels else "nothing that was run"
-        for outcome, labels in beside.items()
+        outcome: "; ".join(f"{label} ({how})" for label, how in reversed(labels.items()))
+        or "nothing that was run"
+        for outcome, labels in found.items()
     }
     return (
-        f"{text}Held-out cross-entropy beside them. Better: {said['better']}. Not surely "
-        f"different: {said['undecided']}. Worse: {said['worse']}.\n"
+        f"{text}\n\nOne setting changed at a time, held-out cross-entropy on code, nats a token. "
+        f"Better: {said['better']}. Not surely different: {said['undecided']}. Worse: "
+        f"{said['worse']}.\n"
     )
 
 
@@ -166,6 +167,8 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "teacher": "SmolLM2-135M-Instruct (30 layers), fine-tuned on the training split for "
         f"{cfg.teacher.steps} steps at learning rate {cfg.teacher.lr:g}",
         "students": "the teacher as it comes, pruned to the layers of most block influence",
+        "objective": f"alpha {Run.alpha:g}, forward KL, support `bucket`, profile `plain`, where a "
+        "line does not say otherwise",
         "training": f"{train.steps} steps of {train.batch} samples, {epochs:g} times over the "
         f"training split; {train.precision}, cosine decay to 0 after {train.warmup} steps",
         "seed": "the order of the samples, in every epoch the same for all objectives of a seed; "

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import sys
 import time
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import hydra
 from assets import Assets
 from omegaconf import DictConfig, OmegaConf
 from queue_plan import Job, estimate, read_results, remaining
-from steps import ROOT, StepFailedError, Workshop, remove, write_json
+from steps import ROOT, StepFailedError, Workshop, lock, remove, write_json
 from student import directory, result, steps
 from study import Experiment, read_experiments
 
@@ -29,17 +28,6 @@ def select(experiments: list[Experiment], only: Any) -> list[Experiment]:
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"only={unknown[0]}: expected some of {', '.join(known)}")
     return [experiment for experiment in experiments if experiment.name in names]
-
-
-def lock(out: Path) -> TextIO:
-    """Errors: ValueError where another queue works in the same directory."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = (out / "lock").open("w")
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"another process runs the experiments in {out}; stop it first") from None
-    return file
 
 
 def do(job: Job, assets: Assets, workshop: Workshop, results: Path) -> None:

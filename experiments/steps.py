@@ -6,6 +6,7 @@ they were, the product of any other is removed first.
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shlex
@@ -16,7 +17,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from nemo_kd.store.files import publish
 
@@ -110,6 +111,17 @@ class Workshop:
 
 def _exit_on_signal(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
+
+
+def lock(out: Path) -> TextIO:
+    """Errors: ValueError where another queue works in the same directory."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = (out / "lock").open("w")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"another process runs the experiments in {out}; stop it first") from None
+    return file
 
 
 def remove(path: Path) -> None:

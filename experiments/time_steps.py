@@ -15,8 +15,7 @@ from pathlib import Path
 import hydra
 from assets import Assets, training
 from omegaconf import DictConfig, OmegaConf
-from run import lock
-from steps import ROOT, Step, Workshop, write_json
+from steps import ROOT, Step, Workshop, lock, write_json
 from student import student_and_loss, train_stores
 from study import TIMED, Run, read_choices
 

@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--store", required=True, help="of examples/dump_teacher_topk.py")
-    parser.add_argument("--alpha", type=float, default=0.5, help="weight of the distillation")
+    parser.add_argument("--alpha", type=float, default=0.9, help="weight of the distillation")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--global-batch-size", type=int, default=8)

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Dump, and training when it has succeeded; from the top of the checkout:
 #   TEACHER=/lustre/teacher.nemo STUDENT=/lustre/student.nemo DATA=/lustre/train.jsonl \
-#       STORE=/lustre/store RUN=/lustre/runs/kd examples/slurm/submit.sh +model.kd.alpha=0.5
+#       STORE=/lustre/store RUN=/lustre/runs/kd examples/slurm/submit.sh +model.kd.alpha=0.9
 # Arguments go to the training. With spaces between: DUMP_ARGUMENTS to the dump, SBATCH_OPTIONS to
 # both jobs (--nodes=4 --time=08:00:00).
 set -euo pipefail

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from nemo_kd.loss.divergences import DIVERGENCES
 from nemo_kd.loss.supports import SUPPORTS
 
+DEFAULT_ALPHA = 0.9  # the best of docs/results.md
+
 
 @dataclass(frozen=True)
 class KDConfig:
@@ -19,7 +21,7 @@ class KDConfig:
     """
 
     alpha: float | None = None
-    """Weight of the distillation in [0, 1]; None means 0.5 unless the weights below are given."""
+    """Weight of the distillation in [0, 1]; None means 0.9 unless the weights below are given."""
     sft_weight: float | None = None
     """Instead of `alpha`: the weight of the cross-entropy; 1 if only `kd_weight` is given."""
     kd_weight: float | None = None
@@ -66,7 +68,7 @@ class KDConfig:
         if self.sft_weight is not None or self.kd_weight is not None:
             sft, kd = self.sft_weight, self.kd_weight
             return (1.0 if sft is None else sft, 1.0 if kd is None else kd)
-        alpha = 0.5 if self.alpha is None else self.alpha
+        alpha = DEFAULT_ALPHA if self.alpha is None else self.alpha
         return 1 - alpha, alpha
 
     @property

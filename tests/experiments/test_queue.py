@@ -16,6 +16,7 @@ from queue_plan import chosen_lr, grid, remaining
 from steps import Step, StepFailedError, Workshop
 from study import Run, read_experiments, read_run
 
+from nemo_kd.loss import KDConfig
 from tests.conftest import ROOT
 from tests.store.samples import spec, store
 
@@ -147,6 +148,22 @@ def test_runs_that_differ_have_different_names(cfg: Any) -> None:
     named = {dataclasses.replace(run, lr=run.lr or 1e-4) for run in runs}
     trained = {run for run in named if run.length > 0}
     assert len({run.name for run in trained}) == len(trained)
+
+
+def test_alpha_is_compared_with_the_products_default(cfg: Any) -> None:
+    experiments = {experiment.name: experiment for experiment in read_experiments(cfg)}
+    for name in ("alpha", "default_alpha"):
+        baseline = experiments[name].baseline
+        assert baseline is not None
+        assert {run.alpha for run in experiments[name].runs[baseline]} == {KDConfig().weights[1]}
+
+
+@pytest.mark.parametrize("name", ["run", "time_steps", "write_report"])
+def test_every_script_of_make_experiments_starts(name: str) -> None:
+    command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), "--help"]
+    assert (
+        "experiments" in subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    )
 
 
 def test_an_unknown_setting_of_a_run_is_refused() -> None:

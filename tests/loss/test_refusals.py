@@ -42,7 +42,7 @@ def rows(n: int) -> TopK:
         ({"labels": torch.tensor([0, 11, 1]), "vocab_size": 11}, "expected 0 to 10"),
         ({"labels": torch.arange(N)[:, None]}, r"labels have shape \(3, 1\), expected \(3,\)"),
         ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask have shape \(2,\), expected \(3,\)"),
-        ({"teacher": None}, "weight of the distillation is 0.5, but there is no teacher"),
+        ({"teacher": None}, "weight of the distillation is 0.9, but there is no teacher"),
         ({"teacher": rows(2)}, "has 2 rows, but 3 positions are chosen"),
         ({"teacher": rows(N)._replace(logits=torch.randn(N, 5))}, r"expected \(3, 4\) beside"),
         ({"teacher": rows(N)._replace(logsumexp=torch.zeros(N, 2))}, r"expected \(3,\) beside"),
@@ -95,4 +95,4 @@ def test_the_configuration_refuses(settings: dict[str, Any], message: str) -> No
 def test_one_weight_given_leaves_the_other_at_1() -> None:
     assert KDConfig(kd_weight=0.3).weights == (1.0, 0.3)
     assert KDConfig(sft_weight=0.3).weights == (0.3, 1.0)
-    assert KDConfig().weights == (0.5, 0.5) and KDConfig(alpha=0.2).weights == (0.8, 0.2)
+    assert KDConfig().weights == (1 - 0.9, 0.9) and KDConfig(alpha=0.2).weights == (0.8, 0.2)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_kd.loss import KDConfig
 from nemo_kd.model.config import KDTrainingConfig, kd_training_config
 
 
@@ -34,7 +35,7 @@ def test_cosine_is_half_a_wave() -> None:
     kd = KDTrainingConfig(support="topk", temperature=4, temperature_end=1, schedule="cosine")
     found = [kd.at(step, 10).temperature for step in range(11)]
     assert found == pytest.approx([2.5 + 1.5 * math.cos(math.pi * t / 10) for t in range(11)])
-    assert {kd.at(step, 10).weights for step in range(11)} == {(0.5, 0.5)}
+    assert {kd.at(step, 10).weights for step in range(11)} == {KDConfig().weights}
 
 
 @pytest.mark.parametrize(
