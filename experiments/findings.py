@@ -48,8 +48,12 @@ class Row:
     def share(self, what: str) -> float | None:
         """Of the generated functions, over all seeds: `parses` or `exact`."""
         judged = [result["generation"] for result in self.found if "generation" in result]
-        samples = sum(g["samples"] for g in judged)
-        return sum(g[what] for g in judged) / samples if samples else None
+        return sum(g[what] for g in judged) / self.written if self.written else None
+
+    @property
+    def written(self) -> int:
+        """Generated functions, over all seeds."""
+        return sum(result.get("generation", {}).get("samples", 0) for result in self.found)
 
 
 def mean(values: Sequence[float | None]) -> float | None:

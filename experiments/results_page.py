@@ -70,6 +70,8 @@ def published_table(study: Study) -> str:
     """One line a method, one column a benchmark, as such results are published."""
     teachers = [row for row in study.rows["reference"] if row.label.startswith("Teacher")]
     code = {row.label: row for row in (*teachers, *study.rows["headline"])}
+    default = next(row for row in study.rows["default_alpha"] if row.is_baseline)
+    code[f"KD + SFT, {default.label}"] = default
     prose = {row.label: row for row in study.rows["prose"]}
     head = ["", *(f"code: {name}" for name in CODE_BENCHMARKS)]
     head += [f"prose: {name}" for name in PROSE_BENCHMARKS]
@@ -78,10 +80,17 @@ def published_table(study: Study) -> str:
         cells = [benchmark(code[label], how) for how in CODE_BENCHMARKS.values()]
         cells += [benchmark(prose.get(label), how) for how in PROSE_BENCHMARKS.values()]
         lines.append([label, *cells])
-    seeds = [f"{row.label} {len(row.found)} of {row.planned}" for row in study.rows["headline"]]
+    seeds = [
+        f"{label} {len(row.found)} of {row.planned}"
+        for label, row in code.items()
+        if row not in teachers
+    ]
+    written = sorted({row.written for row in code.values()} - {0}) or [1]
     note = (
-        f"Means over the finished seeds (code: {', '.join(seeds)}), on held-out modules. "
-        "Cross-entropy and calibration error: lower is better; the others: higher.\n"
+        f"Means over the finished seeds (code: {'; '.join(seeds)}), on held-out modules. "
+        "Cross-entropy and calibration error: lower is better; the others: higher. Shares of "
+        f"functions are of {' or '.join(map(str, written))}: one standard error is up to "
+        f"{50 / written[0] ** 0.5:.0f} points.\n"
     )
     return table(head, lines) + "\n" + note
 

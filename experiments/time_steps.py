@@ -9,6 +9,7 @@ meets all of them alike. Leaves `timed/step_seconds.json` beside the result file
 from __future__ import annotations
 
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -28,7 +29,7 @@ import report_data
 
 def timed_step(label: str, round_: int, run: Run, assets: Assets) -> Step:
     """A training of some steps; its directory is the product, for nothing of it is gone on with."""
-    name = f"time-{round_}-{label.replace(' ', '')}"
+    name = f"time-{round_}-" + re.sub(r"\W+", "-", label)
     product = assets.out / "timed" / name
     arguments = (
         "examples/train_gpt_sft_kd.py",
