@@ -40,7 +40,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "# Results\n",
         "This page is written by `python experiments/write_report.py` from the files of "
         "`experiments/results`, and by nobody's hand. `make experiments` makes them.\n",
-        words.how_much(study.experiments, study.rows),
+        words.how_much(study.experiments, study.rows, study.results),
         "## KD + SFT against SFT\n",
         words.headline(study.rows["headline"], PUBLISHED_SHARE, BEYOND_SHARE),
         published_table(study),
@@ -58,7 +58,8 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         *(section(study, experiment, figures) for experiment in study.experiments),
         "## What it took\n",
         table(
-            ["", "finished runs of its own", "hours"], words.costs(study.rows, study.experiments)
+            ["", "finished runs of its own", "hours"],
+            words.costs(study.rows, study.experiments, study.results),
         ),
         "Training, measuring and writing, one command at a time with "
         f"{study.cfg.threads} thread on a machine with other work: upper bounds of core-hours.\n",
@@ -128,7 +129,7 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
         parts.append(words.learning_rates(study.cfg, study.results))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
-    return "\n".join(parts)
+    return "\n".join(part for part in parts if part)
 
 
 def experiment_table(rows: Sequence[Row]) -> str:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from findings import Row, verdict
 from omegaconf import DictConfig
@@ -24,7 +25,7 @@ def figure(value: float | None, *, percent: bool = False, digits: int = 3) -> st
 
 
 def interval(found: Interval | None, *, signed: bool = False) -> str:
-    """`0.68 [0.61, 0.74]`; a limit that is never reached is written as >1."""
+    """`0.68 [0.61, 0.74]`; a limit that is never reached is `never`."""
     if found is None:
         return ""
 
@@ -36,12 +37,11 @@ def interval(found: Interval | None, *, signed: bool = False) -> str:
     return f"{one(found.value)} [{one(found.low)}, {one(found.high)}]"
 
 
-def how_much(experiments: Sequence[Experiment], rows: Rows) -> str:
+def how_much(experiments: Sequence[Experiment], rows: Rows, results: Results) -> str:
     """How much of the list is finished."""
-    planned = {run for e in experiments for run in e.all_runs()}
     names = [e.title for e in experiments if all(row.finished for row in rows[e.name])]
     open_ = [e.title for e in experiments if not all(row.finished for row in rows[e.name])]
-    text = f"{len(names)} of {len(experiments)} experiments ({len(planned)} runs) are finished."
+    text = f"{len(names)} of {len(experiments)} experiments are finished, {len(results)} runs."
     if open_:
         text += f" Not, or not wholly, run yet: {'; '.join(open_)}."
     return text + "\n"
@@ -126,7 +126,7 @@ def recommendation(beside: Sequence[Row]) -> str:
     }
     text = "The recommended settings are the defaults: "
     text += ", ".join(f"`{key}={value}`" for key, value in defaults.items()) + ". "
-    text += "The learning rate wants a search of its own: KD + SFT's is not SFT's. "
+    text += "The learning rate wants a search of its own: KD + SFT's is not SFT's."
     found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
     for row in {row.label: row for row in reversed(beside)}.values():
         if (outcome := verdict(row)) is not None:
@@ -187,17 +187,22 @@ def setting(cfg: DictConfig) -> dict[str, str]:
     }
 
 
-def costs(rows: Rows, experiments: Sequence[Experiment]) -> list[list[str]]:
+def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> list[list[str]]:
     """A line an experiment: its runs, and the hours of those that are finished. Runs that an
-    earlier experiment has too are counted there."""
-    seen: set[str] = set()
+    earlier experiment has too are counted there; those of no table chose learning rates."""
+    left = dict(results)
     lines = []
+
+    def line(title: str, mine: Iterable[Mapping[str, Any]]) -> None:
+        seconds = [sum(_whole(result["seconds"]).values()) for result in mine]
+        hours = f"{sum(seconds) / 3600:.2f}" if seconds else ""
+        lines.append([title, str(len(seconds)), hours])
+
     for experiment in experiments:
-        mine = {r["name"]: r for row in rows[experiment.name] for r in row.found}
-        new = {name: result for name, result in mine.items() if name not in seen}
-        seen |= set(new)
-        hours = sum(sum(_whole(r["seconds"]).values()) for r in new.values()) / 3600
-        lines.append([experiment.title, str(len(new)), f"{hours:.2f}" if new else ""])
+        names = {r["name"] for row in rows[experiment.name] for r in row.found}
+        line(experiment.title, [left.pop(name) for name in sorted(names & set(left))])
+    line("Learning rates of the other objectives", left.values())
+    line("All", results.values())
     return lines
 
 

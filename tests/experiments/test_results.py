@@ -117,6 +117,18 @@ def test_a_comparison_that_experiments_share_is_said_once(
     assert said.count("(1 seed)") == 1  # though three experiments have it
 
 
+def test_every_result_file_is_counted_once(cfg: Any, results: Path, tmp_path: Path) -> None:
+    """Also the rates of objectives that no table shows at another rate than their best."""
+    write_result(results, Run(support="topk", lr=3e-4), 3.5)
+    text, _ = written(cfg, results, tmp_path)
+    files = len(list(results.glob("*.json")))
+    assert f" experiments are finished, {files} runs." in text
+    took = text[text.index("## What it took") :]
+    assert "| Learning rates of the other objectives | 1 | 0.12 |" in took  # 450 s
+    counts = [int(count) for count in re.findall(r"\| (\d+) \| (?:[\d.]+)? *\|", took)]
+    assert counts[-1] == sum(counts[:-1]) == files
+
+
 def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
     cfg: Any, results: Path, tmp_path: Path
 ) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_kd.loss import KDConfig
 from tests.conftest import Script
 
 EXAMPLE = "megatron_core/train.py"
@@ -41,9 +42,10 @@ def test_data_parallel_ranks_train_as_one_process(
     """With other micro-batches too: every answer token of the global batch weighs alike."""
     one = losses(script, dump())
     two = losses(script, dump(), "--micro-batch-size=1", processes=2)
+    sft, kd = KDConfig().weights
     for a, b in zip(one, two, strict=True):
         assert a == pytest.approx(b, abs=1e-4)
-        assert a["loss"] == pytest.approx(0.5 * a["sft_loss"] + 0.5 * a["kd_loss"], abs=1e-4)
+        assert a["loss"] == pytest.approx(sft * a["sft_loss"] + kd * a["kd_loss"], abs=1e-4)
     assert one[-1]["kd_loss"] < one[0]["kd_loss"] and one[-1]["sft_loss"] < one[0]["sft_loss"]
 
 

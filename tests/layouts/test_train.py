@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from nemo_kd.loss import KDConfig
 from nemo_kd.store import Store
 from tests.conftest import Script, metrics, program
 
@@ -34,10 +35,11 @@ def validations(directory: Path) -> list[dict[str, Any]]:
 
 def test_every_step_logs_all_metrics(train: Callable[..., Path]) -> None:
     lines = steps(train())
+    sft, kd = KDConfig().weights
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     for line in lines:
         assert set(STEP_METRICS) <= set(line)
-        assert line["loss"] == pytest.approx(0.5 * line["sft_loss"] + 0.5 * line["kd_loss"])
+        assert line["loss"] == pytest.approx(sft * line["sft_loss"] + kd * line["kd_loss"])
         assert 0 < line["teacher_mass"] < 1 and 0 < line["student_mass"] < 1
 
 

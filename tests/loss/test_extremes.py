@@ -65,7 +65,7 @@ def test_huge_gaps_and_equal_logits(scale: float) -> None:
     z = scale * torch.randn(6, 40).sign() + torch.randn(6, 40) * (scale > 0)
     teacher = teacher_of(torch.randn(6, 40), 7)
     labels = torch.arange(6)
-    result, gradient, _, _ = both(z, labels, teacher, KDConfig())
+    result, gradient, _, _ = both(z, labels, teacher, KDConfig(alpha=0.5))
     # The reference's probabilities underflow here, even in float64: logarithms do not.
     dense = z.double().requires_grad_()
     log_q = dense.log_softmax(1)
@@ -149,8 +149,9 @@ def test_a_label_off_by_one_shows() -> None:
     tokens = torch.tensor([4, 7, 1, 9, 3])
     z = torch.zeros(4, 12).scatter_(1, tokens[1:, None], 20.0)
     teacher = teacher_of(z, 3)
-    right = sft_kd_loss(z, tokens[1:], teacher, KDConfig()).loss
-    wrong = sft_kd_loss(z, tokens[:-1], teacher, KDConfig()).loss
+    config = KDConfig(alpha=0.5)
+    right = sft_kd_loss(z, tokens[1:], teacher, config).loss
+    wrong = sft_kd_loss(z, tokens[:-1], teacher, config).loss
     assert right.max() < 1e-5 and wrong.min() > 5
 
 
