@@ -201,7 +201,7 @@ def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> li
     for experiment in experiments:
         names = {r["name"] for row in rows[experiment.name] for r in row.found}
         line(experiment.title, [left.pop(name) for name in sorted(names & set(left))])
-    line("Learning rates of the other objectives", left.values())
+    line("Further learning rates", left.values())
     line("All", results.values())
     return lines
 
