@@ -24,10 +24,13 @@ $(INSTALLED): constraints.txt pyproject.toml
 demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 15 minutes on 2 cores
 	$(BIN)/python examples/demo/run.py
 
+# What is committed is not run again: `make experiments RESULTS=outputs/again` runs all of it.
+RESULTS ?= experiments/results
+
 experiments: $(INSTALLED)  ## every experiment of docs/results.md, hours; stop it at will, it goes on
-	$(BIN)/python experiments/run.py
-	$(BIN)/python experiments/time_steps.py
-	$(BIN)/python experiments/write_report.py
+	$(BIN)/python experiments/run.py results=$(RESULTS)
+	$(BIN)/python experiments/time_steps.py results=$(RESULTS)
+	$(BIN)/python experiments/write_report.py results=$(RESULTS)
 
 # Two workers, each a file of tests at a time; one thread each, for torch would take all cores.
 WORKERS ?= 2

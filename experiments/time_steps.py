@@ -8,6 +8,7 @@ meets all of them alike. Leaves `timed/step_seconds.json` beside the result file
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import sys
@@ -43,6 +44,11 @@ def timed_step(label: str, round_: int, run: Run, assets: Assets) -> Step:
     return Step(name, arguments, product)
 
 
+def already_timed(path: Path, labels: set[str]) -> bool:
+    """The file has these choices and no others."""
+    return path.is_file() and set(json.loads(path.read_text())["seconds"]) == labels
+
+
 @hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     os.chdir(ROOT)
@@ -50,6 +56,9 @@ def main(cfg: DictConfig) -> None:
     out, results = Path(cfg.out).resolve(), Path(cfg.results).resolve()
     assets, workshop = Assets(cfg, out), Workshop(out, cfg.threads)
     runs = {label: runs[0] for label, runs in read_choices(cfg).runs.items()}
+    if already_timed(results / TIMED, set(runs)):
+        print(f"every choice is in {results / TIMED}; without that file it is measured again")
+        return
     seconds: dict[str, list[float]] = {label: [] for label in runs}
     held = lock(out)
     for run in runs.values():

@@ -17,6 +17,8 @@ from steps import write_json
 from study import TIMED, Run, read_choices
 from write_report import read_study, write
 
+from tests.conftest import ROOT
+
 GROUPS = {"group-00": 100, "group-01": 300}
 
 
@@ -142,6 +144,12 @@ def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
     text, _ = written(cfg, results, tmp_path)
     assert f"| {usual} | 416 | 2.20 | 1.20 [1.10, 1.30] | 2.811 |  |" in text
     assert "| K = 4 | 34 | 2.00 | 1.00 [1.00, 1.10] | 2.911 | +0.100 [+0.100, +0.100] |" in text
+
+
+def test_the_committed_page_is_that_of_the_committed_results(cfg: Any, tmp_path: Path) -> None:
+    """Nothing in it was typed by hand, and nothing is older than the results."""
+    text, _ = written(cfg, ROOT / "experiments" / "results", tmp_path)
+    assert text == (ROOT / "docs" / "results.md").read_text()
 
 
 def test_functions_are_judged_by_their_syntax_trees() -> None:
