@@ -34,9 +34,9 @@ class Row:
     def finished(self) -> bool:
         return len(self.found) == self.planned
 
-    def mean(self, metric: str) -> float | None:
-        """Over the finished seeds, of the test split."""
-        return mean([result["test"].get(metric) for result in self.found])
+    def mean(self, metric: str, split: str = "test") -> float | None:
+        """Over the finished seeds."""
+        return mean([result[split].get(metric) for result in self.found])
 
     def bytes_per_token(self) -> float | None:
         """Of the stores that were trained on; None for SFT, which needs no logits."""

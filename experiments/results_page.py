@@ -134,13 +134,19 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
 
 def experiment_table(rows: Sequence[Row]) -> str:
     """A line a label; the baseline has no difference."""
-    head = ["", "seeds", "cross-entropy", "less baseline's", "KL to the teacher"]
-    head += ["top-1 is the label", "calibration error", "steps ratio", "bytes a token"]
+    head = ["", "seeds", "cross-entropy", "less baseline's", "on validation"]
+    head += [
+        "KL to the teacher",
+        "top-1 is the label",
+        "calibration error",
+        "steps ratio",
+        "bytes a token",
+    ]
     lines = []
     for row in rows:
         name = f"**{row.label}** (baseline)" if row.is_baseline else row.label
         if not row.found:
-            lines.append([name, f"0 of {row.planned}", NOT_RUN, *[""] * 6])
+            lines.append([name, f"0 of {row.planned}", NOT_RUN, *[""] * 7])
             continue
         lines.append(
             [
@@ -148,6 +154,7 @@ def experiment_table(rows: Sequence[Row]) -> str:
                 f"{len(row.found)} of {row.planned}",
                 words.figure(row.mean("sft_loss")),
                 words.interval(row.against_baseline, signed=True),
+                words.figure(row.mean("sft_loss", "valid")),
                 words.figure(row.mean("kd_loss")),
                 words.figure(row.mean("top1_label"), percent=True),
                 words.figure(row.mean("calibration_error")),

@@ -126,7 +126,12 @@ def recommendation(beside: Sequence[Row]) -> str:
     }
     text = "The recommended settings are the defaults: "
     text += ", ".join(f"`{key}={value}`" for key, value in defaults.items()) + ". "
-    text += "The learning rate wants a search of its own: KD + SFT's is not SFT's."
+    text += "The learning rate wants a search of its own: KD + SFT's is not SFT's. "
+    text += (
+        "All but the learning rate was chosen by the test split itself: where the tables' column "
+    )
+    text += "of the validation split, which is smaller and chose none of it, says otherwise, the "
+    text += "choice is not sure."
     found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
     for row in {row.label: row for row in reversed(beside)}.values():
         if (outcome := verdict(row)) is not None:
@@ -177,8 +182,8 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         f"{cfg.tuned_on.seed} of 8 layers on code, used everywhere; the grid begins with "
         f"{' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is doubled or halved "
         "until its best is not at an end",
-        "held-out figures": f"over the answer tokens of the test split, every "
-        f"{train.validate_every} steps; the KL is to the fine-tuned teacher's top "
+        "held-out figures": "over the answer tokens of the test split, where no other is named, "
+        f"every {train.validate_every} steps; the KL is to the fine-tuned teacher's top "
         f"{cfg.teacher.top_k} and the rest in one bucket",
         "intervals": f"{100 * boot.level:g} %, percentiles of {boot.draws} draws of the test "
         f"split's {cfg.data.groups} groups of modules and of the seeds",
