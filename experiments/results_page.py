@@ -49,7 +49,12 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.verdicts(study.experiments, study.rows),
         "## Recommended settings\n",
         words.recommendation(
-            [*study.choices[1:], *study.rows["default_alpha"], *study.rows["alpha"]]
+            [
+                *study.rows["default_profile"],
+                *study.choices[1:],
+                *study.rows["default_alpha"],
+                *study.rows["alpha"],
+            ]
         ),
         "## The setting\n",
         setting(study),
