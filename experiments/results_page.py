@@ -60,7 +60,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         setting(study),
         "## What each choice costs\n",
         choices(study),
-        *(section(study, experiment, figures) for experiment in study.experiments),
+        *(part for e in study.experiments for part in section(study, e, figures)),
         "## What it took\n",
         table(
             ["", "finished runs of its own", "hours"],
@@ -126,7 +126,7 @@ PROSE_BENCHMARKS = {
 }
 
 
-def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) -> str:
+def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) -> list[str]:
     """Question, table, picture of one experiment."""
     rows = study.rows[experiment.name]
     parts = [f"## {experiment.title}\n", f"{experiment.question}\n", experiment_table(rows)]
@@ -134,13 +134,17 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
         parts.append(words.learning_rates(study.cfg, study.results))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
-    return "\n".join(part for part in parts if part)
+    return parts
 
 
 def experiment_table(rows: Sequence[Row]) -> str:
     """A line a label; the baseline has no difference."""
-    head = ["", "seeds", "cross-entropy", "less baseline's", "on validation"]
-    head += [
+    head = [
+        "",
+        "seeds",
+        "cross-entropy",
+        "less baseline's",
+        "on validation",
         "KL to the teacher",
         "top-1 is the label",
         "calibration error",
@@ -151,7 +155,7 @@ def experiment_table(rows: Sequence[Row]) -> str:
     for row in rows:
         name = f"**{row.label}** (baseline)" if row.is_baseline else row.label
         if not row.found:
-            lines.append([name, f"0 of {row.planned}", NOT_RUN, *[""] * 7])
+            lines.append([name, f"0 of {row.planned}", NOT_RUN, *[""] * (len(head) - 3)])
             continue
         lines.append(
             [

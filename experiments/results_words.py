@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from findings import Row, verdict
@@ -196,24 +196,18 @@ def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> li
     """A line an experiment: its runs, and the hours of those that are finished. Runs that an
     earlier experiment has too are counted there; those of no table chose learning rates."""
     left = dict(results)
-    lines = []
-
-    def line(title: str, mine: Iterable[Mapping[str, Any]]) -> None:
-        seconds = [sum(_whole(result["seconds"]).values()) for result in mine]
-        hours = f"{sum(seconds) / 3600:.2f}" if seconds else ""
-        lines.append([title, str(len(seconds)), hours])
-
+    groups = []
     for experiment in experiments:
         names = {r["name"] for row in rows[experiment.name] for r in row.found}
-        line(experiment.title, [left.pop(name) for name in sorted(names & set(left))])
-    line("Further learning rates", left.values())
-    line("All", results.values())
-    return lines
+        groups.append((experiment.title, [left.pop(name) for name in names & left.keys()]))
+    groups += [("Further learning rates", [*left.values()]), ("All", [*results.values()])]
+    return [[title, str(len(found)), _hours(found)] for title, found in groups]
 
 
-def _whole(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Times of whole commands."""
-    return {key: value for key, value in seconds.items() if key != "step"}
+def _hours(found: Sequence[Mapping[str, Any]]) -> str:
+    """Of whole commands: the time of a step is part of one."""
+    seconds = [time for r in found for key, time in r["seconds"].items() if key != "step"]
+    return f"{sum(seconds) / 3600:.2f}" if found else ""
 
 
 def plural(count: int, noun: str) -> str:

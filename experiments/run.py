@@ -76,7 +76,7 @@ def run(cfg: DictConfig) -> None:
     if cfg.list:
         return say(jobs, cfg, found)
     if not jobs:
-        print(f"every run is in {cfg.results}; results=outputs/again runs all of it once more")
+        return print(f"every run is in {cfg.results}; results=outputs/again runs all of it again")
     held = lock(out)
     while ready := [job for job in jobs if job.decided and job.run.name not in failed]:
         if cfg.max_hours is not None and time.monotonic() - start > cfg.max_hours * 3600:
