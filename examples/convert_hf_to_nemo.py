@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 import time
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -25,7 +25,7 @@ from nemo_kd import cpu
 from nemo_kd.checkpoints import CheckpointError, open_checkpoint, parse_layers, write_nemo
 
 
-class Precision(str, Enum):
+class Precision(StrEnum):
     """Type of the written weights."""
 
     own = "own"
