@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import types
+import warnings
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,14 @@ def install(nemo: bool = True) -> bool:
     """
     if torch.cuda.is_available():
         return False
+    with warnings.catch_warnings():
+        # What megatron-core takes in the place of these two is what a CPU needs.
+        warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")
+        _install(nemo)
+    return True
+
+
+def _install(nemo: bool) -> None:
     if _state.device_mode is None:
         # NeMo reads the container's version from the environment and fails without one.
         os.environ.setdefault("NVIDIA_PYTORCH_VERSION", "25.07")
@@ -45,7 +54,6 @@ def install(nemo: bool = True) -> bool:
         _patch_nemo()
         _patch_nemo_apex()
         _register_adamw()
-    return True
 
 
 def cpu_settings(precision: str | int = 32) -> dict[str, Any]:

@@ -101,11 +101,13 @@ def _quiet() -> None:
     nemo_logging.setLevel(nemo_logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # Of the helper that NeMo has compiled already, make would say that there is nothing to do.
+    os.environ.setdefault("GNUMAKEFLAGS", "--silent --no-print-directory")
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
     """Lightning's trainer as NeMo's own fine-tuning script builds it."""
-    from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
+    from nemo_kd.progress_bar import TrainerBuilder
 
     model = cfg.model
     size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
@@ -117,7 +119,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> T
             f"start a multiple of {size} (torchrun --nproc_per_node) or lower "
             "model.tensor_model_parallel_size / model.pipeline_model_parallel_size"
         )
-    return MegatronLMPPTrainerBuilder(cfg).create_trainer(callbacks)
+    return TrainerBuilder(cfg).create_trainer(callbacks)
 
 
 def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:

@@ -1,7 +1,7 @@
-"""The whole way on a laptop: data, teacher, dump, two students, evaluation, report.
+"""Distillation from start to end on a laptop: data, teacher, dump, two students, report.
 
-Each step is one command of the product's own scripts, printed before it runs; a step whose
-result is there already is skipped, so the demo goes on where it was stopped. Remove
+Each step is one command of the product's own scripts, printed before it runs. Finished steps are
+recorded in `outputs/demo/steps.json` and skipped: run the same command to resume. Remove
 `outputs/demo` to start over.
 """
 
@@ -10,14 +10,21 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from demo_time import duration, time_left
 from smollm2 import smollm2
+
+from nemo_kd.loss import KDConfig
 
 ROOT = Path(__file__).parents[2]
 OUT = Path("outputs/demo")
@@ -26,7 +33,7 @@ STEPS = OUT / "steps.json"
 SAMPLES, HELDOUT, MAX_TOKENS = 400, 96, 96
 TEACHER_STEPS, STUDENT_STEPS, BATCH = 50, 120, 8
 STUDENT_LAYERS = 14
-ALPHA = 0.7
+ALPHA = KDConfig().weights[1]  # the product's default
 
 COMMON = [
     "trainer.precision=bf16-mixed",
@@ -36,7 +43,7 @@ COMMON = [
     f"model.global_batch_size={BATCH}",
     f"model.micro_batch_size={BATCH}",
     "model.optim.sched.warmup_steps=10",
-    # A demo is run once: no checkpoint to resume from, only the trained .nemo.
+    # An interrupted training starts again: no checkpoints of 1 GB, only the trained .nemo.
     "exp_manager.create_checkpoint_callback=true",
     "exp_manager.checkpoint_callback_params.save_top_k=0",
     "+exp_manager.checkpoint_callback_params.save_last=false",
@@ -45,12 +52,14 @@ COMMON = [
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `product` is there when it is done."""
+    """One command, and the file that it leaves."""
 
     title: str
     script: str
     arguments: list[str]
     product: Path
+    scratch: Path | None = None
+    """Removed before the command starts: what an interrupted run of it left."""
 
     @property
     def command(self) -> list[str]:
@@ -68,9 +77,13 @@ def train(name: str, model: Path, steps: int, lr: float, *more: str) -> Step:
         *COMMON,
         *more,
     ]
-    titles = {"teacher": "fine-tune the teacher", "sft": "student: SFT", "kd": "student: KD + SFT"}
+    titles = {
+        "teacher": "fine-tune the teacher",
+        "sft": "student: SFT",
+        "kd": f"student: KD + SFT, alpha {ALPHA}",
+    }
     product = run / "checkpoints" / f"{name}.nemo"
-    return Step(titles[name], "train_gpt_sft_kd.py", arguments, product)
+    return Step(titles[name], "train_gpt_sft_kd.py", arguments, product, scratch=run)
 
 
 def dump(split: str, teacher: Path) -> Step:
@@ -165,31 +178,65 @@ def steps() -> Iterator[Step]:
     )
 
 
-def run_step(step: Step, done: dict[str, object]) -> None:
-    print(f"\n== {step.title}", flush=True)
-    if step.product.exists():
-        print(f"   {step.product} is there already", flush=True)
-        return
-    shown = ["python", step.command[1].removeprefix(f"{ROOT}/"), *step.command[2:]]
-    print("   " + shlex.join(shown), flush=True)
+def is_done(step: Step, done: dict[str, Any]) -> bool:
+    """Recorded as finished, and not removed since: a file alone may be half written."""
+    return step.title in done and (ROOT / step.product).exists()
+
+
+def run_step(step: Step, done: dict[str, Any]) -> None:
+    """Run the command and record its time; its temporary files go with it, however it ends."""
+    shown = shlex.join(["python", step.command[1].removeprefix(f"{ROOT}/"), *step.command[2:]])
+    print(f"   {shown}", flush=True)
+    if step.scratch:
+        shutil.rmtree(step.scratch, ignore_errors=True)
     start = time.monotonic()
-    code = subprocess.run(step.command, cwd=ROOT).returncode
-    if code or not (ROOT / step.product).exists():
+    with tempfile.TemporaryDirectory() as directory:
+        code = run_command(step.command, {**os.environ, "TMPDIR": directory})
+    if code or not step.product.exists():
         sys.exit(f"error: this step ended with {code} and without {step.product}; see above")
     seconds = round(time.monotonic() - start, 1)
-    print(f"   {seconds:.0f} s", flush=True)
-    done[step.title] = {"command": shlex.join(shown), "seconds": seconds}
-    (ROOT / STEPS).write_text(json.dumps(done, indent=1) + "\n")
+    print(f"   {duration(seconds)}", flush=True)
+    done[step.title] = {"command": shown, "seconds": seconds}
+    STEPS.write_text(json.dumps(done, indent=1) + "\n")
+
+
+def run_command(command: list[str], environment: dict[str, str]) -> int:
+    """Exit status. In a session of its own: Ctrl-C reaches the demo alone, which ends the command
+    without the traceback of each of its processes."""
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    try:
+        return process.wait()
+    except KeyboardInterrupt:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+
+
+def run_all() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    done: dict[str, Any] = json.loads(STEPS.read_text()) if STEPS.exists() else {}
+    todo = list(steps())
+    for number, step in enumerate(todo, 1):
+        if is_done(step, done):
+            print(f"[{number}/{len(todo)}] {step.title}: done", flush=True)
+            continue
+        left = time_left([s.title for s in todo if not is_done(s, done)], done)
+        print(f"\n[{number}/{len(todo)}] {step.title}; {left} left", flush=True)
+        run_step(step, done)
+    report = [sys.executable, "examples/demo/report.py", f"--demo={OUT}"]
+    if code := run_command(report, dict(os.environ)):
+        sys.exit(code)
+    print(f"student: {OUT}/runs/kd/checkpoints/kd.nemo")
 
 
 def main() -> None:
     os.chdir(ROOT)
-    OUT.mkdir(parents=True, exist_ok=True)
-    done = json.loads(STEPS.read_text()) if STEPS.exists() else {}
-    for step in steps():
-        run_step(step, done)
-    report = [sys.executable, "examples/demo/report.py", f"--demo={OUT}"]
-    sys.exit(subprocess.run(report, cwd=ROOT).returncode)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        run_all()
+    except KeyboardInterrupt:
+        print("\ninterrupted; finished steps are kept: run the same command to resume")
+        sys.exit(130)
 
 
 if __name__ == "__main__":
