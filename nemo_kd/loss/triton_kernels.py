@@ -152,7 +152,8 @@ def _forward_kernel(
     tl.store(picked + n * gathered + m, original.to(tl.float32), mask=m < gathered)
     # All threads have read before any writes, and have written before any reads on.
     tl.debug_barrier()
-    tl.store(row + column, tl.full([BLOCK_M], -float("inf"), original.dtype), mask=here)
+    absent = tl.full([BLOCK_M], -float("inf"), tl.float32).to(original.dtype)
+    tl.store(row + column, absent, mask=here)
     tl.debug_barrier()
     largest = _LOWEST
     sum_a = 0.0
