@@ -14,4 +14,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, resume="nothing was written; the same command starts over")

@@ -14,4 +14,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, resume="the same command resumes after the last complete shard")

@@ -1,9 +1,8 @@
-"""What the Hydra scripts share: spellings of `model.kd` overrides, help, quiet logs, errors."""
+"""What the Hydra scripts share: readable overrides, help, quiet logs, errors in one line."""
 
 from __future__ import annotations
 
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -11,19 +10,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-KD_OVERRIDE = re.compile(r"^\+{0,2}(model\.kd\.[\w.]+=)")
-SELECTION = re.compile(r"=(top_entropy\(.*\))$")
+from nemo_kd.failures import INTERRUPTED, explain, is_interrupt, say_last
+from nemo_kd.overrides import accept_every_spelling
 
-
-def accept_every_spelling(arguments: list[str]) -> list[str]:
-    """`+model.kd.x=`, `model.kd.x=` and `++model.kd.x=` all become the last.
-
-    Plain Hydra refuses `+` for a key that the YAML has and the bare form for one that it lacks;
-    nobody should have to know which of them a key of `model.kd` is. Unknown keys are refused
-    later, by name. `positions=top_entropy(0.2)` is quoted: Hydra would call a function.
-    """
-    arguments = [KD_OVERRIDE.sub(r"++\1", argument) for argument in arguments]
-    return [SELECTION.sub(r"='\1'", argument) for argument in arguments]
+TRACEBACK = "NEMO_KD_TRACEBACK"
 
 
 def commented(*names: str) -> str:
@@ -35,18 +25,30 @@ def commented(*names: str) -> str:
     return shown.replace("$", "$$")  # Hydra's template gives one of them back
 
 
-def script(main: Callable[[], None]) -> None:
-    """Run a Hydra entry point; a user's mistake ends in one line, not in a stack of frames."""
+def script(main: Callable[[], None], resume: str) -> None:
+    """Run a Hydra entry point; report a user's mistake in one line, without a traceback.
+
+    `resume` says what the same command does after Ctrl-C, whose exit status is 130.
+    """
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
     OmegaConf.register_new_resolver("commented", commented, replace=True)
+    # NeMo's own, which its configurations use before NeMo is imported.
+    OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")
     try:
         main()
-    except (ValueError, FileNotFoundError) as error:
-        if os.environ.get("NEMO_KD_TRACEBACK"):
+    except BaseException as error:
+        if os.environ.get(TRACEBACK):
             raise
-        sys.exit(f"error: {error}\n(NEMO_KD_TRACEBACK=1 shows where)")
+        if is_interrupt(error):
+            say_last(f"interrupted: {resume}")
+            sys.exit(INTERRUPTED)
+        line = explain(error)
+        if line is None:
+            raise
+        say_last(f"error: {line} ({TRACEBACK}=1 shows where)")
+        sys.exit(1)
 
 
 def _quiet() -> None:
@@ -54,3 +56,6 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")
+
+
+__all__ = ["accept_every_spelling", "script"]

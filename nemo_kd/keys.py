@@ -1,31 +1,40 @@
-"""Keys of a configuration's blocks: an unknown one is an error with the nearest valid name."""
+"""A block of a configuration as a data class: its keys, kinds of values and own checks."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-from collections.abc import Collection
+import typing
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.settings.blocks import Block, check
+from nemo_kd.settings.values import of_annotation
+
 Settings = TypeVar("Settings")
+
+
+def block_of(cls: type[Any]) -> Block:
+    """The fields of a data class, each of the kind that it is annotated with."""
+    hints = typing.get_type_hints(cls)
+    return Block(
+        {field.name: of_annotation(hints[field.name]) for field in dataclasses.fields(cls)}
+    )
 
 
 def settings_of(cls: type[Settings], block: DictConfig | None, where: str) -> Settings:
     """The block at `where`, such as `model.kd`, as the data class `cls`; its defaults for None.
 
-    Errors: ValueError for an unknown key, and what `cls` itself refuses.
+    Errors: ValueError for an unknown key, a value of the wrong kind, and what `cls` itself refuses,
+    each naming the key.
     """
-    check_keys(block, [field.name for field in dataclasses.fields(cls)], where)  # type: ignore[arg-type]
-    values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
-    return cls(**values)
-
-
-def check_keys(block: DictConfig | None, known: Collection[str], where: str) -> None:
-    """Errors: ValueError for a key of the block at `where` that is not known."""
-    for key in map(str, block or ()):
-        if key not in known:
-            near = difflib.get_close_matches(key, known, n=1)
-            hint = f"did you mean {where}.{near[0]}? " if near else ""
-            raise ValueError(f"{where}.{key} is unknown; {hint}Known: {', '.join(known)}")
+    if block is None:
+        return cls()
+    check(block, block_of(cls), where)
+    values: Any = OmegaConf.to_container(block, resolve=True)
+    try:
+        return cls(**values)
+    except ValueError as error:
+        first = str(error).split()[0]
+        named = any(field.name == first for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+        raise ValueError(f"{where}.{error}" if named else str(error)) from error

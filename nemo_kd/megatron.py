@@ -18,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import cpu
 from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
+from nemo_kd.settings.batches import data_parallel_size
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -109,16 +110,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> T
     """Lightning's trainer as NeMo's own fine-tuning script builds it."""
     from nemo_kd.progress_bar import TrainerBuilder
 
-    model = cfg.model
-    size = model.tensor_model_parallel_size * model.pipeline_model_parallel_size
-    size *= model.get("context_parallel_size", 1)
-    world = cfg.trainer.devices * cfg.trainer.num_nodes
-    if world % size:
-        raise LayoutError(
-            f"{world} processes cannot hold tensor × pipeline × context parallel size {size}; "
-            f"start a multiple of {size} (torchrun --nproc_per_node) or lower "
-            "model.tensor_model_parallel_size / model.pipeline_model_parallel_size"
-        )
+    data_parallel_size(cfg)
     return TrainerBuilder(cfg).create_trainer(callbacks)
 
 

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 from nemo_kd.loss.divergences import DIVERGENCES
+from nemo_kd.loss.names import DIVERGENCE_ALIASES, SUPPORT_ALIASES, check_name
 from nemo_kd.loss.supports import SUPPORTS
 
 DEFAULT_ALPHA = 0.9  # the best of docs/results.md
@@ -44,8 +43,8 @@ class KDConfig:
     """Let the vocabulary's padding columns into the student's softmax, as NeMo's loss does."""
 
     def __post_init__(self) -> None:
-        check_name("support", self.support, SUPPORTS)
-        check_name("divergence", self.divergence, DIVERGENCES)
+        check_name("support", self.support, SUPPORTS, SUPPORT_ALIASES)
+        check_name("divergence", self.divergence, DIVERGENCES, DIVERGENCE_ALIASES)
         self._check_weights()
         for name in ("beta", "skew"):
             if not 0 < getattr(self, name) < 1:
@@ -53,7 +52,7 @@ class KDConfig:
                     f"{name} is {getattr(self, name)}: expected a value inside (0, 1). "
                     "The limits are `forward_kl` and `reverse_kl`."
                 )
-        if not self.temperature > 0:
+        if not 0 < self.temperature < float("inf"):
             raise ValueError(f"temperature is {self.temperature}: expected a value > 0.")
         _ = self.share
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
@@ -108,13 +107,3 @@ class KDConfig:
                 raise ValueError(f"{name} is {weight}: expected a finite value >= 0.")
         if not any(self.weights):
             raise ValueError("sft_weight and kd_weight are both 0: nothing would be learned.")
-
-
-def check_name(field: str, name: str, known: Iterable[str]) -> None:
-    """Errors: ValueError that lists the known names and says which is nearest."""
-    names = sorted(known)
-    if name not in names:
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.0)
-        raise ValueError(
-            f"{field} is {name!r}: expected one of {', '.join(names)}. Did you mean {near[0]!r}?"
-        )

@@ -8,11 +8,15 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from nemo_kd.keys import check_keys, settings_of
+from nemo_kd.keys import settings_of
 from nemo_kd.loss import KDConfig
-from nemo_kd.loss.config import check_name
+from nemo_kd.loss.names import check_name
 
 NORMALIZATIONS = ("microbatch", "global_tokens")
+NORMALIZATION_ALIASES = {
+    "microbatch": "mb mean samples sample",
+    "global_tokens": "tokens token pertoken globaltoken globalbatch global",
+}
 SCHEDULES = ("linear", "cosine")
 
 
@@ -40,7 +44,7 @@ class KDTrainingConfig(KDConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("model.kd.schedule", self.schedule, SCHEDULES)
+        check_name("schedule", self.schedule, SCHEDULES, {"linear": "lin", "cosine": "cos"})
         if self.alpha_end is not None and (self.sft_weight, self.kd_weight) != (None, None):
             raise ValueError(
                 "model.kd.alpha_end is a schedule of model.kd.alpha; use alpha instead of "
@@ -58,11 +62,7 @@ class KDTrainingConfig(KDConfig):
             )
         if self.scheduled:
             _ = self.end  # checked as any constant is
-        if self.normalize not in NORMALIZATIONS:
-            raise ValueError(
-                f"model.kd.normalize={self.normalize!r} is unknown; "
-                f"choose one of {', '.join(NORMALIZATIONS)}"
-            )
+        check_name("normalize", self.normalize, NORMALIZATIONS, NORMALIZATION_ALIASES)
 
     @property
     def scheduled(self) -> bool:
@@ -116,49 +116,21 @@ NEMO_TEMPLATE = {
 }
 """NeMo's defaults of what made tokens of a source row: a configuration with these asks nothing."""
 
-SPLIT_KEYS = (
-    *NEMO_TEMPLATE,
-    "store",
-    "over_long",
-    # NeMo's, as its `_build_dataset` and `build_data_loader` read them.
-    "file_names",
-    "global_batch_size",
-    "micro_batch_size",
-    "shuffle",
-    "seed",
-    "num_workers",
-    "memmap_workers",
-    "pin_memory",
-    "max_seq_length",
-    "min_seq_length",
-    "drop_last",
-    "index_mapping_dir",
-    "global_sample_mapping",
-    "hf_dataset",
-    "pad_to_max_length",
-    "ceil_to_power_2",
-    "get_attention_mask_from_fusion",
-    "packed_sequence",
-    "packed_sequence_return_cu_seqlen",
-    "tokens_to_generate",
-    "sample_weight",
-)
-DATA_KEYS = {
-    "train_ds": (*SPLIT_KEYS, "alpha", "concat_sampling_probabilities", "shuffle_seed"),
-    "validation_ds": (
-        *SPLIT_KEYS,
-        "names",
-        "metric",
-        "write_predictions_to_file",
-        "output_file_path_prefix",
-    ),
-}
 
-
-def check_data(data: DictConfig) -> None:
-    """Errors: ValueError for an unknown key of `model.data.train_ds` or `validation_ds`."""
-    for split, known in DATA_KEYS.items():
-        check_keys(data.get(split), known, f"model.data.{split}")
+def check_train_data(data_cfg: DictConfig, kd: KDTrainingConfig) -> None:
+    """Errors: ValueError for a distillation without a store, and for no training data at all."""
+    if kd.distils and not store_directories(data_cfg):
+        raise ValueError(
+            "model.data.train_ds.store is not set, so there are no teacher logits to learn "
+            "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
+            "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
+            "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
+        )
+    if not store_directories(data_cfg) and not sft_files(data_cfg):
+        raise ValueError(
+            "there is nothing to train on: set model.data.train_ds.store or "
+            "model.data.train_ds.file_names"
+        )
 
 
 def store_directories(data_cfg: DictConfig) -> list[str]:

@@ -26,7 +26,7 @@ from nemo_kd.data import TEACHER_KEYS, teacher_at
 from nemo_kd.mcore import own_positions
 from nemo_kd.megatron import gpt_module
 from nemo_kd.model.blend import blend, build_datasets
-from nemo_kd.model.config import kd_training_config, store_directories
+from nemo_kd.model.config import check_train_data, kd_training_config, store_directories
 from nemo_kd.model.generation import GeneratingSFTModel, check_generation
 from nemo_kd.model.packed import check_packing
 from nemo_kd.model.resume import (
@@ -68,13 +68,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
             with open_dict(self.cfg):  # what a `.nemo` says of itself
                 self.cfg.kd_train_stores = self._train_data
             return blend(datasets, self.trainer.max_steps, data_cfg)
-        if self.kd_schedule.distils:
-            raise ValueError(
-                "model.data.train_ds.store is not set, so there are no teacher logits to learn "
-                "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
-                "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
-                "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
-            )
+        check_train_data(data_cfg, self.kd_schedule)
         return super()._build_dataset(data_cfg, is_train)
 
     def _build_validation(self, data_cfg: DictConfig) -> Any:

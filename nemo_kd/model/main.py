@@ -10,7 +10,8 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import megatron
-from nemo_kd.model.config import check_data, kd_training_config, store_directories
+from nemo_kd.model.config import check_train_data, kd_training_config, store_directories
+from nemo_kd.settings import files, training
 from nemo_kd.store import Store, StoreError
 
 if TYPE_CHECKING:
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
 
 def run(cfg: DictConfig) -> None:
     """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory."""
+    _check(cfg)
+    check_train_data(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
     _prepare(cfg)
     _fit_validation(cfg)
     from nemo.utils.exp_manager import exp_manager
@@ -49,8 +52,10 @@ def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
 
 def evaluate(cfg: DictConfig) -> None:
     """Measure on `model.data.validation_ds.store`; prints the figures, writes them to `output`."""
+    _check(cfg)
     if not cfg.model.data.validation_ds.store:
         raise StoreError("nothing to measure on: set model.data.validation_ds.store")
+    files.check_files(cfg, [("output", files.output_file)])
     _prepare(cfg)
     trainer = megatron.build_trainer(cfg)
     trainer.validate(_student(cfg, trainer), verbose=False)
@@ -70,14 +75,14 @@ def evaluate(cfg: DictConfig) -> None:
 
 def merge(cfg: DictConfig) -> None:
     """Add the LoRA adapters of `model.peft.restore_from_path` into the model; save it whole."""
+    _check(cfg)
     peft = cfg.model.peft
     if peft.peft_scheme != "lora" or not peft.restore_from_path:
         raise ValueError(
             "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo), and "
             "model.peft.lora_tuning as they were trained"
         )
-    if Path(cfg.output).exists():
-        raise FileExistsError(f"output={cfg.output} is there already; remove it or name another")
+    files.check_files(cfg, [("output", files.new_file)])
     _prepare(cfg)
     trainer = megatron.build_trainer(cfg)
     model = _student(cfg, trainer)
@@ -89,13 +94,22 @@ def merge(cfg: DictConfig) -> None:
         print(f"{cfg.output}: the whole model, {merged} adapters merged on each rank")
 
 
-def _prepare(cfg: DictConfig) -> None:
-    """What can be wrong with the user's stores and settings is said before the slow imports."""
-    check_data(cfg.model.data)
-    for split in ("train_ds", "validation_ds"):
-        for directory in store_directories(cfg.model.data[split]):
-            Store(directory)
+def _check(cfg: DictConfig) -> None:
+    """Refuse keys, values, paths and stores that cannot work, before the slow imports."""
+    training.fill_in(cfg)
+    training.check_keys(cfg)
     kd_training_config(cfg.model.kd)
+    training.check_inputs(cfg)
+    for split in training.SPLITS:
+        for directory in store_directories(cfg.model.data[split]):
+            try:
+                Store(directory)
+            except StoreError as error:
+                raise StoreError(f"model.data.{split}.store: {error}") from error
+
+
+def _prepare(cfg: DictConfig) -> None:
+    """Fit the configuration to this machine."""
     megatron.prepare(cfg)
     OmegaConf.resolve(cfg)
 
@@ -112,7 +126,7 @@ def _fit_validation(cfg: DictConfig) -> None:
         return
     # NeMo keeps checkpoints by a validation metric, of which there is none now.
     with open_dict(cfg):
-        checkpoints = cfg.exp_manager.checkpoint_callback_params
+        checkpoints = cfg.exp_manager.setdefault("checkpoint_callback_params", {})
         checkpoints.monitor = "reduced_train_loss"
         checkpoints.filename = (
             f"{cfg.name}--{{reduced_train_loss:.3f}}-{{step}}-{{consumed_samples}}"

@@ -1,4 +1,4 @@
-"""`model.kd` of a dump, and the keys of its other blocks."""
+"""`model.kd` of a dump."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_kd.keys import check_keys, settings_of
-from nemo_kd.teacher.rows import TEMPLATE_KEYS
+from nemo_kd.keys import settings_of
 
 
 @dataclass(frozen=True)
@@ -27,37 +26,6 @@ class KDDumpConfig:
     """The profile's own: `{p: 0.95}` of `top_p`, `{seed: 0}` of `sampled`."""
 
 
-DATA_KEYS = (
-    "file_path",
-    *TEMPLATE_KEYS,
-    "min_seq_length",
-    "no_answer",
-    "memmap_workers",
-    "index_mapping_dir",
-    # NeMo's, for the reading of files.
-    "hf_dataset",
-    "global_sample_mapping",
-)
-NO_ANSWER = ("refuse", "drop")
-GENERATION_KEYS = (
-    "max_new_tokens",
-    "temperature",
-    "top_p",
-    "samples_per_prompt",
-    "stop_ids",
-    "seed",
-    "keep_unfinished",
-    "filter",
-)
-
-
 def dump_config(cfg: DictConfig) -> KDDumpConfig:
-    """`model.kd` of a dump or a generation, with the keys of their other blocks checked."""
-    check_keys(cfg.teacher, ("kind",), "teacher")
-    check_keys(cfg.data, DATA_KEYS, "data")
-    if cfg.data.no_answer not in NO_ANSWER:
-        raise ValueError(f"data.no_answer={cfg.data.no_answer}: expected {' or '.join(NO_ANSWER)}")
-    if "generation" in cfg:
-        check_keys(cfg.generation, GENERATION_KEYS, "generation")
-        check_keys(cfg.generation.filter, ("pattern", "function"), "generation.filter")
+    """`model.kd` of a dump or a generation."""
     return settings_of(KDDumpConfig, cfg.model.kd, "model.kd")

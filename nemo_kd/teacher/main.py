@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import megatron
+from nemo_kd.settings import dump as settings
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.spec import MAX_VOCABULARY
@@ -62,8 +63,10 @@ def report(cfg: DictConfig, manifest: Manifest | None) -> None:
 
 def load(cfg: DictConfig) -> tuple[Any, Callable[..., Any]]:
     """The teacher of `teacher.kind`, process groups started, and the class of its forward pass."""
+    settings.check_keys(cfg)
     check_store_settings(cfg)
     check_kind(cfg)
+    settings.check_inputs(cfg)
     megatron.prepare(cfg)
     # NeMo and Megatron only now: on a CPU they must find their patches in place.
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (

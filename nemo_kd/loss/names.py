@@ -1,0 +1,74 @@
+"""A name out of a few: an unknown one is refused with the right one, never with its opposite."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+
+DIVERGENCE_ALIASES = {
+    "forward_kl": "kl kld kldiv fkl fkld fwd fwdkl fwdkld forward forwardkld klfwd klforward",
+    "reverse_kl": "rkl rkld rev revkl revkld reverse reversekld bkl bkld bwd bwdkl bwdkld back "
+    "backkl backward backwardkl backwardkld inversekl klrev klreverse klbwd klbackward",
+    "jsd": "js jsdiv jensenshannon gjs gjsd generalizedjsd generalisedjsd",
+    "skew_forward_kl": "skl skewkl skewedkl sfkl sfkld skewfkl skewfwdkl skewforward "
+    "skewedforwardkl",
+    "skew_reverse_kl": "srkl srkld skewrkl skewrevkl skewreverse skewbwdkl skewbackwardkl "
+    "skewedreversekl",
+    "total_variation": "tv tvd tvdistance totalvariationdistance",
+}
+"""Names of the literature and of other libraries, without case and punctuation."""
+SUPPORT_ALIASES = {
+    "bucket": "tail rest ghost ghosttoken topkbucket",
+    "vocab": "full all vocabulary wholevocab",
+    "topk": "k topklogits",
+}
+DIRECTIONS = {"forward": ("forward", "fwd"), "reverse": ("reverse", "rev", "bwd", "backward")}
+
+
+def check_name(
+    field: str, name: object, known: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> None:
+    """Errors: ValueError that lists the known names and says which is meant."""
+    names = sorted(known)
+    if name not in names:
+        raise ValueError(
+            f"{field} is {name!r}: expected one of {', '.join(names)}."
+            f"{did_you_mean(name, names, aliases)}"
+        )
+
+
+def did_you_mean(
+    name: object, known: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> str:
+    """` Did you mean 'x'?`, or nothing where no known name is near."""
+    found = nearest(str(name), known, aliases)
+    return f" Did you mean {found!r}?" if found else ""
+
+
+def nearest(
+    name: str, known: Iterable[str], aliases: Mapping[str, str] | None = None
+) -> str | None:
+    """The known name that `name` is an alias or a misspelling of, or None.
+
+    `aliases`: known name → its other names, separated by spaces. A name that says one direction is
+    not taken for a misspelling of the other one, however many letters they share.
+    """
+    squeezed = {re.sub("[^a-z0-9]", "", each.lower()): each for each in known}
+    bare = re.sub("[^a-z0-9]", "", name.lower())
+    short = re.sub("(div|divergence|loss)$", "", bare)
+    for each in (bare, short):
+        if each in squeezed:
+            return squeezed[each]
+        for meant, others in (aliases or {}).items():
+            if each in others.split():
+                return meant
+    near = difflib.get_close_matches(bare, squeezed, n=len(squeezed), cutoff=0.7)
+    return next((squeezed[each] for each in near if _direction(each) == _direction(bare)), None)
+
+
+def _direction(name: str) -> str:
+    for direction, words in DIRECTIONS.items():
+        if any(word in name for word in words):
+            return direction
+    return ""

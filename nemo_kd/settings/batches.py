@@ -1,0 +1,61 @@
+"""Sizes that must divide one another: processes over ranks, a global batch over micro-batches."""
+
+from __future__ import annotations
+
+import os
+
+from omegaconf import DictConfig
+
+SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
+
+
+def data_parallel_size(cfg: DictConfig) -> int | None:
+    """Replicas of the model; None where `trainer.devices` does not say how many devices.
+
+    Errors: ValueError for a number of processes that the model-parallel sizes do not divide.
+    """
+    devices = cfg.trainer.devices
+    if not isinstance(devices, str | int) or not str(devices).isdigit() or not int(devices):
+        return None
+    model = 1
+    for name in SIZES:
+        model *= cfg.model.get(name, 1)
+    world = int(devices) * cfg.trainer.get("num_nodes", 1)
+    if world % model:
+        raise ValueError(
+            f"{world} processes cannot hold tensor × pipeline × context parallel size {model}; "
+            f"start a multiple of {model} (torchrun --nproc_per_node) or lower "
+            "model.tensor_model_parallel_size / model.pipeline_model_parallel_size"
+        )
+    return world // model
+
+
+def check_processes(cfg: DictConfig) -> None:
+    """Errors: ValueError where `trainer.devices` is not what a launcher started on this node."""
+    started, devices = os.environ.get("LOCAL_WORLD_SIZE"), cfg.trainer.devices
+    if started and str(devices).isdigit() and int(devices) != int(started):
+        raise ValueError(
+            f"trainer.devices={devices}, but torchrun started {started} processes on this node; "
+            "leave trainer.devices out, it follows torchrun"
+        )
+
+
+def check_batches(cfg: DictConfig, splits: tuple[str, ...]) -> None:
+    """Errors: ValueError for a global batch that micro-batches do not fill on every replica."""
+    replicas = data_parallel_size(cfg)
+    if replicas is None:
+        return
+    blocks = {"model": cfg.model}
+    for split in splits:
+        blocks[f"model.data.{split}"] = cfg.model.data.get(split) or {}
+    for where, block in blocks.items():
+        whole, micro = block.get("global_batch_size"), block.get("micro_batch_size")
+        if whole is None or micro is None or whole % (micro * replicas) == 0:
+            continue
+        step = micro * replicas
+        fitting = sorted({max(whole // step, 1) * step, (whole // step + 1) * step})
+        raise ValueError(
+            f"{where}.global_batch_size={whole} is no multiple of {where}.micro_batch_size={micro} "
+            f"× {replicas} data-parallel replicas = {step}; set it to "
+            f"{' or '.join(map(str, fitting))}, or change {where}.micro_batch_size"
+        )

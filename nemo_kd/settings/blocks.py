@@ -1,0 +1,102 @@
+"""A configuration held against the keys that something reads, and the values they may have."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_kd.settings.moved import explained
+from nemo_kd.settings.values import ANY, MAPPING, Kind
+
+Keys = Mapping[str, "Kind | Block"]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The keys of a block.
+
+    `keys` are looked at first; `more`, which may take a moment, says what else is read, and is
+    asked at the first key that is not among them. `is_open`: any further key may stand there.
+    `moved`, of the outermost block: dotted keys of other programs → what to do instead.
+    """
+
+    keys: Keys
+    more: Callable[[DictConfig], Keys] = field(default=lambda block: {})
+    is_open: bool = False
+    moved: Mapping[str, str] = field(default_factory=dict)
+
+
+FREE = Block({}, is_open=True)
+LISTED = 24  # keys of a block that an error lists
+
+
+def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = None) -> None:
+    """Hold the configuration `cfg`, which stands at `where`, against its block.
+
+    Errors: ValueError for an unknown key, with the nearest one of that block or where it belongs;
+    for one that must be given, and for a value of the wrong kind.
+    """
+    keys, asked = dict(block.keys), block.is_open
+    for key in map(str, cfg):
+        path = f"{where}.{key}" if where else key
+        if key not in keys and not asked:
+            keys, asked = {**block.more(cfg), **keys}, True
+        if key not in keys and not block.is_open:
+            raise ValueError(
+                _unknown(_first_leaf(cfg, key, where), key, keys, where, root or block)
+            )
+        _check_value(cfg, key, path, keys.get(key, ANY), root or block)
+
+
+def _check_value(cfg: DictConfig, key: str, path: str, known: Kind | Block, root: Block) -> None:
+    if OmegaConf.is_missing(cfg, key):
+        raise ValueError(f"{path} must be given: add {path}=VALUE to the command.")
+    try:
+        value = cfg[key]
+    except OmegaConfBaseException as error:
+        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+    if isinstance(known, Block):
+        if isinstance(value, DictConfig):
+            check(value, known, path, root)
+        elif value is not None:
+            raise ValueError(f"{path}{MAPPING(value)}")
+        return
+    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    if problem := known(plain):
+        raise ValueError(f"{path}{problem}")
+
+
+def _first_leaf(cfg: DictConfig, key: str, where: str) -> str:
+    """The dotted name of `key`, or of the first key within it."""
+    path = f"{where}.{key}" if where else key
+    value = cfg._get_node(key)
+    if isinstance(value, DictConfig) and not value._is_interpolation() and len(value):
+        for inner in map(str, value):
+            return _first_leaf(value, inner, path)
+    return path
+
+
+def _unknown(path: str, key: str, keys: Keys, where: str, root: Block) -> str:
+    if explanation := explained(path, root.moved):
+        return f"{path} is unknown here: {explanation}."
+    prefix = f"{where}." if where else ""
+    near = [prefix + each for each in difflib.get_close_matches(key, keys, n=1)]
+    sure = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+    elsewhere = [each for each in all_keys(root) if each.rpartition(".")[2] == key]
+    meant = near if sure or not elsewhere else elsewhere[:2]
+    hint = f" did you mean {' or '.join(meant)}?" if meant else ""
+    listed = f" Known: {', '.join(keys)}." if len(keys) <= LISTED else ""
+    return f"{path} is unknown;{hint}{listed}" if hint or listed else f"{path} is unknown."
+
+
+def all_keys(block: Block, where: str = "") -> Iterator[str]:
+    """Dotted names of the keys that a block and those within it list."""
+    for key, known in block.keys.items():
+        if isinstance(known, Block):
+            yield from all_keys(known, f"{where}{key}.")
+        else:
+            yield f"{where}{key}"

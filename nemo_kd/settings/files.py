@@ -1,0 +1,107 @@
+"""Paths of a configuration, looked at before anything slow begins: inputs exist, outputs can."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+Problem = Callable[[str], str]
+"""Path → what is wrong with it, or ""."""
+REMOTE = "://"  # of a storage that NeMo reads itself
+
+
+def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> None:
+    """Errors: ValueError that names the first dotted key whose path has a problem."""
+    for key, problem in problems:
+        for path in paths_at(cfg, key):
+            if REMOTE not in path and (found := problem(path)):
+                raise ValueError(f"{key}: {found}")
+
+
+def paths_at(cfg: DictConfig, key: str) -> Iterator[str]:
+    """The path, or the list of paths, at a dotted key: none where it is absent or null."""
+    value = OmegaConf.select(cfg, key)
+    for path in [value] if isinstance(value, str) else value or []:
+        yield str(path)
+
+
+def file(what: str, hint: str = "") -> Problem:
+    """A file that exists and can be read."""
+
+    def problem(path: str) -> str:
+        if not os.path.exists(path):
+            return f"no {what} at {path}{_nearest_parent(path)}{hint}"
+        if os.path.isdir(path):
+            return f"{path} is a directory: expected {what}, a file"
+        return "" if os.access(path, os.R_OK) else f"{path} cannot be read: permission denied"
+
+    return problem
+
+
+def file_or_directory(what: str, inside: tuple[str, ...], hint: str = "") -> Problem:
+    """A file, or a directory that holds one of the files `inside`."""
+
+    def problem(path: str) -> str:
+        if not os.path.isdir(path):
+            return file(what, hint)(path)
+        if any(os.path.exists(os.path.join(path, name)) for name in inside):
+            return ""
+        return f"the directory {path} has no {' or '.join(inside)}: expected {what}"
+
+    return problem
+
+
+def directory(what: str) -> Problem:
+    """A directory that exists."""
+
+    def problem(path: str) -> str:
+        if not os.path.exists(path):
+            return f"no {what} at {path}{_nearest_parent(path)}"
+        return "" if os.path.isdir(path) else f"{path} is a file: expected {what}, a directory"
+
+    return problem
+
+
+def new_file(path: str) -> str:
+    """The problem of a file that must not be there yet, and can be made."""
+    if os.path.lexists(path):
+        return f"{path} exists already; remove it or name another"
+    return _cannot_make(path)
+
+
+def output_file(path: str) -> str:
+    """The problem of a file that is written anew."""
+    if os.path.isdir(path):
+        return f"{path} is a directory: expected the name of a file"
+    return _cannot_make(path)
+
+
+def output_directory(path: str) -> str:
+    """The problem of a directory that is made where it is missing."""
+    if os.path.exists(path) and not os.path.isdir(path):
+        return f"{path} is a file: expected a directory, or a new name"
+    return _cannot_make(os.path.join(path, "x"))
+
+
+def _cannot_make(path: str) -> str:
+    """The problem of making the file `path`, with the directories that are missing."""
+    parent = _existing_parent(path)
+    if not parent.is_dir():
+        return f"{parent} is a file, so {path} cannot be made"
+    if os.access(parent, os.W_OK | os.X_OK):
+        return ""
+    return f"{path} cannot be written: {parent} is read-only or of another user"
+
+
+def _existing_parent(path: str) -> Path:
+    parents = Path(os.path.abspath(path)).parents
+    return next(parent for parent in parents if os.path.exists(parent))
+
+
+def _nearest_parent(path: str) -> str:
+    """Where the path ends to exist, if that is above its own directory."""
+    parent = _existing_parent(path)
+    return "" if parent == Path(os.path.abspath(path)).parent else f" ({parent} is there)"

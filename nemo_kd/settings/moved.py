@@ -1,0 +1,83 @@
+"""Keys of other programs and frequent guesses, and what they are called here."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+
+DISTILLATION = "NeMo-Aligner's settings of the distillation are model.kd here"
+STORE = (
+    "NeMo-Aligner's JSONL becomes a store (nemo-kd convert), which model.data.train_ds.store and "
+    "model.data.validation_ds.store name"
+)
+EVERYWHERE = {
+    "pretrained_checkpoint": "the model is model.restore_from_path",
+    "trainer.replace_sampler_ddp": "Lightning calls it trainer.use_distributed_sampler",
+    "trainer.strategy": "NeMo chooses it",
+    "trainer.plugins": "NeMo chooses them",
+    "trainer.callbacks": "NeMo chooses them; see exp_manager",
+    "model.overwrite_base_config": "every key of the command replaces the checkpoint's",
+}
+TRAINING = EVERYWHERE | {
+    "model.knowledge_distillation.kd_loss_weight": "it is model.kd.kd_weight",
+    "model.knowledge_distillation.sft_loss_weight": "it is model.kd.sft_weight",
+    "model.knowledge_distillation.kd_loss": "it is model.kd.divergence, where fwd_kl is forward_kl "
+    "and bwd_kl is reverse_kl, with model.kd.support=topk",
+    "model.knowledge_distillation.logits_scale": "it is the inverse of model.kd.temperature",
+    "model.knowledge_distillation.target_logits_scale": "it is the inverse of model.kd.temperature",
+    "model.knowledge_distillation.cross_tokenizer": "teacher and student must share a tokenizer",
+    "model.knowledge_distillation": f"{DISTILLATION}: kd_loss_weight is kd_weight, sft_loss_weight "
+    "is sft_weight, kd_loss is divergence (fwd_kl: forward_kl, bwd_kl: reverse_kl) with "
+    "support=topk",
+    "trainer.knowledge_distillation.save_interval": "checkpoints are saved at each "
+    "trainer.val_check_interval",
+    "trainer.knowledge_distillation.limit_train_batches": "set trainer.max_steps",
+    "trainer.knowledge_distillation": "its keys stand under trainer: trainer.max_steps, "
+    "trainer.max_epochs, trainer.val_check_interval, trainer.limit_val_batches, "
+    "trainer.gradient_clip_val",
+    "trainer.sft": "its keys stand under trainer: trainer.max_steps, trainer.max_epochs, "
+    "trainer.val_check_interval, trainer.limit_val_batches, trainer.gradient_clip_val",
+    "model.data.data_prefix": STORE,
+    "model.data.data_impl": STORE,
+    "model.data.n_chunks": STORE,
+    "model.data.n_examples_per_chunk": STORE,
+    "model.data.splits_string": f"{STORE}; nemo-kd split divides one",
+    "model.data.skip_warmup": STORE,
+    "model.data.index_mapping_dir": "a store needs no index; for SFT files it is "
+    "model.data.train_ds.index_mapping_dir",
+    "model.data.seq_length": "it is model.data.train_ds.max_seq_length",
+    "model.data.top_k": "it is nemo-kd convert's --top-k",
+    "model.data.num_workers": "it is model.data.train_ds.num_workers",
+    "model.data.sample": "samples are drawn for as many steps as trainer.max_steps says",
+    "model.data.train_ds.file_path": "it is model.data.train_ds.file_names, a list",
+    "model.data.validation_ds.file_path": "it is model.data.validation_ds.file_names, a list",
+    "model.label_smoothing": "the cross-entropy beside the distillation has no label smoothing; "
+    "leave the key out",
+    "output_dir": "the directory of a run is exp_manager.explicit_log_dir",
+}
+DUMP = EVERYWHERE | {
+    "top_k": "it is model.kd.top_k",
+    "output_path": "it is output_dir, a directory",
+    "start_from_idx": "all ranks share the rows, and an interrupted dump resumes by itself",
+    "end_at_idx": "all ranks share the rows, and an interrupted dump resumes by itself",
+    "data.data": "its keys stand under data: data.file_path, data.max_seq_length, ...",
+    "data.chat_prompt_tokens": "the turn tokens are NeMo's own",
+    "data.sample": "each row is dumped once",
+    "data.shuffle": "each row is dumped once, in the order of the file",
+    "data.drop_last": "each row is dumped once",
+    "model.optim": "a teacher is not trained",
+    "model.peft": "merge adapters into the teacher first, with examples/merge_lora.py",
+    "model.data": "the rows are described under data",
+    "exp_manager": "a dump's directory is output_dir",
+}
+"""A key, or the block that holds it → what to do instead; of a training, and of a dump."""
+
+
+def explained(path: str, moved: Mapping[str, str]) -> str:
+    """What to do instead of the dotted key `path`; "" where nothing is known of it."""
+    parts = path.split(".")
+    for length in range(len(parts), 0, -1):
+        if found := moved.get(".".join(parts[:length])):
+            return found
+    near = difflib.get_close_matches(path, moved, n=1, cutoff=0.85)
+    return moved[near[0]] if near else ""

@@ -1,0 +1,125 @@
+"""Kinds of values: what a key may be set to, and how an error says what is expected."""
+
+from __future__ import annotations
+
+import math
+import types
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_kd.loss.names import did_you_mean
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A set of values, called with one: "" if it belongs, else the rest of an error message."""
+
+    expected: str
+    fits: Callable[[Any], bool]
+    hint: Callable[[Any], str] = lambda value: ""
+
+    def __call__(self, value: Any) -> str:
+        if self.fits(value):
+            return ""
+        return f" is {shown(value)}: expected {self.expected}.{self.hint(value)}"
+
+
+def shown(value: Any) -> str:
+    """A value as YAML has it, in short."""
+    words = {None: "null", True: "true", False: "false"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: Any) -> bool:
+    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+ANY = Kind("anything", lambda value: True)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+TEXT = Kind(
+    "a text",  # numbers too: `name=7` is a text that looks like one
+    lambda value: isinstance(value, str | int | float) and not isinstance(value, bool),
+)
+PATH = Kind("a path", lambda value: isinstance(value, str) and bool(value))
+MAPPING = Kind("a block of keys", lambda value: isinstance(value, Mapping))
+
+
+def whole(least: int | None = None) -> Kind:
+    """Integers, from `least` on."""
+    expected = "a whole number" + ("" if least is None else f", at least {least}")
+    return Kind(expected, lambda value: _is_whole(value) and (least is None or value >= least))
+
+
+def number(least: float = -math.inf, most: float = math.inf, *, above: bool = False) -> Kind:
+    """Finite numbers in [least, most], or in (least, most] if `above`."""
+    limits = {
+        (-math.inf, math.inf): "a number",
+        (0.0, math.inf): "a number above 0" if above else "a number, at least 0",
+    }
+    opening = "(" if above else "["
+    expected = limits.get((least, most), f"a number in {opening}{least:g}, {most:g}]")
+
+    def fits(value: Any) -> bool:
+        return _is_number(value) and (least < value if above else least <= value) and value <= most
+
+    return Kind(expected, fits)
+
+
+def one_of(*names: Any, **aliases: str) -> Kind:
+    """One of a few names; `aliases`: a name → other names for it, separated by spaces."""
+    return Kind(
+        f"one of {', '.join(map(shown_name, names))}",
+        lambda value: any(value == name and type(value) is type(name) for name in names),
+        lambda value: did_you_mean(value, map(str, names), aliases),
+    )
+
+
+def shown_name(name: Any) -> str:
+    return shown(name) if name is None or isinstance(name, bool) else str(name)
+
+
+def optional(kind: Kind) -> Kind:
+    """Null as well."""
+    return Kind(f"{kind.expected}, or null", lambda v: v is None or kind.fits(v), kind.hint)
+
+
+def either(*kinds: Kind) -> Kind:
+    expected = ", or ".join(dict.fromkeys(kind.expected for kind in kinds))
+    return Kind(expected, lambda value: any(kind.fits(value) for kind in kinds), kinds[-1].hint)
+
+
+def list_of(kind: Kind, length: int | None = None) -> Kind:
+    count = "a list" if length is None else f"a list of {length}"
+
+    def fits(value: Any) -> bool:
+        if not isinstance(value, list | tuple) or length not in (None, len(value)):
+            return False
+        return all(kind.fits(entry) for entry in value)
+
+    return Kind(f"{count}, each {kind.expected}", fits)
+
+
+def one_or_more(kind: Kind) -> Kind:
+    return either(kind, list_of(kind))
+
+
+def of_annotation(annotation: Any) -> Kind:
+    """The values that a data class's field is annotated with; ANY for what is not known here."""
+    origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin in (typing.Union, types.UnionType):
+        rest = [each for each in arguments if each is not type(None)]
+        kind = either(*map(of_annotation, rest))
+        return optional(kind) if len(rest) < len(arguments) else kind
+    if origin in (tuple, list):
+        return list_of(of_annotation(arguments[0]))
+    simple = {bool: FLAG, int: whole(), float: number(), str: TEXT}
+    return MAPPING if origin is dict else simple.get(annotation, ANY)
