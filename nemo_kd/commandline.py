@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.failures import INTERRUPTED, explain, is_interrupt, say_last
 from nemo_kd.overrides import accept_every_spelling
@@ -39,14 +40,31 @@ def script(main: Callable[[], None], resume: str) -> None:
     try:
         main()
     except BaseException as error:
-        if os.environ.get(TRACEBACK):
-            raise
-        if is_interrupt(error):
+        if is_interrupt(error) and not os.environ.get(TRACEBACK):
             say_last(f"interrupted: {resume}")
             sys.exit(INTERRUPTED)
-        line = explain(error)
-        if line is None:
+        _end_in_one_line(error)
+        raise
+
+
+def one_line_errors(job: Callable[[DictConfig], None]) -> Callable[[DictConfig], None]:
+    """Decorate what `hydra.main` decorates: Hydra writes lines of its own about any exception."""
+
+    @functools.wraps(job)
+    def reporting(cfg: DictConfig) -> None:
+        try:
+            job(cfg)
+        except Exception as error:
+            _end_in_one_line(error)
             raise
+
+    return reporting
+
+
+def _end_in_one_line(error: BaseException) -> None:
+    """Exit with status 1 if the error is a user's mistake; return if its traceback is wanted."""
+    line = None if os.environ.get(TRACEBACK) else explain(error)
+    if line is not None:
         say_last(f"error: {line} ({TRACEBACK}=1 shows where)")
         sys.exit(1)
 
@@ -58,4 +76,4 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore")
 
 
-__all__ = ["accept_every_spelling", "script"]
+__all__ = ["accept_every_spelling", "one_line_errors", "script"]

@@ -55,6 +55,9 @@ def prepare(cfg: DictConfig) -> None:
             OmegaConf.update(cfg, key, value, force_add=True)
         if cfg.model.get("optim") and cfg.model.optim.name in ("fused_adam", "megatron_fused_adam"):
             cfg.model.optim.name = "adamw"  # the same arithmetic without apex
+        norm = OmegaConf.select(cfg, "model.peft.adapter_tuning.norm_type")
+        if norm == "mixedfusedlayernorm":
+            cfg.model.peft.adapter_tuning.norm_type = "layernorm"  # likewise
 
 
 def _refuse_virtual_pipeline(cfg: DictConfig) -> None:

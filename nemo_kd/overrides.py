@@ -10,6 +10,14 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
 OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
+OTHER_CONFIGURATION = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+AS_OURS = [
+    "hydra.run.dir=.",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=disabled",
+    "hydra/hydra_logging=disabled",
+]
+"""What the YAML files of conf/ set of Hydra itself: no directory and no log of its own."""
 SINGLE = {"output", "output_dir", "name", "jsonl", "overwrite"}
 """Keys outside any block that may be missing in a configuration of NeMo's own."""
 PATHS = {
@@ -37,7 +45,15 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
     (`hydra/x=`), `hydra.x=`, `~x` and options are left alone.
     """
     sweeps = bool({"-m", "--multirun"} & set(arguments))
-    return [_override(argument, sweeps) for argument in _with_config_path(arguments)]
+    arguments = [_override(argument, sweeps) for argument in _with_config_path(arguments)]
+    if not OTHER_CONFIGURATION & {argument.partition("=")[0] for argument in arguments}:
+        return arguments
+    given = {argument.lstrip("+").partition("=")[0] for argument in arguments}
+    added = [each for each in AS_OURS if each.partition("=")[0] not in given]
+    # Among the overrides, which Hydra wants to be in one row.
+    first = (i for i, each in enumerate(arguments) if OVERRIDE.fullmatch(each))
+    at = next(first, len(arguments))
+    return [*arguments[:at], *added, *arguments[at:]]
 
 
 def _override(argument: str, sweeps: bool) -> str:
