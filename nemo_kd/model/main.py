@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 def run(cfg: DictConfig) -> None:
     """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory."""
-    _check(cfg)
+    check_settings(cfg)
     check_train_data(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
     _prepare(cfg)
     _fit_validation(cfg)
@@ -52,7 +52,7 @@ def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
 
 def evaluate(cfg: DictConfig) -> None:
     """Measure on `model.data.validation_ds.store`; prints the figures, writes them to `output`."""
-    _check(cfg)
+    check_settings(cfg)
     if not cfg.model.data.validation_ds.store:
         raise StoreError("nothing to measure on: set model.data.validation_ds.store")
     files.check_files(cfg, [("output", files.output_file)])
@@ -75,7 +75,7 @@ def evaluate(cfg: DictConfig) -> None:
 
 def merge(cfg: DictConfig) -> None:
     """Add the LoRA adapters of `model.peft.restore_from_path` into the model; save it whole."""
-    _check(cfg)
+    check_settings(cfg)
     peft = cfg.model.peft
     if peft.peft_scheme != "lora" or not peft.restore_from_path:
         raise ValueError(
@@ -94,7 +94,7 @@ def merge(cfg: DictConfig) -> None:
         print(f"{cfg.output}: the whole model, {merged} adapters merged on each rank")
 
 
-def _check(cfg: DictConfig) -> None:
+def check_settings(cfg: DictConfig) -> None:
     """Refuse keys, values, paths and stores that cannot work, before the slow imports."""
     training.fill_in(cfg)
     training.check_keys(cfg)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
@@ -31,6 +32,7 @@ class Block:
 
 
 FREE = Block({}, is_open=True)
+SAME_AS = re.compile(r"\$\{[\w.]+\}")
 LISTED = 24  # keys of a block that an error lists
 
 
@@ -65,6 +67,8 @@ def _check_value(cfg: DictConfig, key: str, path: str, known: Kind | Block, root
         elif value is not None:
             raise ValueError(f"{path}{MAPPING(value)}")
         return
+    if SAME_AS.fullmatch(str(cfg._get_node(key)._value())):  # type: ignore[union-attr]
+        return  # the value of another key, which is named if it is wrong
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if problem := known(plain):
         raise ValueError(f"{path}{problem}")

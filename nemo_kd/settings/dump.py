@@ -49,6 +49,22 @@ DATA = {
     "hf_dataset": FLAG,
     "global_sample_mapping": FLAG,
 }
+KD = Block(
+    {
+        **block_of(KDDumpConfig).keys,
+        "top_k": COUNT,
+        "profile": one_of(
+            "plain",
+            "compact",
+            "top_p",
+            "sampled",
+            plain="topk full",
+            compact="compressed small",
+            top_p="nucleus",
+            sampled="sample samples sampling draws",
+        ),
+    }
+)
 KIND = one_of("nemo", "hf", hf="huggingface transformers gguf", nemo="megatron")
 GENERATION = Block(
     {
@@ -73,7 +89,7 @@ DUMP_BLOCK = Block(
         "trainer": nemo.TRAINER,
         "teacher": Block({"kind": KIND}),
         "model": Block(
-            {**MODEL, "kd": block_of(KDDumpConfig)},
+            {**MODEL, "kd": KD},
             lambda block: {k: v for k, v in nemo.model_keys().items() if k not in NOT_A_DUMPS},
         ),
         "data": Block(DATA),
@@ -81,6 +97,7 @@ DUMP_BLOCK = Block(
         "rows_per_shard": COUNT,
         "max_tokens_per_micro_batch": optional(COUNT),
         "rows_per_lm_head": COUNT,
+        "on_bad_row": one_of("error", "drop", drop="skip", error="refuse"),
         "jsonl": FLAG,
         "overwrite": FLAG,
     },

@@ -133,6 +133,7 @@ PEFT = Block(
                 "variant": one_of("nemo", "canonical"),
                 "target_modules": list_of(TEXT),
                 "alpha": optional(number()),
+                "network_alpha": optional(number()),
                 "dropout_position": one_of("pre", "post"),
                 "a2a_experimental": FLAG,
             }

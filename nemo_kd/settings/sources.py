@@ -132,7 +132,7 @@ def keys_read(modules: Iterable[str], owner: str) -> list[str]:
     quoted = r"""['"](\w+)['"]"""
     pattern = re.compile(
         rf"(?<![\w.])(?:{owner})(?:\.get\(\s*{quoted}|\[{quoted}|\.(\w+)\b(?!\s*\())"
-        rf"|{quoted} (?:not )?in (?:{owner})\b"
+        rf"|{quoted} (?:not )?in (?:{owner})(?![\w.])"
         rf"|(?:get|has|set)attr\((?:{owner}), ?{quoted}"
     )
     found: set[str] = set()

@@ -115,6 +115,7 @@ TRAINING_BLOCK = Block(
             },
             lambda block: nemo.model_keys(),
         ),
+        "resume": Block({"allow": optional(list_of(TEXT))}),
         "cluster_type": optional(TEXT),  # NeMo's, for its own clusters
     },
     moved=TRAINING,
@@ -129,7 +130,8 @@ def fill_in(cfg: DictConfig) -> None:
     `file_names: ???`, which NeMo's has, may stay open where a store is given.
     """
     OmegaConf.set_struct(cfg, False)
-    for key, default in DEFAULTS.items():
+    defaults = DEFAULTS if cfg.get("exp_manager") is None else DEFAULTS | OF_A_RUN
+    for key, default in defaults.items():
         if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
             OmegaConf.update(cfg, key, default, force_add=True)
     for split in SPLITS:
@@ -140,7 +142,7 @@ def fill_in(cfg: DictConfig) -> None:
 
 def check_keys(cfg: DictConfig) -> None:
     """Errors: ValueError for an unknown key of a training, or a value of another kind."""
-    check(cfg, OUTPUT_BLOCK if "output" in cfg else TRAINING_BLOCK)
+    check(cfg, OUTPUT_BLOCK if "output" in set(cfg) else TRAINING_BLOCK)
 
 
 def check_inputs(cfg: DictConfig) -> None:
@@ -167,6 +169,10 @@ DEFAULTS: dict[str, Any] = {
     "model.data.validation_ds.metric.name": "loss",
     "trainer.num_nodes": 1,
     "trainer.num_sanity_val_steps": 0,
+}
+OF_A_RUN: dict[str, Any] = {
+    "exp_manager.log_tflops_per_sec_per_gpu": False,  # NeMo has no figure for a fine-tuning
+    "exp_manager.checkpoint_callback_params": {},
 }
 SFT_FILE, STORE = files.file("SFT file"), files.directory("store")
 FILES = [

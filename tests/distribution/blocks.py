@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 import typer
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from nemo_kd.cli.main import main
 from nemo_kd.commandline import accept_every_spelling
-from nemo_kd.model.config import check_data, kd_training_config
+from nemo_kd.model.config import kd_training_config
+from nemo_kd.settings import dump, training
 from nemo_kd.teacher.config import dump_config
 from tests.conftest import ROOT
 
@@ -146,13 +148,15 @@ def check_overrides(name: str, overrides: list[str]) -> None:
     """Hydra composes them, and the checks of a run's beginning know every key."""
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = compose(name, accept_every_spelling(overrides))
-    if name == "train_gpt_sft_kd":
-        kd_training_config(cfg.model.kd)
-        check_data(cfg.model.data)
-    elif "teacher" in cfg:
+    for key in OmegaConf.missing_keys(cfg):  # a page may show a part of a command
+        OmegaConf.update(cfg, key, "anything")
+    if "teacher" in cfg:
+        dump.check_keys(cfg)
         dump_config(cfg)
-    elif "data" in cfg.model:
-        check_data(cfg.model.data)
+    else:
+        training.fill_in(cfg)
+        training.check_keys(cfg)
+        kd_training_config(cfg.model.kd)
 
 
 def check_nemo_run(arguments: list[str]) -> None:

@@ -47,7 +47,11 @@ def test_cosine_is_half_a_wave() -> None:
         ({"support": "topk", "temperature_end": 0.0}, "temperature is 0.0: expected a value > 0"),
         ({"alpha_end": 0.5, "schedule": "cosin"}, "Did you mean 'cosine'?"),
         ({"schedule_steps": 0}, "schedule_steps is 0: expected at least 1"),
-        ({"normalize": "tokens"}, "normalize='tokens' is unknown; choose one of microbatch"),
+        (
+            {"normalize": "tokens"},
+            "model.kd.normalize is 'tokens': expected one of global_tokens, microbatch",
+        ),
+        ({"normalize": "tokens"}, "Did you mean 'global_tokens'?"),
         ({"alpha_ende": 0.5}, "did you mean model.kd.alpha_end?"),
     ],
 )
