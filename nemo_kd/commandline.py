@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable
@@ -41,6 +42,7 @@ def script(main: Callable[[], None], resume: str) -> None:
         main()
     except BaseException as error:
         if is_interrupt(error) and not os.environ.get(TRACEBACK):
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
             say_last(f"interrupted: {resume}")
             sys.exit(INTERRUPTED)
         _end_in_one_line(error)

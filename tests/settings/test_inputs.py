@@ -1,0 +1,219 @@
+"""Paths, templates and sizes that cannot work are refused before anything slow, naming the key."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+from nemo_kd.settings import dump, files, training
+from nemo_kd.settings.batches import check_batches, check_processes, data_parallel_size
+from nemo_kd.settings.templates import check_template
+from tests.settings.test_keys import TRAIN, configuration
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Path:
+    """Files that a configuration may name: nothing here reads what is in them."""
+    (tmp_path / "model.nemo").touch()
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"input": "a", "output": "b"}) + "\n")
+    for name in ("store", "unpacked", "hugging", "empty"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "unpacked/model_config.yaml").touch()
+    (tmp_path / "hugging/config.json").touch()
+    return tmp_path
+
+
+def of_training(world: Path, *overrides: str) -> None:
+    os.chdir(world)
+    start = ["model.restore_from_path=model.nemo", "model.data.train_ds.store=store"]
+    cfg = configuration(TRAIN, *start, *overrides)
+    training.fill_in(cfg)
+    training.check_keys(cfg)
+    training.check_inputs(cfg)
+
+
+def of_dump(world: Path, *overrides: str) -> None:
+    os.chdir(world)
+    start = ["model.restore_from_path=model.nemo", "data.file_path=rows.jsonl"]
+    cfg = configuration("dump_teacher_topk", *start, *overrides)
+    dump.check_keys(cfg)
+    dump.check_inputs(cfg)
+
+
+@pytest.fixture(autouse=True)
+def back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(Path.cwd())
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+
+
+def test_what_is_there_is_taken(world: Path) -> None:
+    of_training(world)
+    of_training(world, "model.restore_from_path=unpacked")
+    of_training(world, "model.data.train_ds.file_names=[rows.jsonl]")
+    of_training(world, "exp_manager.explicit_log_dir=new/run")
+    of_dump(world)
+    of_dump(world, "model.restore_from_path=hugging", "teacher.kind=hf")
+    of_dump(world, "output_dir=empty/new/store")
+
+
+TRAIN_DS, VALIDATION_DS = "model.data.train_ds", "model.data.validation_ds"
+
+
+@pytest.mark.parametrize(
+    ("check", "override", "message"),
+    [
+        (of_training, "model.restore_from_path=no.nemo", ": no checkpoint at no.nemo"),
+        (of_training, "model.restore_from_path=empty", "has no model_config.yaml"),
+        (of_training, "model.restore_from_path=hugging", "has no model_config.yaml"),
+        (of_training, "model.peft.restore_from_path=no.nemo", "no file of adapters at no.nemo"),
+        (of_training, f"{TRAIN_DS}.store=no", ": no store at no"),
+        (of_training, f"{TRAIN_DS}.store=[store,no]", ": no store at no"),
+        (of_training, f"{TRAIN_DS}.store=rows.jsonl", ": rows.jsonl is a file: expected store"),
+        (of_training, f"{VALIDATION_DS}.store=no/such", ": no store at no/such ("),
+        (of_training, f"{TRAIN_DS}.file_names=[no.jsonl]", ": no SFT file at no.jsonl"),
+        (of_training, f"{TRAIN_DS}.file_names=no.jsonl", ": no SFT file at no.jsonl"),
+        (
+            of_training,
+            f"{VALIDATION_DS}.file_names=[store]",
+            ": store is a directory: expected SFT",
+        ),
+        (of_training, "+model.tokenizer.model=no.model", ": no tokenizer model at no.model"),
+        (of_training, "+model.tokenizer.vocab_file=no", ": no vocabulary at no"),
+        (of_training, "exp_manager.explicit_log_dir=rows.jsonl", ": rows.jsonl is a file"),
+        (of_training, "exp_manager.exp_dir=rows.jsonl/x", "rows.jsonl is a file, so rows.jsonl/x"),
+        (of_dump, "model.restore_from_path=no.nemo", ": no checkpoint at no.nemo"),
+        (of_dump, "model.restore_from_path=empty", "the directory empty has no"),
+        (of_dump, "data.file_path=no.jsonl", ": no SFT file at no.jsonl"),
+        (of_dump, "data.file_path=store", ": store is a directory: expected SFT file"),
+        (of_dump, "output_dir=rows.jsonl", ": rows.jsonl is a file: expected a directory"),
+    ],
+)
+def test_a_path_that_cannot_be_used_names_its_key(
+    world: Path, check: Callable[..., None], override: str, message: str
+) -> None:
+    with pytest.raises(ValueError) as caught:
+        check(world, override)
+    said = str(caught.value)
+    assert said.startswith(override.lstrip("+").partition("=")[0]) and message in said
+
+
+def test_outputs_that_exist_or_cannot_be_made(world: Path) -> None:
+    rows = str(world / "rows.jsonl")
+    assert files.new_file(rows) == f"{rows} exists already; remove it or name another"
+    assert not files.new_file(str(world / "new/merged.nemo"))
+    assert "is a directory" in files.output_file(str(world / "store"))
+    assert not files.output_file(rows)
+    assert f"{rows} is a file, so" in files.output_file(f"{rows}/x.json")
+
+
+def test_a_read_only_directory_is_named(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the operating system says it: root, who runs tests in containers, may write anywhere."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK)
+    problem = files.output_directory(str(world / "new"))
+    assert f"{world} is read-only or of another user" in problem
+
+
+def test_a_storage_that_nemo_reads_itself_is_left_to_it(world: Path) -> None:
+    of_training(world, "exp_manager.explicit_log_dir=s3://bucket/run")
+
+
+ROW = {"input": "a", "question": "b", "output": "c"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"prompt_template": "{input}"}, "has no {output}, the answer's field"),
+        ({"prompt_template": "Q: {input}\nA:"}, "has no {output}, the answer's field"),
+        ({"prompt_template": ""}, "has no {output}"),
+        ({"label_key": "answer"}, "has no {answer}"),
+        ({"prompt_template": "{output} {input}"}, "{output} must stand at its end"),
+        ({"prompt_template": "{input} {output}."}, "{output} must stand at its end"),
+        ({"prompt_template": "{output} {output}"}, "at its end, and once"),
+        ({"prompt_template": "{input {output}"}, "a brace without its pair"),
+        ({"truncation_field": "context"}, None),  # NeMo's old name of `input`
+        ({"truncation_field": "question"}, "data.truncation_field=question is no field of"),
+        ({"prompt_template": "{prompt} {output}", "truncation_field": None}, "names {prompt}"),
+        ({"prompt_template": "{question} {output}", "truncation_field": "question"}, None),
+    ],
+)
+def test_templates(tmp_path: Path, settings: dict[str, Any], message: str | None) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(json.dumps(ROW) + "\n")
+    block = {
+        "prompt_template": "{input} {output}",
+        "label_key": "output",
+        "truncation_field": "input",
+    } | settings
+    if message is None:
+        check_template(block, "data", [str(path)])
+        return
+    with pytest.raises(ValueError, match=r"^data\.\w+") as caught:
+        check_template(block, "data", [str(path)])
+    assert message in str(caught.value)
+
+
+def test_a_first_row_that_is_no_json_is_left_to_whoever_reads_it(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    for text in ("", "not json\n", "[1]\n", "\xff\n"):
+        path.write_bytes(text.encode("latin-1"))
+        check_template(
+            {"prompt_template": "{x} {output}", "label_key": "output"}, "data", [str(path)]
+        )
+
+
+def sizes(**changed: Any) -> Any:
+    cfg = {
+        "trainer": {"devices": 1, "num_nodes": 1},
+        "model": {
+            "tensor_model_parallel_size": 1,
+            "pipeline_model_parallel_size": 1,
+            "global_batch_size": 8,
+            "micro_batch_size": 4,
+            "data": {"train_ds": {"global_batch_size": 8, "micro_batch_size": 4}},
+        },
+    }
+    made = OmegaConf.create(cfg)
+    for key, value in changed.items():
+        OmegaConf.update(made, key.replace("__", "."), value, force_add=True)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"model__global_batch_size": 6}, r"model.global_batch_size=6 is no multiple of .* 4 or 8"),
+        ({"model__micro_batch_size": 3}, "model.micro_batch_size=3 × 1 .* = 3; set it to 6 or 9"),
+        ({"trainer__devices": 4}, "4 × 4 data-parallel replicas = 16; set it to 16"),
+        (
+            {"model__data__train_ds__global_batch_size": 2},
+            "model.data.train_ds.global_batch_size=2 is no multiple",
+        ),
+        (
+            {"model__tensor_model_parallel_size": 2},
+            "1 processes cannot hold tensor × pipeline × context parallel size 2",
+        ),
+    ],
+)
+def test_sizes_that_do_not_divide(changed: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        check_batches(sizes(**changed), ("train_ds",))
+
+
+def test_sizes_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_batches(sizes(), ("train_ds", "validation_ds"))
+    two = sizes(trainer__devices=4, model__tensor_model_parallel_size=2)
+    check_batches(two, ("train_ds",))
+    assert (
+        data_parallel_size(two) == 2 and data_parallel_size(sizes(trainer__devices="auto")) is None
+    )
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="torchrun started 2 processes"):
+        check_processes(sizes(trainer__devices=1))
+    check_processes(sizes(trainer__devices=2))
