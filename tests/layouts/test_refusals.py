@@ -14,11 +14,12 @@ QUIET = {"NEMO_KD_TRACEBACK": ""}
 
 
 def refused(script: Script, name: str, *overrides: str) -> str:
+    """The one line of the mistake, which is the last on the screen."""
     done = script(name, *overrides, fails=True, **QUIET)
-    lines = done.stderr.strip().splitlines()
-    (at,) = [i for i, line in enumerate(lines) if line.startswith("error: ")]
-    assert "Traceback" not in done.stderr
-    return "\n".join(lines[at:])
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stderr.strip().endswith(line)
+    assert "Traceback" not in done.stderr and "Error executing job" not in done.stderr
+    return line
 
 
 @pytest.mark.parametrize(
