@@ -58,6 +58,8 @@ def main(
     console = Console()
     if output.suffix != ".nemo":
         raise typer.BadParameter(f"{output} must end in .nemo", param_hint="OUTPUT")
+    if output.is_dir():
+        raise typer.BadParameter(f"{output} is a directory", param_hint="OUTPUT")
     start = time.perf_counter()
     wanted = None if dtype is Precision.own else getattr(torch, dtype.value)
     try:
@@ -69,7 +71,7 @@ def main(
             # Writing takes about as long as reading a third of the layers.
             bar.update(task, description="converting", total=len(layers) * 4 // 3)
             done = write_nemo(checkpoint, output, layers, wanted, lambda: bar.advance(task))
-    except CheckpointError as error:
+    except (CheckpointError, OSError) as error:
         Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
         raise typer.Exit(1) from error
     console.print(

@@ -27,7 +27,7 @@ def commented(*names: str) -> str:
     return shown.replace("$", "$$")  # Hydra's template gives one of them back
 
 
-def script(main: Callable[[], None], resume: str) -> None:
+def script(main: Callable[[], None], resume: str = "run the same command to resume") -> None:
     """Run a Hydra entry point; report a user's mistake in one line, without a traceback.
 
     `resume` says what the same command does after Ctrl-C, whose exit status is 130.

@@ -40,9 +40,7 @@ def prepare(cfg: DictConfig) -> None:
 
     Call before anything of NeMo is imported.
     """
-    _refuse_virtual_pipeline(cfg)
-    if not torch.cuda.is_available():
-        _refuse_on_cpu(cfg)
+    refuse(cfg)
     # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     on_cpu = cpu.install()
@@ -58,6 +56,13 @@ def prepare(cfg: DictConfig) -> None:
         norm = OmegaConf.select(cfg, "model.peft.adapter_tuning.norm_type")
         if norm == "mixedfusedlayernorm":
             cfg.model.peft.adapter_tuning.norm_type = "layernorm"  # likewise
+
+
+def refuse(cfg: DictConfig) -> None:
+    """Errors: LayoutError for what NeMo, or this machine, cannot do whatever else is set."""
+    _refuse_virtual_pipeline(cfg)
+    if not torch.cuda.is_available():
+        _refuse_on_cpu(cfg)
 
 
 def _refuse_virtual_pipeline(cfg: DictConfig) -> None:

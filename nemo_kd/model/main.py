@@ -67,7 +67,7 @@ def evaluate(cfg: DictConfig) -> None:
     if torch.distributed.get_rank() == 0:
         for name, value in sorted(figures.items()):
             print(f"{name:40} {value:.4f}")
-        if cfg.output:
+        if cfg.get("output"):
             path = Path(cfg.output)
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(json.dumps(figures, indent=1) + "\n")
@@ -82,6 +82,8 @@ def merge(cfg: DictConfig) -> None:
             "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo), and "
             "model.peft.lora_tuning as they were trained"
         )
+    if not cfg.get("output"):
+        raise ValueError("output must be given: the merged model, a .nemo")
     files.check_files(cfg, [("output", files.new_file)])
     _prepare(cfg)
     trainer = megatron.build_trainer(cfg)
@@ -99,6 +101,7 @@ def check_settings(cfg: DictConfig) -> None:
     training.fill_in(cfg)
     training.check_keys(cfg)
     kd_training_config(cfg.model.kd)
+    megatron.refuse(cfg)
     training.check_inputs(cfg)
     for split in training.SPLITS:
         for directory in store_directories(cfg.model.data[split]):

@@ -36,7 +36,7 @@ def check_processes(cfg: DictConfig) -> None:
     if started and str(devices).isdigit() and int(devices) != int(started):
         raise ValueError(
             f"trainer.devices={devices}, but torchrun started {started} processes on this node; "
-            "leave trainer.devices out, it follows torchrun"
+            f"set trainer.devices={started}, or leave it out where it follows torchrun"
         )
 
 

@@ -30,6 +30,15 @@ from nemo_kd.settings.values import (
 
 COUNT, NATURAL, SHARE = whole(1), whole(0), number(0, 1)
 STEPS = Kind("a whole number, at least 1, or -1", lambda v: v == -1 or COUNT.fits(v))
+DEVICES = Kind(
+    "a number of devices, a list of them, or auto",
+    lambda v: (
+        v in ("auto", "-1", -1)
+        or COUNT.fits(v)
+        or list_of(NATURAL).fits(v)
+        or (isinstance(v, str) and v.replace(",", "").isdigit())
+    ),
+)
 PRECISION = Kind(
     "one of 32, bf16, 16, bf16-mixed, 16-mixed, 32-true",
     lambda value: str(value) in ("32", "bf16", "16", "bf16-mixed", "16-mixed", "32-true"),
@@ -49,7 +58,7 @@ PRECISION = Kind(
 
 TRAINER = Block(
     {
-        "devices": ANY,
+        "devices": DEVICES,
         "num_nodes": COUNT,
         "accelerator": one_of("gpu", "cpu", "auto", "cuda", gpu="gpus", cpu="cpus"),
         "precision": PRECISION,

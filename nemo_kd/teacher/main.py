@@ -66,6 +66,7 @@ def load(cfg: DictConfig) -> tuple[Any, Callable[..., Any]]:
     settings.check_keys(cfg)
     check_store_settings(cfg)
     check_kind(cfg)
+    megatron.refuse(cfg)
     settings.check_inputs(cfg)
     megatron.prepare(cfg)
     # NeMo and Megatron only now: on a CPU they must find their patches in place.

@@ -25,6 +25,7 @@ from nemo_kd.commandline import accept_every_spelling
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.settings import dump, training
 from nemo_kd.teacher.config import dump_config
+from tests import nemo_file
 from tests.conftest import ROOT
 
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^\1```", re.MULTILINE | re.DOTALL)
@@ -146,7 +147,11 @@ def check_script(name: str, arguments: list[str]) -> None:
 
 def check_overrides(name: str, overrides: list[str]) -> None:
     """Hydra composes them, and the checks of a run's beginning know every key."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+    conf = ROOT / "conf"
+    if overrides[:1] == ["--config-path"]:
+        assert overrides[2:4] == ["--config-name", nemo_file.NAME]
+        conf, name, overrides = nemo_file.write(Path.cwd()), nemo_file.NAME, overrides[4:]
+    with initialize_config_dir(str(conf.absolute()), version_base=None):
         cfg = compose(name, accept_every_spelling(overrides))
     for key in OmegaConf.missing_keys(cfg):  # a page may show a part of a command
         OmegaConf.update(cfg, key, "anything")

@@ -81,7 +81,11 @@ SFT = "model.data.train_ds.file_names=[x.jsonl] model.kd.alpha=0"
             "do not have: ",
         ),
         (DUMP, "model.tensor_model_parallel_size=2", "1 processes cannot hold tensor"),
-        (GENERATE, "data.file_path=store", "data.file_path: store is a directory"),
+        (
+            GENERATE,
+            "model.restore_from_path=hugging data.file_path=store",
+            "data.file_path: store is a directory",
+        ),
         (GENERATE, "model.restore_from_path=no", "model.restore_from_path: no checkpoint at no"),
     ],
 )

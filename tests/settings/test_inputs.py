@@ -103,6 +103,13 @@ def test_a_path_that_cannot_be_used_names_its_key(
     assert said.startswith(override.lstrip("+").partition("=")[0]) and message in said
 
 
+def test_blocks_that_are_missing_are_made(world: Path) -> None:
+    cfg = OmegaConf.create({"trainer": {"devices": 1}, "model": {"data": {"validation_ds": None}}})
+    training.fill_in(cfg)
+    assert cfg.model.data.train_ds.store is None and cfg.model.kd == {}
+    assert cfg.model.data.validation_ds.metric.name == "loss" and cfg.exp_manager is None
+
+
 def test_outputs_that_exist_or_cannot_be_made(world: Path) -> None:
     rows = str(world / "rows.jsonl")
     assert files.new_file(rows) == f"{rows} exists already; remove it or name another"

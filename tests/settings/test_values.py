@@ -26,6 +26,7 @@ from tests.settings.test_keys import DUMPS, TRAIN, check, configuration, refusal
         ("trainer.max_steps=null", "trainer.max_steps is null"),
         ("trainer.max_steps=0", "trainer.max_steps is 0: expected a whole number, at least 1"),
         ("trainer.max_steps=1e3", "trainer.max_steps is 1000.0: expected a whole number"),
+        ("trainer.devices=two", "trainer.devices is 'two': expected a number of devices"),
         ("trainer.max_epochs=1.5", "trainer.max_epochs is 1.5"),
         ("trainer.val_check_interval=0", "trainer.val_check_interval is 0"),
         ("trainer.limit_val_batches=2.5", "trainer.limit_val_batches is 2.5"),
