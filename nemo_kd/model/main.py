@@ -10,7 +10,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import megatron
-from nemo_kd.model.config import check_train_data, kd_training_config, store_directories
+from nemo_kd.model.config import (
+    check_train_data,
+    kd_training_config,
+    store_alphas,
+    store_directories,
+)
 from nemo_kd.settings import files, training
 from nemo_kd.store import Store, StoreError
 
@@ -100,7 +105,7 @@ def check_settings(cfg: DictConfig) -> None:
     """Refuse keys, values, paths and stores that cannot work, before the slow imports."""
     training.fill_in(cfg)
     training.check_keys(cfg)
-    kd_training_config(cfg.model.kd)
+    store_alphas(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
     megatron.refuse(cfg)
     training.check_inputs(cfg)
     for split in training.SPLITS:

@@ -64,7 +64,7 @@ SPLIT: dict[str, Kind | Block] = {
     "truncation_method": one_of("left", "right"),
     "prompt_template": optional(TEXT),
 }
-ALPHA = optional(number(0, 1))
+ALPHA = optional(number())  # one for each store: see `store_alphas`
 TRAIN_SPLIT = SPLIT | {
     "alpha": either(ALPHA, list_of(ALPHA)),
     "concat_sampling_probabilities": optional(list_of(number(0))),

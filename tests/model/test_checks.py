@@ -59,6 +59,7 @@ SFT = "model.data.train_ds.file_names=[x.jsonl] model.kd.alpha=0"
         (TRAIN, f"{SFT} model.data.train_ds.prompt_template={{input}}", "has no {output}"),
         (TRAIN, f"{SFT} model.data.train_ds.prompt_template={{q}}{{output}}", "truncation_field"),
         (TRAIN, f"{SFT} model.tensor_model_parallel_size=2", "1 processes cannot hold tensor"),
+        (TRAIN, f"{SFT} model.data.train_ds.alpha=[0.5,0.5]", "has 2 entries for 0 stores"),
         (EVALUATE, "", "nothing to measure on: set model.data.validation_ds.store"),
         (
             EVALUATE,

@@ -55,7 +55,7 @@ from tests.settings.test_keys import DUMPS, TRAIN, check, configuration, refusal
         ("model.data.train_ds.shuffle=yes", "model.data.train_ds.shuffle is 'yes'"),
         ("model.data.train_ds.max_seq_length=null", "model.data.train_ds.max_seq_length is null"),
         ("model.data.train_ds.alpha=high", "model.data.train_ds.alpha is 'high'"),
-        ("model.data.train_ds.alpha=[0.5,2]", "model.data.train_ds.alpha is [0.5, 2]"),
+        ("model.data.train_ds.alpha=[0.5,no]", "model.data.train_ds.alpha is [0.5, 'no']"),
         ("model.data.train_ds.store=[null]", "model.data.train_ds.store is [None]"),
         ("model.peft.lora_tuning.adapter_dim=0", "model.peft.lora_tuning.adapter_dim is 0"),
         ("model.restore_from_path=null", "model.restore_from_path is null: expected a path"),
