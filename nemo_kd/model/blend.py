@@ -49,10 +49,11 @@ def build_datasets(model: MegatronGPTSFTKDModel, data_cfg: DictConfig) -> list[T
     return datasets
 
 
-def blend(
-    datasets: list[TeacherSFTDataset], max_steps: int, data_cfg: DictConfig
-) -> BlendableDataset:
-    """Training data: as many samples of each as the steps take, in the order of the blend."""
+def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) -> BlendableDataset:
+    """Training data: `number` samples of all or a little more, in the order of the blend.
+
+    The first samples do not depend on `number`: a run can be made longer.
+    """
     weights = data_cfg.get("concat_sampling_probabilities")
     weights = [len(dataset) for dataset in datasets] if weights is None else list(weights)
     if len(weights) != len(datasets):
@@ -60,11 +61,10 @@ def blend(
             f"concat_sampling_probabilities has {len(weights)} entries for {len(datasets)} stores "
             "and files: one for each, stores first"
         )
-    wanted = [max_steps * data_cfg.global_batch_size]
     prefix: list[Any] = []
     for weight, dataset in zip(weights, datasets, strict=True):
         prefix += [weight, dataset.file_path]
-    _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, wanted)
+    _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, [number])
     for dataset, count in zip(datasets, samples, strict=True):
         dataset.draw(count[0], data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED))
     size = sum(count[0] for count in samples)

@@ -7,7 +7,6 @@ pipeline stage `StudentLoss` takes the place of Megatron's `compute_language_mod
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,7 +18,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, teacher_at
@@ -29,12 +28,8 @@ from nemo_kd.model.blend import blend, build_datasets
 from nemo_kd.model.config import check_train_data, kd_training_config, store_directories
 from nemo_kd.model.generation import GeneratingSFTModel, check_generation
 from nemo_kd.model.packed import check_packing
-from nemo_kd.model.resume import (
-    WholeRunBatchSampler,
-    check_same_data,
-    remember_data,
-    trained_on,
-)
+from nemo_kd.model.record import Progress, read
+from nemo_kd.model.resume import WholeRunBatchSampler
 
 NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
 
@@ -51,12 +46,26 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         super().__init__(cfg, trainer)
         # What is saved must load in a NeMo without this package.
         self.cfg.target = NEMO_SFT
-        self._train_data: list[dict[str, str]] = []
+        self._done = Progress()  # in earlier starts of the run
         gpt = gpt_module(self)
         if gpt.post_process:
             self.student_loss.attach(gpt, self.kd_schedule.fused_lm_head)
 
     # --- data ----------------------------------------------------------------------------------
+
+    def setup(self, stage: str | None = None) -> None:
+        if self.trainer.ckpt_path:
+            self._done, _ = read(self.trainer.ckpt_path)
+        super().setup(stage)
+
+    def _extract_consumed_samples_from_ckpt(self, ckpt_path: str) -> int:
+        """NeMo's is a number in the checkpoint's name, which need not be in it."""
+        return self._done.consumed_samples
+
+    def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
+        """NeMo's multiplies micro-batches of `train_ds` with the micro-batch size of `model`."""
+        batch = self.cfg.data.train_ds.global_batch_size
+        return int(self.init_consumed_samples + steps_since_resume * batch)
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         check_packing(data_cfg)
@@ -64,10 +73,9 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
             return self._build_validation(data_cfg)
         if store_directories(data_cfg):
             datasets = build_datasets(self, data_cfg)
-            self._train_data = trained_on(datasets)
-            with open_dict(self.cfg):  # what a `.nemo` says of itself
-                self.cfg.kd_train_stores = self._train_data
-            return blend(datasets, self.trainer.max_steps, data_cfg)
+            steps = self.trainer.max_steps - self._done.step
+            wanted = self._done.consumed_samples + steps * data_cfg.global_batch_size
+            return blend(datasets, wanted, data_cfg)
         check_train_data(data_cfg, self.kd_schedule)
         return super()._build_dataset(data_cfg, is_train)
 
@@ -86,7 +94,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
     ) -> DataLoader[Any]:
         """NeMo's, but a run that is resumed goes on with the sample where it was."""
-        blended = isinstance(dataset, BlendableDataset)
+        blended = isinstance(dataset, BlendableDataset)  # training data
         sampler = WholeRunBatchSampler(
             total_samples=len(dataset),
             consumed_samples=consumed_samples,
@@ -96,6 +104,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
             drop_last=data_cfg.drop_last,
             pad_samples_to_global_batch_size=not data_cfg.drop_last,
+            batches_done=self._done.step if blended else 0,
         )
         return DataLoader(
             dataset,
@@ -105,14 +114,6 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
             pin_memory=data_cfg.pin_memory,
             persistent_workers=data_cfg.num_workers > 0,
         )
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-        remember_data(self._train_data, checkpoint, dataclasses.asdict(self.kd_schedule))
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        check_same_data(self._train_data, checkpoint)
-        super().on_load_checkpoint(checkpoint)
 
     def get_batch(self, data_iterator: Iterator[Any], tuning: bool) -> dict[str, Any]:
         """NeMo's micro-batch; its teacher tensors are kept for the loss of the same forward."""

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd import megatron
+from nemo_kd.model import run_directory, start
 from nemo_kd.model.config import (
     check_train_data,
     kd_training_config,
     store_alphas,
     store_directories,
 )
+from nemo_kd.model.length import fit_length
+from nemo_kd.model.record import DATA_KEY, Record, asked, record_of
 from nemo_kd.settings import files, training
 from nemo_kd.store import Store, StoreError
 
@@ -26,23 +29,53 @@ if TYPE_CHECKING:
 
 
 def run(cfg: DictConfig) -> None:
-    """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory."""
+    """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory.
+
+    The same command resumes a run that was stopped, and says so of one that is over.
+    """
     check_settings(cfg)
     check_train_data(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    settings = asked(cfg)
     _prepare(cfg)
-    _fit_validation(cfg)
+    directory = run_directory.find(cfg)
+    done, then = start.what_is_done(directory)
+    fit_length(cfg, done)
+    record = record_of(cfg, settings)
+    if directory is not None:
+        if then is None:
+            start.begin(directory)
+        elif not start.resume(cfg, directory, done, then, record, raw):
+            return
+    student = directory.student if directory is not None else None
+    _train(cfg, record, done.step, student)
+
+
+def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> None:
+    """`done`: steps of earlier starts; `student`: the `.nemo` that the end of the run writes."""
     from nemo.utils.exp_manager import exp_manager
+    from nemo.utils.get_rank import is_global_rank_zero
 
     from nemo_kd.model.metrics import MetricsJsonl
+    from nemo_kd.model.resume import RunKeeper, note_steps
 
     trainer = megatron.build_trainer(cfg)
     log_dir = exp_manager(trainer, cfg.exp_manager)
+    # Before NeMo's callbacks: the one that ends a run at SIGTERM leaves the others no step.
+    trainer.callbacks.insert(0, RunKeeper(record))
     if log_dir is not None:
-        # Before NeMo's callbacks: the one that ends a run at SIGTERM leaves the others no step.
-        trainer.callbacks.insert(0, MetricsJsonl(Path(log_dir) / "metrics.jsonl"))
+        if done and is_global_rank_zero():
+            run_directory.keep_metrics(Path(log_dir), done)
+        trainer.callbacks.insert(0, MetricsJsonl(Path(log_dir) / run_directory.METRICS))
     if not torch.cuda.is_available():
         _stop_on_sigterm(cfg, trainer)
-    trainer.fit(_student(cfg, trainer))
+    with open_dict(cfg):
+        cfg.model[DATA_KEY] = record.train_stores
+    model = _student(cfg, trainer)
+    trainer.fit(model)
+    if student and done == trainer.max_steps:  # Lightning ends without NeMo's end of a training
+        note_steps(trainer, model)
+        model.save_to(str(student))
 
 
 def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
@@ -120,26 +153,6 @@ def _prepare(cfg: DictConfig) -> None:
     """Fit the configuration to this machine."""
     megatron.prepare(cfg)
     OmegaConf.resolve(cfg)
-
-
-def _fit_validation(cfg: DictConfig) -> None:
-    """Validate at the end at the latest; without validation data, keep checkpoints all the same."""
-    trainer, data = cfg.trainer, cfg.model.data.validation_ds
-    if isinstance(trainer.val_check_interval, int):
-        trainer.val_check_interval = min(trainer.val_check_interval, trainer.max_steps)
-    if data.store or data.file_names:
-        return
-    trainer.limit_val_batches = 0
-    if cfg.exp_manager is None:
-        return
-    # NeMo keeps checkpoints by a validation metric, of which there is none now.
-    with open_dict(cfg):
-        checkpoints = cfg.exp_manager.setdefault("checkpoint_callback_params", {})
-        checkpoints.monitor = "reduced_train_loss"
-        checkpoints.filename = (
-            f"{cfg.name}--{{reduced_train_loss:.3f}}-{{step}}-{{consumed_samples}}"
-        )
-        checkpoints.every_n_epochs, checkpoints.every_n_train_steps = 0, trainer.val_check_interval
 
 
 def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:

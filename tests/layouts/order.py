@@ -44,7 +44,7 @@ def blended(directories: list[str], max_steps: int, **changes: Any) -> Blendable
     )
     data = {"store": directories, "max_seq_length": 128, "min_seq_length": 1}
     cfg = OmegaConf.create({**data, "global_batch_size": GLOBAL_BATCH, **changes})
-    return blend.blend(blend.build_datasets(model, cfg), max_steps, cfg)
+    return blend.blend(blend.build_datasets(model, cfg), max_steps * GLOBAL_BATCH, cfg)
 
 
 def rows(dataset: BlendableDataset) -> list[tuple[int, int]]:

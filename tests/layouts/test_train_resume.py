@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import time
@@ -45,15 +46,25 @@ def logged(run: Path) -> list[dict[str, Any]]:
     return [line for line in metrics(run) if "sft_loss" in line]
 
 
+def validated(run: Path) -> list[tuple[int, float]]:
+    """Step and loss of each validation."""
+    lines = metrics(run)
+    return [(x["step"], x["validation_loss"]) for x in lines if "validation_loss" in x]
+
+
 def assert_goes_on_exactly(
     script: Script, whole: list[dict[str, Any]], overrides: list[str], processes: int, run: Path
 ) -> None:
     """The killed run, started again, ends as `whole`, which nobody killed."""
-    script("train_gpt_sft_kd.py", *overrides, processes=processes)
-    resumed = logged(run)  # a new file, beside that of the killed run in run_0
-    first = resumed[0]["step"]
-    assert first > 3 and [line["step"] for line in resumed] == list(range(first, len(whole) + 1))
-    for line, expected in zip(resumed, whole[first - 1 :], strict=True):
+    done = script("train_gpt_sft_kd.py", *overrides, processes=processes)
+    (announced,) = re.findall(r"resuming at step (\d+) of (\d+) from (\S+)", done.stderr)
+    assert int(announced[0]) >= 3 and int(announced[1]) == len(whole)
+    assert Path(announced[2]).parent == run / "checkpoints"
+    # One log of the whole run: no step is missing, none is there twice.
+    resumed = logged(run)
+    assert [line["step"] for line in resumed] == list(range(1, len(whole) + 1))
+    assert not list(run.glob("run_*/metrics.jsonl"))
+    for line, expected in zip(resumed, whole, strict=True):
         assert {name: line[name] for name in EXACT} == {name: expected[name] for name in EXACT}
 
 
@@ -64,6 +75,7 @@ def assert_goes_on_exactly(
         # More than an epoch of the store, and several checkpoints.
         pytest.param("tp2", 14, marks=pytest.mark.slow),
         pytest.param("pp2", 14, marks=pytest.mark.slow),
+        pytest.param("dp2", 14, marks=pytest.mark.slow),
     ],
 )
 def test_killed_run_goes_on_exactly(
@@ -82,6 +94,7 @@ def test_killed_run_goes_on_exactly(
     assert len(whole) == steps
     killed_after(4, overrides, processes, tmp_path)
     assert_goes_on_exactly(script, whole, overrides, processes, tmp_path)
+    assert validated(tmp_path) == validated(train(layout, *longer))
 
 
 @pytest.mark.slow
@@ -94,5 +107,5 @@ def test_other_stores_are_refused(
         message = refused(
             script, "train_gpt_sft_kd.py", *overrides, f"model.data.train_ds.store={store}"
         )
-        assert "the checkpoint to resume from was trained on" in message
-        assert str(dump()) in message and "go on with the same" in message
+        assert "belongs to a run with other settings: model.data.train_ds.store: " in message
+        assert str(dump()) in message and "resume.allow=[model.data.train_ds.store]" in message
