@@ -65,11 +65,11 @@ def test_other_settings_are_refused_all_at_once(cases: Cases) -> None:
         "model.kd.alpha: null in the checkpoint, 0.5 now",
         "model.optim.lr: 0.01 in the checkpoint, 0.005 now",
         "model.global_batch_size: 4 in the checkpoint, 2 now",
-        "model.hidden_size_of_somebody: null in the checkpoint, 3 now",  # nobody thought of it
+        "model.layernorm_epsilon: null in the checkpoint, 0.5 now",  # in no list
     ):
         assert line in error
     assert "train_ds.global_batch_size" not in error  # follows model.global_batch_size
-    keys = "model.global_batch_size,model.hidden_size_of_somebody,model.kd.alpha,model.optim.lr"
+    keys = "model.global_batch_size,model.kd.alpha,model.layernorm_epsilon,model.optim.lr"
     assert f"resume.allow=[{keys}]" in error and "exp_manager.explicit_log_dir" in error
 
 
