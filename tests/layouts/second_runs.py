@@ -110,7 +110,7 @@ def main(source: Path, work: Path, out: Path, overrides: list[str]) -> None:
     case("anew", prepare=without_checkpoints)
     case("not_resumed", "exp_manager.resume_if_exists=false")
     case("torch_schedule", "model.optim.sched.name=ExponentialLR", "resume.allow=[model.optim]")
-    rows = Path(sys.argv[5].partition("=")[2]).parent / "train.jsonl"
+    rows = Path(overrides[0].partition("=")[2]).parent / "train.jsonl"
     files_alone = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names=[{rows}]"]
     for name, *more in (
         ("files_longer", "trainer.max_steps=10"),
