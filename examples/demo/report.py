@@ -18,7 +18,7 @@ from rich.table import Table
 
 def terminal_table(demo: Demo) -> Table:
     """The page's table."""
-    table = Table(title="held-out data, nats a token")
+    table = Table(title="held-out data, nats per token")
     table.add_column("")
     for name in ("cross-entropy", "KL to the teacher", "top-1 agreement"):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""The report's curves, as SVG text."""
+"""The report's charts, as SVG text: each narrow enough to be read on a telephone's screen."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"teacher": "#6b7280", "sft": "#d97706", "kd": "#2563eb"}
 SMOOTHING = 10  # steps; a training step sees a handful of samples
+SIZE = (4.2, 2.9)  # inches; at 9 points a letter is a 33rd of the width
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -45,38 +46,49 @@ def running_mean(curve: Curve, width: int = SMOOTHING) -> Curve:
     return Curve(curve.steps, values)
 
 
-def curves(demo: Demo) -> str:
-    """Held-out cross-entropy and KL above, training cross-entropy and agreement below."""
+def curves(demo: Demo) -> list[str]:
+    """Held-out cross-entropy and KL, training cross-entropy and agreement: a chart each."""
+    titles = (
+        ("Held-out cross-entropy", "nats per token"),
+        ("Held-out KL to the teacher", "nats per token"),
+        (f"Training cross-entropy, mean of {SMOOTHING} steps", "nats per token"),
+        (f"Training top-1 agreement, mean of {SMOOTHING} steps", "share of tokens"),
+    )
+    runs = [demo.runs[name] for name in STUDENTS]
+    panels = (
+        [run.held_out("sft_loss") for run in runs],
+        [run.held_out("kd_loss") for run in runs],
+        [running_mean(run.train("sft_loss")) for run in runs],
+        [running_mean(run.train("top1_agreement")) for run in runs],
+    )
+    teacher = demo.evaluation["teacher"]["sft_loss"]
+    lines = (teacher, None, None, None)
+    return [
+        chart(students, title, unit, line)
+        for students, (title, unit), line in zip(panels, titles, lines, strict=True)
+    ]
+
+
+def chart(students: list[Curve], title: str, unit: str, teacher: float | None) -> str:
+    """One curve for each student, the teacher's value as a dashed line."""
     with pyplot.rc_context(STYLE):
-        figure, axes = pyplot.subplots(2, 2, figsize=(9.6, 6.2), layout="constrained")
-        for name in STUDENTS:
-            run = demo.runs[name]
-            smooth = (running_mean(run.train(m)) for m in ("sft_loss", "top1_agreement"))
-            panels = [run.held_out("sft_loss"), run.held_out("kd_loss"), *smooth]
-            for axis, curve, dot in zip(axes.flat, panels, ("o", "o", "", ""), strict=True):
-                axis.plot(
-                    curve.steps,
-                    curve.values,
-                    color=COLOURS[name],
-                    marker=dot,
-                    markersize=3.5,
-                    linewidth=1.8,
-                    label=MODELS[name],
-                )
-        teacher = demo.evaluation["teacher"]["sft_loss"]
-        axes[0, 0].axhline(
-            teacher, color=COLOURS["teacher"], linestyle="--", linewidth=1.2, label="Teacher"
-        )
-        titles = (
-            ("Held-out cross-entropy", "nats a token"),
-            ("Held-out KL to the teacher", "nats a token"),
-            (f"Training cross-entropy, mean of {SMOOTHING} steps", "nats a token"),
-            (f"Training top-1 agreement, mean of {SMOOTHING} steps", "share of tokens"),
-        )
-        for axis, (title, label) in zip(axes.flat, titles, strict=True):
-            axis.set(title=title, ylabel=label, xlabel="step")
-            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes[0, 0].legend(frameon=False)
+        figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
+        for name, curve in zip(STUDENTS, students, strict=True):
+            dots = {"marker": "o", "markersize": 3.5} if title.startswith("Held-out") else {}
+            axis.plot(
+                curve.steps,
+                curve.values,
+                color=COLOURS[name],
+                linewidth=1.8,
+                label=MODELS[name],
+                **dots,
+            )
+        if teacher is not None:
+            colour = COLOURS["teacher"]
+            axis.axhline(teacher, color=colour, linestyle="--", linewidth=1.2, label="Teacher")
+        axis.set(title=title, ylabel=unit, xlabel="step")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend(frameon=False)
         return _svg(figure)
 
 
@@ -84,7 +96,7 @@ def layer_bars(demo: Demo) -> str:
     """Block influence of each layer; the student's layers in colour."""
     influence, kept = demo.layers["influence"], demo.layers["kept"]
     with pyplot.rc_context(STYLE):
-        figure, axis = pyplot.subplots(figsize=(9.6, 1.9), layout="constrained")
+        figure, axis = pyplot.subplots(figsize=(SIZE[0], 1.9), layout="constrained")
         colours = [COLOURS["kd"] if i in kept else "#d1d5db" for i in range(len(influence))]
         axis.bar(range(len(influence)), influence, color=colours, width=0.75)
         axis.set(yscale="log", xlabel="layer of the teacher", ylabel="block influence")

@@ -26,7 +26,9 @@ p { margin: .4rem 0 .8rem; max-width: 48rem; }
 .soft { color: var(--soft); }
 .card { background: white; border: 1px solid var(--line); border-radius: 10px;
   padding: 1.1rem 1.3rem; margin: 1rem 0; overflow-x: auto; }
-.card > svg { width: 100%; height: auto; display: block; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
+  gap: 1.2rem; }
+.card svg { width: 100%; max-width: 36rem; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .5rem .75rem; border-bottom: 1px solid var(--line); }
 th:first-child, td:first-child { text-align: left; }
@@ -36,17 +38,24 @@ td.best { font-weight: 700; color: var(--blue); }
 .small td, .small th { font-size: .88rem; padding: .35rem .6rem; }
 pre { margin: 0; font: .79rem/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "Liberation Mono",
   monospace; white-space: pre-wrap; overflow-wrap: anywhere; }
-.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(25rem, 1fr)); gap: .8rem;
-  margin-top: .9rem; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(25rem, 100%), 1fr));
+  gap: .8rem; margin-top: .9rem; }
 .answer { border: 1px solid var(--line); border-top: 3px solid var(--colour); border-radius: 6px;
   padding: .6rem .8rem; background: #fcfcfd; }
 .answer h4 { margin: 0 0 .35rem; font-size: .8rem; color: var(--colour); }
 .origin { font-size: .82rem; color: var(--soft); margin: 0 0 .5rem; }
-code { font: .85em ui-monospace, Menlo, Consolas, "Liberation Mono", monospace; }
+code { font: .85em ui-monospace, Menlo, Consolas, "Liberation Mono", monospace;
+  overflow-wrap: anywhere; }
 details { margin: .2rem 0; } summary { cursor: pointer; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .25rem 1.2rem; margin: 0;
   font-size: .92rem; }
-dt { color: var(--soft); } dd { margin: 0; }
+dt { color: var(--soft); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere; }
+@media (max-width: 40rem) {
+  main { padding: 1.2rem .7rem 2rem; }
+  .card { padding: .7rem; }
+  th, td { padding: .35rem .25rem; font-size: .82rem; }
+  dl { grid-template-columns: 1fr; } dd { margin: 0 0 .4rem; }
+}
 """
 
 
@@ -55,7 +64,8 @@ def page(demo: Demo) -> str:
     sections = [
         heading(demo),
         f"<div class='card'>{results_table(demo)}</div>{metric_notes(demo)}",
-        f"<h2>Learning curves</h2><div class='card'>{report_figures.curves(demo)}</div>",
+        "<h2>Learning curves</h2>"
+        f"<div class='card charts'>{''.join(report_figures.curves(demo))}</div>",
         layers(demo),
         "<h2>Held-out prompts, completed greedily</h2>",
         *(sample(row) for row in demo.completions["samples"]),
@@ -77,10 +87,17 @@ def heading(demo: Demo) -> str:
     return (
         "<h1>Distillation from stored top-K logits</h1>"
         f"<p class='lead'>After {last_step(demo)} steps on the same data in the same order, "
-        f"KD + SFT has a held-out cross-entropy of {kd:.3f} nats a token, {abs(sft - kd):.3f} "
-        f"{word} SFT alone ({sft:.3f}). The student started at {before:.2f}; its teacher has "
-        f"{teacher:.3f}.</p>"
+        f"KD + SFT (alpha {alpha(demo)}) has a held-out cross-entropy of {kd:.3f} nats per token, "
+        f"{abs(sft - kd):.3f} {word} SFT alone ({sft:.3f}). The student started at {before:.2f}; "
+        f"its teacher has {teacher:.3f}.</p>"
     )
+
+
+def alpha(demo: Demo) -> str:
+    """The weight of the distillation, as the command of that run has it."""
+    (command,) = (step["command"] for title, step in demo.steps.items() if "KD" in title)
+    match = re.search(r"model\.kd\.alpha=(\S+)", command)
+    return match[1] if match else "by default"
 
 
 def last_step(demo: Demo) -> int:
@@ -121,7 +138,7 @@ def metric_notes(demo: Demo) -> str:
     heldout = demo.data["heldout"]
     return (
         f"<p class='soft'>Over the answer tokens of {heldout['samples']} held-out functions, from "
-        f"{heldout['modules']} modules that training never saw, in nats a token. KL is that of "
+        f"{heldout['modules']} modules that training never saw, in nats per token. KL is that of "
         "the teacher's stored top-K probabilities and the rest in one bucket, a lower bound of "
         "the full one. Agreement: how often model and teacher have the same first choice.</p>"
     )

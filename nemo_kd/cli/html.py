@@ -7,19 +7,24 @@ from html import escape
 from nemo_kd.cli.row import Answer, RowView
 
 _PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title><style>
-body {{ font: 15px/1.7 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222 }}
-pre {{ font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap }}
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title><style>
+* {{ box-sizing: border-box }}
+body {{ font: 15px/1.7 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; color: #222;
+  padding: 0 1rem; overflow-wrap: anywhere }}
+pre {{ font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; position: relative }}
 .prompt {{ color: #777 }}
-.answer {{ position: relative; border-radius: 3px; padding: 1px 0; cursor: default }}
-.answer > table {{ display: none; position: absolute; left: 0; top: 1.7em; z-index: 1;
+.answer {{ border-radius: 3px; padding: 1px 0; cursor: default }}
+/* Below the token's line; as wide as the text at most, which it is in the middle of. */
+.answer > table {{ display: none; position: absolute; left: 0; right: 0; margin: 0 auto; z-index: 1;
+  width: max-content; max-width: 100%; pointer-events: none;
   background: #fff; border: 1px solid #999; box-shadow: 0 2px 8px #0003; color: #222 }}
-.answer:hover > table, .answer:focus > table {{ display: block }}
+.answer:hover > table, .answer:focus > table {{ display: table }}
 .answer:hover, .answer:focus {{ outline: 1px solid #444 }}
-td {{ padding: 0 .6em; white-space: pre }}
-td.p {{ text-align: right; font-variant-numeric: tabular-nums }}
+td {{ padding: 0 .6em; white-space: pre-wrap }}
+td.p {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
 tr.target {{ background: #ffe9a8; font-weight: bold }}
-.scale span {{ padding: 0 .5em }}
+.scale span {{ display: inline-block; padding: 0 .5em }}
 </style></head><body><h1>{title}</h1>
 <p>{summary}</p>
 <p class="scale">probability of the target: {scale}</p>

@@ -16,6 +16,7 @@ import report_figures
 import report_page
 
 from nemo_kd.store import Sample, StoreSpec, StoreWriter
+from tests.browser import measure
 
 FIGURES = {
     "teacher": (1.4712, 0.0003, 0.9991),
@@ -54,7 +55,8 @@ def demo(tmp_path: Path) -> Path:
     write_json(tmp_path / "data.json", {"train": size, "heldout": size, "sources": [source]})
     write_json(tmp_path / "layers.json", {"kept": [0, 2], "influence": [0.9, 0.1, 0.5]})
     step = {"command": "python examples/train.py name=<kd> a=1", "seconds": 61.0}
-    write_json(tmp_path / "steps.json", {"convert": step, "student: KD + SFT": step})
+    kd = {"command": "python examples/train.py name=<kd> +model.kd.alpha=0.9", "seconds": 61.0}
+    write_json(tmp_path / "steps.json", {"convert": step, "student: KD + SFT": kd})
     completions = dict.fromkeys(("teacher", "sft", "kd"), " \n    return x < 1 & y")
     row = {"prompt": 'def f(x):\n    """<b>&</b>"""', "reference": "\n    return 1"}
     row |= {"module": "a.b", "function": "f", "completions": completions}
@@ -99,7 +101,7 @@ def test_the_page_is_whole_and_loads_nothing(demo: Path) -> None:
 
     Balance().feed(html)
     assert not open_tags
-    assert html.count("<svg") == 2
+    assert html.count("<svg") == 5
 
 
 def test_every_figure_of_the_table_is_a_file_s(demo: Path) -> None:
@@ -120,6 +122,7 @@ def test_the_summary_tells_either_outcome(demo: Path, kd: float, word: str) -> N
     write_json(path, {**json.loads(path.read_text()), "heldout/sft_loss": kd})
     text = report_page.heading(report_data.read_demo(demo))
     assert word in text
+    assert "KD + SFT (alpha 0.9) has" in text
     assert "After 4 steps" in text
 
 
@@ -156,3 +159,20 @@ def test_a_missing_step_is_named(demo: Path, name: str) -> None:
     (demo / name).unlink()
     with pytest.raises(report_data.MissingStepError, match=re.escape(name)):
         report_data.read_demo(demo)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", [400, 1280])
+def test_the_page_fits_a_screen_and_its_charts_are_readable(
+    demo: Path, tmp_path: Path, width: int
+) -> None:
+    path = demo / "completions.json"
+    content = json.loads(path.read_text())
+    content["samples"][0]["reference"] = "\n    return " + "a_long_name." * 20
+    write_json(path, content)
+    report.main(demo)
+    measured = measure(demo / "report.html", width, tmp_path)
+    assert measured["width"] <= width
+    assert measured["inner"] == 0
+    letters = [scale * report_figures.STYLE["font.size"] for scale in measured["scales"]]
+    assert len(letters) == 5 and min(letters) >= 8

@@ -100,6 +100,8 @@ def check_command(words: list[str]) -> None:
     elif words[0] == "sbatch":
         script = next(i for i, word in enumerate(words) if word.endswith(".sbatch"))
         check_overrides(scripts_of(ROOT / words[script]), words[script + 1 :])
+    elif words[0] in ("head", "tail"):  # of a file into another
+        assert words[-2] == ">" and Path(words[-3]).suffix == Path(words[-1]).suffix == ".jsonl"
     elif words[0] == "split":
         Path(words[-2]).write_text("a row\n" * 8)
         subprocess.run(words, check=True)
