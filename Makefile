@@ -17,7 +17,7 @@ TORCH_INDEX_URL ?=
 PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
 INSTALL = $(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch -e
 
-.PHONY: help install demo experiments test test-all lint docs clean
+.PHONY: help install demo experiments test test-all test-pins lint docs clean
 
 help:  ## say what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -71,6 +71,9 @@ test: $(DEV)  ## the test suite, at most 15 minutes on 2 cores
 
 test-all: $(DEV)  ## the suite with its slow tests
 	$(PYTEST) -m ''
+
+test-pins: $(DEV)  ## constraints.txt against the package index: pip and uv, Python 3.11 and 3.12
+	$(BIN)/python -m pytest -n $(WORKERS) -m index tests/distribution/test_pins.py
 
 lint: $(DEV)  ## ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .

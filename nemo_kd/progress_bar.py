@@ -22,7 +22,7 @@ class LineBar(Tqdm):
 
     def __init__(self, **options: Any) -> None:
         self.printed = time.monotonic()
-        line = "{desc}: {n_fmt}/{total_fmt} in {elapsed}{postfix}"
+        line = "{desc}{n_fmt}/{total_fmt} in {elapsed}{postfix}"
         super().__init__(file=io.StringIO(), bar_format=line, **options)
 
     def refresh(self, *args: Any, **options: Any) -> None:
@@ -46,11 +46,11 @@ class LineProgressBar(CustomProgressBar):
     """NeMo's progress bar with a `LineBar` for training and one for each validation."""
 
     def init_train_tqdm(self) -> Tqdm:
-        self.bar = LineBar(desc="Training", disable=self.is_disabled)
+        self.bar = LineBar(desc="Training: ", disable=self.is_disabled)
         return self.bar
 
     def init_validation_tqdm(self) -> Tqdm:
-        return LineBar(desc="Validation", disable=self.is_disabled)
+        return LineBar(desc="Validation: ", disable=self.is_disabled)
 
     init_sanity_tqdm = init_validation_tqdm
 

@@ -26,7 +26,7 @@ p { margin: .4rem 0 .8rem; max-width: 48rem; }
 .soft { color: var(--soft); }
 .card { background: white; border: 1px solid var(--line); border-radius: 10px;
   padding: 1.1rem 1.3rem; margin: 1rem 0; overflow-x: auto; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(19rem, 100%), 1fr));
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr));
   gap: 1.2rem; }
 .card svg { width: 100%; max-width: 36rem; height: auto; display: block; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }

@@ -29,6 +29,7 @@ from nemo_kd.loss import KDConfig
 ROOT = Path(__file__).parents[2]
 OUT = Path("outputs/demo")
 STEPS = OUT / "steps.json"
+STOPS = {signal.SIGINT, signal.SIGTERM}
 
 SAMPLES, HELDOUT, MAX_TOKENS = 400, 96, 96
 TEACHER_STEPS, STUDENT_STEPS, BATCH = 50, 120, 8
@@ -203,8 +204,15 @@ def run_step(step: Step, done: dict[str, Any]) -> None:
 def run_command(command: list[str], environment: dict[str, str]) -> int:
     """Exit status. In a session of its own: Ctrl-C reaches the demo alone, which ends the command
     without the traceback of each of its processes."""
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a process that has started is known to us
+    process = subprocess.Popen(
+        command,
+        env=environment,
+        start_new_session=True,
+        preexec_fn=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS),
+    )
     try:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
         return process.wait()
     except KeyboardInterrupt:
         os.killpg(process.pid, signal.SIGKILL)

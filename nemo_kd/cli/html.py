@@ -22,7 +22,8 @@ pre {{ font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; position: 
 .answer:hover > table, .answer:focus > table {{ display: table }}
 .answer:hover, .answer:focus {{ outline: 1px solid #444 }}
 td {{ padding: 0 .6em; white-space: pre-wrap }}
-td.p {{ text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap }}
+td + td {{ white-space: nowrap }}
+td.p {{ text-align: right; font-variant-numeric: tabular-nums }}
 tr.target {{ background: #ffe9a8; font-weight: bold }}
 .scale span {{ display: inline-block; padding: 0 .5em }}
 </style></head><body><h1>{title}</h1>

@@ -160,7 +160,7 @@ def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
     tiny: Path, dump: Callable[..., Path], script: Script, tmp_path: Path
 ) -> None:
     """The README's shortest command, a few steps of it."""
-    script(
+    done = script(
         "train_gpt_sft_kd.py",
         f"model.restore_from_path={tiny}/student.nemo",
         f"model.data.train_ds.store={dump()}",
@@ -170,6 +170,8 @@ def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
         "model.global_batch_size=4",
         f"exp_manager.explicit_log_dir={tmp_path}",
     )
+    assert "\r" not in done.stdout and "Transformer Engine" not in done.stderr
+    assert [line[:15] for line in done.stdout.splitlines() if "/3 " in line] == ["Epoch 0: 3/3 in"]
     assert len(steps(tmp_path)) == 3
     assert list((tmp_path / "checkpoints").glob("*reduced_train_loss=*step=3*"))
     with tarfile.open(tmp_path / "checkpoints" / "gpt_sft_kd.nemo") as archive:
