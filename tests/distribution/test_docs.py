@@ -50,9 +50,10 @@ def test_the_messages_of_troubleshooting_are_the_codes_own() -> None:
 
 @cache
 def said() -> str:
-    """All string literals of the package and of OTHERS, implicit concatenation joined."""
+    """All string literals of the package and of OTHERS, implicit concatenation joined; and the
+    Makefile."""
     files = [*(ROOT / "nemo_kd").rglob("*.py"), *(SITE_PACKAGES / name for name in OTHERS)]
-    found = []
+    found = [(ROOT / "Makefile").read_text().replace("$(VENV)", ".venv")]
     for path in files:
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.JoinedStr):
