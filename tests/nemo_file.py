@@ -34,6 +34,20 @@ OURS = (
 )
 DIFFERENT: dict[str, Any] = {
     "name": "megatron_gpt_peft_${model.peft.peft_scheme}_tuning",
+    **{
+        f"model.data.train_ds.{key}": value
+        for key, value in {
+            "label_key": "output",
+            "add_eos": True,
+            "add_sep": False,
+            "add_bos": False,
+            "truncation_field": "input",
+            "truncation_method": "right",
+            "prompt_template": "{input} {output}",
+        }.items()
+    },
+    "model.data.validation_ds.truncation_method": "right",
+    "model.answer_only_loss": True,
     "trainer.devices": 1,
     "trainer.precision": 16,
     "trainer.max_steps": 20000,

@@ -8,6 +8,7 @@ from nemo_kd.data.collate import (
     teacher_at,
 )
 from nemo_kd.data.context import context_parallel_positions
+from nemo_kd.data.learnable import check_learnable
 from nemo_kd.data.lengths import OVER_LONG, Fitting, cut_prompt, fit_lengths
 from nemo_kd.data.packed_batch import collate_packs
 from nemo_kd.data.packing import Packing, Packs, first_fit_decreasing, pack_samples
@@ -20,6 +21,7 @@ __all__ = [
     "Packs",
     "TeacherRows",
     "TeacherSelection",
+    "check_learnable",
     "collate_packs",
     "collate_teacher",
     "context_parallel_positions",

@@ -1,8 +1,8 @@
-"""Samples into packs of a bounded size: first-fit-decreasing, all samples of one length at once.
+"""Samples into packs of a bounded size: first-fit-decreasing, or consecutive samples.
 
-Longest first, each sample goes into the first pack that has room for it. Samples of one length
-fill the packs from the first on, each as far as it goes: so a length costs one pass over the
-packs, not each sample.
+First-fit-decreasing: longest first, each sample goes into the first pack that has room for it.
+Samples of one length fill the packs from the first on, each as far as it goes: so a length costs
+one pass over the packs, not each sample.
 """
 
 from __future__ import annotations
@@ -42,12 +42,7 @@ def first_fit_decreasing(lengths: ArrayLike, size: int, seed: int = 0) -> Packs:
 
     Errors: ValueError for a length that is below 0 or above `size`.
     """
-    sizes = np.asarray(lengths, dtype=np.int64)
-    if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= size:
-        raise ValueError(
-            f"lengths from {sizes.min()} to {sizes.max()} do not fit packs of {size}: each must "
-            f"be in [0, {size}]"
-        )
+    sizes = _checked(lengths, size)
     shuffled = np.random.default_rng(seed).permutation(len(sizes))
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]  # longest first
     pack_of = _packs_of_falling(sizes[order], size)
@@ -77,13 +72,46 @@ class Packing(Fitting):
         )
 
 
-def pack_samples(store: Store, fitting: Fitting, max_seq_length: int, seed: int = 0) -> Packing:
-    """The samples that `fit_lengths` found, in packs of at most `max_seq_length` inputs."""
+def in_order(lengths: ArrayLike, size: int) -> Packs:
+    """Packs of at most `size` in sum, each of consecutive samples; lengths [samples] >= 0.
+
+    Errors: ValueError for a length above `size`.
+    """
+    sizes = _checked(lengths, size)
+    ends = np.concatenate([[0], sizes.cumsum()])  # [samples + 1]
+    bounds = [0]
+    while bounds[-1] < len(sizes):
+        full = ends[bounds[-1]] + size
+        bounds.append(int(np.searchsorted(ends, full, side="right")) - 1)
+    return Packs(np.arange(len(sizes)), np.array(bounds))
+
+
+def pack_samples(
+    store: Store, fitting: Fitting, max_seq_length: int, seed: int | None = 0
+) -> Packing:
+    """The samples that `fit_lengths` found, in packs of at most `max_seq_length` inputs.
+
+    `seed`: as in `first_fit_decreasing`; None keeps the samples in the store's order, which fills
+    the packs less.
+    """
     lengths = np.minimum(store.lengths[fitting.used], max_seq_length) - 1  # longer ones are cut
-    packs = first_fit_decreasing(lengths, max_seq_length, seed)
+    if seed is None:
+        packs = in_order(lengths, max_seq_length)
+    else:
+        packs = first_fit_decreasing(lengths, max_seq_length, seed)
     return Packing(
         fitting.used, fitting.cut, fitting.dropped, packs, max_seq_length, int(lengths.sum())
     )
+
+
+def _checked(lengths: ArrayLike, size: int) -> NDArray[np.int64]:
+    sizes = np.asarray(lengths, dtype=np.int64)
+    if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= size:
+        raise ValueError(
+            f"lengths from {sizes.min()} to {sizes.max()} do not fit packs of {size}: each must "
+            f"be in [0, {size}]"
+        )
+    return sizes
 
 
 def _packs_of_falling(sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:

@@ -9,6 +9,9 @@ from nemo_kd.loss.names import DIVERGENCE_ALIASES, SUPPORT_ALIASES, check_name
 from nemo_kd.loss.supports import SUPPORTS
 
 DEFAULT_ALPHA = 0.9  # the best of docs/results.md
+MAX_TEMPERATURE = 100.0
+"""The divergence is multiplied by T², and float32's rounding of it too: 0.001 nats at 100, 0.1 at
+1000, noise above."""
 
 
 @dataclass(frozen=True)
@@ -52,8 +55,11 @@ class KDConfig:
                     f"{name} is {getattr(self, name)}: expected a value inside (0, 1). "
                     "The limits are `forward_kl` and `reverse_kl`."
                 )
-        if not 0 < self.temperature < float("inf"):
-            raise ValueError(f"temperature is {self.temperature}: expected a value > 0.")
+        if not 0 < self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f"temperature is {self.temperature}: expected a value > 0 and at most "
+                f"{MAX_TEMPERATURE:g}."
+            )
         _ = self.share
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
             raise ValueError(

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.linear_chunks import LinearHead, LinearPass, linear_pass
 from nemo_kd.loss.objective import (
@@ -35,6 +36,7 @@ CHUNK_ELEMENTS = {"cpu": 13 << 20}
 DEFAULT_CHUNK_ELEMENTS = 1 << 27
 
 
+@never_compiled
 def linear_sft_kd_loss(
     hidden: Tensor,
     weight: Tensor,

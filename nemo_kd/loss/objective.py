@@ -7,12 +7,14 @@ loss = sft_weight · nll + kd_weight · kd
 
 from __future__ import annotations
 
+import warnings
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.divergences import DIVERGENCES
 from nemo_kd.loss.metrics import token_metrics
@@ -44,6 +46,7 @@ class KDLoss(NamedTuple):
     metrics: dict[str, Tensor]
 
 
+@never_compiled
 def sft_kd_loss(
     logits: Tensor,
     labels: Tensor,
@@ -132,6 +135,8 @@ def wanted_ids(
             )
         return label
     _check_teacher_fits(teacher, len(label))
+    if weights is None and config.support == "topk" and config.weights[1]:
+        _warn_of_one_id(teacher)
     if weights is not None and weights.shape != (len(label), 2):
         raise ValueError(
             f"weights have shape {tuple(weights.shape)}, expected {(len(label), 2)}: one pair for "
@@ -234,6 +239,16 @@ def _divergence(
     divergence = DIVERGENCES[config.divergence]
     names = [divergence.parameter] if divergence.parameter else []
     return divergence.function(log_p, log_q, *(getattr(config, name) for name in names))
+
+
+def _warn_of_one_id(teacher: TopK) -> None:
+    if teacher.ids.shape[1] == 1:
+        warnings.warn(
+            "The teacher has one id per token (K = 1). On support 'topk' both distributions are 1 "
+            "there: the distillation is 0, whatever the student is. Use support 'bucket', or a "
+            "larger K.",
+            stacklevel=4,
+        )
 
 
 def _check_teacher_fits(teacher: TopK, rows: int) -> None:

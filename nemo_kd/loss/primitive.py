@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemo_kd.loss import kernels
+from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.rows import Rows
 from nemo_kd.loss.shard import VocabShard
 
@@ -175,6 +176,7 @@ def gather(
     return Gathered(picked, tuple(outside), top)
 
 
+@never_compiled
 def gather_logits_and_logsumexp(
     logits: Tensor,
     ids: Tensor,

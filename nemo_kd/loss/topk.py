@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.rows import Rows, row_chunks
 from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.torch_kernels import avoid_empty, log_sum_of, softmax_at
@@ -42,6 +43,7 @@ class TopK(NamedTuple):
     logsumexp: Tensor | None
 
 
+@never_compiled
 def vocab_parallel_topk(
     logits: Tensor,
     k: int,
@@ -83,6 +85,7 @@ def vocab_parallel_topk(
     return TopK(values, ids, logsumexp.squeeze(-1) if len(temperatures) == 1 else logsumexp)
 
 
+@never_compiled
 def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -> None:
     """Refuse teacher rows that no loss can be right on: meant for the data loader, on the CPU.
 

@@ -16,13 +16,16 @@ from nemo_kd.model.dataset import (
     FileSFTDataset,
     TeacherSFTDataset,
 )
-from nemo_kd.model.stores import NEMO_SHUFFLE_SEED, shared_arguments, store_dataset
+from nemo_kd.model.order import Order
+from nemo_kd.model.stores import shared_arguments, store_dataset
 
 if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
 
 
-def build_datasets(model: MegatronGPTSFTKDModel, data_cfg: DictConfig) -> list[TeacherSFTDataset]:
+def build_datasets(
+    model: MegatronGPTSFTKDModel, data_cfg: DictConfig, training: bool = True
+) -> list[TeacherSFTDataset]:
     """The data sets of `data_cfg.store` and `data_cfg.file_names`.
 
     Errors: StoreError for a store that does not fit; ValueError for settings that do not.
@@ -35,17 +38,10 @@ def build_datasets(model: MegatronGPTSFTKDModel, data_cfg: DictConfig) -> list[T
         )
     alphas = store_alphas(data_cfg, model.kd_schedule)
     datasets: list[TeacherSFTDataset] = [
-        store_dataset(model, directory, data_cfg, alpha)
+        store_dataset(model, directory, data_cfg, alpha, training)
         for directory, alpha in zip(stores, alphas, strict=True)
     ]
     datasets += [_file_dataset(model, file, data_cfg) for file in files]
-    names = data_cfg.get("names")
-    named = 1 if isinstance(names, str) else len(datasets) if names is None else len(names)
-    if named != len(datasets):
-        raise ValueError(
-            f"names={names} does not name the {len(datasets)} stores and files of this data set: "
-            "one for each, stores first"
-        )
     return datasets
 
 
@@ -65,8 +61,9 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
     for weight, dataset in zip(weights, datasets, strict=True):
         prefix += [weight, dataset.file_path]
     _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, [number])
+    order = Order.of(data_cfg)
     for dataset, count in zip(datasets, samples, strict=True):
-        dataset.draw(count[0], data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED))
+        dataset.draw(count[0], order.seed, order.shuffle)
     size = sum(count[0] for count in samples)
     return BlendableDataset(datasets=datasets, weights=probabilities, size=size)
 

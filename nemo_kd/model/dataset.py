@@ -21,17 +21,17 @@ class TeacherSFTDataset(GPTSFTDataset):
     Without `draw` it has its samples once, in order.
     """
 
-    def draw(self, number: int, shuffle_seed: int) -> None:
+    def draw(self, number: int, shuffle_seed: int, shuffle: bool = True) -> None:
         """Have at least `number` samples: whole epochs, each a permutation of its own.
 
         NeMo's own order, as far as it has whole epochs: it cuts the last one short and may begin
-        with it.
+        with it. Without `shuffle` each epoch is in the order of the store or file.
         """
         size = len(self.indexed_dataset)
         epochs = -(-number // size)
         self.max_num_samples = number
         self.samples_mapping = OnlineSampleMapping(
-            size, epochs * size, block_size=size, seed=shuffle_seed
+            size, epochs * size, block_size=size, seed=shuffle_seed, shuffle=shuffle
         )
 
     def _build_loss_mask(self, processed_example: dict[str, Any]) -> list[float]:

@@ -27,6 +27,7 @@ from nemo_kd.megatron import gpt_module
 from nemo_kd.model.blend import blend, build_datasets
 from nemo_kd.model.config import check_train_data, kd_training_config, store_directories
 from nemo_kd.model.generation import GeneratingSFTModel, check_generation
+from nemo_kd.model.order import Order, reorder_files
 from nemo_kd.model.packed import check_packing
 from nemo_kd.model.record import Progress, read
 from nemo_kd.model.resume import WholeRunBatchSampler
@@ -77,12 +78,15 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
             wanted = self._done.consumed_samples + steps * data_cfg.global_batch_size
             return blend(datasets, wanted, data_cfg)
         check_train_data(data_cfg, self.kd_schedule)
-        return super()._build_dataset(data_cfg, is_train)
+        blended = super()._build_dataset(data_cfg, is_train)
+        if not data_cfg.get("packed_sequence", False):
+            reorder_files(blended, Order.of(data_cfg))
+        return blended
 
     def _build_validation(self, data_cfg: DictConfig) -> Any:
         check_generation(self.cfg, data_cfg)
         if not data_cfg.get("packed_sequence", False):
-            return build_datasets(self, data_cfg)
+            return build_datasets(self, data_cfg, training=False)
         if store_directories(data_cfg):
             raise ValueError(
                 "model.data.validation_ds.packed_sequence=true with stores: they are measured "

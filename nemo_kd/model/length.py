@@ -69,8 +69,9 @@ def rows_of(path: Path) -> int:
 def _used(store: Store, data_cfg: DictConfig) -> int:
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long") or "refuse")
+    seed = None if data_cfg.get("shuffle") is False else 0  # any seed gives as many packs
     packed = data_cfg.get("packed_sequence", False)
-    return len(pack_samples(store, fitting, length, 0) if packed else fitting)
+    return len(pack_samples(store, fitting, length, seed) if packed else fitting)
 
 
 def _limits(max_epochs: int | None) -> bool:

@@ -17,8 +17,10 @@ from nemo_kd.model.config import (
     store_alphas,
     store_directories,
 )
+from nemo_kd.model.data_settings import check_data_settings
 from nemo_kd.model.length import fit_length
 from nemo_kd.model.record import DATA_KEY, Record, asked, record_of
+from nemo_kd.model.template import settle_template
 from nemo_kd.settings import files, training
 from nemo_kd.store import Store, StoreError
 
@@ -138,15 +140,19 @@ def check_settings(cfg: DictConfig) -> None:
     """Refuse keys, values, paths and stores that cannot work, before the slow imports."""
     training.fill_in(cfg)
     training.check_keys(cfg)
+    check_data_settings(cfg.model.data)
     store_alphas(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
     megatron.refuse(cfg)
     training.check_inputs(cfg)
-    for split in training.SPLITS:
-        for directory in store_directories(cfg.model.data[split]):
-            try:
-                Store(directory)
-            except StoreError as error:
-                raise StoreError(f"model.data.{split}.store: {error}") from error
+    settle_template(cfg.model, {split: _stores(cfg, split) for split in training.SPLITS})
+    training.check_templates(cfg)
+
+
+def _stores(cfg: DictConfig, split: str) -> list[Store]:
+    try:
+        return [Store(directory) for directory in store_directories(cfg.model.data[split])]
+    except StoreError as error:
+        raise StoreError(f"model.data.{split}.store: {error}") from error
 
 
 def _prepare(cfg: DictConfig) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ TOKEN_METRICS = {
     "student_entropy": "student_entropy",
 }
 CALIBRATION_BINS = 15
+ANSWER_TOKENS = "answer_tokens"
+NEMO_LOSS = "reduced_train_loss"
 NAMES = ("loss", "sft_loss", "kd_loss", *TOKEN_METRICS)
 
 
@@ -66,7 +69,8 @@ class MetricSums:
     def means(self) -> dict[str, float]:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
 
-        Empty where there was no micro-batch of a store; NaN for what is known of no token.
+        What is known of no token is left out: all of it where there was no answer token, what
+        compares with the teacher where there was no teacher.
         Collectives: an all-reduce over the data- and context-parallel ranks, a broadcast from the
         last pipeline stage to the others.
         """
@@ -85,7 +89,8 @@ class MetricSums:
         sums, counts = flat[CALIBRATION_BINS:].view(2, -1)
         if not counts[0]:
             return {}
-        result = dict(zip(NAMES, (sums / counts).tolist(), strict=True))
+        means = zip(NAMES, (sums / counts).tolist(), counts.tolist(), strict=True)
+        result = {name: mean for name, mean, count in means if count}
         result["calibration_error"] = float(calibration.abs().sum() / counts[0])
         return result
 
@@ -93,7 +98,8 @@ class MetricSums:
 class MetricsJsonl(Callback):
     """One JSON object a training step and a validation: `metrics.jsonl` of a run's directory.
 
-    What is not known at a step, NaN, is left out; a loss that has become NaN is not.
+    A step has what was measured in it: without an answer token no losses, without a teacher none of
+    what compares with it. A loss that has become NaN is written as NaN.
     """
 
     def __init__(self, path: Path) -> None:
@@ -105,17 +111,33 @@ class MetricsJsonl(Callback):
     def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
         self._write(trainer, lambda name: name.startswith(("val", "validation")))
 
-    def _write(self, trainer: Trainer, wanted: Any) -> None:
+    def _write(self, trainer: Trainer, wanted: Callable[[str], bool]) -> None:
         if trainer.global_rank:
             return
         metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if wanted(k)}
-        metrics = {name: v for name, v in metrics.items() if not _unknown(name, v)}
+        if metrics.get(ANSWER_TOKENS) == 0:
+            metrics.pop(NEMO_LOSS, None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a") as file:
             file.write(json.dumps({**metrics, "step": trainer.global_step}) + "\n")
 
 
-def _unknown(name: str, value: float) -> bool:
-    """A step may have no teacher, but it always has the other losses."""
-    loss = name.endswith("loss") and not name.endswith("kd_loss")
-    return math.isnan(value) and not loss
+def forget(trainer: Trainer, names: Collection[str]) -> None:
+    """Remove from Lightning what was logged under these names in earlier training steps.
+
+    Lightning keeps the last value of each name, for loggers, callbacks and progress bars alike: a
+    step that does not log it would repeat another step's.
+    """
+    results = trainer._results
+    for key in [key for key, logged in (results or {}).items() if logged.meta.name in names]:
+        del results[key]
+    for kept in (trainer.callback_metrics, trainer.logged_metrics, trainer.progress_bar_metrics):
+        for name in names:
+            kept.pop(name, None)
+
+
+def forget_loss_without_tokens(trainer: Trainer) -> None:
+    """NeMo's own training loss of a step without an answer token: no point in a curve, and never
+    the best of a checkpoint's monitor, to which it would be 0."""
+    forget(trainer, [NEMO_LOSS])
+    trainer.callback_metrics[NEMO_LOSS] = torch.tensor(math.nan)

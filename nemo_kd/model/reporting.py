@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 import time
 import warnings
@@ -19,7 +20,12 @@ from omegaconf import DictConfig, ListConfig
 from nemo_kd.loss import MassWatch
 from nemo_kd.model.config import kd_training_config
 from nemo_kd.model.loss import StudentLoss
-from nemo_kd.model.metrics import MetricSums
+from nemo_kd.model.metrics import (
+    ANSWER_TOKENS,
+    MetricSums,
+    forget,
+    forget_loss_without_tokens,
+)
 
 
 class ReportingSFTModel(MegatronGPTSFTModel):
@@ -38,8 +44,15 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         self._answer_tokens = torch.zeros(())  # of the global batch, all data-parallel ranks
         self._clock: float | None = None
         self._step_sums = MetricSums()
+        self._step_names: list[str] = []  # what the last step logged
         self._validation_sums: dict[int, MetricSums] = {}
         self._watch_mass = MassWatch(self.kd_schedule.temperature)
+
+    def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(dataloader_iter)
+        if not self._answer_tokens:
+            forget_loss_without_tokens(self.trainer)
+        return loss
 
     def training_step_fwd_bwd_step_call(
         self, dataloader_iter: Iterator[Any], forward_only: bool
@@ -61,8 +74,11 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         # From one step's backward to the next one's: data, forward, backward, optimizer.
         now = time.perf_counter()
         assert self._clock is not None  # set by on_train_batch_start
-        means["tokens_per_s"] = float(self._answer_tokens) / (now - self._clock)
+        means[ANSWER_TOKENS] = float(self._answer_tokens)
+        means["tokens_per_s"] = means[ANSWER_TOKENS] / (now - self._clock)
         self._clock = now
+        forget(self.trainer, self._step_names)
+        self._step_names = list(means)
         for name, value in means.items():
             self.log(name, value, batch_size=1, rank_zero_only=True)
         return loss
@@ -88,8 +104,9 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         sets = outputs if outputs and isinstance(outputs[0], list) else [outputs]
         means = {index: sums.means() for index, sums in sorted(self._validation_sums.items())}
         for index, of_set in means.items():
-            for output in sets[index] if "loss" in of_set else []:
-                output["loss"] = self._as_nemo_averages(of_set["loss"])
+            # NeMo's own packed files are not measured; a set without an answer token has no loss.
+            for output in [] if data_cfg.get("packed_sequence") else sets[index]:
+                output["loss"] = self._as_nemo_averages(of_set.get("loss", math.nan))
         result = super().inference_epoch_end(outputs, mode, data_cfg)
         prefix = "val" if mode == "validation" else mode
         for index, of_set in means.items():

@@ -3,41 +3,47 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from omegaconf import DictConfig
 
-from nemo_kd.data import fit_lengths, pack_samples
-from nemo_kd.model.config import NEMO_TEMPLATE, KDTrainingConfig
+from nemo_kd.data import check_learnable, fit_lengths, pack_samples
+from nemo_kd.model.config import KDTrainingConfig
 from nemo_kd.model.dataset import StoreSFTDataset
+from nemo_kd.model.order import Order
 from nemo_kd.model.packed import PackedStoreSFTDataset
 from nemo_kd.store import Store, StoreError
-from nemo_kd.store.codecs import Sampled
+from nemo_kd.store.codecs import TopP
 from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
 
-NEMO_SHUFFLE_SEED = 1
-
 
 def store_dataset(
-    model: MegatronGPTSFTKDModel, directory: str, data_cfg: DictConfig, alpha: float | None
+    model: MegatronGPTSFTKDModel,
+    directory: str,
+    data_cfg: DictConfig,
+    alpha: float | None,
+    training: bool,
 ) -> StoreSFTDataset:
     """The store at `directory`, in packs where `data_cfg` says so; what became of its samples is
     said."""
     store = open_store(model, directory)
-    _check_template(store, data_cfg)
-    _check_unbiased(store, model.kd_schedule, alpha)
+    _check_learnable(store, model.kd_schedule, alpha, training)
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long", "refuse"))
     if fitting.cut or fitting.dropped:
         _say(model, store, f"more than max_seq_length={length} tokens: {fitting}")
+    if training:
+        _say_what_is_learned(model, store, alpha)
     arguments = shared_arguments(model, data_cfg)
     temperature = model.kd_schedule.temperature
     if not data_cfg.get("packed_sequence", False):
         return StoreSFTDataset(store, fitting, temperature, alpha, **arguments)
-    packing = pack_samples(store, fitting, length, data_cfg.get("shuffle_seed", NEMO_SHUFFLE_SEED))
+    order = Order.of(data_cfg)
+    packing = pack_samples(store, fitting, length, order.seed if order.shuffle else None)
     _say(model, store, str(packing))
     return PackedStoreSFTDataset(store, packing, temperature, alpha, **arguments)
 
@@ -86,25 +92,24 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
     return store
 
 
-def _check_template(store: Store, data_cfg: DictConfig) -> None:
-    """Refuse a store whose tokens were made otherwise than this data block sets it."""
-    there = store.manifest.spec.template
-    asked = {
-        key: data_cfg[key]
-        for key, default in NEMO_TEMPLATE.items()
-        if key in there and data_cfg.get(key) is not None and data_cfg[key] != default
-    }
-    store.check(template=asked)
-
-
-def _check_unbiased(store: Store, kd: KDTrainingConfig, alpha: float | None) -> None:
-    """Refuse draws from the teacher where the mean over draws is not what would be learned."""
-    unbiased = kd.divergence == "forward_kl" and kd.support != "topk"
-    distils = kd.distils if alpha is None else alpha > 0
-    if store.manifest.spec.profile == Sampled.name and distils and not unbiased:
-        raise StoreError(
-            f"store {store.directory} holds draws from the teacher (profile 'sampled'): they are "
-            "right on average for divergence forward_kl on support bucket or vocab alone, not for "
-            f"{kd.divergence} on {kd.support}; set model.kd.divergence and model.kd.support so, "
-            "or dump another profile"
+def _say_what_is_learned(model: MegatronGPTSFTKDModel, store: Store, alpha: float | None) -> None:
+    kd = model.kd_schedule
+    if not (kd.distils if alpha is None else alpha > 0):
+        _say(model, store, "the distillation has weight 0: only the labels are learned from it")
+    elif kd.support == "topk" and store.manifest.spec.profile == TopP.name:
+        _say(
+            model,
+            store,
+            "profile top_p with model.kd.support=topk: nothing is learned from the teacher at "
+            "answer tokens of which one id was kept; support bucket learns there too",
         )
+
+
+def _check_learnable(
+    store: Store, schedule: KDTrainingConfig, alpha: float | None, training: bool
+) -> None:
+    """Both ends of the schedule; a validation measures all positions."""
+    for kd, when in ((schedule.at(0, 1), ""), (schedule.end, " at the end of the schedule")):
+        if alpha is not None:
+            kd = replace(kd, alpha=alpha)
+        check_learnable(store, kd if training else replace(kd, positions="all"), when)

@@ -222,7 +222,7 @@ MODEL: dict[str, Kind | Block] = {
     "global_batch_size": COUNT,
     "micro_batch_size": COUNT,
     "megatron_amp_O2": FLAG,
-    "answer_only_loss": FLAG,
+    "answer_only_loss": optional(FLAG),
     "hidden_dropout": SHARE,
     "attention_dropout": SHARE,
     "ffn_dropout": SHARE,

@@ -38,7 +38,7 @@ SPLIT: dict[str, Kind | Block] = {
     "file_names": PATHS,
     "global_batch_size": COUNT,
     "micro_batch_size": COUNT,
-    "shuffle": FLAG,
+    "shuffle": optional(FLAG),
     "seed": NATURAL,
     "num_workers": NATURAL,
     "memmap_workers": optional(COUNT),
@@ -56,19 +56,20 @@ SPLIT: dict[str, Kind | Block] = {
     "packed_sequence_return_cu_seqlen": FLAG,
     "tokens_to_generate": NATURAL,
     "sample_weight": optional(TEXT),
-    "label_key": TEXT,
-    "add_eos": FLAG,
-    "add_sep": FLAG,
-    "add_bos": FLAG,
+    # Null: as the stores were made (`nemo_kd.model.template`).
+    "label_key": optional(TEXT),
+    "add_eos": optional(FLAG),
+    "add_sep": optional(FLAG),
+    "add_bos": optional(FLAG),
     "truncation_field": optional(TEXT),
-    "truncation_method": one_of("left", "right"),
+    "truncation_method": optional(one_of("left", "right")),
     "prompt_template": optional(TEXT),
 }
 ALPHA = optional(number())  # one for each store: see `store_alphas`
 TRAIN_SPLIT = SPLIT | {
     "alpha": either(ALPHA, list_of(ALPHA)),
     "concat_sampling_probabilities": optional(list_of(number(0))),
-    "shuffle_seed": NATURAL,
+    "shuffle_seed": optional(NATURAL),
 }
 METRIC = Block(
     {
@@ -93,7 +94,7 @@ DATA = Block(
         "validation_ds": Block(VALIDATION_SPLIT),
         "test_ds": Block(TEST_SPLIT),
         "validation_drop_last": FLAG,
-        "chat": FLAG,
+        "chat": optional(FLAG),
         "chat_prompt_tokens": FREE,
         "reset_position_ids": FLAG,
         "reset_attention_mask": FLAG,
@@ -146,10 +147,14 @@ def check_keys(cfg: DictConfig) -> None:
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Errors: ValueError for a path that does not exist, a template or sizes that cannot work."""
+    """Errors: ValueError for a path that does not exist, or sizes that cannot work."""
     files.check_files(cfg, FILES)
     check_processes(cfg)
     check_batches(cfg, SPLITS)
+
+
+def check_templates(cfg: DictConfig) -> None:
+    """Errors: ValueError for a template that cannot work, or that the files' rows do not fit."""
     if cfg.model.data.get("chat"):
         return
     for split in SPLITS:

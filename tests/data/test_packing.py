@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_kd.data import first_fit_decreasing
+from nemo_kd.data.packing import in_order
 
 problems = st.integers(1, 40).flatmap(
     lambda size: st.tuples(st.lists(st.integers(0, size), max_size=60), st.just(size))
@@ -90,3 +91,20 @@ def test_a_hundred_thousand_samples_take_a_second() -> None:
     packs = first_fit_decreasing(lengths, 4096)
     assert time.perf_counter() - start < 2
     assert lengths.sum() / (4096 * len(packs)) > 0.99
+
+
+@given(problems)
+def test_packs_in_order_are_consecutive_and_full(problem: tuple[list[int], int]) -> None:
+    """Each sample once, in order; the next one would not have had room."""
+    lengths, size = problem
+    packs = [list(pack) for pack in in_order(lengths, size)]  # type: ignore[attr-defined]
+    assert [place for pack in packs for place in pack] == list(range(len(lengths)))
+    sums = [sum(lengths[place] for place in pack) for pack in packs]
+    assert all(pack for pack in packs) and all(total <= size for total in sums)
+    for total, following in zip(sums, packs[1:], strict=False):
+        assert total + lengths[following[0]] > size
+
+
+def test_a_sample_that_fits_no_pack_is_refused_in_order_too() -> None:
+    with pytest.raises(ValueError, match="do not fit packs of 4"):
+        in_order([3, 5], 4)

@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_kd import megatron
+from nemo_kd.model.template import settle_template
 
 
 def main(tiny: str, directory: str) -> None:
@@ -31,6 +32,7 @@ def main(tiny: str, directory: str) -> None:
     ]
     with initialize_config_dir(str(conf), version_base=None):
         cfg = compose("train_gpt_sft_kd", overrides)
+    settle_template(cfg.model, {"train_ds": [], "validation_ds": []})
     megatron.prepare(cfg)
     OmegaConf.resolve(cfg)
     from lightning.pytorch import Callback

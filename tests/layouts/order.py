@@ -1,6 +1,6 @@
 """Which rows a training run reads, without training: real data sets, blends and samplers.
 
-Run as `order.py FIRST_STORE SECOND_STORE OUT.json` in a process of its own.
+Run as `order.py FIRST_STORE SECOND_STORE FILE.jsonl OUT.json` in a process of its own.
 """
 
 from __future__ import annotations
@@ -21,16 +21,21 @@ from megatron.core import parallel_state  # noqa: E402
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import (  # noqa: E402
     BlendableDataset,
 )
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import (  # noqa: E402
+    GPTSFTDataset,
+)
 from omegaconf import OmegaConf  # noqa: E402
 
 from nemo_kd.data import fit_lengths  # noqa: E402
 from nemo_kd.mcore import StoreBatches  # noqa: E402
 from nemo_kd.model import blend, stores  # noqa: E402
 from nemo_kd.model.config import KDTrainingConfig  # noqa: E402
+from nemo_kd.model.order import Order, reorder_files  # noqa: E402
 from nemo_kd.model.resume import WholeRunBatchSampler  # noqa: E402
-from nemo_kd.store import Store, StoreError  # noqa: E402
+from nemo_kd.store import Store  # noqa: E402
 
 GLOBAL_BATCH = 4
+PACKED = {"packed_sequence": True, "max_seq_length": 300}
 
 
 def blended(directories: list[str], max_steps: int, **changes: Any) -> BlendableDataset:
@@ -53,6 +58,28 @@ def rows(dataset: BlendableDataset) -> list[tuple[int, int]]:
         (int(dataset.dataset_index[i]), int(dataset[i]["metadata"]["row"]))
         for i in range(len(dataset))
     ]
+
+
+def file_rows(file: str, samples: int, order: Order) -> list[int]:
+    """The rows of NeMo's own SFT data set of a file, in the order that it is given."""
+    dataset = GPTSFTDataset(
+        file,
+        types.SimpleNamespace(eos_id=2),
+        max_num_samples=samples,
+        label_key="output",
+        prompt_template="{input} {output}",
+        truncation_field="input",
+        memmap_workers=1,
+    )
+    blended = BlendableDataset([dataset], [1.0], samples)
+    reorder_files(blended, order)
+    places = blended.dataset_sample_index
+    return [int(dataset.samples_mapping[int(place)][0]) for place in places]
+
+
+def packs(dataset: BlendableDataset) -> list[list[int]]:
+    """The rows of each place's pack."""
+    return [list(map(int, dataset[i]["metadata"]["rows"])) for i in range(len(dataset))]
 
 
 def batches(total: int, consumed: int, micro_batch: int, replicas: int) -> list[list[int]]:
@@ -99,10 +126,11 @@ def megatron_core_rows(store: Store, consumed: int, batches: int) -> list[int]:
     return found
 
 
-def main(first: str, second: str, out: Path) -> None:
+def main(first: str, second: str, file: str, out: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{out}.rendezvous", rank=0, world_size=1
     )
+    parallel_state.initialize_model_parallel()
     # The tokenizer is checked elsewhere; here it would need the whole model.
     stores.open_store = lambda model, directory: Store(directory)
     one = blended([first], 24)
@@ -113,15 +141,18 @@ def main(first: str, second: str, out: Path) -> None:
         "two": rows(blended([first, second], 12)),
         "weighted": rows(blended([first, second], 24, concat_sampling_probabilities=[0.75, 0.25])),
         "dropped": rows(blended([first], 24, over_long="drop", max_seq_length=60)),
+        "in_order": rows(blended([first], 24, shuffle=False)),
+        "two_in_order": rows(blended([first, second], 12, shuffle=False)),
+        "packs_in_order": packs(blended([first], 24, **PACKED, shuffle=False)),
+        "packs": packs(blended([first], 24, **PACKED)),
+        "file": file_rows(file, 90, Order(True, 1)),
+        "file_of_another_seed": file_rows(file, 90, Order(True, 7)),
+        "file_in_order": file_rows(file, 90, Order(False, 1)),
         "used": fit_lengths(Store(first), 60, "drop").used.tolist(),
         "batches": batches(40, 0, 1, 1),
         "other_layouts": [batches(40, 0, size, ranks) for size, ranks in ((2, 1), (1, 2), (2, 2))],
         "resumed": [batches(40, 12, size, ranks) for size, ranks in ((1, 1), (2, 2))],
     }
-    try:
-        blended([first], 24, prompt_template="Q: {input} A: {output}")
-    except StoreError as error:
-        result["other_template"] = str(error)
     result["megatron_core"] = megatron_core_rows(Store(first), consumed=0, batches=30)
     result["megatron_core_resumed"] = megatron_core_rows(Store(first), consumed=12, batches=10)
     loader = torch.utils.data.DataLoader(
@@ -132,4 +163,4 @@ def main(first: str, second: str, out: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], Path(sys.argv[3]))
+    main(sys.argv[1], sys.argv[2], sys.argv[3], Path(sys.argv[4]))

@@ -14,9 +14,12 @@ from tests.conftest import program
 
 
 @pytest.fixture(scope="module")
-def order(dump: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def order(
+    dump: Callable[..., Path], tiny: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("order") / "order.json"
-    program("tests/layouts/order.py", dump(), dump(split="heldout"), out)
+    file = tiny / "train.jsonl"
+    program("tests/layouts/order.py", dump(), dump(split="heldout"), file, out)
     return json.loads(out.read_text())
 
 
@@ -70,7 +73,34 @@ def test_megatron_cores_iterator_has_whole_epochs_and_goes_on_too(
     assert order["megatron_core_resumed"] == rows[12 : 12 + 20]
 
 
-def test_another_prompt_template_than_the_stores_is_refused(order: dict[str, Any]) -> None:
-    message = order["other_template"]
-    assert "prompt_template is '{input} {output}' in the store" in message
-    assert "'Q: {input} A: {output}' here; set it to" in message
+def test_without_shuffling_each_epoch_is_in_the_stores_order(
+    order: dict[str, Any], dump: Callable[..., Path]
+) -> None:
+    sizes = [len(Store(dump())), len(Store(dump(split="heldout")))]
+    rows = [row for _, row in order["in_order"]]
+    assert rows == [place % sizes[0] for place in range(len(rows))] and len(rows) > 2 * sizes[0]
+    for store, size in enumerate(sizes):
+        of_store = [row for s, row in order["two_in_order"] if s == store]
+        assert of_store == [place % size for place in range(len(of_store))]
+    assert [s for s, _ in order["two_in_order"]] == [s for s, _ in order["two"]]  # as blended
+
+
+def test_without_shuffling_packs_have_consecutive_samples(
+    order: dict[str, Any], dump: Callable[..., Path]
+) -> None:
+    size = len(Store(dump()))
+    packs = order["packs_in_order"]
+    rows = [row for pack in packs for row in pack]
+    assert rows == [place % size for place in range(len(rows))] and len(rows) > 2 * size
+    assert max(map(len, packs)) > 1
+    shuffled = [row for pack in order["packs"] for row in pack]
+    assert shuffled != [place % size for place in range(len(shuffled))]
+
+
+def test_files_alone_have_the_asked_order_too(order: dict[str, Any], tiny: Path) -> None:
+    size = len((tiny / "train.jsonl").read_text().splitlines())
+    rows = order["file"]
+    assert order["file_in_order"] == [place % size for place in range(len(rows))]
+    for shuffled in (rows, order["file_of_another_seed"]):
+        assert len(set(shuffled)) == size and shuffled[:size] != list(range(size))
+    assert order["file_of_another_seed"] != rows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import pytest
@@ -85,6 +86,8 @@ def test_the_others_refuse() -> None:
         ({"kd_weight": float("inf")}, "kd_weight is inf"),
         ({"sft_weight": 0.0, "kd_weight": 0.0}, "nothing would be learned"),
         ({"temperature": float("nan")}, "temperature is nan"),
+        ({"temperature": float("inf")}, "temperature is inf: expected a value > 0 and at most 100"),
+        ({"temperature": 101.0}, "temperature is 101.0: expected"),
     ],
 )
 def test_the_configuration_refuses(settings: dict[str, Any], message: str) -> None:
@@ -96,3 +99,33 @@ def test_one_weight_given_leaves_the_other_at_1() -> None:
     assert KDConfig(kd_weight=0.3).weights == (1.0, 0.3)
     assert KDConfig(sft_weight=0.3).weights == (0.3, 1.0)
     assert KDConfig().weights == (1 - 0.9, 0.9) and KDConfig(alpha=0.2).weights == (0.8, 0.2)
+
+
+@pytest.mark.parametrize("loss", ["of logits", "fused"])
+def test_one_id_on_support_topk_is_warned_of_for_nothing_is_learned(loss: str) -> None:
+    teacher = vocab_parallel_topk(torch.randn(N, V), 1)
+    hidden, weight = torch.randn(N, 6), torch.randn(V, 6).requires_grad_()
+    z = (hidden @ weight.t()).detach().requires_grad_()
+    config = KDConfig(alpha=1.0, support="topk")
+    with pytest.warns(UserWarning, match=r"K = 1.*Use support 'bucket'"):
+        if loss == "fused":
+            result = linear_sft_kd_loss(hidden, weight, torch.arange(N), teacher, config)
+        else:
+            result = sft_kd_loss(z, torch.arange(N), teacher, config)
+    (gradient,) = torch.autograd.grad(result.loss.sum(), weight if loss == "fused" else z)
+    assert not result.kd.any() and not gradient.any()
+
+
+@pytest.mark.parametrize(
+    ("k", "settings"),
+    [
+        (1, {"support": "bucket"}),
+        (1, {"support": "vocab"}),
+        (2, {"support": "topk"}),
+        (1, {"support": "topk", "alpha": 0.0}),
+    ],
+)
+def test_what_learns_from_one_id_is_not_warned_of(k: int, settings: dict[str, Any]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        call(teacher=vocab_parallel_topk(torch.randn(N, V), k), config=KDConfig(**settings))

@@ -18,4 +18,4 @@ def codec_of(spec: StoreSpec) -> Codec:
     return CODECS[spec.profile](spec)
 
 
-__all__ = ["ABSENT_ID", "CODECS", "Codec", "Sampled", "Teacher", "codec_of"]
+__all__ = ["ABSENT_ID", "CODECS", "Codec", "Sampled", "Teacher", "TopP", "codec_of"]

@@ -1,0 +1,39 @@
+"""Whether a loss can learn from a store what it is asked to."""
+
+from __future__ import annotations
+
+from nemo_kd.loss import KDConfig
+from nemo_kd.loss.linearity import nonlinear_settings
+from nemo_kd.store import Store, StoreError
+from nemo_kd.store.codecs import Sampled
+
+
+def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
+    """Refuse a store that the distillation of `config` cannot learn from, or only with a bias.
+
+    `when` says in a message which step's settings these are. A distillation of weight 0 may have
+    any store.
+
+    Errors: StoreError for draws from the teacher and a gradient that is not linear in it, and for
+    one id per token on support `topk`.
+    """
+    if not config.weights[1]:
+        return
+    spec = store.manifest.spec
+    if config.support == "topk" and spec.top_k == 1:
+        raise StoreError(
+            f"store {store.directory} has one id per token (K = 1): on model.kd.support=topk both "
+            "distributions are 1 there, and nothing is learned from the teacher; set "
+            "model.kd.support=bucket, or dump with a larger model.kd.top_k"
+        )
+    if spec.profile != Sampled.name:
+        return
+    wrong = nonlinear_settings(config)
+    if wrong:
+        settings = ", ".join(f"model.kd.{name}={getattr(config, name)}" for name in wrong)
+        raise StoreError(
+            f"store {store.directory} holds draws from the teacher (profile 'sampled'). They are "
+            "right on average only in a loss whose gradient is linear in the teacher's "
+            f"probabilities, which it is not with {settings}{when}; leave that at its default, or "
+            "dump another profile"
+        )

@@ -1,0 +1,84 @@
+"""The losses inside `torch.compile`: a graph break, and the values and gradients of eager mode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from nemo_kd.loss import (
+    KDConfig,
+    TopK,
+    check_teacher,
+    gather_logits_and_logsumexp,
+    linear_sft_kd_loss,
+    sft_kd_loss,
+    vocab_parallel_topk,
+)
+
+H, V, VP = 16, 61, 64
+Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, TopK], torch.Tensor]
+
+
+def of_logits(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, teacher: TopK
+) -> torch.Tensor:
+    z = torch.tanh(hidden) @ weight.t()
+    mask = labels % 5 > 0
+    rows = TopK(*(None if x is None else x[mask] for x in teacher))  # type: ignore[arg-type]
+    config = KDConfig(alpha=0.7, divergence="reverse_kl")
+    result = sft_kd_loss(z, labels, rows, config, vocab_size=V, mask=mask, inplace=True)
+    return 3 * result.loss.sum() + result.kd.sin().sum()
+
+
+def fused(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, teacher: TopK
+) -> torch.Tensor:
+    config = KDConfig(alpha=0.7)
+    loss = linear_sft_kd_loss(torch.tanh(hidden), weight, labels, teacher, config, vocab_size=V)
+    return 2 * loss.loss.sum()
+
+
+def gathered(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, teacher: TopK
+) -> torch.Tensor:
+    z = torch.tanh(hidden) @ weight.t()
+    picked, total = gather_logits_and_logsumexp(z, labels[:, None], vocab_size=V)
+    return (total - picked.squeeze(-1)).square().sum()
+
+
+def with_teacher(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, teacher: TopK
+) -> torch.Tensor:
+    z = torch.tanh(hidden) @ weight.t()
+    own = vocab_parallel_topk(2 * z.detach() + 1, 5, vocab_size=V)
+    check_teacher(own, V)
+    return sft_kd_loss(z, labels, own, KDConfig(), vocab_size=V).loss.sum()
+
+
+def run(model: Model, rows: int) -> list[torch.Tensor]:
+    """The loss and the gradients of hidden [rows, H] and weight."""
+    generator = torch.Generator().manual_seed(rows)
+    hidden = torch.randn(rows, H, generator=generator).requires_grad_()
+    weight = torch.randn(VP, H, generator=generator).requires_grad_()
+    labels = torch.randint(V, (rows,), generator=generator)
+    teacher = vocab_parallel_topk(torch.randn(rows, VP, generator=generator), 10, vocab_size=V)
+    loss = model(hidden, weight, labels, teacher)
+    return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
+
+
+@pytest.mark.parametrize("model", [of_logits, fused, gathered, with_teacher])
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_a_compiled_model_has_eager_values_and_gradients(model: Model, backend: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend=backend)
+    for rows in (7, 12, 1, 0, 30):
+        for mine, eager in zip(run(compiled, rows), run(model, rows), strict=True):
+            torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_a_full_graph_is_refused_with_the_reason() -> None:
+    torch.compiler.reset()
+    with pytest.raises(Exception, match="run as they are, between the compiled graphs"):
+        run(torch.compile(of_logits, backend="eager", fullgraph=True), 7)
