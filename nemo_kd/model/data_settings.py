@@ -81,7 +81,6 @@ def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
         if split == "train_ds":
             yield TRAINING_STORES
     elif files and split == "train_ds":
-        yield {"alpha": ((), "files have no teacher, and no alpha")}
         yield {"over_long": (("refuse",), "NeMo cuts samples of SFT files by truncation_field")}
 
 

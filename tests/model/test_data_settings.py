@@ -55,7 +55,6 @@ def test_the_defaults_here_and_in_nemos_yaml_ask_for_nothing(sources: dict[str, 
         (STORE, "train_ds.tokens_to_generate", 8, "nothing is generated in training"),
         (PACKED, "train_ds.get_attention_mask_from_fusion", False, "cu_seqlens"),
         (PACKED, "train_ds.packed_sequence_return_cu_seqlen", False, "cu_seqlens"),
-        (FILES, "train_ds.alpha", 0.5, "files have no teacher"),
         (FILES, "train_ds.over_long", "drop", "truncation_field"),
     ],
 )
