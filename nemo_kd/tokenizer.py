@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -24,10 +25,10 @@ def first_difference(ours: Any, origin: Mapping[str, Any]) -> str:
     `ours` is a NeMo tokenizer, `origin` a store's `spec.tokenizer`. Empty where the store's cannot
     be loaded any more, or is no Hugging Face tokenizer: then only fingerprints can be compared.
     """
+    if origin.get("library") != "huggingface" or not Path(str(origin.get("path"))).is_dir():
+        return ""  # a path that is gone would be taken for a name on a hub
     from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 
-    if origin.get("library") != "huggingface" or not origin.get("path"):
-        return ""
     try:
         theirs = AutoTokenizer(origin["path"], use_fast=True)
     except ValueError:

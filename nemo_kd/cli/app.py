@@ -11,12 +11,30 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+import nemo_kd
+
 app = typer.Typer(
-    help="Stores of teacher logits: inspect, show, verify, stats, convert, merge, split, plan.",
+    help="Inspect, check and transform stores of teacher logits; size a dump; examine a machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"nemo-kd {nemo_kd.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_version, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
@@ -38,6 +56,16 @@ def progress(name: str) -> Iterator[Callable[[int, int], None]]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def check_parent(option: str, path: Path) -> None:
+    """StoreError where the file `path` of `option` cannot be written."""
+    from nemo_kd.store.errors import StoreError
+
+    if path.is_dir():
+        raise StoreError(f"{option} {path} is a directory; name a file in it")
+    if not path.absolute().parent.is_dir():
+        raise StoreError(f"{option} {path}: there is no directory {path.parent}")
+
+
 def print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
@@ -51,4 +79,5 @@ def report(result: dict[str, Any], as_json: bool) -> None:
         return
     numbers = {k: f"{v:,}" if isinstance(v, int) else v for k, v in result.items()}
     title = f"wrote {numbers.pop('written')}"
-    Console().print(render.pairs(title, {k.replace("_", " "): v for k, v in numbers.items()}))
+    rows = {name.replace("_", " "): value for name, value in numbers.items()}
+    render.console().print(render.pairs(title, rows))

@@ -43,7 +43,7 @@ _SHADES = (
 def render_html(view: RowView, store_name: str) -> str:
     """The page; it loads nothing."""
     count = len(view.answers)
-    first = sum(answer.rank == 0 for answer in view.answers)
+    first = sum(answer.rank == 1 for answer in view.answers)
     mass = sum(answer.mass for answer in view.answers) / max(count, 1)
     scale = "".join(
         f'<span style="background:{color}">≥ {bound:g}</span>' for bound, color in _SHADES

@@ -8,7 +8,20 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from nemo_kd.cli.app import Json, StoreArgument, TokenizerPath, app, print_json, progress
+from nemo_kd.cli.app import (
+    Json,
+    StoreArgument,
+    TokenizerPath,
+    app,
+    check_parent,
+    print_json,
+    progress,
+)
+
+EXPLAINED = {
+    "entropy_of_kept_and_rest_histogram": ", nats: the kept ids and all others as one outcome",
+    "label_rank_histogram": ", 1 is the teacher's first choice",
+}
 
 
 @app.command()
@@ -34,7 +47,7 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
         f"{each:.1f} bytes an answer token, tokens and indices included",
         "fingerprint": fingerprint,
     }
-    console = Console()
+    console = render.console()
     console.print(render.pairs(str(store), counts))
     console.print(render.pairs("\nspecification", flat(manifest.spec.to_json())))
 
@@ -53,11 +66,16 @@ def show(
     from nemo_kd.cli import render
     from nemo_kd.cli.html import render_html
     from nemo_kd.cli.row import view_row
-    from nemo_kd.cli.tokenizers import Ids, store_tokenizer
+    from nemo_kd.cli.tokenizers import Ids, check_store_tokenizer, store_tokenizer
     from nemo_kd.store.reader import Store
 
+    if html is not None:
+        check_parent("--html", html)
     opened = Store(store)
     spec = opened.manifest.spec
+    if not ids:
+        check_store_tokenizer(spec, tokenizer)
+    opened.index_of(row)  # before a tokenizer's import of seconds
     view = view_row(opened, row, Ids() if ids else store_tokenizer(spec, tokenizer), top)
     if html is not None:
         html.write_text(render_html(view, store.name), encoding="utf-8")
@@ -65,7 +83,7 @@ def show(
     elif as_json:
         print_json(view.to_json())
     else:
-        Console().print(render.row(view))
+        render.console().print(render.row(view))
 
 
 @app.command()
@@ -97,7 +115,10 @@ def stats(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Mass kept, entropy, agreement with the labels, and histograms of them."""
+    """Mass kept, entropy, agreement with the labels, and their histograms.
+
+    The entropy is that of K + 1 outcomes, the kept ids and all others as one: a lower bound.
+    """
     from nemo_kd.cli import render
     from nemo_kd.store.reader import Store
     from nemo_kd.store.stats import stats as stats_of
@@ -107,13 +128,13 @@ def stats(
         print_json(value)
         return
     histograms = {k: value.pop(k) for k in list(value) if k.endswith("_histogram")}
-    console = Console()
+    console = render.console()
     rounded = {k: f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for k, v in value.items()}
-    console.print(render.pairs(f"{store}, a mean answer token", rounded))
+    console.print(render.pairs(f"{store}, means over answer tokens", rounded))
     for name, one in histograms.items():
         title = name.removesuffix("_histogram").replace("_", " ")
-        title += ", 0 is the teacher's first choice" if name == "label_rank_histogram" else ""
-        console.print(render.histogram(f"\n{title}", one["edges"], one["counts"]))
+        title += EXPLAINED.get(name, "")
+        console.print(render.histogram(f"\n{title}", **one))
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:

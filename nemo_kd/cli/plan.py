@@ -2,65 +2,81 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nemo_kd.cli.app import Json, app, print_json
+from nemo_kd.cli.quantity import Quantity, share
+from nemo_kd.store.errors import StoreError
 
-_UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
+TOKENS = Quantity("--tokens", "tokens", 1e3, 1e14, "300M", usual="M")
+TOTAL_TOKENS = Quantity("--total-tokens", "tokens", 1e3, 1e14, "600M", usual="M")
+SAMPLES = Quantity("--samples", "samples", 1, 1e12, "1M")
+TEACHER = Quantity("--teacher", "parameters", 1e6, 1e13, "70B", usual="B")
+TFLOPS = Quantity("--gpu-tflops", "TFLOP/s", 1, 2e4, "989 (H100 SXM; A100: 312)")
+MEMORY = Quantity("--gpu-memory", "GiB", 1, 2e3, "80 (GiB)")
+LONGEST_SAMPLE = 10_000_000  # tokens: beyond any context
+LARGEST_VOCABULARY = 10_000_000
 
 
 @app.command()
 def plan(
     tokens: Annotated[str, typer.Option(help="Answer tokens: 300M.")],
     teacher: Annotated[str, typer.Option(help="The teacher's parameters: 70B.")],
-    vocab_size: Annotated[int, typer.Option(min=1)],
-    gpus: Annotated[int, typer.Option(min=1)],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Entries of the vocabulary.")],
+    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole dump.")],
     total_tokens: Annotated[
-        str | None, typer.Option(help="Prompts and answers; twice the answers by default.")
+        str | None, typer.Option(help="Prompts and answers; default: twice the answers.")
     ] = None,
-    samples: Annotated[
-        str | None, typer.Option(help="One for 300 answer tokens by default.")
-    ] = None,
-    top_k: Annotated[int, typer.Option(min=1)] = 100,
+    samples: Annotated[str | None, typer.Option(help="Default: one per 300 answer tokens.")] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="K; draws of the profile sampled.")] = 100,
     profile: Annotated[str, typer.Option(help="plain, compact, top_p or sampled.")] = "plain",
     kept: Annotated[
-        float | None, typer.Option(help="Ids a token that top_p or sampled keep on average.")
+        float | None, typer.Option(help="Mean ids per token of top_p or sampled.")
     ] = None,
-    temperatures: Annotated[str, typer.Option(help="A log-sum-exp for each.")] = "1.0",
+    temperatures: Annotated[str, typer.Option(help="One log-sum-exp per temperature.")] = "1.0",
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1)] = 1,
     pipeline_parallel: Annotated[int, typer.Option("--pp", min=1)] = 1,
-    gpu_tflops: Annotated[float, typer.Option(help="Dense bf16 peak; 989: H100 SXM.")] = 989.0,
-    utilisation: Annotated[float, typer.Option(help="Share of it in a forward pass.")] = 0.35,
-    gpu_memory: Annotated[float, typer.Option(help="GiB of one GPU.")] = 80.0,
+    gpu_tflops: Annotated[str, typer.Option(help="Dense bf16 peak of a GPU.")] = "989",
+    utilisation: Annotated[str, typer.Option(help="Share of the peak: 0.35 or 35%.")] = "0.35",
+    gpu_memory: Annotated[str, typer.Option(help="GiB of one GPU.")] = "80",
     as_json: Json = False,
 ) -> None:
-    """What a dump will cost: disk, dump time, memory of a GPU."""
+    """What a dump will cost: disk, dump time, memory per GPU."""
     from nemo_kd.cli.conversions import numbers
     from nemo_kd.store.plan import Workload
     from nemo_kd.store.plan import plan as plan_of
     from nemo_kd.store.spec import StoreSpec
 
-    answers = quantity("--tokens", tokens)
+    answers = TOKENS.parse(tokens)
+    total = 2 * answers if total_tokens is None else TOTAL_TOKENS.parse(total_tokens)
+    amounts = {
+        "answer_tokens": answers,
+        "total_tokens": total,
+        "samples": answers / 300 if samples is None else SAMPLES.parse(samples),
+        "teacher_parameters": TEACHER.parse(teacher),
+        "gpu_tflops": TFLOPS.parse(gpu_tflops),
+        "utilisation": share("--utilisation", utilisation),
+        "gpu_memory_gib": MEMORY.parse(gpu_memory),
+    }
+    _check_data(answers, total, amounts["samples"])
+    if gpus % (tensor_parallel * pipeline_parallel):
+        raise StoreError(
+            f"--gpus {gpus} is not a multiple of --tp {tensor_parallel} × --pp "
+            f"{pipeline_parallel}, the GPUs of one teacher"
+        )
+    _check_profile(profile, top_k=top_k, vocab_size=vocab_size, kept=kept)
     work = Workload(
-        answer_tokens=answers,
-        total_tokens=2 * answers if total_tokens is None else quantity("--total", total_tokens),
-        samples=answers / 300 if samples is None else quantity("--samples", samples),
-        teacher_parameters=quantity("--teacher", teacher),
         gpus=gpus,
         tensor_parallel=tensor_parallel,
         pipeline_parallel=pipeline_parallel,
-        gpu_tflops=gpu_tflops,
-        utilisation=utilisation,
-        gpu_memory_gib=gpu_memory,
+        **amounts,
     )
     spec = StoreSpec(
         top_k=top_k,
         vocab_size=vocab_size,
-        temperatures=tuple(numbers("--temperatures", temperatures)),
+        temperatures=_temperatures(numbers("--temperatures", temperatures), profile),
         profile=profile,
         profile_options={"p": 1.0} if profile == "top_p" else {},
     )
@@ -71,39 +87,78 @@ def plan(
         _print(result, work.gpus)
 
 
-def quantity(option: str, text: str) -> float:
-    """`300M` → 3e8; k, M, B (or G) and T."""
-    from nemo_kd.store.errors import StoreError
+def _check_data(answers: float, total: float, samples: float) -> None:
+    if total < answers:
+        raise StoreError(
+            f"--total-tokens {total:,.0f} are fewer than the answer tokens among them, --tokens "
+            f"{answers:,.0f}"
+        )
+    if not 1 <= total / samples <= LONGEST_SAMPLE:
+        raise StoreError(
+            f"--samples {samples:,.0f} of {total:,.0f} tokens in all would be "
+            f"{total / samples:,.3g} tokens long each; is a unit missing (k, M)?"
+        )
 
-    match = re.fullmatch(r"([\d_.]+(?:e\d+)?)\s*([kmbgt]?)", text.strip().lower())
-    try:
-        value = float(match[1]) if match else None
-    except ValueError:
-        value = None
-    if match is None or value is None:
-        raise StoreError(f"{option} wants a number such as 300M or 70B, not {text!r}")
-    return value * _UNITS[match[2]]
+
+def _check_profile(profile: str, *, top_k: int, vocab_size: int, kept: float | None) -> None:
+    from nemo_kd.store.codecs import CODECS
+    from nemo_kd.store.codecs.sampled import MOST_DRAWS
+    from nemo_kd.store.plan import VARIABLE
+
+    if profile not in CODECS:
+        raise StoreError(f"--profile must be one of {', '.join(CODECS)}, not {profile!r}")
+    if not 256 <= vocab_size <= LARGEST_VOCABULARY:
+        raise StoreError(
+            f"--vocab-size {vocab_size} is not a vocabulary's; Llama 3 has --vocab-size 128256"
+        )
+    if top_k > vocab_size:
+        raise StoreError(f"--top-k {top_k} is more than --vocab-size {vocab_size}")
+    if profile == "sampled" and top_k > MOST_DRAWS:
+        raise StoreError(
+            f"--top-k {top_k}: the profile sampled has at most {MOST_DRAWS} draws per token"
+        )
+    if kept is None:
+        return
+    if profile not in VARIABLE:
+        raise StoreError(
+            f"--kept is for the profiles {' and '.join(VARIABLE)}; {profile} keeps --top-k ids of "
+            "every token"
+        )
+    if not 1 <= kept <= top_k:
+        raise StoreError(f"--kept {kept:g} is not from 1 to --top-k {top_k}")
+
+
+def _temperatures(values: list[float], profile: str) -> tuple[float, ...]:
+    plausible = all(0.01 <= value <= 100 for value in values)
+    if not plausible or len(set(values)) < len(values) or 1.0 not in values:
+        raise StoreError(f"--temperatures must differ and include 1.0 (1.0,2.0), not {values}")
+    if profile == "sampled" and len(values) > 1:
+        raise StoreError("--temperatures: the profile sampled holds draws at 1.0 only")
+    return tuple(values)
 
 
 def _print(result: dict[str, Any], gpus: int) -> None:
     from nemo_kd.cli import render
 
-    fits = (
-        "fits"
-        if result["fits"]
-        else (
+    fits = "fits"
+    if not result["fits"]:
+        fits = (
             f"does not fit: at least {result['smallest_model_parallel']} GPUs for one teacher "
             "(--tp × --pp)"
         )
-    )
     memory = result["weights_bytes_per_gpu"] + result["other_bytes_per_gpu"]
+    about = {"estimate": "about ", "most": "at most "}.get(result["ids_from"], "")
     rows = {
-        "disk": f"{render.size(result['disk_bytes'])}, "
-        f"{result['bytes_per_answer_token']:.0f} bytes an answer token",
+        "disk": f"{about}{render.size(result['disk_bytes'])}, "
+        f"{result['bytes_per_answer_token']:.0f} bytes per answer token",
         "as NeMo-Aligner's JSONL": f"about {render.size(result['jsonl_bytes'])}",
         "dump": f"about {render.duration(result['dump_seconds'])} on {gpus} GPUs, "
         f"{result['gpu_hours']:.1f} GPU hours",
-        "memory of a GPU": f"about {render.size(memory)}, "
+        "memory per GPU": f"about {render.size(memory)}, "
         f"{render.size(result['weights_bytes_per_gpu'])} of it weights; {fits}",
     }
-    Console().print(render.pairs("plan", rows))
+    if about:
+        ids = f"{about}{result['ids_per_token']:.0f}"
+        source = "as measured on code; more on prose" if about == "about " else "all of --top-k"
+        rows["ids per token"] = f"{ids}, {source}; --kept sets it"
+    render.console().print(render.pairs("plan", rows))

@@ -3,15 +3,33 @@
 from __future__ import annotations
 
 import math
+import sys
+from itertools import pairwise
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
 from nemo_kd.cli.row import RowView
 
+NARROWEST = 60
 BAR = 30  # columns of a histogram's longest bar
+
+
+def console() -> Console:
+    """Standard output; a terminal narrower than the tables' columns wraps them itself."""
+    found = Console()
+    return found if found.width >= NARROWEST else Console(width=NARROWEST)
+
+
+def can_print(text: str) -> bool:
+    """Whether standard output's encoding has these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def size(count: float) -> str:
@@ -40,11 +58,18 @@ def pairs(title: str, values: dict[str, Any]) -> RenderableType:
     return Group(Text(title, style="bold"), table)
 
 
-def histogram(title: str, edges: list[float | None], counts: list[int]) -> RenderableType:
+def histogram(
+    title: str, edges: list[float | None], counts: list[int], not_kept: int | None = None
+) -> RenderableType:
+    """Shares of all that was counted; `not_kept` is a last line, of those without a value."""
     table = Table(show_header=False, box=None)
+    spans = [_span(low, high) for low, high in pairwise(edges)]
+    if not_kept is not None:
+        spans, counts = [*spans, "not kept"], [*counts, not_kept]
     total, most = max(sum(counts), 1), max([*counts, 1])
-    for low, high, count in zip(edges, edges[1:], counts, strict=False):
-        table.add_row(_span(low, high), f"{count / total:6.1%}", "█" * round(BAR * count / most))
+    bar = "█" if can_print("█") else "#"
+    for span, count in zip(spans, counts, strict=True):
+        table.add_row(span, f"{count / total:6.1%}", bar * round(BAR * count / most))
     return Group(Text(title, style="bold"), table)
 
 
@@ -74,7 +99,7 @@ def row(view: RowView) -> RenderableType:
             str(answer.position),
             Text(repr(answer.text), style="bold green"),
             "not stored" if answer.probability is None else f"{answer.probability:.4f}",
-            "" if answer.rank is None else str(answer.rank + 1),
+            "" if answer.rank is None else str(answer.rank),
             choices,
             f"{answer.mass:.4f}",
         )

@@ -21,7 +21,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer token; the target's rank and probability are None where it is not stored."""
+    """An answer token; the target's rank and probability are None where it is not stored.
+
+    Ranks count from 1, the teacher's first choice.
+    """
 
     position: int
     id: int
@@ -59,13 +62,14 @@ def view_row(store: Store, row: int, tokenizer: Tokenizer, top: int) -> RowView:
         ids = sample.topk_ids[a]
         label = int(sample.input_ids[position])
         hits = np.flatnonzero(ids == label)
-        rank = int(hits[0]) if hits.size else None
+        column = int(hits[0]) if hits.size else None
         choices = [
-            Choice(int(i), tokenizer.text([int(i)]), float(p[a, column]))
-            for column, i in enumerate(ids[:top])
+            Choice(int(i), tokenizer.text([int(i)]), float(p[a, place]))
+            for place, i in enumerate(ids[:top])
             if i != ABSENT_ID
         ]
-        probability = None if rank is None else float(p[a, rank])
+        rank = None if column is None else column + 1
+        probability = None if column is None else float(p[a, column])
         text = tokenizer.text([label])
         answers.append(Answer(position, label, text, rank, probability, choices, float(p[a].sum())))
     tokens = [tokenizer.text([int(i)]) for i in sample.input_ids]

@@ -14,7 +14,7 @@ from nemo_kd.store.sample import Sample
 
 MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, np.inf)
-RANK_EDGES = (0, 1, 2, 4, 8, 16, 32, 64, 128, np.inf)
+RANK_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, np.inf)  # ranks count from 1
 ANSWER_EDGES = (0, 1, 16, 32, 64, 128, 256, 512, 1024, 2048, np.inf)
 
 
@@ -46,7 +46,8 @@ class Stats:
     mass: float = 0.0
     """Sum of the probability that the stored ids hold."""
     entropy: float = 0.0
-    """Sum of the entropy over the stored ids and the rest as one: a lower bound of the true one."""
+    """Sum of the entropy of K + 1 outcomes, the stored ids and the rest as one: a lower bound of
+    the teacher's own."""
     kept: int = 0
     """Stored ids."""
     label_first: int = 0
@@ -68,13 +69,13 @@ class Stats:
         rest = np.clip(1 - mass, 0, None)
         entropy = -_x_log_x(p).sum(axis=1) - _x_log_x(rest)
         hit = sample.topk_ids == labels
-        rank = hit.argmax(axis=1)[hit.any(axis=1)]
+        rank = 1 + hit.argmax(axis=1)[hit.any(axis=1)]
         self.samples += 1
         self.tokens += len(labels)
         self.mass += float(mass.sum())
         self.entropy += float(entropy.sum())
         self.kept += int((sample.topk_ids != ABSENT_ID).sum())
-        self.label_first += int((rank == 0).sum())
+        self.label_first += int((rank == 1).sum())
         self.label_kept += len(rank)
         self.label_nll -= float(log_p[hit].sum())
         self.masses.add(mass)
@@ -89,13 +90,16 @@ class Stats:
             "answer_tokens": self.tokens,
             "ids_per_token": self.kept / tokens,
             "mass": self.mass / tokens,
-            "entropy": self.entropy / tokens,
+            "entropy_of_kept_and_rest": self.entropy / tokens,
             "label_is_first": self.label_first / tokens,
             "label_is_kept": self.label_kept / tokens,
             "nll_of_kept_labels": self.label_nll / kept,
             "mass_histogram": self.masses.to_json(),
-            "entropy_histogram": self.entropies.to_json(),
-            "label_rank_histogram": self.ranks.to_json(),
+            "entropy_of_kept_and_rest_histogram": self.entropies.to_json(),
+            "label_rank_histogram": {
+                **self.ranks.to_json(),
+                "not_kept": self.tokens - self.label_kept,
+            },
             "answer_length_histogram": self.answers.to_json(),
         }
 

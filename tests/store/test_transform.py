@@ -97,7 +97,7 @@ def test_statistics_are_the_plain_sums(tmp_path: Path) -> None:
     value = stats(opened).to_json()
     assert value["answer_tokens"] == len(masses) == 15
     assert value["mass"] == pytest.approx(np.mean(masses), rel=1e-6)
-    assert value["entropy"] == pytest.approx(np.mean(entropies), rel=1e-5)
+    assert value["entropy_of_kept_and_rest"] == pytest.approx(np.mean(entropies), rel=1e-5)
     assert value["label_is_first"] == first / 15 and value["label_is_kept"] == kept / 15
     assert value["nll_of_kept_labels"] == pytest.approx(nll / max(kept, 1), rel=1e-5)
     for name in ("mass", "entropy"):
