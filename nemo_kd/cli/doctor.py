@@ -10,8 +10,9 @@ from nemo_kd.cli.app import Json, app, print_json
 @app.command()
 def doctor(as_json: Json = False) -> None:
     """Versions, GPUs and what works here; exit status 0 on a supported stack."""
-    from nemo_kd.doctor import as_text, examine
+    from nemo_kd.doctor import announce, as_text, examine
 
+    announce()
     report = examine()
     if as_json:
         print_json(report.to_json())

@@ -51,7 +51,7 @@ def plan(
 
     answers = TOKENS.parse(tokens)
     total = 2 * answers if total_tokens is None else TOTAL_TOKENS.parse(total_tokens)
-    amounts = {
+    amounts: dict[str, Any] = {
         "answer_tokens": answers,
         "total_tokens": total,
         "samples": answers / 300 if samples is None else SAMPLES.parse(samples),

@@ -14,6 +14,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m nemo_kd.doctor", description=doctor.__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     as_json = parser.parse_args(arguments).json
+    doctor.announce()
     report = doctor.examine()
     print(json.dumps(report.to_json(), indent=1) if as_json else doctor.as_text(report))
     return 0 if report.supported else 1

@@ -1,13 +1,18 @@
-"""The facts: versions from package metadata, and what torch says of CUDA, GPUs and NCCL."""
+"""The facts: versions from package metadata, and what was tried out and how it went."""
 
 from __future__ import annotations
 
+import json
 import os
 import platform
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
+
+from nemo_kd.doctor import probes
 
 PACKAGES = (
     "torch",
@@ -17,6 +22,25 @@ PACKAGES = (
     "apex",
     "triton",
 )
+# Name of the finding → what is imported for it. `amp_C` is the compiled extension by which
+# NVIDIA's apex is told from the package of that name on PyPI.
+IMPORTS = {
+    "megatron-core": ("megatron.core",),
+    "TransformerEngine": ("transformer_engine.pytorch",),
+    "apex": ("apex", "amp_C"),
+    "Triton": ("triton", "triton.language"),
+    "Hydra": ("hydra", "omegaconf"),
+    "command line": ("typer", "rich"),
+    "Hugging Face": ("transformers.models.auto", "safetensors.torch"),
+    "GGUF": ("gguf",),
+}
+PROBES: Mapping[str, Callable[[], str | None]] = {
+    "NeMo": probes.nemo_fault,
+    "NeMo's helper": probes.helper_fault,
+    "C++": probes.compiler_fault,
+    "nemo-kd": probes.program_fault,
+    **{name: partial(probes.import_fault, *modules) for name, modules in IMPORTS.items()},
+}
 
 
 @dataclass(frozen=True)
@@ -31,6 +55,10 @@ class Environment:
     """The CUDA that torch was built with; None: a torch for CPUs."""
     gpus: list[str] = field(default_factory=list)
     nccl: str | None = None
+    faults: dict[str, str | None] = field(default_factory=dict)
+    """Finding → why it does not work, None: it does. One that was not looked into is absent."""
+    loss_errors: dict[str, float] = field(default_factory=dict)
+    """Device → largest relative error of the loss against the float64 reference."""
 
     @property
     def on_gpu(self) -> bool:
@@ -39,27 +67,39 @@ class Environment:
 
 
 def look() -> Environment:
-    packages = {name: installed(name) for name in PACKAGES}
-    base = Environment(container(), platform.python_version(), packages)
-    if not importable("torch"):
-        return base
-    try:
-        import torch
-    except (ImportError, OSError):  # a library that torch was linked with is missing
-        return base
-    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
-    with_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    """Everything, as many things at a time as there are cores; about as long as NeMo's import."""
+    with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+        torch = pool.submit(_try_torch, "cpu")
+        waiting = {name: pool.submit(probe) for name, probe in PROBES.items()}
+        said, torch_fault = torch.result()
+        faults = {name: fault.result() for name, fault in waiting.items()}
+    faults["loss on cpu"] = torch_fault
+    errors = {"cpu": said.pop("loss_error")} if "loss_error" in said else {}
+    if said.get("gpus"):  # after the others: a GPU's memory may be full
+        on_gpu, faults["loss on cuda"] = _try_torch("cuda")
+        errors |= {"cuda": on_gpu["loss_error"]} if "loss_error" in on_gpu else {}
+    versions = {name: installed(name) for name in PACKAGES}
     return Environment(
-        base.container,
-        base.python,
-        packages,
-        torch.version.cuda,
-        [
-            f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
-            for gpu in gpus
-        ],
-        ".".join(map(str, torch.cuda.nccl.version())) if with_nccl else None,
+        container(),
+        platform.python_version(),
+        versions,
+        **said,
+        faults=faults,
+        loss_errors=errors,
     )
+
+
+def _try_torch(device: str) -> tuple[dict[str, Any], str | None]:
+    """(findings of `torch_probe`, why there are not all of them)."""
+    if not probes.installed("torch"):
+        return {}, f"torch is {probes.NOT_INSTALLED}"
+    code = f"from nemo_kd.doctor.torch_probe import main; main({device!r})"
+    outcome = probes.python(code)
+    said: dict[str, Any] = {}
+    for line in outcome.output.splitlines():
+        if line.startswith("{"):
+            said.update(json.loads(line))
+    return said, outcome.fault
 
 
 def container() -> str | None:
@@ -70,21 +110,8 @@ def container() -> str | None:
 
 
 def installed(name: str) -> str | None:
+    """The version in the package's metadata."""
     try:
         return version(name)
     except PackageNotFoundError:
         return None
-
-
-def importable(module: str) -> bool:
-    """Whether there is such a top-level module; nothing is imported."""
-    try:
-        return find_spec(module) is not None
-    except (ImportError, ValueError):
-        return False
-
-
-def package_directory(package: str) -> Path | None:
-    spec = find_spec(package)
-    locations = spec.submodule_search_locations if spec else None
-    return Path(next(iter(locations))) if locations else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -29,9 +30,15 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything; takes the time of importing torch."""
+    """Look at everything; takes about as long as importing NeMo."""
     environment = look()
     return Report(environment, list(checks(environment)))
+
+
+def announce() -> None:
+    """Say to a person who waits how long it takes."""
+    if sys.stderr.isatty():
+        print("trying everything out, which takes up to a minute", file=sys.stderr)
 
 
 def as_text(report: Report) -> str:
@@ -53,5 +60,5 @@ def as_text(report: Report) -> str:
         lines.append(f"  {mark:4} {check.name}: {check.found}")
         if not check.works:
             lines.append(f"       -> {check.remedy}")
-    verdict = "supported" if report.supported else "NOT supported: what says NO is needed"
+    verdict = "supported" if report.supported else "NOT supported: checks marked NO are required"
     return "\n".join([*lines, "", f"{report.stack} stack: {verdict}"])

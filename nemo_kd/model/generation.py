@@ -17,8 +17,7 @@ from torchmetrics.text.rouge import ROUGEScore
 
 from nemo_kd.model.config import sft_files, store_directories
 from nemo_kd.model.reporting import ReportingSFTModel
-
-WITHOUT_SENTENCES = ("rouge1", "rouge2", "rougeL")
+from nemo_kd.model.rouge import WITHOUT_SENTENCES, splits_sentences
 
 
 def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
@@ -42,7 +41,7 @@ class GeneratingSFTModel(ReportingSFTModel):
         """NeMo makes a metric for each of `file_names`: here stores count too."""
         sets = [*store_directories(data_cfg), *sft_files(data_cfg)]
         metrics, name = super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
-        if name == "rouge" and not _splits_sentences():
+        if name == "rouge" and not splits_sentences():
             if not self.global_rank:
                 print(
                     "rougeLsum is left out: it splits sentences with NLTK's punkt, which is not "
@@ -97,12 +96,3 @@ class GeneratingSFTModel(ReportingSFTModel):
             self.inference_params = None
             for module, mode in zip(modules, training, strict=True):
                 module.train(mode)
-
-
-def _splits_sentences() -> bool:
-    """Whether NLTK's punkt is here, or can be had: torchmetrics asks only where it is used."""
-    try:
-        ROUGEScore()("a", "a")
-    except OSError:
-        return False
-    return True

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sysconfig
+from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from nemo_kd import __version__
 from nemo_kd.cli.main import main
-from nemo_kd.doctor import Environment, Report, as_text
-from nemo_kd.doctor.checks import checks, loss_error
-from nemo_kd.doctor.environment import look
+from nemo_kd.doctor import Environment, Report, as_text, probes
+from nemo_kd.doctor.checks import checks
+from nemo_kd.doctor.environment import _try_torch
+from nemo_kd.doctor.torch_probe import loss_error
 from tests.conftest import ROOT
 from tests.torch_alone import torch_alone
 
 
-def test_this_environment_is_supported(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as left:
+@pytest.fixture(scope="module")
+def said() -> Any:
+    """What `nemo-kd doctor --json` prints here, and its exit status: about a NeMo import long."""
+    printed = io.StringIO()
+    with redirect_stdout(printed), pytest.raises(SystemExit) as left:
         main(["doctor", "--json"])
-    value = json.loads(capsys.readouterr().out)
-    assert not left.value.code and value["supported"]
-    assert value["environment"]["packages"]["nemo_toolkit"] == version("nemo_toolkit")
-    assert all(check["works"] for check in value["checks"] if check["required"])
+    return {**json.loads(printed.getvalue()), "status": left.value.code}
+
+
+@pytest.fixture
+def here(said: Any) -> Environment:
+    return Environment(**said["environment"])
+
+
+def test_this_environment_is_supported(said: Any, here: Environment) -> None:
+    assert not said["status"] and said["supported"]
+    assert here.packages["nemo_toolkit"] == version("nemo_toolkit")
+    assert all(check["works"] for check in said["checks"]), said["checks"]
 
 
 def test_with_torch_alone_the_loss_works_and_scripts_fail(tmp_path: Path) -> None:
@@ -35,7 +55,8 @@ def test_with_torch_alone_the_loss_works_and_scripts_fail(tmp_path: Path) -> Non
     works = {check["name"]: check["works"] for check in value["checks"]}
     assert works["loss on cpu"] and not works["nemo_toolkit"] and not value["supported"]
     remedy = next(c["remedy"] for c in value["checks"] if c["name"] == "nemo_toolkit")
-    assert "nvcr.io/nvidia/nemo:25.07" in remedy and 'pip install "nemo-kd[nemo]"' in remedy
+    assert "nvcr.io/nvidia/nemo:25.07" in remedy
+    assert "pip install '.[nemo]' -c constraints.txt" in remedy
 
 
 RUN = "from nemo_kd.doctor.__main__ import main; sys.exit(main(['--json']))"
@@ -51,30 +72,136 @@ RUN = "from nemo_kd.doctor.__main__ import main; sys.exit(main(['--json']))"
         ("megatron-core", None, False),
     ],
 )
-def test_series_decide(name: str, found: str | None, supported: bool) -> None:
-    here = look()
+def test_series_decide(here: Environment, name: str, found: str | None, supported: bool) -> None:
     environment = replace(here, packages={**here.packages, name: found})
     report = Report(environment, list(checks(environment)))
     assert report.supported == supported
     assert (found or "not installed") in as_text(report)
 
 
-def test_a_gpu_stack_needs_apex_and_transformer_engine() -> None:
+def test_a_gpu_stack_needs_apex_and_transformer_engine(here: Environment) -> None:
     """An image is built where no GPU is: that alone does not fail it."""
-    bare = replace(look(), container=None, cuda="12.9", nccl="2.27.3")
+    bare = replace(here, container=None, cuda="12.9", nccl="2.27.3")
     assert "apex" not in {check.name for check in checks(bare)}  # a laptop with torch from PyPI
     environment = replace(bare, container="NVIDIA_PRODUCT_NAME=NeMo")
     required = {check.name: check for check in checks(environment) if check.required}
     failed = {name for name, check in required.items() if not check.works}
     assert failed == {"TransformerEngine", "apex"}
     assert "GPUs" not in required
+    no_driver = "ImportError: libcuda.so.1: cannot open shared object file"
+    faults = {**here.faults, "TransformerEngine": no_driver, "apex": None}
+    assert Report(environment, list(checks(replace(environment, faults=faults)))).supported
+    with_gpu = replace(environment, gpus=["H100"], loss_errors={"cpu": 0.0, "cuda": 0.0})
+    assert not Report(with_gpu, list(checks(replace(with_gpu, faults=faults)))).supported
 
 
-def test_the_loss_is_measured_not_assumed() -> None:
+def test_the_loss_is_measured_not_assumed(here: Environment) -> None:
     assert 0 < loss_error("cpu") < 1e-5
+    wrong = replace(here, loss_errors={"cpu": 1e-3})
+    assert not Report(wrong, list(checks(wrong))).supported
 
 
-def test_an_environment_without_torch_is_described() -> None:
-    environment = Environment(None, "3.11.0", dict.fromkeys(look().packages))
-    report = Report(environment, list(checks(replace(environment, packages=look().packages))))
+def test_an_environment_without_torch_is_described(here: Environment) -> None:
+    environment = Environment(None, "3.11.0", dict.fromkeys(here.packages))
+    report = Report(environment, list(checks(replace(environment, packages=here.packages))))
     assert report.stack == "CPU" and "torch                -" in as_text(report)
+
+
+def test_remedies_install_what_there_is_to_install(here: Environment) -> None:
+    """This package is on no index; --no-deps is for NVIDIA's container, which has all the rest."""
+    faults = dict.fromkeys(here.faults, "not installed")
+    broken = replace(here, faults=faults, loss_errors={}, packages=dict.fromkeys(here.packages))
+    for place in (None, "NVIDIA_PRODUCT_NAME=NeMo Framework"):
+        remedies = [c.remedy for c in checks(replace(broken, container=place, cuda="12.9"))]
+        assert all(remedies)
+        for remedy in remedies:
+            assert "pip install nemo-kd" not in remedy and "nemo-kd[" not in remedy
+            assert "--no-deps" not in remedy or place is not None
+        own = "--no-deps ." if place else "'.[nemo]' -c constraints.txt"
+        assert any(f"pip install {own} in a checkout of nemo-kd" in r for r in remedies)
+
+
+# --- what is there and does not work -------------------------------------------------------------
+
+
+@pytest.fixture
+def modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.syspath_prepend(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("raise ImportError('libfoo.so.1: cannot open')", "ImportError: libfoo.so.1: cannot open"),
+        ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+        ("import time; time.sleep(60)", "no answer within 2 s"),
+        ("import sys; sys.exit(3)", "exit status 3"),
+        ("x =", "SyntaxError: invalid syntax"),
+        ("input()", "EOFError: EOF when reading a line"),
+        ("", None),
+    ],
+)
+def test_a_module_is_imported_not_found(modules: Path, text: str, fault: str | None) -> None:
+    (modules / "brittle.py").write_text(text)
+    assert probes.import_fault("brittle", patience=2 if "sleep" in text else 60) == fault
+
+
+def test_a_broken_required_module_fails_the_stack(here: Environment, modules: Path) -> None:
+    assert probes.import_fault("no_such_module") == "no_such_module not installed"
+    (modules / "omegaconf.py").write_text("raise RuntimeError('broken')")
+    faults = {**here.faults, "Hydra": probes.import_fault("hydra", "omegaconf")}
+    report = Report(here, list(checks(replace(here, faults=faults))))
+    assert not report.supported and "NO   scripts (Hydra): RuntimeError: broken" in as_text(report)
+
+
+def test_a_torch_that_crashes_is_a_finding(modules: Path) -> None:
+    (modules / "torch.py").write_text("import os; os.abort()")
+    assert _try_torch("cpu") == ({}, "killed by SIGABRT")
+
+
+PROGRAMS = {
+    "#!/no/such/python\n": "does not start",
+    "#!/bin/sh\necho 'ModuleNotFoundError: No module named typer' >&2; exit 1\n": "named typer",
+    "#!/bin/sh\necho nemo-kd 0.0.1\n": "another version",
+    f"#!/bin/sh\necho nemo-kd {__version__}\n": None,
+}
+
+
+@pytest.mark.parametrize(("text", "fault"), PROGRAMS.items(), ids=range(len(PROGRAMS)))
+def test_the_program_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, fault: str | None
+) -> None:
+    program = tmp_path / "nemo-kd"
+    program.write_text(text)
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    found = probes.program_fault()
+    assert (fault is None and found is None) or fault in (found or "")
+
+
+def test_a_program_that_is_not_on_the_path_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    assert "not on PATH" in (probes.program_fault() or "")
+    assert "g++ cannot be started" in (probes.compiler_fault() or "")
+
+
+@pytest.fixture
+def helper(tmp_path: Path) -> Path:
+    """A copy of NeMo's folder as it is before the first start."""
+    spec = find_spec("nemo")
+    assert spec and spec.submodule_search_locations
+    source = Path(spec.submodule_search_locations[0]) / probes.HELPERS
+    for name in ("Makefile", "helpers.cpp"):
+        shutil.copy(source / name, tmp_path)
+    return tmp_path
+
+
+def test_nemos_helper_is_compiled_and_loaded(helper: Path) -> None:
+    assert probes.compiled_fault(helper) is None
+    assert sorted(path.name for path in helper.iterdir()) == ["Makefile", "helpers.cpp"]
+    (helper / "helpers.cpp").write_text("#include <no/such/header.h>\n")
+    assert "no/such/header.h" in (probes.compiled_fault(helper) or "")
+    suffix = sysconfig.get_config_var("EXT_SUFFIX")
+    (helper / f"helpers{suffix}").write_bytes(b"no library")
+    assert "ImportError" in (probes.compiled_fault(helper) or "")

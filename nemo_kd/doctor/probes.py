@@ -1,0 +1,173 @@
+"""Trying things out in processes of their own: a crash or a hang there is a finding here.
+
+A *fault* is a line that says why something does not work; None: it works.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+import nemo_kd
+
+PATIENCE = 300.0  # seconds: importing NeMo takes 10 on an idle machine, minutes over a slow network
+HELPERS = "collections/nlp/data/language_modeling/megatron"  # NeMo's, with its Makefile
+NOT_INSTALLED = "not installed"
+
+_WITH_PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1))\n"
+_LOAD_HELPER = """
+from importlib.util import module_from_spec, spec_from_file_location
+spec = spec_from_file_location("helpers", sys.argv[1])
+module = module_from_spec(spec)
+spec.loader.exec_module(module)
+assert module.build_blending_indices
+"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    fault: str | None
+    output: str
+    """Standard output, also of a process that failed."""
+
+
+def run(command: Sequence[str], patience: float = PATIENCE, cwd: str | None = None) -> Outcome:
+    """Run to the end, or for `patience` seconds. Never raises for what the command does."""
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
+    # Files, not pipes: a grandchild that outlives the command would keep a pipe open.
+    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+        try:
+            done = subprocess.run(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=errors,
+                timeout=patience,
+                cwd=cwd,
+                env={**os.environ, "PATH": path},
+            )
+        except subprocess.TimeoutExpired:
+            fault: str | None = f"no answer within {patience:.0f} s"
+        except OSError as error:  # no such program, not executable, a dead interpreter
+            fault = f"{command[0]} cannot be started: {error.strerror}"
+        else:
+            fault = _fault(done.returncode, _text(errors))
+        return Outcome(fault, _text(out))
+
+
+def python(code: str, *arguments: str, patience: float = PATIENCE) -> Outcome:
+    """Run `code` in this interpreter, with this process's module path."""
+    flags = ["-S"] if sys.flags.no_site else []
+    command = [sys.executable, *flags, "-c", _WITH_PATH + code, json.dumps(sys.path), *arguments]
+    return run(command, patience)
+
+
+def import_fault(*modules: str, patience: float = PATIENCE) -> str | None:
+    """Import them, one after the other, in one process."""
+    missing = [name for name in modules if not installed(name)]
+    if missing:
+        return f"{', '.join(missing)} {NOT_INSTALLED}"
+    code = "import importlib\nfor name in sys.argv[1:]: importlib.import_module(name)"
+    return python(code, *modules, patience=patience).fault
+
+
+def nemo_fault() -> str | None:
+    """Import NeMo's SFT model as the scripts do."""
+    if not installed("nemo"):
+        return NOT_INSTALLED
+    code = (
+        "from nemo_kd import cpu\n"
+        "cpu.install()\n"
+        "from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (\n"
+        "    MegatronGPTSFTModel)"
+    )
+    return python(code).fault
+
+
+def helper_fault() -> str | None:
+    """Of the C++ helper in NeMo's package."""
+    spec = find_spec("nemo")
+    locations = spec.submodule_search_locations if spec else None
+    if not locations:
+        return NOT_INSTALLED
+    return compiled_fault(Path(next(iter(locations))) / HELPERS)
+
+
+def compiled_fault(source: Path) -> str | None:
+    """Load the helper of this folder; where it is not compiled yet, compile a copy of it.
+
+    NeMo compiles it at the first start, into this folder: that must be writable too.
+    """
+    name = f"helpers{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if (source / name).is_file():
+        return python(_LOAD_HELPER, str(source / name)).fault
+    with tempfile.TemporaryDirectory() as directory:
+        for file in ("Makefile", "helpers.cpp"):
+            if not (source / file).is_file():
+                return f"{source / file} is missing"
+            shutil.copy(source / file, directory)
+        made = run(["make"], cwd=directory)
+        fault = made.fault or python(_LOAD_HELPER, f"{directory}/{name}").fault
+    if fault is not None:
+        return f"not compiled yet, and compiling it fails: {fault}"
+    if not os.access(source, os.W_OK):
+        return f"not compiled yet, and {source} is read-only"
+    return None
+
+
+def program_fault() -> str | None:
+    """Run `nemo-kd --version` as a shell would find it."""
+    beside = Path(sys.executable).parent / "nemo-kd"
+    found = shutil.which("nemo-kd")
+    if found is None:
+        return f"{beside} is not on PATH" if beside.exists() else f"nemo-kd is {NOT_INSTALLED}"
+    outcome = run([found, "--version"])
+    if outcome.fault is not None:
+        return f"{found} does not start: {outcome.fault}"
+    expected = f"nemo-kd {nemo_kd.__version__}"
+    if outcome.output.strip() != expected:
+        return f"{found} is another version: {outcome.output.strip()[:80]!r}, not {expected!r}"
+    return None
+
+
+def compiler_fault() -> str | None:
+    """Compile, link and run one line of C++."""
+    with tempfile.TemporaryDirectory() as directory:
+        source = Path(directory) / "one.cpp"
+        source.write_text("#include <vector>\nint main() { return std::vector<int>(1)[0]; }\n")
+        built = run(["g++", "-o", f"{directory}/one", str(source)])
+        return built.fault or run([f"{directory}/one"]).fault
+
+
+def installed(module: str) -> bool:
+    """Whether there is such a top-level module; it may still fail to import."""
+    try:
+        return find_spec(module.partition(".")[0]) is not None
+    except (ImportError, ValueError):
+        return False
+
+
+def _fault(status: int, errors: str) -> str | None:
+    if status == 0:
+        return None
+    if status < 0:
+        return f"killed by {signal.Signals(-status).name}"
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    wanted = [line for line in lines if "error" in line.lower() and not line.startswith("make")]
+    return ([*lines, *wanted] or [f"exit status {status}"])[-1][:300]
+
+
+def _text(file: object) -> str:
+    assert hasattr(file, "seek") and hasattr(file, "read")
+    file.seek(0)
+    return str(file.read())

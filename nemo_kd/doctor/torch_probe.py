@@ -1,0 +1,48 @@
+"""What torch says of this machine, and the loss run on a device: for a process of its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+
+def facts() -> dict[str, Any]:
+    """CUDA of the build, the visible GPUs, NCCL."""
+    import torch
+
+    gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+    with_nccl = torch.distributed.is_available() and torch.distributed.is_nccl_available()
+    return {
+        "cuda": torch.version.cuda,
+        "gpus": [
+            f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, sm_{gpu.major}{gpu.minor}"
+            for gpu in gpus
+        ],
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if with_nccl else None,
+    }
+
+
+def loss_error(device: str) -> float:
+    """Of Σ loss and its gradient at K = 20, V = 1003: largest difference over largest value."""
+    import torch
+
+    from nemo_kd.loss import KDConfig, reference, sft_kd_loss, vocab_parallel_topk
+
+    generator = torch.Generator().manual_seed(0)
+    z, t = (4 * torch.randn(2, 64, 1003, generator=generator)).to(device)
+    labels = torch.randint(1003, (64,), generator=generator).to(device)
+    config = KDConfig(alpha=0.5)
+    ours, exact = z.clone().requires_grad_(), z.double().requires_grad_()
+    loss = sft_kd_loss(ours, labels, vocab_parallel_topk(t, 20), config).loss
+    expected = reference.sft_kd_loss(exact, labels, reference.topk(t, 20), config)[0]
+    loss.sum().backward()
+    expected.sum().backward()
+    pairs = ((loss.detach(), expected.detach()), (ours.grad, exact.grad))
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in pairs)
+
+
+def main(device: str) -> None:
+    """Print a line of JSON for each finding as it comes, so that a crash keeps those before it."""
+    if device == "cpu":
+        print(json.dumps(facts()), flush=True)
+    print(json.dumps({"loss_error": loss_error(device)}), flush=True)
