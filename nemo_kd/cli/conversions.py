@@ -68,8 +68,8 @@ def from_jsonl(
     if bad_lines not in ON_BAD_LINES:
         raise StoreError(f"--bad-lines is one of {', '.join(ON_BAD_LINES)}, not {bad_lines!r}")
     for path in chunk_paths(source):
-        if not path.is_file():
-            raise StoreError(f"{path}: {'not a file' if path.exists() else 'no such file'}")
+        if not path.exists() or path.is_dir():
+            raise StoreError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     if tokenizer is None:
         raise StoreError(
             f"{source} does not say which tokenizer made it; give its directory or .model file "

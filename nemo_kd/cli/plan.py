@@ -159,6 +159,6 @@ def _print(result: dict[str, Any], gpus: int) -> None:
     }
     if about:
         ids = f"{about}{result['ids_per_token']:.0f}"
-        source = "as measured on code; more on prose" if about == "about " else "all of --top-k"
+        source = "more on prose than on code" if about == "about " else "all of --top-k"
         rows["ids per token"] = f"{ids}, {source}; --kept sets it"
     render.console().print(render.pairs("plan", rows))

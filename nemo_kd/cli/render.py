@@ -26,7 +26,7 @@ def console() -> Console:
 def can_print(text: str) -> bool:
     """Whether standard output's encoding has these characters."""
     try:
-        text.encode(sys.stdout.encoding or "ascii")
+        text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
         return False
     return True

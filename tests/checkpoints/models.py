@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import textwrap
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -153,3 +155,18 @@ def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
                 array = array.reshape(out, hidden)
             tensors[f"blk.{layer}.{ours}.weight"] = np.ascontiguousarray(array)
     return tensors
+
+
+@cache
+def sentencepiece_model() -> bytes:
+    """Of the same text, 300 tokens, as a `.model` file has it."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXT.splitlines()),
+        model_writer=model,
+        vocab_size=300,
+        minloglevel=2,
+    )
+    return model.getvalue()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
@@ -13,9 +15,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from nemo_kd import __version__
 from nemo_kd.cli.main import main
 from nemo_kd.store import Sample, Store
 from tests.checkpoints import models
+from tests.conftest import ROOT
 from tests.store.samples import sample, spec, store, write
 
 
@@ -111,13 +115,73 @@ def test_average_of_two_teachers(a_store: Path, tmp_path: Path) -> None:
     assert "1 weights for 2 stores" in wrong and not (tmp_path / "x").exists()
 
 
+PLAN = ("plan", "--tokens", "300M", "--teacher", "70B", "--vocab-size", 128_256, "--gpus", 8)
+
+
 def test_plan() -> None:
-    common = ("plan", "--tokens", "300M", "--teacher", "70B", "--vocab-size", 128_256)
-    value = as_json(*common, "--gpus", 64, "--tp", 8)
+    value = as_json(*PLAN, "--gpus", 64, "--tp", 8)
     assert json.dumps(value)
-    assert "GPU hours" in nemo_kd(*common, "--gpus", 64, "--tp", 8)
-    assert "at least 2 GPUs for one teacher" in nemo_kd(*common, "--gpus", 64)
-    assert "such as 300M" in nemo_kd(*common, "--gpus", 8, "--total-tokens", "x", fails=True)
+    assert "GPU hours" in nemo_kd(*PLAN, "--gpus", 64, "--tp", 8)
+    assert "at least 2 GPUs for one teacher" in nemo_kd(*PLAN, "--gpus", 64)
+    for same in (("--utilisation", "35%"), ("--teacher", "70b"), ("--teacher", "0.07T")):
+        assert as_json(*PLAN, "--gpus", 64, "--tp", 8, *same) == value
+    assert as_json(*PLAN, "--teacher", "1.5T")["weights_bytes_per_gpu"] == 3e12
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--teacher 70", "--teacher 70 is 70 parameters, too few to be meant (70B?)"),
+        ("--teacher 70k", "(70B?)"),
+        ("--teacher 70T", "too many to be meant (70B?)"),
+        ("--teacher -70B", "--teacher wants a number such as 70B"),
+        ("--teacher 0B", "--teacher 0B is 0 parameters"),
+        ("--tokens nan", "--tokens wants a number such as 300M"),
+        ("--tokens 300", "--tokens 300 is 300 tokens, too few to be meant (300M?)"),
+        ("--tokens 1e999", "--tokens wants"),
+        ("--total-tokens x", "--total-tokens wants a number such as 600M"),
+        ("--total-tokens 3M", "--total-tokens 3,000,000 are fewer than"),
+        ("--samples 56.44", "is a unit missing (k, M)?"),
+        ("--samples 1T", "--samples 1,000,000,000,000 of"),
+        ("--utilisation 35", "for 35% give --utilisation 0.35"),
+        ("--utilisation 0.35%", "for 35% give --utilisation 0.35"),
+        ("--utilisation 0", "expected from 0.01 to 1"),
+        ("--utilisation nan", "--utilisation wants a share of 1"),
+        ("--utilisation 135%", "expected from 0.01 to 1"),
+        ("--gpu-tflops H100", "--gpu-tflops wants a number such as 989"),
+        ("--gpu-tflops nan", "--gpu-tflops wants"),
+        ("--gpu-tflops 989T", "--gpu-tflops 989T is"),
+        ("--gpu-memory 81920", "--gpu-memory 81920 is 81,920 GiB, too many"),
+        ("--tp 3", "--gpus 8 is not a multiple of --tp 3 × --pp 1"),
+        ("--temperatures 2.0", "--temperatures must differ and include 1.0"),
+        ("--temperatures 1.0,nan", "--temperatures must"),
+        ("--temperatures 1,2 --profile sampled", "--temperatures: the profile sampled"),
+        ("--vocab-size 128", "--vocab-size 128 is not a vocabulary's"),
+        ("--top-k 200000", "--top-k 200000 is more than --vocab-size 128256"),
+        ("--top-k 300 --profile sampled", "--top-k 300: the profile sampled has at most 255"),
+        ("--profile best", "--profile must be one of plain, compact, sampled, top_p"),
+        ("--kept 5", "--kept is for the profiles sampled and top_p"),
+        ("--kept nan --profile sampled", "--kept nan is not from 1 to --top-k 100"),
+        ("--kept 101 --profile top_p", "--kept 101 is not from 1 to --top-k 100"),
+    ],
+)
+def test_plan_refuses_what_cannot_be_meant(options: str, message: str) -> None:
+    """Each error names the option that it is about."""
+    assert message in nemo_kd(*PLAN, *options.split(), fails=True)
+
+
+def test_plan_of_draws_counts_distinct_ids() -> None:
+    """Measured for a real teacher: 12.3 of 40 draws are distinct, 37.9 bytes."""
+    measured = json.loads((ROOT / "benchmarks/results/store.json").read_text())["profiles"]
+    (sampled,) = (p for p in measured if p["profile"] == "sampled, 40 draws")
+    small = ("--vocab-size", 49_152, "--profile", "sampled", "--top-k", 40)
+    planned = as_json(*PLAN, *small)
+    assert planned["bytes_per_answer_token"] == pytest.approx(sampled["bytes"], rel=0.02)
+    assert planned["ids_from"] == "estimate" and "--kept sets it" in nemo_kd(*PLAN, *small)
+    given = as_json(*PLAN, *small, "--kept", sampled["ids"])
+    assert given["bytes_per_answer_token"] == pytest.approx(sampled["bytes"], abs=0.05)
+    assert as_json(*PLAN, "--profile", "sampled")["bytes_per_answer_token"] < 100
+    assert "at most 100" in nemo_kd(*PLAN, "--profile", "top_p")
 
 
 def test_the_installed_program_fails_with_one_line_and_status_1() -> None:
@@ -125,6 +189,50 @@ def test_the_installed_program_fails_with_one_line_and_status_1() -> None:
     done = subprocess.run([program, "inspect", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
     assert done.stderr == "error: no store at /nowhere: there is no such directory\n"
+
+
+PROGRAM = Path(sys.executable).parent / "nemo-kd"
+
+
+def test_version() -> None:
+    assert nemo_kd("--version") == f"nemo-kd {__version__}\n"
+
+
+@pytest.mark.parametrize("command", ["stats STORE", "inspect STORE", "--help"])
+def test_a_closed_pipe_ends_the_program_without_a_word(a_store: Path, command: str) -> None:
+    """`nemo-kd stats store | head -1`, its reader gone before the first line."""
+    words = command.replace("STORE", str(a_store)).split()
+    read, write_end = os.pipe()
+    os.close(read)
+    done = subprocess.run([PROGRAM, *words], stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert done.stderr == "" and done.returncode == -signal.SIGPIPE
+
+
+def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
+    """While it reads a JSONL that is a pipe."""
+    (tmp_path / "t.model").write_bytes(models.sentencepiece_model())
+    os.mkfifo(tmp_path / "x.jsonl")
+    options = ("--tokenizer", tmp_path / "t.model")
+    command = [PROGRAM, "convert", tmp_path / "x.jsonl", tmp_path / "s", *options]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with (tmp_path / "x.jsonl").open("w"):  # waits until it is opened over there
+        process.send_signal(signal.SIGINT)
+        printed, errors = process.communicate(timeout=60)
+    assert (printed, errors.strip(), process.returncode) == ("", "interrupted", 130)
+
+
+def test_a_terminal_without_unicode_or_width_gets_what_it_can_show(
+    a_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    variables = {**os.environ, "PYTHONIOENCODING": "ascii", "NO_COLOR": "1", "COLUMNS": "20"}
+    done = subprocess.run(
+        [PROGRAM, "stats", a_store], capture_output=True, text=True, env=variables
+    )
+    assert done.returncode == 0 and done.stdout.isascii() and "\x1b" not in done.stdout
+    assert "###" in done.stdout and "entropy_of_kept_and_rest" in done.stdout
+    monkeypatch.setenv("COLUMNS", "20")
+    assert "position" in nemo_kd("show", a_store, 3, "--ids")
 
 
 def test_samples_survive_jsonl(tmp_path: Path) -> None:
@@ -173,6 +281,66 @@ def test_show_decodes_text_and_marks_the_target(
     text = (tmp_path / "row.html").read_text()
     assert text.count('class="target"') == len(view["answers"])
     assert "<script" not in text and "src=" not in text
+
+
+def test_ranks_count_from_one_everywhere(text_store: tuple[Path, Path], tmp_path: Path) -> None:
+    """The same number in the table, in JSON and in the histogram."""
+    of = spec(top_k=4, vocab_size=500)
+    one = sample(0, of, answers=5)
+    ids = one.input_ids.copy()
+    for a, place in enumerate((0, 1, 3)):  # the first three labels: first, second, fourth choice
+        ids[one.answer_positions()[a]] = one.topk_ids[a, place]
+    for a in (3, 4):
+        ids[one.answer_positions()[a]] = next(i for i in range(500) if i not in one.topk_ids[a])
+    directory = write(tmp_path / "s", of, [Sample(**{**vars(one), "input_ids": ids})])
+    assert [a["rank"] for a in as_json("show", directory, 0, "--ids")["answers"]] == [
+        *(1, 2, 4, None, None)
+    ]
+    lines = [line for line in nemo_kd("show", directory, 0, "--ids").splitlines() if "│" in line]
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in lines]
+    assert [row[3] for row in cells if row[0]] == ["1", "2", "4", "", ""]
+    histogram = as_json("stats", directory)["label_rank_histogram"]
+    assert histogram["edges"][:5] == [1, 2, 3, 5, 9] and histogram["counts"][:4] == [1, 1, 1, 0]
+    assert histogram["not_kept"] == 2
+    text = nemo_kd("stats", directory)
+    assert "1 is the teacher's first choice" in text and "not kept" in text
+    assert "kept ids and all others as one outcome" in text
+
+
+WITHOUT_A_TOKENIZER = {
+    "gpt2": "there is no such file or directory (nothing is downloaded)",
+    "meta-llama/Llama-3.1-8B": "(nothing is downloaded)",
+    "/no/where/tokenizer.model": "(nothing is downloaded)",
+    "FILE": "is a file; give a Hugging Face tokenizer's directory",
+    "EMPTY": "has none of tokenizer.json, tokenizer_config.json",
+    "MODELS": "give the file itself, --tokenizer",
+}
+
+
+@pytest.mark.parametrize("path", WITHOUT_A_TOKENIZER)
+def test_a_tokenizer_is_a_local_path_or_an_error(
+    a_store: Path, tmp_path: Path, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything slow is imported, and after what is wrong with the source."""
+    message = WITHOUT_A_TOKENIZER[path]
+    for name in ("transformers", "sentencepiece", "huggingface_hub"):
+        monkeypatch.setitem(sys.modules, name, None)  # importing it is an ImportError
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/x.model").touch()
+    (tmp_path / "file.txt").touch()
+    (tmp_path / "x.jsonl").touch()
+    places = {"FILE": "file.txt", "EMPTY": "empty", "MODELS": "models"}
+    given = tmp_path / places[path] if path in places else path
+    for command in (("show", a_store, 3), ("convert", tmp_path / "x.jsonl", tmp_path / "out")):
+        assert message in nemo_kd(*command, "--tokenizer", given, fails=True)
+    for command in (("show", "/nowhere", 3), ("convert", "/nowhere.jsonl", tmp_path / "out")):
+        assert "/nowhere" in nemo_kd(*command, "--tokenizer", given, fails=True)
+    named = store(tmp_path / "named", spec(tokenizer={"path": "some/model-on-a-hub"}))
+    assert "some/model-on-a-hub, is not on this machine" in nemo_kd("show", named, 3, fails=True)
+    assert "no sample of row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
+    wrong = nemo_kd("show", a_store, 3, "--html", tmp_path / "no/x.html", fails=True)
+    assert "--html" in wrong and "there is no directory" in wrong
 
 
 def test_jsonl_both_ways_is_the_same_store_to_float16(

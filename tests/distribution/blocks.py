@@ -63,7 +63,9 @@ def check_bash(text: str) -> None:
 def check_console(text: str) -> None:
     """After `$ ` a command; what follows is what it prints."""
     for part in re.split(r"^\$ ", text, flags=re.MULTILINE)[1:]:
-        lines = part.splitlines()
+        command = re.match(r"(?:.*\\\n)*.*", part)  # to the first line that does not go on
+        assert command
+        lines = [command[0], *part[command.end() :].strip("\n").splitlines()]
         (words,) = commands(lines[0])
         assert words[0] == "nemo-kd"
         printed = run_nemo_kd(words[1:]).strip("\n").splitlines()

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
-import io
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +29,7 @@ PAGES = [
 # Page and first line of each block without a check here → where it has one, or why it needs none.
 EXEMPT = {
     ("design.md", "JSONL (SFT)  +  teacher.nemo"): "a picture",
-    ("loss.md", "loss = sft_weight · CE + kd_weight · T² · D(p, q)            nats a token"): (
+    ("loss.md", "loss = sft_weight · CE + kd_weight · T² · D(p, q)       nats per token"): (
         "formulas"
     ),
     ("nemo_aligner.md", "python examples/nlp/gpt/train_gpt_knowledge_distillation.py"): (
@@ -43,24 +41,25 @@ EXEMPT = {
 }
 
 
+COLUMNS = 80
+
+
+def test_code_fits_a_terminal() -> None:
+    """On the site's pages; an address cannot be broken, files of `conf/` are shown as they are."""
+    wide = [
+        (page.name, line)
+        for page in sorted((ROOT / "docs").glob("*.md"))
+        for block in blocks_of(page)
+        for line in block.text.splitlines()
+        if len(line) > COLUMNS and not re.fullmatch(r"wget https://\S+", line)
+    ]
+    assert wide == []
+
+
 def exempt(block: Block) -> bool:
     return any(
         block.page == page and block.first_line.startswith(line.strip()) for page, line in EXEMPT
     )
-
-
-@cache
-def sentencepiece_model() -> bytes:
-    import sentencepiece
-
-    model = io.BytesIO()
-    sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(models.TEXT.splitlines()),
-        model_writer=model,
-        vocab_size=300,
-        minloglevel=2,
-    )
-    return model.getvalue()
 
 
 @pytest.fixture
@@ -68,11 +67,11 @@ def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current directory, with the files that the pages name: a store and its tokenizer, and
     the same as NeMo-Aligner's JSONL."""
     model = tmp_path / "tokenizer.model"
-    model.write_bytes(sentencepiece_model())
+    model.write_bytes(models.sentencepiece_model())
     of = spec(vocab_size=300, tokenizer={"library": "sentencepiece", "path": str(model)})
     write(tmp_path / "store", of, [sample(row, of, answers=1 + row % 4) for row in range(7)])
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("COLUMNS", str(COLUMNS))
     (tmp_path / "data").mkdir()
     for part in ("train", "val"):
         with pytest.raises(SystemExit) as left:
@@ -129,6 +128,7 @@ def check_yaml(text: str) -> None:
 
 def check_signatures(text: str) -> None:
     """`name(a, b, *, c=1, ...)` of `nemo_kd.loss` as the page prints it."""
+    text = re.sub(r"\n +", " ", text)  # a signature over several lines
     printed = re.findall(r"^(\w+)\((.*?)(, \.\.\.)?\)(?= +->| +#|$)", text, re.MULTILINE)
     assert printed
     for name, arguments, more in printed:
