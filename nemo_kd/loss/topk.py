@@ -57,8 +57,8 @@ def vocab_parallel_topk(
     Layout: logits [*, Vp] are this rank's columns (bf16, fp16 or float32; float64 is rounded to
     float32), N = the product of `*`; the result is the same on every rank. `logsumexp` is [N] for
     one temperature, [N, T] for T of them, in their order, float32 in nats. Columns ≥ `vocab_size`
-    are padding: never chosen, never counted. K may be larger than Vp. Collectives: one all-gather
-    of K int64 a row and rank, one all-reduce of [N, T].
+    are padding: never chosen, never counted. A logit of -inf is an absent place. K may be larger
+    than Vp. Collectives: one all-gather of K int64 a row and rank, one all-reduce of [N, T].
 
     Errors: ValueError for K outside 1 ... vocab_size, or a temperature that is not positive.
     """
@@ -81,6 +81,7 @@ def vocab_parallel_topk(
         sums[part] = _logsumexp(work, temperatures)
     keys = _top(shard.gather(keys), k)  # [N, K] of [N, K · ranks]
     values, ids = _decode(keys)
+    ids.masked_fill_(values == -torch.inf, ABSENT_ID)
     logsumexp = _add_ranks(sums, values[:, 0], temperatures, shard)
     return TopK(values, ids, logsumexp.squeeze(-1) if len(temperatures) == 1 else logsumexp)
 
@@ -185,8 +186,9 @@ def _logsumexp(work: Tensor, temperatures: Sequence[float]) -> Tensor:
 def _add_ranks(
     sums: Tensor, top: Tensor, temperatures: Sequence[float], shard: VocabShard
 ) -> Tensor:
-    """log Σ over the ranks of exp(sums) [N, T], from the row's maximum `top` [N]."""
+    """log Σ over the ranks of exp(sums) [N, T], from the row's maximum `top` [N]; -inf of -inf."""
     if shard.group is None:
         return sums
     scale = top.unsqueeze(-1) / sums.new_tensor(list(temperatures))  # [N, T]
-    return scale + shard.sum((sums - scale).exp_()).log_()
+    total = scale + shard.sum((sums - scale).exp_()).log_()
+    return total.where(scale != -torch.inf, scale)

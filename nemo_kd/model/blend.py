@@ -17,10 +17,13 @@ from nemo_kd.model.dataset import (
     TeacherSFTDataset,
 )
 from nemo_kd.model.order import Order
-from nemo_kd.model.stores import shared_arguments, store_dataset
+from nemo_kd.model.stores import store_dataset
+from nemo_kd.sft_files import SFTChatDataset, SFTDataset, is_chat, sft_arguments
 
 if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
+
+TRAINING, VALIDATION = "model.data.train_ds", "model.data.validation_ds"
 
 
 def build_datasets(
@@ -41,7 +44,8 @@ def build_datasets(
         store_dataset(model, directory, data_cfg, alpha, training)
         for directory, alpha in zip(stores, alphas, strict=True)
     ]
-    datasets += [_file_dataset(model, file, data_cfg) for file in files]
+    where = TRAINING if training else VALIDATION
+    datasets += [_file_dataset(model, file, data_cfg, where) for file in files]
     return datasets
 
 
@@ -68,26 +72,30 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
     return BlendableDataset(datasets=datasets, weights=probabilities, size=size)
 
 
+def blend_files(
+    model: MegatronGPTSFTKDModel, number: int, data_cfg: DictConfig
+) -> BlendableDataset:
+    """Training data of SFT files alone: `number` samples, in the order of NeMo's own SFT."""
+    files, weights = sft_files(data_cfg), data_cfg.get("concat_sampling_probabilities")
+    if weights is None or len(weights) != len(files):
+        raise ValueError(
+            f"model.data.train_ds.concat_sampling_probabilities={weights}: without a store, one "
+            f"for each of the {len(files)} files of model.data.train_ds.file_names is needed"
+        )
+    prefix: list[Any] = [part for pair in zip(weights, files, strict=True) for part in pair]
+    _, _, samples = get_datasets_weights_and_num_samples(prefix, [number])
+    arguments = sft_arguments(model, data_cfg, TRAINING)
+    dataset = SFTChatDataset if is_chat(model) else SFTDataset
+    datasets = [
+        dataset(file_path=file, max_num_samples=count[0], **arguments)
+        for file, count in zip(files, samples, strict=True)
+    ]
+    size = sum(count[0] for count in samples)
+    return BlendableDataset(datasets=datasets, weights=weights, size=size)
+
+
 def _file_dataset(
-    model: MegatronGPTSFTKDModel, file: str, data_cfg: DictConfig
+    model: MegatronGPTSFTKDModel, file: str, data_cfg: DictConfig, where: str
 ) -> FileSFTDataset | FileSFTChatDataset:
-    """As `MegatronGPTSFTModel._build_dataset` makes it."""
-    chat = model.cfg.data.get("chat", False)
-    arguments: dict[str, Any] = {
-        **shared_arguments(model, data_cfg),
-        "sep_id": model.sep_id,
-        "answer_only_loss": model.cfg.get("answer_only_loss", True),
-        "virtual_tokens": model.virtual_tokens,
-        "special_tokens": model.cfg.data.get("chat_prompt_tokens", None),
-        "memmap_workers": data_cfg.get("memmap_workers"),
-        "index_mapping_dir": data_cfg.get("index_mapping_dir"),
-        "hf_dataset": data_cfg.get("hf_dataset", False),
-        "label_key": data_cfg.get("label_key", "answer"),
-        "truncation_field": data_cfg.get("truncation_field", "text"),
-        "truncation_method": data_cfg.get("truncation_method", "right"),
-        "prompt_template": data_cfg.get("prompt_template"),
-        "add_bos": data_cfg.get("add_bos", False),
-        "add_eos": data_cfg.get("add_eos", True),
-        "add_sep": data_cfg.get("add_sep", False),
-    }
-    return (FileSFTChatDataset if chat else FileSFTDataset)(file_path=file, **arguments)
+    dataset = FileSFTChatDataset if is_chat(model) else FileSFTDataset
+    return dataset(file_path=file, **sft_arguments(model, data_cfg, where))

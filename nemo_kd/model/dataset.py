@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
-    GPTSFTChatDataset,
-)
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
 
 from nemo_kd.data import Fitting, TeacherRows, collate_teacher, cut_prompt
+from nemo_kd.sft_files import SFTChatDataset, SFTDataset
 from nemo_kd.store import Sample, Store
 
 
@@ -90,19 +88,19 @@ class StoreSFTDataset(TeacherSFTDataset):
         }
 
 
-class FileSFTDataset(TeacherSFTDataset):
+class FileSFTDataset(TeacherSFTDataset, SFTDataset):
     """Rows of an SFT file beside stores: NeMo's own tokens, cross-entropy alone."""
 
     def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
-        item = super()._process_example(example)
+        item = GPTSFTDataset._process_example(self, example)
         return _without_teacher(item, GPTSFTDataset._build_loss_mask(self, item))
 
 
-class FileSFTChatDataset(TeacherSFTDataset, GPTSFTChatDataset):
+class FileSFTChatDataset(TeacherSFTDataset, SFTChatDataset):
     """Conversations of a file beside stores."""
 
     def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
-        item = GPTSFTChatDataset._process_example(self, example)
+        item = SFTChatDataset._process_example(self, example)
         length = self.max_seq_length  # of the inputs; as NeMo, what is behind it is cut off
         loss_mask = item["mask"][: length + 1].float().tolist()
         item["input_ids"] = item["input_ids"][: length + 1].tolist()

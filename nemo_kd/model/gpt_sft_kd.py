@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader
 from nemo_kd.data import TEACHER_KEYS, teacher_at
 from nemo_kd.mcore import own_positions
 from nemo_kd.megatron import gpt_module
-from nemo_kd.model.blend import blend, build_datasets
+from nemo_kd.model.blend import blend, blend_files, build_datasets
 from nemo_kd.model.config import check_train_data, kd_training_config, store_directories
 from nemo_kd.model.generation import GeneratingSFTModel, check_generation
 from nemo_kd.model.order import Order, reorder_files
@@ -78,9 +78,11 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
             wanted = self._done.consumed_samples + steps * data_cfg.global_batch_size
             return blend(datasets, wanted, data_cfg)
         check_train_data(data_cfg, self.kd_schedule)
-        blended = super()._build_dataset(data_cfg, is_train)
-        if not data_cfg.get("packed_sequence", False):
-            reorder_files(blended, Order.of(data_cfg))
+        if data_cfg.get("packed_sequence", False):
+            return super()._build_dataset(data_cfg, is_train)  # NeMo's own packed files
+        number = self.trainer.max_steps * data_cfg.global_batch_size
+        blended = blend_files(self, number, data_cfg)
+        reorder_files(blended, Order.of(data_cfg))
         return blended
 
     def _build_validation(self, data_cfg: DictConfig) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.errors import StoreError
+from nemo_kd.store.lock import DirectoryLock
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
@@ -38,8 +39,9 @@ def write_samples(
     progress: Progress | None = None,
 ) -> Manifest:
     """A store of samples that come in rising row order; a shard is begun when a row needs it."""
-    writer = StoreWriter(directory, spec, overwrite=overwrite)
-    return _write(writer, ((s.row, s) for s in samples), _add_sample, progress)
+    with DirectoryLock(directory):
+        writer = StoreWriter(directory, spec, overwrite=overwrite)
+        return _write(writer, ((s.row, s) for s in samples), _add_sample, progress)
 
 
 def convert(
@@ -104,8 +106,9 @@ def merge(
         for store, offset in zip(stores, offsets, strict=True)
         for stored in _stored(store)
     )
-    writer = StoreWriter(directory, spec, overwrite=overwrite)
-    return _write(writer, rows, _add_stored, progress)
+    with DirectoryLock(directory):
+        writer = StoreWriter(directory, spec, overwrite=overwrite)
+        return _write(writer, rows, _add_stored, progress)
 
 
 def split(
@@ -138,8 +141,9 @@ def split(
             if _part(seed, stored.row, bounds) == part
         )
         spec = replace(store.manifest.spec, source=source)
-        writer = StoreWriter(directory, spec, overwrite=overwrite)
-        manifests.append(_write(writer, rows, _add_stored, progress))
+        with DirectoryLock(directory):
+            writer = StoreWriter(directory, spec, overwrite=overwrite)
+            manifests.append(_write(writer, rows, _add_stored, progress))
     return manifests
 
 

@@ -50,7 +50,8 @@ class StoreWriter:
     """One store being written; every process of a dump opens it with the same spec.
 
     With `overwrite` what is there of a store is removed first. That is for one process alone: the
-    others open the store after it, without `overwrite`.
+    others open the store after it, without `overwrite`. Different jobs are kept apart by a
+    `DirectoryLock`, which one process of a job holds.
     """
 
     def __init__(self, directory: str | Path, spec: StoreSpec, overwrite: bool = False) -> None:
@@ -68,7 +69,7 @@ class StoreWriter:
 
     def is_whole(self, shard_index: int) -> bool:
         """Whether the shard is there, of this spec, with every file at its full size."""
-        return self._whole_shard(shard_index) is not None
+        return self.whole_shard(shard_index) is not None
 
     def shard(self, shard_index: int) -> ShardWriter:
         """A context that writes one shard; one process at a time may write a given shard."""
@@ -76,14 +77,14 @@ class StoreWriter:
 
     def finish(self, num_shards: int) -> Manifest:
         """Write the manifest, once every process has left its last shard; for one process."""
-        found = [self._whole_shard(index) for index in range(num_shards)]
+        found = [self.whole_shard(index) for index in range(num_shards)]
         missing = [str(index) for index, shard in enumerate(found) if shard is None]
         if missing:
             raise StoreError(
                 f"{self.directory}: shards {', '.join(missing[:20])} of {num_shards} are not "
                 "there or not whole; run the same dump command again, it writes only those"
             )
-        beyond = [path.name for path in _shard_directories(self.directory)][num_shards:]
+        beyond = [path.name for path in shard_directories(self.directory)][num_shards:]
         if beyond:
             raise StoreError(
                 f"{self.directory}: {', '.join(beyond)} beyond the {num_shards} shards of this "
@@ -107,7 +108,8 @@ class StoreWriter:
                 "another directory"
             )
 
-    def _whole_shard(self, shard_index: int) -> ShardInfo | None:
+    def whole_shard(self, shard_index: int) -> ShardInfo | None:
+        """The entry of a shard for which `is_whole`."""
         directory = self.directory / shard_name(shard_index)
         if not (directory / SHARD).exists():
             return None
@@ -244,15 +246,17 @@ class ShardWriter:
         return {**info.to_json(), SPEC_KEY: self._store.spec.fingerprint}
 
 
-def _shard_directories(directory: Path) -> list[Path]:
-    return sorted(path for path in directory.glob("shard-*") if path.is_dir())
+def shard_directories(directory: Path) -> list[Path]:
+    """The shards' directories in their order, whole or not."""
+    found = [path for path in directory.glob("shard-*[0-9]") if path.is_dir()]
+    return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _remove_store(directory: Path) -> None:
     """The manifest first: a store without it is an unfinished one, never a wrong one."""
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / SPEC).unlink(missing_ok=True)
-    for path in _shard_directories(directory):
+    for path in shard_directories(directory):
         shutil.rmtree(path)
     _remove_leftovers(directory)
 
@@ -261,6 +265,6 @@ def _remove_leftovers(directory: Path) -> None:
     """What processes that were killed had not yet renamed."""
     for path in directory.glob(".shard-*.tmp"):
         shutil.rmtree(path)
-    for name in (MANIFEST, SPEC):
-        for path in directory.glob(f".{name}.*.tmp"):
+    for pattern in (f".{MANIFEST}.*.tmp", f".{SPEC}.*.tmp", f"shard-*/.{SHARD}.*.tmp"):
+        for path in directory.glob(pattern):
             path.unlink()

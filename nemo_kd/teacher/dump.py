@@ -11,11 +11,14 @@ import torch
 from megatron.core import parallel_state
 from omegaconf import DictConfig
 
+from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
-from nemo_kd.teacher.fingerprint import checkpoint_fingerprint, file_sha256
-from nemo_kd.teacher.forward import AnswerTopK, TopKForward, sample_of
+from nemo_kd.store.earlier import Tokens
+from nemo_kd.teacher.begin import Source, TokensOf, check_rows, locked, open_writer
+from nemo_kd.teacher.fingerprint import checkpoint_fingerprint
+from nemo_kd.teacher.forward import AnswerTopK, TopKForward, sample_of, split_unusable
 from nemo_kd.teacher.progress import DumpProgress
-from nemo_kd.teacher.rows import TEMPLATE_KEYS, NoAnswerError, Row, SFTRows, Teacher
+from nemo_kd.teacher.rows import TEMPLATE_KEYS, BadRows, Row, SFTRows, Teacher, readable
 from nemo_kd.teacher.stop import StopOnSignal
 from nemo_kd.tokenizer import tokenizer_fingerprint
 
@@ -45,88 +48,106 @@ def dump(
 
     None when a signal asked to stop: what is whole stays, the same command goes on.
     """
-    rows = SFTRows(model, cfg.data)
-    spec = store_spec(cfg, model, len(rows))
+    rows, bad = SFTRows(model, cfg.data), BadRows.of(cfg)
+    spec = store_spec(cfg, model, rows.file)
     forward = forward_class(model, spec, cfg.rows_per_lm_head)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
         return shard_samples(rows, shard, spec.rows_per_shard, forward, cfg, progress)
 
-    return write_store(cfg, spec, len(rows), samples)
+    def tokens(numbers: Sequence[int]) -> Iterator[Tokens]:
+        for row in readable(rows, numbers, bad, []):
+            yield Tokens(row.row, row.input_ids, row.loss_mask)
+
+    return write_store(cfg, spec, rows, samples, tokens)
 
 
 def write_store(
     cfg: DictConfig,
     spec: StoreSpec,
-    num_rows: int,
+    source: Source,
     samples_of: Callable[[int, DumpProgress], Iterable[Sample]],
+    tokens_of: TokensOf | None = None,
     progress_class: type[DumpProgress] = DumpProgress,
 ) -> Manifest | None:
-    """The store of `num_rows` rows, shard by shard; its manifest, or None when a signal stopped it.
+    """The store of `source`, shard by shard; its manifest, or None when a signal stopped it.
 
     Shard i is the work of data-parallel rank `i % DP`; shards that are whole already are skipped.
     `samples_of(shard, progress)` gives a shard's samples in any order, on the rank of each replica
-    that holds logits. Collectives over all ranks: barriers before the first shard, one small sum
-    after the last.
+    that holds logits; `tokens_of` is `open_writer`'s. Collectives over all ranks: a few small ones
+    before the first shard, one small sum after the last.
     """
-    writer = open_writer(cfg, spec)
-    shards = -(-num_rows // spec.rows_per_shard)
-    mine = range(
-        parallel_state.get_data_parallel_rank(),
-        shards,
-        parallel_state.get_data_parallel_world_size(),
-    )
-    todo = [shard for shard in mine if not writer.is_whole(shard)]
-    torch.distributed.barrier()  # all ranks of a replica must have looked before one writes
-    writes = parallel_state.is_pipeline_last_stage() and not (
-        parallel_state.get_tensor_model_parallel_rank()
-    )
-    with (
-        StopOnSignal() as stop,
-        progress_class(todo, len(mine) - len(todo), num_rows, spec) as progress,
-    ):
-        for shard in todo:
-            if stop.agreed():
-                break
-            samples = list(samples_of(shard, progress))
-            if writes:
-                with writer.shard(shard) as out:
-                    for sample in sorted(samples, key=lambda sample: sample.row):
-                        out.add(sample)
-        stopped = stop.agreed(torch.distributed.group.WORLD)
-    summary = progress.summary()
-    if torch.distributed.get_rank() == 0:
-        if summary:
-            print(summary)
-        if stopped:
-            whole = sum(writer.is_whole(shard) for shard in range(shards))
-            print(
-                f"stopped by a signal: {whole} of {shards} shards are whole in {cfg.output_dir}; "
-                "give the same command again to go on"
-            )
-        else:
-            writer.finish(shards)
-        if cfg.jsonl and not stopped:
-            store, unit = iter(Store(writer.directory)), spec.temperatures.index(1.0)
-            write_jsonl(writer.directory / "topk.jsonl", store, unit_temperature=unit)
-    torch.distributed.barrier()
+    with locked(cfg.output_dir) as check_lock:
+        writer = open_writer(cfg, spec, len(source), tokens_of)
+        shards = -(-len(source) // spec.rows_per_shard)
+        mine = range(
+            parallel_state.get_data_parallel_rank(),
+            shards,
+            parallel_state.get_data_parallel_world_size(),
+        )
+        todo = [shard for shard in mine if not writer.is_whole(shard)]
+        check_rows(source, _rows_of(todo, spec, len(source)), BadRows.of(cfg))
+        # So all ranks of a replica have looked before one writes.
+        with (
+            StopOnSignal() as stop,
+            progress_class(todo, len(mine) - len(todo), len(source), spec) as progress,
+        ):
+            for shard in todo:
+                if stop.agreed():
+                    break
+                check_lock()
+                samples = list(samples_of(shard, progress))
+                source.file.check_unchanged()
+                if _writes():
+                    with writer.shard(shard) as out:
+                        for sample in sorted(samples, key=lambda sample: sample.row):
+                            out.add(sample)
+            stopped = stop.agreed(torch.distributed.group.WORLD)
+        summary = progress.summary()
+        if torch.distributed.get_rank() == 0:
+            if summary:
+                print(summary)
+            if progress.left_out:
+                print(progress.left_out, file=sys.stderr)
+            check_lock()
+            source.file.check_unchanged()
+            _finish(cfg, writer, shards, stopped)
+        torch.distributed.barrier()
     return None if stopped else Store(writer.directory).manifest
 
 
-def open_writer(cfg: DictConfig, spec: StoreSpec) -> StoreWriter:
-    """The store's writer; rank 0 prepares the directory, the others find it as it left it."""
-    directory = Path(cfg.output_dir)
-    if torch.distributed.get_rank() == 0:
-        writer = StoreWriter(directory, spec, overwrite=cfg.overwrite)
-        torch.distributed.barrier()
-        return writer
-    torch.distributed.barrier()
-    return StoreWriter(directory, spec)
+def _finish(cfg: DictConfig, writer: StoreWriter, shards: int, stopped: bool) -> None:
+    """The manifest and the exchange file; or, of a dump that was stopped, how far it is."""
+    if stopped:
+        whole = sum(writer.is_whole(shard) for shard in range(shards))
+        print(
+            f"stopped by a signal: {whole} of {shards} shards are whole in {cfg.output_dir}; "
+            "give the same command again to go on"
+        )
+        return
+    writer.finish(shards)
+    if cfg.jsonl:
+        store, unit = iter(Store(writer.directory)), writer.spec.temperatures.index(1.0)
+        write_jsonl(writer.directory / "topk.jsonl", store, unit_temperature=unit)
 
 
-def store_spec(cfg: DictConfig, model: Teacher, num_rows: int) -> StoreSpec:
+def _writes() -> bool:
+    """Whether this rank is the one of its replica that writes."""
+    return parallel_state.is_pipeline_last_stage() and not (
+        parallel_state.get_tensor_model_parallel_rank()
+    )
+
+
+def _rows_of(shards: Iterable[int], spec: StoreSpec, num_rows: int) -> list[int]:
+    size = spec.rows_per_shard
+    return [
+        row for shard in shards for row in range(shard * size, min((shard + 1) * size, num_rows))
+    ]
+
+
+def store_spec(cfg: DictConfig, model: Teacher, file: JsonlFile) -> StoreSpec:
     """What this dump's store is: a resume under another spec is refused by the writer."""
-    teacher, source = Path(cfg.model.restore_from_path), Path(cfg.data.file_path)
+    teacher = Path(cfg.model.restore_from_path)
     tokenizer = model.cfg.tokenizer
     return StoreSpec(
         top_k=cfg.model.kd.top_k,
@@ -150,7 +171,7 @@ def store_spec(cfg: DictConfig, model: Teacher, num_rows: int) -> StoreSpec:
             **{key: cfg.data.get(key) for key in TEMPLATE_KEYS},
             "answer_only_loss": cfg.model.answer_only_loss,
         },
-        source={"name": source.name, "rows": num_rows, "sha256": file_sha256(source)},
+        source={"name": file.path.name, "rows": len(file), "sha256": file.sha256},
     )
 
 
@@ -165,27 +186,23 @@ def shard_samples(
     """The samples of one shard, by falling length; nothing on ranks that hold no logits."""
     first = shard * rows_per_shard
     numbers = range(first, min(first + rows_per_shard, len(rows)))
-    batch = list(readable(rows, numbers, cfg.data.no_answer == "drop"))
-    progress.drop(len(numbers) - len(batch))
+    bad, dropped = BadRows.of(cfg), list[RowError]()
+    batch = list(readable(rows, numbers, bad, dropped))
+    progress.drop(dropped)
     # More than one micro-batch in flight keeps the stages of a pipeline busy.
     stages = parallel_state.get_pipeline_model_parallel_world_size()
     in_flight = 1 if stages == 1 else 2 * stages
     limit = cfg.max_tokens_per_micro_batch or sys.maxsize
     for call, micro_batch_size in calls(batch, cfg.model.micro_batch_size, limit, in_flight):
         results = forward(call, micro_batch_size)
-        for row, topk in zip(call, results or [], strict=False):
+        if results is None:
+            continue
+        pairs = zip(call, results, strict=True)
+        kept, unusable = split_unusable(pairs, rows.file.path, bad)
+        for row, topk in kept:
             yield sample_of(row, topk)
-        progress.advance(call, results)
-
-
-def readable(rows: SFTRows, numbers: Iterable[int], drop: bool) -> Iterator[Row]:
-    """The rows, those without an answer token left out. Errors: NoAnswerError unless `drop`."""
-    for number in numbers:
-        try:
-            yield rows[number]
-        except NoAnswerError:
-            if not drop:
-                raise
+        progress.drop(unusable)
+        progress.advance(kept)
 
 
 def calls(

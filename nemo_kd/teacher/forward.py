@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -11,8 +12,9 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from nemo_kd.megatron import LMHead, gpt_module, split_lm_head
+from nemo_kd.sft import RowError
 from nemo_kd.store import Sample, StoreSpec
-from nemo_kd.teacher.rows import Row
+from nemo_kd.teacher.rows import BadRows, Row
 from nemo_kd.teacher.select import Selection
 
 if TYPE_CHECKING:
@@ -27,6 +29,42 @@ class AnswerTopK(NamedTuple):
     logits: torch.Tensor  # [A, K] float32
     ids: torch.Tensor  # [A, K] int64
     logsumexp: torch.Tensor  # [A, temperatures] float32
+
+
+class NoLogitsError(RowError):
+    """A row for which the teacher gives NaN or +inf, or nothing above -inf."""
+
+
+def split_unusable(
+    pairs: Iterable[tuple[Row, AnswerTopK]], path: Path, bad: BadRows, samples_per_row: int = 1
+) -> tuple[list[tuple[Row, AnswerTopK]], list[RowError]]:
+    """The rows with a teacher that a store can hold, and the errors of those left out.
+
+    Errors: NoLogitsError for one that `bad` does not leave out.
+    """
+    kept, dropped = [], list[RowError]()
+    for row, topk in pairs:
+        token = _first_unusable(topk)
+        if token is None:
+            kept.append((row, topk))
+            continue
+        error = NoLogitsError(
+            f"{path}, row {row.row // samples_per_row}: at answer token {token} the teacher's "
+            f"largest logit is {topk.logits[token, 0]:g} and its log-sum-exp "
+            f"{topk.logsumexp[token, 0]:g}; check the checkpoint and trainer.precision, or leave "
+            "such rows out with on_bad_row=drop"
+        )
+        if not bad.drops(error):
+            raise error
+        dropped.append(error)
+    return kept, dropped
+
+
+def _first_unusable(topk: AnswerTopK) -> int | None:
+    """The first answer token that has no largest logit, or no log-sum-exp."""
+    usable = topk.logits[:, 0].isfinite() & ~topk.logits.isnan().any(1)
+    usable &= topk.logsumexp.isfinite().all(1)
+    return None if bool(usable.all()) else int((~usable).nonzero()[0, 0])
 
 
 def sample_of(row: Row, topk: AnswerTopK) -> Sample:

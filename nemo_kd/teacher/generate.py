@@ -18,14 +18,15 @@ import numpy as np
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.teacher.dump import calls, store_spec, write_store
-from nemo_kd.teacher.forward import sample_of
+from nemo_kd.teacher.forward import sample_of, split_unusable
 from nemo_kd.teacher.generate_filter import AnswerFilter
 from nemo_kd.teacher.generate_prompts import Prompts
 from nemo_kd.teacher.generate_step import Answer, Decoding, GenerationError, Prompt
 from nemo_kd.teacher.progress import DumpProgress
-from nemo_kd.teacher.rows import Row, Teacher
+from nemo_kd.teacher.rows import BadRows, Row, Teacher, readable
 
 ANSWERS = "answers.jsonl"
 # prompts → answers, or None on ranks that hold no logits
@@ -45,19 +46,20 @@ def generate(
             "data.prompt_template"
         )
     decoding, keep = read_settings(cfg, teacher)
-    prompts = Prompts(teacher, cfg.data, decoding)
-    spec = generation_spec(cfg, teacher, prompts.rows)
+    prompts, bad = Prompts(teacher, cfg.data, decoding), BadRows.of(cfg)
+    spec = generation_spec(cfg, teacher, prompts.file)
     write = writer(spec, decoding)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
         assert isinstance(progress, GenerateProgress)
         first = shard * spec.rows_per_shard
-        batch = [
-            prompts[row] for row in range(first, min(first + spec.rows_per_shard, len(prompts)))
-        ]
+        numbers = range(first, min(first + spec.rows_per_shard, len(prompts)))
+        dropped: list[RowError] = []
+        batch = list(readable(prompts, numbers, bad, dropped))
+        progress.drop(dropped)
         limit = cfg.max_tokens_per_micro_batch or sys.maxsize
         for call, _ in calls(batch, cfg.model.micro_batch_size, limit, in_flight=1):
-            for answer in progress.count(write(call)):
+            for answer in usable(write(call), progress):
                 if not (answer.finished or cfg.generation.keep_unfinished):
                     progress.unfinished += 1
                 elif not keep.keeps(prompts.text(answer.ids), prompts.source(answer.prompt.row)):
@@ -65,7 +67,15 @@ def generate(
                 else:
                     yield sample_of(_row(answer), answer.topk)
 
-    manifest = write_store(cfg, spec, len(prompts), samples, GenerateProgress)
+    def usable(answers: list[Answer] | None, progress: GenerateProgress) -> list[Answer]:
+        """Those that a store can hold, counted; none on a rank that has none."""
+        pairs = [(_row(answer), answer.topk) for answer in answers or ()]
+        kept, dropped = split_unusable(pairs, prompts.file.path, bad, decoding.samples_per_prompt)
+        progress.drop(dropped)
+        rows = {row.row for row, _ in kept}
+        return progress.count([answer for answer in answers or () if answer.prompt.row in rows])
+
+    manifest = write_store(cfg, spec, prompts, samples, progress_class=GenerateProgress)
     if manifest is not None and torch.distributed.get_rank() == 0:
         path = Path(cfg.output_dir) / ANSWERS
         total, same = write_answers(path, Store(cfg.output_dir), prompts)
@@ -90,9 +100,9 @@ def read_settings(cfg: DictConfig, teacher: Teacher) -> tuple[Decoding, AnswerFi
     return decoding, AnswerFilter(settings.filter.pattern, settings.filter.function)
 
 
-def generation_spec(cfg: DictConfig, teacher: Teacher, num_prompts: int) -> StoreSpec:
+def generation_spec(cfg: DictConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
     """A dump's spec, with what decides the answers among its template."""
-    spec = store_spec(cfg, teacher, num_prompts)
+    spec = store_spec(cfg, teacher, file)
     settings = OmegaConf.to_container(cfg.generation, resolve=True)
     return replace(spec, template={**spec.template, "generation": settings})
 
@@ -129,23 +139,23 @@ class GenerateProgress(DumpProgress):
         super().__init__(*arguments)
         self.answers = self.tokens = self.unfinished = self.filtered = 0
 
-    def count(self, answers: list[Answer] | None) -> list[Answer]:
-        """The same answers, counted; none on a rank that has none."""
-        answers = answers or []
+    def count(self, answers: list[Answer]) -> list[Answer]:
+        """The same answers, counted."""
         self.answers += len(answers)
         self.tokens += sum(len(answer.ids) for answer in answers)
-        self.advance([_row(answer) for answer in answers], [answer.topk for answer in answers])
+        self.advance([(_row(answer), answer.topk) for answer in answers])
         return answers
 
     def summary(self) -> str:
         """What this run wrote, over all ranks; every rank calls it. Empty without new answers."""
+        self._total()
         mine = [self.answers, self.tokens, self.unfinished, self.filtered]
         counts = mine if self.counts else [0] * len(mine)
         sums = torch.tensor(counts, device=torch.cuda.current_device())
         torch.distributed.all_reduce(sums)
         answers, tokens, unfinished, filtered = sums.tolist()
         if not answers:
-            return ""
+            return self.left_out
         text = f"this run: {answers} answers, {tokens} tokens written"
         if unfinished:
             text += (
@@ -156,4 +166,4 @@ class GenerateProgress(DumpProgress):
             text += f"; {filtered} dropped by generation.filter"
         if unfinished + filtered == answers:
             text += "\nWARNING: no answer was kept"
-        return text
+        return f"{text}\n{self.left_out}" if self.left_out else text

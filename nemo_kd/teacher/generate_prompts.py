@@ -8,8 +8,9 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.teacher.generate_step import Decoding, Prompt
-from nemo_kd.teacher.rows import RowError, SFTRows, Teacher
+from nemo_kd.teacher.rows import SFTRows, Teacher
 
 
 class Prompts:
@@ -19,29 +20,30 @@ class Prompts:
     """
 
     def __init__(self, teacher: Teacher, data_cfg: DictConfig, decoding: Decoding) -> None:
-        self.file_path, self.label_key = str(data_cfg.file_path), data_cfg.label_key
+        self.label_key = data_cfg.label_key
         self.decoding, self.tokenizer = decoding, teacher.tokenizer
         self.sft = SFTRows(teacher, data_cfg).dataset
+        self.file: JsonlFile = self.sft.indexed_dataset
         self.data = copy.copy(self.sft)
         self.data.tokens_to_generate = decoding.max_new_tokens
-        self.rows = len(self.sft)
         # What the template puts before an answer's text: spaces, or nothing.
         self.lead = self.sft._separate_template([""] * len(self.sft.prompt_template_keys))[0][-1]
 
     def __len__(self) -> int:
-        return self.rows * self.decoding.samples_per_prompt
+        return len(self.file) * self.decoding.samples_per_prompt
 
     def __getitem__(self, row: int) -> Prompt:
-        where = f"{self.file_path}, row {row // self.decoding.samples_per_prompt}"
+        where = f"{self.file.path}, row {row // self.decoding.samples_per_prompt}"
+        source = self.source(row)
         try:
             # The answer that the file may have plays no part.
-            item = self.data._process_example({**self.source(row), self.label_key: ""})
+            item = self.data._process_example({**source, self.label_key: ""})
         except KeyError as error:
             raise RowError(
-                f"{where}: no field {error}; the row has {sorted(self.source(row))}. Check "
+                f"{where}: no field {error}; the row has {sorted(source)}. Check "
                 "data.prompt_template, or drop the row"
             ) from error
-        except (TypeError, AttributeError, ValueError) as error:  # JSON's own is a ValueError
+        except (TypeError, AttributeError, ValueError) as error:
             raise RowError(
                 f"{where}: not what NeMo's SFT takes ({error}); a row is a JSON object whose "
                 "fields are strings"
@@ -54,9 +56,14 @@ class Prompts:
             )
         return Prompt(row, tuple(item["context_ids"]), self.decoding.max_new_tokens)
 
+    def check(self, row: int) -> None:
+        """RowError for a row that `[row]` would raise one for; once for all answers to it."""
+        if row % self.decoding.samples_per_prompt == 0:
+            self[row]
+
     def source(self, row: int) -> dict[str, Any]:
         """The row of the SFT file that a store row answers."""
-        source: dict[str, Any] = self.sft.indexed_dataset[row // self.decoding.samples_per_prompt]
+        source: dict[str, Any] = self.file[row // self.decoding.samples_per_prompt]
         return source
 
     def text(self, ids: Sequence[int]) -> str:

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import MegatronGPTSFTModel
 from omegaconf import DictConfig, OmegaConf
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint
+from nemo_kd.sft import RowError
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.forward import AnswerHead, AnswerTopK, inputs_of
-from nemo_kd.teacher.rows import Row, RowError
+from nemo_kd.teacher.rows import Row
 from nemo_kd.teacher.split import HFTeacherError, SplitModel
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 class HFTeacher:
     """What the dump asks of a teacher, around a model of transformers.
 
-    The SFT samples are NeMo's: its own `_build_dataset` works on this object as on its model.
+    It has what NeMo's SFT data sets ask of a model.
     """
 
     sep_id = 49704  # NeMo's, where the configuration names none
@@ -50,9 +50,6 @@ class HFTeacher:
             }
         )
         self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-
-    def _build_dataset(self, data_cfg: DictConfig, is_train: bool) -> Any:
-        return MegatronGPTSFTModel._build_dataset(self, data_cfg, is_train)
 
 
 def load_teacher(cfg: DictConfig) -> HFTeacher:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from types import TracebackType
 
 import torch
@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from nemo_kd.sft import RowError
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.counters import JobCounters
 from nemo_kd.teacher.forward import AnswerTopK
@@ -44,6 +45,8 @@ class DumpProgress:
         )
         self.shows = self.counts and parallel_state.get_data_parallel_rank() == 0
         self.tally = Tally(spec)
+        self.left_out = ""
+        """Rows of the whole job that were left out, in words; known after `summary`."""
         self.place_of_one = spec.temperatures.index(1.0)
         size = spec.rows_per_shard
         self.mine = sum(min(size, num_rows - shard * size) for shard in todo)
@@ -79,11 +82,11 @@ class DumpProgress:
             self._show(last=True)
         self.bar.stop()
 
-    def advance(self, rows: Sequence[Row], topk: Sequence[AnswerTopK] | None) -> None:
+    def advance(self, pairs: Iterable[tuple[Row, AnswerTopK]]) -> None:
         if not self.counts:
             return
-        for row, result in zip(rows, topk or (), strict=True):
-            self.tally.add(row, result)
+        for row, topk in pairs:
+            self.tally.add(row, topk)
         now = time.monotonic()
         if now - self.last_report < SECONDS_BETWEEN_REPORTS and self.tally.done < self.mine:
             return
@@ -94,18 +97,25 @@ class DumpProgress:
         if self.shows:
             self._show()
 
-    def drop(self, rows: int) -> None:
-        """So many rows have nothing to learn: they are done."""
-        if rows and self.counts:
-            self.tally.dropped += rows
-            self.advance((), ())
+    def drop(self, errors: Sequence[RowError]) -> None:
+        """Rows that are left out: they are done."""
+        if errors and self.counts:
+            for error in errors:
+                self.tally.drop(error)
+            self.advance(())
 
     def summary(self) -> str:
         """What this run dumped, over all ranks; every rank calls it. Empty without new rows."""
+        return self._total().summary()
+
+    def _total(self) -> Tally:
+        """The sum over all ranks, of which `left_out` is kept."""
         mine = self.tally.vector().to(torch.cuda.current_device())
         everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
         torch.distributed.all_gather(everyone, mine)
-        return Tally.of((vector.cpu() for vector in everyone), self.tally.spec).summary()
+        total = Tally.of((vector.cpu() for vector in everyone), self.tally.spec)
+        self.left_out = total.left_out()
+        return total
 
     def _agree(self, done: int) -> tuple[int, int, int]:
         """Rows to do and shards skipped of the whole job, and a key that no other dump has."""

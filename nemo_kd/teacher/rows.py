@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+
+from nemo_kd.sft import JsonlFile, RowError
+
+Item_co = TypeVar("Item_co", covariant=True)
 
 # Settings of the `data` block that shape a sample's tokens: the store's template.
 TEMPLATE_KEYS = (
@@ -35,12 +38,8 @@ class Teacher(Protocol):
     tokenizer: Any
     """NeMo's."""
 
-    def _build_dataset(self, data_cfg: DictConfig, is_train: bool) -> Any:
-        """NeMo's SFT data sets of `data_cfg.file_names`."""
-
-
-class RowError(ValueError):
-    """A row of the SFT data that nothing can be learnt from."""
+    sep_id: int
+    virtual_tokens: int
 
 
 @dataclass(frozen=True)
@@ -61,29 +60,55 @@ class NoAnswerError(RowError):
     """A row without an answer token within the limit."""
 
 
+@dataclass(frozen=True)
+class BadRows:
+    """Which rows that nothing can be learnt from are left out; the others are errors."""
+
+    drop_bad: bool
+    """`on_bad_row`: of rows that cannot be read, or for which the teacher gives no number."""
+
+    drop_unanswered: bool
+    """`data.no_answer`: of rows without an answer token."""
+
+    @classmethod
+    def of(cls, cfg: DictConfig) -> BadRows:
+        return cls(cfg.on_bad_row == "drop", cfg.data.no_answer == "drop")
+
+    def drops(self, error: RowError) -> bool:
+        return self.drop_unanswered if isinstance(error, NoAnswerError) else self.drop_bad
+
+
 class SFTRows:
     """Random access to the rows of one JSONL file through NeMo's own SFT data set."""
 
     def __init__(self, model: Teacher, data_cfg: DictConfig) -> None:
-        self.file_path = str(data_cfg.file_path)
+        # NeMo: not before its patches for a CPU, which configuration is read without.
+        from nemo_kd.sft_files import SFTChatDataset, SFTDataset, sft_arguments
+
         self.label_key = data_cfg.label_key
         self.chat = bool(data_cfg.get("chat", False))
-        if Path(self.file_path).is_file() and not Path(self.file_path).stat().st_size:
-            raise RowError(f"{self.file_path} has no rows: the file is empty")
-        block = {**OmegaConf.to_container(data_cfg), "file_names": [self.file_path]}  # type: ignore[dict-item]
-        (self.dataset,) = model._build_dataset(OmegaConf.create(block), is_train=False)
-        # As for training, a missing answer is an error, not an empty string.
-        self.dataset.is_test = False
+        dataset = SFTChatDataset if self.chat else SFTDataset
+        self.dataset: Any = dataset(
+            file_path=str(data_cfg.file_path), **sft_arguments(model, data_cfg, "data")
+        )
+        self.file: JsonlFile = self.dataset.indexed_dataset
         self.max_seq_length = int(self.dataset.max_seq_length)
 
     def __len__(self) -> int:
-        return len(self.dataset)
+        return len(self.file)
 
     def __getitem__(self, row: int) -> Row:
-        item = self._item(row)
+        """The row's tokens; RowError names file, row and reason."""
+        return self._sample(row, self._item(row))
+
+    def check(self, row: int) -> None:
+        """RowError for a row that `[row]` would raise one for, a little faster."""
+        self._sample(row, self._item(row), with_cut=False)
+
+    def _sample(self, row: int, item: dict[str, Any], with_cut: bool = True) -> Row:
         if "answer_ids" in item and not len(item["answer_ids"]):
             raise NoAnswerError(
-                f"{self.file_path}, row {row}: no answer token ({self.label_key!r} is empty or "
+                f"{self.file.path}, row {row}: no answer token ({self.label_key!r} is empty or "
                 f"was cut away at data.max_seq_length={self.max_seq_length}); "
                 "raise data.max_seq_length, or leave such rows out with data.no_answer=drop"
             )
@@ -91,13 +116,13 @@ class SFTRows:
         length = len(item["input_ids"])
         # NeMo makes samples within the limit, but cuts conversations only where it pads a batch
         # (to one target more than here, where the limit is that of a sample's tokens).
-        cut = length > self.max_seq_length if self.chat else self._is_cut(row, length)
+        cut = length > self.max_seq_length if self.chat else with_cut and self._is_cut(row, length)
         input_ids = np.asarray(item["input_ids"][: self.max_seq_length], dtype=np.int32)
         loss_mask = np.asarray(mask[: self.max_seq_length], dtype=np.uint8)
         loss_mask[0] = 0  # nothing comes before the first token to predict it from
         if not loss_mask.any():
             raise NoAnswerError(
-                f"{self.file_path}, row {row}: no answer token to learn from within "
+                f"{self.file.path}, row {row}: no answer token to learn from within "
                 f"data.max_seq_length={self.max_seq_length}; raise it, or leave such rows out "
                 "with data.no_answer=drop"
             )
@@ -105,21 +130,20 @@ class SFTRows:
 
     def _item(self, row: int) -> dict[str, Any]:
         """NeMo's sample; whatever it finds wrong with a row is an error that names the row."""
-        where = f"{self.file_path}, row {row}"
+        where, example = f"{self.file.path}, row {row}", self.file[row]
+        kind = ", with conversations as NeMo wants them" if self.chat else ""
         try:
-            return self.dataset[row]
-        except json.JSONDecodeError as error:
-            raise RowError(f"{where}: not JSON ({error}); mend or drop the line") from error
+            fields = sorted(example) if isinstance(example, dict) else example
+            return self.dataset._process_example(example)
         except KeyError as error:
             raise RowError(
-                f"{where}: no field {error}; the row has "
-                f"{sorted(self.dataset.indexed_dataset[row])}. Check data.label_key and "
+                f"{where}: no field {error}; the row has {fields}. Check data.label_key and "
                 "data.prompt_template, or drop the row"
             ) from error
-        except (TypeError, AttributeError, ValueError, AssertionError) as error:
+        except (TypeError, AttributeError, ValueError, AssertionError, LookupError) as error:
             raise RowError(
                 f"{where}: not what NeMo's SFT takes ({error}); a row is an object whose fields "
-                f"are strings{', with conversations as NeMo wants them' if self.chat else ''}"
+                f"are strings{kind}"
             ) from error
 
     def _is_cut(self, row: int, length: int) -> bool:
@@ -131,3 +155,25 @@ class SFTRows:
             return len(self._item(row)["input_ids"]) > length
         finally:
             self.dataset.max_seq_length = self.max_seq_length
+
+
+class Indexed(Protocol[Item_co]):
+    """Rows, or what is made of them."""
+
+    def __getitem__(self, row: int) -> Item_co: ...
+
+
+def readable(
+    rows: Indexed[Item_co], numbers: Iterable[int], bad: BadRows, dropped: list[RowError]
+) -> Iterator[Item_co]:
+    """The rows; the errors of those that `bad` leaves out go to `dropped`.
+
+    Errors: RowError for any other bad one.
+    """
+    for number in numbers:
+        try:
+            yield rows[number]
+        except RowError as error:
+            if not bad.drops(error):
+                raise
+            dropped.append(error)

@@ -33,7 +33,8 @@ def vocab_parallel_sample(
     Layout: logits [N, Vp] are this rank's columns, columns ≥ `vocab_size` are padding and never
     drawn; uniform [N] float64 in [0, 1) is the same on every rank, and so is the result: ids
     [N, draws] int64 by falling count (ties to the lower id), then -1; logits `log(count / draws)`
-    float32, then -inf; logsumexp [N] zeros. On another sharding the same but for rounding of the
+    float32, then -inf; logsumexp [N] zeros. Of a row with NaN or +inf, or with nothing above -inf,
+    nothing can be drawn: its logits are NaN. On another sharding the same but for rounding of the
     float64 sums. Memory: 8 bytes a logit. Collectives: an all-reduce and an all-gather of [N], an
     all-reduce of [N, draws].
 
@@ -58,7 +59,9 @@ def vocab_parallel_sample(
         column = torch.searchsorted(mass, points - before, right=True)
         column = torch.minimum(column, _last_possible(mass))
         ids = torch.where(here, column + shard.start, ids)
-    return _counted(shard.max(ids))
+    topk = _counted(shard.max(ids))
+    topk.logits.masked_fill_(~total.isfinite(), torch.nan)
+    return topk
 
 
 def _cumulative(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:

@@ -13,16 +13,23 @@ from typing import NamedTuple
 
 import torch
 
+from nemo_kd.sft import RowError
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import Sampled
-from nemo_kd.teacher.forward import AnswerTopK
-from nemo_kd.teacher.rows import Row
+from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
+from nemo_kd.teacher.rows import NoAnswerError, Row
 
 WORST = 5
 LOW_AGREEMENT = 0.1
 """Below this the prompt template or the tokenizer is probably not the teacher's."""
 
-_COUNTS = 5
+# The kind of an error → what is said of rows that were left out for it; the first that fits.
+_DROPPED: dict[type[RowError], str] = {
+    NoAnswerError: "without an answer token",
+    NoLogitsError: "without a finite logit of the teacher",
+    RowError: "that cannot be read",
+}
+_COUNTS = 4 + len(_DROPPED)
 
 
 class Worst(NamedTuple):
@@ -38,8 +45,8 @@ class Tally:
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
         self.rows = self.tokens = self.agreed = self.cut = 0
-        self.dropped = 0
-        """Rows without an answer token, which the store does not have."""
+        self.dropped = [0] * len(_DROPPED)
+        """Rows that the store does not have, by `_DROPPED`."""
         self.mass = torch.zeros(len(spec.temperatures), dtype=torch.float64)
         """Sum over answer tokens of the K ids' probability, for each temperature."""
         self.worst: list[Worst] = []
@@ -47,7 +54,7 @@ class Tally:
     @property
     def done(self) -> int:
         """Rows that are dealt with, dropped ones too."""
-        return self.rows + self.dropped
+        return self.rows + sum(self.dropped)
 
     def add(self, row: Row, topk: AnswerTopK) -> None:
         """One row; topk: its A answer tokens."""
@@ -67,9 +74,13 @@ class Tally:
         self.agreed += int(hit[:, 0].sum())
         self._keep([*self.worst, Worst(nll, row.row)])
 
+    def drop(self, error: RowError) -> None:
+        """One row that is left out."""
+        self.dropped[[isinstance(error, kind) for kind in _DROPPED].index(True)] += 1
+
     def vector(self) -> torch.Tensor:
-        """float64 [5 + T + 2 * WORST]: everything, to be sent."""
-        sums = [self.rows, self.tokens, self.agreed, self.cut, self.dropped]
+        """float64 [7 + T + 2 * WORST]: everything, to be sent."""
+        sums = [self.rows, self.tokens, self.agreed, self.cut, *self.dropped]
         counts = torch.tensor(sums, dtype=torch.float64)
         worst = torch.full((WORST, 2), -1.0, dtype=torch.float64)
         if self.worst:
@@ -82,10 +93,10 @@ class Tally:
         tally, worst = cls(spec), []
         for vector in vectors:
             counts, mass, rows = vector.split([_COUNTS, len(spec.temperatures), 2 * WORST])
-            n, tokens, agreed, cut, dropped = (int(count) for count in counts.tolist())
+            n, tokens, agreed, cut, *dropped = (int(count) for count in counts.tolist())
             tally.rows, tally.tokens = tally.rows + n, tally.tokens + tokens
             tally.agreed, tally.cut = tally.agreed + agreed, tally.cut + cut
-            tally.dropped += dropped
+            tally.dropped = [a + b for a, b in zip(tally.dropped, dropped, strict=True)]
             tally.mass += mass
             worst += [Worst(nll, int(row)) for nll, row in rows.view(WORST, 2).tolist()]
         tally._keep([one for one in worst if one.row >= 0])
@@ -96,7 +107,7 @@ class Tally:
 
     def summary(self) -> str:
         """What to say at the end of a dump; empty without rows."""
-        left_out = [f"left out, without an answer token: {self.dropped} rows"] * bool(self.dropped)
+        left_out = [self.left_out()] * any(self.dropped)
         if not self.tokens:
             return "".join(left_out)
         lines = [
@@ -115,6 +126,11 @@ class Tally:
                 "teacher was trained on, and is this its tokenizer? `nemo-kd show` shows rows."
             )
         return "\n".join(lines)
+
+    def left_out(self) -> str:
+        """The rows that the store does not have, in words; empty without."""
+        counts = zip(_DROPPED.values(), self.dropped, strict=True)
+        return "\n".join(f"left out, {kind}: {count} rows" for kind, count in counts if count)
 
     def _held(self) -> str:
         if self.spec.profile == Sampled.name:

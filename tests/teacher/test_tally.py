@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 import torch
 
+from nemo_kd.sft import RowError
 from nemo_kd.store import StoreSpec
-from nemo_kd.teacher.forward import AnswerTopK
-from nemo_kd.teacher.rows import Row
+from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
+from nemo_kd.teacher.rows import NoAnswerError, Row
 from nemo_kd.teacher.tally import WORST, Tally
 
 K, V = 7, 50
@@ -56,11 +57,20 @@ def test_ranks_add_up_whoever_had_which_rows() -> None:
     for row, topk, _ in (sample(row) for row in range(17)):
         whole.add(row, topk)
         parts[row.row % 3].add(row, topk)
-    whole.dropped, parts[1].dropped, parts[3].dropped = 5, 2, 3
+    kinds = (NoAnswerError, RowError, NoLogitsError)
+    for kind, count in zip(kinds, (5, 2, 1), strict=True):
+        for i in range(count):
+            whole.drop(kind())
+            parts[1 + 2 * (i % 2)].drop(kind())
     total = Tally.of([part.vector() for part in parts], SPEC)
-    assert "without an answer token: 5 rows" in total.summary()
+    assert total.left_out().splitlines() == [
+        "left out, without an answer token: 5 rows",
+        "left out, without a finite logit of the teacher: 1 rows",
+        "left out, that cannot be read: 2 rows",
+    ]
+    assert total.left_out() in total.summary() and total.done == whole.done == 17 + 8
     assert total.worst == whole.worst and total.summary() == whole.summary()
-    assert total.vector()[:5].tolist() == whole.vector()[:5].tolist()
+    assert total.vector()[:7].tolist() == whole.vector()[:7].tolist()
     assert total.mass.tolist() == pytest.approx(whole.mass.tolist(), rel=1e-12)
 
 

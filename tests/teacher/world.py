@@ -70,7 +70,7 @@ def parity(directory: Path) -> dict[str, Any]:
     teacher, forward = start(cfg)
     dump(cfg, teacher, forward)
     rows = SFTRows(teacher, cfg.data)
-    spec = store_spec(cfg, teacher, len(rows))
+    spec = store_spec(cfg, teacher, rows.file)
     hf_rows = [rows[i] for i in range(len(rows))]
     ours = [forward(teacher, spec, 50)([row], 1)[0] for row in hf_rows]
     cfg = configuration(directory, "llama.nemo", "nemo_store")
@@ -202,7 +202,7 @@ def generations(directory: Path) -> None:
         assert len(list((directory / "resumed").glob("shard-*"))) > 0
         run("resumed")
     run("filtered", "generation.filter.pattern='[0-9].*[0-9]'", "generation.keep_unfinished=true")
-    shutil.copy(directory / "answers/answers.jsonl", directory)  # NeMo puts an index beside it
+    shutil.copy(directory / "answers/answers.jsonl", directory)
     cfg = configuration(
         directory,
         "typist",
