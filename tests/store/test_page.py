@@ -51,12 +51,17 @@ def test_the_pages_reader_reads_a_store(
     assert_reads(page, store(tmp_path / "s", of))
 
 
+@pytest.mark.parametrize("profile", PROFILES)
 def test_the_pages_reader_reads_absent_places_and_empty_answers(
-    page: dict[str, Any], tmp_path: Path
+    page: dict[str, Any], tmp_path: Path, profile: str
 ) -> None:
-    one = sample(1, spec(), 2)
-    one.topk_ids[:, 3:], one.topk_logits[:, 3:] = -1, -np.inf
-    assert_reads(page, write(tmp_path / "s", spec(), [sample(0, spec(), 0), one]))
+    of = spec(**PROFILES[profile])
+    one = sample(1, of, 4)
+    for token, present in enumerate((3, 1, of.top_k, of.top_k - 1)):
+        one.topk_ids[token, present:], one.topk_logits[token, present:] = -1, -np.inf
+    directory = write(tmp_path / "s", of, [sample(0, of, 0), one])
+    assert_reads(page, directory)
+    assert (Store(directory)[1].topk_ids == -1).any()
 
 
 def draws(row: int, of: StoreSpec) -> Sample:

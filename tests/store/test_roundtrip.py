@@ -75,6 +75,38 @@ def test_compact_keeps_every_id_and_each_temperature(case: tuple[StoreSpec, list
         assert np.allclose(*relative, atol=1e-5)
 
 
+@pytest.mark.parametrize("vocab_size", [100, 500, 49_152, 262_144])
+@pytest.mark.parametrize("k", [1, 7, 40, 100])
+def test_compact_knows_how_many_ids_are_absent(tmp_path: Path, vocab_size: int, k: int) -> None:
+    """Of the teacher's few ids, none or all but one absent: the same ids, and their probability."""
+    of = spec(profile="compact", vocab_size=vocab_size, top_k=k, temperatures=(1.0, 2.0))
+    whole = sample(0, of, 50, spread=3.0)
+    present = np.arange(k) < np.random.default_rng(0).integers(1, k + 1, (50, 1))
+    logits = np.where(present, whole.topk_logits, -np.inf).astype(np.float32)
+    ids = np.where(present, whole.topk_ids, -1)
+    lse = np.stack([np.logaddexp.reduce(logits / t, axis=1) for t in (1.0, 2.0)], 1)
+    one = replace(whole, topk_ids=ids, topk_logits=logits, logsumexp=lse.astype(np.float32))
+    (now,) = Store(write(tmp_path / "s", of, [one]))
+    assert np.array_equal(now.topk_ids >= 0, present)
+    assert np.array_equal(np.isfinite(now.topk_logits), present)
+    # As without absent places: a level's step, which is finer where the probability is.
+    p = np.zeros((50, vocab_size))
+    q = np.zeros((50, vocab_size))
+    for of_sample, dense in ((one, p), (now, q)):
+        probability = np.exp(of_sample.topk_logits - of_sample.logsumexp[:, :1])
+        np.put_along_axis(dense, np.maximum(of_sample.topk_ids, 0), 0, 1)
+        for token in range(50):
+            kept = of_sample.topk_ids[token] >= 0
+            dense[token, of_sample.topk_ids[token][kept]] = probability[token][kept]
+    assert np.array_equal(p > 0, q > 0)
+    kl = np.sum(p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), axis=1)
+    assert (
+        np.abs(q.sum(1) - 1).max() < 1e-3
+        and kl.mean() < 2e-4
+        and not Store(tmp_path / "s").verify()
+    )
+
+
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), p=st.floats(0.01, 1))
 def test_top_p_is_plain_cut_off(case: tuple[StoreSpec, list[Sample]], p: float) -> None:

@@ -6,9 +6,11 @@ The data sets are NeMo's own, the tokenizer a real one, the model that they belo
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 import tempfile
+from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +19,22 @@ from nemo_kd import cpu
 cpu.install()
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
 
+import numpy as np
+import torch
 from hydra import compose, initialize_config_dir
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
+from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import JSONLMemMapDataset
+from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_kd.model.blend import blend
+from nemo_kd.model.dataset import FileSFTChatDataset, FileSFTDataset
+from nemo_kd.sft import RowError
+from nemo_kd.sft_files import sft_arguments
+from nemo_kd.teacher.generate_prompts import Prompts
+from nemo_kd.teacher.generate_step import Decoding
 from nemo_kd.teacher.hf import HFTeacher
-from nemo_kd.teacher.rows import RowError, SFTRows
+from nemo_kd.teacher.rows import SFTRows
 from tests.checkpoints import models
 
 LIMIT = 40
@@ -41,6 +53,7 @@ FILES: dict[str, tuple[str, list[str]]] = {
     "empty": ("", []),
     "one row": (lines(GOOD).strip(), []),
     "not JSON": (lines(GOOD, "not json", GOOD), []),
+    "not UTF-8": (lines(GOOD, '{"input": "\udcff"}'), []),
     "a blank line": (lines(GOOD, "", GOOD), []),
     "a list": (lines(GOOD, [1, 2]), []),
     "a number": (lines(GOOD, {**GOOD, "output": 3}), []),
@@ -86,6 +99,50 @@ def read(path: Path, overrides: list[str], tokenizer: Any, model: LlamaForCausal
     ]
 
 
+def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str, Any]:
+    """Two rows that NeMo has made an index of, and three that came later: what each way reads."""
+    file, chat = directory / "grown.jsonl", directory / "grown_chat.jsonl"
+    for path, row in ((file, GOOD), (chat, CHAT)):
+        path.write_text(lines(row, row))
+        JSONLMemMapDataset([str(path)], workers=1)
+        path.write_text(lines(row, row, *[{**row, "more": 1}] * 3))
+    base = ["model.restore_from_path=unused", "output_dir=unused", "data.memmap_workers=7"]
+    cfg = compose("dump_teacher_topk", [f"data.file_path={file}", *base])
+    talk = compose("dump_teacher_topk", [f"data.file_path={chat}", "data.chat=true", *base])
+    teacher, chats = (HFTeacher(model, tokenizer, None, one) for one in (cfg, talk))
+    said = io.StringIO()
+    with redirect_stderr(said):
+        read = [SFTRows(teacher, cfg.data), SFTRows(chats, talk.data)]
+        arguments = sft_arguments(teacher, cfg.data, "model.data.train_ds")
+    datasets = [
+        FileSFTDataset(file_path=str(file), **arguments),
+        FileSFTChatDataset(file_path=str(chat), **arguments),
+        FileSFTDataset(file_path=str(directory / "1.jsonl"), **arguments),
+    ]
+    torch.distributed.init_process_group(  # NeMo's blend has a barrier
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    train = OmegaConf.create({"global_batch_size": 4})
+    blended = blend(datasets, 275, train)
+    drawn = np.bincount(blended.dataset_index, minlength=3)
+    prompts = Prompts(teacher, cfg.data, Decoding(3, (1,), temperature=0.0))
+    OmegaConf.update(cfg, "data.hf_dataset", True, force_add=True)
+    try:
+        refused = str(SFTRows(teacher, cfg.data))
+    except ValueError as error:
+        refused = str(error)
+    return {
+        "rows": [len(one) for one in read],
+        "last rows": [len(one[4]) > 10 for one in read],
+        "prompts": len(prompts),
+        "training": [len(one.indexed_dataset) for one in datasets],
+        "drawn": (drawn / drawn.sum()).tolist(),
+        "files": sorted(path.name for path in directory.glob("grown*")),
+        "said": said.getvalue(),
+        "refused": refused,
+    }
+
+
 def main(result: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         models.tokenizer().save_pretrained(f"{directory}/tokenizer")
@@ -101,8 +158,9 @@ def main(result: str) -> None:
         with initialize_config_dir(f"{sys.path[0]}/conf", version_base=None):
             for number, (name, (text, overrides)) in enumerate(FILES.items()):
                 path = Path(directory, f"{number}.jsonl")
-                path.write_text(text)
+                path.write_bytes(text.encode("utf-8", "surrogateescape"))
                 found[name] = read(path, overrides, tokenizer, model)
+            found["grown"] = grown(Path(directory), tokenizer, model)
     Path(result).write_text(json.dumps(found))
 
 

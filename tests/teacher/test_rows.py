@@ -37,7 +37,8 @@ def test_conversations_learn_the_assistants_turns_within_the_limit(read: dict[st
     [
         ("empty", "0.jsonl has no rows: the file is empty"),
         ("not JSON", "2.jsonl, row 1: not JSON (Expecting value"),
-        ("a blank line", "row 1: not JSON"),
+        ("a blank line", "row 1: not JSON (a blank line)"),
+        ("not UTF-8", "row 1: not UTF-8 (invalid"),
         ("a list", "row 1: not what NeMo's SFT takes (list indices must be integers"),
         ("a number", "row 1: not what NeMo's SFT takes ('int' object has no attribute 'strip')"),
         ("no answer", "row 1: no field 'output'; the row has ['input']"),
@@ -51,3 +52,24 @@ def test_a_file_that_nothing_can_be_learnt_from(
     read: dict[str, Any], file: str, message: str
 ) -> None:
     assert message in read[file]
+
+
+def test_rows_that_came_after_nemos_index_are_read_everywhere(read: dict[str, Any]) -> None:
+    """Two rows have an index beside them, five are in the file, one in another file."""
+    grown = read["grown"]
+    assert grown["rows"] == [5, 5] and grown["last rows"] == [True, True]
+    assert grown["prompts"] == 5
+    assert grown["training"] == [5, 5, 1]
+    assert grown["drawn"] == pytest.approx([5 / 11, 5 / 11, 1 / 11], abs=0.01)
+    names = ["grown.jsonl", "grown_chat.jsonl"]
+    assert grown["files"] == sorted(
+        f"{name}{end}" for name in names for end in ("", ".idx.npy", ".idx.info")
+    )
+
+
+def test_settings_of_nemos_index_have_no_effect_and_it_is_said(read: dict[str, Any]) -> None:
+    assert read["grown"]["said"].splitlines() == [
+        f"{where}.memmap_workers=7 has no effect: no index of the rows is kept"
+        for where in ("data", "data", "model.data.train_ds")
+    ]
+    assert "data.hf_dataset=True reads through a cache" in read["grown"]["refused"]

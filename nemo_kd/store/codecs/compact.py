@@ -3,7 +3,7 @@
 At most 250 bytes for K = 100 and any vocabulary up to 262,144. A record, in bits:
 
     16         float16 of log(1 - mass), mass the K ids' probability
-    16         float16 of R = max_i z_i - min_i z_i
+    16         float16 of R = max_i z_i - min_i z_i; its sign is set where ids are absent
     K * l      the low l bits of each id, ids rising; l = floor(log2(V / K))
     K * c      a level for each id, in the same order
     m * 2      two more bits of level for the m = floor(K / 5) ids of the lowest levels
@@ -15,6 +15,9 @@ bits go by rising level, ties by the lower id. Read, an id has the middle of its
 scaled to `mass`, so that the rest beyond K is as exact as its float16. KL(stored || true) over
 the K and the rest is below 1e-4 nats on average (docs/store.md has it measured).
 
+Where the teacher has fewer than K ids, the others are of the highest level, which is theirs alone:
+R is larger by `(2^c / (2^c - 1))^(3/2)`, so that the ids that are there stay below it.
+
 The log-sum-exp at T = 1 is read as 0, the others are stored, float32, relative to it.
 """
 
@@ -25,9 +28,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.codecs.base import Arrays, Codec, Teacher, relative_logits
+from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, relative_logits
 from nemo_kd.store.codecs.bits import SPARE, get, get_unary, put, put_unary
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
 
 FINER_SHARE = 5  # one id in five has a finer level
@@ -46,6 +48,7 @@ class Compact(Codec):
         self.most_high = (spec.vocab_size - 1) >> self.low_bits
         fits = [c for c in (8, 7) if self._bytes(c) <= BYTES_PER_ID * self.k]
         self.level_bits = max(fits, default=6)
+        self.highest = (1 << self.level_bits) - 1
         self.record_bytes = self._bytes(self.level_bits)
         self.levels_at = _HALVES + self.k * self.low_bits
         self.finer_at = self.levels_at + self.k * self.level_bits
@@ -65,14 +68,10 @@ class Compact(Codec):
         return {"records": np.uint8, "lse": np.float32}
 
     def encode(self, teacher: Teacher) -> Arrays:
-        if not np.isfinite(teacher.logits).all():
-            raise StoreError(
-                f"profile compact holds exactly K = {self.k} ids a token, these have fewer; "
-                "use the plain profile, or top_p"
-            )
         relative = relative_logits(teacher, self.unit_temperature)
         levels, ranges = self._finest_levels(relative)
-        ids, levels = sort_pairs(teacher.ids, levels, self.level_bits + FINER_BITS)
+        ids = np.maximum(teacher.ids, 0)  # of absent places any, and any number of times
+        ids, levels = sort_pairs(ids, levels, self.level_bits + FINER_BITS)
         coarse = levels >> FINER_BITS
         # No two have level and id alike: what is sorted along with them never decides.
         by_level = coarse << self.id_bits | ids
@@ -100,11 +99,15 @@ class Compact(Codec):
         ids = high.astype(self.dtype) << self.dtype.type(self.low_bits) | low
         units, ids = self._units(padded, ids)
         halves = np.ascontiguousarray(records[:, : _HALVES // 8]).view("<f2").astype(np.float32)
-        logits = self._log_probabilities(units, halves[:, :1], halves[:, 1:])
+        ids, absent = ids.astype(np.int64), None
+        if np.signbit(halves[:, 1]).any():
+            absent = np.signbit(halves[:, 1:]) & (units >> (FINER_BITS + 1) == self.highest)
+            ids[absent] = ABSENT_ID
+        logits = self._log_probabilities(units, halves[:, :1], np.abs(halves[:, 1:]), absent)
         logsumexp = np.zeros((answers, self.temperatures), np.float32)
         others = [j for j in range(self.temperatures) if j != self.unit_temperature]
         logsumexp[:, others] = arrays["lse"].reshape(answers, len(others))
-        return Teacher(ids.astype(np.int64), logits, logsumexp)
+        return Teacher(ids, logits, logsumexp)
 
     def bytes_per_token(self, kept: float) -> float:
         return self.record_bytes + 4 * (self.temperatures - 1)
@@ -112,14 +115,21 @@ class Compact(Codec):
     def _finest_levels(
         self, relative: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """([A, K] levels of c + 2 bits, [A] R); R is what its float16 holds."""
+        """([A, K] levels of c + 2 bits, [A] R, below 0 where ids are absent); R is what its
+        float16 holds."""
         below = relative.max(axis=1, keepdims=True) - relative
-        ranges = np.minimum(below.max(axis=1, initial=0), np.finfo(np.float16).max)
+        absent = np.isinf(below)
+        some = absent.any(axis=1)
+        ranges = below.max(axis=1, initial=0, where=~absent)
+        ranges[some] *= (1 + 1 / self.highest) ** 1.5
+        ranges = np.minimum(ranges, np.finfo(np.float16).max)
         ranges = ranges.astype(np.float16).astype(np.float32)
         share = below / np.maximum(ranges, np.finfo(np.float32).tiny)[:, None]
         steps = 1 << (self.level_bits + FINER_BITS)
         levels = np.cbrt(share * share) * np.float32(steps)
-        return np.minimum(levels, np.float32(steps - 1)).astype(np.int64), ranges
+        last = np.where(some, self.highest << FINER_BITS, steps)[:, None] - 1
+        levels = np.where(absent, steps - 1, np.minimum(levels, last.astype(np.float32)))
+        return levels.astype(np.int64), np.where(some, -ranges, ranges)
 
     def _units(
         self, padded: NDArray[np.uint8], ids: NDArray[Any]
@@ -139,11 +149,18 @@ class Compact(Codec):
         return units, ids
 
     def _log_probabilities(
-        self, units: NDArray[Any], log_rest: NDArray[np.float32], ranges: NDArray[np.float32]
+        self,
+        units: NDArray[Any],
+        log_rest: NDArray[np.float32],
+        ranges: NDArray[np.float32],
+        absent: NDArray[np.bool_] | None,
     ) -> NDArray[np.float32]:
-        """[A, K]: `max z - z = R u^(3/2)`, u the place among the levels, scaled to the mass."""
+        """[A, K]: `max z - z = R u^(3/2)`, u the place among the levels, scaled to the mass; -inf
+        where `absent`."""
         u = units.astype(np.float32) * np.float32(0.5**self.unit_bits)
         logits: NDArray[np.float32] = u * np.sqrt(u) * -ranges
+        if absent is not None:
+            logits[absent] = -np.inf
         logits += np.log1p(-np.exp(log_rest)) - np.log(np.exp(logits).sum(axis=1, keepdims=True))
         return logits
 
