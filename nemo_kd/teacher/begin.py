@@ -32,6 +32,8 @@ class Source(Protocol):
     """What a store is written of, by store row."""
 
     file: JsonlFile
+    samples_per_row: int
+    """Store rows that one row of the file makes."""
 
     def __len__(self) -> int: ...
 
@@ -123,6 +125,7 @@ def check_rows(source: Source, todo: Sequence[int], bad: BadRows) -> None:
     all-gather of a few strings.
     """
     group = parallel_state.get_model_parallel_group()
+    todo = [row for row in todo if row % source.samples_per_row == 0]
     share = todo[torch.distributed.get_rank(group) :: torch.distributed.get_world_size(group)]
     refused, dropped = _Found(), _Found()
     last = time.monotonic()
@@ -139,7 +142,7 @@ def check_rows(source: Source, todo: Sequence[int], bad: BadRows) -> None:
     path, checked = source.file.path, sum(part[0] for part in parts)
     if refused.count:
         raise RowError(f"{path}: {refused.text(path, checked)}\n{REMEDY}")
-    if dropped.count and dropped.count == len(source):
+    if dropped.count and dropped.count == len(source.file):
         raise RowError(f"{path}: nothing is left to dump, {dropped.text(path, checked)}")
     if dropped.count and not torch.distributed.get_rank():
         _say(f"{path}: left out, {dropped.text(path, checked)}")

@@ -32,7 +32,7 @@ class AnswerTopK(NamedTuple):
 
 
 class NoLogitsError(RowError):
-    """A row for which the teacher gives NaN or +inf, or nothing above -inf."""
+    """A row for which the teacher's logits are no distribution: NaN, +inf, or all of them -inf."""
 
 
 def split_unusable(
@@ -49,10 +49,9 @@ def split_unusable(
             kept.append((row, topk))
             continue
         error = NoLogitsError(
-            f"{path}, row {row.row // samples_per_row}: at answer token {token} the teacher's "
-            f"largest logit is {topk.logits[token, 0]:g} and its log-sum-exp "
-            f"{topk.logsumexp[token, 0]:g}; check the checkpoint and trainer.precision, or leave "
-            "such rows out with on_bad_row=drop"
+            f"{path}, row {row.row // samples_per_row}: the teacher's logits at answer token "
+            f"{token} are no distribution (NaN, +inf, or all -inf); check the checkpoint and "
+            "trainer.precision, or leave such rows out with on_bad_row=drop"
         )
         if not bad.drops(error):
             raise error

@@ -70,7 +70,7 @@ def generate(
     def usable(answers: list[Answer] | None, progress: GenerateProgress) -> list[Answer]:
         """Those that a store can hold, counted; none on a rank that has none."""
         pairs = [(_row(answer), answer.topk) for answer in answers or ()]
-        kept, dropped = split_unusable(pairs, prompts.file.path, bad, decoding.samples_per_prompt)
+        kept, dropped = split_unusable(pairs, prompts.file.path, bad, prompts.samples_per_row)
         progress.drop(dropped)
         rows = {row.row for row, _ in kept}
         return progress.count([answer for answer in answers or () if answer.prompt.row in rows])

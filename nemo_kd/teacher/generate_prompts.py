@@ -24,16 +24,17 @@ class Prompts:
         self.decoding, self.tokenizer = decoding, teacher.tokenizer
         self.sft = SFTRows(teacher, data_cfg).dataset
         self.file: JsonlFile = self.sft.indexed_dataset
+        self.samples_per_row = decoding.samples_per_prompt
         self.data = copy.copy(self.sft)
         self.data.tokens_to_generate = decoding.max_new_tokens
         # What the template puts before an answer's text: spaces, or nothing.
         self.lead = self.sft._separate_template([""] * len(self.sft.prompt_template_keys))[0][-1]
 
     def __len__(self) -> int:
-        return len(self.file) * self.decoding.samples_per_prompt
+        return len(self.file) * self.samples_per_row
 
     def __getitem__(self, row: int) -> Prompt:
-        where = f"{self.file.path}, row {row // self.decoding.samples_per_prompt}"
+        where = f"{self.file.path}, row {row // self.samples_per_row}"
         source = self.source(row)
         try:
             # The answer that the file may have plays no part.
@@ -57,13 +58,12 @@ class Prompts:
         return Prompt(row, tuple(item["context_ids"]), self.decoding.max_new_tokens)
 
     def check(self, row: int) -> None:
-        """RowError for a row that `[row]` would raise one for; once for all answers to it."""
-        if row % self.decoding.samples_per_prompt == 0:
-            self[row]
+        """RowError for a row that `[row]` would raise one for."""
+        self[row]
 
     def source(self, row: int) -> dict[str, Any]:
         """The row of the SFT file that a store row answers."""
-        source: dict[str, Any] = self.file[row // self.decoding.samples_per_prompt]
+        source: dict[str, Any] = self.file[row // self.samples_per_row]
         return source
 
     def text(self, ids: Sequence[int]) -> str:

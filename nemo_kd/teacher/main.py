@@ -55,8 +55,10 @@ def report(cfg: DictConfig, manifest: Manifest | None) -> None:
     if manifest is not None and torch.distributed.get_rank() == 0:
         totals = manifest.totals
         each = totals["bytes"] / max(totals["answer_tokens"], 1)
+        rows = manifest.spec.source["rows"]
+        of = f" of {rows} rows" if "generation" not in cfg and totals["samples"] < rows else ""
         print(
-            f"{cfg.output_dir}: {totals['samples']} samples, {totals['answer_tokens']} answer "
+            f"{cfg.output_dir}: {totals['samples']} samples{of}, {totals['answer_tokens']} answer "
             f"tokens, {totals['bytes'] / 1e6:.1f} MB ({each:.0f} bytes a token)"
         )
 

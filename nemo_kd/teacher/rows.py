@@ -81,6 +81,8 @@ class BadRows:
 class SFTRows:
     """Random access to the rows of one JSONL file through NeMo's own SFT data set."""
 
+    samples_per_row = 1
+
     def __init__(self, model: Teacher, data_cfg: DictConfig) -> None:
         # NeMo: not before its patches for a CPU, which configuration is read without.
         from nemo_kd.sft_files import SFTChatDataset, SFTDataset, sft_arguments

@@ -1,0 +1,126 @@
+"""Rows that nothing can be learnt from, files that change, and teachers with NaN and -inf."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_kd.store import Store
+from tests.conftest import Shared, program
+from tests.teacher.test_hf import same_files
+
+PRESENT = (1, 40, 41, 47, 100, 298)
+"""The ids of which the world's teacher has a logit above -inf."""
+
+
+@pytest.fixture(scope="module")
+def world(shared: Shared) -> Path:
+    return shared("bad rows", lambda path: program("tests/teacher/bad_rows_world.py", path))
+
+
+@pytest.fixture(scope="module")
+def said(world: Path) -> dict[str, list[str]]:
+    """Run → what it refused, printed, and printed as errors."""
+    found: dict[str, list[str]] = json.loads((world / "said.json").read_text())
+    return found
+
+
+@pytest.mark.parametrize("profile", ["plain", "all", "compact", "top_p", "sampled"])
+def test_a_logit_of_minus_infinity_is_an_absent_id(world: Path, profile: str) -> None:
+    """The teacher has six ids, the store asks for 20, or for all 299."""
+    store = Store(world / f"store-{profile}")
+    assert len(store) == 9 and not store.verify()
+    for sample in store:
+        present = sample.topk_ids >= 0
+        assert np.array_equal(present, np.isfinite(sample.topk_logits))
+        if profile != "sampled":
+            assert (present.sum(1) == len(PRESENT)).all()
+            mass = np.exp(sample.topk_logits - sample.logsumexp[:, :1]).sum(1)
+            assert np.abs(mass - 1).max() < 2e-3  # float16's
+        assert set(sample.topk_ids[present]) <= set(PRESENT)
+
+
+def test_all_bad_rows_are_named_before_the_first_pass(
+    world: Path, said: dict[str, list[str]]
+) -> None:
+    refusal, output, errors = said["refused"]
+    assert refusal.startswith(f"RowError: {world}/bad: 4 of 9 rows that cannot be used:\n")
+    assert "\n  row 2: not JSON (Expecting value" in refusal
+    assert "\n  row 5: not what NeMo's SFT takes ('int' object has no" in refusal
+    assert "\n  row 6: no field 'output'; the row has ['input']" in refusal
+    assert "\n  row 7: not JSON (a blank line)" in refusal
+    assert "on_bad_row=drop those that cannot be read, data.no_answer=drop" in refusal
+    assert not output and not errors
+    assert [path.name for path in (world / "refused").iterdir()] == ["spec.json"]
+
+
+def test_dropped_rows_are_counted_and_named(world: Path, said: dict[str, list[str]]) -> None:
+    refusal, output, errors = said["dropped"]
+    assert not refusal
+    assert [sample.row for sample in Store(world / "dropped")] == [0, 1, 3, 4]
+    assert "bad: left out, 4 of 9 rows that cannot be used:\n  row 2: not JSON" in errors
+    assert "dump: 9/9 rows" in errors
+    for text in (output, errors):
+        assert "left out, that cannot be read: 4 rows" in text
+        assert "left out, without a finite logit of the teacher: 1 rows" in text
+    assert "nothing is left to dump, 2 of 2 rows" in said["nothing"][0]
+
+
+def test_a_row_with_nan_is_refused_by_number_and_whole_shards_stay(
+    said: dict[str, list[str]],
+) -> None:
+    refusal, _, _ = said["NaN"]
+    assert "data, row 7: the teacher's logits at answer token 0 are no distribution" in refusal
+    assert "on_bad_row=drop" in refusal
+    assert "2 of its 2 finished shards have the same rows and are kept" in said["mended"][2]
+
+
+@pytest.mark.parametrize("name", ["mended", "longer", "shorter", "changed"])
+def test_a_mended_file_goes_on_to_the_store_of_a_new_dump(
+    world: Path, said: dict[str, list[str]], name: str
+) -> None:
+    same_files(world / name, world / f"{name}-fresh")
+    assert not Store(world / name).verify()
+    counts = {
+        "mended": (2, 2, 3),
+        "longer": (2, 3, 5),
+        "shorter": (0, 4, 4),
+    }
+    if name in counts:
+        kept, shards, rows = counts[name]
+        _, output, errors = said[name]
+        assert f"{kept} of its {shards} finished shards have the same rows" in errors
+        assert f"{shards - kept} are made again or removed" in errors
+        assert f"this run: {rows} rows" in output
+
+
+def test_a_difference_other_than_the_files_bytes_is_refused(said: dict[str, list[str]]) -> None:
+    assert "top_k: 20 there, 19 now" in said["other K"][0]
+
+
+def test_a_file_that_changes_during_the_dump_is_noticed(said: dict[str, list[str]]) -> None:
+    assert "data has changed since this run began to read it" in said["changed"][0]
+    assert "this run: 10 rows" in said["changed, again"][1]
+
+
+def test_a_directory_that_is_being_written_is_refused(said: dict[str, list[str]]) -> None:
+    assert "locked is being written by another job: host " in said["locked"][0]
+
+
+def test_no_lock_is_left(world: Path) -> None:
+    assert not list(world.rglob(".lock*"))
+
+
+def test_generation_does_the_same_with_its_prompts(world: Path, said: dict[str, list[str]]) -> None:
+    assert (
+        "prompts: 1 of 4 rows that cannot be used:\n  row 2: not JSON" in said["prompts refused"][0]
+    )
+    assert "prompts, row 1: the teacher's logits at answer token 0" in said["answers refused"][0]
+    refusal, output, errors = said["answers dropped"]
+    assert not refusal and "this run: 4 answers" in output
+    assert "left out, without a finite logit of the teacher: 2 rows" in output
+    assert "left out, 1 of 4 rows that cannot be used:\n  row 2" in errors
+    assert [sample.row for sample in Store(world / "generated-dropped")] == [0, 1, 6, 7]
