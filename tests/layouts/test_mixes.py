@@ -80,7 +80,6 @@ def test_a_killed_mix_goes_on_exactly_and_refuses_another_file(
     killed_after(4, overrides, 1, tmp_path / "run")
     assert_goes_on_exactly(script, logged(mixed()), overrides, 1, tmp_path / "run")
     file.write_text(file.read_text().replace("number", "n", 1))
-    file.with_suffix(".jsonl.idx.npy").unlink(missing_ok=True)
     longer = [*overrides, "trainer.max_steps=8"]
     message = refused(script, "train_gpt_sft_kd.py", *longer)
     assert "the checkpoint to resume from was trained on" in message and str(file) in message
