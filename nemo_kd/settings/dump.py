@@ -118,7 +118,6 @@ def check_inputs(cfg: DictConfig) -> None:
         [
             ("model.restore_from_path", TEACHERS[cfg.teacher.kind]),
             ("data.file_path", file("SFT file")),
-            ("data.index_mapping_dir", output_directory),
             ("output_dir", output_directory),
         ],
     )

@@ -43,8 +43,7 @@ TRAINING = EVERYWHERE | {
     "model.data.n_examples_per_chunk": STORE,
     "model.data.splits_string": f"{STORE}; nemo-kd split divides one",
     "model.data.skip_warmup": STORE,
-    "model.data.index_mapping_dir": "a store needs no index; for SFT files it is "
-    "model.data.train_ds.index_mapping_dir",
+    "model.data.index_mapping_dir": "neither stores nor SFT files have an index",
     "model.data.seq_length": "it is model.data.train_ds.max_seq_length",
     "model.data.top_k": "it is nemo-kd convert's --top-k",
     "model.data.num_workers": "it is model.data.train_ds.num_workers",

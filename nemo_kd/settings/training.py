@@ -196,7 +196,6 @@ FILES = [
     ("model.tokenizer.merge_file", files.file("file of merges")),
     *((f"model.data.{split}.store", STORE) for split in SPLITS),
     *((f"model.data.{split}.file_names", SFT_FILE) for split in (*SPLITS, "test_ds")),
-    *((f"model.data.{split}.index_mapping_dir", files.output_directory) for split in SPLITS),
     ("exp_manager.explicit_log_dir", files.output_directory),
     ("exp_manager.exp_dir", files.output_directory),
 ]
