@@ -23,7 +23,7 @@ REFUSED = {
     "global_sample_mapping": "keeps the order of samples in a file beside the data",
 }
 # Keys of NeMo's for its index files, with the values that ask for nothing.
-WITHOUT_EFFECT = {"memmap_workers": (None, 0, 1), "index_mapping_dir": (None,)}
+WITHOUT_EFFECT = {"memmap_workers": (None, 0, 1, 2), "index_mapping_dir": (None,)}
 
 
 class FileRows:
