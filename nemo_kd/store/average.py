@@ -28,7 +28,7 @@ from nemo_kd.store.errors import StoreError
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
-from nemo_kd.store.transform import Progress, write_samples
+from nemo_kd.store.transform import Progress, refuse_own_source, write_samples
 
 
 def average(
@@ -47,6 +47,7 @@ def average(
 
     StoreError where tokens, rows, tokenizer or vocabulary differ: it names the row or the field.
     """
+    refuse_own_source(stores, [directory])
     shares = _shares(weights, stores)
     for other in stores[1:]:
         _refuse_other_rows(stores[0], other)

@@ -17,7 +17,8 @@ from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.errors import StoreError
 from nemo_kd.store.files import sha256_of, size_of
 from nemo_kd.store.layout import field_dtypes, file_names
-from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest
+from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo
+from nemo_kd.store.replaced import START_AGAIN, Replacement
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.verify import Problem, verify
@@ -30,7 +31,8 @@ class Store:
     """`store[i]` is the i-th sample by row number; `len(store)` counts them.
 
     Opening reads the manifest and compares every file's size with it. A sample's own checksums
-    are compared when it is first read; `verify` compares everything.
+    are compared when it is first read; `verify` compares everything. A store that is written anew
+    while it is open is refused at the next shard that is opened, and when it is unpickled.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -41,6 +43,7 @@ class Store:
         self.fingerprint = sha256_of(self.directory / MANIFEST)
         self.codec = codec_of(self.manifest.spec)
         self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
+        self._replacement = Replacement(self.directory, self.manifest)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
         descriptors = _DESCRIPTORS_PER_FIELD * len(field_dtypes(self.codec))
@@ -62,10 +65,19 @@ class Store:
         return (self[i] for i in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self.directory}
+        return {"directory": self.directory, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        Store.__init__(self, state["directory"])
+        try:
+            Store.__init__(self, state["directory"])
+        except StoreError as error:
+            raise StoreError(f"a store that was opened can no longer be: {error}") from error
+        if self.fingerprint != state["fingerprint"]:
+            raise StoreError(
+                f"{self.directory} was replaced after it was opened: the manifest had the "
+                f"fingerprint {state['fingerprint'][:12]}, now it has {self.fingerprint[:12]}; "
+                f"{START_AGAIN}"
+            )
 
     @property
     def lengths(self) -> NDArray[np.int32]:
@@ -122,7 +134,11 @@ class Store:
 
     def verify(self) -> list[Problem]:
         """All that is broken, by every checksum and every rule; empty when the store is whole."""
-        return list(verify(self.directory))
+        problems = list(verify(self.directory))
+        file = self.directory / MANIFEST
+        if file.is_file() and sha256_of(file) != self.fingerprint:
+            problems.append(Problem(MANIFEST, "not the manifest that this store was opened with"))
+        return problems
 
     def _filled_shards(self) -> list[int]:
         return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]
@@ -144,8 +160,21 @@ class Store:
             return self._open[number]
         if len(self._open) >= self._most_open:
             self._open.popitem(last=False)
-        shard = Shard(self.directory, self.manifest.shards[number], self.codec)
+        shard = self._opened(self.manifest.shards[number])
         self._open[number] = shard
+        return shard
+
+    def _opened(self, info: ShardInfo) -> Shard:
+        """The shard, which must be the one of the manifest that was read when the store was opened.
+
+        Compared once the files are open: a shard that is replaced meanwhile has another entry then.
+        """
+        try:
+            shard = Shard(self.directory, info, self.codec)
+        except (OSError, StoreError):
+            self._replacement.refuse(info)
+            raise
+        self._replacement.refuse(info)
         return shard
 
     def _refuse_other_files(self) -> None:

@@ -6,6 +6,7 @@ numbers do in a merge. Converting reads and writes, with the error of both profi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import accumulate
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.errors import StoreError
 from nemo_kd.store.lock import DirectoryLock
-from nemo_kd.store.manifest import Manifest
+from nemo_kd.store.manifest import MANIFEST, Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Stored
@@ -40,7 +41,7 @@ def write_samples(
 ) -> Manifest:
     """A store of samples that come in rising row order; a shard is begun when a row needs it."""
     with DirectoryLock(directory):
-        writer = StoreWriter(directory, spec, overwrite=overwrite)
+        writer = _open_writer(directory, spec, overwrite)
         return _write(writer, ((s.row, s) for s in samples), _add_sample, progress)
 
 
@@ -48,15 +49,22 @@ def convert(
     store: Store,
     directory: str | Path,
     *,
-    profile: str,
+    profile: str | None = None,
     profile_options: dict[str, Any] | None = None,
     top_k: int | None = None,
     rows_per_shard: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """The same samples in another profile, with the first `top_k` logits of each token."""
+    """The same samples in another profile, with the first `top_k` logits of each token.
+
+    What is None stays as it is in `store`; of another profile no options are kept.
+    """
+    refuse_own_source([store], [directory])
     there = store.manifest.spec
+    profile = there.profile if profile is None else profile
+    if profile_options is None:
+        profile_options = there.profile_options if profile == there.profile else {}
     k = there.top_k if top_k is None else top_k
     if k > there.top_k:
         raise StoreError(
@@ -72,8 +80,8 @@ def convert(
         there,
         top_k=k,
         profile=profile,
-        profile_options=profile_options or {},
-        rows_per_shard=rows_per_shard or there.rows_per_shard,
+        profile_options=profile_options,
+        rows_per_shard=there.rows_per_shard if rows_per_shard is None else rows_per_shard,
     )
     samples = (_cut(store[i], k) for i in range(len(store)))
     return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
@@ -91,6 +99,7 @@ def merge(
     Rows are numbered on: a store's row r becomes `r + offset`, the offset being where the rows of
     those before it end. `spec.source` keeps each store's own source and its offset.
     """
+    refuse_own_source(stores, [directory])
     first = stores[0]
     for other in stores[1:]:
         _refuse_unlike(first, other)
@@ -107,7 +116,7 @@ def merge(
         for stored in _stored(store)
     )
     with DirectoryLock(directory):
-        writer = StoreWriter(directory, spec, overwrite=overwrite)
+        writer = _open_writer(directory, spec, overwrite)
         return _write(writer, rows, _add_stored, progress)
 
 
@@ -125,11 +134,12 @@ def split(
     Which one follows from the seed and the row number alone, so two stores of the same rows are
     split alike. Rows keep their numbers.
     """
-    if len(weights) != len(directories) or min(weights) < 0 or sum(weights) <= 0:
+    if len(weights) != len(directories) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise StoreError(
             f"{len(directories)} directories need as many weights, none below 0 and one above: "
             f"{list(weights)}"
         )
+    refuse_own_source([store], directories)
     bounds = [end / sum(weights) for end in accumulate(weights)]
     manifests = []
     for part, directory in enumerate(directories):
@@ -142,9 +152,32 @@ def split(
         )
         spec = replace(store.manifest.spec, source=source)
         with DirectoryLock(directory):
-            writer = StoreWriter(directory, spec, overwrite=overwrite)
+            writer = _open_writer(directory, spec, overwrite)
             manifests.append(_write(writer, rows, _add_stored, progress))
     return manifests
+
+
+def refuse_own_source(stores: Sequence[Store], directories: Sequence[str | Path]) -> None:
+    """Refuse to write a store over one that is read for it, or two stores to one place."""
+    sources = {store.directory.resolve() for store in stores}
+    targets = [Path(directory).resolve() for directory in directories]
+    for place, target in enumerate(targets):
+        if target in sources:
+            raise StoreError(
+                f"{target} is read and would be written over; give another directory as the target"
+            )
+        if target in targets[:place]:
+            raise StoreError(f"{target} is given twice; each part needs a directory of its own")
+
+
+def _open_writer(directory: str | Path, spec: StoreSpec, overwrite: bool) -> StoreWriter:
+    """A writer of a store that is not there yet, or not whole."""
+    if (Path(directory) / MANIFEST).exists() and not overwrite:
+        raise StoreError(
+            f"{directory} holds a whole store already; use overwrite=True (nemo-kd: --overwrite) "
+            "to replace it, or choose another directory"
+        )
+    return StoreWriter(directory, spec, overwrite=overwrite)
 
 
 def _write(
