@@ -23,12 +23,19 @@ from nemo_kd.cli.app import (
 def convert(
     source: Annotated[str, typer.Argument(help="A store, or NeMo-Aligner JSONL to make one of.")],
     target: Annotated[str, typer.Argument(help="A directory, or a .jsonl to write.")],
-    profile: Annotated[str, typer.Option(help="plain, compact, top_p or sampled.")] = "plain",
+    profile: Annotated[
+        str | None,
+        typer.Option(help="plain, compact or top_p; the store's own, or plain of JSONL."),
+    ] = None,
     p: Annotated[float | None, typer.Option("--p", help="Mass that top_p keeps.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Fewer logits than there are.")] = None,
-    rows_per_shard: Annotated[int | None, typer.Option(min=1)] = None,
+    rows_per_shard: Annotated[
+        int | None, typer.Option(min=1, help="The store's own, or 256 of JSONL.")
+    ] = None,
     tokenizer: TokenizerPath = None,
-    bad_lines: Annotated[str, typer.Option(help="JSONL: stop at one, or skip it.")] = "stop",
+    bad_lines: Annotated[
+        str | None, typer.Option(help="JSONL: stop at one (the default), or skip it.")
+    ] = None,
     renumber: Annotated[bool, typer.Option(help="JSONL: rows are lines, not `index`.")] = False,
     samples_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="With CHUNK_ID in a .jsonl target.")
@@ -39,7 +46,21 @@ def convert(
     """A store to another profile, or to NeMo-Aligner's JSONL, or from it."""
     from nemo_kd.cli import conversions
 
-    options = {} if p is None else {"p": p}
+    options = None if p is None else {"p": p}
+    conversions.refuse_idle_options(
+        source,
+        target,
+        {
+            "--profile": profile,
+            "--p": p,
+            "--top-k": top_k,
+            "--rows-per-shard": rows_per_shard,
+            "--tokenizer": tokenizer,
+            "--bad-lines": bad_lines,
+            "--renumber": renumber or None,
+            "--samples-per-chunk": samples_per_chunk,
+        },
+    )
     if target.endswith(".jsonl"):
         result = conversions.to_jsonl(source, target, samples_per_chunk, overwrite=overwrite)
     elif source.endswith(".jsonl"):

@@ -29,7 +29,8 @@ class HuggingFaceTokenizer:
         self._tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-        self.vocab_size = len(self._tokenizer)
+        # Not their number: ids may have gaps.
+        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         tokens: list[str] = self._tokenizer.convert_ids_to_tokens(list(ids))

@@ -6,6 +6,7 @@ import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+import torch
 from omegaconf import DictConfig
 
 from nemo_kd.data import check_learnable, fit_lengths, pack_samples
@@ -15,10 +16,15 @@ from nemo_kd.model.order import Order
 from nemo_kd.model.packed import PackedStoreSFTDataset
 from nemo_kd.store import Store, StoreError
 from nemo_kd.store.codecs import TopP
+from nemo_kd.store.replaced import refuse_other_ranks
+from nemo_kd.store.stats import stats
 from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
 
 if TYPE_CHECKING:
     from nemo_kd.model.gpt_sft_kd import MegatronGPTSFTKDModel
+
+LOOKED_AT = 64
+"""Samples of a store, evenly spaced, on which labels and teacher are compared."""
 
 
 def store_dataset(
@@ -32,6 +38,7 @@ def store_dataset(
     said."""
     store = open_store(model, directory)
     _check_learnable(store, model.kd_schedule, alpha, training)
+    _warn_of_labels(model, store)
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long", "refuse"))
     if fitting.cut or fitting.dropped:
@@ -74,7 +81,10 @@ def _say(model: MegatronGPTSFTKDModel, store: Store, text: str) -> None:
 
 
 def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
-    """The store at `directory`, refused where it does not fit the student or its loss."""
+    """The store at `directory`, refused where it does not fit the student or its loss.
+
+    Collective over all ranks: one small all-gather.
+    """
     store, fingerprint = Store(directory), tokenizer_fingerprint(model.tokenizer)
     try:
         store.check(
@@ -89,7 +99,17 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
         raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
     if not len(store):
         raise StoreError(f"store {directory} has no samples")
+    opened: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(opened, store.fingerprint)
+    refuse_other_ranks(store.directory, opened)
     return store
+
+
+def _warn_of_labels(model: MegatronGPTSFTKDModel, store: Store) -> None:
+    """Say so where the teacher's rows, on a few samples, are not those of the labels."""
+    warning = "" if model.global_rank else stats(store, LOOKED_AT).agreement.warning()
+    if warning:
+        _say(model, store, f"WARNING: {warning} (measured on up to {LOOKED_AT} samples)")
 
 
 def _say_what_is_learned(model: MegatronGPTSFTKDModel, store: Store, alpha: float | None) -> None:

@@ -6,6 +6,7 @@ is published together with them: one small file read for each shard that is open
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_kd.store.errors import StoreError
@@ -17,6 +18,17 @@ START_AGAIN = (
     "start the run again on the store as it is now, or put back the one that it began with; a new "
     "dump beside a run belongs in a directory of its own, without overwrite=true"
 )
+
+
+def refuse_other_ranks(directory: Path, fingerprints: Sequence[str]) -> None:
+    """StoreError where the store at `directory` is not the same one on all ranks of a job."""
+    other = next((i for i, one in enumerate(fingerprints) if one != fingerprints[0]), None)
+    if other is not None:
+        raise StoreError(
+            f"{directory}: rank 0 opened the store {fingerprints[0][:12]}, rank {other} the store "
+            f"{fingerprints[other][:12]}: it was replaced while the job started, or is another one "
+            "on another node; give all nodes the same store, and start again"
+        )
 
 
 class Replacement:

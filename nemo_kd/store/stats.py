@@ -8,9 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.store.agreement import Agreement
 from nemo_kd.store.codecs import ABSENT_ID
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
+from nemo_kd.store.spec import StoreSpec
 
 MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, np.inf)
@@ -56,12 +58,14 @@ class Stats:
     """Tokens whose label is among the stored ids."""
     label_nll: float = 0.0
     """Sum of -log p(label) where it is among them."""
+    agreement: Agreement = field(default_factory=Agreement)
     masses: Histogram = field(default_factory=lambda: Histogram(MASS_EDGES))
     entropies: Histogram = field(default_factory=lambda: Histogram(ENTROPY_EDGES))
     ranks: Histogram = field(default_factory=lambda: Histogram(RANK_EDGES))
     answers: Histogram = field(default_factory=lambda: Histogram(ANSWER_EDGES))
 
-    def add(self, sample: Sample, unit_temperature: int) -> None:
+    def add(self, sample: Sample, spec: StoreSpec) -> None:
+        unit_temperature = spec.temperatures.index(1.0)
         labels = sample.input_ids[sample.answer_positions(), None]
         log_p = sample.topk_logits - sample.logsumexp[:, unit_temperature, None]
         p = np.exp(log_p, dtype=np.float64)
@@ -70,6 +74,7 @@ class Stats:
         entropy = -_x_log_x(p).sum(axis=1) - _x_log_x(rest)
         hit = sample.topk_ids == labels
         rank = 1 + hit.argmax(axis=1)[hit.any(axis=1)]
+        self.agreement += Agreement.of_sample(sample, spec)
         self.samples += 1
         self.tokens += len(labels)
         self.mass += float(mass.sum())
@@ -94,6 +99,7 @@ class Stats:
             "label_is_first": self.label_first / tokens,
             "label_is_kept": self.label_kept / tokens,
             "nll_of_kept_labels": self.label_nll / kept,
+            **self.agreement.to_json(),
             "mass_histogram": self.masses.to_json(),
             "entropy_of_kept_and_rest_histogram": self.entropies.to_json(),
             "label_rank_histogram": {
@@ -107,10 +113,9 @@ class Stats:
 def stats(store: Store, most_samples: int | None = None) -> Stats:
     """Over the whole store, or over `most_samples` evenly spaced samples."""
     count = len(store) if most_samples is None else min(most_samples, len(store))
-    unit = store.manifest.spec.temperatures.index(1.0)
     result = Stats()
     for i in range(count):
-        result.add(store[i * len(store) // count], unit)
+        result.add(store[i * len(store) // count], store.manifest.spec)
     return result
 
 

@@ -3,33 +3,34 @@
     nll(label) = L - z_label          where the label is among the K
               >= L - z_K              where it is not: the least that it can be
 
-A wrong template or tokenizer shows here first.
+A wrong template or tokenizer shows here first, in the labels' agreement with the teacher.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import astuple, fields
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from nemo_kd.sft import RowError
 from nemo_kd.store import StoreSpec
+from nemo_kd.store.agreement import Agreement
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
 from nemo_kd.teacher.rows import NoAnswerError, Row
 
 WORST = 5
-LOW_AGREEMENT = 0.1
-"""Below this the prompt template or the tokenizer is probably not the teacher's."""
-
 # The kind of an error → what is said of rows that were left out for it; the first that fits.
 _DROPPED: dict[type[RowError], str] = {
     NoAnswerError: "without an answer token",
     NoLogitsError: "without a finite logit of the teacher",
     RowError: "that cannot be read",
 }
-_COUNTS = 4 + len(_DROPPED)
+_COUNTS = 2 + len(_DROPPED)
+_SUMS = len(fields(Agreement))
 
 
 class Worst(NamedTuple):
@@ -44,12 +45,23 @@ class Tally:
 
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
-        self.rows = self.tokens = self.agreed = self.cut = 0
+        self.agreement = Agreement()
+        self.rows = self.cut = 0
         self.dropped = [0] * len(_DROPPED)
         """Rows that the store does not have, by `_DROPPED`."""
         self.mass = torch.zeros(len(spec.temperatures), dtype=torch.float64)
         """Sum over answer tokens of the K ids' probability, for each temperature."""
         self.worst: list[Worst] = []
+
+    @property
+    def tokens(self) -> int:
+        """Answer tokens."""
+        return int(self.agreement.tokens)
+
+    @property
+    def agreed(self) -> float:
+        """Those whose label is the teacher's best token."""
+        return self.agreement.agreed
 
     @property
     def done(self) -> int:
@@ -59,7 +71,8 @@ class Tally:
     def add(self, row: Row, topk: AnswerTopK) -> None:
         """One row; topk: its A answer tokens."""
         logits = topk.logits.double()  # [A, K]; -inf where a place is absent
-        labels = torch.from_numpy(row.input_ids[1:][row.loss_mask[1:] == 1].astype("int64"))
+        positions = np.flatnonzero(row.loss_mask[1:]) + 1
+        labels = torch.from_numpy(row.input_ids[positions].astype("int64"))
         hit = topk.ids == labels[:, None]  # [A, K]
         for j, temperature in enumerate(self.spec.temperatures):
             logsumexp = topk.logsumexp[:, j, None].double()
@@ -67,11 +80,14 @@ class Tally:
         last = logits.masked_fill(logits.isneginf(), torch.inf).amin(1)  # [A]
         label = torch.where(hit.any(1), logits.masked_fill(~hit, -torch.inf).amax(1), last)
         unit = self.spec.temperatures.index(1.0)
-        nll = float((topk.logsumexp[:, unit].double() - label).mean())
+        logsumexp = topk.logsumexp[:, unit].double()
+        nll = float((logsumexp - label).mean())
         self.rows += 1
         self.cut += row.cut
-        self.tokens += len(labels)
-        self.agreed += int(hit[:, 0].sum())
+        log_p = (logits - logsumexp[:, None]).numpy()
+        self.agreement += Agreement.of_row(
+            row.input_ids, positions, topk.ids.numpy(), log_p, self.spec
+        )
         self._keep([*self.worst, Worst(nll, row.row)])
 
     def drop(self, error: RowError) -> None:
@@ -79,8 +95,8 @@ class Tally:
         self.dropped[[isinstance(error, kind) for kind in _DROPPED].index(True)] += 1
 
     def vector(self) -> torch.Tensor:
-        """float64 [7 + T + 2 * WORST]: everything, to be sent."""
-        sums = [self.rows, self.tokens, self.agreed, self.cut, *self.dropped]
+        """float64 [5 + sums of an `Agreement` + T + 2 * WORST]: everything, to be sent."""
+        sums = [self.rows, self.cut, *self.dropped, *astuple(self.agreement)]
         counts = torch.tensor(sums, dtype=torch.float64)
         worst = torch.full((WORST, 2), -1.0, dtype=torch.float64)
         if self.worst:
@@ -92,11 +108,12 @@ class Tally:
         """The sum of several tallies."""
         tally, worst = cls(spec), []
         for vector in vectors:
-            counts, mass, rows = vector.split([_COUNTS, len(spec.temperatures), 2 * WORST])
-            n, tokens, agreed, cut, *dropped = (int(count) for count in counts.tolist())
-            tally.rows, tally.tokens = tally.rows + n, tally.tokens + tokens
-            tally.agreed, tally.cut = tally.agreed + agreed, tally.cut + cut
+            parts = [_COUNTS, _SUMS, len(spec.temperatures), 2 * WORST]
+            counts, sums, mass, rows = vector.split(parts)
+            n, cut, *dropped = (int(count) for count in counts.tolist())
+            tally.rows, tally.cut = tally.rows + n, tally.cut + cut
             tally.dropped = [a + b for a, b in zip(tally.dropped, dropped, strict=True)]
+            tally.agreement += Agreement(*sums.tolist())
             tally.mass += mass
             worst += [Worst(nll, int(row)) for nll, row in rows.view(WORST, 2).tolist()]
         tally._keep([one for one in worst if one.row >= 0])
@@ -112,7 +129,7 @@ class Tally:
             return "".join(left_out)
         lines = [
             f"this run: {self.rows} rows, {self.tokens} answer tokens; {self._held()}"
-            f"its best token is the label for {self.agreed / self.tokens:.1%}"
+            f"{self.agreement}"
         ]
         lines += left_out
         if self.cut:
@@ -120,11 +137,8 @@ class Tally:
             lines.append(f"cut at data.max_seq_length={limit}: {self.cut} of {self.rows} rows")
         worst = ", ".join(f"{one.row} ({one.nll:.2f})" for one in self.worst)
         lines.append(f"rows whose labels the teacher likes least (nats a token): {worst}")
-        if self.agreed < LOW_AGREEMENT * self.tokens:
-            lines.append(
-                f"WARNING: below {LOW_AGREEMENT:.0%}: is data.prompt_template the one that the "
-                "teacher was trained on, and is this its tokenizer? `nemo-kd show` shows rows."
-            )
+        warning = self.agreement.warning()
+        lines += [f"WARNING: {warning}"] if warning else []
         return "\n".join(lines)
 
     def left_out(self) -> str:
