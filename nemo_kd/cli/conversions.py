@@ -51,7 +51,7 @@ def to_jsonl(
 ) -> dict[str, Any]:
     """Store → NeMo-Aligner's JSONL."""
     chunked = CHUNK_ID in target
-    there = list(existing_chunks(target).values()) if chunked else [Path(target)]
+    there = [p for _, p in sorted(existing_chunks(target).items())] if chunked else [Path(target)]
     if any(path.exists() for path in there) and not overwrite:
         raise StoreError(
             f"{there[0]} is there already; give --overwrite to replace it"

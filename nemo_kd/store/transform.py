@@ -1,7 +1,7 @@
 """Stores from stores: another profile or fewer logits, several in one, one in parts.
 
 Merging and splitting copy the profile's own arrays, so not a bit of the teacher changes; only row
-numbers do in a merge. Converting reads and writes, with the error of both profiles.
+numbers do in a merge. Converting to another profile or K reads and writes, with the error of both.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def convert(
 ) -> Manifest:
     """The same samples in another profile, with the first `top_k` logits of each token.
 
-    What is None stays as it is in `store`; of another profile no options are kept.
+    What is None stays as it is in `store`; of another profile no options are kept. Where profile,
+    options and K stay, not a bit of a sample changes.
     """
     refuse_own_source([store], [directory])
     there = store.manifest.spec
@@ -83,6 +84,10 @@ def convert(
         profile_options=profile_options,
         rows_per_shard=there.rows_per_shard if rows_per_shard is None else rows_per_shard,
     )
+    if replace(spec, rows_per_shard=there.rows_per_shard) == there:
+        writer = _open_writer(directory, spec, overwrite)
+        stored = ((one.row, one) for one in _stored(store))
+        return _write(writer, stored, _add_stored, progress)
     samples = (_cut(store[i], k) for i in range(len(store)))
     return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
 

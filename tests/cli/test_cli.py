@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 
 from nemo_kd import __version__
 from nemo_kd.cli.main import main
-from nemo_kd.store import Sample, Store
+from nemo_kd.cli.tokenizers import load_tokenizer
+from nemo_kd.store import Sample, Store, write_jsonl
 from tests.checkpoints import models
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec, store, write
@@ -90,6 +92,81 @@ def test_convert_to_jsonl_and_back_and_to_profiles(a_store: Path, tmp_path: Path
         assert (now.topk_ids == was.topk_ids[:, :2]).all()
     assert len(Store(tmp_path / "compact")) == 7
     assert "overwrite" in nemo_kd("convert", a_store, tmp_path / "fewer", fails=True)
+
+
+PROFILES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "compact": {"profile": "compact"},
+    "top_p": {"profile": "top_p", "profile_options": {"p": 0.6}},
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, profile: str) -> None:
+    of = spec(top_k=12, temperatures=(1.0, 2.0), **PROFILES[profile])
+    source = store(tmp_path / "s", of)
+    result = as_json("convert", source, tmp_path / "t", "--top-k", 2)
+    assert Store(tmp_path / "t").manifest.spec == replace(of, top_k=2)
+    assert result["changed"] == "top_k 12 → 2" and result["profile"] == profile
+    assert 0 < result["mass_after"] < result["mass_before"] < 1
+    result = as_json("convert", source, tmp_path / "u", "--rows-per-shard", 2)
+    assert Store(tmp_path / "u").manifest.spec == replace(of, rows_per_shard=2)
+    assert result["changed"] == "rows_per_shard 3 → 2" and "mass_before" not in result
+    assert as_json("convert", source, tmp_path / "v")["changed"] == "nothing"
+    assert Store(tmp_path / "v").fingerprint == Store(source).fingerprint
+    result = as_json("convert", source, tmp_path / "w", "--profile", "top_p", "--p", 0.5)
+    options = {"profile": "top_p", "profile_options": {"p": 0.5}}
+    assert Store(tmp_path / "w").manifest.spec == replace(of, **options)
+    assert "profile_options.p " in result["changed"] and "→ 0.5" in result["changed"]
+    if profile == "top_p":  # options belong to their profile
+        nemo_kd("convert", source, tmp_path / "x", "--profile", "plain")
+        assert Store(tmp_path / "x").manifest.spec.profile_options == {}
+    else:
+        assert "wants the option p" in nemo_kd(
+            "convert", source, tmp_path / "x", "--profile", "top_p", fails=True
+        )
+
+
+@pytest.mark.parametrize(
+    ("source", "target", "option"),
+    [
+        ("S", "x.jsonl", "--top-k=2"),
+        ("S", "x.jsonl", "--profile=compact"),
+        ("S", "x.jsonl", "--tokenizer=t"),
+        ("S", "t", "--bad-lines=skip"),
+        ("S", "t", "--renumber"),
+        ("S", "t", "--samples-per-chunk=3"),
+        ("x.jsonl", "t", "--samples-per-chunk=3"),
+    ],
+)
+def test_options_without_effect_are_refused(
+    a_store: Path, tmp_path: Path, source: str, target: str, option: str
+) -> None:
+    first = a_store if source == "S" else tmp_path / source
+    printed = nemo_kd("convert", first, tmp_path / target, option, fails=True)
+    assert f"{option.split('=')[0]} has no effect from " in printed
+    assert not (tmp_path / target).exists()
+
+
+def test_a_source_is_not_written_over(a_store: Path, tmp_path: Path) -> None:
+    one, two = store(tmp_path / "one", spec()), store(tmp_path / "two", spec())
+    (tmp_path / "link").symlink_to(one)
+    for command in (
+        ("convert", one, one, "--top-k", 2),
+        ("convert", one, tmp_path / "link", "--top-k", 2),
+        ("merge", one, two, two),
+        ("merge", "--average", "1,1", one, two, one),
+        ("split", one, tmp_path / "a", one, "--weights", "1,1"),
+    ):
+        for more in ((), ("--overwrite",)):
+            assert "is read and would be written over" in nemo_kd(*command, *more, fails=True)
+    twice = ("split", one, tmp_path / "a", tmp_path / "a", "--weights", "1,1", "--overwrite")
+    assert "given twice" in nemo_kd(*twice, fails=True)
+    assert "whole" in nemo_kd("verify", one) and "whole" in nemo_kd("verify", two)
+    merged = ("merge", one, two, tmp_path / "both")
+    nemo_kd(*merged)
+    assert "holds a whole store already" in nemo_kd(*merged, fails=True)
+    nemo_kd(*merged, "--overwrite")
 
 
 def test_split_and_merge(a_store: Path, tmp_path: Path) -> None:
@@ -364,6 +441,104 @@ def test_jsonl_both_ways_is_the_same_store_to_float16(
         size = np.abs(was.topk_logits - was.logsumexp)
         assert (np.abs(now.topk_logits - was.topk_logits) <= size * 2.0**-10 + 3e-5).all()
     assert "whole" in nemo_kd("verify", back)
+
+
+def test_chunks_of_a_longer_set_do_not_survive(
+    text_store: tuple[Path, Path], tmp_path: Path
+) -> None:
+    directory, tokenizer = text_store
+    chunks = tmp_path / "part-CHUNK_ID.jsonl"
+    nemo_kd("convert", directory, chunks, "--samples-per-chunk", 1)
+    (tmp_path / "part-0.jsonl").unlink()
+    more = ("convert", directory, chunks, "--samples-per-chunk", 3)
+    assert "part-1.jsonl is there already; give --overwrite" in nemo_kd(*more, fails=True)
+    assert "part-0.jsonl is missing" in nemo_kd(
+        "convert", chunks, tmp_path / "x", "--tokenizer", tokenizer, fails=True
+    )
+    nemo_kd(*more, "--overwrite")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["part-0.jsonl", "part-1.jsonl"]
+
+
+def test_a_converted_teacher_that_is_shifted_is_warned_of(tmp_path: Path) -> None:
+    """In either direction, and of a teacher whose labels are another's; not of the right one."""
+    tokenizer = models.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    of = spec(vocab_size=len(tokenizer), top_k=4)
+    ids = np.array(tokenizer(models.TEXT[:400]).input_ids, np.int32)
+    made = sample(0, of, len(ids) - 3, spread=4.0)
+    right = np.random.default_rng(0).random(len(made.topk_ids)) < 0.6
+    # The teacher's best token is the label for three in five.
+    labels, first = ids[3:], made.topk_ids[:, 0].copy()
+    for a in np.flatnonzero(right):
+        at = np.flatnonzero(made.topk_ids[a] == labels[a])
+        made.topk_ids[a, at] = first[a]
+        made.topk_ids[a, 0] = labels[a]
+    write_jsonl(tmp_path / "x.jsonl", [replace(made, input_ids=ids)])
+    record = json.loads((tmp_path / "x.jsonl").read_text())
+    printed = {}
+    for by in (0, 1, -1):
+        places = slice(2, len(ids) - 1)  # the answer's
+        moved = {
+            key: [*record[key][:2], *np.roll(np.array(record[key][places]), by, 0).tolist()]
+            for key in ("topk_logits", "topk_token_ids", "log_sum_exp_logits")
+        }
+        (tmp_path / "y.jsonl").write_text(json.dumps({**record, **moved}) + "\n")
+        printed[by] = nemo_kd(
+            "convert",
+            tmp_path / "y.jsonl",
+            tmp_path / f"s{by}",
+            "--tokenizer",
+            tmp_path / "tokenizer",
+        )
+        assert "whole" in nemo_kd("verify", tmp_path / f"s{by}")
+    share = str(round(float(right.mean()), 4))
+    assert "WARNING" not in printed[0] and "agreement expected" in printed[0]
+    assert "perplexity of labels" in printed[0] and share in printed[0]
+    assert "y.jsonl: the teacher's rows look shifted" in printed[1]
+    assert "that of the token before" in printed[1] and "that of the token after" in printed[-1]
+    value = as_json("stats", tmp_path / "s1")
+    assert value["agreement"] < 0.1 < 0.5 < value["agreement_one_earlier"]
+
+
+def test_padding_of_the_vocabulary_is_left_out(tmp_path: Path) -> None:
+    tokenizer = models.tokenizer()
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    size = len(tokenizer)
+    ids = tokenizer(models.TEXT[:40]).input_ids
+    wide = spec(vocab_size=size + 100, top_k=5)
+    made = sample(0, wide, len(ids) - 3)
+    made.topk_ids[:] = np.arange(5)
+    made.topk_ids[::2, 2] = size + 3
+    write_jsonl(tmp_path / "x.jsonl", [replace(made, input_ids=np.array(ids, np.int32))])
+    common = ("convert", tmp_path / "x.jsonl")
+    result = nemo_kd(*common, tmp_path / "s", "--tokenizer", tmp_path / "tokenizer")
+    dropped = len(made.topk_ids[::2])
+    assert f"padding ids dropped {dropped}" in " ".join(result.split())
+    assert "is " + str(tmp_path / "tokenizer") + " its tokenizer?" in " ".join(result.split())
+    one = Store(tmp_path / "s")[0]
+    assert one.topk_ids[:2].tolist() == [[0, 1, 3, 4, -1], [0, 1, 2, 3, 4]]
+    assert "whole" in nemo_kd("verify", tmp_path / "s")
+
+
+def test_a_vocabulary_with_a_gap_reaches_to_its_largest_id(tmp_path: Path) -> None:
+    fast = models.tokenizer()
+    content = json.loads(fast.backend_tokenizer.to_str())
+    largest = len(fast) + 40
+    content["added_tokens"].append(
+        {
+            "id": largest,
+            "content": "<|end|>",
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
+    )
+    content["model"]["vocab"]["<|end|>"] = largest
+    fast.save_pretrained(tmp_path / "tokenizer")
+    (tmp_path / "tokenizer" / "tokenizer.json").write_text(json.dumps(content))
+    assert load_tokenizer(str(tmp_path / "tokenizer")).vocab_size == largest + 1
 
 
 def test_a_bad_line_stops_or_is_skipped(text_store: tuple[Path, Path], tmp_path: Path) -> None:

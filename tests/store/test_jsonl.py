@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,10 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import StoreError, read_jsonl, write_jsonl
+from nemo_kd.store.chunks import chunk_paths
 from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.store.jsonl import MOST_PADDING, Padding
+from tests.conftest import ROOT
 from tests.store.samples import sample, spec
 
 NAN = float("nan")
@@ -101,7 +108,18 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "unsorted": (record(topk_logits=[[0, 0], [2, 3], [5, 4]]), "logits must fall"),
     "above the sum": (record(log_sum_exp_logits=[0, 2.5, 5.5]), "above the log-sum-exp"),
     "one id twice": (record(topk_token_ids=[[0, 0], [9, 9], [4, 2]]), "the same id twice"),
-    "id out of range": (record(topk_token_ids=[[0, 0], [500, 4], [4, 2]]), "an id out of place"),
+    "id out of range": (
+        record(topk_token_ids=[[0, 0], [500 + MOST_PADDING, 4], [4, 2]]),
+        "an id out of place",
+    ),
+    "id below 0": (record(topk_token_ids=[[0, 0], [-7, 4], [4, 2]]), "an id out of place"),
+    "padding as a token": (record(tokens=[7, 500, 9], labels=[500, 9, 2]), "outside \\[0"),
+    "padding as the last label": (record(labels=[8, 9, 500]), "outside \\[0"),
+    "nothing but padding": (record(topk_token_ids=[[0, 0], [9, 4], [501, 500]]), "no logit at all"),
+    "fewer ids than logits": (
+        record(topk_logits=[[0, 0, 0], [3, 2, 1], [5, 4, 3]]),
+        "topk_token_ids has 2 values a token, topk_logits 3",
+    ),
     "token out of range": (record(tokens=[7, 8, -9], labels=[8, -9, 2]), "outside \\[0"),
     "not shifted": (record(labels=[8, 8, 2]), "not the tokens shifted"),
     "mask of halves": (record(loss_mask=[0, 0.5, 1]), "only 0 and 1"),
@@ -132,12 +150,135 @@ def test_a_broken_line_is_named_and_nothing_else_is_lost(tmp_path: Path, kind: s
     assert len(skipped) == 1
 
 
+def test_ids_of_the_padding_are_dropped_and_counted(tmp_path: Path) -> None:
+    """V = 500, padded to 512: those that follow move up, before the row is cut to K."""
+    logits = [[0.0] * 4, [3.0, 2.0, 1.0, 0.0], [5.0, 4.0, 3.0, 2.0]]
+    ids = [[501] * 4, [9, 503, 4, 511], [500, 4, 2, 7]]
+    path = lines(tmp_path / "x.jsonl", record(topk_logits=logits, topk_token_ids=ids))
+    padding = Padding()
+    (one,) = read_jsonl(path, spec(top_k=4), padding=padding)
+    assert one.topk_ids.tolist() == [[9, 4, ABSENT_ID, ABSENT_ID], [4, 2, 7, ABSENT_ID]]
+    assert one.topk_logits.tolist() == [[3, 1, -np.inf, -np.inf], [4, 3, 2, -np.inf]]
+    assert one.logsumexp.tolist() == [[3.5], [5.5]]  # of all ids, as the file has it
+    assert (padding.ids, padding.tokens) == (3, 2)  # none of a prompt's, where no one looks
+    assert padding.mass == pytest.approx(np.exp([-1.5, -3.5, -0.5]).sum())
+    (cut,) = read_jsonl(path, spec(top_k=2), padding=Padding())
+    assert cut.topk_ids.tolist() == [[9, 4], [4, 2]]
+    with pytest.warns(UserWarning, match="x.jsonl: 3 ids of the vocabulary's padding were dropped"):
+        list(read_jsonl(path, spec(top_k=4)))
+
+
 def test_rows_can_be_numbered_anew_over_chunks(tmp_path: Path) -> None:
     lines(tmp_path / "x-0.jsonl", record(9), record(9))
     lines(tmp_path / "x-1.jsonl", record(0))
-    lines(tmp_path / "x-3.jsonl", record(0))  # not reached: chunk 2 is missing
+    lines(tmp_path / "x-one.jsonl", "of another kind")
     read = read_jsonl(tmp_path / "x-CHUNK_ID.jsonl", spec(top_k=2), renumber=True)
     assert [one.row for one in read] == [0, 1, 2]
+
+
+CHUNKS: dict[str, tuple[list[str], str]] = {
+    "one missing": (["0", "2", "3"], r"x-1.jsonl is missing, but there is .*x-2.jsonl, .*x-3"),
+    "from 1": (["1", "2"], r"x-0.jsonl is missing, but there is .*x-1.jsonl, .*x-2"),
+    "more than ten": ([*map(str, range(9)), "10"], r"x-9.jsonl is missing, but .*x-10.jsonl:"),
+    "many beyond": (["0", *map(str, range(2, 12))], r"x-6.jsonl and 5 more: chunks"),
+    "leading zeros": (
+        ["00", "01"],
+        r"x-0\d.jsonl: .* without leading zeros; rename it to .*x-\d.j",
+    ),
+    "zeros beside": (["0", "1", "01"], r"x-01.jsonl: .* without leading zeros"),
+    "a directory": (["0", "1/", "2"], r"x-1.jsonl has the name of a chunk but is no file"),
+    "a link to nothing": (["0", "1>"], r"x-1.jsonl has the name of a chunk but is no file"),
+}
+
+
+@pytest.mark.parametrize("kind", CHUNKS)
+def test_a_gap_between_chunks_is_an_error(tmp_path: Path, kind: str) -> None:
+    numbers, message = CHUNKS[kind]
+    for row, number in enumerate(numbers):
+        path = tmp_path / f"x-{number[:2].rstrip('/>')}.jsonl"
+        if number.endswith("/"):
+            path.mkdir()
+        elif number.endswith(">"):
+            path.symlink_to(tmp_path / "gone")
+        else:
+            lines(path, record(row))
+    with pytest.raises(StoreError, match=message):
+        list(read_jsonl(tmp_path / "x-CHUNK_ID.jsonl", spec(top_k=2)))
+
+
+def test_chunks_may_be_named_by_their_directory(tmp_path: Path) -> None:
+    for number in range(12):
+        (tmp_path / f"part[{number}]").mkdir()
+        lines(tmp_path / f"part[{number}]" / f"x-{number}.jsonl", record(number))
+    (tmp_path / "part[12]").mkdir()
+    lines(tmp_path / "part[12]" / "x-3.jsonl", record(12))  # not that part's name
+    read = read_jsonl(tmp_path / "part[CHUNK_ID]" / "x-CHUNK_ID.jsonl", spec(top_k=2))
+    assert [one.row for one in read] == list(range(12))
+
+
+def test_a_shorter_set_of_chunks_leaves_none_of_a_longer_one(tmp_path: Path) -> None:
+    of, path = spec(top_k=3), tmp_path / "x-CHUNK_ID.jsonl"
+    samples = [sample(row, of, 2) for row in range(6)]
+    write_jsonl(path, samples, samples_per_chunk=1)
+    (tmp_path / "x-old.jsonl").write_text("mine")
+    write_jsonl(path, samples[:3], samples_per_chunk=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["x-0.jsonl", "x-1.jsonl", "x-old.jsonl"]
+    assert [one.row for one in read_jsonl(path, of)] == [0, 1, 2]
+
+
+def test_a_failing_writer_of_chunks_leaves_what_was_there(tmp_path: Path) -> None:
+    of, path = spec(top_k=3), tmp_path / "x-CHUNK_ID.jsonl"
+    write_jsonl(path, [sample(row, of, 2) for row in range(4)], samples_per_chunk=2)
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+
+    def failing() -> Any:
+        yield from (sample(row, of, 1) for row in range(5))
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        write_jsonl(path, failing(), samples_per_chunk=2)
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+def test_chunks_that_are_half_replaced_are_not_read(tmp_path: Path) -> None:
+    """Killed at any rename or removal, number 0 is missing."""
+    of, path = spec(top_k=3), tmp_path / "x-CHUNK_ID.jsonl"
+    write_jsonl(path, [sample(row, of, 2) for row in range(3)], samples_per_chunk=1)
+    steps = 0
+    while True:
+        copy = tmp_path / f"copy-{steps}"
+        copy.mkdir()
+        for number in range(3):
+            shutil.copy(tmp_path / f"x-{number}.jsonl", copy)
+            shutil.copy(tmp_path / "x-0.jsonl", copy / f".new-{number}")
+        target = copy / "x-CHUNK_ID.jsonl"
+        program = [sys.executable, "-c", KILLED, str(steps), str(target)]
+        done = subprocess.run(program, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=False)
+        if not done.returncode:
+            break
+        steps += 1
+        if steps > 1:  # the first was before anything was done
+            with pytest.raises(StoreError, match=r"x-0.jsonl"):
+                chunk_paths(target)
+    assert steps == 6 and len(chunk_paths(target)) == 3
+
+
+KILLED = """
+import os, sys
+from pathlib import Path
+from nemo_kd.store.chunks import publish_chunks
+left, target = int(sys.argv[1]), Path(sys.argv[2])
+
+def killing(event, _):
+    global left
+    if event in ("os.remove", "os.rename"):
+        if not left:
+            os._exit(9)
+        left -= 1
+
+sys.addaudithook(killing)
+publish_chunks(target, [target.parent / f".new-{i}" for i in range(3)])
+"""
 
 
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:

@@ -60,12 +60,16 @@ def test_a_split_follows_from_seed_and_row_alone(tmp_path: Path) -> None:
     assert rows[0] == rows[1] != rows[2]
 
 
-def test_converting_to_the_same_profile_changes_nothing(tmp_path: Path) -> None:
-    opened = Store(store(tmp_path / "s", spec(), rows=7))
-    convert(opened, tmp_path / "t", profile="plain")
+@pytest.mark.parametrize("profile", PROFILES)
+def test_converting_to_the_same_profile_changes_nothing(tmp_path: Path, profile: str) -> None:
+    opened = Store(store(tmp_path / "s", spec(**PROFILES[profile]), rows=7))
+    convert(opened, tmp_path / "t", profile=profile)
     assert contents(tmp_path / "t") == contents(tmp_path / "s")
+    convert(opened, tmp_path / "v", rows_per_shard=2)
+    assert bits(Store(tmp_path / "v")) == bits(opened) and len(Store(tmp_path / "v").rows) == 7
+    assert len(list((tmp_path / "v").glob("shard-*"))) == 4
     with pytest.raises(StoreError, match="holds 5 logits a token, top_k is 6"):
-        convert(opened, tmp_path / "u", profile="plain", top_k=6)
+        convert(opened, tmp_path / "u", top_k=6)
 
 
 def test_unlike_stores_are_not_merged(tmp_path: Path) -> None:
@@ -103,6 +107,8 @@ def test_statistics_are_the_plain_sums(tmp_path: Path) -> None:
     ranks = value["label_rank_histogram"]
     assert ranks["edges"][:4] == [1, 2, 3, 5] and ranks["counts"][0] == first
     assert sum(ranks["counts"]) == kept and ranks["not_kept"] == 15 - kept > 0
+    assert value["agreement"] == pytest.approx(first / 15, abs=1e-4)
+    assert value["perplexity_expected"] >= np.exp(value["entropy_of_kept_and_rest"]) - 1e-3
     for name in ("mass", "entropy_of_kept_and_rest"):
         assert sum(value[f"{name}_histogram"]["counts"]) == 15
     assert sum(value["answer_length_histogram"]["counts"]) == 6

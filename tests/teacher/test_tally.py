@@ -84,7 +84,13 @@ def test_summary_says_what_to_look_at() -> None:
     assert f"hold {held[1]:.3f} of the teacher's mass ({held[0]:.3f} at T = 2)" in text
     assert "cut at data.max_seq_length=12: 1 of 1 rows" in text
     assert f"likes least (nats a token): 8 ({tally.worst[0].nll:.2f})" in text
-    assert "WARNING: below 10%" in text
+    assert "its best token is the label for 0.0% (" in text
+    assert "the token before it for " in text and "perplexity of the labels " in text
+    assert "WARNING" not in text  # of four tokens: chance
+    for other in range(60):
+        row, topk, _ = sample(other, spread=6.0)
+        tally.add(row, topk._replace(ids=(topk.ids + 1) % V))
+    assert "WARNING: below 10%: is data.prompt_template" in tally.summary()
 
 
 def test_absent_places_do_not_count() -> None:
