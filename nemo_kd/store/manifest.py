@@ -15,6 +15,7 @@ VERSION = 1
 MANIFEST = "manifest.json"
 SPEC = "spec.json"  # the spec alone, there from a dump's first moment
 SHARD = "shard.json"  # a shard's own entry, in its directory
+EXCHANGE = "topk.jsonl"  # the same as NeMo-Aligner's JSONL, where a dump was asked for it
 SPEC_KEY = "spec_sha256"
 
 

@@ -32,6 +32,7 @@ from nemo_kd.store.files import (
 from nemo_kd.store.indexed import FieldWriter
 from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (
+    EXCHANGE,
     MANIFEST,
     SHARD,
     SPEC,
@@ -256,6 +257,7 @@ def _remove_store(directory: Path) -> None:
     """The manifest first: a store without it is an unfinished one, never a wrong one."""
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / SPEC).unlink(missing_ok=True)
+    (directory / EXCHANGE).unlink(missing_ok=True)
     for path in shard_directories(directory):
         shutil.rmtree(path)
     _remove_leftovers(directory)

@@ -14,6 +14,7 @@ from omegaconf import DictConfig
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.earlier import Tokens
+from nemo_kd.store.manifest import EXCHANGE
 from nemo_kd.teacher.begin import Source, TokensOf, check_rows, locked, open_writer
 from nemo_kd.teacher.fingerprint import checkpoint_fingerprint
 from nemo_kd.teacher.forward import AnswerTopK, TopKForward, sample_of, split_unusable
@@ -128,7 +129,7 @@ def _finish(cfg: DictConfig, writer: StoreWriter, shards: int, stopped: bool) ->
     writer.finish(shards)
     if cfg.jsonl:
         store, unit = iter(Store(writer.directory)), writer.spec.temperatures.index(1.0)
-        write_jsonl(writer.directory / "topk.jsonl", store, unit_temperature=unit)
+        write_jsonl(writer.directory / EXCHANGE, store, unit_temperature=unit)
 
 
 def _writes() -> bool:

@@ -5,12 +5,17 @@ Run as `order.py FIRST_STORE SECOND_STORE FILE.jsonl OUT.json` in a process of i
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
+import shutil
 import sys
 import types
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from nemo_kd import cpu
@@ -32,7 +37,8 @@ from nemo_kd.model import blend, stores  # noqa: E402
 from nemo_kd.model.config import KDTrainingConfig  # noqa: E402
 from nemo_kd.model.order import Order, reorder_files  # noqa: E402
 from nemo_kd.model.resume import WholeRunBatchSampler  # noqa: E402
-from nemo_kd.store import Store  # noqa: E402
+from nemo_kd.store import Store, StoreError  # noqa: E402
+from nemo_kd.store.transform import write_samples  # noqa: E402
 
 GLOBAL_BATCH = 4
 PACKED = {"packed_sequence": True, "max_seq_length": 300}
@@ -126,6 +132,35 @@ def megatron_core_rows(store: Store, consumed: int, batches: int) -> list[int]:
     return found
 
 
+def shifted(directory: str, target: Path) -> str:
+    """The store with each token's row moved to the next answer token."""
+    source, names = Store(directory), ("topk_ids", "topk_logits", "logsumexp")
+    samples = (replace(s, **{n: np.roll(getattr(s, n), 1, 0) for n in names}) for s in source)
+    write_samples(samples, target, source.manifest.spec, overwrite=True)
+    return str(target)
+
+
+def said(directory: str) -> str:
+    """What is printed when the data set of a store is made."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        blended([directory], 24)
+    return printed.getvalue()
+
+
+def replaced(directory: str, target: Path) -> str:
+    """What the workers of a data loader say of a store that was written anew under them."""
+    shutil.copytree(directory, target)
+    dataset = blended([str(target)], 24)
+    dataset.datasets[0].store._open.clear()  # as if other shards had been used since
+    shifted(directory, target)
+    try:
+        for _ in torch.utils.data.DataLoader(dataset, num_workers=2, collate_fn=lambda x: x):
+            pass
+    except StoreError as error:
+        return str(error)
+    return ""
+
+
 def main(first: str, second: str, file: str, out: Path) -> None:
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{out}.rendezvous", rank=0, world_size=1
@@ -155,6 +190,9 @@ def main(first: str, second: str, file: str, out: Path) -> None:
     }
     result["megatron_core"] = megatron_core_rows(Store(first), consumed=0, batches=30)
     result["megatron_core_resumed"] = megatron_core_rows(Store(first), consumed=12, batches=10)
+    result["said"] = said(first)
+    result["said_of_shifted"] = said(shifted(first, out.parent / "shifted"))
+    result["replaced"] = replaced(first, out.parent / "replaced")
     loader = torch.utils.data.DataLoader(
         one, batch_size=4, num_workers=2, collate_fn=lambda items: [i["metadata"] for i in items]
     )

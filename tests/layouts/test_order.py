@@ -104,3 +104,15 @@ def test_files_alone_have_the_asked_order_too(order: dict[str, Any], tiny: Path)
     for shuffled in (rows, order["file_of_another_seed"]):
         assert len(set(shuffled)) == size and shuffled[:size] != list(range(size))
     assert order["file_of_another_seed"] != rows
+
+
+def test_a_store_whose_rows_are_shifted_is_warned_of(order: dict[str, Any]) -> None:
+    assert order["said"] == ""
+    assert "WARNING: the teacher's rows look shifted by one position" in order["said_of_shifted"]
+    assert "perplexity of the labels" in order["said_of_shifted"]
+
+
+def test_a_store_that_is_written_anew_under_a_run_ends_it(order: dict[str, Any]) -> None:
+    """Same specification, same teacher by name, other rows; read by workers of a data loader."""
+    assert "was replaced after the store was opened" in order["replaced"]
+    assert "topk_logits.bin" in order["replaced"] and "start the run again" in order["replaced"]

@@ -15,6 +15,7 @@ import pytest
 from torch.utils.data import DataLoader, Dataset
 
 from nemo_kd.store import Store, StoreError, StoreSpec
+from nemo_kd.store.replaced import refuse_other_ranks
 from tests.store.samples import sample, spec, store, write
 
 OTHER_TEACHER = {"name": "other.nemo", "fingerprint": "c" * 64}
@@ -129,3 +130,9 @@ def test_verify_says_that_it_is_another_store(tmp_path: Path) -> None:
     assert opened.verify() == []
     same_teacher(tmp_path / "s")
     assert [problem.file for problem in opened.verify()] == ["manifest.json"]
+
+
+def test_ranks_of_a_job_have_one_store(tmp_path: Path) -> None:
+    refuse_other_ranks(tmp_path, ["a" * 64] * 3)
+    with pytest.raises(StoreError, match=r"rank 0 opened the store a{12}, rank 2 the store b{12}"):
+        refuse_other_ranks(tmp_path, ["a" * 64, "a" * 64, "b" * 64])

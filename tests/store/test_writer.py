@@ -86,8 +86,9 @@ def test_another_specification_is_refused_by_name(tmp_path: Path) -> None:
     message = str(refused.value)
     assert "top_k: 5 there, 4 now" in message and "overwrite=true" in message
     assert "teacher.name: 'teacher.nemo' there, 'other.nemo' now" in message
+    (tmp_path / "s" / "topk.jsonl").write_text("the same teacher's, for NeMo-Aligner")
     assert StoreWriter(tmp_path / "s", spec(top_k=4), overwrite=True).spec.top_k == 4
-    assert not list((tmp_path / "s").glob("shard-*"))
+    assert [path.name for path in (tmp_path / "s").iterdir()] == ["spec.json"]
 
 
 WRITER = """
