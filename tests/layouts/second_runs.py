@@ -101,6 +101,7 @@ def main(source: Path, work: Path, out: Path, overrides: list[str]) -> None:
     case("same")
     case("free", "trainer.log_every_n_steps=5", "model.data.train_ds.num_workers=1",
          "trainer.val_check_interval=2", "model.data.validation_ds.store=null",
+         "model.data.validation_ds.names=null",
          "model.tensor_model_parallel_size=1", "model.kd.alpha=0.9")  # fmt: skip
     case("changed", *changed, "++model.layernorm_epsilon=0.5")
     case("student", other, "resume.allow=[model.restore_from_path]")
