@@ -85,9 +85,10 @@ def convert(
         rows_per_shard=there.rows_per_shard if rows_per_shard is None else rows_per_shard,
     )
     if replace(spec, rows_per_shard=there.rows_per_shard) == there:
-        writer = _open_writer(directory, spec, overwrite)
-        stored = ((one.row, one) for one in _stored(store))
-        return _write(writer, stored, _add_stored, progress)
+        with DirectoryLock(directory):
+            writer = _open_writer(directory, spec, overwrite)
+            stored = ((one.row, one) for one in _stored(store))
+            return _write(writer, stored, _add_stored, progress)
     samples = (_cut(store[i], k) for i in range(len(store)))
     return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
 

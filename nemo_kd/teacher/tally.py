@@ -23,6 +23,7 @@ from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
 from nemo_kd.teacher.rows import NoAnswerError, Row
 
 WORST = 5
+
 # The kind of an error → what is said of rows that were left out for it; the first that fits.
 _DROPPED: dict[type[RowError], str] = {
     NoAnswerError: "without an answer token",

@@ -104,11 +104,11 @@ def test_statistics_are_the_plain_sums(tmp_path: Path) -> None:
     assert value["entropy_of_kept_and_rest"] == pytest.approx(np.mean(entropies), rel=1e-5)
     assert value["label_is_first"] == first / 15 and value["label_is_kept"] == kept / 15
     assert value["nll_of_kept_labels"] == pytest.approx(nll / max(kept, 1), rel=1e-5)
+    assert value["agreement"] == pytest.approx(first / 15, abs=1e-4)
+    assert value["perplexity_expected"] >= np.exp(value["entropy_of_kept_and_rest"]) - 1e-3
     ranks = value["label_rank_histogram"]
     assert ranks["edges"][:4] == [1, 2, 3, 5] and ranks["counts"][0] == first
     assert sum(ranks["counts"]) == kept and ranks["not_kept"] == 15 - kept > 0
-    assert value["agreement"] == pytest.approx(first / 15, abs=1e-4)
-    assert value["perplexity_expected"] >= np.exp(value["entropy_of_kept_and_rest"]) - 1e-3
     for name in ("mass", "entropy_of_kept_and_rest"):
         assert sum(value[f"{name}_histogram"]["counts"]) == 15
     assert sum(value["answer_length_histogram"]["counts"]) == 6
