@@ -130,12 +130,15 @@ def main() -> None:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
+    from nemo_kd.data import check_learnable
     from nemo_kd.loss import KDConfig
     from nemo_kd.mcore import StoreBatches, kd_forward_step
     from nemo_kd.store import Store
 
     start(args)
     store = Store(args.store)
+    config = KDConfig(alpha=args.alpha, temperature=args.temperature)
+    check_learnable(store, config)
     vocab_size = store.manifest.spec.vocab_size
     model = student(args, vocab_size)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=args.lr, clip_grad=1.0), model)
@@ -153,7 +156,7 @@ def main() -> None:
         )
         for _ in model
     ]
-    step = kd_forward_step(KDConfig(alpha=args.alpha, temperature=args.temperature), vocab_size)
+    step = kd_forward_step(config, vocab_size)
     replicas = parallel_state.get_data_parallel_world_size()
     for number in range(1, args.steps + 1):
         for part in model:
