@@ -164,6 +164,7 @@ def _is_cuda(device: Any) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """`device="cuda"` in NeMo's and Megatron's calls means the CPU."""
 
+    @torch.compiler.disable  # compiled by itself, it would take one call's numbers for all
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -180,6 +181,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 class _TypesOfCuda(TorchFunctionMode):
     """`parameter.type()` says "torch.cuda.FloatTensor", as Megatron's optimizers want it."""
 
+    @torch.compiler.disable
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:

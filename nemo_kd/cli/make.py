@@ -28,7 +28,7 @@ def convert(
         typer.Option(help="plain, compact or top_p; the store's own, or plain of JSONL."),
     ] = None,
     p: Annotated[float | None, typer.Option("--p", help="Mass that top_p keeps.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Fewer logits than there are.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Fewer logits than there are.")] = None,
     rows_per_shard: Annotated[
         int | None, typer.Option(min=1, help="The store's own, or 256 of JSONL.")
     ] = None,

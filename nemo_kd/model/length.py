@@ -25,7 +25,7 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
     validation could happen.
     """
     trainer = cfg.trainer
-    _refuse_part_epochs(trainer)
+    refuse_part_epochs(trainer)
     epoch = _steps_of_epoch(cfg) if _limits(trainer.get("max_epochs")) else None
     steps = _steps(cfg, epoch, done)
     with open_dict(trainer):
@@ -127,7 +127,13 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
     return int(steps)
 
 
-def _refuse_part_epochs(trainer: DictConfig) -> None:
+def refuse_part_epochs(trainer: DictConfig) -> None:
+    """Errors: ValueError for settings of Lightning's under which a run would end unplanned."""
+    if trainer.get("fast_dev_run"):
+        raise ValueError(
+            "trainer.fast_dev_run would train a batch or so and keep nothing: set "
+            "trainer.max_steps to a small number of steps instead"
+        )
     if trainer.get("limit_train_batches") not in (None, 1.0) or trainer.get("overfit_batches"):
         raise ValueError(
             "trainer.limit_train_batches and trainer.overfit_batches are not supported: set "

@@ -18,7 +18,7 @@ from nemo_kd.model.config import (
     store_directories,
 )
 from nemo_kd.model.data_settings import check_data_settings
-from nemo_kd.model.length import fit_length
+from nemo_kd.model.length import fit_length, refuse_part_epochs
 from nemo_kd.model.record import DATA_KEY, Record, asked, record_of
 from nemo_kd.model.template import settle_template
 from nemo_kd.settings import files, training
@@ -36,6 +36,7 @@ def run(cfg: DictConfig) -> None:
     The same command resumes a run that was stopped, and says so of one that is over.
     """
     check_settings(cfg)
+    refuse_part_epochs(cfg.trainer)
     check_train_data(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     settings = asked(cfg)

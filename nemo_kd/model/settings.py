@@ -115,7 +115,8 @@ class Change:
     now: Any
 
     def __str__(self) -> str:
-        then, now = ("null" if value is None else value for value in (self.then, self.now))
+        shown = "null, the default," if self.key.startswith("model.kd.") else "null"
+        then, now = (shown if value is None else value for value in (self.then, self.now))
         return f"{self.key}: {then} in the checkpoint, {now} now"
 
 

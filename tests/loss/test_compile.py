@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
+from nemo_kd import cpu
 from nemo_kd.loss import (
     KDConfig,
     TopK,
@@ -68,6 +69,17 @@ def run(model: Model, rows: int) -> list[torch.Tensor]:
     return [loss.detach(), *torch.autograd.grad(loss, (hidden, weight))]
 
 
+@pytest.fixture(autouse=True)
+def without_the_patches_for_a_cpu() -> Iterator[None]:
+    """Another file's tests may have left them in this process."""
+    mode = cpu._state.device_mode
+    if mode is not None:
+        mode.__exit__(None, None, None)
+    yield
+    if mode is not None:
+        mode.__enter__()
+
+
 @pytest.mark.parametrize("model", [of_logits, fused, gathered, with_teacher])
 @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_model_has_eager_values_and_gradients(model: Model, backend: str) -> None:
@@ -76,6 +88,15 @@ def test_a_compiled_model_has_eager_values_and_gradients(model: Model, backend: 
     for rows in (7, 12, 1, 0, 30):
         for mine, eager in zip(run(compiled, rows), run(model, rows), strict=True):
             torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)
+
+
+def test_the_patches_for_a_cpu_compile_to_the_same_values() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(of_logits, backend="aot_eager")
+    with cpu._CudaMeansCpu():
+        for rows in (7, 12):
+            for mine, eager in zip(run(compiled, rows), run(of_logits, rows), strict=True):
+                torch.testing.assert_close(mine, eager, rtol=1e-5, atol=1e-5)
 
 
 def test_a_full_graph_is_refused_with_the_reason() -> None:
