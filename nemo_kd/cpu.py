@@ -32,8 +32,8 @@ def install(nemo: bool = True) -> bool:
     if torch.cuda.is_available():
         return False
     with warnings.catch_warnings():
-        # What megatron-core takes in the place of these two is what a CPU needs.
-        warnings.filterwarnings("ignore", "Transformer Engine and Apex are not installed")
+        # What megatron-core takes in the place of the two is what a CPU needs.
+        warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed")
         _install(nemo)
     return True
 

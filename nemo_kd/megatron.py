@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,8 +44,11 @@ def prepare(cfg: DictConfig) -> None:
     refuse(cfg)
     # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    verbose = bool(os.environ.get("NEMO_KD_VERBOSE"))
+    if not verbose:
+        warnings.filterwarnings("ignore")  # of what NeMo's imports miss and this run does not use
     on_cpu = cpu.install()
-    if not os.environ.get("NEMO_KD_VERBOSE"):
+    if not verbose:
         _quiet()
     if not on_cpu:
         return
