@@ -18,11 +18,13 @@ def test_nemo_completes_a_pruned_checkpoint_as_transformers_does(
     models.save(model, tmp_path / "hf")
     (tmp_path / "layers.json").write_text('{"kept": [0, 2, 3]}')
     nemo, layers = tmp_path / "pruned.nemo", tmp_path / "layers.json"
-    script("convert_hf_to_nemo.py", f"{tmp_path}/hf", str(nemo), f"--keep-layers=@{layers}")
+    converted = script(
+        "convert_hf_to_nemo.py", f"{tmp_path}/hf", str(nemo), f"--keep-layers=@{layers}"
+    )
     prompts = models.TEXT.split("\n\n")[1:4]  # of different lengths
     rows = [json.dumps({"input": text.strip(" "), "output": "none"}) for text in prompts]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-    script(
+    completed = script(
         "demo/complete.py",
         f"--model=one={nemo}",
         f"--model=other={nemo}",
@@ -31,6 +33,7 @@ def test_nemo_completes_a_pruned_checkpoint_as_transformers_does(
         "--samples=3",
         "--tokens=12",
     )
+    assert converted.stderr == completed.stderr == ""  # no warnings of apex and the like
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]
     del model.model.layers[1]
     for position, layer in enumerate(model.model.layers):
