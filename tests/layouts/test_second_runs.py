@@ -62,7 +62,7 @@ def test_a_checkpoint_without_settings_is_not_compared_and_says_so(cases: Cases)
 def test_other_settings_are_refused_all_at_once(cases: Cases) -> None:
     error = cases["changed"]["error"]
     for line in (
-        "model.kd.alpha: null in the checkpoint, 0.5 now",
+        "model.kd.alpha: null, the default, in the checkpoint, 0.5 now",
         "model.optim.lr: 0.01 in the checkpoint, 0.005 now",
         "model.global_batch_size: 4 in the checkpoint, 2 now",
         "model.layernorm_epsilon: null in the checkpoint, 0.5 now",  # in no list
