@@ -13,12 +13,12 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_kd.model.config import sft_files, store_directories
+from nemo_kd.settings.training import SPLITS
 
 Rules = dict[str, tuple[tuple[Any, ...], str]]
 """Key → the values that ask for nothing (defaults here, in NeMo's code and in its YAML), and what
 an error says of others."""
 
-SPLITS = ("train_ds", "validation_ds")
 SHUFFLED_BY = "shuffle_seed decides the order, a permutation for each epoch"
 UNUSED: Rules = {
     "min_seq_length": (

@@ -15,7 +15,8 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.model.config import kd_training_config, sft_files, store_directories
 from nemo_kd.model.settings import Settings
 from nemo_kd.store import Store
-from nemo_kd.teacher.fingerprint import checkpoint_fingerprint, file_sha256
+from nemo_kd.store.files import sha256_of
+from nemo_kd.teacher.fingerprint import checkpoint_fingerprint
 
 CHECKPOINT_KEY = "nemo_kd"
 DATA_KEY, STEPS_KEY = "kd_train_stores", "kd_trained_steps"
@@ -74,7 +75,7 @@ def training_data(data_cfg: DictConfig) -> list[Origin]:
     files = [Path(file) for file in sft_files(data_cfg)]
     return [
         *({"path": str(s.directory), "fingerprint": s.fingerprint} for s in stores),
-        *({"path": str(file), "fingerprint": file_sha256(file)} for file in files),
+        *({"path": str(file), "fingerprint": sha256_of(file)} for file in files),
     ]
 
 

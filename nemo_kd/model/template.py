@@ -14,8 +14,8 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.model.config import NEMO_TEMPLATE, sft_files
-from nemo_kd.model.data_settings import SPLITS
 from nemo_kd.model.record import say
+from nemo_kd.settings.training import SPLITS
 from nemo_kd.store import Store, StoreError
 
 OF_MODEL: dict[str, tuple[str, bool]] = {"chat": ("data", False), "answer_only_loss": ("", True)}

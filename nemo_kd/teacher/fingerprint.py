@@ -1,4 +1,4 @@
-"""Names for what a dump depends on: the teacher's weights and the SFT file."""
+"""Names for what a dump depends on: the teacher's weights."""
 
 from __future__ import annotations
 
@@ -27,9 +27,3 @@ def checkpoint_fingerprint(path: Path) -> str:
                 if size <= BLOCK:
                     break
     return digest.hexdigest()
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 (hex) of a whole file."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()

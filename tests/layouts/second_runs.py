@@ -23,7 +23,7 @@ from hydra import compose, initialize_config_dir
 
 from nemo_kd.commandline import accept_every_spelling
 from nemo_kd.model.main import run
-from nemo_kd.teacher.fingerprint import file_sha256
+from nemo_kd.store.files import sha256_of
 
 ROOT = Path(__file__).parent.parent.parent
 LONGER_STEPS, LONGER_LR = 9, 0.02
@@ -81,7 +81,7 @@ def trained_on_files(rows: Path, directory: Path) -> None:
 
     def change(common: dict[str, Any]) -> None:
         kept = common["nemo_kd"]
-        kept["train_stores"] = [{"path": str(rows), "fingerprint": file_sha256(rows)}]
+        kept["train_stores"] = [{"path": str(rows), "fingerprint": sha256_of(rows)}]
         kept["settings"]["model"]["kd"]["alpha"] = 0
 
     edit(last(directory), change)
