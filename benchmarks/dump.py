@@ -85,9 +85,9 @@ def configuration(teacher: Path, data: Path) -> DictConfig:
 
 def bare_forward(model: Any, cfg: DictConfig, *, logits: bool) -> Callable[[], int]:
     """The model over the dump's own micro-batches, made beforehand; counts the tokens read."""
-    from nemo_kd.megatron import gpt_module, split_lm_head
+    from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
+    from nemo_kd.sft.rows import SFTRows
     from nemo_kd.teacher.dump import calls
-    from nemo_kd.teacher.rows import SFTRows
 
     gpt = gpt_module(model)
     read = SFTRows(model, cfg.data)
@@ -187,7 +187,7 @@ def main() -> None:
     teacher, data = prepare_files(options.rows)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # NeMo's data set forks
     cfg = configuration(options.teacher or teacher, options.data or data)
-    from nemo_kd.teacher.main import load
+    from nemo_kd.cli.teacher import load
 
     model, forward_class = load(cfg)
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:

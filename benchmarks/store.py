@@ -42,7 +42,7 @@ from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.codecs import ABSENT_ID
 from nemo_kd.store.layout import SAMPLE_FIELDS
 from nemo_kd.store.manifest import shard_name
-from nemo_kd.store.transform import write_samples
+from nemo_kd.store.tools.transform import write_samples
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
 
 RESULT = Path(__file__).parent / "results" / "store.json"

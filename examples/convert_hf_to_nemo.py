@@ -21,8 +21,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from nemo_kd import cpu
 from nemo_kd.checkpoints import CheckpointError, open_checkpoint, parse_layers, write_nemo
+from nemo_kd.nemo import cpu
 
 
 class Precision(StrEnum):

@@ -3,13 +3,13 @@
 import hydra
 from omegaconf import DictConfig
 
-from nemo_kd.commandline import one_line_errors, script
+from nemo_kd.cli.scripts import one_line_errors, script
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="generate_with_teacher")
 @one_line_errors
 def main(cfg: DictConfig) -> None:
-    from nemo_kd.teacher.main import run_generation
+    from nemo_kd.cli.teacher import run_generation
 
     run_generation(cfg)
 

@@ -3,13 +3,13 @@
 import hydra
 from omegaconf import DictConfig
 
-from nemo_kd.commandline import one_line_errors, script
+from nemo_kd.cli.scripts import one_line_errors, script
 
 
 @hydra.main(version_base=None, config_path="../conf", config_name="train_gpt_sft_kd")
 @one_line_errors
 def main(cfg: DictConfig) -> None:
-    from nemo_kd.model.main import run
+    from nemo_kd.nemo.train import run
 
     run(cfg)
 

@@ -16,7 +16,7 @@ from steps import ROOT, StepFailedError, Workshop, lock, remove, write_json
 from student import directory, result, steps
 from study import Experiment, read_experiments
 
-from nemo_kd.commandline import script
+from nemo_kd.cli.scripts import script
 
 
 def select(experiments: list[Experiment], only: Any) -> list[Experiment]:

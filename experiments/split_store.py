@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from nemo_kd.store import Sample, Store
-from nemo_kd.store.transform import write_samples
+from nemo_kd.store.tools.transform import write_samples
 
 
 def main(

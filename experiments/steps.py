@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from nemo_kd.store.files import publish
+from nemo_kd.files import publish
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -21,7 +21,7 @@ from steps import ROOT, Step, Workshop, lock, write_json
 from student import student_and_loss, train_stores
 from study import TIMED, Run, read_choices
 
-from nemo_kd.commandline import script
+from nemo_kd.cli.scripts import script
 
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 

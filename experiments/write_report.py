@@ -19,7 +19,7 @@ from results_page import Study, page
 from steps import ROOT
 from study import TIMED, read_choices, read_experiments
 
-from nemo_kd.commandline import script
+from nemo_kd.cli.scripts import script
 
 PICTURES = "images/results"
 

@@ -98,7 +98,7 @@ def write_model(directory: Path, name: str, layers: int, hidden: int, pad_to: in
     )
     from omegaconf import OmegaConf
 
-    from nemo_kd import cpu, megatron
+    from nemo_kd.nemo import cpu, start
 
     cfg = OmegaConf.create({"model": model_config(directory, layers, hidden, pad_to)})
     cfg.trainer = {"devices": 1, "num_nodes": 1, "logger": False, "precision": 32}
@@ -106,13 +106,13 @@ def write_model(directory: Path, name: str, layers: int, hidden: int, pad_to: in
     cfg.exp_manager = None
     for key, value in cpu.cpu_settings().items():
         OmegaConf.update(cfg, key, value, force_add=True)
-    trainer = megatron.build_trainer(cfg)
-    megatron.start_process_groups(cfg.model, trainer)
+    trainer = start.build_trainer(cfg)
+    start.start_process_groups(cfg.model, trainer)
     MegatronGPTSFTModel(cfg.model, trainer).save_to(str(directory / f"{name}.nemo"))
 
 
 def main(directory: Path) -> None:
-    from nemo_kd import cpu
+    from nemo_kd.nemo import cpu
 
     cpu.install()
     directory.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 
-from nemo_kd import megatron
+from nemo_kd.nemo import start
 
 if TYPE_CHECKING:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -109,15 +109,15 @@ def main(
     texts = [row["input"].strip(" ") for row in rows]
     cfg = settings()
     with console.status("starting NeMo"):
-        megatron.prepare(cfg)
+        start.prepare(cfg)
         cfg.model.data = {}  # no data set is built
         from megatron.core.num_microbatches_calculator import unset_num_microbatches_calculator
         from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
             MegatronGPTSFTModel,
         )
 
-        trainer = megatron.build_trainer(cfg)
-        megatron.start_process_groups(cfg.model, trainer)
+        trainer = start.build_trainer(cfg)
+        start.start_process_groups(cfg.model, trainer)
     results: list[dict[str, Any]] = [
         {
             "prompt": text,
@@ -131,7 +131,7 @@ def main(
     for name, path in track(models.items(), f"completing {len(rows)} prompts", console=console):
         # NeMo wants the batch size of its first model again, and generation changes it.
         unset_num_microbatches_calculator()
-        restored = megatron.restore(path, MegatronGPTSFTModel, cfg, trainer)
+        restored = start.restore(path, MegatronGPTSFTModel, cfg, trainer)
         for result, text in zip(results, complete(restored, texts, tokens), strict=True):
             result["completions"][name] = text
     output.parent.mkdir(parents=True, exist_ok=True)

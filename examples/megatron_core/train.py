@@ -15,7 +15,7 @@ import warnings
 
 import torch
 
-from nemo_kd import cpu
+from nemo_kd.mcore import cpu
 
 
 def arguments() -> argparse.Namespace:
@@ -125,7 +125,7 @@ def main() -> None:
     # Megatron says, many times over, what it falls back to where apex is not installed.
     for module in ("megatron", "torch.distributed"):
         warnings.filterwarnings("ignore", module=module)
-    cpu.install(nemo=False)
+    cpu.install()
     from megatron.core import parallel_state
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func

@@ -20,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from nemo_kd.store.files import publish
+from nemo_kd.files import publish
 
 SPEAKERS = {"prompter": "User", "assistant": "Assistant"}
 

@@ -9,15 +9,15 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.cli.tokenizers import load_tokenizer
+from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreError, StoreSpec, read_jsonl, write_jsonl
-from nemo_kd.store.agreement import Agreement
-from nemo_kd.store.average import average
-from nemo_kd.store.chunks import CHUNK_ID, chunk_paths, existing_chunks
-from nemo_kd.store.jsonl import Padding
 from nemo_kd.store.spec import ROWS_PER_SHARD
-from nemo_kd.store.stats import stats
-from nemo_kd.store.transform import convert, write_samples
-from nemo_kd.tokenizer import tokenizer_fingerprint
+from nemo_kd.store.tools.agreement import Agreement
+from nemo_kd.store.tools.average import average
+from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths, existing_chunks
+from nemo_kd.store.tools.jsonl import Padding
+from nemo_kd.store.tools.stats import stats
+from nemo_kd.store.tools.transform import convert, write_samples
 
 ON_BAD_LINES = ("stop", "skip")
 MOST_PADDING_MASS = 0.01

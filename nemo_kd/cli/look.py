@@ -28,7 +28,7 @@ EXPLAINED = {
 def inspect(store: StoreArgument, as_json: Json = False) -> None:
     """What a store is: its specification and totals, from the manifest alone."""
     from nemo_kd.cli import render
-    from nemo_kd.store.files import sha256_of
+    from nemo_kd.files import sha256_of
     from nemo_kd.store.manifest import MANIFEST, Manifest
     from nemo_kd.store.reader import refuse_unfinished
 
@@ -121,7 +121,7 @@ def stats(
     """
     from nemo_kd.cli import render
     from nemo_kd.store.reader import Store
-    from nemo_kd.store.stats import stats as stats_of
+    from nemo_kd.store.tools.stats import stats as stats_of
 
     value = stats_of(Store(store), samples).to_json()
     if as_json:

@@ -108,7 +108,7 @@ def merge(
     """
     from nemo_kd.cli.conversions import averaged, numbers, summary
     from nemo_kd.store.reader import Store
-    from nemo_kd.store.transform import merge as merge_stores
+    from nemo_kd.store.tools.transform import merge as merge_stores
 
     stores = [Store(source) for source in sources]
     total = len(stores[0]) if average else sum(map(len, stores))
@@ -136,7 +136,7 @@ def split(
     """Parts of a store, by chance: training and held-out, say. Rows keep their numbers."""
     from nemo_kd.cli.conversions import numbers, summary
     from nemo_kd.store.reader import Store
-    from nemo_kd.store.transform import split as split_store
+    from nemo_kd.store.tools.transform import split as split_store
 
     opened = Store(store)
     with progress("split") as advance:

@@ -45,9 +45,9 @@ def plan(
 ) -> None:
     """What a dump will cost: disk, dump time, memory per GPU."""
     from nemo_kd.cli.conversions import numbers
-    from nemo_kd.store.plan import Workload
-    from nemo_kd.store.plan import plan as plan_of
     from nemo_kd.store.spec import StoreSpec
+    from nemo_kd.teacher.plan import Workload
+    from nemo_kd.teacher.plan import plan as plan_of
 
     answers = TOKENS.parse(tokens)
     total = 2 * answers if total_tokens is None else TOTAL_TOKENS.parse(total_tokens)
@@ -103,7 +103,7 @@ def _check_data(answers: float, total: float, samples: float) -> None:
 def _check_profile(profile: str, *, top_k: int, vocab_size: int, kept: float | None) -> None:
     from nemo_kd.store.codecs import CODECS
     from nemo_kd.store.codecs.sampled import MOST_DRAWS
-    from nemo_kd.store.plan import VARIABLE
+    from nemo_kd.teacher.plan import VARIABLE
 
     if profile not in CODECS:
         raise StoreError(f"--profile must be one of {', '.join(CODECS)}, not {profile!r}")

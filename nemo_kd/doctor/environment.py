@@ -105,7 +105,7 @@ def _try_torch(device: str) -> tuple[dict[str, Any], str | None]:
 def container() -> str | None:
     """NVIDIA's images say in the environment what they are.
 
-    Not by NVIDIA_PYTORCH_VERSION, which `nemo_kd.cpu` sets too, for NeMo.
+    Not by NVIDIA_PYTORCH_VERSION, which `nemo_kd.nemo.cpu` sets too, for NeMo.
     """
     names = ("NVIDIA_PRODUCT_NAME", "NVIDIA_BUILD_ID")
     said = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]

@@ -86,7 +86,7 @@ def nemo_fault() -> str | None:
     if not installed("nemo"):
         return NOT_INSTALLED
     code = (
-        "from nemo_kd import cpu\n"
+        "from nemo_kd.nemo import cpu\n"
         "cpu.install()\n"
         "from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (\n"
         "    MegatronGPTSFTModel)"

@@ -5,11 +5,11 @@
 """
 
 from nemo_kd.store.errors import StoreError
-from nemo_kd.store.jsonl import read_jsonl, write_jsonl
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.tools.jsonl import read_jsonl, write_jsonl
 from nemo_kd.store.writer import ShardWriter, StoreWriter
 
 __all__ = [

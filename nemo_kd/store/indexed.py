@@ -1,7 +1,7 @@
 """One array a sample in Megatron's `.bin/.idx` pair, through megatron-core's own classes.
 
 megatron-core is imported when the first file is opened: importing it takes seconds, and on a
-machine without CUDA `nemo_kd.cpu.install()` has to come before it.
+machine without CUDA `nemo_kd.nemo.cpu.install()` has to come before it.
 """
 
 from __future__ import annotations

@@ -17,10 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.checks import checked_teacher, checked_tokens
-from nemo_kd.store.codecs import codec_of
-from nemo_kd.store.errors import StoreError
-from nemo_kd.store.files import (
+from nemo_kd.files import (
     canonical_json,
     fsync,
     full_disk_explained,
@@ -29,6 +26,9 @@ from nemo_kd.store.files import (
     sha256_of,
     size_of,
 )
+from nemo_kd.store.checks import checked_teacher, checked_tokens
+from nemo_kd.store.codecs import codec_of
+from nemo_kd.store.errors import StoreError
 from nemo_kd.store.indexed import FieldWriter
 from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (

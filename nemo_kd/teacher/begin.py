@@ -14,10 +14,10 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig
 
 from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft.rows import BadRows
 from nemo_kd.store import StoreError, StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore, Tokens
 from nemo_kd.store.lock import DirectoryLock, LockedError
-from nemo_kd.teacher.rows import BadRows
 
 SHOWN = 5
 """Bad rows that a message names."""

@@ -7,7 +7,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from nemo_kd.keys import settings_of
+from nemo_kd.settings.dataclass import settings_of
 
 
 @dataclass(frozen=True)

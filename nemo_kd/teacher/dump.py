@@ -12,16 +12,16 @@ from megatron.core import parallel_state
 from omegaconf import DictConfig
 
 from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft.rows import TEMPLATE_KEYS, BadRows, Row, SFTRows, Teacher, readable
+from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.earlier import Tokens
+from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.store.manifest import EXCHANGE
 from nemo_kd.teacher.begin import Source, TokensOf, check_rows, locked, open_writer
-from nemo_kd.teacher.fingerprint import checkpoint_fingerprint
-from nemo_kd.teacher.forward import AnswerTopK, TopKForward, sample_of, split_unusable
+from nemo_kd.teacher.forward import AnswerTopK, sample_of, split_unusable
 from nemo_kd.teacher.progress import DumpProgress
-from nemo_kd.teacher.rows import TEMPLATE_KEYS, BadRows, Row, SFTRows, Teacher, readable
 from nemo_kd.teacher.stop import StopOnSignal
-from nemo_kd.tokenizer import tokenizer_fingerprint
 
 
 class Forward(Protocol):
@@ -42,9 +42,7 @@ class Numbered(Protocol):
 Work = TypeVar("Work", bound=Numbered)
 
 
-def dump(
-    cfg: DictConfig, model: Teacher, forward_class: Callable[..., Forward] = TopKForward
-) -> Manifest | None:
+def dump(cfg: DictConfig, model: Teacher, forward_class: Callable[..., Forward]) -> Manifest | None:
     """Every row of `data.file_path` through the teacher; the manifest of the finished store.
 
     None when a signal asked to stop: what is whole stays, the same command goes on.

@@ -14,10 +14,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nemo_kd.sft import RowError
+from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.counters import JobCounters
 from nemo_kd.teacher.forward import AnswerTopK
-from nemo_kd.teacher.rows import Row
 from nemo_kd.teacher.tally import Tally
 
 SECONDS_BETWEEN_LINES = 10.0

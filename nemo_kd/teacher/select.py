@@ -8,9 +8,9 @@ import torch
 import torch.distributed as dist
 
 from nemo_kd.loss import TopK, vocab_parallel_topk
+from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import Sampled
-from nemo_kd.teacher.rows import Row
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
 
 

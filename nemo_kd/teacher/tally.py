@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from nemo_kd.sft import RowError
+from nemo_kd.sft.rows import NoAnswerError, Row
 from nemo_kd.store import StoreSpec
-from nemo_kd.store.agreement import Agreement
 from nemo_kd.store.codecs import Sampled
+from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
-from nemo_kd.teacher.rows import NoAnswerError, Row
 
 WORST = 5
 

@@ -19,9 +19,9 @@ from typing import Any
 import torch
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd import cpu, megatron
 from nemo_kd.checkpoints import open_checkpoint, resolve_tokenizer, write_nemo
 from nemo_kd.checkpoints.huggingface import to_transformers
+from nemo_kd.nemo import cpu, start
 from tests.checkpoints import models
 
 cpu.install()
@@ -148,8 +148,8 @@ def main(directory: Path) -> None:
         num_microbatches_calculator.unset_num_microbatches_calculator()
         parallel_state.destroy_model_parallel()
         cfg = settings(tensor, pipeline)
-        trainer = megatron.build_trainer(cfg)
-        megatron.start_process_groups(cfg.model, trainer)
+        trainer = start.build_trainer(cfg)
+        start.start_process_groups(cfg.model, trainer)
         torch.distributed.barrier()  # all checkpoints are made
         for checkpoint in sorted(directory.glob("*.nemo")):
             if checkpoint.stem == "smollm2" and layout != "dp2":

@@ -21,9 +21,9 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_kd.cli.main import main
-from nemo_kd.commandline import accept_every_spelling
-from nemo_kd.model.config import kd_training_config
-from nemo_kd.settings import dump, training
+from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.nemo.config import kd_training_config
+from nemo_kd.nemo.settings import dump, training
 from nemo_kd.teacher.config import dump_config
 from tests import nemo_file
 from tests.conftest import ROOT

@@ -13,7 +13,7 @@ import yaml
 
 from nemo_kd.cli import doctor, look, make, plan  # noqa: F401 (each adds its commands)
 from nemo_kd.cli.app import app
-from nemo_kd.model.config import KDTrainingConfig
+from nemo_kd.nemo.config import KDTrainingConfig
 from tests.conftest import ROOT
 
 DOCS = ROOT / "docs"

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from nemo_kd import cpu
+from nemo_kd.nemo import cpu
 
 B, S, V, K = 3, 64, 50, 6
 
@@ -24,9 +24,9 @@ def main(result: str) -> None:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
     from nemo_kd.data import TeacherRows, collate_teacher, teacher_at
-    from nemo_kd.mcore import own_positions
-    from nemo_kd.model.config import KDTrainingConfig
-    from nemo_kd.model.loss import StudentLoss
+    from nemo_kd.mcore.context import own_positions
+    from nemo_kd.nemo.config import KDTrainingConfig
+    from nemo_kd.nemo.student_loss import StudentLoss
 
     torch.distributed.init_process_group("gloo")
     size = torch.distributed.get_world_size()

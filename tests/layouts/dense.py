@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from hydra import compose, initialize_config_dir
 
-from nemo_kd import megatron
+from nemo_kd.nemo import start
 
 ROWS = 8
 
@@ -20,15 +20,15 @@ def main(tiny: str, output: str) -> None:
     with initialize_config_dir(str(conf), version_base=None):
         cfg = compose("train_gpt_sft_kd", overrides)
     cfg.model.micro_batch_size = cfg.model.global_batch_size = 1
-    megatron.prepare(cfg)
+    start.prepare(cfg)
     import torch
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
         MegatronGPTSFTModel,
     )
 
-    trainer = megatron.build_trainer(cfg)
-    megatron.start_process_groups(cfg.model, trainer)
-    model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
+    trainer = start.build_trainer(cfg)
+    start.start_process_groups(cfg.model, trainer)
+    model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
     model.freeze()
     lines = Path(tiny, "train.jsonl").read_text().splitlines()[:ROWS]
     dense = {}

@@ -35,8 +35,8 @@ def write_tokenizer(directory: Path) -> None:
 def write_store(directory: Path) -> None:
     """Token t is followed by 7 t + 3, and the teacher believes so with noise."""
     from nemo_kd.cli.tokenizers import load_tokenizer
+    from nemo_kd.sft.tokenizer import tokenizer_fingerprint
     from nemo_kd.store import Sample, StoreSpec, StoreWriter
-    from nemo_kd.tokenizer import tokenizer_fingerprint
 
     tokenizer = load_tokenizer(str(directory / "tokenizer.model"))
     spec = StoreSpec(
@@ -70,7 +70,7 @@ def write_store(directory: Path) -> None:
 
 
 def main(directory: Path) -> None:
-    from nemo_kd import cpu
+    from nemo_kd.nemo import cpu
 
     cpu.install()
     from tests.tiny import write_model

@@ -8,11 +8,11 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 
-from nemo_kd.commandline import accept_every_spelling
+from nemo_kd.cli.scripts import accept_every_spelling
 
 
 def main(result: str, *overrides: str) -> None:
-    from nemo_kd.teacher.main import load
+    from nemo_kd.cli.teacher import load
 
     conf = Path(__file__).parent.parent.parent / "conf"
     with initialize_config_dir(str(conf), version_base=None):

@@ -9,8 +9,8 @@ from pathlib import Path
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
-from nemo_kd import megatron
-from nemo_kd.model.template import settle_template
+from nemo_kd.nemo import start
+from nemo_kd.nemo.template import settle_template
 
 
 def main(tiny: str, directory: str) -> None:
@@ -33,7 +33,7 @@ def main(tiny: str, directory: str) -> None:
     with initialize_config_dir(str(conf), version_base=None):
         cfg = compose("train_gpt_sft_kd", overrides)
     settle_template(cfg.model, {"train_ds": [], "validation_ds": []})
-    megatron.prepare(cfg)
+    start.prepare(cfg)
     OmegaConf.resolve(cfg)
     from lightning.pytorch import Callback
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -46,9 +46,9 @@ def main(tiny: str, directory: str) -> None:
         def on_train_batch_end(self, trainer: object, *args: object) -> None:
             losses.append(float(trainer.callback_metrics["reduced_train_loss"]))  # type: ignore[attr-defined]
 
-    trainer = megatron.build_trainer(cfg, [Record()])
-    megatron.start_process_groups(cfg.model, trainer)
-    model = megatron.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
+    trainer = start.build_trainer(cfg, [Record()])
+    start.start_process_groups(cfg.model, trainer)
+    model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
     trainer.fit(model)
     Path(directory, "losses.json").write_text(json.dumps(losses))
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from nemo_kd import cpu
+from nemo_kd.nemo import cpu
 
 cpu.install()
 
@@ -33,12 +33,12 @@ from omegaconf import OmegaConf  # noqa: E402
 
 from nemo_kd.data import fit_lengths  # noqa: E402
 from nemo_kd.mcore import StoreBatches  # noqa: E402
-from nemo_kd.model import blend, stores  # noqa: E402
-from nemo_kd.model.config import KDTrainingConfig  # noqa: E402
-from nemo_kd.model.order import Order, reorder_files  # noqa: E402
-from nemo_kd.model.resume import WholeRunBatchSampler  # noqa: E402
+from nemo_kd.nemo import blend, stores  # noqa: E402
+from nemo_kd.nemo.config import KDTrainingConfig  # noqa: E402
+from nemo_kd.nemo.order import Order, reorder_files  # noqa: E402
+from nemo_kd.nemo.resume import WholeRunBatchSampler  # noqa: E402
 from nemo_kd.store import Store, StoreError  # noqa: E402
-from nemo_kd.store.transform import write_samples  # noqa: E402
+from nemo_kd.store.tools.transform import write_samples  # noqa: E402
 
 GLOBAL_BATCH = 4
 PACKED = {"packed_sequence": True, "max_seq_length": 300}

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from hydra import compose, initialize_config_dir
 
-from nemo_kd.commandline import accept_every_spelling
-from nemo_kd.model.main import run
-from nemo_kd.store.files import sha256_of
+from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.files import sha256_of
+from nemo_kd.nemo.train import run
 
 ROOT = Path(__file__).parent.parent.parent
 LONGER_STEPS, LONGER_LR = 9, 0.02

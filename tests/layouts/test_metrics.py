@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_kd.model.metrics import NAMES
+from nemo_kd.nemo.metrics import NAMES
 from nemo_kd.store import Sample, Store, StoreWriter
 from tests.conftest import metrics
 from tests.layouts.test_train import validations

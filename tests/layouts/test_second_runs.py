@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from nemo_kd.model.start import trained_steps
+from nemo_kd.nemo.start_of_run import trained_steps
 from tests.conftest import Script, metrics, program
 from tests.layouts.conftest import train_overrides
 

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
-from nemo_kd.settings import dump, files, training
+from nemo_kd.nemo.settings import dump, training
+from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes, data_parallel_size
 from nemo_kd.settings.templates import check_template
 from tests.settings.test_keys import TRAIN, configuration

@@ -10,8 +10,9 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.commandline import accept_every_spelling
-from nemo_kd.settings import dump, nemo, optim, sources, training
+from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.nemo.settings import dump, optim, sources, training
+from nemo_kd.nemo.settings import keys as nemo
 from nemo_kd.settings.blocks import Block
 from tests import nemo_file
 from tests.conftest import ROOT, environment

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from nemo_kd.loss.names import DIVERGENCE_ALIASES, SUPPORT_ALIASES, nearest
-from nemo_kd.model.config import kd_training_config
+from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.settings.values import number, one_of, optional, whole
 from nemo_kd.teacher.config import dump_config
 from tests.settings.test_keys import DUMPS, TRAIN, check, configuration, refusal

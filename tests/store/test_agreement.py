@@ -13,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, StoreSpec
-from nemo_kd.store.agreement import Agreement
+from nemo_kd.store.tools.agreement import Agreement
 
 V, K = 120, 20
 SPEC = StoreSpec(top_k=K, vocab_size=V)

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, Store, StoreError, StoreSpec
-from nemo_kd.store.average import average, mix
 from nemo_kd.store.codecs import ABSENT_ID, Teacher
+from nemo_kd.store.tools.average import average, mix
 from tests.store.samples import sample, spec, store, write
 
 # As a share of a probability: half a unit of float32 logits up to 16, three times. The teacher's

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import StoreError, read_jsonl, write_jsonl
-from nemo_kd.store.chunks import chunk_paths
 from nemo_kd.store.codecs import ABSENT_ID
-from nemo_kd.store.jsonl import MOST_PADDING, Padding
+from nemo_kd.store.tools.chunks import chunk_paths
+from nemo_kd.store.tools.jsonl import MOST_PADDING, Padding
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec
 
@@ -266,7 +266,7 @@ def test_chunks_that_are_half_replaced_are_not_read(tmp_path: Path) -> None:
 KILLED = """
 import os, sys
 from pathlib import Path
-from nemo_kd.store.chunks import publish_chunks
+from nemo_kd.store.tools.chunks import publish_chunks
 left, target = int(sys.argv[1]), Path(sys.argv[2])
 
 def killing(event, _):

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import Store, StoreError
-from nemo_kd.store.plan import Workload, plan
-from nemo_kd.store.stats import stats
-from nemo_kd.store.transform import convert, merge, split
+from nemo_kd.store.tools.stats import stats
+from nemo_kd.store.tools.transform import convert, merge, split
+from nemo_kd.teacher.plan import Workload, plan
 from tests.store.samples import sample, spec, store, write
 from tests.store.test_writer import contents
 

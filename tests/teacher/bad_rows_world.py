@@ -15,7 +15,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from nemo_kd import cpu
+from nemo_kd.nemo import cpu
 
 cpu.install()
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
@@ -26,13 +26,13 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from omegaconf import DictConfig
 from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
+from nemo_kd.cli.teacher import load
+from nemo_kd.hf.teacher import HFForward
+from nemo_kd.hf.writer import HFWriter
+from nemo_kd.sft.rows import Row
 from nemo_kd.store.lock import DirectoryLock
 from nemo_kd.teacher.dump import dump
-from nemo_kd.teacher.generate import generate
-from nemo_kd.teacher.generate_hf import HFWriter
-from nemo_kd.teacher.hf import HFForward
-from nemo_kd.teacher.main import load
-from nemo_kd.teacher.rows import Row
+from nemo_kd.teacher.generation.generate import generate
 from tests.checkpoints import models
 from tests.teacher.typist import write_typist
 from tests.tiny import functions

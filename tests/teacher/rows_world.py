@@ -14,7 +14,7 @@ from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
 
-from nemo_kd import cpu
+from nemo_kd.nemo import cpu
 
 cpu.install()
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
@@ -27,14 +27,14 @@ from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import JSON
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from nemo_kd.model.blend import blend
-from nemo_kd.model.dataset import FileSFTChatDataset, FileSFTDataset
+from nemo_kd.hf.teacher import HFTeacher
+from nemo_kd.nemo.blend import blend
+from nemo_kd.nemo.dataset import FileSFTChatDataset, FileSFTDataset
+from nemo_kd.nemo.sft_files import sft_arguments
 from nemo_kd.sft import RowError
-from nemo_kd.sft_files import sft_arguments
-from nemo_kd.teacher.generate_prompts import Prompts
-from nemo_kd.teacher.generate_step import Decoding
-from nemo_kd.teacher.hf import HFTeacher
-from nemo_kd.teacher.rows import SFTRows
+from nemo_kd.sft.rows import SFTRows
+from nemo_kd.teacher.generation.prompts import Prompts
+from nemo_kd.teacher.generation.step import Decoding
 from tests.checkpoints import models
 
 LIMIT = 40

@@ -12,10 +12,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from nemo_kd.hf.writer import HFWriter
 from nemo_kd.store import Store, StoreSpec
-from nemo_kd.teacher.generate_filter import AnswerFilter
-from nemo_kd.teacher.generate_hf import HFWriter
-from nemo_kd.teacher.generate_step import Answer, Decoding, GenerationError, Prompt, choose
+from nemo_kd.teacher.generation.filter import AnswerFilter
+from nemo_kd.teacher.generation.step import Answer, Decoding, GenerationError, Prompt, choose
 from nemo_kd.teacher.sampling import uniforms
 from tests.conftest import Script
 from tests.teacher.conftest import SETTINGS
@@ -92,7 +92,7 @@ def test_a_model_that_looks_at_the_padding_is_refused() -> None:
 
 
 def test_the_sampled_profile_draws_what_a_dump_of_the_answer_would() -> None:
-    from nemo_kd.teacher.rows import Row
+    from nemo_kd.sft.rows import Row
     from nemo_kd.teacher.select import Selection
 
     model = tiny_model("Llama")

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from nemo_kd.sft import RowError
+from nemo_kd.sft.rows import NoAnswerError, Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
-from nemo_kd.teacher.rows import NoAnswerError, Row
 from nemo_kd.teacher.tally import WORST, Tally
 
 K, V = 7, 50

@@ -17,7 +17,7 @@ from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-from nemo_kd import cpu
+from nemo_kd.nemo import cpu
 
 cpu.install()
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
@@ -29,15 +29,15 @@ from omegaconf import DictConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint, write_nemo
+from nemo_kd.cli.teacher import load
+from nemo_kd.hf import teacher as hf
+from nemo_kd.hf.writer import HFWriter
+from nemo_kd.mcore.writer import NemoWriter
+from nemo_kd.sft.rows import SFTRows
+from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store
-from nemo_kd.teacher import hf
 from nemo_kd.teacher.dump import dump, store_spec
-from nemo_kd.teacher.generate import generate
-from nemo_kd.teacher.generate_hf import HFWriter
-from nemo_kd.teacher.generate_nemo import NemoWriter
-from nemo_kd.teacher.main import load
-from nemo_kd.teacher.rows import SFTRows
-from nemo_kd.tokenizer import first_difference, tokenizer_fingerprint
+from nemo_kd.teacher.generation.generate import generate
 from tests.checkpoints import models
 from tests.teacher.typist import write_typist
 from tests.tiny import functions

@@ -1,0 +1,1 @@
+"""Teachers in Hugging Face's transformers."""

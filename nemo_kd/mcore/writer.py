@@ -1,0 +1,125 @@
+"""Answers by a NeMo model: Megatron's forward pass with its key-value cache, on any TP and PP.
+
+The batch is read together up to the end of its shortest prompt, then a token at a time; where a
+prompt goes on, its next token is fed instead of a chosen one. So nothing is padded on the left,
+and batches of like length waste little.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.inference.contexts import StaticInferenceContext
+from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
+from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
+
+from nemo_kd.mcore.lm_head import LMHead, gpt_module, split_lm_head
+from nemo_kd.store import StoreSpec
+from nemo_kd.teacher.generation.step import Answer, Answers, Decoding, GenerationError, Prompt
+from nemo_kd.teacher.select import Selection
+
+if TYPE_CHECKING:
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+        MegatronGPTSFTModel,
+    )
+
+
+class NemoWriter:
+    """Prompts in, answers with the teacher's top-K at each of their tokens out.
+
+    Collectives: those of the model's forward; on the last stage an all-gather of the logits of B
+    tokens and `Selection`'s, over the tensor-parallel group; a broadcast of the B chosen tokens
+    over the pipeline.
+    """
+
+    def __init__(self, model: MegatronGPTSFTModel, spec: StoreSpec, decoding: Decoding) -> None:
+        self.model = model
+        self.gpt = gpt_module(model)
+        if self.gpt.config.sequence_parallel:
+            raise GenerationError(
+                "one token at a time cannot be cut over ranks; set model.sequence_parallel=false"
+            )
+        self.decoding = decoding
+        self.select = Selection(spec, parallel_state.get_tensor_model_parallel_group())
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer] | None:
+        """The answers on the last pipeline stage, the same on every tensor-parallel rank; None on
+        the other stages."""
+        answers = Answers(prompts, self.decoding, self.select)
+        lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
+        size = int(lengths.max()) + self.decoding.max_new_tokens
+        tokens = torch.zeros(len(prompts), size, dtype=torch.int64)
+        for b, prompt in enumerate(prompts):
+            tokens[b, : len(prompt.ids)] = torch.tensor(prompt.ids)
+        cache = StaticInferenceContext(len(prompts), size)
+        start, end = 0, int(lengths.min())
+        with split_lm_head(self.gpt) as head:
+            while True:
+                ready = lengths <= end
+                chosen, left = self._pass(tokens[:, start:end], cache, head, answers, ready)
+                if not left:
+                    break
+                tokens[ready, end] = chosen[ready]
+                cache.sequence_len_offset = start = end
+                end += 1
+        return answers.written() if parallel_state.is_pipeline_last_stage() else None
+
+    def _pass(
+        self,
+        tokens: torch.Tensor,
+        cache: StaticInferenceContext,
+        head: LMHead | None,
+        answers: Answers,
+        ready: torch.Tensor,
+    ) -> tuple[torch.Tensor, bool]:
+        """tokens [B, s] that follow those in the cache → the next ones [B], and whether any
+        answer goes on; the same on every rank of the replica."""
+        device = torch.cuda.current_device()
+        batch, length = tokens.shape
+        first = cache.sequence_len_offset
+        positions = torch.arange(first, first + length).expand(batch, -1)
+
+        def step(_: object, model: torch.nn.Module) -> tuple[torch.Tensor, object]:
+            output = model(
+                input_ids=tokens.to(device),
+                position_ids=positions.to(device),
+                attention_mask=None,
+                labels=None,
+                inference_context=cache,
+            )
+            return output, lambda hidden, non_loss_data: self._choose(hidden, head, answers, ready)
+
+        results = get_forward_backward_func()(
+            forward_step_func=step,
+            data_iterator=iter([None]),
+            model=self.model.model,
+            num_microbatches=1,
+            seq_length=length,
+            micro_batch_size=batch,
+            forward_only=True,
+            collect_non_loss_data=True,
+        )
+        said = torch.zeros(batch + 1, dtype=torch.int64, device=device)
+        if parallel_state.is_pipeline_last_stage():
+            said[:batch], said[batch] = results[0].to(device), int(answers.open.any())
+        torch.distributed.broadcast(
+            said,
+            parallel_state.get_pipeline_model_parallel_last_rank(),
+            group=parallel_state.get_pipeline_model_parallel_group(),
+        )
+        return said[:batch].cpu(), bool(said[batch])
+
+    def _choose(
+        self, hidden: torch.Tensor, head: LMHead | None, answers: Answers, ready: torch.Tensor
+    ) -> torch.Tensor:
+        """hidden [s, B, H] → the next tokens [B]."""
+        assert head is not None  # the schedule calls this on the last stage only
+        config = self.gpt.config
+        with torch.autocast("cuda", config.autocast_dtype, enabled=config.enable_autocast):
+            shard = head(hidden[-1])  # [B, Vp]
+        logits = gather_from_tensor_model_parallel_region(shard)  # [B, V padded]
+        return answers.step(logits, shard=shard, ready=ready)

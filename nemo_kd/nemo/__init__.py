@@ -1,0 +1,1 @@
+"""NeMo 1's Hydra-configured SFT with a distillation loss: every module that imports NeMo."""

@@ -1,0 +1,101 @@
+"""The data sets of a training or validation block: stores first, then SFT files."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils import (
+    get_datasets_weights_and_num_samples,
+)
+from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
+from omegaconf import DictConfig
+
+from nemo_kd.nemo.config import sft_files, store_alphas, store_directories
+from nemo_kd.nemo.dataset import (
+    FileSFTChatDataset,
+    FileSFTDataset,
+    TeacherSFTDataset,
+)
+from nemo_kd.nemo.order import Order
+from nemo_kd.nemo.sft_files import SFTChatDataset, SFTDataset, is_chat, sft_arguments
+from nemo_kd.nemo.stores import store_dataset
+
+if TYPE_CHECKING:
+    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+
+TRAINING, VALIDATION = "model.data.train_ds", "model.data.validation_ds"
+
+
+def build_datasets(
+    model: MegatronGPTSFTKDModel, data_cfg: DictConfig, training: bool = True
+) -> list[TeacherSFTDataset]:
+    """The data sets of `data_cfg.store` and `data_cfg.file_names`.
+
+    Errors: StoreError for a store that does not fit; ValueError for settings that do not.
+    """
+    stores, files = store_directories(data_cfg), sft_files(data_cfg)
+    if files and data_cfg.get("packed_sequence", False):
+        raise ValueError(
+            "packed_sequence=true with both store and file_names is not supported: the files have "
+            "no packs; dump them too, or set packed_sequence=false"
+        )
+    alphas = store_alphas(data_cfg, model.kd_schedule)
+    datasets: list[TeacherSFTDataset] = [
+        store_dataset(model, directory, data_cfg, alpha, training)
+        for directory, alpha in zip(stores, alphas, strict=True)
+    ]
+    where = TRAINING if training else VALIDATION
+    datasets += [_file_dataset(model, file, data_cfg, where) for file in files]
+    return datasets
+
+
+def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) -> BlendableDataset:
+    """Training data: `number` samples of all or a little more, in the order of the blend.
+
+    The first samples do not depend on `number`: a run can be made longer.
+    """
+    weights = data_cfg.get("concat_sampling_probabilities")
+    weights = [len(dataset) for dataset in datasets] if weights is None else list(weights)
+    if len(weights) != len(datasets):
+        raise ValueError(
+            f"concat_sampling_probabilities has {len(weights)} entries for {len(datasets)} stores "
+            "and files: one for each, stores first"
+        )
+    prefix: list[Any] = []
+    for weight, dataset in zip(weights, datasets, strict=True):
+        prefix += [weight, dataset.file_path]
+    _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, [number])
+    order = Order.of(data_cfg)
+    for dataset, count in zip(datasets, samples, strict=True):
+        dataset.draw(count[0], order.seed, order.shuffle)
+    size = sum(count[0] for count in samples)
+    return BlendableDataset(datasets=datasets, weights=probabilities, size=size)
+
+
+def blend_files(
+    model: MegatronGPTSFTKDModel, number: int, data_cfg: DictConfig
+) -> BlendableDataset:
+    """Training data of SFT files alone: `number` samples, in the order of NeMo's own SFT."""
+    files, weights = sft_files(data_cfg), data_cfg.get("concat_sampling_probabilities")
+    if weights is None or len(weights) != len(files):
+        raise ValueError(
+            f"model.data.train_ds.concat_sampling_probabilities={weights}: without a store, one "
+            f"for each of the {len(files)} files of model.data.train_ds.file_names is needed"
+        )
+    prefix: list[Any] = [part for pair in zip(weights, files, strict=True) for part in pair]
+    _, _, samples = get_datasets_weights_and_num_samples(prefix, [number])
+    arguments = sft_arguments(model, data_cfg, TRAINING)
+    dataset = SFTChatDataset if is_chat(model) else SFTDataset
+    datasets = [
+        dataset(file_path=file, max_num_samples=count[0], **arguments)
+        for file, count in zip(files, samples, strict=True)
+    ]
+    size = sum(count[0] for count in samples)
+    return BlendableDataset(datasets=datasets, weights=weights, size=size)
+
+
+def _file_dataset(
+    model: MegatronGPTSFTKDModel, file: str, data_cfg: DictConfig, where: str
+) -> FileSFTDataset | FileSFTChatDataset:
+    dataset = FileSFTChatDataset if is_chat(model) else FileSFTDataset
+    return dataset(file_path=file, **sft_arguments(model, data_cfg, where))

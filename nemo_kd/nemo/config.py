@@ -1,0 +1,171 @@
+"""`model.kd` of a training run: the loss's own settings and what the model adds to them."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+
+from omegaconf import DictConfig
+
+from nemo_kd.loss import KDConfig
+from nemo_kd.loss.names import check_name
+from nemo_kd.settings.dataclass import settings_of
+
+NORMALIZATIONS = ("microbatch", "global_tokens")
+NORMALIZATION_ALIASES = {
+    "microbatch": "mb mean samples sample",
+    "global_tokens": "tokens token pertoken globaltoken globalbatch global",
+}
+SCHEDULES = ("linear", "cosine")
+
+
+@dataclass(frozen=True)
+class KDTrainingConfig(KDConfig):
+    """Settings of `model.kd`; see `KDConfig` for those of the loss."""
+
+    normalize: str = "microbatch"
+    """`microbatch`: mean over the answer tokens of each micro-batch, then over micro-batches and
+    data-parallel ranks, as NeMo's SFT. `global_tokens`: mean over all answer tokens of the global
+    batch, so the result does not depend on how the batch is split."""
+    fused_lm_head: bool = False
+    """Compute the LM head with the loss, in chunks of answer tokens: the logits of a whole
+    micro-batch never exist, and prompt positions do not go through the LM head at all."""
+
+    alpha_end: float | None = None
+    """Where a schedule takes `alpha`; None: it stays."""
+    temperature_end: float | None = None
+    """Where a schedule takes `temperature`; None: it stays. Not with support `bucket`, which needs
+    the teacher's log-sum-exp at every temperature."""
+    schedule: str = "linear"
+    """`linear`, or `cosine` (half a wave: slow at both ends)."""
+    schedule_steps: int | None = None
+    """Steps until the end of the schedule; None: `trainer.max_steps`."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_name("schedule", self.schedule, SCHEDULES, {"linear": "lin", "cosine": "cos"})
+        if self.alpha_end is not None and (self.sft_weight, self.kd_weight) != (None, None):
+            raise ValueError(
+                "model.kd.alpha_end is a schedule of model.kd.alpha; use alpha instead of "
+                "sft_weight and kd_weight"
+            )
+        if self.temperature_end not in (None, self.temperature) and self.support == "bucket":
+            raise ValueError(
+                "model.kd.temperature_end needs model.kd.support=topk or vocab: support bucket "
+                "needs the teacher's log-sum-exp at every temperature on the way"
+            )
+        if self.schedule_steps is not None and self.schedule_steps < 1:
+            raise ValueError(
+                f"model.kd.schedule_steps is {self.schedule_steps}: expected at least 1, or null "
+                "for trainer.max_steps"
+            )
+        if self.scheduled:
+            _ = self.end  # checked as any constant is
+        check_name("normalize", self.normalize, NORMALIZATIONS, NORMALIZATION_ALIASES)
+
+    @property
+    def scheduled(self) -> bool:
+        """Whether anything changes from step to step."""
+        return self.alpha_end is not None or self.temperature_end is not None
+
+    @property
+    def distils(self) -> bool:
+        """Whether the divergence has a weight above 0 at any step."""
+        return self.weights[1] > 0 or bool(self.alpha_end)
+
+    @property
+    def end(self) -> KDTrainingConfig:
+        """The constant settings that a schedule comes to."""
+        return self.at(self.schedule_steps or 1, 1)
+
+    def at(self, step: int, max_steps: int) -> KDTrainingConfig:
+        """The constant settings of a step; the first is 0, and `schedule_steps` has the end."""
+        if not self.scheduled:
+            return self
+        part = min(step / (self.schedule_steps or max(max_steps, 1)), 1.0)
+        if self.schedule == "cosine":
+            part = (1 - math.cos(math.pi * part)) / 2
+
+        def between(start: float, end: float | None) -> float:
+            return start if end is None else start + part * (end - start)
+
+        alpha = None if self.alpha_end is None else between(self.weights[1], self.alpha_end)
+        return dataclasses.replace(
+            self,
+            alpha=self.alpha if alpha is None else alpha,
+            temperature=between(self.temperature, self.temperature_end),
+            alpha_end=None,
+            temperature_end=None,
+        )
+
+
+def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:
+    """`model.kd` → `KDTrainingConfig`; an unknown key is an error with the nearest valid name."""
+    return settings_of(KDTrainingConfig, block, "model.kd")
+
+
+NEMO_TEMPLATE = {
+    "label_key": "output",
+    "add_eos": True,
+    "add_sep": False,
+    "add_bos": False,
+    "truncation_field": "input",
+    "truncation_method": "right",
+    "prompt_template": "{input} {output}",
+}
+"""NeMo's defaults of what made tokens of a source row: a configuration with these asks nothing."""
+
+
+def check_train_data(data_cfg: DictConfig, kd: KDTrainingConfig) -> None:
+    """Errors: ValueError for a distillation without a store, and for no training data at all."""
+    if kd.distils and not store_directories(data_cfg):
+        raise ValueError(
+            "model.data.train_ds.store is not set, so there are no teacher logits to learn "
+            "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
+            "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
+            "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
+        )
+    if not store_directories(data_cfg) and not sft_files(data_cfg):
+        raise ValueError(
+            "there is nothing to train on: set model.data.train_ds.store or "
+            "model.data.train_ds.file_names"
+        )
+
+
+def store_directories(data_cfg: DictConfig) -> list[str]:
+    """The stores that a training or validation block names: none, one, or a list."""
+    stores = data_cfg.get("store") or []
+    return [stores] if isinstance(stores, str) else [str(store) for store in stores]
+
+
+def sft_files(data_cfg: DictConfig) -> list[str]:
+    """The SFT files that a training or validation block names: none, one, or a list."""
+    files = data_cfg.get("file_names") or []
+    return [files] if isinstance(files, str) else [str(file) for file in files]
+
+
+def store_alphas(data_cfg: DictConfig, kd: KDTrainingConfig) -> list[float | None]:
+    """One for each store of a block: its own alpha, or None for the training's weights.
+
+    Errors: ValueError for another number of them, one outside [0, 1], or beside weights.
+    """
+    stores, alphas = store_directories(data_cfg), data_cfg.get("alpha")
+    if alphas is None:
+        return [None] * len(stores)
+    alphas = [alphas] if isinstance(alphas, int | float) else list(alphas)
+    if len(alphas) != len(stores):
+        raise ValueError(
+            f"model.data.train_ds.alpha has {len(alphas)} entries for {len(stores)} stores: one "
+            "for each, null for model.kd.alpha (files have no teacher, and none)"
+        )
+    for alpha in alphas:
+        number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
+        if alpha is not None and not (number and 0 <= alpha <= 1):
+            raise ValueError(f"model.data.train_ds.alpha has {alpha}: expected values in [0, 1]")
+    if (kd.sft_weight, kd.kd_weight) != (None, None):
+        raise ValueError(
+            "model.data.train_ds.alpha gives stores weights of their own: use model.kd.alpha for "
+            "the others, not sft_weight and kd_weight"
+        )
+    return alphas

@@ -1,0 +1,139 @@
+"""Settings of `model.data.train_ds` and `validation_ds` that would change nothing are refused.
+
+NeMo's data blocks have keys for SFT files, keys that NeMo itself never reads, and keys that one of
+the two splits has no use for. Beside a store each is honoured, or an error where it is set to
+another value than its default.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from omegaconf import DictConfig
+
+from nemo_kd.nemo.config import sft_files, store_directories
+from nemo_kd.nemo.settings.training import SPLITS
+
+Rules = dict[str, tuple[tuple[Any, ...], str]]
+"""Key → the values that ask for nothing (defaults here, in NeMo's code and in its YAML), and what
+an error says of others."""
+
+SHUFFLED_BY = "shuffle_seed decides the order, a permutation for each epoch"
+UNUSED: Rules = {
+    "min_seq_length": (
+        (0, 1),
+        "NeMo drops no sample by it; filter the rows before the dump",
+    ),
+    "sample_weight": ((), "losses are means over answer tokens"),
+}
+FILES_ONLY: Rules = {
+    "memmap_workers": ((1, 2), "it reads SFT files, and no file_names are given"),
+    "index_mapping_dir": ((), "it is for SFT files, and no file_names are given"),
+    "hf_dataset": ((False,), "it reads SFT files, and no file_names are given"),
+}
+STORES: Rules = {
+    "global_sample_mapping": ((False,), f"it is NeMo's, for SFT files alone; {SHUFFLED_BY}"),
+}
+PACKED_STORES: Rules = {
+    "get_attention_mask_from_fusion": ((True,), "packs are separated by cu_seqlens, not a mask"),
+    "packed_sequence_return_cu_seqlen": ((True,), "packs of a store always have cu_seqlens"),
+}
+TRAINING_STORES: Rules = {
+    "tokens_to_generate": ((0,), "nothing is generated in training; it is validation_ds's"),
+}
+VALIDATION: Rules = {
+    "shuffle": ((False,), "a validation is in the order of its stores and files"),
+    "seed": ((), "a validation is in the order of its stores and files"),
+    "global_sample_mapping": ((False,), "a validation has each sample once, in order"),
+}
+
+
+def check_data_settings(data: DictConfig) -> None:
+    """Errors: ValueError that names the first key whose value would have no effect."""
+    blocks = {split: data[split] for split in SPLITS if data.get(split) is not None}
+    reads_files = any(sft_files(block) for block in blocks.values())
+    for split, block in blocks.items():
+        for rules in _rules(split, block, reads_files):
+            for key, (neutral, reason) in rules.items():
+                value = block.get(key)
+                if value is not None and value not in neutral:
+                    raise _no_effect(split, key, value, reason)
+        if split == "train_ds":
+            _check_order(block)
+        else:
+            check_names(block)
+
+
+def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
+    """`reads_files`: whether either split does, for validation_ds takes settings of train_ds."""
+    stores, files = store_directories(block), sft_files(block)
+    packed = block.get("packed_sequence", False)
+    yield UNUSED
+    if split == "validation_ds":
+        yield VALIDATION
+    if not reads_files:
+        yield FILES_ONLY
+    if stores:
+        yield STORES
+        if packed:
+            yield PACKED_STORES
+        if split == "train_ds":
+            yield TRAINING_STORES
+    elif files and split == "train_ds":
+        yield {"over_long": (("refuse",), "NeMo cuts samples of SFT files by truncation_field")}
+
+
+def _check_order(block: DictConfig) -> None:
+    """`shuffle`, `shuffle_seed` and NeMo's `seed` of the training data."""
+    stores, seed = store_directories(block), block.get("shuffle_seed")
+    shuffle = block.get("shuffle")
+    if not isinstance(shuffle, bool | None):
+        raise ValueError(f"model.data.train_ds.shuffle={shuffle}: expected true or false")
+    if isinstance(seed, bool) or not isinstance(seed, int | None) or not 0 <= (seed or 0) < 1 << 31:
+        raise ValueError(
+            f"model.data.train_ds.shuffle_seed={seed}: expected a whole number from 0 to 2^31 - 1"
+        )
+    if shuffle is False and seed not in (None, 1):
+        raise _no_effect("train_ds", "shuffle_seed", seed, "shuffle=false keeps the data's order")
+    nemos = [key for key in ("global_sample_mapping", "packed_sequence") if block.get(key)]
+    if stores or not nemos:
+        if block.get("seed") is not None:
+            raise _no_effect("train_ds", "seed", block.seed, f"{SHUFFLED_BY}; set that")
+    elif shuffle is False or seed not in (None, 1):
+        given = "shuffle_seed" if seed not in (None, 1) else "shuffle"
+        reason = f"{nemos[0]}=true of SFT files has NeMo's own order, by model.data.train_ds.seed"
+        raise _no_effect("train_ds", given, block[given], reason)
+
+
+def check_names(block: DictConfig) -> None:
+    """A name of its own for each validation set, or none for all (then set0, set1, ...).
+
+    Errors: ValueError for another number of names, one that is no text or has a slash (which makes
+    a directory of it in NeMo's files of predictions), and a name given twice: NeMo and Lightning
+    would log the mean of both sets under it.
+    """
+    names, count = block.get("names"), len(store_directories(block)) + len(sft_files(block))
+    if names is None:
+        return
+    given = [names] if isinstance(names, str | int | float) else list(names)
+    if len(given) != count:
+        raise ValueError(
+            f"model.data.validation_ds.names={names} does not name the {count} stores and files of "
+            "this data set: one for each, stores first"
+        )
+    for place, name in enumerate(given):
+        if not isinstance(name, str) or not name.strip() or "/" in name:
+            raise ValueError(
+                f"model.data.validation_ds.names has {name!r}: expected text without a slash, such "
+                "as heldout (a number in quotes)"
+            )
+        if name in given[:place]:
+            raise ValueError(
+                f"model.data.validation_ds.names has {name!r} twice: the logs would have the mean "
+                "of both sets under it; give each a name of its own"
+            )
+
+
+def _no_effect(split: str, key: str, value: Any, reason: str) -> ValueError:
+    return ValueError(f"model.data.{split}.{key}={value} has no effect: {reason}")

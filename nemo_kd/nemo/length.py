@@ -1,0 +1,201 @@
+"""How long a run is: epochs as steps, and the steps between validations and checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, open_dict
+
+from nemo_kd.data import fit_lengths, pack_samples
+from nemo_kd.nemo.config import sft_files, store_directories
+from nemo_kd.nemo.record import Progress, say
+from nemo_kd.store import Store
+
+NO_EPOCH_LIMIT = 9999
+"""NeMo's configurations have this for "as many as `trainer.max_steps` takes"."""
+
+
+def fit_length(cfg: DictConfig, done: Progress) -> None:
+    """Set `trainer.max_steps` and `val_check_interval` to steps, and when checkpoints are saved.
+
+    `done`: what the checkpoint has trained that the run resumes from.
+
+    Errors: ValueError for a run without an end or without a step, and for settings with which no
+    validation could happen.
+    """
+    trainer = cfg.trainer
+    refuse_part_epochs(trainer)
+    epoch = _steps_of_epoch(cfg) if _limits(trainer.get("max_epochs")) else None
+    steps = _steps(cfg, epoch, done)
+    with open_dict(trainer):
+        trainer.max_steps, trainer.max_epochs = steps, -1
+        trainer.val_check_interval = _interval(trainer.get("val_check_interval"), steps, epoch)
+    if validates(cfg):
+        _check_validation(cfg)
+    else:
+        trainer.limit_val_batches = 0
+    if cfg.get("exp_manager") is not None:
+        _fit_checkpoints(cfg)
+
+
+def validates(cfg: DictConfig) -> bool:
+    """Whether there is anything to validate on, and validation is not turned off."""
+    data = cfg.model.data.validation_ds
+    limit = cfg.trainer.get("limit_val_batches")
+    return bool((data.get("store") or data.get("file_names")) and (limit is None or limit > 0))
+
+
+def samples_of(data_cfg: DictConfig) -> list[int]:
+    """How many samples (packs, for packed sequences) each store and file of a block gives."""
+    return [
+        *(_used(Store(directory), data_cfg) for directory in store_directories(data_cfg)),
+        *(rows_of(Path(file)) for file in sft_files(data_cfg)),
+    ]
+
+
+def rows_of(path: Path) -> int:
+    """Lines of a JSONL file, without empty ones at its end, as NeMo counts them."""
+    rows, newlines = 0, 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 24):
+            stripped = len(block.rstrip(b"\n"))
+            if stripped:
+                rows = newlines + block.count(b"\n", 0, stripped) + 1
+            newlines += block.count(b"\n")
+    return rows
+
+
+def _used(store: Store, data_cfg: DictConfig) -> int:
+    length = data_cfg.max_seq_length
+    fitting = fit_lengths(store, length, data_cfg.get("over_long") or "refuse")
+    seed = None if data_cfg.get("shuffle") is False else 0  # any seed gives as many packs
+    packed = data_cfg.get("packed_sequence", False)
+    return len(pack_samples(store, fitting, length, seed) if packed else fitting)
+
+
+def _limits(max_epochs: int | None) -> bool:
+    return max_epochs is not None and 0 <= max_epochs < NO_EPOCH_LIMIT
+
+
+def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
+    """Of the whole run, with those that are `done`: whichever limit comes first."""
+    max_steps, max_epochs = cfg.trainer.get("max_steps"), cfg.trainer.get("max_epochs")
+    if max_steps is None or max_steps == -1:
+        max_steps = None
+    elif max_steps < 1:
+        raise ValueError(f"trainer.max_steps={max_steps}: expected at least 1, or -1 for no limit")
+    if epoch is None:
+        if max_steps is None:
+            raise ValueError(
+                f"the run has no end: trainer.max_steps=-1 and trainer.max_epochs={max_epochs} set "
+                "no limit; set one of them"
+            )
+        return int(max_steps)
+    batch = cfg.model.data.train_ds.global_batch_size
+    steps = int(epoch * max_epochs)
+    if done.consumed_samples != done.step * batch:  # resumed with another batch size
+        samples = max_epochs * sum(samples_of(cfg.model.data.train_ds))
+        steps = done.step + max(samples - done.consumed_samples, 0) // batch
+    end = steps if max_steps is None else min(max_steps, steps)
+    say(
+        f"trainer.max_epochs={max_epochs}: {steps} steps ({epoch} steps per epoch of "
+        f"{sum(samples_of(cfg.model.data.train_ds))} samples, {batch} per step)"
+        + (f"; trainer.max_steps={max_steps} ends first" if end < steps else "")
+    )
+    return int(end)
+
+
+def _steps_of_epoch(cfg: DictConfig) -> int:
+    """As many draws as there are samples, whatever the proportions of the stores are."""
+    data = cfg.model.data.train_ds
+    if not store_directories(data) and data.get("packed_sequence", False):
+        raise ValueError(
+            f"trainer.max_epochs={cfg.trainer.max_epochs} with NeMo's packed files is not "
+            "supported: set trainer.max_steps"
+        )
+    if cfg.trainer.max_epochs == 0:
+        raise ValueError("trainer.max_epochs=0 trains nothing; -1 is no limit")
+    samples, batch = sum(samples_of(data)), data.global_batch_size
+    steps = samples // batch if data.get("drop_last", True) else -(-samples // batch)
+    if not steps:
+        raise ValueError(
+            f"model.global_batch_size={batch} is more than the {samples} samples of an epoch, "
+            f"which trainer.max_epochs={cfg.trainer.max_epochs} counts: lower it, set "
+            "model.data.train_ds.drop_last=false, or set trainer.max_steps instead"
+        )
+    return int(steps)
+
+
+def refuse_part_epochs(trainer: DictConfig) -> None:
+    """Errors: ValueError for settings of Lightning's under which a run would end unplanned."""
+    if trainer.get("fast_dev_run"):
+        raise ValueError(
+            "trainer.fast_dev_run would train a batch or so and keep nothing: set "
+            "trainer.max_steps to a small number of steps instead"
+        )
+    if trainer.get("limit_train_batches") not in (None, 1.0) or trainer.get("overfit_batches"):
+        raise ValueError(
+            "trainer.limit_train_batches and trainer.overfit_batches are not supported: set "
+            "trainer.max_steps to the number of steps"
+        )
+    if trainer.get("check_val_every_n_epoch") not in (None, 1):
+        raise ValueError(
+            f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} is not supported: "
+            "set trainer.val_check_interval to a number of steps"
+        )
+
+
+def _interval(given: Any, steps: int, epoch: int | None) -> int:
+    """Steps between validations: a float is a share of an epoch, or else of the run."""
+    given = 1.0 if given is None else given
+    if isinstance(given, int) and given >= 1:
+        return min(given, steps)
+    if isinstance(given, float) and 0 < given <= 1:
+        return min(max(int((epoch or steps) * given), 1), steps)
+    raise ValueError(
+        f"trainer.val_check_interval={given}: expected a number of steps (at least 1), or a share "
+        "in (0, 1] of an epoch; trainer.limit_val_batches=0 turns validation off"
+    )
+
+
+def _check_validation(cfg: DictConfig) -> None:
+    """Every set must give a batch: without a validation there would be no checkpoint either."""
+    data, limit = cfg.model.data.validation_ds, cfg.trainer.get("limit_val_batches")
+    if data.get("packed_sequence", False):  # NeMo's own packed files
+        return
+    sources = [*store_directories(data), *sft_files(data)]
+    batch = data.global_batch_size
+    for source, samples in zip(sources, samples_of(data), strict=True):
+        batches = samples // batch if data.get("drop_last", False) else -(-samples // batch)
+        if not batches:
+            raise ValueError(
+                f"{source} gives no validation batch: {samples} samples, "
+                f"model.data.validation_ds.global_batch_size={batch}; lower it, or set "
+                "model.data.validation_ds.drop_last=false"
+            )
+        if isinstance(limit, float) and limit * batches < 1:
+            raise ValueError(
+                f"trainer.limit_val_batches={limit} of {batches} batches of {source} is less than "
+                "one: set a number of batches, or 0 for no validation"
+            )
+
+
+def _fit_checkpoints(cfg: DictConfig) -> None:
+    """Without a validation, keep checkpoints by the training loss at the same intervals."""
+    with open_dict(cfg):
+        checkpoints = cfg.exp_manager.setdefault("checkpoint_callback_params", {})
+        triggers = ("every_n_train_steps", "train_time_interval")
+        own = any(checkpoints.get(trigger) for trigger in triggers)
+        if own and not checkpoints.get("every_n_epochs"):
+            checkpoints.every_n_epochs = 0  # Lightning allows one of the three
+        if validates(cfg):
+            return
+        if str(checkpoints.get("monitor") or "val").startswith("val"):
+            checkpoints.monitor = "reduced_train_loss"
+            checkpoints.filename = (
+                f"{cfg.name}--{{reduced_train_loss:.3f}}-{{step}}-{{consumed_samples}}"
+            )
+        if not own:
+            checkpoints.every_n_epochs = 0
+            checkpoints.every_n_train_steps = cfg.trainer.val_check_interval

@@ -1,0 +1,119 @@
+"""What a checkpoint says of its run: settings, data, student and progress."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.files import sha256_of
+from nemo_kd.nemo.config import kd_training_config, sft_files, store_directories
+from nemo_kd.nemo.resumed_settings import Settings
+from nemo_kd.store import Store
+from nemo_kd.store.fingerprint import checkpoint_fingerprint
+
+CHECKPOINT_KEY = "nemo_kd"
+DATA_KEY, STEPS_KEY = "kd_train_stores", "kd_trained_steps"
+"""In the model's configuration: what a `.nemo` says of its own training."""
+Origin = dict[str, str]
+"""`path` and `fingerprint` of a file or directory."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """How far a run has come."""
+
+    step: int = 0
+    consumed_samples: int = 0
+
+
+@dataclass(frozen=True)
+class Record:
+    """What is kept of a run in each of its checkpoints; None: an older checkpoint has it not."""
+
+    train_stores: list[Origin] | None = None
+    """Stores and SFT files of the training, in order, with fingerprints of their bytes."""
+    kd: dict[str, Any] | None = None
+    settings: Settings | None = None
+    """The whole configuration as it was asked for, resolved."""
+    student: Origin | None = None
+    """`model.restore_from_path`."""
+    adapters: Origin | None = None
+    """`model.peft.restore_from_path`."""
+    max_steps: int | None = None
+    """Steps of the whole run, epochs turned into steps."""
+
+
+def asked(cfg: DictConfig) -> Settings:
+    """The configuration with its interpolations resolved, before it is fitted to the machine."""
+    container: Any = OmegaConf.to_container(cfg, resolve=True)
+    return container
+
+
+def record_of(cfg: DictConfig, settings: Settings) -> Record:
+    """The record of a run; `cfg` has its final length, `settings` are `asked`."""
+    adapters = (cfg.model.get("peft") or {}).get("restore_from_path")
+    return Record(
+        train_stores=training_data(cfg.model.data.train_ds),
+        kd=dataclasses.asdict(kd_training_config(cfg.model.kd)),
+        settings=settings,
+        student=_checkpoint(cfg.model.restore_from_path),
+        adapters=_checkpoint(adapters) if adapters else None,
+        max_steps=cfg.trainer.max_steps,
+    )
+
+
+def training_data(data_cfg: DictConfig) -> list[Origin]:
+    """Where the training data is, stores first, and a fingerprint of all its bytes."""
+    stores = [Store(directory) for directory in store_directories(data_cfg)]
+    files = [Path(file) for file in sft_files(data_cfg)]
+    return [
+        *({"path": str(s.directory), "fingerprint": s.fingerprint} for s in stores),
+        *({"path": str(file), "fingerprint": sha256_of(file)} for file in files),
+    ]
+
+
+def _checkpoint(path: str) -> Origin:
+    return {"path": str(path), "fingerprint": checkpoint_fingerprint(Path(path))}
+
+
+def read(checkpoint: str) -> tuple[Progress, Record]:
+    """Progress and record of the checkpoint at a path, as NeMo names it to its trainer."""
+    kept = _without_weights(Path(checkpoint))
+    mine = kept.get(CHECKPOINT_KEY) or {}
+    step = int(kept["global_step"])
+    consumed = mine.get("consumed_samples", _named(checkpoint, "consumed_samples"))
+    names = {field.name for field in dataclasses.fields(Record)}
+    record = Record(**{name: value for name, value in mine.items() if name in names})
+    return Progress(step, int(consumed)), record
+
+
+def _without_weights(path: Path) -> dict[str, Any]:
+    """What a checkpoint holds beside tensors: a Megatron directory, or a file of Lightning's."""
+    if path.is_dir():
+        from megatron.core import dist_checkpointing
+
+        return dict(dist_checkpointing.load_common_state_dict(str(path)))
+    import torch
+
+    # Model-parallel checkpoints of adapters: one file for each rank, in `mp_rank_00` and so on.
+    file = path if path.is_file() else next(iter(sorted(path.parent.glob(f"*_rank_*/{path.name}"))))
+    return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=False))
+
+
+def _named(checkpoint: str, what: str) -> float:
+    """The number in a checkpoint's name, where NeMo itself looks for it; 0 without one."""
+    found = re.search(rf"{what}=(\d+(\.\d+)?)", Path(checkpoint).name)
+    return float(found[1]) if found else 0
+
+
+def say(text: str) -> None:
+    """One line on standard error, from the first process of torchrun or srun."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+        print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,131 @@
+"""NeMo's SFT model with means over answer tokens in its logs, a training step and a validation."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+    MegatronGPTSFTModel,
+)
+from omegaconf import DictConfig, ListConfig
+
+from nemo_kd.loss import MassWatch
+from nemo_kd.nemo.config import kd_training_config
+from nemo_kd.nemo.metrics import (
+    ANSWER_TOKENS,
+    MetricSums,
+    forget,
+    forget_loss_without_tokens,
+)
+from nemo_kd.nemo.student_loss import StudentLoss
+
+
+class ReportingSFTModel(MegatronGPTSFTModel):
+    """Logs what its `StudentLoss` measures; the settings of each step are set here too."""
+
+    def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
+        self.kd_schedule = kd_training_config(cfg.get("kd"))
+        super().__init__(cfg, trainer)
+        customization = cfg.get("mcore_customization_config") or {}
+        self.student_loss = StudentLoss(
+            self.kd_schedule,
+            vocab_size=self.tokenizer.vocab_size,
+            padding=self.padded_vocab_size - self.tokenizer.vocab_size,
+            logit_softcap=customization.get("final_logit_softcapping") or None,
+        )
+        self._answer_tokens = torch.zeros(())  # of the global batch, all data-parallel ranks
+        self._clock: float | None = None
+        self._step_sums = MetricSums()
+        self._step_names: list[str] = []  # what the last step logged
+        self._validation_sums: dict[int, MetricSums] = {}
+        self._watch_mass = MassWatch(self.kd_schedule.temperature)
+
+    def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:
+        loss: torch.Tensor = super().training_step(dataloader_iter)
+        if not self._answer_tokens:
+            forget_loss_without_tokens(self.trainer)
+        return loss
+
+    def training_step_fwd_bwd_step_call(
+        self, dataloader_iter: Iterator[Any], forward_only: bool
+    ) -> torch.Tensor:
+        kd = self.kd_schedule.at(self.trainer.global_step, self.trainer.max_steps)
+        self._step_sums.reset()
+        self.student_loss.kd, self.student_loss.sums = kd, self._step_sums
+        loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
+        means = self._step_sums.means()
+        if "teacher_mass" in means and kd.weights[1] and not self.global_rank:
+            # NeMo takes Python's warnings away into its own log: this one must be seen.
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                self._watch_mass(means["teacher_mass"])
+            for warning in caught:
+                print(f"WARNING: {warning.message}", file=sys.stderr, flush=True)
+        if self.kd_schedule.scheduled:
+            means["kd_weight"], means["temperature"] = kd.weights[1], kd.temperature
+        # From one step's backward to the next one's: data, forward, backward, optimizer.
+        now = time.perf_counter()
+        assert self._clock is not None  # set by on_train_batch_start
+        means[ANSWER_TOKENS] = float(self._answer_tokens)
+        means["tokens_per_s"] = means[ANSWER_TOKENS] / (now - self._clock)
+        self._clock = now
+        forget(self.trainer, self._step_names)
+        self._step_names = list(means)
+        for name, value in means.items():
+            self.log(name, value, batch_size=1, rank_zero_only=True)
+        return loss
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> None:
+        if self._clock is None:
+            self._clock = time.perf_counter()
+
+    def on_validation_epoch_start(self) -> None:
+        self._validation_sums.clear()
+        self._clock = None  # its time is no training step's
+        return super().on_validation_epoch_start()
+
+    def inference_step_validation_call(
+        self, batch: Any, batch_idx: int, data_cfg: DictConfig, dataloader_idx: int = 0
+    ) -> Any:
+        # So that one validation can be compared with the next, and with those of other runs.
+        self.student_loss.kd = dataclasses.replace(self.kd_schedule.end, positions="all")
+        self.student_loss.sums = self._validation_sums.setdefault(dataloader_idx, MetricSums())
+        return super().inference_step_validation_call(batch, batch_idx, data_cfg, dataloader_idx)
+
+    def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:
+        sets = outputs if outputs and isinstance(outputs[0], list) else [outputs]
+        means = {index: sums.means() for index, sums in sorted(self._validation_sums.items())}
+        for index, of_set in means.items():
+            # NeMo's own packed files are not measured; a set without an answer token has no loss.
+            for output in [] if data_cfg.get("packed_sequence") else sets[index]:
+                output["loss"] = self._as_nemo_averages(of_set.get("loss", math.nan))
+        result = super().inference_epoch_end(outputs, mode, data_cfg)
+        prefix = "val" if mode == "validation" else mode
+        for index, of_set in means.items():
+            for name, value in of_set.items():
+                # On every rank: it may be monitored.
+                self.log(f"{prefix}/{_set_name(data_cfg, index)}/{name}", value, batch_size=1)
+        return result
+
+    def _as_nemo_averages(self, loss: float) -> torch.Tensor:
+        """A batch's loss that NeMo's mean over batches leaves as it is.
+
+        Its own is over micro-batches, those of nothing but repeated samples among them with 0.
+        """
+        whole = self.cfg.data.get("validation_drop_last", True)
+        return torch.tensor(loss if whole else [loss, 1.0], device=torch.cuda.current_device())
+
+
+def _set_name(data_cfg: DictConfig, index: int) -> str:
+    names = data_cfg.get("names")
+    if names is None:
+        return f"set{index}"
+    return names[index] if isinstance(names, ListConfig) else names

@@ -1,0 +1,243 @@
+"""Which settings of a run may differ when it is resumed: none that changes the trained student.
+
+A key that is in none of the lists below counts.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from nemo_kd.nemo.config import KDTrainingConfig
+
+Settings = Mapping[str, Any]
+"""A configuration, nested, or flat: dotted key → value."""
+
+LAYOUT = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
+"""Free too, unless adapters are trained."""
+
+FREE = (
+    "name",
+    "output",
+    "resume.*",
+    # What happens, not what is learned. The length of a run is compared as such.
+    "exp_manager.*",
+    "trainer.max_steps",
+    "trainer.max_epochs",
+    "trainer.max_time",
+    "trainer.logger",
+    "trainer.log_every_n_steps",
+    "trainer.enable_*",
+    "trainer.profiler",
+    "trainer.detect_anomaly",
+    "trainer.default_root_dir",
+    "trainer.use_distributed_sampler",
+    "trainer.limit_test_batches",
+    "trainer.limit_predict_batches",
+    "model.save_nemo_on_validation_end",
+    "model.nsys_profile*",
+    "model.memory_profile*",
+    "model.gc_interval",
+    "model.dist_ckpt_*",
+    # Where and how it is computed: the same numbers up to rounding.
+    "trainer.accelerator",
+    "trainer.devices",
+    "trainer.num_nodes",
+    "trainer.benchmark",
+    "trainer.deterministic",
+    *LAYOUT,
+    "model.context_parallel_size",
+    "model.sequence_parallel",
+    "model.activations_checkpoint_*",
+    "model.gradient_as_bucket_view",
+    "model.kd.fused_lm_head",
+    "model.optim.overlap_*",
+    "model.optim.bucket_cap_mb",
+    "model.data.*.num_workers",
+    "model.data.*.memmap_workers",
+    "model.data.*.pin_memory",
+    "model.data.*.index_mapping_dir",
+    # Compared by what the files hold, not by where they are.
+    "model.restore_from_path",
+    "model.peft.restore_from_path",
+    "model.data.train_ds.store",
+    "model.data.train_ds.file_names",
+    "model.data.test_ds.*",
+)
+VALIDATION = (
+    "trainer.val_check_interval",
+    "trainer.check_val_every_n_epoch",
+    "trainer.limit_val_batches",
+    "trainer.num_sanity_val_steps",
+    "model.data.validation_drop_last",
+    "model.data.validation_ds.*",
+    "exp_manager.early_stopping_callback_params.*",
+    "exp_manager.checkpoint_callback_params.monitor",
+    "exp_manager.checkpoint_callback_params.mode",
+)
+"""Free too, unless a validation chooses the student or ends the run."""
+
+CHOOSES_BY_VALIDATION = (
+    "exp_manager.create_early_stopping_callback",
+    "exp_manager.checkpoint_callback_params.save_best_model",
+)
+COUNTED = ("exp_manager.ema.*", *CHOOSES_BY_VALIDATION)
+"""Although a pattern of `FREE` has them."""
+
+MICRO_BATCH = ("model.micro_batch_size", "model.data.train_ds.micro_batch_size")
+DATA_PARALLEL = "data_parallel_size"
+"""Processes / model-parallel sizes: no key of the configuration, but compared as if it were."""
+
+WEIGHTS = ("alpha", "sft_weight", "kd_weight")
+"""Of `model.kd`: several ways to say one thing."""
+
+FIXED = {
+    "model.restore_from_path": "the weights are those of the checkpoint",
+    "model.peft.*": "the adapters are those of the checkpoint",
+    **dict.fromkeys(LAYOUT, "NeMo's checkpoints of adapters are cut for their layout"),
+    "model.optim.name": "the optimizer's state is that of the checkpoint",
+    "model.megatron_amp_O2": "the optimizer's state is that of the checkpoint",
+}
+"""What a resume cannot honour, and why; everything else that is allowed is used."""
+
+
+@dataclass(frozen=True)
+class Change:
+    """A setting that differs between a checkpoint and the run that would go on with it."""
+
+    key: str
+    then: Any
+    now: Any
+
+    def __str__(self) -> str:
+        shown = "null, the default," if self.key.startswith("model.kd.") else "null"
+        then, now = (shown if value is None else value for value in (self.then, self.now))
+        return f"{self.key}: {then} in the checkpoint, {now} now"
+
+
+def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[Change]:
+    """The settings that count and differ, in the order of their keys.
+
+    `then` and `now` are whole configurations, nested and resolved; a key that is missing is null.
+    `raw` is `now` before its interpolations were resolved: what follows another key that differs
+    is left out.
+    """
+    old, new, links = flatten(then), flatten(now), flatten(raw or {})
+    old, new = ({**flat, DATA_PARALLEL: _data_parallel_size(flat)} for flat in (old, new))
+    keys = sorted(old.keys() | new.keys())
+    differ = {key for key in keys if old.get(key) != new.get(key)}
+    if _weights(old) == _weights(new):
+        differ -= {f"model.kd.{name}" for name in WEIGHTS}
+    return [
+        Change(key, old.get(key), new.get(key))
+        for key in keys
+        if key in differ
+        and not (is_free(key, old) and is_free(key, new))
+        and _source(links.get(key)) not in differ
+    ]
+
+
+def is_free(key: str, flat: Settings) -> bool:
+    """Whether `key` cannot change the student of a run with these settings (flat)."""
+    if matches(key, COUNTED):
+        return False
+    if key in LAYOUT and flat.get("model.peft.peft_scheme") not in (None, "none"):
+        return False
+    if matches(key, VALIDATION):
+        return not any(flat.get(choice) for choice in CHOOSES_BY_VALIDATION)
+    if key == DATA_PARALLEL:
+        size = flat.get(MICRO_BATCH[1]) or flat.get(MICRO_BATCH[0])
+        return size == 1 or not _depends_on_micro_batches(flat)
+    if key in MICRO_BATCH:
+        return not _depends_on_micro_batches(flat)
+    return matches(key, FREE)
+
+
+def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
+    """Errors: ValueError for an entry of `resume.allow` that is no key of the configurations."""
+    known = {DATA_PARALLEL}
+    for configuration in configurations:
+        known |= set(flatten(configuration))
+    for entry in allow:
+        if not any(matches(key, (entry,)) for key in known):
+            near = difflib.get_close_matches(entry, known, n=1)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            raise ValueError(
+                f"resume.allow has {entry}, which is no key of the configuration{hint}"
+            )
+
+
+def refuse(found: list[Change], allow: Collection[str], fixed: Mapping[str, str], at: str) -> None:
+    """Refuse to resume the checkpoint `at` under changes that are not allowed or not possible.
+
+    Errors: ValueError that names each of them, with both values and what to do.
+    """
+    never = [(change, why) for change in found for why in _reason(change.key, fixed)]
+    impossible = {change.key for change, _ in never}
+    open_ = [c for c in found if c.key not in impossible and not matches(c.key, allow)]
+    if not never and not open_:
+        return
+    named = [*map(str, open_)]
+    named += [f"{change}, and no resume can change it: {why}" for change, why in never]
+    remedy = "set exp_manager.explicit_log_dir to another directory for another run"
+    if not never:
+        keys = ",".join(change.key for change in open_)
+        remedy += f", or resume.allow=[{keys}] to go on with this one under the new values"
+    raise ValueError(f"{at} belongs to a run with other settings: {'; '.join(named)}. {remedy}")
+
+
+def matches(key: str, patterns: Collection[str]) -> bool:
+    """Whether `key` is one of them, is below one, or fits one with `*`."""
+    return any(
+        key == pattern or key.startswith(f"{pattern}.") or fnmatchcase(key, pattern)
+        for pattern in patterns
+    )
+
+
+def flatten(settings: Settings) -> dict[str, Any]:
+    """Nested → dotted keys; lists are values."""
+    return dict(_leaves(settings, ""))
+
+
+def _leaves(settings: Settings, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in settings.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and value:
+            yield from _leaves(value, f"{key}.")
+        elif not isinstance(value, Mapping):
+            yield key, value
+
+
+def _reason(key: str, fixed: Mapping[str, str]) -> list[str]:
+    return [why for pattern, why in fixed.items() if matches(key, (pattern,))][:1]
+
+
+def _source(value: Any) -> str | None:
+    """`${a.b}` → `a.b`."""
+    found = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+    return found[1] if found else None
+
+
+def _depends_on_micro_batches(flat: Settings) -> bool:
+    normalize = flat.get("model.kd.normalize") or KDTrainingConfig.normalize
+    positions = flat.get("model.kd.positions") or KDTrainingConfig.positions
+    return normalize == "microbatch" or positions != "all"
+
+
+def _data_parallel_size(flat: Settings) -> int | None:
+    processes: list[Any] = [flat.get("trainer.devices"), flat.get("trainer.num_nodes") or 1]
+    kinds = ("tensor_model", "pipeline_model", "context")
+    sizes: list[Any] = [flat.get(f"model.{kind}_parallel_size") or 1 for kind in kinds]
+    if not all(isinstance(number, int) for number in (*processes, *sizes)):
+        return None
+    return int(math.prod(processes) // math.prod(sizes))
+
+
+def _weights(flat: Settings) -> tuple[float, float]:
+    values: Any = {name: flat.get(f"model.kd.{name}") for name in WEIGHTS}
+    return KDTrainingConfig(**values).weights

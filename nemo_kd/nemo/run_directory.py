@@ -1,0 +1,144 @@
+"""A run's directory, as NeMo's `exp_manager` names it: its checkpoint, its student, its log."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_kd.nemo.record import read
+
+METRICS = "metrics.jsonl"
+
+
+@dataclass(frozen=True)
+class RunDirectory:
+    """What is in the directory of a run before `exp_manager` touches it."""
+
+    path: Path
+    checkpoint: str | None
+    """What a run would resume from; None: it begins."""
+    student: Path | None
+    """The `.nemo` that the end of the run writes; None: the run writes none."""
+    checkpoints: tuple[Path, ...] = ()
+    """The last ones of earlier starts."""
+
+    @property
+    def has_student(self) -> bool:
+        return self.student is not None and self.student.exists()
+
+
+def find(cfg: DictConfig) -> RunDirectory | None:
+    """The directory that `exp_manager` will choose; None without an `exp_manager`.
+
+    Errors: NeMo's own, where it finds no checkpoint or only unfinished ones.
+    """
+    from nemo.utils import exp_manager as nemo
+
+    if cfg.get("exp_manager") is None:
+        return None
+    settings = _settings(cfg)
+    path, name = _named(settings)
+    parameters = settings.checkpoint_callback_params
+    if "://" in (parameters.dirpath or ""):
+        raise ValueError(
+            f"exp_manager.checkpoint_callback_params.dirpath={parameters.dirpath}: checkpoints of "
+            "a run are read before it starts, from a file system; set a path of one"
+        )
+    checkpoints = Path(parameters.dirpath or path / "checkpoints")
+    last = _last_checkpoints(checkpoints)
+    if settings.resume_if_exists and len(last) > 1:
+        _pin(cfg, path, newest(last))
+        settings = _settings(cfg)
+    stand_in = SimpleNamespace(ckpt_path=None)  # for a trainer that is not built yet
+    nemo.check_resume(
+        stand_in,
+        str(path / "nothing-to-move"),  # it moves the files of the directory that it is given
+        settings.resume_if_exists,
+        settings.resume_past_end,
+        settings.resume_ignore_no_checkpoint,
+        str(checkpoints),
+        settings.resume_from_checkpoint,
+    )
+    writes = settings.create_checkpoint_callback and parameters.save_nemo_on_train_end
+    prefix = parameters.prefix or name or settings.name or "default"
+    student = checkpoints / f"{prefix}{parameters.postfix}"
+    return RunDirectory(path, stand_in.ckpt_path, student if writes else None, tuple(last))
+
+
+def _settings(cfg: DictConfig) -> Any:
+    from nemo.utils.exp_manager import ExpManagerConfig
+
+    given = OmegaConf.create(OmegaConf.to_container(cfg.exp_manager, resolve=True))
+    return OmegaConf.merge(OmegaConf.structured(ExpManagerConfig), given)
+
+
+def _named(settings: Any) -> tuple[Path, str]:
+    """The run's directory, and the name that NeMo gives to the run's files."""
+    from nemo.utils.exp_manager import get_log_dir
+
+    path, _, name, _ = get_log_dir(
+        trainer=SimpleNamespace(logger=None),
+        exp_dir=settings.exp_dir,
+        name=settings.name,
+        version=settings.version,
+        explicit_log_dir=settings.explicit_log_dir,
+        use_datetime_version=settings.use_datetime_version,
+        resume_if_exists=settings.resume_if_exists,
+    )
+    return path, name
+
+
+def _last_checkpoints(directory: Path) -> list[Path]:
+    """Those that NeMo calls the last. A kill between the next one and the removal leaves two."""
+    from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+    from nemo.utils.model_utils import uninject_model_parallel_rank
+
+    found = [path for path in directory.glob("*-last") if path.is_dir()]
+    files = directory.rglob("*-last.ckpt")
+    found = found or sorted({Path(uninject_model_parallel_rank(str(file))) for file in files})
+    return [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
+
+
+def newest(checkpoints: Collection[Path]) -> Path:
+    """The one that has come furthest."""
+    return max(checkpoints, key=lambda checkpoint: read(str(checkpoint))[0].step)
+
+
+def _pin(cfg: DictConfig, path: Path, checkpoint: Path) -> None:
+    """Have `exp_manager` take this checkpoint: it refuses to choose among several."""
+    with open_dict(cfg):
+        cfg.exp_manager.explicit_log_dir = str(path)
+        cfg.exp_manager.resume_if_exists = False
+        cfg.exp_manager.resume_from_checkpoint = str(checkpoint)
+
+
+def keep_metrics(directory: Path, step: int) -> None:
+    """Put `metrics.jsonl` back, which `exp_manager` has moved to `run_N`, up to `step`.
+
+    Lines of later steps, after the checkpoint, are left out: those steps are trained again. Call
+    on one rank.
+    """
+    runs = sorted(directory.glob("run_*"), key=lambda run: int(run.name.removeprefix("run_")))
+    moved = runs[-1] / METRICS if runs else None
+    if moved is None or not moved.exists() or (directory / METRICS).exists():
+        return
+    partial = directory / f"{METRICS}.partial"
+    with moved.open() as old, partial.open("w") as new:
+        new.writelines(line for line in old if _step(line) <= step)
+    os.replace(partial, directory / METRICS)
+    moved.unlink()
+
+
+def _step(line: str) -> float:
+    """Of a line; past every step where a kill has cut it off."""
+    try:
+        return float(json.loads(line)["step"])
+    except ValueError:
+        return float("inf")

@@ -1,0 +1,1 @@
+"""What a NeMo configuration may hold: keys and values, checked before NeMo is imported."""

@@ -1,0 +1,202 @@
+"""The configuration of a training, an evaluation and a merge: NeMo's fine-tuning's and our own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.nemo.config import KDTrainingConfig
+from nemo_kd.nemo.settings import keys as nemo
+from nemo_kd.nemo.settings.keys import COUNT, NATURAL
+from nemo_kd.nemo.settings.optim import OPTIM
+from nemo_kd.settings import files
+from nemo_kd.settings.batches import check_batches, check_processes
+from nemo_kd.settings.blocks import FREE, Block, check
+from nemo_kd.settings.dataclass import block_of
+from nemo_kd.settings.moved import TRAINING
+from nemo_kd.settings.templates import check_template
+from nemo_kd.settings.values import (
+    FLAG,
+    PATH,
+    TEXT,
+    Kind,
+    either,
+    list_of,
+    number,
+    one_of,
+    one_or_more,
+    optional,
+)
+
+PATHS = optional(one_or_more(PATH))
+SPLIT: dict[str, Kind | Block] = {
+    "store": PATHS,
+    "over_long": one_of(
+        "refuse", "cut_prompt", "drop", cut_prompt="cut truncate trim", drop="skip", refuse="error"
+    ),
+    # NeMo's, as its `_build_dataset` and `build_data_loader` read them.
+    "file_names": PATHS,
+    "global_batch_size": COUNT,
+    "micro_batch_size": COUNT,
+    "shuffle": optional(FLAG),
+    "seed": NATURAL,
+    "num_workers": NATURAL,
+    "memmap_workers": optional(COUNT),
+    "pin_memory": FLAG,
+    "max_seq_length": COUNT,
+    "min_seq_length": COUNT,
+    "drop_last": FLAG,
+    "index_mapping_dir": optional(PATH),
+    "global_sample_mapping": FLAG,
+    "hf_dataset": FLAG,
+    "pad_to_max_length": FLAG,
+    "ceil_to_power_2": FLAG,
+    "get_attention_mask_from_fusion": FLAG,
+    "packed_sequence": FLAG,
+    "packed_sequence_return_cu_seqlen": FLAG,
+    "tokens_to_generate": NATURAL,
+    "sample_weight": optional(TEXT),
+    # Null: as the stores were made (`nemo_kd.nemo.template`).
+    "label_key": optional(TEXT),
+    "add_eos": optional(FLAG),
+    "add_sep": optional(FLAG),
+    "add_bos": optional(FLAG),
+    "truncation_field": optional(TEXT),
+    "truncation_method": optional(one_of("left", "right")),
+    "prompt_template": optional(TEXT),
+}
+ALPHA = optional(number())  # one for each store: see `store_alphas`
+TRAIN_SPLIT = SPLIT | {
+    "alpha": either(ALPHA, list_of(ALPHA)),
+    "concat_sampling_probabilities": optional(list_of(number(0))),
+    "shuffle_seed": optional(NATURAL),
+}
+METRIC = Block(
+    {
+        "name": optional(TEXT),
+        "average": optional(TEXT),
+        "num_classes": optional(COUNT),
+        "labels_are_strings": FLAG,
+        "class_labels": optional(list_of(TEXT)),
+        "label_key": TEXT,
+    }
+)
+VALIDATION_SPLIT = SPLIT | {
+    "names": optional(one_or_more(TEXT)),
+    "metric": METRIC,
+    "write_predictions_to_file": FLAG,
+    "output_file_path_prefix": optional(TEXT),
+}
+TEST_SPLIT = {key: kind for key, kind in VALIDATION_SPLIT.items() if key != "store"}
+DATA = Block(
+    {
+        "train_ds": Block(TRAIN_SPLIT),
+        "validation_ds": Block(VALIDATION_SPLIT),
+        "test_ds": Block(TEST_SPLIT),
+        "validation_drop_last": FLAG,
+        "chat": optional(FLAG),
+        "chat_prompt_tokens": FREE,
+        "reset_position_ids": FLAG,
+        "reset_attention_mask": FLAG,
+        "eod_mask_loss": FLAG,
+    }
+)
+TRAINING_BLOCK = Block(
+    {
+        "name": TEXT,
+        "trainer": nemo.TRAINER,
+        "exp_manager": nemo.EXP_MANAGER,
+        "model": Block(
+            nemo.MODEL
+            | {
+                "kd": block_of(KDTrainingConfig),
+                "data": DATA,
+                "peft": nemo.PEFT,
+                "optim": OPTIM,
+            },
+            lambda block: nemo.model_keys(),
+        ),
+        "resume": Block({"allow": optional(list_of(TEXT))}),
+        "cluster_type": optional(TEXT),  # NeMo's, for its own clusters
+    },
+    moved=TRAINING,
+)
+OUTPUT_BLOCK = Block({**TRAINING_BLOCK.keys, "output": optional(PATH)}, moved=TRAINING)
+SPLITS = ("train_ds", "validation_ds")
+
+
+def fill_in(cfg: DictConfig) -> None:
+    """Add what a configuration of NeMo's own lacks of ours, each as null or NeMo's default.
+
+    `file_names: ???`, which NeMo's has, may stay open where a store is given.
+    """
+    OmegaConf.set_struct(cfg, False)
+    defaults = DEFAULTS if cfg.get("exp_manager") is None else DEFAULTS | OF_A_RUN
+    for key, default in defaults.items():
+        if OmegaConf.select(cfg, key, throw_on_missing=False) is None:
+            OmegaConf.update(cfg, key, default, force_add=True)
+    for split in SPLITS:
+        data = cfg.model.data[split]
+        if OmegaConf.is_missing(data, "file_names") and (data.store or split != "train_ds"):
+            data.file_names = None
+
+
+def check_keys(cfg: DictConfig) -> None:
+    """Errors: ValueError for an unknown key of a training, or a value of another kind."""
+    check(cfg, OUTPUT_BLOCK if "output" in set(cfg) else TRAINING_BLOCK)
+
+
+def check_inputs(cfg: DictConfig) -> None:
+    """Errors: ValueError for a path that does not exist, or sizes that cannot work."""
+    files.check_files(cfg, FILES)
+    check_processes(cfg)
+    check_batches(cfg, SPLITS)
+
+
+def check_templates(cfg: DictConfig) -> None:
+    """Errors: ValueError for a template that cannot work, or that the files' rows do not fit."""
+    if cfg.model.data.get("chat"):
+        return
+    for split in SPLITS:
+        where = f"model.data.{split}"
+        check_template(cfg.model.data[split], where, files.paths_at(cfg, f"{where}.file_names"))
+
+
+DEFAULTS: dict[str, Any] = {
+    "exp_manager": None,
+    "model.kd": {},
+    "model.peft.peft_scheme": "none",
+    "model.peft.restore_from_path": None,
+    "model.data.train_ds.store": None,
+    "model.data.train_ds.alpha": None,
+    "model.data.validation_ds.store": None,
+    "model.data.validation_ds.names": None,
+    "model.data.validation_ds.metric.name": "loss",
+    "trainer.num_nodes": 1,
+    "trainer.num_sanity_val_steps": 0,
+}
+OF_A_RUN: dict[str, Any] = {
+    "exp_manager.log_tflops_per_sec_per_gpu": False,  # NeMo has no figure for a fine-tuning
+    "exp_manager.checkpoint_callback_params": {},
+}
+SFT_FILE, STORE = files.file("SFT file"), files.directory("store")
+FILES = [
+    (
+        "model.restore_from_path",
+        files.file_or_directory(
+            "checkpoint",
+            ("model_config.yaml",),
+            "; set model.restore_from_path to a .nemo file (examples/convert_hf_to_nemo.py makes "
+            "one from a Hugging Face checkpoint)",
+        ),
+    ),
+    ("model.peft.restore_from_path", files.file_or_directory("file of adapters", ("",))),
+    ("model.tokenizer.model", files.file("tokenizer model")),
+    ("model.tokenizer.vocab_file", files.file("vocabulary")),
+    ("model.tokenizer.merge_file", files.file("file of merges")),
+    *((f"model.data.{split}.store", STORE) for split in SPLITS),
+    *((f"model.data.{split}.file_names", SFT_FILE) for split in (*SPLITS, "test_ds")),
+    ("exp_manager.explicit_log_dir", files.output_directory),
+    ("exp_manager.exp_dir", files.output_directory),
+]

@@ -1,0 +1,131 @@
+"""NeMo's SFT data sets over JSONL files, without the index files that NeMo keeps of them."""
+
+from __future__ import annotations
+
+import sys
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
+    GPTSFTChatDataset,
+)
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
+from omegaconf import DictConfig
+
+from nemo_kd.sft import JsonlFile, RowError
+
+if TYPE_CHECKING:
+    from nemo_kd.sft.rows import Teacher
+
+# Keys of NeMo's that choose another way of reading, with files that outlive the data.
+REFUSED = {
+    "hf_dataset": "reads through a cache of the `datasets` library",
+    "global_sample_mapping": "keeps the order of samples in a file beside the data",
+}
+# Keys of NeMo's for its index files, with the values that ask for nothing.
+WITHOUT_EFFECT = {"memmap_workers": (None, 0, 1, 2), "index_mapping_dir": (None,)}
+
+
+class FileRows:
+    """Makes an SFT data set of NeMo's read a `JsonlFile`; comes before it among the bases."""
+
+    file_path: str
+
+    def _load_dataset(self) -> None:
+        self.indexed_dataset: Any = JsonlFile(self.file_path)
+        _refuse_unlike_ranks(self.indexed_dataset)
+
+
+class SFTDataset(FileRows, GPTSFTDataset):
+    """Prompts and answers of a file."""
+
+
+class SFTChatDataset(FileRows, GPTSFTChatDataset):
+    """Conversations of a file."""
+
+
+def sft_arguments(model: Teacher, data_cfg: DictConfig, where: str) -> dict[str, Any]:
+    """What `MegatronGPTSFTModel._build_dataset` gives a data set of the block at `where`.
+
+    Errors: ValueError for a key that NeMo reads otherwise than row by row from the file.
+    """
+    _check_reading(data_cfg, where)
+    cfg = model.cfg
+    if cfg.get("expert_model_parallel_size", 1) > 1 and not data_cfg.get("pad_to_max_length"):
+        raise ValueError(
+            f"{where}.pad_to_max_length must be true with model.expert_model_parallel_size="
+            f"{cfg.expert_model_parallel_size}: Megatron wants sequences of one length"
+        )
+    # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
+    # parallelism into two chunks for each of its own.
+    multiple = 8 * cfg.get("tensor_model_parallel_size", 1) if cfg.get("sequence_parallel") else 16
+    return {
+        "tokenizer": model.tokenizer,
+        "max_seq_length": _length(cfg, data_cfg, where),
+        "min_seq_length": data_cfg.min_seq_length,
+        "pad_seq_length_to_mult": multiple * cfg.get("context_parallel_size", 1),
+        "add_bos": data_cfg.get("add_bos", False),
+        "add_eos": data_cfg.get("add_eos", True),
+        "add_sep": data_cfg.get("add_sep", False),
+        "sep_id": model.sep_id,
+        "seed": data_cfg.get("seed", 1234),
+        "label_key": data_cfg.get("label_key", "answer"),
+        "answer_only_loss": cfg.get("answer_only_loss", True),
+        "truncation_field": data_cfg.get("truncation_field", "text"),
+        "truncation_method": data_cfg.get("truncation_method", "right"),
+        "prompt_template": data_cfg.get("prompt_template"),
+        "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
+        "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
+        "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
+        "virtual_tokens": model.virtual_tokens,
+        "tokens_to_generate": data_cfg.get("tokens_to_generate", 0),
+        "special_tokens": cfg.data.get("chat_prompt_tokens", None),
+    }
+
+
+def is_chat(model: Teacher) -> bool:
+    """Whether the model's rows are conversations."""
+    return bool(model.cfg.data.get("chat", False))
+
+
+def _check_reading(data_cfg: DictConfig, where: str) -> None:
+    for key, reason in REFUSED.items():
+        if data_cfg.get(key):
+            raise ValueError(
+                f"{where}.{key}={data_cfg[key]} {reason}, which is used again after the data have "
+                "changed; set it to false: rows are always read from the file itself"
+            )
+    for key, nothing in WITHOUT_EFFECT.items():
+        if data_cfg.get(key) not in nothing:
+            _say(f"{where}.{key}={data_cfg[key]} has no effect: no index of the rows is kept")
+
+
+def _length(cfg: Any, data_cfg: DictConfig, where: str) -> int:
+    """As NeMo: at most the positions of a model that has learned them."""
+    length: int = data_cfg.max_seq_length
+    if cfg.get("position_embedding_type") not in (None, "learned_absolute"):
+        return length
+    most: int = cfg.max_position_embeddings
+    if length > most:
+        _say(f"{where}.max_seq_length={length} is {most} here: the model has no more positions")
+    return min(length, most)
+
+
+def _say(text: str) -> None:
+    if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
+        print(text, file=sys.stderr, flush=True)
+
+
+def _refuse_unlike_ranks(file: JsonlFile) -> None:
+    """RowError where another rank reads other bytes under the same name; two small all-reduces."""
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return
+    own = torch.tensor(list(bytes.fromhex(file.sha256)), device=torch.cuda.current_device())
+    least, most = own.clone(), own.clone()
+    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    if not torch.equal(least, most):
+        raise RowError(
+            f"{file.path} is not the same file on every node: its SHA-256 here is {file.sha256}, "
+            f"of {len(file)} rows; give all nodes the same file"
+        )

@@ -1,0 +1,187 @@
+"""Starting NeMo on any layout: trainer, process groups, a model from a `.nemo`.
+
+Imports NeMo when its functions are called, not before: `nemo_kd.nemo.cpu.install()` comes first.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
+from nemo_kd.nemo import cpu
+from nemo_kd.settings.batches import data_parallel_size
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Callback, Trainer
+    from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
+
+Model = TypeVar("Model", bound="MegatronGPTModel")
+
+# Lightning's name for a precision → the short one that a CPU run is checked against.
+CPU_PRECISIONS = ("32", "bf16", "bf16-mixed")
+
+
+class LayoutError(ValueError):
+    """The requested processes, precision or checkpoint cannot work together."""
+
+
+def prepare(cfg: DictConfig) -> None:
+    """Fit a script's configuration to this machine: on a CPU, what only a GPU has is turned off.
+
+    Call before anything of NeMo is imported.
+    """
+    refuse(cfg)
+    # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    verbose = bool(os.environ.get("NEMO_KD_VERBOSE"))
+    if not verbose:
+        warnings.filterwarnings("ignore")  # of what NeMo's imports miss and this run does not use
+    on_cpu = cpu.install()
+    if not verbose:
+        _quiet()
+    if not on_cpu:
+        return
+    with open_dict(cfg):
+        for key, value in cpu.cpu_settings(cfg.trainer.precision).items():
+            OmegaConf.update(cfg, key, value, force_add=True)
+        if cfg.model.get("optim") and cfg.model.optim.name in ("fused_adam", "megatron_fused_adam"):
+            cfg.model.optim.name = "adamw"  # the same arithmetic without apex
+        norm = OmegaConf.select(cfg, "model.peft.adapter_tuning.norm_type")
+        if norm == "mixedfusedlayernorm":
+            cfg.model.peft.adapter_tuning.norm_type = "layernorm"  # likewise
+
+
+def refuse(cfg: DictConfig) -> None:
+    """Errors: LayoutError for what NeMo, or this machine, cannot do whatever else is set."""
+    _refuse_virtual_pipeline(cfg)
+    if not torch.cuda.is_available():
+        _refuse_on_cpu(cfg)
+
+
+def _refuse_virtual_pipeline(cfg: DictConfig) -> None:
+    size = cfg.model.get("virtual_pipeline_model_parallel_size") or 1
+    if size > 1:
+        raise LayoutError(
+            f"model.virtual_pipeline_model_parallel_size={size}: NeMo 2.4 builds no virtual "
+            "pipelines any more, on any device; leave it at null, or train with nemo_kd.mcore "
+            "(examples/megatron_core/train.py --virtual-pipeline)"
+        )
+
+
+def _refuse_on_cpu(cfg: DictConfig) -> None:
+    """What would fail deep inside Megatron, or be silently wrong."""
+    precision, model = str(cfg.trainer.precision), cfg.model
+    if precision not in CPU_PRECISIONS:
+        raise LayoutError(
+            f"trainer.precision={precision} does not work on a CPU; "
+            f"choose one of {', '.join(CPU_PRECISIONS)}"
+        )
+    if precision != "32" and model.pipeline_model_parallel_size > 1:
+        # Stages would hand on tensors of another type than Megatron's buffers: wrong gradients.
+        raise LayoutError(
+            f"trainer.precision={precision} does not work over pipeline stages on a CPU; set "
+            "trainer.precision=32 or model.pipeline_model_parallel_size=1"
+        )
+    if model.get("context_parallel_size", 1) > 1:
+        raise LayoutError(
+            f"model.context_parallel_size={model.context_parallel_size} does not work on a CPU: "
+            "attention over a cut sequence is TransformerEngine's alone; set it to 1"
+        )
+    optimizer = model.get("optim") or {}
+    if optimizer.get("name") == "distributed_fused_adam":
+        raise LayoutError(
+            "model.optim.name=distributed_fused_adam is apex's, which has no CPU version; set "
+            "mcore_distributed_optim, Megatron-core's own distributed optimizer"
+        )
+
+
+def _quiet() -> None:
+    """NeMo warns, a hundred lines a start, of each Megatron option that it does not know."""
+    import lightning.pytorch  # noqa: F401  (its import sets the levels that are set here)
+    from nemo.utils import logging as nemo_logging
+
+    nemo_logging.setLevel(nemo_logging.ERROR)
+    for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # Of the helper that NeMo has compiled already, make would say that there is nothing to do.
+    os.environ.setdefault("GNUMAKEFLAGS", "--silent --no-print-directory")
+
+
+def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
+    """Lightning's trainer as NeMo's own fine-tuning script builds it."""
+    from nemo_kd.nemo.progress_bar import TrainerBuilder
+
+    data_parallel_size(cfg)
+    return TrainerBuilder(cfg).create_trainer(callbacks)
+
+
+def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:
+    """Process groups and seeds: what NeMo leaves to `Trainer.fit`, wanted before a restore."""
+    from megatron.core import tensor_parallel
+    from nemo.collections.nlp.modules.common.megatron.megatron_init import (
+        initialize_model_parallel_for_nemo,
+    )
+
+    initialize_model_parallel_for_nemo(
+        world_size=trainer.world_size,
+        global_rank=trainer.global_rank,
+        local_rank=trainer.local_rank,
+        tensor_model_parallel_size=model_cfg.tensor_model_parallel_size,
+        pipeline_model_parallel_size=model_cfg.pipeline_model_parallel_size,
+        context_parallel_size=model_cfg.get("context_parallel_size", 1),
+        pipeline_model_parallel_split_rank=0,
+        micro_batch_size=model_cfg.micro_batch_size,
+        global_batch_size=model_cfg.global_batch_size,
+        seed=model_cfg.seed,
+    )
+    if trainer.strategy.launcher is not None:
+        trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
+    trainer.strategy.setup_environment()
+    tensor_parallel.model_parallel_cuda_manual_seed(model_cfg.seed)
+
+
+def checkpoint_config(path: str | Path, model_class: type[Model], trainer: Trainer) -> DictConfig:
+    """The model configuration inside a `.nemo` (file or unpacked directory)."""
+    if not Path(path).exists():
+        raise FileNotFoundError(
+            f"no checkpoint at {path}; set model.restore_from_path to a .nemo file "
+            "(examples/convert_hf_to_nemo.py makes one from a Hugging Face checkpoint)"
+        )
+    return model_class.restore_from(
+        str(path), return_config=True, trainer=trainer, save_restore_connector=_connector(path)
+    )
+
+
+def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer: Trainer) -> Model:
+    """The model of `path` as `model_class`; `cfg.model` overrides the checkpoint's own keys."""
+    merged = checkpoint_config(path, model_class, trainer)
+    resolve_tokenizer(merged, path)
+    overrides = OmegaConf.to_container(cfg.model, resolve=True)
+    with open_dict(merged):
+        for key, value in overrides.items():  # type: ignore[union-attr]
+            merged[key] = value
+        merged.precision = cfg.trainer.precision
+        merged.target = f"{model_class.__module__}.{model_class.__qualname__}"
+    return model_class.restore_from(
+        str(path),
+        override_config_path=merged,
+        trainer=trainer,
+        save_restore_connector=_connector(path),
+    )
+
+
+def _connector(path: str | Path) -> Any:
+    from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
+
+    connector = NLPSaveRestoreConnector()
+    if Path(path).is_dir():
+        connector.model_extracted_dir = str(path)
+    return connector

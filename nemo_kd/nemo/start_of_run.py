@@ -1,0 +1,176 @@
+"""Whether a run begins, resumes or is over: decided and said before anything is written."""
+
+from __future__ import annotations
+
+import tarfile
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig
+
+from nemo_kd.nemo.config import store_directories
+from nemo_kd.nemo.record import STEPS_KEY, Origin, Progress, Record, read, say
+from nemo_kd.nemo.resumed_settings import (
+    FIXED,
+    Change,
+    Settings,
+    changes,
+    check_allowed,
+    refuse,
+)
+from nemo_kd.nemo.run_directory import RunDirectory
+
+NEW_RUN = "set exp_manager.explicit_log_dir to another directory for another run"
+
+
+def what_is_done(directory: RunDirectory | None) -> tuple[Progress, Record | None]:
+    """Of the checkpoint that the run would resume from; nothing where there is none."""
+    if directory is None or directory.checkpoint is None:
+        return Progress(), None
+    return read(directory.checkpoint)
+
+
+def begin(directory: RunDirectory) -> None:
+    """A run without a checkpoint to resume from: it must not mix with an earlier one.
+
+    Errors: ValueError where checkpoints are, or the `.nemo` that the run would write.
+    """
+    if directory.checkpoints:
+        raise ValueError(
+            f"{directory.checkpoints[0]} is there, and exp_manager.resume_if_exists=false would "
+            f"begin another run beside it: {NEW_RUN}, or remove it"
+        )
+    if directory.has_student:
+        raise ValueError(
+            f"{directory.student} is there already, without a checkpoint to resume from: "
+            f"{NEW_RUN}, or remove it"
+        )
+
+
+def resume(
+    cfg: DictConfig,
+    directory: RunDirectory,
+    done: Progress,
+    then: Record,
+    now: Record,
+    raw: Settings,
+) -> bool:
+    """Compare a checkpoint's run with this one; False: all of its steps are trained and saved.
+
+    Errors: ValueError for settings and data that may not change (`refuse`), and for a run that
+    would end before its checkpoint.
+    """
+    at, steps = directory.checkpoint, cfg.trainer.max_steps
+    allow = (cfg.get("resume") or {}).get("allow") or []
+    allow = [allow] if isinstance(allow, str) else list(allow)
+    changed = _compare(cfg, then, now, raw, allow, str(at))
+    if then.settings is None:
+        say(f"{at} does not keep its run's settings: they could not be compared")
+    if done.step > steps:
+        raise ValueError(
+            f"{at} is at step {done.step}, after the end of a run of {steps} steps: raise "
+            f"trainer.max_steps, or {NEW_RUN}"
+        )
+    if done.step == steps:
+        if not _is_written(directory, steps):
+            say(f"all {steps} steps are done: {directory.student} is written from {at}")
+            return True
+        student = f"the student is {directory.student}" if directory.student else f"in {at}"
+        say(
+            f"nothing to train: all {steps} steps are done, {student}. Raise trainer.max_steps to "
+            f"train longer; {NEW_RUN}"
+        )
+        return False
+    say(f"resuming at step {done.step} of {steps} from {at}")
+    if changed:
+        say("under new settings: " + "; ".join(map(str, changed)))
+    if then.max_steps not in (None, steps):
+        say(
+            f"the run has {steps} steps now, {then.max_steps} before: learning rate and schedules "
+            f"are those of a run of {steps} steps"
+        )
+    return True
+
+
+def _compare(
+    cfg: DictConfig, then: Record, now: Record, raw: Settings, allow: list[str], at: str
+) -> list[Change]:
+    """The settings that differ, all of them allowed."""
+    settings = [configuration for configuration in (then.settings, now.settings) if configuration]
+    check_allowed(allow, *settings)
+    found = [] if then.settings is None else changes(then.settings, now.settings or {}, raw)
+    found += _other_files(cfg, then, now)
+    fixed = _fixed(cfg)
+    longer = then.max_steps not in (None, now.max_steps)
+    if longer and ("trainer.max_steps" in fixed or not store_directories(cfg.model.data.train_ds)):
+        found.append(Change("trainer.max_steps", then.max_steps, now.max_steps))
+    refuse(found, allow, fixed, at)
+    return found
+
+
+def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
+    """Student and data whose bytes differ, whatever their paths are."""
+    kind = "store" if store_directories(cfg.model.data.train_ds) else "file_names"
+    pairs = [
+        (f"model.data.train_ds.{kind}", then.train_stores, now.train_stores),
+        ("model.restore_from_path", _listed(then.student), _listed(now.student)),
+        ("model.peft.restore_from_path", _listed(then.adapters), _listed(now.adapters)),
+    ]
+    if then.settings is None:  # an older checkpoint, which keeps its data at most
+        pairs = [pair for pair in pairs if pair[1]]
+    return [
+        Change(key, _named(old), _named(new))
+        for key, old, new in pairs
+        if [one["fingerprint"] for one in old or []] != [one["fingerprint"] for one in new or []]
+    ]
+
+
+def _listed(origin: Origin | None) -> list[Origin]:
+    return [origin] if origin else []
+
+
+def _named(origins: list[Origin] | None) -> str:
+    named = [f"{one['path']} ({one['fingerprint'][:12]})" for one in origins or []]
+    return ", ".join(named) or "none"
+
+
+def _fixed(cfg: DictConfig) -> dict[str, str]:
+    """What this run cannot change on its way, and why."""
+    fixed = dict(FIXED)
+    if not store_directories(cfg.model.data.train_ds):
+        why = "NeMo's order of SFT files without a store depends on it"
+        fixed |= {"model.global_batch_size": why, "model.data.train_ds.global_batch_size": why}
+    if not _is_planned(cfg):
+        why = f"model.optim.sched.name={cfg.model.optim.sched.name} has its state in the checkpoint"
+        fixed |= {"model.optim.*": why, "trainer.max_steps": why}
+    return fixed
+
+
+def _is_planned(cfg: DictConfig) -> bool:
+    from nemo.core.optim import lr_scheduler
+
+    schedule = cfg.model.optim.get("sched")
+    if not schedule or not schedule.get("name"):
+        return True
+    known = lr_scheduler.AVAILABLE_SCHEDULERS.get(schedule.name)
+    return known is None or known.__module__ == lr_scheduler.__name__
+
+
+def _is_written(directory: RunDirectory, steps: int) -> bool:
+    """Whether nothing is left to write: a kill may have come between checkpoint and `.nemo`."""
+    return directory.student is None or (
+        directory.has_student and trained_steps(directory.student) in (None, steps)
+    )
+
+
+def trained_steps(nemo_file: Path) -> int | None:
+    """The steps of the run that wrote a `.nemo` (file or directory); None: it does not say."""
+    name = "model_config.yaml"
+    if nemo_file.is_dir():
+        text = (nemo_file / name).read_bytes()
+    else:
+        with tarfile.open(nemo_file) as archive:  # not compressed: only headers are read
+            member = next(m for m in archive if Path(m.name).name == name)
+            text = archive.extractfile(member).read()  # type: ignore[union-attr]
+    steps = yaml.safe_load(text).get(STEPS_KEY)
+    return None if steps is None else int(steps)

@@ -1,0 +1,135 @@
+"""The stores of a training or validation block: opened, checked, fitted, as data sets."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig
+
+from nemo_kd.data import check_learnable, fit_lengths, pack_samples
+from nemo_kd.nemo.config import KDTrainingConfig
+from nemo_kd.nemo.dataset import StoreSFTDataset
+from nemo_kd.nemo.order import Order
+from nemo_kd.nemo.packed import PackedStoreSFTDataset
+from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
+from nemo_kd.store import Store, StoreError
+from nemo_kd.store.codecs import TopP
+from nemo_kd.store.replaced import refuse_other_ranks
+from nemo_kd.store.tools.stats import stats
+
+if TYPE_CHECKING:
+    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+
+LOOKED_AT = 64
+"""Samples of a store, evenly spaced, on which labels and teacher are compared."""
+
+
+def store_dataset(
+    model: MegatronGPTSFTKDModel,
+    directory: str,
+    data_cfg: DictConfig,
+    alpha: float | None,
+    training: bool,
+) -> StoreSFTDataset:
+    """The store at `directory`, in packs where `data_cfg` says so; what became of its samples is
+    said."""
+    store = open_store(model, directory)
+    _check_learnable(store, model.kd_schedule, alpha, training)
+    _warn_of_labels(model, store)
+    length = data_cfg.max_seq_length
+    fitting = fit_lengths(store, length, data_cfg.get("over_long", "refuse"))
+    if fitting.cut or fitting.dropped:
+        _say(model, store, f"more than max_seq_length={length} tokens: {fitting}")
+    if training:
+        _say_what_is_learned(model, store, alpha)
+    arguments = shared_arguments(model, data_cfg)
+    temperature = model.kd_schedule.temperature
+    if not data_cfg.get("packed_sequence", False):
+        return StoreSFTDataset(store, fitting, temperature, alpha, **arguments)
+    order = Order.of(data_cfg)
+    packing = pack_samples(store, fitting, length, order.seed if order.shuffle else None)
+    _say(model, store, str(packing))
+    return PackedStoreSFTDataset(store, packing, temperature, alpha, **arguments)
+
+
+def shared_arguments(model: MegatronGPTSFTKDModel, data_cfg: DictConfig) -> dict[str, Any]:
+    """What NeMo gives its SFT data sets and those of stores need too."""
+    tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
+    # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
+    # parallelism into two chunks for each of its own.
+    multiple = 8 * tensor_size if model.cfg.get("sequence_parallel") else 16
+    multiple *= model.cfg.get("context_parallel_size", 1)
+    return {
+        "tokenizer": model.tokenizer,
+        "max_seq_length": data_cfg.max_seq_length,
+        "min_seq_length": data_cfg.min_seq_length,
+        "pad_seq_length_to_mult": multiple,
+        "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
+        "truncation_field": None,
+        "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
+        "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
+        "tokens_to_generate": data_cfg.get("tokens_to_generate", 0),
+    }
+
+
+def _say(model: MegatronGPTSFTKDModel, store: Store, text: str) -> None:
+    if not model.global_rank:
+        print(f"store {store.directory}: {text}", file=sys.stderr, flush=True)
+
+
+def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
+    """The store at `directory`, refused where it does not fit the student or its loss.
+
+    Collective over all ranks: one small all-gather.
+    """
+    store, fingerprint = Store(directory), tokenizer_fingerprint(model.tokenizer)
+    try:
+        store.check(
+            tokenizer_fingerprint=fingerprint,
+            vocab_size=model.tokenizer.vocab_size,
+            temperature=model.kd_schedule.temperature,
+        )
+    except StoreError as error:
+        origin = store.manifest.spec.tokenizer
+        if origin.get("fingerprint") == fingerprint:
+            raise
+        raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
+    if not len(store):
+        raise StoreError(f"store {directory} has no samples")
+    opened: list[str] = [""] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(opened, store.fingerprint)
+    refuse_other_ranks(store.directory, opened)
+    return store
+
+
+def _warn_of_labels(model: MegatronGPTSFTKDModel, store: Store) -> None:
+    """Say so where the teacher's rows, on a few samples, are not those of the labels."""
+    warning = "" if model.global_rank else stats(store, LOOKED_AT).agreement.warning()
+    if warning:
+        _say(model, store, f"WARNING: {warning} (measured on up to {LOOKED_AT} samples)")
+
+
+def _say_what_is_learned(model: MegatronGPTSFTKDModel, store: Store, alpha: float | None) -> None:
+    kd = model.kd_schedule
+    if not (kd.distils if alpha is None else alpha > 0):
+        _say(model, store, "the distillation has weight 0: only the labels are learned from it")
+    elif kd.support == "topk" and store.manifest.spec.profile == TopP.name:
+        _say(
+            model,
+            store,
+            "profile top_p with model.kd.support=topk: nothing is learned from the teacher at "
+            "answer tokens of which one id was kept; support bucket learns there too",
+        )
+
+
+def _check_learnable(
+    store: Store, schedule: KDTrainingConfig, alpha: float | None, training: bool
+) -> None:
+    """Both ends of the schedule; a validation measures all positions."""
+    for kd, when in ((schedule.at(0, 1), ""), (schedule.end, " at the end of the schedule")):
+        if alpha is not None:
+            kd = replace(kd, alpha=alpha)
+        check_learnable(store, kd if training else replace(kd, positions="all"), when)

@@ -1,0 +1,173 @@
+"""The student's scripts after Hydra: train it on a store, measure it on held-out ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_kd.nemo import run_directory, start, start_of_run
+from nemo_kd.nemo.config import (
+    check_train_data,
+    kd_training_config,
+    store_alphas,
+    store_directories,
+)
+from nemo_kd.nemo.data_settings import check_data_settings
+from nemo_kd.nemo.length import fit_length, refuse_part_epochs
+from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of
+from nemo_kd.nemo.settings import training
+from nemo_kd.nemo.template import settle_template
+from nemo_kd.settings import files
+from nemo_kd.store import Store, StoreError
+
+if TYPE_CHECKING:
+    from lightning.pytorch import Trainer
+
+    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+
+
+def run(cfg: DictConfig) -> None:
+    """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory.
+
+    The same command resumes a run that was stopped, and says so of one that is over.
+    """
+    check_settings(cfg)
+    refuse_part_epochs(cfg.trainer)
+    check_train_data(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
+    raw: Any = OmegaConf.to_container(cfg, resolve=False)
+    settings = asked(cfg)
+    _prepare(cfg)
+    directory = run_directory.find(cfg)
+    done, then = start_of_run.what_is_done(directory)
+    fit_length(cfg, done)
+    record = record_of(cfg, settings)
+    if directory is not None:
+        if then is None:
+            start_of_run.begin(directory)
+        elif not start_of_run.resume(cfg, directory, done, then, record, raw):
+            return
+    student = directory.student if directory is not None else None
+    _train(cfg, record, done.step, student)
+
+
+def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> None:
+    """`done`: steps of earlier starts; `student`: the `.nemo` that the end of the run writes."""
+    from nemo.utils.exp_manager import exp_manager
+    from nemo.utils.get_rank import is_global_rank_zero
+
+    from nemo_kd.nemo.metrics import MetricsJsonl
+    from nemo_kd.nemo.resume import RunKeeper, note_steps
+
+    trainer = start.build_trainer(cfg)
+    log_dir = exp_manager(trainer, cfg.exp_manager)
+    # Before NeMo's callbacks: the one that ends a run at SIGTERM leaves the others no step.
+    trainer.callbacks.insert(0, RunKeeper(record))
+    if log_dir is not None:
+        if done and is_global_rank_zero():
+            run_directory.keep_metrics(Path(log_dir), done)
+        trainer.callbacks.insert(0, MetricsJsonl(Path(log_dir) / run_directory.METRICS))
+    if not torch.cuda.is_available():
+        _stop_on_sigterm(cfg, trainer)
+    with open_dict(cfg):
+        cfg.model[DATA_KEY] = record.train_stores
+    model = _student(cfg, trainer)
+    trainer.fit(model)
+    if student and done == trainer.max_steps:  # Lightning ends without NeMo's end of a training
+        note_steps(trainer, model)
+        model.save_to(str(student))
+
+
+def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
+    """SIGTERM saves after the step and ends with status 0: NeMo sets it up only where CUDA is."""
+    from nemo.utils.callbacks.preemption import PreemptionCallback
+
+    if trainer.checkpoint_callback is not None and cfg.exp_manager.get(
+        "create_preemption_callback", True
+    ):
+        trainer.callbacks.append(PreemptionCallback(trainer.checkpoint_callback))
+
+
+def evaluate(cfg: DictConfig) -> None:
+    """Measure on `model.data.validation_ds.store`; prints the figures, writes them to `output`."""
+    check_settings(cfg)
+    if not cfg.model.data.validation_ds.store:
+        raise StoreError("nothing to measure on: set model.data.validation_ds.store")
+    files.check_files(cfg, [("output", files.output_file)])
+    _prepare(cfg)
+    trainer = start.build_trainer(cfg)
+    trainer.validate(_student(cfg, trainer), verbose=False)
+    figures = {
+        name.removeprefix("val/"): float(value)
+        for name, value in trainer.callback_metrics.items()
+        if name.startswith("val/")
+    }
+    if torch.distributed.get_rank() == 0:
+        for name, value in sorted(figures.items()):
+            print(f"{name:40} {value:.4f}")
+        if cfg.get("output"):
+            path = Path(cfg.output)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def merge(cfg: DictConfig) -> None:
+    """Add the LoRA adapters of `model.peft.restore_from_path` into the model; save it whole."""
+    check_settings(cfg)
+    peft = cfg.model.peft
+    if peft.peft_scheme != "lora" or not peft.restore_from_path:
+        raise ValueError(
+            "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo), and "
+            "model.peft.lora_tuning as they were trained"
+        )
+    if not cfg.get("output"):
+        raise ValueError("output must be given: the merged model, a .nemo")
+    files.check_files(cfg, [("output", files.new_file)])
+    _prepare(cfg)
+    trainer = start.build_trainer(cfg)
+    model = _student(cfg, trainer)
+    from nemo_kd.nemo.merge import merge_lora
+
+    merged = merge_lora(model)
+    model.save_to(cfg.output)
+    if torch.distributed.get_rank() == 0:
+        print(f"{cfg.output}: the whole model, {merged} adapters merged on each rank")
+
+
+def check_settings(cfg: DictConfig) -> None:
+    """Refuse keys, values, paths and stores that cannot work, before the slow imports."""
+    training.fill_in(cfg)
+    training.check_keys(cfg)
+    check_data_settings(cfg.model.data)
+    store_alphas(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
+    start.refuse(cfg)
+    training.check_inputs(cfg)
+    settle_template(cfg.model, {split: _stores(cfg, split) for split in training.SPLITS})
+    training.check_templates(cfg)
+
+
+def _stores(cfg: DictConfig, split: str) -> list[Store]:
+    try:
+        return [Store(directory) for directory in store_directories(cfg.model.data[split])]
+    except StoreError as error:
+        raise StoreError(f"model.data.{split}.store: {error}") from error
+
+
+def _prepare(cfg: DictConfig) -> None:
+    """Fit the configuration to this machine."""
+    start.prepare(cfg)
+    OmegaConf.resolve(cfg)
+
+
+def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:
+    # Only now: on a CPU NeMo and Megatron must find their patches in place.
+    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+    from nemo_kd.nemo.peft import add_adapters
+
+    start.start_process_groups(cfg.model, trainer)
+    model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTKDModel, cfg, trainer)
+    add_adapters(cfg, model)
+    return model

@@ -1,0 +1,1 @@
+"""Work on finished stores: measure, convert, merge, split and average them."""

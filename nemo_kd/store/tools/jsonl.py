@@ -1,0 +1,314 @@
+"""NeMo-Aligner's JSONL, one sample a line, read and written as a stream.
+
+    tokens             [S-1]      input_ids[:-1]
+    labels             [S-1]      input_ids[1:]
+    loss_mask          [S-1]      1 where the label is an answer token
+    topk_logits        [S-1][K]   falling; of answer tokens only the rest is read
+    topk_token_ids     [S-1][K]
+    log_sum_exp_logits [S-1]      log sum_v exp(z_v)
+    index              row number in the source (its line number where the key is missing)
+
+NeMo-Aligner subtracts the largest logit first; log-probabilities are the same. In a path
+`CHUNK_ID` stands for 0, 1, 2, ...: the chunked form. Written logits have five decimals.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import chain, count, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.files import fsync
+from nemo_kd.store.checks import checked_teacher, checked_tokens, deep_faults
+from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.store.errors import StoreError
+from nemo_kd.store.sample import Sample
+from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.tools.chunks import (
+    CHUNK_ID,
+    chunk_path,
+    chunk_paths,
+    existing_chunks,
+    publish_chunks,
+)
+
+DECIMALS = 5
+ABSENT_LOG_PROBABILITY = -10_000.0  # NeMo-Aligner has no absent places: id 0 and this for one
+MOST_PADDING = 64 * 128
+"""Ids that padding adds at most: Megatron rounds a vocabulary up to a multiple of 128 times TP."""
+KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
+
+
+@dataclass
+class Padding:
+    """Ids of the vocabulary's padding that were dropped from teachers' rows."""
+
+    ids: int = 0
+    tokens: int = 0
+    """Answer tokens that had any."""
+    mass: float = 0.0
+    """Sum of the probability that those ids had."""
+
+
+def read_jsonl(
+    path: str | Path,
+    spec: StoreSpec,
+    *,
+    renumber: bool = False,
+    on_bad_line: Callable[[StoreError], None] | None = None,
+    padding: Padding | None = None,
+) -> Iterator[Sample]:
+    """The samples of `path`, cut to `spec.top_k` logits; their log-sum-exp is that of T = 1.
+
+    A line that is not such a sample raises StoreError with file and line, or goes to
+    `on_bad_line` and is left out. With `renumber` rows are lines counted from 0 over all chunks.
+
+    NeMo-Aligner's teachers keep ids of the padding that Megatron adds to the vocabulary. They are
+    dropped, the ids after them move up, and `padding` counts them; where it is None, a warning at
+    the end does. The log-sum-exp stays: their probability belongs to the rest.
+    """
+    if spec.temperatures != (1.0,):
+        raise StoreError(
+            "NeMo-Aligner's JSONL has a log-sum-exp for temperature 1.0 alone, the store is to "
+            f"have {list(spec.temperatures)}; leave temperatures at [1.0]"
+        )
+    lines, last_row = count(), -1
+    dropped = Padding() if padding is None else padding
+    for file_path in chunk_paths(path):
+        for number, line in _lines(file_path):
+            row = next(lines)
+            try:
+                sample = _sample(line, row, renumber, spec, dropped)
+                if sample.row <= last_row:
+                    raise StoreError(
+                        f"index {sample.row} after {last_row}: rows must rise; sort the lines, "
+                        "or number them anew (renumber)"
+                    )
+            except StoreError as error:
+                bad = StoreError(f"{file_path}, line {number}: {error}")
+                if on_bad_line is None:
+                    raise bad from error
+                on_bad_line(bad)
+                continue
+            last_row = sample.row
+            yield sample
+    if padding is None and dropped.ids:
+        warnings.warn(
+            f"{path}: {dropped.ids} ids of the vocabulary's padding were dropped", stacklevel=2
+        )
+
+
+def write_jsonl(
+    path: str | Path,
+    samples: Iterable[Sample],
+    *,
+    unit_temperature: int = 0,
+    samples_per_chunk: int | None = None,
+) -> int:
+    """Write samples (a `Store`, say) to `path`, whole or not at all; returns how many.
+
+    `unit_temperature` is the place of T = 1 among the temperatures. Positions that are no answer
+    token have zeros for a teacher: NeMo-Aligner wants a row for each position and masks these.
+    With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples, and all chunks that were
+    there before are removed.
+    """
+    name = str(path)
+    if (CHUNK_ID in name) != (samples_per_chunk is not None):
+        raise StoreError(
+            f"{name}: {CHUNK_ID} in the path and a number of samples per chunk go together, "
+            f"the number is {samples_per_chunk}"
+        )
+    if samples_per_chunk is not None and samples_per_chunk < 1:
+        raise StoreError(f"a chunk has at least 1 sample, not {samples_per_chunk}")
+    records = (_record(sample, unit_temperature) for sample in samples)
+    if samples_per_chunk is None:
+        return _write_whole(Path(name), records)
+    existing_chunks(name)  # what cannot be replaced is an error before the work, not after it
+    written, temporary = 0, list[Path]()
+    try:
+        for number, first in enumerate(records):
+            chunk = chain([first], islice(records, samples_per_chunk - 1))
+            temporary.append(_temporary(chunk_path(name, number)))
+            written += _write_file(temporary[-1], chunk)
+        publish_chunks(name, temporary)
+    finally:
+        for path in temporary:
+            path.unlink(missing_ok=True)
+    return written
+
+
+def _write_whole(path: Path, records: Iterable[dict[str, Any]]) -> int:
+    temporary = _temporary(path)
+    try:
+        written = _write_file(temporary, records)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    fsync(path.parent)
+    return written
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(f".{path.name}.tmp")
+
+
+def _write_file(path: Path, records: Iterable[dict[str, Any]]) -> int:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    written = 0
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record) + "\n")
+            written += 1
+    fsync(path)
+    return written
+
+
+def _record(sample: Sample, unit_temperature: int) -> dict[str, Any]:
+    answers = sample.answer_positions() - 1  # [A]: places among tokens and labels
+    places = len(sample.input_ids) - 1
+    ids = np.zeros((places, sample.topk_ids.shape[1]), np.int64)
+    logits = np.zeros(ids.shape)
+    logsumexp = np.zeros(places)
+    logsumexp[answers] = sample.logsumexp[:, unit_temperature]
+    absent = sample.topk_ids == ABSENT_ID
+    ids[answers] = np.where(absent, 0, sample.topk_ids)
+    floor = sample.logsumexp[:, unit_temperature, None] + np.float32(ABSENT_LOG_PROBABILITY)
+    logits[answers] = np.where(absent, floor, sample.topk_logits)
+    return {
+        "tokens": sample.input_ids[:-1].tolist(),
+        "labels": sample.input_ids[1:].tolist(),
+        "loss_mask": sample.loss_mask[1:].tolist(),
+        "topk_logits": logits.round(DECIMALS).tolist(),
+        "topk_token_ids": ids.tolist(),
+        "log_sum_exp_logits": logsumexp.round(DECIMALS).tolist(),
+        "index": sample.row,
+    }
+
+
+def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
+    """(number from 1, line) for each line that is not blank."""
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    yield number, line
+    except OSError as error:
+        raise StoreError(f"{path}: cannot be read ({error})") from error
+
+
+def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Padding) -> Sample:
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise StoreError(f"not JSON ({error})") from error
+    if not isinstance(record, dict):
+        raise StoreError(f"a JSON object is expected, not a {type(record).__name__}")
+    missing = [key for key in KEYS if key not in record]
+    if missing:
+        raise StoreError(f"no {', '.join(missing)} among the keys {sorted(map(str, record))}")
+    index = record.get("index", row)
+    if not renumber and (type(index) is not int or index < 0):
+        raise StoreError(f"index must be a row number, not {index!r}")
+    return _checked(record, row if renumber else index, spec, padding)
+
+
+def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding) -> Sample:
+    tokens, labels = _array(record, "tokens", "iu", 1), _array(record, "labels", "iu", 1)
+    mask = _array(record, "loss_mask", "iufb", 1)
+    places = len(tokens)
+    if not len(labels) == len(mask) == places >= 1:
+        raise StoreError(
+            f"tokens, labels and loss_mask have {places}, {len(labels)} and {len(mask)} values; "
+            "they must have the same number, at least 1"
+        )
+    checked_tokens(tokens, mask, spec.vocab_size)
+    answers = np.flatnonzero(mask)
+    # What follows the last answer token is padding; nothing is learnt from or through it.
+    end = int(answers[-1]) + 1 if answers.size else places
+    if (labels[: end - 1] != tokens[1:end]).any():
+        raise StoreError("labels are not the tokens shifted by one")
+    input_ids, loss_mask, _ = checked_tokens(
+        np.append(tokens[:end], labels[end - 1]), np.append(0, mask[:end]), spec.vocab_size
+    )
+    logsumexp = _array(record, "log_sum_exp_logits", "iuf", 1, places)[answers, None]
+    logits = _teacher_rows(record, "topk_logits", "iuf", answers, places, spec.top_k)
+    ids = _teacher_rows(record, "topk_token_ids", "iu", answers, places, spec.top_k)
+    if ids.shape != logits.shape:
+        raise StoreError(
+            f"topk_token_ids has {ids.shape[1]} values a token, topk_logits {logits.shape[1]}"
+        )
+    absent = np.isfinite(logsumexp) & (logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2)
+    ids, logits = np.where(absent, ABSENT_ID, ids), np.where(absent, -np.inf, logits)
+    ids, logits, found = _without_padding(ids, logits, logsumexp, spec.vocab_size)
+    ids, logits = ids[:, : spec.top_k], logits[:, : spec.top_k]
+    sample = Sample(row, input_ids, loss_mask, ids, logits, logsumexp)
+    teacher = checked_teacher(sample, len(answers), spec)
+    for fault in deep_faults(teacher, spec):
+        raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
+    padding.ids += found.ids
+    padding.tokens += found.tokens
+    padding.mass += found.mass
+    return Sample(row, input_ids, loss_mask, *teacher)
+
+
+def _without_padding(
+    ids: NDArray[Any], logits: NDArray[Any], logsumexp: NDArray[Any], vocab_size: int
+) -> tuple[NDArray[Any], NDArray[Any], Padding]:
+    """ids and logits [A, K] without ids of the padding, absent places at the end; what was dropped.
+
+    Order and number of the others stay.
+    """
+    padding = (ids >= vocab_size) & (ids < vocab_size + MOST_PADDING)
+    if not padding.any():
+        return ids, logits, Padding()
+    with np.errstate(all="ignore"):  # logits that are no numbers are refused later
+        mass = float(np.exp(np.where(padding, logits - logsumexp, -np.inf)).sum())
+    order = padding.argsort(axis=1, kind="stable")
+    ids, logits = np.where(padding, ABSENT_ID, ids), np.where(padding, -np.inf, logits)
+    moved = np.take_along_axis(ids, order, 1), np.take_along_axis(logits, order, 1)
+    return *moved, Padding(int(padding.sum()), int(padding.any(axis=1).sum()), mass)
+
+
+def _teacher_rows(
+    record: dict[str, Any], key: str, kinds: str, answers: NDArray[Any], places: int, top_k: int
+) -> NDArray[Any]:
+    """The answer tokens' rows of a [S-1][at least K] list, all that it has."""
+    values = _array(record, key, kinds, 2, places)
+    if values.shape[1] < top_k:
+        raise StoreError(
+            f"{key} has {values.shape[1]} values a token, top_k is {top_k}; "
+            f"lower it to {values.shape[1]}"
+        )
+    rows: NDArray[Any] = values[answers]
+    return rows
+
+
+def _array(
+    record: dict[str, Any], key: str, kinds: str, dimensions: int, length: int | None = None
+) -> NDArray[Any]:
+    """The list under `key` as an array whose dtype is of one of numpy's `kinds`."""
+    try:
+        values = np.asarray(record[key])
+    except (ValueError, OverflowError) as error:
+        raise StoreError(f"{key}: its lists are of unequal length") from error
+    if values.ndim != dimensions or (values.dtype.kind not in kinds and values.size):
+        shape = "a list" if dimensions == 1 else "a list of equally long lists"
+        raise StoreError(f"{key} must be {shape} of numbers ({_KINDS[kinds]})")
+    if length is not None and len(values) != length:
+        raise StoreError(f"{key} has {len(values)} rows for {length} tokens")
+    return values
+
+
+_KINDS = {
+    "iu": "whole ones, ids",
+    "iufb": "0 and 1",
+    "iuf": "logits",
+}

@@ -1,0 +1,125 @@
+"""What a store says of its teacher, over all answer tokens: mass kept, entropy, agreement."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.store.reader import Store
+from nemo_kd.store.sample import Sample
+from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.tools.agreement import Agreement
+
+MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
+ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, np.inf)
+RANK_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, np.inf)  # ranks count from 1
+ANSWER_EDGES = (0, 1, 16, 32, 64, 128, 256, 512, 1024, 2048, np.inf)
+
+
+@dataclass
+class Histogram:
+    """Counts in [edge i, edge i + 1), the last one closed."""
+
+    edges: tuple[float, ...]
+    counts: NDArray[np.int64] = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.counts = np.zeros(len(self.edges) - 1, np.int64)
+
+    def add(self, values: NDArray[Any]) -> None:
+        places = np.searchsorted(self.edges[1:-1], values, side="right")
+        self.counts += np.bincount(places, minlength=len(self.counts))
+
+    def to_json(self) -> dict[str, Any]:
+        edges = [None if np.isinf(edge) else edge for edge in self.edges]
+        return {"edges": edges, "counts": self.counts.tolist()}
+
+
+@dataclass
+class Stats:
+    """Sums over samples; probabilities at T = 1, in nats a token."""
+
+    samples: int = 0
+    tokens: int = 0
+    mass: float = 0.0
+    """Sum of the probability that the stored ids hold."""
+    entropy: float = 0.0
+    """Sum of the entropy of K + 1 outcomes, the stored ids and the rest as one: a lower bound of
+    the teacher's own."""
+    kept: int = 0
+    """Stored ids."""
+    label_first: int = 0
+    """Tokens whose label is the teacher's first choice."""
+    label_kept: int = 0
+    """Tokens whose label is among the stored ids."""
+    label_nll: float = 0.0
+    """Sum of -log p(label) where it is among them."""
+    agreement: Agreement = field(default_factory=Agreement)
+    masses: Histogram = field(default_factory=lambda: Histogram(MASS_EDGES))
+    entropies: Histogram = field(default_factory=lambda: Histogram(ENTROPY_EDGES))
+    ranks: Histogram = field(default_factory=lambda: Histogram(RANK_EDGES))
+    answers: Histogram = field(default_factory=lambda: Histogram(ANSWER_EDGES))
+
+    def add(self, sample: Sample, spec: StoreSpec) -> None:
+        unit_temperature = spec.temperatures.index(1.0)
+        labels = sample.input_ids[sample.answer_positions(), None]
+        log_p = sample.topk_logits - sample.logsumexp[:, unit_temperature, None]
+        p = np.exp(log_p, dtype=np.float64)
+        mass = p.sum(axis=1)
+        rest = np.clip(1 - mass, 0, None)
+        entropy = -_x_log_x(p).sum(axis=1) - _x_log_x(rest)
+        hit = sample.topk_ids == labels
+        rank = 1 + hit.argmax(axis=1)[hit.any(axis=1)]
+        self.agreement += Agreement.of_sample(sample, spec)
+        self.samples += 1
+        self.tokens += len(labels)
+        self.mass += float(mass.sum())
+        self.entropy += float(entropy.sum())
+        self.kept += int((sample.topk_ids != ABSENT_ID).sum())
+        self.label_first += int((rank == 1).sum())
+        self.label_kept += len(rank)
+        self.label_nll -= float(log_p[hit].sum())
+        self.masses.add(mass)
+        self.entropies.add(entropy)
+        self.ranks.add(rank)
+        self.answers.add(np.array([len(labels)]))
+
+    def to_json(self) -> dict[str, Any]:
+        tokens, kept = max(self.tokens, 1), max(self.label_kept, 1)
+        return {
+            "samples": self.samples,
+            "answer_tokens": self.tokens,
+            "ids_per_token": self.kept / tokens,
+            "mass": self.mass / tokens,
+            "entropy_of_kept_and_rest": self.entropy / tokens,
+            "label_is_first": self.label_first / tokens,
+            "label_is_kept": self.label_kept / tokens,
+            "nll_of_kept_labels": self.label_nll / kept,
+            **self.agreement.to_json(),
+            "mass_histogram": self.masses.to_json(),
+            "entropy_of_kept_and_rest_histogram": self.entropies.to_json(),
+            "label_rank_histogram": {
+                **self.ranks.to_json(),
+                "not_kept": self.tokens - self.label_kept,
+            },
+            "answer_length_histogram": self.answers.to_json(),
+        }
+
+
+def stats(store: Store, most_samples: int | None = None) -> Stats:
+    """Over the whole store, or over `most_samples` evenly spaced samples."""
+    count = len(store) if most_samples is None else min(most_samples, len(store))
+    result = Stats()
+    for i in range(count):
+        result.add(store[i * len(store) // count], store.manifest.spec)
+    return result
+
+
+def _x_log_x(x: NDArray[np.float64]) -> NDArray[np.float64]:
+    logs = np.zeros_like(x)
+    np.log(x, out=logs, where=x > 0)
+    return x * logs

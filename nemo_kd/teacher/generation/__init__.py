@@ -1,0 +1,1 @@
+"""Answers that the teacher writes itself, stored with its top-K logits."""

@@ -1,0 +1,53 @@
+"""Which answers are kept: by a regular expression or a function on their text."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from nemo_kd.teacher.generation.step import GenerationError
+
+
+class AnswerFilter:
+    """`keeps(answer, row)`: the pattern is found in the answer, and the function says yes.
+
+    `function` is `module:function`, called as `function(answer: str, row: dict) -> bool` with the
+    prompt's row of the SFT file; the module is looked for in the working directory too. It must
+    give the same verdict each time, or a resumed run would not write the same store.
+    """
+
+    def __init__(self, pattern: str | None = None, function: str | None = None) -> None:
+        try:
+            self._pattern = None if pattern is None else re.compile(pattern)
+        except re.error as error:
+            raise GenerationError(
+                f"generation.filter.pattern={pattern!r} is no regular expression: {error}"
+            ) from error
+        self._function = None if function is None else _load(function)
+
+    def keeps(self, answer: str, row: dict[str, Any]) -> bool:
+        if self._pattern is not None and not self._pattern.search(answer):
+            return False
+        return self._function is None or bool(self._function(answer, row))
+
+
+def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
+    module_name, colon, function_name = name.partition(":")
+    if not (module_name and colon and function_name):
+        raise GenerationError(
+            f"generation.filter.function={name!r}: expected module:function, such as "
+            "checks:is_right"
+        )
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+    except (ImportError, AttributeError) as error:
+        raise GenerationError(f"generation.filter.function={name}: {error}") from error
+    if not callable(function):
+        raise GenerationError(f"generation.filter.function={name} is no function")
+    return function

@@ -1,0 +1,190 @@
+"""A user's mistake is one line, the last on the screen; other errors keep their traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_kd.cli.failures import explain, is_interrupt
+from nemo_kd.store import StoreError
+from tests.conftest import ROOT, environment
+
+QUIET = {"NEMO_KD_TRACEBACK": "", "HYDRA_FULL_ERROR": "1"}
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (StoreError("no store at x"), "no store at x"),
+        (FileNotFoundError("no checkpoint at x"), "no checkpoint at x"),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: no such file"),
+        (PermissionError(errno.EACCES, "Permission denied", "/d/x"), "/d/x: permission denied"),
+        (IsADirectoryError(errno.EISDIR, "Is a directory", "/d"), "/d: is a directory"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory", "/f/x"), "/f/x: not a directory"),
+        (FileExistsError(errno.EEXIST, "File exists", "/f"), "/f: file exists"),
+        (OSError(errno.ENOSPC, "No space left on device", "/d/x"), "/d/x: no space left on device"),
+        (OSError(errno.ENOSPC, "No space left on device"), "no space left on device"),
+        (OSError(errno.EROFS, "Read-only file system", "/d/x.idx.npy"), "set index_mapping_dir"),
+    ],
+)
+def test_what_a_user_can_mend_is_said(error: Exception, line: str) -> None:
+    said = explain(error)
+    assert said is not None and line in said
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("x"),
+        KeyError("x"),
+        TypeError("x"),
+        AssertionError("x"),
+        ConnectionError("x"),
+        TimeoutError(errno.ETIMEDOUT, "timed out"),
+    ],
+)
+def test_anything_else_keeps_its_traceback(error: Exception) -> None:
+    assert explain(error) is None
+
+
+def test_an_interpolation_is_named() -> None:
+    cfg = OmegaConf.create({"a": {"b": "${nowhere}"}})
+    with pytest.raises(OmegaConfBaseException) as caught:
+        _ = cfg.a.b
+    assert explain(caught.value) == "a.b: Interpolation key 'nowhere' not found"
+
+
+def test_an_interrupt_in_a_training_is_one_although_lightning_makes_an_exit_of_it() -> None:
+    assert is_interrupt(KeyboardInterrupt()) and not is_interrupt(SystemExit(1))
+    try:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            raise SystemExit(1)  # noqa: B904  (as Lightning does)
+    except SystemExit as error:
+        assert is_interrupt(error)
+
+
+def example(name: str, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, str(ROOT / "examples" / name), *arguments],
+        env={**environment(), **QUIET, **variables},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "line"),
+    [
+        ("train_gpt_sft_kd.py", [], "model.restore_from_path must be given"),
+        ("train_gpt_sft_kd.py", ["outputt=x"], "outputt is unknown"),
+        ("train_gpt_sft_kd.py", ["nam=x"], "nam is unknown; did you mean name?"),
+        (
+            "merge_lora.py",
+            ["hydra.run.dirr=x"],
+            "did you mean hydra.run.dir?",
+        ),
+        (
+            "evaluate_gpt_sft_kd.py",
+            ["alpha"],
+            "expected key=value",
+        ),
+        (
+            "dump_teacher_topk.py",
+            ["data.file_path=x", "hydra.run.dir=é"],
+            "cannot read the argument",
+        ),
+        ("train_gpt_sft_kd.py", ["model.data.train_ds.store=a,b"], "for a list write"),
+        ("train_gpt_sft_kd.py", ["--config-name", "nope"], "Cannot find primary config 'nope'"),
+        ("generate_with_teacher.py", ["~data.nope"], "'data.nope' does not exist"),
+    ],
+)
+def test_a_mistake_of_the_command_line_is_one_line(
+    name: str, arguments: list[str], line: str
+) -> None:
+    done = example(name, *arguments)
+    assert done.returncode == 1 and done.stdout == ""
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("error: ") and line in said, said
+
+
+def test_the_traceback_can_be_had() -> None:
+    done = example("train_gpt_sft_kd.py", "nam=x", NEMO_KD_TRACEBACK="1")
+    assert done.returncode == 1 and "Traceback" in done.stderr
+
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def test_under_torchrun_one_rank_says_it_last() -> None:
+    done = subprocess.run(
+        [*TORCHRUN, str(ROOT / "examples/train_gpt_sft_kd.py"), "trainer.max_step=100"],
+        env={**environment(), **QUIET},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    lines = done.stderr.strip().splitlines()
+    assert done.returncode == 1
+    assert lines[-1].startswith("error: ") and "trainer.max_step is unknown" in lines[-1]
+    assert done.stderr.count("trainer.max_step is unknown") == 1
+    assert "Error executing job" not in done.stderr
+
+
+JOB = """
+import os
+import time
+from pathlib import Path
+import hydra
+from omegaconf import DictConfig
+from nemo_kd.cli.scripts import one_line_errors, script
+
+@hydra.main(version_base=None, config_path={conf!r}, config_name="train_gpt_sft_kd")
+@one_line_errors
+def main(cfg: DictConfig) -> None:
+    (Path({started!r}) / os.environ.get("RANK", "0")).touch()
+    time.sleep(60)
+
+script(main, resume="the same command resumes")
+"""
+
+
+@pytest.mark.parametrize("launcher", [[sys.executable], TORCHRUN], ids=["alone", "torchrun"])
+def test_an_interrupt_is_one_line_that_says_how_to_go_on(
+    launcher: list[str], tmp_path: Path
+) -> None:
+    started, ranks = tmp_path / "started", 1 if launcher == [sys.executable] else 2
+    started.mkdir()
+    job = tmp_path / "job.py"
+    job.write_text(JOB.format(conf=str(ROOT / "conf"), started=str(started)))
+    process = subprocess.Popen(
+        [*launcher, str(job)],
+        env={**environment(), **QUIET},
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    limit = time.monotonic() + 60
+    while len(list(started.iterdir())) < ranks:
+        assert time.monotonic() < limit and process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert stderr.strip().splitlines()[-1] == "interrupted: the same command resumes"
+    assert stderr.count("interrupted: the same") == 1
+    if ranks == 1:
+        assert process.returncode == 130 and len(stderr.splitlines()) == 1
+    else:
+        assert process.returncode != 0
+    assert "KeyboardInterrupt" not in stderr and "job.py" not in stderr, stderr

@@ -1,0 +1,131 @@
+"""The scripts' command lines: spellings of `model.kd` overrides, help, printed configurations."""
+
+import re
+from pathlib import Path
+
+import pytest
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
+
+from nemo_kd.cli.scripts import accept_every_spelling
+from tests.conftest import ROOT, Script
+
+
+def test_kd_overrides_become_add_or_change() -> None:
+    spellings = ["+model.kd.alpha=0.5", "model.kd.alpha=0.5", "++model.kd.alpha=0.5"]
+    assert set(accept_every_spelling(spellings)) == {"++model.kd.alpha=0.5"}
+
+
+def test_so_do_those_of_every_block() -> None:
+    """Unknown ones are refused later, by name; a configuration of NeMo's own lacks some of ours."""
+    for key in ("model.data.train_ds.store", "model.optim.lr", "trainer.max_step", "output"):
+        for plus in ("", "+", "++"):
+            assert accept_every_spelling([f"{plus}{key}=1"])[0].startswith(f"++{key}=")
+
+
+PATHS = [
+    "/tmp/données été/x.jsonl",
+    "/data/run=3/x,y(1)[2]{3}/it's.jsonl",
+    "/data/日本語/#1 & 2;!/x",
+    "12",
+    "true",
+    "/tmp/line\nbreak",
+]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("key", ["data.file_path", "model.restore_from_path", "output_dir"])
+def test_a_path_is_read_as_it_is_written(key: str, path: str) -> None:
+    assert value_of(f"{key}={path}") == path
+    assert value_of(f"{key}='/already quoted'") == "/already quoted"
+
+
+def value_of(argument: str) -> object:
+    (argument,) = accept_every_spelling([argument])
+    return OverridesParser.create().parse_override(argument).value()
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("model.data.train_ds.store=[/a b/é,/c(d)]", ["/a b/é", "/c(d)"]),
+        ("model.data.train_ds.store=[a,b]", ["a", "b"]),
+        ("data.file_path=~/x", str(Path.home() / "x")),
+        ("data.file_path=null", None),
+        ("data.file_path=${oc.env:X}/y", "${oc.env:X}/y"),
+        ("data.prompt_template={input} {output}", "{input} {output}"),
+        ("data.prompt_template=Q: {input}\\nA: {output}", "Q: {input}\\nA: {output}"),
+        ("generation.filter.pattern=^(a|b)$", "^(a|b)$"),
+        ("exp_manager.name=my run (2)", "my run (2)"),
+        ("model.optim.betas=[0.9,0.98]", [0.9, 0.98]),
+        ("model.optim.lr=1e-4", 1e-4),
+        ("model.peft.lora_tuning={adapter_dim: 8}", {"adapter_dim": 8}),
+    ],
+)
+def test_values_that_hydra_does_not_read_are_quoted(argument: str, value: object) -> None:
+    assert value_of(argument) == value
+
+
+def test_a_path_with_a_comma_is_one_where_it_exists(tmp_path: Path) -> None:
+    store = tmp_path / "a,b"
+    assert "'" not in accept_every_spelling([f"model.data.train_ds.store={store}"])[0]
+    store.mkdir()
+    assert value_of(f"model.data.train_ds.store={store}") == str(store)
+
+
+def test_a_sweep_stays_one() -> None:
+    arguments = ["--multirun", "model.kd.alpha=0.1,0.5", "data.file_path=a,b"]
+    assert accept_every_spelling(arguments)[1:] == [f"++{each}" for each in arguments[1:]]
+
+
+def test_another_configuration_runs_in_the_working_directory_as_ours_do(tmp_path: Path) -> None:
+    arguments = ["--config-path", str(tmp_path), "--config-name", "x", "a.b=1", "hydra.run.dir=y"]
+    seen = accept_every_spelling(arguments)
+    assert seen[:4] == arguments[:4] and seen[-2:] == ["++a.b=1", "hydra.run.dir=y"]
+    assert "hydra.output_subdir=null" in seen and "hydra.run.dir=." not in seen
+
+
+def test_a_selection_of_positions_is_no_function_of_hydras() -> None:
+    (argument,) = accept_every_spelling(["model.kd.positions=top_entropy(0.2)"])
+    assert argument == "++model.kd.positions='top_entropy(0.2)'"
+
+
+def test_other_arguments_are_left_alone() -> None:
+    others = ["--cfg", "job", "~model.kd.alpha", "hydra.run.dir=x", "hydra/job_logging=none", "x=1"]
+    assert accept_every_spelling(others) == others
+
+
+SCRIPTS = [
+    "dump_teacher_topk",
+    "generate_with_teacher",
+    "train_gpt_sft_kd",
+    "evaluate_gpt_sft_kd",
+    "merge_lora",
+]
+
+
+def test_every_hydra_script_is_tested_here() -> None:
+    using = [p.stem for p in (ROOT / "examples").glob("*.py") if "hydra.main" in p.read_text()]
+    assert sorted(using) == sorted(SCRIPTS)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_help_has_an_example_to_copy_and_the_explained_configuration(
+    script: Script, name: str
+) -> None:
+    text = script(f"{name}.py", "--help").stdout
+    assert f"python examples/{name}.py model.restore_from_path=" in text
+    commented = (ROOT / "conf" / f"{name}.yaml").read_text().partition("\nhydra:")[0]
+    assert commented in text
+    # What a file is grown from is shown too: every key is there, whichever file has it.
+    for key in script(f"{name}.py", "--cfg", "job").stdout.split():
+        if key.endswith(":"):
+            assert re.search(rf"^ *{key}", text, re.M), key
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_the_printed_configuration_is_that_of_the_run(script: Script, name: str) -> None:
+    done = script(f"{name}.py", "--cfg", "job", "model.seed=7", "+model.kd.temprature=2")
+    cfg = OmegaConf.create(done.stdout)
+    assert cfg.model.seed == 7 and cfg.model.kd.temprature == 2
+    assert "hydra" not in cfg and cfg.trainer.num_nodes == 1

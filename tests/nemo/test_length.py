@@ -1,0 +1,174 @@
+"""Epochs as steps, and when validations and checkpoints are, of the configuration as it is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import DictConfig, OmegaConf
+
+from nemo_kd.nemo.length import fit_length, rows_of
+from nemo_kd.nemo.record import Progress
+from tests.conftest import ROOT
+from tests.store.samples import sample, spec, write
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """10 samples of 4 to 13 tokens."""
+    made = spec()
+    path = tmp_path_factory.mktemp("length") / "store"
+    return write(path, made, [sample(row, made, answers=1 + row) for row in range(10)])
+
+
+def fitted(directory: Path, done: Progress | None = None, **changes: Any) -> DictConfig:
+    """`max_steps=7`, `train_ds__drop_last=False`: keys of `trainer`, or of `model.data`."""
+    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.model.global_batch_size = 4
+    cfg.model.data.train_ds.store = str(directory)
+    for key, value in changes.items():
+        block = "model.data" if "__" in key else "trainer"
+        OmegaConf.update(cfg, f"{block}.{key.replace('__', '.')}", value, force_add=True)
+    fit_length(cfg, done or Progress())
+    return cfg
+
+
+@pytest.mark.parametrize(
+    ("changes", "steps"),
+    [
+        ({"max_steps": 7}, 7),
+        ({"max_steps": 7, "max_epochs": -1}, 7),
+        ({"max_steps": 7, "max_epochs": None}, 7),
+        ({"max_steps": 7, "max_epochs": 1}, 2),
+        ({"max_steps": 1, "max_epochs": 1}, 1),
+        ({"max_steps": -1, "max_epochs": 1}, 2),
+        ({"max_steps": -1, "max_epochs": 3}, 6),
+        ({"max_steps": -1, "max_epochs": 3, "train_ds__drop_last": False}, 9),
+        ({"max_steps": -1, "max_epochs": 1, "train_ds__global_batch_size": 10}, 1),
+        # 6 samples of at most 9 tokens
+        (
+            {
+                "max_steps": -1,
+                "max_epochs": 2,
+                "train_ds__max_seq_length": 9,
+                "train_ds__over_long": "drop",
+            },
+            2,
+        ),
+        # 85 tokens in packs of 30
+        (
+            {
+                "max_steps": -1,
+                "max_epochs": 2,
+                "train_ds__max_seq_length": 30,
+                "train_ds__packed_sequence": True,
+                "train_ds__global_batch_size": 1,
+            },
+            6,
+        ),
+    ],
+)
+def test_the_first_limit_ends_the_run(directory: Path, changes: dict[str, Any], steps: int) -> None:
+    trainer = fitted(directory, **changes).trainer
+    assert (trainer.max_steps, trainer.max_epochs) == (steps, -1)
+    assert trainer.val_check_interval == min(100, steps)
+
+
+def test_an_epoch_is_a_draw_for_each_sample_of_all_stores_and_files(
+    directory: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / "sft.jsonl"
+    file.write_text("{}\n" * 6)
+    data = {
+        "train_ds__store": [str(directory), str(directory)],
+        "train_ds__file_names": [str(file)],
+        "train_ds__concat_sampling_probabilities": [0.8, 0.1, 0.1],
+    }
+    assert fitted(directory, max_steps=-1, max_epochs=1, **data).trainer.max_steps == 26 // 4
+
+
+def test_an_epoch_goes_on_where_another_batch_size_left_it(directory: Path) -> None:
+    done = Progress(step=3, consumed_samples=6)  # of 2
+    assert fitted(directory, done, max_steps=-1, max_epochs=3).trainer.max_steps == 3 + 24 // 4
+
+
+@pytest.mark.parametrize(
+    ("text", "rows"),
+    [("", 0), ("a\nb", 2), ("a\nb\n", 2), ("a\n\nb\n\n\n", 3), ("\n", 0)],
+)
+def test_rows_are_lines_but_for_empty_ones_at_the_end(tmp_path: Path, text: str, rows: int) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(text)
+    assert rows_of(file) == rows
+
+
+@pytest.mark.parametrize(
+    ("given", "more", "interval"),
+    [
+        (3, {}, 3),
+        (30, {}, 8),
+        (0.25, {}, 2),
+        (1.0, {}, 8),
+        (None, {}, 8),
+        (0.5, {"max_epochs": 3}, 1),  # of the two steps of an epoch
+        (0.01, {}, 1),
+    ],
+)
+def test_validations_are_at_most_a_run_apart(
+    directory: Path, given: Any, more: dict[str, Any], interval: int
+) -> None:
+    cfg = fitted(directory, max_steps=8, val_check_interval=given, **more)
+    assert cfg.trainer.val_check_interval == interval
+
+
+@pytest.mark.parametrize("limit", [0, 0.0])
+def test_without_validation_checkpoints_follow_the_training_loss(
+    directory: Path, limit: float
+) -> None:
+    none = fitted(directory, max_steps=8, val_check_interval=3)
+    off = fitted(
+        directory,
+        max_steps=8,
+        val_check_interval=3,
+        limit_val_batches=limit,
+        validation_ds__store=str(directory),
+    )
+    for cfg in (none, off):
+        kept = cfg.exp_manager.checkpoint_callback_params
+        assert (kept.monitor, kept.every_n_train_steps) == ("reduced_train_loss", 3)
+        assert kept.every_n_epochs == 0 and cfg.trainer.limit_val_batches == 0
+    on = fitted(directory, max_steps=8, validation_ds__store=str(directory))
+    assert on.exp_manager.checkpoint_callback_params.monitor == "validation_loss"
+    assert on.trainer.limit_val_batches == 1.0
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"max_steps": -1}, "the run has no end"),
+        ({"max_steps": -1, "max_epochs": -1}, "the run has no end"),
+        ({"max_steps": 0}, "trainer.max_steps=0: expected at least 1"),
+        ({"max_epochs": 0}, "trainer.max_epochs=0 trains nothing"),
+        (
+            {"max_epochs": 2, "train_ds__global_batch_size": 11},
+            "model.global_batch_size=11 is more than the 10 samples",
+        ),
+        ({"val_check_interval": 0}, "expected a number of steps"),
+        ({"val_check_interval": 2.5}, "expected a number of steps"),
+        ({"check_val_every_n_epoch": 2}, "trainer.val_check_interval"),
+        ({"limit_train_batches": 5}, "trainer.max_steps"),
+        ({"fast_dev_run": True}, "keep nothing: set trainer.max_steps"),
+        (
+            {"validation_ds__drop_last": True, "validation_ds__global_batch_size": 11},
+            "gives no validation batch: 10 samples",
+        ),
+        ({"limit_val_batches": 0.1}, "less than one"),
+    ],
+)
+def test_what_would_train_or_validate_nothing_is_refused(
+    directory: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        fitted(directory, validation_ds__store=str(directory), **changes)

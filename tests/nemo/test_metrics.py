@@ -1,0 +1,30 @@
+"""Calibration of the student's best token, against its definition."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nemo_kd.loss import KDConfig, TopK, sft_kd_loss
+from nemo_kd.nemo.metrics import CALIBRATION_BINS, MetricSums
+
+
+def test_calibration_error_is_that_of_the_definition() -> None:
+    generator = torch.Generator().manual_seed(0)
+    sums, pairs = MetricSums(), []
+    for n in (50, 1, 70):
+        logits = 3 * torch.randn(n, 20, generator=generator)
+        labels = torch.randint(20, (n,), generator=generator)
+        labels[: n // 2] = logits[: n // 2].argmax(-1)
+        ids = torch.arange(4).expand(n, 4)
+        teacher = TopK(logits[:, :4], ids, logits.logsumexp(-1))
+        sums.add(sft_kd_loss(logits, labels, teacher, KDConfig()))
+        best = logits.double().softmax(-1).max(-1)
+        pairs += zip(best.values.tolist(), (best.indices == labels).tolist(), strict=True)
+    expected = 0.0
+    for b in range(CALIBRATION_BINS):
+        low, high = b / CALIBRATION_BINS, (b + 1) / CALIBRATION_BINS
+        inside = [(p, hit) for p, hit in pairs if low <= p < high]
+        expected += abs(sum(p for p, _ in inside) - sum(hit for _, hit in inside))
+    assert float(sums.calibration.abs().sum()) == pytest.approx(expected, abs=1e-4)
+    assert 0.05 < expected / len(pairs) < 0.5
