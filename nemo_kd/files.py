@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.store.errors import StoreError
+from nemo_kd.errors import StoreError
 
 _BLOCK = 1 << 20
 

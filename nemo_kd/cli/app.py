@@ -58,7 +58,7 @@ def progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 def check_parent(option: str, path: Path) -> None:
     """StoreError where the file `path` of `option` cannot be written."""
-    from nemo_kd.store.errors import StoreError
+    from nemo_kd.errors import StoreError
 
     if path.is_dir():
         raise StoreError(f"{option} {path} is a directory; name a file in it")

@@ -26,7 +26,7 @@ def main(arguments: list[str] | None = None) -> None:
         if error.name not in ("rich", "typer"):
             raise
         sys.exit(f"error: {error.name} is not installed; pip install typer rich")
-    from nemo_kd.store.errors import StoreError
+    from nemo_kd.errors import StoreError
 
     try:
         app(arguments)

@@ -8,7 +8,7 @@ import typer
 
 from nemo_kd.cli.app import Json, app, print_json
 from nemo_kd.cli.quantity import Quantity, share
-from nemo_kd.store.errors import StoreError
+from nemo_kd.errors import StoreError
 
 TOKENS = Quantity("--tokens", "tokens", 1e3, 1e14, "300M", usual="M")
 TOTAL_TOKENS = Quantity("--total-tokens", "tokens", 1e3, 1e14, "600M", usual="M")

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass
 
-from nemo_kd.store.errors import StoreError
+from nemo_kd.errors import StoreError
 
 UNITS = {"": 1.0, "k": 1e3, "m": 1e6, "b": 1e9, "g": 1e9, "t": 1e12}
 NUMBER = re.compile(r"([\d_.]+(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE)

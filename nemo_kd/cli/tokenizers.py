@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_kd.store.errors import StoreError
+from nemo_kd.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
 
 

@@ -4,7 +4,7 @@
 `StoreSpec` is what decides its bytes, `Manifest` what is in it. See docs/store.md.
 """
 
-from nemo_kd.store.errors import StoreError
+from nemo_kd.errors import StoreError
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs import ABSENT_ID, Teacher
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 

@@ -16,8 +16,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, publish, read_json
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, SPEC_KEY, shard_name
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec

@@ -26,8 +26,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from types import TracebackType
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import full_disk_explained
-from nemo_kd.store.errors import StoreError
 
 LOCK = ".lock"
 HEARTBEAT = 10.0

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, publish, read_json, sha256_of_json
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
 
 FORMAT = "nemo-kd store"

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import sha256_of, size_of
 from nemo_kd.store.codecs import codec_of
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.layout import field_dtypes, file_names
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo
 from nemo_kd.store.replaced import START_AGAIN, Replacement

@@ -9,8 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import read_json
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.manifest import SHARD, SPEC, Manifest, ShardInfo, read_shard_info
 from nemo_kd.store.spec import StoreSpec
 

@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs import Codec
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.indexed import FieldReader
 from nemo_kd.store.layout import (
     ROW_ITEM,

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import sha256_of_json
-from nemo_kd.store.errors import StoreError
 
 MAX_VOCABULARY = 1 << 32
 ROWS_PER_SHARD = 256

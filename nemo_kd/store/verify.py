@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, read_json, sha256_of, size_of
 from nemo_kd.store.checks import deep_faults, teacher_faults
 from nemo_kd.store.codecs import Codec, codec_of
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.layout import file_names
 from nemo_kd.store.manifest import (
     MANIFEST,

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import (
     canonical_json,
     fsync,
@@ -28,7 +29,6 @@ from nemo_kd.files import (
 )
 from nemo_kd.store.checks import checked_teacher, checked_tokens
 from nemo_kd.store.codecs import codec_of
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.indexed import FieldWriter
 from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (

@@ -11,8 +11,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs import codec_of
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.layout import ROW_ITEM, field_dtypes
 from nemo_kd.store.spec import StoreSpec
 

@@ -16,7 +16,7 @@ from nemo_kd.loss import (
     sft_kd_loss,
     vocab_parallel_topk,
 )
-from nemo_kd.nemo import cpu
+from nemo_kd.mcore import cpu
 
 H, V, VP = 16, 61, 64
 Model = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, TopK], torch.Tensor]

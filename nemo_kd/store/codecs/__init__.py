@@ -1,11 +1,11 @@
 """Profiles: how the teacher's part of a sample is laid out on disk."""
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs.base import ABSENT_ID, Codec, Teacher
 from nemo_kd.store.codecs.compact import Compact
 from nemo_kd.store.codecs.plain import Plain
 from nemo_kd.store.codecs.sampled import Sampled
 from nemo_kd.store.codecs.top_p import TopP
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
 
 CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Plain, Compact, Sampled, TopP)}

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.errors import StoreError
+from nemo_kd.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
 
 ABSENT_ID = -1

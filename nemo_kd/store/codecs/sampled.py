@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, ragged
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
 
 MOST_DRAWS = 255

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, ragged, relative_logits
 from nemo_kd.store.codecs.plain import (
     HALF_MINUS_INFINITY,
@@ -19,7 +20,6 @@ from nemo_kd.store.codecs.plain import (
     to_half,
     unpack_ids,
 )
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
 
 MOST_KEPT = (1 << 16) - 1

@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs import ABSENT_ID, Sampled, Teacher
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import fsync
-from nemo_kd.store.errors import StoreError
 
 CHUNK_ID = "CHUNK_ID"
 SHOWN = 5  # names of files in a message

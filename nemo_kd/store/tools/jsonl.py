@@ -26,10 +26,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import StoreError
 from nemo_kd.files import fsync
 from nemo_kd.store.checks import checked_teacher, checked_tokens, deep_faults
 from nemo_kd.store.codecs import ABSENT_ID
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.chunks import (

@@ -13,8 +13,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
+from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs import Sampled
-from nemo_kd.store.errors import StoreError
 from nemo_kd.store.lock import DirectoryLock
 from nemo_kd.store.manifest import MANIFEST, Manifest
 from nemo_kd.store.reader import Store
