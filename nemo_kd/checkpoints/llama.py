@@ -15,8 +15,10 @@ from typing import Protocol
 
 import torch
 
+from nemo_kd.errors import NemoKDError
 
-class CheckpointError(ValueError):
+
+class CheckpointError(NemoKDError):
     """A checkpoint that cannot be read, or cannot be converted without changing the model."""
 
 

@@ -12,6 +12,8 @@ from itertools import pairwise
 
 import torch
 
+from nemo_kd.errors import NemoKDError
+
 
 def context_parallel_positions(
     length: int, rank: int, size: int, boundaries: Sequence[int] | None = None
@@ -21,13 +23,13 @@ def context_parallel_positions(
     `boundaries`: where the samples of a packed sequence begin and end, 0 and `length` included
     (`cu_seqlens`); one sample without it.
 
-    Errors: ValueError where a sample's length is no multiple of `2 * size`.
+    Errors: NemoKDError where a sample's length is no multiple of `2 * size`.
     """
     bounds = [0, length] if boundaries is None else list(boundaries)
     parts = []
     for start, end in pairwise(bounds):
         if (end - start) % (2 * size):
-            raise ValueError(
+            raise NemoKDError(
                 f"a sequence of {end - start} tokens cannot be cut into {2 * size} equal chunks "
                 f"for model.context_parallel_size={size}; pad it to a multiple"
             )

@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_kd.errors import NemoKDError
+
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class HFTeacherError(ValueError):
+class HFTeacherError(NemoKDError):
     """A checkpoint that transformers does not load whole, or that cannot be a teacher here."""
 
 

@@ -71,7 +71,7 @@ def load_teacher(cfg: DictConfig) -> HFTeacher:
             checkpoint.save_tokenizer(directory)
             tokenizer = AutoTokenizer(directory, use_fast=True)
     else:
-        raise FileNotFoundError(
+        raise HFTeacherError(
             f"no checkpoint at {path}; set model.restore_from_path to a directory with config.json "
             "and *.safetensors, or to a .gguf file"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.divergences import DIVERGENCES
 from nemo_kd.loss.names import DIVERGENCE_ALIASES, SUPPORT_ALIASES, check_name
 from nemo_kd.loss.supports import SUPPORTS
@@ -18,7 +19,7 @@ MAX_TEMPERATURE = 100.0
 class KDConfig:
     """loss = (1 - alpha) · CE + alpha · T² · D(teacher, student), each token, in nats.
 
-    Errors: ValueError on construction for values that do not exist, exclude each other, or make
+    Errors: NemoKDError on construction for values that do not exist, exclude each other, or make
     the divergence infinite.
     """
 
@@ -51,18 +52,18 @@ class KDConfig:
         self._check_weights()
         for name in ("beta", "skew"):
             if not 0 < getattr(self, name) < 1:
-                raise ValueError(
+                raise NemoKDError(
                     f"{name} is {getattr(self, name)}: expected a value inside (0, 1). "
                     "The limits are `forward_kl` and `reverse_kl`."
                 )
         if not 0 < self.temperature <= MAX_TEMPERATURE:
-            raise ValueError(
+            raise NemoKDError(
                 f"temperature is {self.temperature}: expected a value > 0 and at most "
                 f"{MAX_TEMPERATURE:g}."
             )
         _ = self.share
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
-            raise ValueError(
+            raise NemoKDError(
                 f"divergence {self.divergence!r} is infinite on support 'vocab', where the teacher "
                 "has no mass outside its K: use support 'bucket' or 'topk', or 'skew_reverse_kl'."
             )
@@ -87,7 +88,7 @@ class KDConfig:
         except ValueError:
             share = 0.0
         if name != "top_entropy" or not 0 < share <= 1:
-            raise ValueError(
+            raise NemoKDError(
                 f"positions is {self.positions!r}: expected all, or top_entropy(SHARE) with a "
                 "share in (0, 1], as top_entropy(0.2)."
             )
@@ -102,14 +103,14 @@ class KDConfig:
         explicit = {"sft_weight": self.sft_weight, "kd_weight": self.kd_weight}
         given = {name: weight for name, weight in explicit.items() if weight is not None}
         if self.alpha is not None and given:
-            raise ValueError(
+            raise NemoKDError(
                 f"alpha = {self.alpha} and {given} are both given: use alpha, or sft_weight and "
                 "kd_weight."
             )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise ValueError(f"alpha is {self.alpha}: expected a value in [0, 1].")
+            raise NemoKDError(f"alpha is {self.alpha}: expected a value in [0, 1].")
         for name, weight in given.items():
             if not 0 <= weight < float("inf"):
-                raise ValueError(f"{name} is {weight}: expected a finite value >= 0.")
+                raise NemoKDError(f"{name} is {weight}: expected a finite value >= 0.")
         if not any(self.weights):
-            raise ValueError("sft_weight and kd_weight are both 0: nothing would be learned.")
+            raise NemoKDError("sft_weight and kd_weight are both 0: nothing would be learned.")

@@ -6,6 +6,8 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 
+from nemo_kd.errors import NemoKDError
+
 DIVERGENCE_ALIASES = {
     "forward_kl": "kl kld kldiv fkl fkld fwd fwdkl fwdkld forward forwardkld klfwd klforward",
     "reverse_kl": "rkl rkld rev revkl revkld reverse reversekld bkl bkld bwd bwdkl bwdkld back "
@@ -29,10 +31,10 @@ DIRECTIONS = {"forward": ("forward", "fwd"), "reverse": ("reverse", "rev", "bwd"
 def check_name(
     field: str, name: object, known: Iterable[str], aliases: Mapping[str, str] | None = None
 ) -> None:
-    """Errors: ValueError that lists the known names and says which is meant."""
+    """Errors: NemoKDError that lists the known names and says which is meant."""
     names = sorted(known)
     if name not in names:
-        raise ValueError(
+        raise NemoKDError(
             f"{field} is {name!r}: expected one of {', '.join(names)}."
             f"{did_you_mean(name, names, aliases)}"
         )

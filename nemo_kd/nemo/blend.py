@@ -10,6 +10,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils imp
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from omegaconf import DictConfig
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import sft_files, store_alphas, store_directories
 from nemo_kd.nemo.dataset import (
     FileSFTChatDataset,
@@ -31,11 +32,11 @@ def build_datasets(
 ) -> list[TeacherSFTDataset]:
     """The data sets of `data_cfg.store` and `data_cfg.file_names`.
 
-    Errors: StoreError for a store that does not fit; ValueError for settings that do not.
+    Errors: StoreError for a store that does not fit; NemoKDError for settings that do not.
     """
     stores, files = store_directories(data_cfg), sft_files(data_cfg)
     if files and data_cfg.get("packed_sequence", False):
-        raise ValueError(
+        raise NemoKDError(
             "packed_sequence=true with both store and file_names is not supported: the files have "
             "no packs; dump them too, or set packed_sequence=false"
         )
@@ -57,7 +58,7 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
     weights = data_cfg.get("concat_sampling_probabilities")
     weights = [len(dataset) for dataset in datasets] if weights is None else list(weights)
     if len(weights) != len(datasets):
-        raise ValueError(
+        raise NemoKDError(
             f"concat_sampling_probabilities has {len(weights)} entries for {len(datasets)} stores "
             "and files: one for each, stores first"
         )
@@ -78,7 +79,7 @@ def blend_files(
     """Training data of SFT files alone: `number` samples, in the order of NeMo's own SFT."""
     files, weights = sft_files(data_cfg), data_cfg.get("concat_sampling_probabilities")
     if weights is None or len(weights) != len(files):
-        raise ValueError(
+        raise NemoKDError(
             f"model.data.train_ds.concat_sampling_probabilities={weights}: without a store, one "
             f"for each of the {len(files)} files of model.data.train_ds.file_names is needed"
         )

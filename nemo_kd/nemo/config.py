@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
 from nemo_kd.loss.names import check_name
 from nemo_kd.settings.dataclass import settings_of
@@ -46,17 +47,17 @@ class KDTrainingConfig(KDConfig):
         super().__post_init__()
         check_name("schedule", self.schedule, SCHEDULES, {"linear": "lin", "cosine": "cos"})
         if self.alpha_end is not None and (self.sft_weight, self.kd_weight) != (None, None):
-            raise ValueError(
+            raise NemoKDError(
                 "model.kd.alpha_end is a schedule of model.kd.alpha; use alpha instead of "
                 "sft_weight and kd_weight"
             )
         if self.temperature_end not in (None, self.temperature) and self.support == "bucket":
-            raise ValueError(
+            raise NemoKDError(
                 "model.kd.temperature_end needs model.kd.support=topk or vocab: support bucket "
                 "needs the teacher's log-sum-exp at every temperature on the way"
             )
         if self.schedule_steps is not None and self.schedule_steps < 1:
-            raise ValueError(
+            raise NemoKDError(
                 f"model.kd.schedule_steps is {self.schedule_steps}: expected at least 1, or null "
                 "for trainer.max_steps"
             )
@@ -118,16 +119,16 @@ NEMO_TEMPLATE = {
 
 
 def check_train_data(data_cfg: DictConfig, kd: KDTrainingConfig) -> None:
-    """Errors: ValueError for a distillation without a store, and for no training data at all."""
+    """Errors: NemoKDError for a distillation without a store, and for no training data at all."""
     if kd.distils and not store_directories(data_cfg):
-        raise ValueError(
+        raise NemoKDError(
             "model.data.train_ds.store is not set, so there are no teacher logits to learn "
             "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
             "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
             "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
         )
     if not store_directories(data_cfg) and not sft_files(data_cfg):
-        raise ValueError(
+        raise NemoKDError(
             "there is nothing to train on: set model.data.train_ds.store or "
             "model.data.train_ds.file_names"
         )
@@ -148,23 +149,23 @@ def sft_files(data_cfg: DictConfig) -> list[str]:
 def store_alphas(data_cfg: DictConfig, kd: KDTrainingConfig) -> list[float | None]:
     """One for each store of a block: its own alpha, or None for the training's weights.
 
-    Errors: ValueError for another number of them, one outside [0, 1], or beside weights.
+    Errors: NemoKDError for another number of them, one outside [0, 1], or beside weights.
     """
     stores, alphas = store_directories(data_cfg), data_cfg.get("alpha")
     if alphas is None:
         return [None] * len(stores)
     alphas = [alphas] if isinstance(alphas, int | float) else list(alphas)
     if len(alphas) != len(stores):
-        raise ValueError(
+        raise NemoKDError(
             f"model.data.train_ds.alpha has {len(alphas)} entries for {len(stores)} stores: one "
             "for each, null for model.kd.alpha (files have no teacher, and none)"
         )
     for alpha in alphas:
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)
         if alpha is not None and not (number and 0 <= alpha <= 1):
-            raise ValueError(f"model.data.train_ds.alpha has {alpha}: expected values in [0, 1]")
+            raise NemoKDError(f"model.data.train_ds.alpha has {alpha}: expected values in [0, 1]")
     if (kd.sft_weight, kd.kd_weight) != (None, None):
-        raise ValueError(
+        raise NemoKDError(
             "model.data.train_ds.alpha gives stores weights of their own: use model.kd.alpha for "
             "the others, not sft_weight and kd_weight"
         )

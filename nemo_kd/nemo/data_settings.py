@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import sft_files, store_directories
 from nemo_kd.nemo.settings.training import SPLITS
 
@@ -50,7 +51,7 @@ VALIDATION: Rules = {
 
 
 def check_data_settings(data: DictConfig) -> None:
-    """Errors: ValueError that names the first key whose value would have no effect."""
+    """Errors: NemoKDError that names the first key whose value would have no effect."""
     blocks = {split: data[split] for split in SPLITS if data.get(split) is not None}
     reads_files = any(sft_files(block) for block in blocks.values())
     for split, block in blocks.items():
@@ -89,9 +90,9 @@ def _check_order(block: DictConfig) -> None:
     stores, seed = store_directories(block), block.get("shuffle_seed")
     shuffle = block.get("shuffle")
     if not isinstance(shuffle, bool | None):
-        raise ValueError(f"model.data.train_ds.shuffle={shuffle}: expected true or false")
+        raise NemoKDError(f"model.data.train_ds.shuffle={shuffle}: expected true or false")
     if isinstance(seed, bool) or not isinstance(seed, int | None) or not 0 <= (seed or 0) < 1 << 31:
-        raise ValueError(
+        raise NemoKDError(
             f"model.data.train_ds.shuffle_seed={seed}: expected a whole number from 0 to 2^31 - 1"
         )
     if shuffle is False and seed not in (None, 1):
@@ -109,7 +110,7 @@ def _check_order(block: DictConfig) -> None:
 def check_names(block: DictConfig) -> None:
     """A name of its own for each validation set, or none for all (then set0, set1, ...).
 
-    Errors: ValueError for another number of names, one that is no text or has a slash (which makes
+    Errors: NemoKDError for another number of names, one that is no text or has a slash (which makes
     a directory of it in NeMo's files of predictions), and a name given twice: NeMo and Lightning
     would log the mean of both sets under it.
     """
@@ -118,22 +119,22 @@ def check_names(block: DictConfig) -> None:
         return
     given = [names] if isinstance(names, str | int | float) else list(names)
     if len(given) != count:
-        raise ValueError(
+        raise NemoKDError(
             f"model.data.validation_ds.names={names} does not name the {count} stores and files of "
             "this data set: one for each, stores first"
         )
     for place, name in enumerate(given):
         if not isinstance(name, str) or not name.strip() or "/" in name:
-            raise ValueError(
+            raise NemoKDError(
                 f"model.data.validation_ds.names has {name!r}: expected text without a slash, such "
                 "as heldout (a number in quotes)"
             )
         if name in given[:place]:
-            raise ValueError(
+            raise NemoKDError(
                 f"model.data.validation_ds.names has {name!r} twice: the logs would have the mean "
                 "of both sets under it; give each a name of its own"
             )
 
 
-def _no_effect(split: str, key: str, value: Any, reason: str) -> ValueError:
-    return ValueError(f"model.data.{split}.{key}={value} has no effect: {reason}")
+def _no_effect(split: str, key: str, value: Any, reason: str) -> NemoKDError:
+    return NemoKDError(f"model.data.{split}.{key}={value} has no effect: {reason}")

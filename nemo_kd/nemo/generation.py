@@ -15,6 +15,7 @@ from nemo.collections.nlp.modules.common.text_generation_strategy import (
 from omegaconf import DictConfig, OmegaConf
 from torchmetrics.text.rouge import ROUGEScore
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import sft_files, store_directories
 from nemo_kd.nemo.reporting import ReportingSFTModel
 from nemo_kd.nemo.rouge import WITHOUT_SENTENCES, splits_sentences
@@ -23,11 +24,11 @@ from nemo_kd.nemo.rouge import WITHOUT_SENTENCES, splits_sentences
 def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
     """Refuse, before a run begins, what its first validation could not do.
 
-    Errors: ValueError for generation under sequence parallelism.
+    Errors: NemoKDError for generation under sequence parallelism.
     """
     generates = data_cfg.metric.name != "loss" or data_cfg.get("write_predictions_to_file")
     if generates and model_cfg.get("sequence_parallel"):
-        raise ValueError(
+        raise NemoKDError(
             "generation in a validation with model.sequence_parallel=true: one token at a time "
             "cannot be cut over ranks; set it to false, or model.data.validation_ds.metric.name="
             "loss and write_predictions_to_file=false"

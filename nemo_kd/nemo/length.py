@@ -8,6 +8,7 @@ from typing import Any
 from omegaconf import DictConfig, open_dict
 
 from nemo_kd.data import fit_lengths, pack_samples
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import sft_files, store_directories
 from nemo_kd.nemo.record import Progress, say
 from nemo_kd.store import Store
@@ -21,7 +22,7 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
 
     `done`: what the checkpoint has trained that the run resumes from.
 
-    Errors: ValueError for a run without an end or without a step, and for settings with which no
+    Errors: NemoKDError for a run without an end or without a step, and for settings with which no
     validation could happen.
     """
     trainer = cfg.trainer
@@ -84,10 +85,10 @@ def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
     if max_steps is None or max_steps == -1:
         max_steps = None
     elif max_steps < 1:
-        raise ValueError(f"trainer.max_steps={max_steps}: expected at least 1, or -1 for no limit")
+        raise NemoKDError(f"trainer.max_steps={max_steps}: expected at least 1, or -1 for no limit")
     if epoch is None:
         if max_steps is None:
-            raise ValueError(
+            raise NemoKDError(
                 f"the run has no end: trainer.max_steps=-1 and trainer.max_epochs={max_epochs} set "
                 "no limit; set one of them"
             )
@@ -110,16 +111,16 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
     """As many draws as there are samples, whatever the proportions of the stores are."""
     data = cfg.model.data.train_ds
     if not store_directories(data) and data.get("packed_sequence", False):
-        raise ValueError(
+        raise NemoKDError(
             f"trainer.max_epochs={cfg.trainer.max_epochs} with NeMo's packed files is not "
             "supported: set trainer.max_steps"
         )
     if cfg.trainer.max_epochs == 0:
-        raise ValueError("trainer.max_epochs=0 trains nothing; -1 is no limit")
+        raise NemoKDError("trainer.max_epochs=0 trains nothing; -1 is no limit")
     samples, batch = sum(samples_of(data)), data.global_batch_size
     steps = samples // batch if data.get("drop_last", True) else -(-samples // batch)
     if not steps:
-        raise ValueError(
+        raise NemoKDError(
             f"model.global_batch_size={batch} is more than the {samples} samples of an epoch, "
             f"which trainer.max_epochs={cfg.trainer.max_epochs} counts: lower it, set "
             "model.data.train_ds.drop_last=false, or set trainer.max_steps instead"
@@ -128,19 +129,19 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
 
 
 def refuse_part_epochs(trainer: DictConfig) -> None:
-    """Errors: ValueError for settings of Lightning's under which a run would end unplanned."""
+    """Errors: NemoKDError for settings of Lightning's under which a run would end unplanned."""
     if trainer.get("fast_dev_run"):
-        raise ValueError(
+        raise NemoKDError(
             "trainer.fast_dev_run would train a batch or so and keep nothing: set "
             "trainer.max_steps to a small number of steps instead"
         )
     if trainer.get("limit_train_batches") not in (None, 1.0) or trainer.get("overfit_batches"):
-        raise ValueError(
+        raise NemoKDError(
             "trainer.limit_train_batches and trainer.overfit_batches are not supported: set "
             "trainer.max_steps to the number of steps"
         )
     if trainer.get("check_val_every_n_epoch") not in (None, 1):
-        raise ValueError(
+        raise NemoKDError(
             f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} is not supported: "
             "set trainer.val_check_interval to a number of steps"
         )
@@ -153,7 +154,7 @@ def _interval(given: Any, steps: int, epoch: int | None) -> int:
         return min(given, steps)
     if isinstance(given, float) and 0 < given <= 1:
         return min(max(int((epoch or steps) * given), 1), steps)
-    raise ValueError(
+    raise NemoKDError(
         f"trainer.val_check_interval={given}: expected a number of steps (at least 1), or a share "
         "in (0, 1] of an epoch; trainer.limit_val_batches=0 turns validation off"
     )
@@ -169,13 +170,13 @@ def _check_validation(cfg: DictConfig) -> None:
     for source, samples in zip(sources, samples_of(data), strict=True):
         batches = samples // batch if data.get("drop_last", False) else -(-samples // batch)
         if not batches:
-            raise ValueError(
+            raise NemoKDError(
                 f"{source} gives no validation batch: {samples} samples, "
                 f"model.data.validation_ds.global_batch_size={batch}; lower it, or set "
                 "model.data.validation_ds.drop_last=false"
             )
         if isinstance(limit, float) and limit * batches < 1:
-            raise ValueError(
+            raise NemoKDError(
                 f"trainer.limit_val_batches={limit} of {batches} batches of {source} is less than "
                 "one: set a number of batches, or 0 for no validation"
             )

@@ -14,6 +14,8 @@ from megatron.core import parallel_state
 from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters import AdapterName
 from omegaconf import open_dict
 
+from nemo_kd.errors import NemoKDError
+
 if TYPE_CHECKING:
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
 
@@ -32,13 +34,13 @@ def merge_lora(model: MegatronGPTSFTKDModel) -> int:
 
     Collectives: an all-gather of the smaller factor of each adapter over the tensor-parallel group.
 
-    Errors: ValueError for adapters that are no LoRA of one of the layers in BESIDE.
+    Errors: NemoKDError for adapters that are no LoRA of one of the layers in BESIDE.
     """
     merged = 0
     for module in [module for module in model.modules() if "adapter_layer" in module._modules]:
         for name, adapter in module.adapter_layer.items():
             if name not in BESIDE:
-                raise ValueError(
+                raise NemoKDError(
                     f"adapter {name} cannot be merged into a layer's weight; LoRA with "
                     "model.peft.lora_tuning.variant=nemo can"
                 )

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from nemo_kd.data import TEACHER_KEYS, teacher_at
+from nemo_kd.errors import NemoKDError
 from nemo_kd.mcore.context import own_positions
 from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.nemo.blend import blend, blend_files, build_datasets
@@ -90,7 +91,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         if not data_cfg.get("packed_sequence", False):
             return build_datasets(self, data_cfg, training=False)
         if store_directories(data_cfg):
-            raise ValueError(
+            raise NemoKDError(
                 "model.data.validation_ds.packed_sequence=true with stores: they are measured "
                 "sample by sample; set it to false"
             )
@@ -162,7 +163,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
 
 def _refuse_unsupported(cfg: DictConfig) -> None:
     if not cfg.get("mcore_gpt", False):
-        raise ValueError("model.mcore_gpt must be true: nemo_kd works with Megatron-core models")
+        raise NemoKDError("model.mcore_gpt must be true: nemo_kd works with Megatron-core models")
     if cfg.get("context_parallel_size", 1) > 1:
         _refuse_with_context_parallelism(cfg)
 
@@ -170,12 +171,12 @@ def _refuse_unsupported(cfg: DictConfig) -> None:
 def _refuse_with_context_parallelism(cfg: DictConfig) -> None:
     where = f"model.context_parallel_size={cfg.context_parallel_size}"
     if kd_training_config(cfg.get("kd")).positions != "all":
-        raise ValueError(
+        raise NemoKDError(
             f"model.kd.positions={cfg.kd.positions} with {where}: each rank would choose among its "
             "own part of a sequence; set model.kd.positions=all"
         )
     if cfg.data.get("train_ds") and cfg.data.train_ds.get("packed_sequence", False):
-        raise ValueError(
+        raise NemoKDError(
             f"model.data.train_ds.packed_sequence=true with {where} is not supported: samples of a "
             "store are not padded so that each could be cut; set one of them back"
         )

@@ -8,6 +8,7 @@ import torch
 from omegaconf import DictConfig
 
 from nemo_kd.data import Packing, Packs, TeacherRows, collate_packs, collate_teacher
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.dataset import StoreSFTDataset
 from nemo_kd.store import Store
 
@@ -15,10 +16,10 @@ from nemo_kd.store import Store
 def check_packing(data_cfg: DictConfig) -> None:
     """Megatron takes one pack a micro-batch.
 
-    Errors: ValueError for another micro-batch size.
+    Errors: NemoKDError for another micro-batch size.
     """
     if data_cfg.get("packed_sequence", False) and data_cfg.micro_batch_size != 1:
-        raise ValueError(
+        raise NemoKDError(
             f"micro_batch_size={data_cfg.micro_batch_size} with packed_sequence=true: a pack is a "
             "micro-batch of its own; set model.micro_batch_size=1, and max_seq_length of the data "
             "set to as many tokens as a pack shall have"

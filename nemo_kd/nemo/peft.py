@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
+from nemo_kd.errors import NemoKDError
+
 if TYPE_CHECKING:
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
 
@@ -15,7 +17,7 @@ SCHEMES = ("lora", "ia3", "adapter")
 def add_adapters(cfg: DictConfig, model: MegatronGPTSFTKDModel) -> None:
     """The adapters of `model.peft`: new ones, or those of `model.peft.restore_from_path`.
 
-    Errors: ValueError for other schemes: p-tuning wants its own tokens in the samples, and
+    Errors: NemoKDError for other schemes: p-tuning wants its own tokens in the samples, and
     selective tuning NeMo itself refuses for Megatron-core models.
     """
     schemes = [name for name in str(cfg.model.peft.peft_scheme or "none").split(",") if name]
@@ -23,7 +25,7 @@ def add_adapters(cfg: DictConfig, model: MegatronGPTSFTKDModel) -> None:
         return
     for scheme in schemes:
         if scheme not in SCHEMES:
-            raise ValueError(
+            raise NemoKDError(
                 f"model.peft.peft_scheme={scheme} is not supported under distillation; choose "
                 f"none or one of {', '.join(SCHEMES)}"
             )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import KDTrainingConfig
 
 Settings = Mapping[str, Any]
@@ -159,7 +160,7 @@ def is_free(key: str, flat: Settings) -> bool:
 
 
 def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
-    """Errors: ValueError for an entry of `resume.allow` that is no key of the configurations."""
+    """Errors: NemoKDError for an entry of `resume.allow` that is no key of the configurations."""
     known = {DATA_PARALLEL}
     for configuration in configurations:
         known |= set(flatten(configuration))
@@ -167,7 +168,7 @@ def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
         if not any(matches(key, (entry,)) for key in known):
             near = difflib.get_close_matches(entry, known, n=1)
             hint = f"; did you mean {near[0]}?" if near else ""
-            raise ValueError(
+            raise NemoKDError(
                 f"resume.allow has {entry}, which is no key of the configuration{hint}"
             )
 
@@ -175,7 +176,7 @@ def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
 def refuse(found: list[Change], allow: Collection[str], fixed: Mapping[str, str], at: str) -> None:
     """Refuse to resume the checkpoint `at` under changes that are not allowed or not possible.
 
-    Errors: ValueError that names each of them, with both values and what to do.
+    Errors: NemoKDError that names each of them, with both values and what to do.
     """
     never = [(change, why) for change in found for why in _reason(change.key, fixed)]
     impossible = {change.key for change, _ in never}
@@ -188,7 +189,7 @@ def refuse(found: list[Change], allow: Collection[str], fixed: Mapping[str, str]
     if not never:
         keys = ",".join(change.key for change in open_)
         remedy += f", or resume.allow=[{keys}] to go on with this one under the new values"
-    raise ValueError(f"{at} belongs to a run with other settings: {'; '.join(named)}. {remedy}")
+    raise NemoKDError(f"{at} belongs to a run with other settings: {'; '.join(named)}. {remedy}")
 
 
 def matches(key: str, patterns: Collection[str]) -> bool:

@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.record import read
 
 METRICS = "metrics.jsonl"
@@ -47,7 +48,7 @@ def find(cfg: DictConfig) -> RunDirectory | None:
     path, name = _named(settings)
     parameters = settings.checkpoint_callback_params
     if "://" in (parameters.dirpath or ""):
-        raise ValueError(
+        raise NemoKDError(
             f"exp_manager.checkpoint_callback_params.dirpath={parameters.dirpath}: checkpoints of "
             "a run are read before it starts, from a file system; set a path of one"
         )

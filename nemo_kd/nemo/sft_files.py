@@ -12,6 +12,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset i
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 from omegaconf import DictConfig
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.sft import JsonlFile, RowError
 
 if TYPE_CHECKING:
@@ -47,12 +48,12 @@ class SFTChatDataset(FileRows, GPTSFTChatDataset):
 def sft_arguments(model: Teacher, data_cfg: DictConfig, where: str) -> dict[str, Any]:
     """What `MegatronGPTSFTModel._build_dataset` gives a data set of the block at `where`.
 
-    Errors: ValueError for a key that NeMo reads otherwise than row by row from the file.
+    Errors: NemoKDError for a key that NeMo reads otherwise than row by row from the file.
     """
     _check_reading(data_cfg, where)
     cfg = model.cfg
     if cfg.get("expert_model_parallel_size", 1) > 1 and not data_cfg.get("pad_to_max_length"):
-        raise ValueError(
+        raise NemoKDError(
             f"{where}.pad_to_max_length must be true with model.expert_model_parallel_size="
             f"{cfg.expert_model_parallel_size}: Megatron wants sequences of one length"
         )
@@ -91,7 +92,7 @@ def is_chat(model: Teacher) -> bool:
 def _check_reading(data_cfg: DictConfig, where: str) -> None:
     for key, reason in REFUSED.items():
         if data_cfg.get(key):
-            raise ValueError(
+            raise NemoKDError(
                 f"{where}.{key}={data_cfg[key]} {reason}, which is used again after the data have "
                 "changed; set it to false: rows are always read from the file itself"
             )

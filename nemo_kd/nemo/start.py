@@ -16,6 +16,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import cpu
 from nemo_kd.settings.batches import data_parallel_size
 
@@ -29,7 +30,7 @@ Model = TypeVar("Model", bound="MegatronGPTModel")
 CPU_PRECISIONS = ("32", "bf16", "bf16-mixed")
 
 
-class LayoutError(ValueError):
+class LayoutError(NemoKDError):
     """The requested processes, precision or checkpoint cannot work together."""
 
 
@@ -151,7 +152,7 @@ def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:
 def checkpoint_config(path: str | Path, model_class: type[Model], trainer: Trainer) -> DictConfig:
     """The model configuration inside a `.nemo` (file or unpacked directory)."""
     if not Path(path).exists():
-        raise FileNotFoundError(
+        raise NemoKDError(
             f"no checkpoint at {path}; set model.restore_from_path to a .nemo file "
             "(examples/convert_hf_to_nemo.py makes one from a Hugging Face checkpoint)"
         )

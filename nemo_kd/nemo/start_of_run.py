@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import store_directories
 from nemo_kd.nemo.record import STEPS_KEY, Origin, Progress, Record, read, say
 from nemo_kd.nemo.resumed_settings import (
@@ -33,15 +34,15 @@ def what_is_done(directory: RunDirectory | None) -> tuple[Progress, Record | Non
 def begin(directory: RunDirectory) -> None:
     """A run without a checkpoint to resume from: it must not mix with an earlier one.
 
-    Errors: ValueError where checkpoints are, or the `.nemo` that the run would write.
+    Errors: NemoKDError where checkpoints are, or the `.nemo` that the run would write.
     """
     if directory.checkpoints:
-        raise ValueError(
+        raise NemoKDError(
             f"{directory.checkpoints[0]} is there, and exp_manager.resume_if_exists=false would "
             f"begin another run beside it: {NEW_RUN}, or remove it"
         )
     if directory.has_student:
-        raise ValueError(
+        raise NemoKDError(
             f"{directory.student} is there already, without a checkpoint to resume from: "
             f"{NEW_RUN}, or remove it"
         )
@@ -57,7 +58,7 @@ def resume(
 ) -> bool:
     """Compare a checkpoint's run with this one; False: all of its steps are trained and saved.
 
-    Errors: ValueError for settings and data that may not change (`refuse`), and for a run that
+    Errors: NemoKDError for settings and data that may not change (`refuse`), and for a run that
     would end before its checkpoint.
     """
     at, steps = directory.checkpoint, cfg.trainer.max_steps
@@ -67,7 +68,7 @@ def resume(
     if then.settings is None:
         say(f"{at} does not keep its run's settings: they could not be compared")
     if done.step > steps:
-        raise ValueError(
+        raise NemoKDError(
             f"{at} is at step {done.step}, after the end of a run of {steps} steps: raise "
             f"trainer.max_steps, or {NEW_RUN}"
         )

@@ -12,6 +12,7 @@ from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
 from nemo_kd.data import TeacherSelection
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDLoss, TopK, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.mcore.lm_head import split_lm_head
 from nemo_kd.nemo.config import KDTrainingConfig
@@ -109,7 +110,7 @@ class StudentLoss:
 
     def _without_teacher(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if self.schedule.distils and not self.forward_only:
-            raise ValueError(
+            raise NemoKDError(
                 "the weight of the distillation is above 0, but this training batch has no "
                 "teacher rows: give model.data.train_ds.store, or set model.kd.alpha=0"
             )

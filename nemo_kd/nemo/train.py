@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import run_directory, start, start_of_run
 from nemo_kd.nemo.config import (
     check_train_data,
@@ -119,12 +120,12 @@ def merge(cfg: DictConfig) -> None:
     check_settings(cfg)
     peft = cfg.model.peft
     if peft.peft_scheme != "lora" or not peft.restore_from_path:
-        raise ValueError(
+        raise NemoKDError(
             "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo), and "
             "model.peft.lora_tuning as they were trained"
         )
     if not cfg.get("output"):
-        raise ValueError("output must be given: the merged model, a .nemo")
+        raise NemoKDError("output must be given: the merged model, a .nemo")
     files.check_files(cfg, [("output", files.new_file)])
     _prepare(cfg)
     trainer = start.build_trainer(cfg)

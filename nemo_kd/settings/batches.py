@@ -6,13 +6,15 @@ import os
 
 from omegaconf import DictConfig
 
+from nemo_kd.errors import NemoKDError
+
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
 def data_parallel_size(cfg: DictConfig) -> int | None:
     """Replicas of the model; None where `trainer.devices` does not say how many devices.
 
-    Errors: ValueError for a number of processes that the model-parallel sizes do not divide.
+    Errors: NemoKDError for a number of processes that the model-parallel sizes do not divide.
     """
     devices = cfg.trainer.devices
     if not isinstance(devices, str | int) or not str(devices).isdigit() or not int(devices):
@@ -22,7 +24,7 @@ def data_parallel_size(cfg: DictConfig) -> int | None:
         model *= cfg.model.get(name, 1)
     world = int(devices) * cfg.trainer.get("num_nodes", 1)
     if world % model:
-        raise ValueError(
+        raise NemoKDError(
             f"{world} processes cannot hold tensor × pipeline × context parallel size {model}; "
             f"start a multiple of {model} (torchrun --nproc_per_node) or lower "
             "model.tensor_model_parallel_size / model.pipeline_model_parallel_size"
@@ -31,17 +33,17 @@ def data_parallel_size(cfg: DictConfig) -> int | None:
 
 
 def check_processes(cfg: DictConfig) -> None:
-    """Errors: ValueError where `trainer.devices` is not what a launcher started on this node."""
+    """Errors: NemoKDError where `trainer.devices` is not what a launcher started on this node."""
     started, devices = os.environ.get("LOCAL_WORLD_SIZE"), cfg.trainer.devices
     if started and str(devices).isdigit() and int(devices) != int(started):
-        raise ValueError(
+        raise NemoKDError(
             f"trainer.devices={devices}, but torchrun started {started} processes on this node; "
             f"set trainer.devices={started}, or leave it out where it follows torchrun"
         )
 
 
 def check_batches(cfg: DictConfig, splits: tuple[str, ...]) -> None:
-    """Errors: ValueError for a global batch that micro-batches do not fill on every replica."""
+    """Errors: NemoKDError for a global batch that micro-batches do not fill on every replica."""
     replicas = data_parallel_size(cfg)
     if replicas is None:
         return
@@ -54,7 +56,7 @@ def check_batches(cfg: DictConfig, splits: tuple[str, ...]) -> None:
             continue
         step = micro * replicas
         fitting = sorted({max(whole // step, 1) * step, (whole // step + 1) * step})
-        raise ValueError(
+        raise NemoKDError(
             f"{where}.global_batch_size={whole} is no multiple of {where}.micro_batch_size={micro} "
             f"× {replicas} data-parallel replicas = {step}; set it to "
             f"{' or '.join(map(str, fitting))}, or change {where}.micro_batch_size"

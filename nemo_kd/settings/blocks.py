@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.moved import explained
 from nemo_kd.settings.values import ANY, MAPPING, Kind
 
@@ -39,7 +40,7 @@ LISTED = 24  # keys of a block that an error lists
 def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = None) -> None:
     """Hold the configuration `cfg`, which stands at `where`, against its block.
 
-    Errors: ValueError for an unknown key, with the nearest one of that block or where it belongs;
+    Errors: NemoKDError for an unknown key, with the nearest one of that block or where it belongs;
     for one that must be given, and for a value of the wrong kind.
     """
     keys, asked = dict(block.keys), block.is_open
@@ -48,7 +49,7 @@ def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = N
         if key not in keys and not asked:
             keys, asked = {**block.more(cfg), **keys}, True
         if key not in keys and not block.is_open:
-            raise ValueError(
+            raise NemoKDError(
                 _unknown(_first_leaf(cfg, key, where), key, keys, where, root or block)
             )
         _check_value(cfg, key, path, keys.get(key, ANY), root or block)
@@ -56,22 +57,22 @@ def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = N
 
 def _check_value(cfg: DictConfig, key: str, path: str, known: Kind | Block, root: Block) -> None:
     if OmegaConf.is_missing(cfg, key):
-        raise ValueError(f"{path} must be given: add {path}=VALUE to the command.")
+        raise NemoKDError(f"{path} must be given: add {path}=VALUE to the command.")
     try:
         value = cfg[key]
     except OmegaConfBaseException as error:
-        raise ValueError(f"{path}: {str(error).splitlines()[0]}") from error
+        raise NemoKDError(f"{path}: {str(error).splitlines()[0]}") from error
     if isinstance(known, Block):
         if isinstance(value, DictConfig):
             check(value, known, path, root)
         elif value is not None:
-            raise ValueError(f"{path}{MAPPING(value)}")
+            raise NemoKDError(f"{path}{MAPPING(value)}")
         return
     if SAME_AS.fullmatch(str(cfg._get_node(key)._value())):  # type: ignore[union-attr]
         return  # the value of another key, which is named if it is wrong
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if problem := known(plain):
-        raise ValueError(f"{path}{problem}")
+        raise NemoKDError(f"{path}{problem}")
 
 
 def _first_leaf(cfg: DictConfig, key: str, where: str) -> str:

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.blocks import Block, check
 from nemo_kd.settings.values import of_annotation
 
@@ -25,8 +26,8 @@ def block_of(cls: type[Any]) -> Block:
 def settings_of(cls: type[Settings], block: DictConfig | None, where: str) -> Settings:
     """The block at `where`, such as `model.kd`, as the data class `cls`; its defaults for None.
 
-    Errors: ValueError for an unknown key, a value of the wrong kind, and what `cls` itself refuses,
-    each naming the key.
+    Errors: NemoKDError, naming the key, for an unknown one, a value of the wrong kind, and a value
+    that `cls` itself refuses.
     """
     if block is None:
         return cls()
@@ -37,4 +38,4 @@ def settings_of(cls: type[Settings], block: DictConfig | None, where: str) -> Se
     except ValueError as error:
         first = str(error).split()[0]
         named = any(field.name == first for field in dataclasses.fields(cls))  # type: ignore[arg-type]
-        raise ValueError(f"{where}.{error}" if named else str(error)) from error
+        raise NemoKDError(f"{where}.{error}" if named else str(error)) from error

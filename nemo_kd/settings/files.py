@@ -8,17 +8,19 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.errors import NemoKDError
+
 Problem = Callable[[str], str]
 """Path → what is wrong with it, or ""."""
 REMOTE = "://"  # of a storage that NeMo reads itself
 
 
 def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> None:
-    """Errors: ValueError that names the first dotted key whose path has a problem."""
+    """Errors: NemoKDError that names the first dotted key whose path has a problem."""
     for key, problem in problems:
         for path in paths_at(cfg, key):
             if REMOTE not in path and (found := problem(path)):
-                raise ValueError(f"{key}: {found}")
+                raise NemoKDError(f"{key}: {found}")
 
 
 def paths_at(cfg: DictConfig, key: str) -> Iterator[str]:

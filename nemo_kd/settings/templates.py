@@ -9,33 +9,35 @@ from collections.abc import Iterable, Mapping
 from itertools import islice
 from typing import Any
 
+from nemo_kd.errors import NemoKDError
+
 MORE_THAN_A_ROW = 1 << 20  # bytes of a first line that are looked at
 
 
 def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = ()) -> None:
     """Hold the template of a data block against its own keys, and against each file's first row.
 
-    Errors: ValueError that names the key of the block at `where` to change.
+    Errors: NemoKDError that names the key of the block at `where` to change.
     """
     template, label = block.get("prompt_template"), block.get("label_key")
     if template is None or label is None:
         return
     key, names = f"{where}.prompt_template", re.findall("{(.*?)}", template)
     if any(brace in re.sub("{[^{}]*}", "", template) for brace in "{}"):
-        raise ValueError(f"{key}={template!r} has a brace without its pair")
+        raise NemoKDError(f"{key}={template!r} has a brace without its pair")
     if label not in names:
-        raise ValueError(
+        raise NemoKDError(
             f"{key}={template!r} has no {{{label}}}, the answer's field "
             f"({where}.label_key={label}): end it with {{{label}}}"
         )
     if not template.endswith(f"{{{label}}}") or names.count(label) > 1:
-        raise ValueError(
+        raise NemoKDError(
             f"{key}={template!r}: the answer's field {{{label}}} must stand at its end, and once"
         )
     fields = block.get("truncation_field")
     for name in str(fields).replace(" ", "").split(",") if fields else ():
         if name not in names and (name, names[0]) != ("context", "input"):  # NeMo's old name
-            raise ValueError(
+            raise NemoKDError(
                 f"{where}.truncation_field={name} is no field of {key}={template!r}: choose of "
                 f"{', '.join(names)}"
             )
@@ -47,7 +49,7 @@ def _check_first_row(path: str, names: list[str], key: str, label: str) -> None:
     row = _first_row(path)
     missing = [name for name in names if row is not None and name not in row and name != label]
     if missing and row is not None:
-        raise ValueError(
+        raise NemoKDError(
             f"{key} names {{{missing[0]}}}, which the rows of {path} do not have: the first has "
             f"{', '.join(islice(row, 10)) or 'no fields'}"
         )

@@ -17,13 +17,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import NemoKDError
+
 BLOCK = 1 << 24
 NEWLINE = 10
 BOM = b"\xef\xbb\xbf"
 _CLOSED = -1
 
 
-class RowError(ValueError):
+class RowError(NemoKDError):
     """A file or a row of SFT data that nothing can be learnt from."""
 
 

@@ -11,6 +11,7 @@ import pytest
 from omegaconf import DictConfig
 
 from nemo_kd.cli import teacher
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import train as student
 from tests.settings.test_keys import configuration
 
@@ -95,7 +96,7 @@ def test_a_mistake_is_said_before_nemo_is_imported(
 ) -> None:
     cfg = configuration(name, "model.restore_from_path=model.nemo", *arguments.split())
     before = set(sys.modules)
-    with pytest.raises((ValueError, FileNotFoundError)) as caught:
+    with pytest.raises(NemoKDError) as caught:
         STARTS[name](cfg)
     assert message in str(caught.value) and "\n" not in str(caught.value)
     assert not {module.split(".")[0] for module in set(sys.modules) - before} & {
@@ -109,5 +110,5 @@ def test_a_file_of_figures_is_no_directory(world: Path) -> None:
     from nemo_kd.settings import files
 
     cfg = configuration(EVALUATE, "output=store")
-    with pytest.raises(ValueError, match="output: store is a directory"):
+    with pytest.raises(NemoKDError, match="output: store is a directory"):
         files.check_files(cfg, [("output", files.output_file)])

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
 from nemo_kd.nemo.config import KDTrainingConfig, kd_training_config
 
@@ -56,5 +57,5 @@ def test_cosine_is_half_a_wave() -> None:
     ],
 )
 def test_what_cannot_be_is_refused(settings: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NemoKDError, match=message):
         kd_training_config(OmegaConf.create(settings))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.data_settings import check_data_settings
 from tests.conftest import ROOT
 
@@ -62,7 +63,7 @@ def test_a_key_without_effect_is_refused(
     sources: dict[str, Any], key: str, value: Any, reason: str
 ) -> None:
     with pytest.raises(
-        ValueError, match=re.escape(f"model.data.{key}={value} has no effect: ")
+        NemoKDError, match=re.escape(f"model.data.{key}={value} has no effect: ")
     ) as e:
         check(sources, {key: value})
     assert reason in str(e.value)
@@ -100,7 +101,7 @@ def test_a_key_with_an_effect_is_accepted(sources: dict[str, Any], key: str, val
     ],
 )
 def test_an_order_that_cannot_be_is_refused(changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(NemoKDError, match=re.escape(message)):
         check(STORE, changes)
 
 
@@ -109,7 +110,7 @@ def test_nemos_own_orders_of_files_know_nemos_seed_alone() -> None:
         own = {f"train_ds.{key}": True}
         check(FILES, own, {"train_ds.seed": 7})
         for asked in ({"train_ds.shuffle": False}, {"train_ds.shuffle_seed": 5}):
-            with pytest.raises(ValueError, match=f"has no effect: {key}=true of SFT files"):
+            with pytest.raises(NemoKDError, match=f"has no effect: {key}=true of SFT files"):
                 check(FILES, own, asked)
 
 
@@ -130,10 +131,10 @@ def test_nemos_own_orders_of_files_know_nemos_seed_alone() -> None:
 )
 def test_names_that_would_mix_sets_are_refused(sets: list[str], names: Any, message: str) -> None:
     given = {"validation_ds.store": sets, "validation_ds.names": names}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(NemoKDError, match=re.escape(message)):
         check(STORE, given)
     files = {"validation_ds.store": sets[:-1], "validation_ds.file_names": sets[-1:]}
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(NemoKDError, match=re.escape(message)):
         check(STORE, given, files)
 
 

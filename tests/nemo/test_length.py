@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.length import fit_length, rows_of
 from nemo_kd.nemo.record import Progress
 from tests.conftest import ROOT
@@ -170,5 +171,5 @@ def test_without_validation_checkpoints_follow_the_training_loss(
 def test_what_would_train_or_validate_nothing_is_refused(
     directory: Path, changes: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NemoKDError, match=message):
         fitted(directory, validation_ds__store=str(directory), **changes)

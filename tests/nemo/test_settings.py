@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.resumed_settings import FIXED, Change, changes, check_allowed, refuse
 
 
@@ -104,7 +105,7 @@ def test_adapters_stay_on_their_layout() -> None:
     lora = {"peft": {"peft_scheme": "lora"}}
     then, now = ({"model": {**lora, "tensor_model_parallel_size": size}} for size in (1, 2))
     (change,) = changes(then, now)
-    with pytest.raises(ValueError, match="no resume can change it"):
+    with pytest.raises(NemoKDError, match="no resume can change it"):
         refuse([change], ["model.tensor_model_parallel_size"], FIXED, "here")
 
 
@@ -121,7 +122,7 @@ def test_what_follows_another_key_is_not_named_twice() -> None:
 
 def test_one_error_has_every_key_with_both_values_and_the_remedy() -> None:
     found = [Change("model.kd.alpha", 0.9, 0.5), Change("model.optim.lr", 0.01, None)]
-    with pytest.raises(ValueError) as error:
+    with pytest.raises(NemoKDError) as error:
         refuse(found, ["trainer"], FIXED, "run/step=3-last")
     text = str(error.value)
     assert "run/step=3-last" in text and "0.9 in the checkpoint, 0.5 now" in text
@@ -134,7 +135,7 @@ def test_one_error_has_every_key_with_both_values_and_the_remedy() -> None:
 def test_some_things_no_resume_can_honour() -> None:
     for key in ("model.restore_from_path", "model.peft.lora_tuning.adapter_dim"):
         with pytest.raises(
-            ValueError, match=f"{key}: 1 in the checkpoint, 2 now, and no resume can"
+            NemoKDError, match=f"{key}: 1 in the checkpoint, 2 now, and no resume can"
         ):
             refuse([Change(key, 1, 2)], [key, "model"], FIXED, "run")
 
@@ -142,5 +143,5 @@ def test_some_things_no_resume_can_honour() -> None:
 def test_an_allowed_key_must_exist() -> None:
     settings = nested(model__optim__lr=0.1)
     check_allowed(["model.optim", "model.*", "data_parallel_size"], settings)
-    with pytest.raises(ValueError, match=r"model.optim.lrr, .* did you mean model.optim.lr\?"):
+    with pytest.raises(NemoKDError, match=r"model.optim.lrr, .* did you mean model.optim.lr\?"):
         check_allowed(["model.optim.lrr"], settings)

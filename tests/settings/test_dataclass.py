@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.settings import dump, training
 from nemo_kd.settings.blocks import all_keys
@@ -84,5 +85,5 @@ def test_a_dump_and_a_generation_refuse_unknown_keys(changed: dict[str, Any], me
         OmegaConf.update(cfg, key, "x")
     for key, value in changed.items():
         OmegaConf.update(cfg, key, value, force_add=True)
-    with pytest.raises(ValueError, match=re.escape(message)):
+    with pytest.raises(NemoKDError, match=re.escape(message)):
         dump.check_keys(cfg)

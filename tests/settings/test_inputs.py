@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.settings import dump, training
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes, data_parallel_size
@@ -98,7 +99,7 @@ TRAIN_DS, VALIDATION_DS = "model.data.train_ds", "model.data.validation_ds"
 def test_a_path_that_cannot_be_used_names_its_key(
     world: Path, check: Callable[..., None], override: str, message: str
 ) -> None:
-    with pytest.raises(ValueError) as caught:
+    with pytest.raises(NemoKDError) as caught:
         check(world, override)
     said = str(caught.value)
     assert said.startswith(override.lstrip("+").partition("=")[0]) and message in said
@@ -162,7 +163,7 @@ def test_templates(tmp_path: Path, settings: dict[str, Any], message: str | None
     if message is None:
         check_template(block, "data", [str(path)])
         return
-    with pytest.raises(ValueError, match=r"^data\.\w+") as caught:
+    with pytest.raises(NemoKDError, match=r"^data\.\w+") as caught:
         check_template(block, "data", [str(path)])
     assert message in str(caught.value)
 
@@ -210,7 +211,7 @@ def sizes(**changed: Any) -> Any:
     ],
 )
 def test_sizes_that_do_not_divide(changed: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(NemoKDError, match=message):
         check_batches(sizes(**changed), ("train_ds",))
 
 
@@ -222,6 +223,6 @@ def test_sizes_that_do(monkeypatch: pytest.MonkeyPatch) -> None:
         data_parallel_size(two) == 2 and data_parallel_size(sizes(trainer__devices="auto")) is None
     )
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(ValueError, match="torchrun started 2 processes"):
+    with pytest.raises(NemoKDError, match="torchrun started 2 processes"):
         check_processes(sizes(trainer__devices=1))
     check_processes(sizes(trainer__devices=2))

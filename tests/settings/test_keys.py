@@ -11,6 +11,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.settings import dump, optim, sources, training
 from nemo_kd.nemo.settings import keys as nemo
 from nemo_kd.settings.blocks import Block
@@ -41,7 +42,7 @@ def check(name: str, *overrides: str) -> DictConfig:
 
 
 def refusal(name: str, *overrides: str) -> str:
-    with pytest.raises(ValueError, match=r"\S") as caught:
+    with pytest.raises(NemoKDError, match=r"\S") as caught:
         check(name, *overrides)
     message = str(caught.value)
     assert "\n" not in message
@@ -203,7 +204,7 @@ def test_every_key_of_nemo_aligners_is_explained_or_the_same() -> None:
         training.fill_in(cfg)
         try:
             training.check_keys(cfg)
-        except ValueError as error:
+        except NemoKDError as error:
             if " is null: " not in str(error):
                 assert f"{key} is unknown here: " in str(error)
                 explained += 1
@@ -288,8 +289,8 @@ def test_a_key_without_a_value_is_named() -> None:
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):
         cfg = compose("merge_lora")
     training.fill_in(cfg)
-    with pytest.raises(ValueError, match=r"^model\.restore_from_path must be given"):
+    with pytest.raises(NemoKDError, match=r"^model\.restore_from_path must be given"):
         training.check_keys(cfg)
     cfg.model.restore_from_path = "x"
-    with pytest.raises(ValueError, match=r"^output must be given"):
+    with pytest.raises(NemoKDError, match=r"^output must be given"):
         training.check_keys(cfg)

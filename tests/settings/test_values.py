@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.names import DIVERGENCE_ALIASES, SUPPORT_ALIASES, nearest
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.settings.values import number, one_of, optional, whole
@@ -123,7 +124,7 @@ def test_values_that_work_are_taken(override: str) -> None:
 
 def kd(setting: str, value: str) -> str:
     cfg = configuration(TRAIN, f"model.kd.{setting}={value}")
-    with pytest.raises(ValueError, match=rf"^model\.kd\.{setting} is") as caught:
+    with pytest.raises(NemoKDError, match=rf"^model\.kd\.{setting} is") as caught:
         kd_training_config(cfg.model.kd)
     return str(caught.value)
 
@@ -226,5 +227,5 @@ def test_what_the_kinds_say() -> None:
 
 def test_a_dumps_settings_are_checked_without_the_other_blocks() -> None:
     cfg = configuration(DUMPS[0], "model.kd.topk=5")
-    with pytest.raises(ValueError, match=r"did you mean model\.kd\.top_k\?"):
+    with pytest.raises(NemoKDError, match=r"did you mean model\.kd\.top_k\?"):
         dump_config(cfg)

@@ -107,12 +107,12 @@ GENERATION_BLOCK = Block({**DUMP_BLOCK.keys, "generation": GENERATION}, moved=DU
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Errors: ValueError for an unknown key of a dump, or a value of another kind."""
+    """Errors: NemoKDError for an unknown key of a dump, or a value of another kind."""
     check(cfg, GENERATION_BLOCK if "generation" in cfg else DUMP_BLOCK)
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Errors: ValueError for a path that does not exist, a template or sizes that cannot work."""
+    """Errors: NemoKDError for a path that does not exist, a template or sizes that cannot work."""
     check_files(
         cfg,
         [

@@ -143,19 +143,19 @@ def fill_in(cfg: DictConfig) -> None:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Errors: ValueError for an unknown key of a training, or a value of another kind."""
+    """Errors: NemoKDError for an unknown key of a training, or a value of another kind."""
     check(cfg, OUTPUT_BLOCK if "output" in set(cfg) else TRAINING_BLOCK)
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Errors: ValueError for a path that does not exist, or sizes that cannot work."""
+    """Errors: NemoKDError for a path that does not exist, or sizes that cannot work."""
     files.check_files(cfg, FILES)
     check_processes(cfg)
     check_batches(cfg, SPLITS)
 
 
 def check_templates(cfg: DictConfig) -> None:
-    """Errors: ValueError for a template that cannot work, or that the files' rows do not fit."""
+    """Errors: NemoKDError for a template that cannot work, or that the files' rows do not fit."""
     if cfg.model.data.get("chat"):
         return
     for split in SPLITS:

@@ -13,13 +13,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.rows import Row
 from nemo_kd.teacher.forward import AnswerTopK
 from nemo_kd.teacher.sampling import uniforms
 from nemo_kd.teacher.select import Selection
 
 
-class GenerationError(ValueError):
+class GenerationError(NemoKDError):
     """Settings, prompts or filters that nothing can be generated with."""
 
 
