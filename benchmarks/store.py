@@ -39,11 +39,11 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
-from nemo_kd.store.codecs import ABSENT_ID
 from nemo_kd.store.layout import SAMPLE_FIELDS
 from nemo_kd.store.manifest import shard_name
 from nemo_kd.store.tools.transform import write_samples
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
+from nemo_kd.topk import ABSENT_ID, TopK
 
 RESULT = Path(__file__).parent / "results" / "store.json"
 K = 100
@@ -97,9 +97,7 @@ def dense(model: Any, store: Store, samples: int) -> Iterator[Dense]:
         lse = z.logsumexp(-1, keepdim=True)
         sample = replace(
             one,
-            topk_ids=top.indices.numpy(),
-            topk_logits=top.values.numpy(),
-            logsumexp=lse.numpy(),
+            topk=TopK(ids=top.indices.numpy(), logits=top.values.numpy(), logsumexp=lse.numpy()),
         )
         log_p, log_q = (torch.log_softmax(z.double() / t, -1).numpy() for t in (1, 2))
         yield Dense(sample, log_p, log_q)
@@ -109,12 +107,13 @@ def drawn(one: Dense) -> Sample:
     """DRAWS ids from the teacher's whole distribution, as a dump takes them."""
     u = uniforms(0, one.sample.row, len(one.log_p))
     topk = vocab_parallel_sample(torch.from_numpy(one.log_p), DRAWS, u)
-    return replace(
-        one.sample,
-        topk_ids=topk.ids.numpy(),
-        topk_logits=topk.logits.numpy(),
+    kept = TopK(
+        ids=topk.ids.numpy(),
+        logits=topk.logits.numpy(),
         logsumexp=np.zeros((len(topk.ids), 1), np.float32),
+        draws=True,
     )
+    return replace(one.sample, topk=kept)
 
 
 # --- errors -------------------------------------------------------------------------------------
@@ -122,9 +121,9 @@ def drawn(one: Dense) -> Sample:
 
 def errors(read: Sample, one: Dense) -> dict[str, NDArray[np.float64]]:
     """[A] of each error."""
-    present = read.topk_ids != ABSENT_ID
-    ids = np.where(present, read.topk_ids, 0)
-    log_s = np.where(present, read.topk_logits.astype(np.float64) - read.logsumexp, -np.inf)
+    present = read.topk.ids != ABSENT_ID
+    ids = np.where(present, read.topk.ids, 0)
+    log_s = np.where(present, read.topk.logits.astype(np.float64) - read.topk.logsumexp, -np.inf)
     log_p, log_q = (np.take_along_axis(logs, ids, 1) for logs in (one.log_p, one.log_q))
     s, p, q = (np.where(present, np.exp(logs), 0.0) for logs in (log_s, log_p, log_q))
     rest_s, rest_p, rest_q = (np.clip(1 - part.sum(1), 1e-12, None) for part in (s, p, q))
@@ -153,7 +152,7 @@ def fidelity(everything: list[Dense], spec: StoreSpec, name: str) -> dict[str, A
     bias = values["bias"]
     return {
         "bytes": round(teacher_bytes(manifest), 1),
-        "ids": round(np.mean(np.concatenate([(s.topk_ids >= 0).sum(1) for s in read])), 1),
+        "ids": round(np.mean(np.concatenate([(s.topk.ids >= 0).sum(1) for s in read])), 1),
         "stored_error": None if sampled else float(f"{values['stored'].mean():.3g}"),
         "dense_error": None if sampled else float(f"{values['dense'].mean():.3g}"),
         "loss_bias": float(f"{bias.mean():.3g}"),
@@ -184,21 +183,23 @@ def random_samples(of: StoreSpec) -> list[Sample]:
         lse = np.log(np.exp(z).sum(1, keepdims=True)) + np.float32(0.05)
         step = of.vocab_size // of.top_k
         ids = rng.permuted(np.tile(np.arange(of.top_k) * step, (SPEED_ANSWERS, 1)), axis=1)
-        kinds.append((ids + rng.integers(0, step, ids.shape), z, lse))
+        ids += rng.integers(0, step, ids.shape)
+        kinds.append(TopK(ids=ids, logits=z, logsumexp=lse))
     if of.profile == "sampled":
-        kinds = [_counts(ids, rng) for ids, _, _ in kinds]
+        kinds = [_counts(one.ids, rng) for one in kinds]
     tokens = rng.integers(0, of.vocab_size, (SPEED_SAMPLES, SPEED_ANSWERS + 100)).astype(np.int32)
     mask = np.array([0] * 100 + [1] * SPEED_ANSWERS, np.uint8)
-    return [Sample(row, tokens[row], mask, *kinds[row % 10]) for row in range(SPEED_SAMPLES)]
+    return [Sample(row, tokens[row], mask, kinds[row % 10]) for row in range(SPEED_SAMPLES)]
 
 
-def _counts(ids: NDArray[Any], rng: np.random.Generator) -> tuple[NDArray[Any], ...]:
+def _counts(ids: NDArray[Any], rng: np.random.Generator) -> TopK:
     """Draws from ten ids a token."""
     counts = np.sort(rng.multinomial(DRAWS, np.arange(1, 11) / 55, len(ids)))[:, ::-1]
     counts = np.pad(counts, ((0, 0), (0, DRAWS - 10)))
     with np.errstate(divide="ignore"):
         logits = np.log(counts / DRAWS).astype(np.float32)
-    return np.where(counts > 0, ids, ABSENT_ID), logits, np.zeros((len(ids), 1), np.float32)
+    ids = np.where(counts > 0, ids, ABSENT_ID)
+    return TopK(ids=ids, logits=logits, logsumexp=np.zeros((len(ids), 1), np.float32), draws=True)
 
 
 def speed(name: str) -> dict[str, int]:
@@ -233,8 +234,8 @@ def opening() -> dict[str, float]:
     """Seconds and bytes of opening a million samples, 256 a shard: one shard under many names."""
     spec = StoreSpec(top_k=1, vocab_size=100)
     mask, one = np.array([0, 1], np.uint8), np.ones((1, 1))
-    teacher = (one.astype(np.int64), -one, 0 * one)
-    samples = [Sample(i, np.array([1, 1]), mask, *teacher) for i in range(spec.rows_per_shard)]
+    teacher = TopK(ids=one.astype(np.int64), logits=-one, logsumexp=0 * one)
+    samples = [Sample(i, np.array([1, 1]), mask, teacher) for i in range(spec.rows_per_shard)]
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "store"
         (info,) = write_samples(samples, path, spec).shards

@@ -57,9 +57,7 @@ def to_jsonl(
             f"{there[0]} is there already; give --overwrite to replace it"
             f"{' and all other chunks of that name' if chunked else ''}"
         )
-    store = Store(source)
-    unit = store.manifest.spec.temperatures.index(1.0)
-    written = write_jsonl(target, store, unit_temperature=unit, samples_per_chunk=samples_per_chunk)
+    written = write_jsonl(target, Store(source), samples_per_chunk=samples_per_chunk)
     return {"written": target, "samples": written}
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from nemo_kd.cli.tokenizers import Tokenizer
 from nemo_kd.store import Store
-from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.topk import ABSENT_ID
 
 
 @dataclass(frozen=True)
@@ -55,11 +55,11 @@ class RowView:
 def view_row(store: Store, row: int, tokenizer: Tokenizer, top: int) -> RowView:
     """The sample of source row `row`, with the `top` most likely ids of each answer token."""
     sample = store[store.index_of(row)]
-    unit = store.manifest.spec.temperatures.index(1.0)
-    p = np.exp(sample.topk_logits - sample.logsumexp[:, unit, None], dtype=np.float64)
+    topk = sample.topk.at(1.0)
+    p = np.exp(topk.logits - topk.logsumexp[:, None], dtype=np.float64)
     answers = []
     for a, position in enumerate(sample.answer_positions().tolist()):
-        ids = sample.topk_ids[a]
+        ids = topk.ids[a]
         label = int(sample.input_ids[position])
         hits = np.flatnonzero(ids == label)
         column = int(hits[0]) if hits.size else None

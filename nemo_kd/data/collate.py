@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.loss import TopK
 from nemo_kd.store import Sample
-from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.topk import ABSENT_ID
 
 TEACHER_KEYS = ("teacher_ids", "teacher_logits", "teacher_logsumexp", "teacher_alpha")
 
@@ -37,9 +37,9 @@ class TeacherRows(NamedTuple):
     @classmethod
     def of(cls, sample: Sample, temperature_index: int, alpha: float | None = None) -> TeacherRows:
         """`temperature_index` picks the log-sum-exp among the store's temperatures."""
-        ids, logits = sample.topk_ids, sample.topk_logits
+        ids, logits = sample.topk.ids, sample.topk.logits
         width = int((ids != ABSENT_ID).any(axis=0).sum()) if len(ids) else ids.shape[1]
-        logsumexp = sample.logsumexp[:, temperature_index]
+        logsumexp = sample.topk.logsumexp[:, temperature_index]
         return cls(ids[:, :width], logits[:, :width], logsumexp, alpha)
 
     @classmethod

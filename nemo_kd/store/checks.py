@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs import ABSENT_ID, Teacher
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.topk import ABSENT_ID, TopK, t1_index
 
 # A log-probability, or the logarithm of a mass, above 0 by more than rounding means a log-sum-exp
 # of other logits.
@@ -45,22 +47,36 @@ def checked_tokens(
     return np.ascontiguousarray(ids, dtype=np.int32), binary, int(np.count_nonzero(binary[1:]))
 
 
-def checked_teacher(sample: Sample, answers: int, spec: StoreSpec) -> Teacher:
+def checked_topk(sample: Sample, answers: int, spec: StoreSpec) -> TopK:
     """The teacher's arrays in their dtypes; StoreError names the answer token."""
-    ids = _array(sample, "topk_ids", np.int64, (answers, spec.top_k))
-    logits = _array(sample, "topk_logits", np.float32, (answers, spec.top_k))
-    logsumexp = _array(sample, "logsumexp", np.float32, (answers, len(spec.temperatures)))
-    teacher = Teacher(ids, logits, logsumexp)
-    for fault in teacher_faults(teacher, spec):
+    topk = sample.topk
+    if topk.temperatures != spec.temperatures:
+        raise StoreError(
+            f"the log-sum-exp has temperatures {list(topk.temperatures)}, expected the store's: "
+            f"{list(spec.temperatures)}"
+        )
+    if topk.draws != (spec.profile == Sampled.name):
+        raise StoreError(
+            f"TopK.draws={topk.draws}, but the profile is {spec.profile}: draws are stored with "
+            f"the profile {Sampled.name}, the largest logits with any other"
+        )
+    shape, temperatures = (answers, spec.top_k), (answers, len(spec.temperatures))
+    checked = replace(
+        topk,
+        ids=_array("ids", topk.ids, np.int64, shape),
+        logits=_array("logits", topk.logits, np.float32, shape),
+        logsumexp=_array("logsumexp", topk.logsumexp, np.float32, temperatures),
+    )
+    for fault in topk_faults(checked, spec):
         raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
-    return teacher
+    return checked
 
 
-def teacher_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
+def topk_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
     """What can be seen at little cost; nothing when all is well."""
-    ids, logits, logsumexp = teacher
-    unit = logsumexp[:, spec.temperatures.index(1.0), None]
-    if not ids.size or _all_present_and_well(teacher, unit, spec.vocab_size):
+    ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
+    at_t1 = logsumexp[:, t1_index(spec.temperatures), None]
+    if not ids.size or _is_ordinary(topk, at_t1, spec.vocab_size):
         return
     absent = logits == -np.inf
     # Each rule as: where it is broken, the values to show, what to say.
@@ -74,7 +90,7 @@ def teacher_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
     outside ^= absent  # an absent place has no id, every other has one
     yield from _faults(outside | (absent & (ids != ABSENT_ID)), ids, "an id out of place:")
     with np.errstate(invalid="ignore"):  # what is not finite is reported as that
-        above = logits[:, :1] - unit > MAX_LOG_PROBABILITY
+        above = logits[:, :1] - at_t1 > MAX_LOG_PROBABILITY
     yield from _faults(
         above,
         logits,
@@ -82,32 +98,32 @@ def teacher_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
     )
 
 
-def _all_present_and_well(teacher: Teacher, unit: NDArray[np.float32], vocab_size: int) -> bool:
+def _is_ordinary(topk: TopK, at_t1: NDArray[np.float32], vocab_size: int) -> bool:
     """The ordinary case in a third of the time: no rule is broken, and no place is absent.
 
     What falls from a finite logit to a finite one is finite; a comparison with NaN is false.
     """
-    ids, logits, logsumexp = teacher
+    ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     return bool(
         (logits[:, 1:] <= logits[:, :-1]).all()
         and np.isfinite(logits[:, [0, -1]]).all()
         and np.isfinite(logsumexp).all()
-        and (logits[:, :1] - unit <= MAX_LOG_PROBABILITY).all()
+        and (logits[:, :1] - at_t1 <= MAX_LOG_PROBABILITY).all()
         and ids.min() >= 0
         and ids.max() < vocab_size
     )
 
 
-def deep_faults(teacher: Teacher, spec: StoreSpec) -> Iterator[Fault]:
+def deep_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
     """Ids twice, and masses above 1: what the writer trusts its caller with."""
-    ids, logits, logsumexp = teacher
+    ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     if not ids.size:
         return
     ordered = np.sort(ids, axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)).any():
         yield from _faults(_repeated(ids), ids, "the same id twice:")
     with np.errstate(invalid="ignore"):
-        relative = logits - logsumexp[:, spec.temperatures.index(1.0), None]
+        relative = logits - logsumexp[:, t1_index(spec.temperatures), None]
     mass = np.exp(relative, dtype=np.float64).sum(axis=1, keepdims=True)
     yield from _faults(mass > 1 + MAX_LOG_PROBABILITY, mass, "a probability mass above 1:")
 
@@ -128,11 +144,11 @@ def _faults(broken: NDArray[np.bool_], values: NDArray[Any], what: str) -> Itera
         yield Fault(token, column, f"{what} {values[token, column]}")
 
 
-def _array(sample: Sample, name: str, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
-    array = np.asarray(getattr(sample, name))
+def _array(name: str, value: Any, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
+    array = np.asarray(value)
     if array.shape != shape:
         raise StoreError(
-            f"{name} is {list(array.shape)}, expected {list(shape)} for its {shape[0]} answer "
+            f"topk.{name} is {list(array.shape)}, expected {list(shape)} for its {shape[0]} answer "
             "tokens (loss_mask[1:].sum())"
         )
     return np.ascontiguousarray(array, dtype=dtype)

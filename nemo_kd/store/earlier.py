@@ -11,27 +11,18 @@ import shutil
 from collections.abc import Iterable
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, publish, read_json
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, SPEC_KEY, shard_name
+from nemo_kd.store.sample import Tokens
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.writer import StoreWriter, shard_directories
 
 MAY_DIFFER = {"source.sha256", "source.rows"}
-
-
-class Tokens(NamedTuple):
-    """What a row's part of a shard follows from, besides the spec."""
-
-    row: int
-    input_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.uint8]
 
 
 class EarlierStore:
@@ -88,7 +79,7 @@ class EarlierStore:
             return False
         try:
             shard = Shard(self.directory, info, self._writer.codec)
-            stored: Any = (shard.stored(index) for index in range(info.samples))
+            stored = (shard.encoded(index)[0] for index in range(info.samples))
             return all(_same(a, b) for a, b in zip_longest(stored, rows))
         except StoreError:  # damaged: it is written anew
             return False
@@ -98,7 +89,7 @@ def _number(path: Path) -> int:
     return int(path.name.removeprefix("shard-"))
 
 
-def _same(stored: Any, row: Tokens | None) -> bool:
+def _same(stored: Tokens | None, row: Tokens | None) -> bool:
     return (
         stored is not None
         and row is not None

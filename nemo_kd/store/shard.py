@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs import Codec
+from nemo_kd.store.codecs.base import Arrays, Codec
 from nemo_kd.store.indexed import FieldReader
 from nemo_kd.store.layout import (
     ROW_ITEM,
@@ -20,26 +19,14 @@ from nemo_kd.store.layout import (
     word_sums,
 )
 from nemo_kd.store.manifest import ShardInfo
-from nemo_kd.store.sample import Sample
+from nemo_kd.store.sample import Sample, Tokens
 
-
-class Stored(NamedTuple):
-    """A sample as it lies in the files: read-only views into them."""
-
-    row: int
-    checksum: int
-    sealed: int
-    input_ids: NDArray[np.int32]
-    loss_mask: NDArray[np.uint8]
-    arrays: dict[str, NDArray[Any]]
-
-    @property
-    def answers(self) -> int:
-        return int(np.count_nonzero(self.loss_mask[1:]))
+Encoded = tuple[Tokens, Arrays]
+"""A sample as the files hold it: read-only views of its tokens and of the profile's arrays."""
 
 
 class Shard:
-    """Samples by their place in the shard."""
+    """Random access to the samples of a shard, by index."""
 
     def __init__(self, store_directory: Path, info: ShardInfo, codec: Codec) -> None:
         self.info = info
@@ -66,49 +53,49 @@ class Shard:
         return items.reshape(-1, ROW_ITEM)[:, 0].copy()
 
     def sample(self, index: int) -> Sample:
-        stored = self.stored(index)
+        tokens, arrays = self.encoded(index)
         try:
-            teacher = self._codec.decode(stored.arrays, stored.answers)
+            topk = self._codec.decode(arrays, tokens.answers)
         except ValueError as error:
-            raise self._refusal(index, stored, str(error)) from error
-        return Sample(stored.row, stored.input_ids.copy(), stored.loss_mask.copy(), *teacher)
+            raise self._refusal(index, tokens.row, str(error)) from error
+        return Sample(tokens.row, tokens.input_ids.copy(), tokens.loss_mask.copy(), topk)
 
-    def stored(self, index: int) -> Stored:
-        """The sample's arrays; StoreError where they are not those of its checksums.
+    def encoded(self, index: int) -> Encoded:
+        """The sample's arrays; StoreError where they do not match its checksums.
 
         Compared when a sample is first read: the files do not change under an open store.
         """
-        stored = self.unchecked(index)
+        tokens, arrays = self.unchecked(index)
         if not self._checked[index]:
-            for damage in self.damage(stored):
-                raise self._refusal(index, stored, damage)
+            for damage in self.damage(index, tokens, arrays):
+                raise self._refusal(index, tokens.row, damage)
             self._checked[index] = True
-        return stored
+        return tokens, arrays
 
-    def unchecked(self, index: int) -> Stored:
+    def unchecked(self, index: int) -> Encoded:
         """The sample's arrays as they are; StoreError where an index points outside its file."""
         item = self._rows[index]
         if item.size != ROW_ITEM:
             raise StoreError(f"{self._rows.prefix}.idx: sample {index} has {item.size} values")
-        row, checksum, sealed = item.tolist()
-        arrays = {name: field[index] for name, field in self._teacher}
-        return Stored(row, checksum, sealed, self._tokens[index], self._mask[index], arrays)
+        tokens = Tokens(item.item(0), self._tokens[index], self._mask[index])
+        return tokens, {name: field[index] for name, field in self._teacher}
 
-    def damage(self, stored: Stored) -> list[str]:
-        """What differs from the sample's checksums; nothing when all is well."""
+    def damage(self, index: int, tokens: Tokens, arrays: Arrays) -> list[str]:
+        """Which files differ from the sample's checksums; empty when none does."""
+        row, checksum, sealed = self._rows[index].tolist()
         found = []
-        if token_checksum(stored.input_ids, stored.loss_mask) != stored.checksum:
+        if token_checksum(tokens.input_ids, tokens.loss_mask) != checksum:
             found.append("tokens.bin or loss_mask.bin has another checksum")
-        sums = word_sums(stored.arrays.values())
-        if seal(stored.row, sums) != stored.sealed:
-            then = unseal(stored.row, stored.sealed, len(sums))
-            pairs = zip(stored.arrays, sums, then, strict=True)
+        sums = word_sums(arrays.values())
+        if seal(row, sums) != sealed:
+            expected = unseal(row, sealed, len(sums))
+            pairs = zip(arrays, sums, expected, strict=True)
             fields = [f"{name}.bin" for name, a, b in pairs if a != b] or ["rows.bin"]
             found.append(f"{' or '.join(fields)} has another checksum")
         return found
 
-    def _refusal(self, index: int, stored: Stored, why: str) -> StoreError:
+    def _refusal(self, index: int, row: int, why: str) -> StoreError:
         return StoreError(
-            f"{self.directory}: sample {index} (row {stored.row}) is damaged: {why}; `nemo-kd "
-            "verify` lists the damage, and a dump that finds the shard removed writes it again"
+            f"{self.directory}: sample {index} (row {row}) is damaged: {why}; `nemo-kd verify` "
+            "lists the damage; remove the shard and run the dump again to write it anew"
         )

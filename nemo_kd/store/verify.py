@@ -13,8 +13,9 @@ import numpy as np
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, read_json, sha256_of, size_of
-from nemo_kd.store.checks import deep_faults, teacher_faults
-from nemo_kd.store.codecs import Codec, codec_of
+from nemo_kd.store.checks import deep_faults, topk_faults
+from nemo_kd.store.codecs import codec_of
+from nemo_kd.store.codecs.base import Arrays, Codec
 from nemo_kd.store.layout import file_names
 from nemo_kd.store.manifest import (
     MANIFEST,
@@ -24,7 +25,8 @@ from nemo_kd.store.manifest import (
     ShardInfo,
     read_shard_info,
 )
-from nemo_kd.store.shard import Shard, Stored
+from nemo_kd.store.sample import Tokens
+from nemo_kd.store.shard import Shard
 
 
 @dataclass(frozen=True)
@@ -133,46 +135,46 @@ def _verify_samples(
     found: list[tuple[int, int, int]] = []  # row, tokens, answer tokens
     for index in range(info.samples):
         try:
-            stored = shard.unchecked(index)
+            tokens, arrays = shard.unchecked(index)
         except StoreError as error:
             yield Problem(info.name, str(error))
             continue
-        for damage in shard.damage(stored):
-            yield Problem(info.name, damage, stored.row)
-        if stored.row not in rows or stored.row <= last_row:
+        for damage in shard.damage(index, tokens, arrays):
+            yield Problem(info.name, damage, tokens.row)
+        if tokens.row not in rows or tokens.row <= last_row:
             what = f"out of order, or not one of rows {rows.start} to {rows.stop - 1}"
-            yield Problem(f"{info.name}/rows.bin", what, stored.row)
-        last_row = stored.row
-        found.append((stored.row, stored.input_ids.size, stored.answers))
-        yield from _verify_sample(info.name, stored, codec)
+            yield Problem(f"{info.name}/rows.bin", what, tokens.row)
+        last_row = tokens.row
+        found.append((tokens.row, tokens.input_ids.size, tokens.answers))
+        yield from _verify_sample(info.name, tokens, arrays, codec)
     if len(found) == info.samples and _counts(found) != _stated(info):
         what = f"{_counts(found)} found, {MANIFEST} says {_stated(info)}"
         yield Problem(info.name, f"samples, tokens, answers, without, first, last row: {what}")
 
 
-def _verify_sample(shard: str, stored: Stored, codec: Codec) -> Iterator[Problem]:
-    ids, mask = stored.input_ids, stored.loss_mask
+def _verify_sample(shard: str, tokens: Tokens, arrays: Arrays, codec: Codec) -> Iterator[Problem]:
+    ids, mask, row = tokens.input_ids, tokens.loss_mask, tokens.row
     outside = (ids < 0) | (ids >= codec.spec.vocab_size)
     if not ids.size or ids.size != mask.size or (mask > 1).any():
         what = f"{ids.size} tokens, {mask.size} of the mask, which must be 0 or 1"
-        yield Problem(f"{shard}/loss_mask.bin", what, stored.row)
+        yield Problem(f"{shard}/loss_mask.bin", what, row)
         return
     if outside.any():
         place = int(outside.argmax())
         what = f"token {ids[place]} outside [0, {codec.spec.vocab_size})"
-        yield Problem(f"{shard}/tokens.bin", what, stored.row, place)
+        yield Problem(f"{shard}/tokens.bin", what, row, place)
     fields = ", ".join(f"{name}.bin" for name in codec.dtypes)
     try:
         with np.errstate(all="ignore"):  # damage may be any numbers
-            teacher = codec.decode(stored.arrays, stored.answers)
-            faults = [*teacher_faults(teacher, codec.spec), *deep_faults(teacher, codec.spec)]
+            topk = codec.decode(arrays, tokens.answers)
+            faults = [*topk_faults(topk, codec.spec), *deep_faults(topk, codec.spec)]
     except ValueError as error:
-        yield Problem(f"{shard}/{fields}", str(error), stored.row)
+        yield Problem(f"{shard}/{fields}", str(error), row)
         return
     positions = np.flatnonzero(mask[1:]) + 1
     for fault in faults:
         what = f"column {fault.column}: {fault.what}"
-        yield Problem(f"{shard}/{fields}", what, stored.row, int(positions[fault.token]))
+        yield Problem(f"{shard}/{fields}", what, row, int(positions[fault.token]))
 
 
 Counts = tuple[int, int, int, int, int | None, int | None]

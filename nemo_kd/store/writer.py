@@ -8,14 +8,12 @@ killed and started again, write the same store.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import (
@@ -27,8 +25,9 @@ from nemo_kd.files import (
     sha256_of,
     size_of,
 )
-from nemo_kd.store.checks import checked_teacher, checked_tokens
+from nemo_kd.store.checks import checked_tokens, checked_topk
 from nemo_kd.store.codecs import codec_of
+from nemo_kd.store.codecs.base import Arrays
 from nemo_kd.store.indexed import FieldWriter
 from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (
@@ -43,7 +42,7 @@ from nemo_kd.store.manifest import (
     read_shard_info,
     shard_name,
 )
-from nemo_kd.store.sample import Sample
+from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.spec import StoreSpec
 
 
@@ -154,30 +153,21 @@ class ShardWriter:
             input_ids, loss_mask, answers = checked_tokens(
                 sample.input_ids, sample.loss_mask, spec.vocab_size
             )
-            arrays = self._store.codec.encode(checked_teacher(sample, answers, spec))
+            arrays = self._store.codec.encode(checked_topk(sample, answers, spec))
         except StoreError as error:
             raise StoreError(f"row {row}: {error}") from error
-        self.add_encoded(row, input_ids, loss_mask, arrays)
+        self.add_encoded(Tokens(row, input_ids, loss_mask), arrays)
 
-    def add_encoded(
-        self,
-        row: int,
-        input_ids: NDArray[np.int32],
-        loss_mask: NDArray[np.uint8],
-        arrays: Mapping[str, NDArray[Any]],
-    ) -> None:
-        """Append a sample in the profile's own arrays, as a store of the same profile has them."""
+    def add_encoded(self, tokens: Tokens, arrays: Arrays) -> None:
+        """Append a sample whose teacher is already in the arrays of the store's profile."""
+        row, input_ids, loss_mask = tokens.row, tokens.input_ids, tokens.loss_mask
         self._check_row(row)
         sealed = seal(row, word_sums(arrays[name] for name in self._store.codec.dtypes))
         item = np.array([row, token_checksum(input_ids, loss_mask), sealed], dtype=np.int64)
-        for name, array in {
-            **arrays,
-            "tokens": input_ids,
-            "loss_mask": loss_mask,
-            "rows": item,
-        }.items():
+        own: Arrays = {"tokens": input_ids, "loss_mask": loss_mask, "rows": item}
+        for name, array in {**arrays, **own}.items():
             self._fields[name].add(array)
-        answers = int(np.count_nonzero(loss_mask[1:]))
+        answers = tokens.answers
         self._first_row = row if self._first_row is None else self._first_row
         self._last_row = row
         self._samples += 1

@@ -16,8 +16,9 @@ from omegaconf import DictConfig
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import BadRows
 from nemo_kd.store import StoreError, StoreSpec, StoreWriter
-from nemo_kd.store.earlier import EarlierStore, Tokens
+from nemo_kd.store.earlier import EarlierStore
 from nemo_kd.store.lock import DirectoryLock, LockedError
+from nemo_kd.store.sample import Tokens
 
 SHOWN = 5
 """Bad rows that a message names."""

@@ -15,9 +15,9 @@ from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import TEMPLATE_KEYS, BadRows, Row, SFTRows, Teacher, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
-from nemo_kd.store.earlier import Tokens
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.store.manifest import EXCHANGE
+from nemo_kd.store.sample import Tokens
 from nemo_kd.teacher.begin import Source, TokensOf, check_rows, locked, open_writer
 from nemo_kd.teacher.forward import AnswerTopK, sample_of, split_unusable
 from nemo_kd.teacher.progress import DumpProgress
@@ -52,7 +52,7 @@ def dump(cfg: DictConfig, model: Teacher, forward_class: Callable[..., Forward])
     forward = forward_class(model, spec, cfg.rows_per_lm_head)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
-        return shard_samples(rows, shard, spec.rows_per_shard, forward, cfg, progress)
+        return shard_samples(rows, shard, spec, forward, cfg, progress)
 
     def tokens(numbers: Sequence[int]) -> Iterator[Tokens]:
         for row in readable(rows, numbers, bad, []):
@@ -126,8 +126,7 @@ def _finish(cfg: DictConfig, writer: StoreWriter, shards: int, stopped: bool) ->
         return
     writer.finish(shards)
     if cfg.jsonl:
-        store, unit = iter(Store(writer.directory)), writer.spec.temperatures.index(1.0)
-        write_jsonl(writer.directory / EXCHANGE, store, unit_temperature=unit)
+        write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
 
 
 def _writes() -> bool:
@@ -177,14 +176,14 @@ def store_spec(cfg: DictConfig, model: Teacher, file: JsonlFile) -> StoreSpec:
 def shard_samples(
     rows: SFTRows,
     shard: int,
-    rows_per_shard: int,
+    spec: StoreSpec,
     forward: Forward,
     cfg: DictConfig,
     progress: DumpProgress,
 ) -> Iterator[Sample]:
     """The samples of one shard, by falling length; nothing on ranks that hold no logits."""
-    first = shard * rows_per_shard
-    numbers = range(first, min(first + rows_per_shard, len(rows)))
+    first = shard * spec.rows_per_shard
+    numbers = range(first, min(first + spec.rows_per_shard, len(rows)))
     bad, dropped = BadRows.of(cfg), list[RowError]()
     batch = list(readable(rows, numbers, bad, dropped))
     progress.drop(dropped)
@@ -199,7 +198,7 @@ def shard_samples(
         pairs = zip(call, results, strict=True)
         kept, unusable = split_unusable(pairs, rows.file.path, bad)
         for row, topk in kept:
-            yield sample_of(row, topk)
+            yield sample_of(row, topk, spec)
         progress.drop(unusable)
         progress.advance(kept)
 

@@ -12,7 +12,9 @@ from megatron.core import parallel_state
 from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import BadRows, Row
 from nemo_kd.store import Sample, StoreSpec
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.teacher.select import Selection
+from nemo_kd.topk import TopK
 
 LMHead = Callable[[torch.Tensor], torch.Tensor]
 """Hidden states [N, H] → logits [N, Vp] of this rank."""
@@ -61,16 +63,16 @@ def _first_unusable(topk: AnswerTopK) -> int | None:
     return None if bool(usable.all()) else int((~usable).nonzero()[0, 0])
 
 
-def sample_of(row: Row, topk: AnswerTopK) -> Sample:
-    """What the store holds of a row."""
-    return Sample(
-        row=row.row,
-        input_ids=row.input_ids,
-        loss_mask=row.loss_mask,
-        topk_ids=topk.ids.numpy(),
-        topk_logits=topk.logits.float().numpy(),
+def sample_of(row: Row, topk: AnswerTopK, spec: StoreSpec) -> Sample:
+    """The entry of a store of `spec` for a row."""
+    of_row = TopK(
+        ids=topk.ids.numpy(),
+        logits=topk.logits.float().numpy(),
         logsumexp=topk.logsumexp.numpy(),
+        temperatures=spec.temperatures,
+        draws=spec.profile == Sampled.name,
     )
+    return Sample(row.row, row.input_ids, row.loss_mask, of_row)
 
 
 def inputs_of(rows: Sequence[Row], length: int) -> torch.Tensor:

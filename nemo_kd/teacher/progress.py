@@ -19,6 +19,7 @@ from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.counters import JobCounters
 from nemo_kd.teacher.forward import AnswerTopK
 from nemo_kd.teacher.tally import Tally
+from nemo_kd.topk import t1_index
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REPORTS = 1.0
@@ -47,7 +48,7 @@ class DumpProgress:
         self.tally = Tally(spec)
         self.left_out = ""
         """Rows of the whole job that were left out, in words; known after `summary`."""
-        self.place_of_one = spec.temperatures.index(1.0)
+        self.t1 = t1_index(spec.temperatures)
         size = spec.rows_per_shard
         self.mine = sum(min(size, num_rows - shard * size) for shard in todo)
         self.total, self.skipped, key = self._agree(done)
@@ -127,7 +128,7 @@ class DumpProgress:
         return total, skipped, key
 
     def _counted(self) -> dict[str, int]:
-        mass = round(float(self.tally.mass[self.place_of_one]) * _MILLION)
+        mass = round(float(self.tally.mass[self.t1]) * _MILLION)
         return {"rows": self.tally.done, "tokens": self.tally.tokens, "mass": mass}
 
     def _show(self, last: bool = False) -> None:

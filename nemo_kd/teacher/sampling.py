@@ -16,7 +16,7 @@ from torch import Tensor
 
 from nemo_kd.loss import TopK
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.topk import ABSENT_ID
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
+from nemo_kd.topk import t1_index
 
 WORST = 5
 
@@ -80,8 +81,7 @@ class Tally:
             self.mass[j] += (logits / temperature - logsumexp).exp().sum()
         last = logits.masked_fill(logits.isneginf(), torch.inf).amin(1)  # [A]
         label = torch.where(hit.any(1), logits.masked_fill(~hit, -torch.inf).amax(1), last)
-        unit = self.spec.temperatures.index(1.0)
-        logsumexp = topk.logsumexp[:, unit].double()
+        logsumexp = topk.logsumexp[:, t1_index(self.spec.temperatures)].double()
         nll = float((logsumexp - label).mean())
         self.rows += 1
         self.cut += row.cut

@@ -59,7 +59,7 @@ def test_verify_says_where_and_fails(a_store: Path, tmp_path: Path) -> None:
 
 def test_show_as_ids_and_as_a_page(a_store: Path, tmp_path: Path) -> None:
     expected = Store(a_store)[3]
-    assert str(int(expected.topk_ids[0, 0])) in nemo_kd("show", a_store, 3, "--ids")
+    assert str(int(expected.topk.ids[0, 0])) in nemo_kd("show", a_store, 3, "--ids")
     page = tmp_path / "row.html"
     nemo_kd("show", a_store, 3, "--ids", "--html", page)
     text = page.read_text()
@@ -89,7 +89,7 @@ def test_convert_to_jsonl_and_back_and_to_profiles(a_store: Path, tmp_path: Path
     nemo_kd("convert", a_store, tmp_path / "compact", "--profile", "compact")
     nemo_kd("convert", a_store, tmp_path / "fewer", "--top-k", 2)
     for was, now in zip(Store(a_store), Store(tmp_path / "fewer"), strict=True):
-        assert (now.topk_ids == was.topk_ids[:, :2]).all()
+        assert (now.topk.ids == was.topk.ids[:, :2]).all()
     assert len(Store(tmp_path / "compact")) == 7
     assert "overwrite" in nemo_kd("convert", a_store, tmp_path / "fewer", fails=True)
 
@@ -321,9 +321,9 @@ def test_samples_survive_jsonl(tmp_path: Path) -> None:
     for one, record in zip(Store(original), records, strict=True):
         at = one.answer_positions() - 1
         assert [record["labels"][t] for t in at] == one.input_ids[at + 1].tolist()
-        assert [record["topk_token_ids"][t] for t in at] == one.topk_ids.tolist()
+        assert [record["topk_token_ids"][t] for t in at] == one.topk.ids.tolist()
         written = [record["log_sum_exp_logits"][t] for t in at]
-        assert written == pytest.approx(one.logsumexp[:, 0].tolist(), rel=1e-5)
+        assert written == pytest.approx(one.topk.logsumexp[:, 0].tolist(), rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -348,11 +348,11 @@ def test_show_decodes_text_and_marks_the_target(
     view = as_json("show", directory, 2, "--top", 3)
     assert "".join(view["tokens"]) == models.TEXT[:60]
     one = Store(directory)[2]
-    assert len(view["answers"]) == len(one.topk_ids)
+    assert len(view["answers"]) == len(one.topk.ids)
     for a, answer in enumerate(view["answers"]):
         assert answer["text"] == view["tokens"][answer["position"]]
-        assert [choice["id"] for choice in answer["top"]] == one.topk_ids[a, :3].tolist()
-        p = np.exp(one.topk_logits[a, 0] - one.logsumexp[a, 0])
+        assert [choice["id"] for choice in answer["top"]] == one.topk.ids[a, :3].tolist()
+        p = np.exp(one.topk.logits[a, 0] - one.topk.logsumexp[a, 0])
         assert answer["top"][0]["probability"] == pytest.approx(p, rel=1e-6)
     nemo_kd("show", directory, 2, "--html", tmp_path / "row.html")
     text = (tmp_path / "row.html").read_text()
@@ -366,9 +366,9 @@ def test_ranks_count_from_one_everywhere(text_store: tuple[Path, Path], tmp_path
     one = sample(0, of, answers=5)
     ids = one.input_ids.copy()
     for a, place in enumerate((0, 1, 3)):  # the first three labels: first, second, fourth choice
-        ids[one.answer_positions()[a]] = one.topk_ids[a, place]
+        ids[one.answer_positions()[a]] = one.topk.ids[a, place]
     for a in (3, 4):
-        ids[one.answer_positions()[a]] = next(i for i in range(500) if i not in one.topk_ids[a])
+        ids[one.answer_positions()[a]] = next(i for i in range(500) if i not in one.topk.ids[a])
     directory = write(tmp_path / "s", of, [Sample(**{**vars(one), "input_ids": ids})])
     assert [a["rank"] for a in as_json("show", directory, 0, "--ids")["answers"]] == [
         *(1, 2, 4, None, None)
@@ -436,10 +436,10 @@ def test_jsonl_both_ways_is_the_same_store_to_float16(
     for was, now in zip(Store(directory), Store(back), strict=True):
         assert was.row == now.row
         assert np.array_equal(was.input_ids, now.input_ids)
-        assert np.array_equal(was.topk_ids, now.topk_ids)
+        assert np.array_equal(was.topk.ids, now.topk.ids)
         # Five decimals, then float16 again: at most one of its steps, 2^-10 of the size.
-        size = np.abs(was.topk_logits - was.logsumexp)
-        assert (np.abs(now.topk_logits - was.topk_logits) <= size * 2.0**-10 + 3e-5).all()
+        size = np.abs(was.topk.logits - was.topk.logsumexp)
+        assert (np.abs(now.topk.logits - was.topk.logits) <= size * 2.0**-10 + 3e-5).all()
     assert "whole" in nemo_kd("verify", back)
 
 
@@ -466,13 +466,13 @@ def test_a_converted_teacher_that_is_shifted_is_warned_of(tmp_path: Path) -> Non
     of = spec(vocab_size=len(tokenizer), top_k=4)
     ids = np.array(tokenizer(models.TEXT[:400]).input_ids, np.int32)
     made = sample(0, of, len(ids) - 3, spread=4.0)
-    right = np.random.default_rng(0).random(len(made.topk_ids)) < 0.6
+    right = np.random.default_rng(0).random(len(made.topk.ids)) < 0.6
     # The teacher's best token is the label for three in five.
-    labels, first = ids[3:], made.topk_ids[:, 0].copy()
+    labels, first = ids[3:], made.topk.ids[:, 0].copy()
     for a in np.flatnonzero(right):
-        at = np.flatnonzero(made.topk_ids[a] == labels[a])
-        made.topk_ids[a, at] = first[a]
-        made.topk_ids[a, 0] = labels[a]
+        at = np.flatnonzero(made.topk.ids[a] == labels[a])
+        made.topk.ids[a, at] = first[a]
+        made.topk.ids[a, 0] = labels[a]
     write_jsonl(tmp_path / "x.jsonl", [replace(made, input_ids=ids)])
     record = json.loads((tmp_path / "x.jsonl").read_text())
     printed = {}
@@ -507,16 +507,16 @@ def test_padding_of_the_vocabulary_is_left_out(tmp_path: Path) -> None:
     ids = tokenizer(models.TEXT[:40]).input_ids
     wide = spec(vocab_size=size + 100, top_k=5)
     made = sample(0, wide, len(ids) - 3)
-    made.topk_ids[:] = np.arange(5)
-    made.topk_ids[::2, 2] = size + 3
+    made.topk.ids[:] = np.arange(5)
+    made.topk.ids[::2, 2] = size + 3
     write_jsonl(tmp_path / "x.jsonl", [replace(made, input_ids=np.array(ids, np.int32))])
     common = ("convert", tmp_path / "x.jsonl")
     result = nemo_kd(*common, tmp_path / "s", "--tokenizer", tmp_path / "tokenizer")
-    dropped = len(made.topk_ids[::2])
+    dropped = len(made.topk.ids[::2])
     assert f"padding ids dropped {dropped}" in " ".join(result.split())
     assert "is " + str(tmp_path / "tokenizer") + " its tokenizer?" in " ".join(result.split())
     one = Store(tmp_path / "s")[0]
-    assert one.topk_ids[:2].tolist() == [[0, 1, 3, 4, -1], [0, 1, 2, 3, 4]]
+    assert one.topk.ids[:2].tolist() == [[0, 1, 3, 4, -1], [0, 1, 2, 3, 4]]
     assert "whole" in nemo_kd("verify", tmp_path / "s")
 
 

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from nemo_kd.data import TeacherRows, collate_teacher, teacher_at
 from nemo_kd.store import Sample
+from nemo_kd.topk import TopK
 
 K, TEMPERATURES = 3, 2
 
@@ -24,9 +25,12 @@ def sample(row: int, mask: list[int]) -> Sample:
         row=row,
         input_ids=np.arange(len(loss_mask), dtype=np.int32),
         loss_mask=loss_mask,
-        topk_ids=name[:, None] * 10 + np.arange(K),
-        topk_logits=(name[:, None] + np.arange(K)).astype(np.float32),
-        logsumexp=(name[:, None] + np.arange(TEMPERATURES) / 2).astype(np.float32),
+        topk=TopK(
+            ids=name[:, None] * 10 + np.arange(K),
+            logits=(name[:, None] + np.arange(K)).astype(np.float32),
+            logsumexp=(name[:, None] + np.arange(TEMPERATURES) / 2).astype(np.float32),
+            temperatures=(1.0, 2.0),
+        ),
     )
 
 
@@ -67,11 +71,12 @@ def test_a_batch_without_answers_selects_nothing() -> None:
 def test_rows_of_fewer_ids_get_absent_ones() -> None:
     """Stores of another K, and profiles whose K differs from token to token."""
     wide, other = sample(0, [1, 1]), sample(1, [1])
-    narrow = replace(other, topk_ids=other.topk_ids[:, :1], topk_logits=other.topk_logits[:, :1])
-    ids, logits = wide.topk_ids.copy(), wide.topk_logits.copy()
+    one_id = replace(other.topk, ids=other.topk.ids[:, :1], logits=other.topk.logits[:, :1])
+    narrow = replace(other, topk=one_id)
+    ids, logits = wide.topk.ids.copy(), wide.topk.logits.copy()
     ids[:, 2], logits[:, 2] = -1, -np.inf
     ids[0, 1], logits[0, 1] = -1, -np.inf
-    ragged = replace(wide, topk_ids=ids, topk_logits=logits)
+    ragged = replace(wide, topk=replace(wide.topk, ids=ids, logits=logits))
     batch = collate_teacher([TeacherRows.of(ragged, 0), TeacherRows.of(narrow, 0)])
     assert batch["teacher_ids"].shape == (2, 2, 2)  # no wider than what is there
     selected = teacher_at(batch, torch.tensor([[1, 1], [1, 0]])).topk

@@ -54,7 +54,7 @@ def test_prompts_are_cut_as_far_as_one_token_is_left(store: Store) -> None:
         assert len(cut.input_ids) == 11
         assert np.array_equal(cut.input_ids, whole.input_ids[-11:])
         labels = [one.input_ids[one.answer_positions()].tolist() for one in (whole, cut)]
-        assert labels[0] == labels[1] and len(labels[1]) == len(cut.topk_ids)
+        assert labels[0] == labels[1] and len(labels[1]) == len(cut.topk.ids)
 
 
 def test_nothing_left_is_an_error(store: Store) -> None:

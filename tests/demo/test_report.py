@@ -16,6 +16,7 @@ import report_figures
 import report_page
 
 from nemo_kd.store import Sample, StoreSpec, StoreWriter
+from nemo_kd.topk import TopK
 from tests.browser import measure
 
 FIGURES = {
@@ -71,9 +72,11 @@ def write_store(directory: Path) -> None:
         row=0,
         input_ids=np.array([1, 2, 3], np.int32),
         loss_mask=np.array([0, 1, 1], np.uint8),
-        topk_ids=np.array([[4, 5], [6, 7]]),
-        topk_logits=np.array([[-1.0, -2.0], [-1.0, -2.0]], np.float32),
-        logsumexp=np.zeros((2, 1), np.float32),
+        topk=TopK(
+            ids=np.array([[4, 5], [6, 7]]),
+            logits=np.array([[-1.0, -2.0], [-1.0, -2.0]], np.float32),
+            logsumexp=np.zeros((2, 1), np.float32),
+        ),
     )
     with writer.shard(0) as shard:
         shard.add(sample)

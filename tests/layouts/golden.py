@@ -37,6 +37,7 @@ def write_store(directory: Path) -> None:
     from nemo_kd.cli.tokenizers import load_tokenizer
     from nemo_kd.sft.tokenizer import tokenizer_fingerprint
     from nemo_kd.store import Sample, StoreSpec, StoreWriter
+    from nemo_kd.topk import TopK
 
     tokenizer = load_tokenizer(str(directory / "tokenizer.model"))
     spec = StoreSpec(
@@ -61,9 +62,11 @@ def write_store(directory: Path) -> None:
                     row=row,
                     input_ids=tokens,
                     loss_mask=np.repeat([0, 1], [PROMPT, ANSWERS]).astype(np.uint8),
-                    topk_ids=ids,
-                    topk_logits=np.take_along_axis(z, ids, 1).astype(np.float32),
-                    logsumexp=np.logaddexp.reduce(z, axis=1, keepdims=True).astype(np.float32),
+                    topk=TopK(
+                        ids=ids,
+                        logits=np.take_along_axis(z, ids, 1).astype(np.float32),
+                        logsumexp=np.logaddexp.reduce(z, axis=1, keepdims=True).astype(np.float32),
+                    ),
                 )
             )
     writer.finish(1)

@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 import types
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from nemo_kd.nemo.order import Order, reorder_files  # noqa: E402
 from nemo_kd.nemo.resume import WholeRunBatchSampler  # noqa: E402
 from nemo_kd.store import Store, StoreError  # noqa: E402
 from nemo_kd.store.tools.transform import write_samples  # noqa: E402
+from tests.store.samples import each_array  # noqa: E402
 
 GLOBAL_BATCH = 4
 PACKED = {"packed_sequence": True, "max_seq_length": 300}
@@ -134,8 +134,8 @@ def megatron_core_rows(store: Store, consumed: int, batches: int) -> list[int]:
 
 def shifted(directory: str, target: Path) -> str:
     """The store with each token's row moved to the next answer token."""
-    source, names = Store(directory), ("topk_ids", "topk_logits", "logsumexp")
-    samples = (replace(s, **{n: np.roll(getattr(s, n), 1, 0) for n in names}) for s in source)
+    source = Store(directory)
+    samples = (each_array(one, lambda rows: np.roll(rows, 1, 0)) for one in source)
     write_samples(samples, target, source.manifest.spec, overwrite=True)
     return str(target)
 

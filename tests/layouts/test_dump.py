@@ -24,9 +24,9 @@ def test_every_row_and_answer_token_is_stored(dump: Callable[..., Path], tiny: P
     for sample in store:
         answers = int(sample.loss_mask[1:].sum())
         assert answers > 1
-        assert sample.topk_ids.shape == sample.topk_logits.shape == (answers, 20)
-        assert sample.logsumexp.shape == (answers, 2)
-        assert (np.diff(sample.topk_logits, axis=1) <= 0).all()
+        assert sample.topk.ids.shape == sample.topk.logits.shape == (answers, 20)
+        assert sample.topk.logsumexp.shape == (answers, 2)
+        assert (np.diff(sample.topk.logits, axis=1) <= 0).all()
 
 
 def test_store_is_the_top_of_the_teachers_whole_distribution(
@@ -39,12 +39,12 @@ def test_store_is_the_top_of_the_teachers_whole_distribution(
         assert targets[0] == dense[f"answer_start{row}"]
         logits = dense[f"logits{row}"][targets - 1]  # [A, V] float64
         order = np.argsort(-logits, axis=1, kind="stable")[:, :20]
-        assert np.array_equal(sample.topk_ids, order)
+        assert np.array_equal(sample.topk.ids, order)
         top = np.take_along_axis(logits, order, 1)
-        assert np.abs(sample.topk_logits - top).max() < 2**-6  # float16, values up to 16
+        assert np.abs(sample.topk.logits - top).max() < 2**-6  # float16, values up to 16
         for place, temperature in enumerate((1.0, 2.0)):
             logsumexp = np.logaddexp.reduce(logits / temperature, axis=1)
-            assert np.abs(sample.logsumexp[:, place] - logsumexp).max() < 1e-5
+            assert np.abs(sample.topk.logsumexp[:, place] - logsumexp).max() < 1e-5
 
 
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
@@ -58,10 +58,10 @@ def assert_same_teacher(a: Path, b: Path) -> None:
     for a, b in zip(one, other, strict=True):
         assert np.array_equal(a.input_ids, b.input_ids)
         assert np.array_equal(a.loss_mask, b.loss_mask)
-        assert np.array_equal(a.topk_ids, b.topk_ids)
+        assert np.array_equal(a.topk.ids, b.topk.ids)
         # Relative logits are stored in float16: one unit in the last place of values up to 16.
-        assert np.abs(a.topk_logits - b.topk_logits).max() < 2**-6
-        assert np.abs(a.logsumexp - b.logsumexp).max() < 1e-5
+        assert np.abs(a.topk.logits - b.topk.logits).max() < 2**-6
+        assert np.abs(a.topk.logsumexp - b.topk.logsumexp).max() < 1e-5
 
 
 def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
@@ -84,8 +84,8 @@ def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
         record = json.loads(line)
         answers = sample.answer_positions() - 1
         assert record["tokens"] == sample.input_ids[:-1].tolist()
-        assert np.array_equal(np.array(record["topk_token_ids"])[answers], sample.topk_ids)
-        assert np.allclose(np.array(record["topk_logits"])[answers], sample.topk_logits, atol=2**-6)
+        assert np.array_equal(np.array(record["topk_token_ids"])[answers], sample.topk.ids)
+        assert np.allclose(np.array(record["topk_logits"])[answers], sample.topk.logits, atol=2**-6)
 
 
 @pytest.mark.slow
@@ -97,7 +97,7 @@ def test_no_collective_is_as_wide_as_the_vocabulary(
     base = dump_overrides(tiny, "train", tmp_path / "store")
     arguments = [str(tmp_path / "moved"), *base, *overrides]
     script("../tests/layouts/moved.py", *arguments, processes=processes)
-    answers = sum(len(sample.topk_ids) for sample in Store(dump()))
+    answers = sum(len(sample.topk.ids) for sample in Store(dump()))
     for rank in range(processes):
         moved = json.loads((tmp_path / f"moved.{rank}").read_text())
         shapes = [(one["name"], shape) for one in moved for shape in one["shapes"] if shape]

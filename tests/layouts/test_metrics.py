@@ -15,6 +15,7 @@ from nemo_kd.nemo.metrics import NAMES
 from nemo_kd.store import Sample, Store, StoreWriter
 from tests.conftest import metrics
 from tests.layouts.test_train import validations
+from tests.store.samples import each_array
 
 Run = Callable[..., Path]
 IN_ORDER = "model.data.train_ds.shuffle=false"
@@ -25,8 +26,8 @@ KD_METRICS |= {"teacher_entropy"}
 
 
 def without_answer(sample: Sample) -> Sample:
-    empty = {name: getattr(sample, name)[:0] for name in ("topk_ids", "topk_logits", "logsumexp")}
-    return dataclasses.replace(sample, loss_mask=np.zeros_like(sample.loss_mask), **empty)
+    empty = each_array(sample, lambda rows: rows[:0])
+    return dataclasses.replace(empty, loss_mask=np.zeros_like(sample.loss_mask))
 
 
 @pytest.fixture(scope="module")

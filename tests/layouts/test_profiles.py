@@ -51,9 +51,9 @@ def test_draws_are_of_the_teachers_whole_distribution(
         logits = dense[f"logits{row}"][sample.answer_positions() - 1]  # [A, V] float64
         p = np.exp(logits - np.logaddexp.reduce(logits, axis=1)[:, None])
         counts = np.zeros_like(p)
-        there = sample.topk_ids >= 0
+        there = sample.topk.ids >= 0
         tokens = np.broadcast_to(np.arange(len(p))[:, None], there.shape)[there]
-        counts[tokens, sample.topk_ids[there]] = DRAWS * np.exp(sample.topk_logits[there])
+        counts[tokens, sample.topk.ids[there]] = DRAWS * np.exp(sample.topk.logits[there])
         assert np.allclose(counts.sum(1), DRAWS)
         assert (np.abs(counts - DRAWS * p) < 1 + 1e-3).all()
 
@@ -97,8 +97,8 @@ def test_draws_do_not_depend_on_the_layout(
         script("dump_teacher_topk.py", *sampled_overrides(tiny, store), *more, processes=processes)
         same = total = 0
         for a, b in zip(Store(sampled), Store(store), strict=True):
-            same += int((a.topk_ids == b.topk_ids).all(1).sum())
-            total += len(a.topk_ids)
+            same += int((a.topk.ids == b.topk.ids).all(1).sum())
+            total += len(a.topk.ids)
         assert same >= 0.99 * total, layout
 
 

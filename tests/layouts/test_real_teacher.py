@@ -41,13 +41,13 @@ def test_smollm2_at_tensor_parallel_3(script: Script, tiny: Path, tmp_path: Path
     for a, b in zip(one, three, strict=True):
         assert np.array_equal(a.input_ids, b.input_ids)
         # Thirty layers in float32: some twenty units in the last place.
-        np.testing.assert_allclose(a.logsumexp, b.logsumexp, rtol=2e-6)
-        assert np.abs(a.topk_logits - b.topk_logits).max() < 2**-6  # a step of float16
+        np.testing.assert_allclose(a.topk.logsumexp, b.topk.logsumexp, rtol=2e-6)
+        assert np.abs(a.topk.logits - b.topk.logits).max() < 2**-6  # a step of float16
         # Other sums round otherwise: two ids a hair apart may change places.
-        places, columns = np.nonzero(a.topk_ids != b.topk_ids)
-        assert len(places) < 0.002 * a.topk_ids.size
+        places, columns = np.nonzero(a.topk.ids != b.topk.ids)
+        assert len(places) < 0.002 * a.topk.ids.size
         for place, column in zip(places.tolist(), columns.tolist(), strict=True):
-            logits, ids = a.topk_logits[place], a.topk_ids[place]
-            there = np.flatnonzero(ids == b.topk_ids[place, column])
+            logits, ids = a.topk.logits[place], a.topk.ids[place]
+            there = np.flatnonzero(ids == b.topk.ids[place, column])
             # One that only the other has is as good as the last.
             assert abs(logits[column] - logits[there[0] if len(there) else -1]) <= 2**-5

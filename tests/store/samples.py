@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, StoreSpec, StoreWriter
+from nemo_kd.topk import TopK
 
 
 def spec(**changes: Any) -> StoreSpec:
@@ -39,12 +42,26 @@ def sample(row: int, of: StoreSpec, answers: int, prompt: int = 3, spread: float
         row=row,
         input_ids=rng.integers(0, min(of.vocab_size, 2**31), prompt + answers).astype(np.int32),
         loss_mask=np.array([0] * prompt + [1] * answers, dtype=np.uint8),
-        topk_ids=stretched,
-        topk_logits=logits,
-        logsumexp=np.stack(logsumexp, axis=1)
-        .astype(np.float32)
-        .reshape(answers, len(of.temperatures)),
+        topk=TopK(
+            ids=stretched,
+            logits=logits,
+            logsumexp=np.stack(logsumexp, axis=1)
+            .astype(np.float32)
+            .reshape(answers, len(of.temperatures)),
+            temperatures=of.temperatures,
+        ),
     )
+
+
+def with_topk(one: Sample, **arrays: Any) -> Sample:
+    """The sample with other arrays of its `TopK`."""
+    return replace(one, topk=replace(one.topk, **arrays))
+
+
+def each_array(one: Sample, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Sample:
+    """The sample with each array of its `TopK` changed alike."""
+    names = ("ids", "logits", "logsumexp")
+    return with_topk(one, **{name: change(getattr(one.topk, name)) for name in names})
 
 
 def write(directory: Path, of: StoreSpec, samples: Sequence[Sample]) -> Path:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import reduce
 from operator import add
 from typing import Any
@@ -14,6 +13,8 @@ from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, StoreSpec
 from nemo_kd.store.tools.agreement import Agreement
+from nemo_kd.topk import TopK
+from tests.store.samples import each_array, with_topk
 
 V, K = 120, 20
 SPEC = StoreSpec(top_k=K, vocab_size=V)
@@ -39,7 +40,8 @@ def sample(p: Dense, labels: NDArray[np.int64], row: int = 0) -> Sample:
     input_ids = np.concatenate([[1, 2, 3], labels]).astype(np.int32)
     mask = np.array([0] * 3 + [1] * len(labels), np.uint8)
     logits = np.log(np.take_along_axis(p, ids, 1)).astype(np.float32)
-    return Sample(row, input_ids, mask, ids, logits, np.zeros((len(p), 1), np.float32))
+    zeros = np.zeros((len(p), 1), np.float32)
+    return Sample(row, input_ids, mask, TopK(ids=ids, logits=logits, logsumexp=zeros))
 
 
 def drawn(one: Sample, p: Dense, seed: int = 2) -> Sample:
@@ -52,7 +54,7 @@ def drawn(one: Sample, p: Dense, seed: int = 2) -> Sample:
     ids = np.argsort(-counts, axis=1, kind="stable")[:, :K]
     with np.errstate(divide="ignore"):
         logits = np.log(np.take_along_axis(counts, ids, 1) / K).astype(np.float32)
-    return replace(one, topk_ids=np.where(np.isfinite(logits), ids, -1), topk_logits=logits)
+    return with_topk(one, ids=np.where(np.isfinite(logits), ids, -1), logits=logits)
 
 
 def agreement(*samples: Sample, of: StoreSpec = SPEC) -> Agreement:
@@ -61,8 +63,7 @@ def agreement(*samples: Sample, of: StoreSpec = SPEC) -> Agreement:
 
 def shifted(one: Sample, by: int) -> Sample:
     """Each token's row is that of the token `by` before it."""
-    rows = {n: np.roll(getattr(one, n), by, 0) for n in ("topk_ids", "topk_logits", "logsumexp")}
-    return replace(one, **rows)
+    return each_array(one, lambda rows: np.roll(rows, by, 0))
 
 
 def test_sums_are_the_plain_ones() -> None:
@@ -174,10 +175,10 @@ def test_rows_of_which_a_third_are_shifted_surprise() -> None:
     p = distributions(900, 6.0)
     one = sample(p, labels_of(p))
     moved, third = shifted(one, 1), np.arange(len(p)) // 50 % 3 == 0
-    mixed = replace(
+    mixed = with_topk(
         one,
-        topk_ids=np.where(third[:, None], moved.topk_ids, one.topk_ids),
-        topk_logits=np.where(third[:, None], moved.topk_logits, one.topk_logits),
+        ids=np.where(third[:, None], moved.topk.ids, one.topk.ids),
+        logits=np.where(third[:, None], moved.topk.logits, one.topk.logits),
     )
     assert agreement(one).warning() == ""
     assert "the labels are not what this teacher says" in agreement(mixed).warning()

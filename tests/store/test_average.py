@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, Store, StoreError, StoreSpec
-from nemo_kd.store.codecs import ABSENT_ID, Teacher
 from nemo_kd.store.tools.average import average, mix
-from tests.store.samples import sample, spec, store, write
+from nemo_kd.topk import ABSENT_ID, TopK
+from tests.store.samples import sample, spec, store, with_topk, write
 
 # As a share of a probability: half a unit of float32 logits up to 16, three times. The teacher's
 # logits and its log-sum-exp, which a mass above 1 is scaled by, and the result.
@@ -22,25 +22,26 @@ ROUNDING = 3 * 2.0**-21
 HALF = 2.0**-9  # and of float16 log-probabilities, those read and those written
 
 
-def top(z: NDArray[np.float64], kept: NDArray[np.int64], k: int) -> Teacher:
+def top(z: NDArray[np.float64], kept: NDArray[np.int64], k: int) -> TopK:
     """The first `kept[a] <= k` ids of each row, the other places absent; ties to the lower id."""
     ids = np.argsort(-z, axis=1, kind="stable")[:, :k]
     logits = np.take_along_axis(z, ids, 1)
     absent = np.arange(k) >= kept[:, None]
     ids, logits = np.where(absent, ABSENT_ID, ids), np.where(absent, -np.inf, logits)
     logsumexp = np.logaddexp.reduce(z, axis=1, keepdims=True)
-    return Teacher(ids, logits.astype(np.float32), logsumexp.astype(np.float32))
+    return TopK(ids=ids, logits=logits.astype(np.float32), logsumexp=logsumexp.astype(np.float32))
 
 
-def dense(teacher: Teacher, vocab_size: int) -> NDArray[np.float64]:
+def dense(teacher: TopK, vocab_size: int) -> NDArray[np.float64]:
     """[A, V]: the probabilities of the ids that are there, 0 elsewhere."""
-    p = np.zeros((len(teacher.ids), vocab_size + 1))
-    np.put_along_axis(p, teacher.ids, np.exp(teacher.logits.astype(float) - teacher.logsumexp), 1)
+    p = np.zeros((len(teacher), vocab_size + 1))
+    log_p = teacher.logits.astype(float) - teacher.at(1.0).logsumexp[:, None]
+    np.put_along_axis(p, teacher.ids, np.exp(log_p), 1)
     return p[:, :vocab_size]  # what is absent, id -1, went into the last column
 
 
 @st.composite
-def cases(draw: st.DrawFn) -> tuple[list[NDArray[np.float64]], list[Teacher], list[float], int]:
+def cases(draw: st.DrawFn) -> tuple[list[NDArray[np.float64]], list[TopK], list[float], int]:
     """(each teacher's logits [A, V], its top-K, the weights, K of the mixture)."""
     vocab_size, answers = draw(st.integers(1, 40)), draw(st.integers(0, 4))
     rng = np.random.default_rng(draw(st.integers(0, 1000)))
@@ -60,7 +61,7 @@ def cases(draw: st.DrawFn) -> tuple[list[NDArray[np.float64]], list[Teacher], li
 @settings(max_examples=150, deadline=None)
 @given(case=cases())
 def test_mixture_is_the_dense_one_of_what_the_teachers_kept(
-    case: tuple[list[NDArray[np.float64]], list[Teacher], list[float], int],
+    case: tuple[list[NDArray[np.float64]], list[TopK], list[float], int],
 ) -> None:
     """Below the whole mixture by what teachers without the id can hide at most; equal at K = V."""
     z, teachers, weights, top_k = case
@@ -102,10 +103,10 @@ PROFILES = {
 
 def other_teacher(one: Sample, of: StoreSpec) -> Sample:
     """Another teacher's view of the same tokens: half of its ids are the first's."""
-    view = sample(one.row + 100, of, len(one.topk_ids))
+    view = sample(one.row + 100, of, len(one.topk.ids))
     shift = np.where(np.arange(of.top_k) % 2, 7, 0)
-    ids = (np.sort(one.topk_ids, axis=1) + shift) % of.vocab_size
-    return replace(one, topk_ids=ids, topk_logits=view.topk_logits, logsumexp=view.logsumexp)
+    ids = (np.sort(one.topk.ids, axis=1) + shift) % of.vocab_size
+    return with_topk(one, ids=ids, logits=view.topk.logits, logsumexp=view.topk.logsumexp)
 
 
 @pytest.mark.parametrize("first", PROFILES)
@@ -124,11 +125,12 @@ def test_store_of_the_mixture(tmp_path: Path, first: str, second: str) -> None:
     samples = [sample(row, of, answers=row % 4) for row in (0, 1, 2, 3, 7)]
     a = Store(write(tmp_path / "a", of, samples))
     narrow = [
-        replace(
+        with_topk(
             one,
-            topk_ids=one.topk_ids[:, :9],
-            topk_logits=one.topk_logits[:, :9],
-            logsumexp=one.logsumexp[:, 1:],
+            ids=one.topk.ids[:, :9],
+            logits=one.topk.logits[:, :9],
+            logsumexp=one.topk.logsumexp[:, 1:],
+            temperatures=(1.0,),
         )
         for one in samples
     ]
@@ -144,10 +146,10 @@ def test_store_of_the_mixture(tmp_path: Path, first: str, second: str) -> None:
     ]
     for one, x, y in zip(mixed, a, b, strict=True):
         assert np.array_equal(one.input_ids, x.input_ids)
-        p = dense(Teacher(x.topk_ids, x.topk_logits, x.logsumexp[:, 1:]), 2000)
-        q = dense(Teacher(y.topk_ids, y.topk_logits, y.logsumexp), 2000)
+        p = dense(x.topk, 2000)
+        q = dense(y.topk, 2000)
         expected = 0.25 * p + 0.75 * q
-        read = dense(Teacher(one.topk_ids, one.topk_logits, one.logsumexp), 2000)
+        read = dense(one.topk, 2000)
         kept = read > 0
         # A compact store's own error is its levels', some percent where p is small.
         error = 0.05 if first == "compact" else HALF * np.abs(np.log(expected[kept])).max(initial=1)
@@ -160,8 +162,8 @@ def test_averaging_a_teacher_with_itself_changes_nothing(tmp_path: Path) -> None
     a = Store(store(tmp_path / "a", spec()))
     average([a, a], tmp_path / "m", [0.3, 0.7])
     for was, now in zip(a, Store(tmp_path / "m"), strict=True):
-        assert np.array_equal(was.topk_ids, now.topk_ids)
-        assert now.topk_logits == pytest.approx(was.topk_logits - was.logsumexp, rel=2**-10)
+        assert np.array_equal(was.topk.ids, now.topk.ids)
+        assert now.topk.logits == pytest.approx(was.topk.logits - was.topk.logsumexp, rel=2**-10)
 
 
 def test_stores_over_other_tokens_are_refused(tmp_path: Path) -> None:
@@ -177,7 +179,7 @@ def test_stores_over_other_tokens_are_refused(tmp_path: Path) -> None:
     refused("tokenizer.fingerprint is 'aaaa", store(tmp_path / "c", spec(tokenizer=tokenizer)))
     refused(r"row 6 is only in .*/a;", store(tmp_path / "d", spec(), rows=6))
     draws = spec(profile="sampled", top_k=4)
-    counts = sample(0, draws, answers=0)
+    counts = with_topk(sample(0, draws, answers=0), draws=True)
     refused("draws that have no top-K", write(tmp_path / "e", draws, [counts]))
     refused("weights must be above 0", tmp_path / "a", (1, 0))
     refused("3 weights for 2 stores", tmp_path / "a", (1, 1, 1))

@@ -24,7 +24,7 @@ PROFILES = {
 
 def everything(directory: Path) -> list[object]:
     return [
-        (s.row, s.input_ids.tolist(), s.topk_ids.tolist(), s.topk_logits.tolist())
+        (s.row, s.input_ids.tolist(), s.topk.ids.tolist(), s.topk.logits.tolist())
         for s in Store(directory)
     ]
 

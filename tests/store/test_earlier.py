@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.store import Sample, Store, StoreError, StoreSpec, StoreWriter
-from nemo_kd.store.earlier import EarlierStore, Tokens
-from tests.store.samples import sample, spec
+from nemo_kd.store.earlier import EarlierStore
+from nemo_kd.store.sample import Tokens
+from tests.store.samples import each_array, sample, spec
 from tests.store.test_writer import contents
 
 ROWS = [sample(row, spec(), 1 + row % 4) for row in range(8)]  # shards of 3, 3, 2
@@ -65,8 +66,8 @@ def masked(row: int) -> list[Sample]:
     one = ROWS[row]
     mask = one.loss_mask.copy()
     mask[one.answer_positions()[0]] = 0
-    parts = {name: getattr(one, name)[1:] for name in ("topk_ids", "topk_logits", "logsumexp")}
-    return [replace(one, loss_mask=mask, **parts) if r.row == row else r for r in ROWS]
+    less = replace(each_array(one, lambda rows: rows[1:]), loss_mask=mask)
+    return [less if r.row == row else r for r in ROWS]
 
 
 NOW = {

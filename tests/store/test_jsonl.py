@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import StoreError, read_jsonl, write_jsonl
-from nemo_kd.store.codecs import ABSENT_ID
 from nemo_kd.store.tools.chunks import chunk_paths
 from nemo_kd.store.tools.jsonl import MOST_PADDING, Padding
+from nemo_kd.topk import ABSENT_ID
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec
 
@@ -49,9 +49,9 @@ def test_a_line_is_the_sample_shifted_by_one(tmp_path: Path) -> None:
     assert one.row == 5
     assert one.input_ids.tolist() == [7, 8, 9, 2]
     assert one.loss_mask.tolist() == [0, 0, 1, 1]
-    assert one.topk_ids.tolist() == [[9, 4], [4, 2]]
-    assert one.topk_logits.tolist() == [[3.0, 2.0], [5.0, 4.0]]
-    assert one.logsumexp.tolist() == [[3.5], [5.5]]
+    assert one.topk.ids.tolist() == [[9, 4], [4, 2]]
+    assert one.topk.logits.tolist() == [[3.0, 2.0], [5.0, 4.0]]
+    assert one.topk.logsumexp.tolist() == [[3.5], [5.5]]
 
 
 def test_padding_after_the_answer_is_cut(tmp_path: Path) -> None:
@@ -66,7 +66,7 @@ def test_padding_after_the_answer_is_cut(tmp_path: Path) -> None:
     (plain,) = read_jsonl(lines(tmp_path / "a.jsonl", record()), spec(top_k=2))
     (cut,) = read_jsonl(lines(tmp_path / "b.jsonl", padded), spec(top_k=2))
     assert cut.input_ids.tolist() == plain.input_ids.tolist()
-    assert cut.topk_ids.tolist() == plain.topk_ids.tolist()
+    assert cut.topk.ids.tolist() == plain.topk.ids.tolist()
 
 
 @pytest.mark.parametrize("chunk", [None, 1, 3, 100])
@@ -80,19 +80,19 @@ def test_written_and_read_it_is_the_same_sample(tmp_path: Path, chunk: int | Non
         assert was.row == now.row
         assert np.array_equal(was.input_ids, now.input_ids)
         assert np.array_equal(was.loss_mask[1:], now.loss_mask[1:])
-        assert np.array_equal(was.topk_ids, now.topk_ids)
-        assert np.allclose(was.topk_logits, now.topk_logits, atol=1e-5)
-        assert np.allclose(was.logsumexp, now.logsumexp, atol=1e-5)
+        assert np.array_equal(was.topk.ids, now.topk.ids)
+        assert np.allclose(was.topk.logits, now.topk.logits, atol=1e-5)
+        assert np.allclose(was.topk.logsumexp, now.topk.logsumexp, atol=1e-5)
 
 
 def test_absent_places_survive(tmp_path: Path) -> None:
     one = sample(0, spec(top_k=4), 2)
-    one.topk_ids[:, 3], one.topk_logits[:, 3] = ABSENT_ID, -np.inf
+    one.topk.ids[:, 3], one.topk.logits[:, 3] = ABSENT_ID, -np.inf
     write_jsonl(tmp_path / "x.jsonl", [one])
     assert "Infinity" not in (tmp_path / "x.jsonl").read_text()
     (read,) = read_jsonl(tmp_path / "x.jsonl", spec(top_k=4))
-    assert np.array_equal(read.topk_ids, one.topk_ids)
-    assert np.isneginf(read.topk_logits[:, 3]).all()
+    assert np.array_equal(read.topk.ids, one.topk.ids)
+    assert np.isneginf(read.topk.logits[:, 3]).all()
 
 
 BROKEN: dict[str, tuple[Any, str]] = {
@@ -157,13 +157,13 @@ def test_ids_of_the_padding_are_dropped_and_counted(tmp_path: Path) -> None:
     path = lines(tmp_path / "x.jsonl", record(topk_logits=logits, topk_token_ids=ids))
     padding = Padding()
     (one,) = read_jsonl(path, spec(top_k=4), padding=padding)
-    assert one.topk_ids.tolist() == [[9, 4, ABSENT_ID, ABSENT_ID], [4, 2, 7, ABSENT_ID]]
-    assert one.topk_logits.tolist() == [[3, 1, -np.inf, -np.inf], [4, 3, 2, -np.inf]]
-    assert one.logsumexp.tolist() == [[3.5], [5.5]]  # of all ids, as the file has it
+    assert one.topk.ids.tolist() == [[9, 4, ABSENT_ID, ABSENT_ID], [4, 2, 7, ABSENT_ID]]
+    assert one.topk.logits.tolist() == [[3, 1, -np.inf, -np.inf], [4, 3, 2, -np.inf]]
+    assert one.topk.logsumexp.tolist() == [[3.5], [5.5]]  # of all ids, as the file has it
     assert (padding.ids, padding.tokens) == (3, 2)  # none of a prompt's, where no one looks
     assert padding.mass == pytest.approx(np.exp([-1.5, -3.5, -0.5]).sum())
     (cut,) = read_jsonl(path, spec(top_k=2), padding=Padding())
-    assert cut.topk_ids.tolist() == [[9, 4], [4, 2]]
+    assert cut.topk.ids.tolist() == [[9, 4], [4, 2]]
     with pytest.warns(UserWarning, match="x.jsonl: 3 ids of the vocabulary's padding were dropped"):
         list(read_jsonl(path, spec(top_k=4)))
 

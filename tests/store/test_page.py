@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import Sample, Store, StoreSpec
+from nemo_kd.topk import TopK
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec, store, write
 
@@ -37,9 +39,9 @@ def assert_reads(page: dict[str, Any], directory: Path) -> None:
         assert row == expected.row
         assert np.array_equal(tokens, expected.input_ids)
         assert np.array_equal(mask, expected.loss_mask)
-        assert np.array_equal(ids, expected.topk_ids)
-        assert np.allclose(logits, expected.topk_logits, atol=1e-5)
-        assert np.array_equal(lse, expected.logsumexp)
+        assert np.array_equal(ids, expected.topk.ids)
+        assert np.allclose(logits, expected.topk.logits, atol=1e-5)
+        assert np.array_equal(lse, expected.topk.logsumexp)
 
 
 @pytest.mark.parametrize("vocab_size", [500, 65_536, 262_144])
@@ -58,10 +60,10 @@ def test_the_pages_reader_reads_absent_places_and_empty_answers(
     of = spec(**PROFILES[profile])
     one = sample(1, of, 4)
     for token, present in enumerate((3, 1, of.top_k, of.top_k - 1)):
-        one.topk_ids[token, present:], one.topk_logits[token, present:] = -1, -np.inf
+        one.topk.ids[token, present:], one.topk.logits[token, present:] = -1, -np.inf
     directory = write(tmp_path / "s", of, [sample(0, of, 0), one])
     assert_reads(page, directory)
-    assert (Store(directory)[1].topk_ids == -1).any()
+    assert (Store(directory)[1].topk.ids == -1).any()
 
 
 def draws(row: int, of: StoreSpec) -> Sample:
@@ -72,9 +74,10 @@ def draws(row: int, of: StoreSpec) -> Sample:
     counts[:, 0] += k - counts.sum(1)
     with np.errstate(divide="ignore"):
         logits = np.log(counts / k).astype(np.float32)
-    ids = np.where(counts > 0, base.topk_ids, -1)
+    ids = np.where(counts > 0, base.topk.ids, -1)
     zeros = np.zeros((k, 1), np.float32)
-    return Sample(row, base.input_ids, base.loss_mask, ids, logits, zeros)
+    topk = TopK(ids=ids, logits=logits, logsumexp=zeros, draws=True)
+    return replace(base, topk=topk)
 
 
 @pytest.mark.parametrize(("vocab_size", "top_k"), [(500, 7), (49_152, 50), (262_144, 200)])

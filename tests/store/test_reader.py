@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import multiprocessing
 import resource
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nemo_kd.store import Sample, Store, StoreError
+from nemo_kd.store import Store, StoreError
 from nemo_kd.store.indexed import FieldReader
+from nemo_kd.topk import TopK
 from tests.store.samples import sample, spec, store, write
 
 
@@ -45,7 +47,9 @@ def read_rows(job: tuple[Store, int]) -> list[tuple[int, list[int], list[float]]
     opened, seed = job
     order = np.random.default_rng(seed).permutation(len(opened)).tolist()
     read = [opened[i] for i in order]
-    return sorted((s.row, s.topk_ids.ravel().tolist(), s.logsumexp.ravel().tolist()) for s in read)
+    return sorted(
+        (s.row, s.topk.ids.ravel().tolist(), s.topk.logsumexp.ravel().tolist()) for s in read
+    )
 
 
 def test_several_processes_read_one_store(tmp_path: Path) -> None:
@@ -98,11 +102,12 @@ def test_stored_draws_are_unbiased(tmp_path: Path) -> None:
         logits = np.log(counts / draws).astype(np.float32)
     base = sample(0, of, answers)
     zeros = np.zeros((answers, 1), np.float32)
-    drawn = Sample(0, base.input_ids, base.loss_mask, np.where(counts, order, -1), logits, zeros)
+    ids = np.where(counts, order, -1)
+    drawn = replace(base, topk=TopK(ids=ids, logits=logits, logsumexp=zeros, draws=True))
     read = Store(write(tmp_path / "s", of, [drawn]))[0]
-    present = read.topk_ids >= 0
+    present = read.topk.ids >= 0
     frequency = np.zeros(vocab_size)
-    np.add.at(frequency, read.topk_ids[present], np.exp(read.topk_logits[present]) / answers)
+    np.add.at(frequency, read.topk.ids[present], np.exp(read.topk.logits[present]) / answers)
     assert frequency.sum() == pytest.approx(1)
     sigma = np.sqrt(p * (1 - p) / (draws * answers))
     assert (np.abs(frequency - p) <= 5 * sigma + 1e-7).all()

@@ -6,7 +6,6 @@ import pickle
 import resource
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from nemo_kd.store import Store, StoreError, StoreSpec
 from nemo_kd.store.replaced import refuse_other_ranks
-from tests.store.samples import sample, spec, store, write
+from tests.store.samples import sample, spec, store, with_topk, write
 
 OTHER_TEACHER = {"name": "other.nemo", "fingerprint": "c" * 64}
 
@@ -25,7 +24,7 @@ def other_rows(directory: Path, of: StoreSpec, rows: int = 7) -> Path:
     """The same tokens in a store of the same sizes, other logits."""
     samples = [sample(row, of, answers=1 + row % 4) for row in range(rows)]
     shutil.rmtree(directory)
-    return write(directory, of, [replace(one, topk_logits=one.topk_logits - 1) for one in samples])
+    return write(directory, of, [with_topk(one, logits=one.topk.logits - 1) for one in samples])
 
 
 def same_teacher(directory: Path) -> Path:
@@ -55,9 +54,9 @@ REPLACED: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_a_shard_that_is_opened_later_is_of_the_manifest(tmp_path: Path, kind: str) -> None:
     change, message = REPLACED[kind]
     opened = Store(store(tmp_path / "s", spec()))
-    was = opened[0].topk_logits
+    was = opened[0].topk.logits
     change(tmp_path / "s")
-    assert (opened[0].topk_logits == was).all()  # mapped, and so still the files that were read
+    assert (opened[0].topk.logits == was).all()  # mapped, and so still the files that were read
     with pytest.raises(StoreError, match=message) as refused:
         opened[4]
     assert "start the run again" in str(refused.value)
@@ -95,7 +94,7 @@ class Rows(Dataset[Any]):
         return len(self.store)
 
     def __getitem__(self, index: int) -> float:
-        return float(self.store[index].topk_logits.sum())
+        return float(self.store[index].topk.logits.sum())
 
 
 @pytest.mark.parametrize(
@@ -105,7 +104,7 @@ def test_workers_of_a_data_loader_read_the_store_that_was_opened(
     tmp_path: Path, start: str, capfd: pytest.CaptureFixture[str]
 ) -> None:
     opened = Store(store(tmp_path / "s", spec()))
-    expected = [float(one.topk_logits.sum()) for one in Store(tmp_path / "s")]
+    expected = [float(one.topk.logits.sum()) for one in Store(tmp_path / "s")]
     loader = DataLoader(Rows(opened), num_workers=1, multiprocessing_context=start)
     assert np.allclose([float(value) for value in loader], expected)
     same_teacher(tmp_path / "s")

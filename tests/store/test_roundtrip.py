@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, Store, StoreError, StoreSpec
-from tests.store.samples import sample, spec, store, write
+from nemo_kd.topk import TopK, t1_index
+from tests.store.samples import sample, spec, store, with_topk, write
 
 HALF = 2.0**-10  # float16: half a unit in the last place of values up to 32 is 2^-7, relative 2^-11
 WIDTHS = (65_535, 65_536, 65_537, 131_071, 131_072, 262_143, 1 << 31, 1 << 32)
@@ -41,14 +42,14 @@ def test_plain(case: tuple[StoreSpec, list[Sample]]) -> None:
     with TemporaryDirectory() as directory:
         read = list(Store(write(Path(directory) / "s", of, samples)))
     assert [s.row for s in read] == [s.row for s in samples]
-    unit = of.temperatures.index(1.0)
+    unit = t1_index(of.temperatures)
     for was, now in zip(samples, read, strict=True):
         assert np.array_equal(was.input_ids, now.input_ids)
         assert np.array_equal(was.loss_mask, now.loss_mask)
-        assert np.array_equal(was.topk_ids, now.topk_ids) and now.topk_ids.dtype == np.int64
-        assert np.array_equal(was.logsumexp, now.logsumexp)
-        relative = was.topk_logits - was.logsumexp[:, unit, None]
-        error = np.abs(now.topk_logits - was.topk_logits)
+        assert np.array_equal(was.topk.ids, now.topk.ids) and now.topk.ids.dtype == np.int64
+        assert np.array_equal(was.topk.logsumexp, now.topk.logsumexp)
+        relative = was.topk.logits - was.topk.logsumexp[:, unit, None]
+        error = np.abs(now.topk.logits - was.topk.logits)
         assert (error <= HALF * np.abs(relative) + 1e-6).all()
 
 
@@ -57,19 +58,20 @@ def test_plain(case: tuple[StoreSpec, list[Sample]]) -> None:
 def test_compact_keeps_every_id_and_each_temperature(case: tuple[StoreSpec, list[Sample]]) -> None:
     of, samples = case
     of = replace(of, profile="compact")
-    unit = of.temperatures.index(1.0)
+    unit = t1_index(of.temperatures)
     with TemporaryDirectory() as directory:
         read = list(Store(write(Path(directory) / "s", of, samples)))
     for was, now in zip(samples, read, strict=True):
-        assert np.array_equal(np.sort(was.topk_ids, 1), np.sort(now.topk_ids, 1))
-        assert (now.topk_logits[:, 1:] <= now.topk_logits[:, :-1]).all()
+        assert np.array_equal(np.sort(was.topk.ids, 1), np.sort(now.topk.ids, 1))
+        assert (now.topk.logits[:, 1:] <= now.topk.logits[:, :-1]).all()
         mass = [
-            np.exp(s.topk_logits.astype(float) - s.logsumexp[:, [unit]]).sum(1) for s in (was, now)
+            np.exp(s.topk.logits.astype(float) - s.topk.logsumexp[:, [unit]]).sum(1)
+            for s in (was, now)
         ]
         assert np.allclose(*mass, atol=1e-3)
         # A shift of all logits by c shifts the log-sum-exp at T by c / T: the same distribution.
         relative = [
-            s.logsumexp - s.logsumexp[:, [unit]] / np.array(of.temperatures, np.float32)
+            s.topk.logsumexp - s.topk.logsumexp[:, [unit]] / np.array(of.temperatures, np.float32)
             for s in (was, now)
         ]
         assert np.allclose(*relative, atol=1e-5)
@@ -82,22 +84,22 @@ def test_compact_knows_how_many_ids_are_absent(tmp_path: Path, vocab_size: int, 
     of = spec(profile="compact", vocab_size=vocab_size, top_k=k, temperatures=(1.0, 2.0))
     whole = sample(0, of, 50, spread=3.0)
     present = np.arange(k) < np.random.default_rng(0).integers(1, k + 1, (50, 1))
-    logits = np.where(present, whole.topk_logits, -np.inf).astype(np.float32)
-    ids = np.where(present, whole.topk_ids, -1)
+    logits = np.where(present, whole.topk.logits, -np.inf).astype(np.float32)
+    ids = np.where(present, whole.topk.ids, -1)
     lse = np.stack([np.logaddexp.reduce(logits / t, axis=1) for t in (1.0, 2.0)], 1)
-    one = replace(whole, topk_ids=ids, topk_logits=logits, logsumexp=lse.astype(np.float32))
+    one = with_topk(whole, ids=ids, logits=logits, logsumexp=lse.astype(np.float32))
     (now,) = Store(write(tmp_path / "s", of, [one]))
-    assert np.array_equal(now.topk_ids >= 0, present)
-    assert np.array_equal(np.isfinite(now.topk_logits), present)
+    assert np.array_equal(now.topk.ids >= 0, present)
+    assert np.array_equal(np.isfinite(now.topk.logits), present)
     # As without absent places: a level's step, which is finer where the probability is.
     p = np.zeros((50, vocab_size))
     q = np.zeros((50, vocab_size))
     for of_sample, dense in ((one, p), (now, q)):
-        probability = np.exp(of_sample.topk_logits - of_sample.logsumexp[:, :1])
-        np.put_along_axis(dense, np.maximum(of_sample.topk_ids, 0), 0, 1)
+        probability = np.exp(of_sample.topk.logits - of_sample.topk.logsumexp[:, :1])
+        np.put_along_axis(dense, np.maximum(of_sample.topk.ids, 0), 0, 1)
         for token in range(50):
-            kept = of_sample.topk_ids[token] >= 0
-            dense[token, of_sample.topk_ids[token][kept]] = probability[token][kept]
+            kept = of_sample.topk.ids[token] >= 0
+            dense[token, of_sample.topk.ids[token][kept]] = probability[token][kept]
     assert np.array_equal(p > 0, q > 0)
     kl = np.sum(p * np.log(np.where(p > 0, p, 1) / np.where(p > 0, q, 1)), axis=1)
     assert (
@@ -116,11 +118,11 @@ def test_top_p_is_plain_cut_off(case: tuple[StoreSpec, list[Sample]], p: float) 
         plain = list(Store(write(Path(directory) / "plain", of, samples)))
         read = list(Store(write(Path(directory) / "cut", cut, samples)))
     for whole, now in zip(plain, read, strict=True):
-        present = now.topk_ids >= 0
-        assert present[:, :1].all() and np.array_equal(present, np.isfinite(now.topk_logits))
-        assert np.array_equal(now.topk_ids[present], whole.topk_ids[present])
-        assert np.array_equal(now.topk_logits[present], whole.topk_logits[present])
-        assert np.array_equal(now.logsumexp, whole.logsumexp)
+        present = now.topk.ids >= 0
+        assert present[:, :1].all() and np.array_equal(present, np.isfinite(now.topk.logits))
+        assert np.array_equal(now.topk.ids[present], whole.topk.ids[present])
+        assert np.array_equal(now.topk.logits[present], whole.topk.logits[present])
+        assert np.array_equal(now.topk.logsumexp, whole.topk.logsumexp)
 
 
 def log_bucket(read: Sample) -> NDArray[np.float64]:
@@ -128,8 +130,8 @@ def log_bucket(read: Sample) -> NDArray[np.float64]:
 
     Of the samples as they were, not of a plain store: float16 spoils a small rest.
     """
-    order = np.argsort(read.topk_ids, axis=1)
-    log_p = read.topk_logits.astype(np.float64) - read.logsumexp[:, :1]
+    order = np.argsort(read.topk.ids, axis=1)
+    log_p = read.topk.logits.astype(np.float64) - read.topk.logsumexp[:, :1]
     log_p = np.take_along_axis(log_p, order, 1)
     rest = np.maximum(1 - np.exp(log_p).sum(1, keepdims=True), 1e-30)
     return np.concatenate([log_p, np.log(rest)], axis=1)
@@ -145,7 +147,7 @@ def test_compact_is_a_faithful_teacher_in_few_bytes(
     compact = Store(write(tmp_path / "compact", spec(profile="compact", **options), samples))
     divergences = []
     for was, now in zip(samples, compact, strict=True):
-        assert np.array_equal(np.sort(was.topk_ids, 1), np.sort(now.topk_ids, 1))
+        assert np.array_equal(np.sort(was.topk.ids, 1), np.sort(now.topk.ids, 1))
         p, q = log_bucket(was), log_bucket(now)
         divergences.append((np.exp(q) * (q - p)).sum(1))
     assert np.concatenate(divergences).mean() <= 1e-4
@@ -171,11 +173,11 @@ def test_top_p_keeps_the_fewest_ids_that_hold_p(tmp_path: Path) -> None:
     samples = [sample(row, of, 20, spread=3.0) for row in range(3)]
     cut = spec(top_k=50, profile="top_p", profile_options={"p": 0.8})
     for was, now in zip(samples, Store(write(tmp_path / "s", cut, samples)), strict=True):
-        p = np.exp(was.topk_logits.astype(np.float64) - was.logsumexp)
+        p = np.exp(was.topk.logits.astype(np.float64) - was.topk.logsumexp)
         kept = np.minimum((p.cumsum(1) < 0.8).sum(1) + 1, 50)
-        assert np.array_equal((now.topk_ids >= 0).sum(1), kept)
+        assert np.array_equal((now.topk.ids >= 0).sum(1), kept)
         for a, count in enumerate(kept):
-            assert np.array_equal(now.topk_ids[a, :count], was.topk_ids[a, :count])
+            assert np.array_equal(now.topk.ids[a, :count], was.topk.ids[a, :count])
 
 
 def test_sampled_keeps_ids_and_counts_in_few_bytes(tmp_path: Path) -> None:
@@ -191,12 +193,11 @@ def test_sampled_keeps_ids_and_counts_in_few_bytes(tmp_path: Path) -> None:
     with np.errstate(divide="ignore"):
         logits = np.log(counts / draws).astype(np.float32)
     base = sample(0, of, answers)
-    drawn = Sample(
-        0, base.input_ids, base.loss_mask, ids, logits, np.zeros((answers, 1), np.float32)
-    )
+    zeros = np.zeros((answers, 1), np.float32)
+    drawn = replace(base, topk=TopK(ids=ids, logits=logits, logsumexp=zeros, draws=True))
     read = Store(write(tmp_path / "s", of, [drawn]))
-    assert np.array_equal(read[0].topk_ids, ids)
-    assert np.array_equal(np.rint(np.exp(read[0].topk_logits) * draws), counts)
+    assert np.array_equal(read[0].topk.ids, ids)
+    assert np.array_equal(np.rint(np.exp(read[0].topk.logits) * draws), counts)
     files = read.manifest.shards[0].files
     assert (files["entries.bin"].bytes + files["distinct.bin"].bytes) / answers <= 40
 
@@ -204,7 +205,7 @@ def test_sampled_keeps_ids_and_counts_in_few_bytes(tmp_path: Path) -> None:
 def test_a_row_without_answers_is_kept_and_counted(tmp_path: Path) -> None:
     of = spec()
     read = Store(write(tmp_path / "s", of, [sample(0, of, 0), sample(1, of, 2)]))
-    assert read[0].topk_ids.shape == (0, 5)
+    assert read[0].topk.ids.shape == (0, 5)
     assert read.manifest.totals["samples_without_answer"] == 1
 
 
@@ -220,12 +221,13 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
     of = spec()
     good = sample(0, of, 3)
     broken = {
-        "logits must fall": {"topk_logits": good.topk_logits[:, ::-1]},
-        "an id out of place: ": {"topk_ids": good.topk_ids + 500},
-        "a logit that is not a number": {"topk_logits": good.topk_logits * np.nan},
-        "topk_ids is": {"topk_ids": good.topk_ids[:2]},
+        "logits must fall": {"logits": good.topk.logits[:, ::-1]},
+        "an id out of place: ": {"ids": good.topk.ids + 500},
+        "a logit that is not a number": {"logits": good.topk.logits * np.nan},
+        r"topk\.ids is": {"ids": good.topk.ids[:2]},
+        "log-sum-exp has temperatures": {"temperatures": (2.0,)},
+        "TopK.draws=True, but the profile is plain": {"draws": True},
     }
     for message, change in broken.items():
-        fields = {**good.__dict__, **change}
         with pytest.raises(StoreError, match=f"row 0: .*{message}"):
-            write(tmp_path / message.replace(" ", "-"), of, [Sample(**fields)])
+            write(tmp_path / message.replace(" ", "-"), of, [with_topk(good, **change)])

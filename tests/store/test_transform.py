@@ -25,7 +25,7 @@ def bits(opened: Store, offset: int = 0) -> dict[int, tuple[bytes, ...]]:
     return {
         one.row + offset: tuple(
             array.tobytes()
-            for array in (one.input_ids, one.topk_ids, one.topk_logits, one.logsumexp)
+            for array in (one.input_ids, one.topk.ids, one.topk.logits, one.topk.logsumexp)
         )
         for one in opened
     }
@@ -88,11 +88,11 @@ def test_statistics_are_the_plain_sums(tmp_path: Path) -> None:
     masses, entropies, first, kept, nll = [], [], 0, 0, 0.0
     for one in opened:
         for a, position in enumerate(one.answer_positions()):
-            p = np.exp(one.topk_logits[a].astype(float) - one.logsumexp[a, 0])
+            p = np.exp(one.topk.logits[a].astype(float) - one.topk.logsumexp[a, 0])
             outcomes = np.append(p, max(1 - p.sum(), 1e-300))
             masses.append(p.sum())
             entropies.append(-(outcomes * np.log(outcomes)).sum())
-            found = one.topk_ids[a].tolist()
+            found = one.topk.ids[a].tolist()
             label = int(one.input_ids[position])
             first += found[0] == label
             if label in found:

@@ -25,7 +25,7 @@ def edit(path: Path, dtype: str, change: Callable[[Any], None]) -> None:
 
 def place(directory: Path) -> int:
     """Where the logits of row 4's first answer token begin in its shard's files."""
-    return 5 * len(Store(directory)[3].topk_ids)
+    return 5 * len(Store(directory)[3].topk.ids)
 
 
 def swap(values: Any, i: int) -> None:
@@ -156,8 +156,8 @@ def test_a_samples_checksum_is_that_of_its_tokens(tmp_path: Path) -> None:
     one = Store(directory)[2]
     row, checksum, sealed = np.fromfile(directory / "shard-00000/rows.bin", "<i8")[6:9].tolist()
     assert row == 2 and checksum == token_checksum(one.input_ids, one.loss_mask)
-    halves = (one.topk_logits - one.logsumexp).astype(np.float16).view(np.uint16)
-    arrays = [one.topk_ids.astype(np.uint16), halves, one.logsumexp]
+    halves = (one.topk.logits - one.topk.logsumexp).astype(np.float16).view(np.uint16)
+    arrays = [one.topk.ids.astype(np.uint16), halves, one.topk.logsumexp]
     assert sealed == seal(2, word_sums(array.ravel() for array in arrays))
     other = one.input_ids.copy()
     other[0] ^= 1

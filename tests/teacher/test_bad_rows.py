@@ -34,13 +34,13 @@ def test_a_logit_of_minus_infinity_is_an_absent_id(world: Path, profile: str) ->
     store = Store(world / f"store-{profile}")
     assert len(store) == 9 and not store.verify()
     for sample in store:
-        present = sample.topk_ids >= 0
-        assert np.array_equal(present, np.isfinite(sample.topk_logits))
+        present = sample.topk.ids >= 0
+        assert np.array_equal(present, np.isfinite(sample.topk.logits))
         if profile != "sampled":
             assert (present.sum(1) == len(PRESENT)).all()
-            mass = np.exp(sample.topk_logits - sample.logsumexp[:, :1]).sum(1)
+            mass = np.exp(sample.topk.logits - sample.topk.logsumexp[:, :1]).sum(1)
             assert np.abs(mass - 1).max() < 2e-3  # float16's
-        assert set(sample.topk_ids[present]) <= set(PRESENT)
+        assert set(sample.topk.ids[present]) <= set(PRESENT)
 
 
 def test_all_bad_rows_are_named_before_the_first_pass(

@@ -185,9 +185,9 @@ def test_a_dump_of_the_written_file_gives_the_same_store(world: Path) -> None:
         assert np.array_equal(ours.input_ids, again.input_ids)
         assert np.array_equal(ours.loss_mask, again.loss_mask)
         assert ours.input_ids[-1] == 0  # the end of the sequence is learnt too
-        assert np.array_equal(ours.topk_ids, again.topk_ids)
-        assert np.abs(ours.topk_logits - again.topk_logits).max() < 2**-6  # float16
-        assert np.abs(ours.logsumexp - again.logsumexp).max() < 1e-4
+        assert np.array_equal(ours.topk.ids, again.topk.ids)
+        assert np.abs(ours.topk.logits - again.topk.logits).max() < 2**-6  # float16
+        assert np.abs(ours.topk.logsumexp - again.topk.logsumexp).max() < 1e-4
     assert not answers.verify()
 
 
@@ -218,9 +218,9 @@ def assert_same_answers(directory: Path, other: Path) -> None:
     for a, b in zip(Store(directory), Store(other), strict=True):
         assert a.row == b.row
         assert np.array_equal(a.input_ids, b.input_ids)
-        assert np.array_equal(a.topk_ids, b.topk_ids)
-        assert np.abs(a.topk_logits - b.topk_logits).max() < 2**-6  # float16
-        assert np.abs(a.logsumexp - b.logsumexp).max() < 1e-4
+        assert np.array_equal(a.topk.ids, b.topk.ids)
+        assert np.abs(a.topk.logits - b.topk.logits).max() < 2**-6  # float16
+        assert np.abs(a.topk.logsumexp - b.topk.logsumexp).max() < 1e-4
 
 
 def test_the_converted_teacher_writes_the_same_in_nemo(world: Path) -> None:

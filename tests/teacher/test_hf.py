@@ -156,7 +156,7 @@ def test_a_gguf_file_gives_what_the_directory_gives(world: Path) -> None:
         assert np.array_equal(a.input_ids, b.input_ids)
         # The file's vocabulary has one token more, which may push out the last of the K.
         for ids, logits, theirs, their_logits in zip(
-            a.topk_ids, a.topk_logits, b.topk_ids, b.topk_logits, strict=True
+            a.topk.ids, a.topk.logits, b.topk.ids, b.topk.logits, strict=True
         ):
             common, here, there = np.intersect1d(ids, theirs, return_indices=True)
             assert len(common) >= len(ids) - 1

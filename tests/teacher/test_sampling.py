@@ -11,6 +11,7 @@ import torch
 
 from nemo_kd.store import Sample, Store
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
+from nemo_kd.topk import TopK
 from tests.loss.sharded import columns, group, padded, run
 from tests.store.samples import spec, write
 
@@ -139,9 +140,10 @@ def test_what_is_drawn_is_what_a_store_holds(tmp_path: Path) -> None:
     topk = vocab_parallel_sample(teacher(6), 50, uniforms(0, 0, 6))
     ids, logits = topk.ids.numpy(), topk.logits.numpy()
     mask = np.array([0] + [1] * 6, np.uint8)
-    made = Sample(0, np.arange(7), mask, ids, logits, np.zeros((6, 1), np.float32))
+    drawn = TopK(ids=ids, logits=logits, logsumexp=np.zeros((6, 1), np.float32), draws=True)
+    made = Sample(0, np.arange(7), mask, drawn)
     read = Store(write(tmp_path / "s", of, [made]))[0]
-    assert np.array_equal(read.topk_ids, ids) and np.array_equal(read.topk_logits, logits)
+    assert np.array_equal(read.topk.ids, ids) and np.array_equal(read.topk.logits, logits)
 
 
 def test_refusals() -> None:

@@ -1,7 +1,7 @@
 """Profiles: how the teacher's part of a sample is laid out on disk."""
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs.base import ABSENT_ID, Codec, Teacher
+from nemo_kd.store.codecs.base import Codec
 from nemo_kd.store.codecs.compact import Compact
 from nemo_kd.store.codecs.plain import Plain
 from nemo_kd.store.codecs.sampled import Sampled
@@ -18,4 +18,4 @@ def codec_of(spec: StoreSpec) -> Codec:
     return CODECS[spec.profile](spec)
 
 
-__all__ = ["ABSENT_ID", "CODECS", "Codec", "Sampled", "Teacher", "TopP", "codec_of"]
+__all__ = ["CODECS", "Codec", "Sampled", "TopP", "codec_of"]

@@ -1,36 +1,26 @@
 """What a profile must do: the teacher's part of a sample to arrays on disk, and back.
 
-A place of a `[A, K]` row that holds no token is *absent*: id -1 and logit -inf. Absent places are
-the last of their row; which profiles have them is said in each.
+Entries of a row [K] beyond the ids that a teacher has, or that the profile keeps, are *absent*:
+id -1 and logit -inf, last in their row.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.store.spec import StoreSpec
-
-ABSENT_ID = -1
-
-
-class Teacher(NamedTuple):
-    """The teacher at A answer tokens."""
-
-    ids: NDArray[np.int64]  # [A, K]
-    logits: NDArray[np.float32]  # [A, K]
-    logsumexp: NDArray[np.float32]  # [A, T]
-
+from nemo_kd.topk import TopK, t1_index
 
 Arrays = dict[str, NDArray[Any]]
 
 
 class Codec(ABC):
-    """`decode(encode(teacher), A)` is the teacher, to the profile's stated error."""
+    """`decode(encode(topk), A)` equals topk up to the profile's stated error."""
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
@@ -43,7 +33,7 @@ class Codec(ABC):
             raise StoreError(f"profile {self.name} has no option {unknown}; it knows: {known}")
         self.spec = spec
         self.temperatures = len(spec.temperatures)
-        self.unit_temperature = spec.temperatures.index(1.0)
+        self.t1 = t1_index(spec.temperatures)
 
     @property
     @abstractmethod
@@ -51,21 +41,27 @@ class Codec(ABC):
         """Field → dtype of its `.bin` file, in the order of the checksum; at most four."""
 
     @abstractmethod
-    def encode(self, teacher: Teacher) -> Arrays:
+    def encode(self, topk: TopK) -> Arrays:
         """One flat array for each field. StoreError where the profile cannot hold the teacher."""
 
     @abstractmethod
-    def decode(self, arrays: Arrays, answers: int) -> Teacher:
+    def decode(self, arrays: Arrays, answers: int) -> TopK:
         """Raises ValueError when the arrays cannot be those of A = `answers` tokens."""
+
+    def topk(self, ids: Any, logits: Any, logsumexp: Any) -> TopK:
+        """What `decode` returns, with the spec's temperatures."""
+        return TopK(
+            ids=ids, logits=logits, logsumexp=logsumexp, temperatures=self.spec.temperatures
+        )
 
     @abstractmethod
     def bytes_per_token(self, kept: float) -> float:
         """Of an answer token with `kept` ids, its tokens and indices left out."""
 
 
-def relative_logits(teacher: Teacher, unit_temperature: int) -> NDArray[np.float32]:
+def relative_logits(topk: TopK, t1: int) -> NDArray[np.float32]:
     """`z - L` [A, K] float32, at most 0: rounding may put a probability a hair above 1."""
-    relative = teacher.logits - teacher.logsumexp[:, unit_temperature, None]
+    relative: NDArray[np.float32] = topk.logits - topk.logsumexp[:, t1, None]
     return np.minimum(relative, np.float32(0), out=relative)
 
 

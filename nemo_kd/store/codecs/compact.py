@@ -28,9 +28,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, relative_logits
+from nemo_kd.store.codecs.base import Arrays, Codec, relative_logits
 from nemo_kd.store.codecs.bits import SPARE, get, get_unary, put, put_unary
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.topk import ABSENT_ID, TopK
 
 FINER_SHARE = 5  # one id in five has a finer level
 FINER_BITS = 2
@@ -67,10 +68,10 @@ class Compact(Codec):
     def dtypes(self) -> dict[str, type[np.generic]]:
         return {"records": np.uint8, "lse": np.float32}
 
-    def encode(self, teacher: Teacher) -> Arrays:
-        relative = relative_logits(teacher, self.unit_temperature)
+    def encode(self, topk: TopK) -> Arrays:
+        relative = relative_logits(topk, self.t1)
         levels, ranges = self._finest_levels(relative)
-        ids = np.maximum(teacher.ids, 0)  # of absent places any, and any number of times
+        ids = np.maximum(topk.ids, 0)  # of absent places any, and any number of times
         ids, levels = sort_pairs(ids, levels, self.level_bits + FINER_BITS)
         coarse = levels >> FINER_BITS
         # No two have level and id alike: what is sorted along with them never decides.
@@ -85,10 +86,10 @@ class Compact(Codec):
         put_unary(bits, self.high_at, ids >> self.low_bits)
         return {
             "records": np.packbits(bits, axis=1, bitorder="little").ravel(),
-            "lse": self._relative_logsumexp(teacher.logsumexp).ravel(),
+            "lse": self._relative_logsumexp(topk.logsumexp).ravel(),
         }
 
-    def decode(self, arrays: Arrays, answers: int) -> Teacher:
+    def decode(self, arrays: Arrays, answers: int) -> TopK:
         size = answers * self.record_bytes
         if len(arrays["records"]) != size:
             raise ValueError(f"{len(arrays['records'])} bytes of records, expected {size}")
@@ -105,9 +106,9 @@ class Compact(Codec):
             ids[absent] = ABSENT_ID
         logits = self._log_probabilities(units, halves[:, :1], np.abs(halves[:, 1:]), absent)
         logsumexp = np.zeros((answers, self.temperatures), np.float32)
-        others = [j for j in range(self.temperatures) if j != self.unit_temperature]
+        others = [j for j in range(self.temperatures) if j != self.t1]
         logsumexp[:, others] = arrays["lse"].reshape(answers, len(others))
-        return Teacher(ids, logits, logsumexp)
+        return self.topk(ids, logits, logsumexp)
 
     def bytes_per_token(self, kept: float) -> float:
         return self.record_bytes + 4 * (self.temperatures - 1)
@@ -166,9 +167,9 @@ class Compact(Codec):
 
     def _relative_logsumexp(self, logsumexp: NDArray[np.float32]) -> NDArray[np.float32]:
         """[A, T - 1]: `L_T - L / T`, that of the log-probabilities, for each T but 1."""
-        unit = logsumexp[:, self.unit_temperature, None]
+        unit = logsumexp[:, self.t1, None]
         relative = logsumexp - unit / np.array(self.spec.temperatures, np.float32)
-        return np.delete(relative, self.unit_temperature, axis=1)
+        return np.delete(relative, self.t1, axis=1)
 
     def _get(self, padded: NDArray[np.uint8], offset: int, width: int, count: int) -> NDArray[Any]:
         fields = get(padded, self.record_bytes, offset, width, count)

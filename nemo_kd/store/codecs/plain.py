@@ -15,8 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, relative_logits
+from nemo_kd.store.codecs.base import Arrays, Codec, relative_logits
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.topk import ABSENT_ID, TopK
 
 UINT16_VOCABULARY = 1 << 16
 
@@ -28,22 +29,22 @@ class Plain(Codec):
     def dtypes(self) -> dict[str, type[np.generic]]:
         return {"topk_ids": id_dtype(self.spec), "topk_logits": np.uint16, "lse": np.float32}
 
-    def encode(self, teacher: Teacher) -> Arrays:
+    def encode(self, topk: TopK) -> Arrays:
         return {
-            "topk_ids": pack_ids(teacher.ids, id_dtype(self.spec)).ravel(),
-            "topk_logits": to_half(relative_logits(teacher, self.unit_temperature)).ravel(),
-            "lse": teacher.logsumexp.ravel(),
+            "topk_ids": pack_ids(topk.ids, id_dtype(self.spec)).ravel(),
+            "topk_logits": to_half(relative_logits(topk, self.t1)).ravel(),
+            "lse": topk.logsumexp.ravel(),
         }
 
-    def decode(self, arrays: Arrays, answers: int) -> Teacher:
+    def decode(self, arrays: Arrays, answers: int) -> TopK:
         shape = (answers, self.spec.top_k)
         ids = unpack_ids(arrays["topk_ids"].reshape(shape))
         logsumexp = arrays["lse"].reshape(answers, self.temperatures).copy()
         half = arrays["topk_logits"].reshape(shape)
-        logits = from_half(half, logsumexp[:, self.unit_temperature, None])
+        logits = from_half(half, logsumexp[:, self.t1, None])
         if np.maximum.reduce(half[:, -1], initial=0) >= HALF_MINUS_INFINITY:  # the largest uint16
             ids[half == HALF_MINUS_INFINITY] = ABSENT_ID
-        return Teacher(ids, logits, logsumexp)
+        return self.topk(ids, logits, logsumexp)
 
     def bytes_per_token(self, kept: float) -> float:
         width = np.dtype(id_dtype(self.spec)).itemsize

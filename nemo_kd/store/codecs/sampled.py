@@ -17,8 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, ragged
+from nemo_kd.store.codecs.base import Arrays, Codec, ragged
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.topk import ABSENT_ID, TopK
 
 MOST_DRAWS = 255
 
@@ -44,24 +45,24 @@ class Sampled(Codec):
     def dtypes(self) -> dict[str, type[np.generic]]:
         return {"distinct": np.uint8, "entries": np.uint8}
 
-    def encode(self, teacher: Teacher) -> Arrays:
+    def encode(self, topk: TopK) -> Arrays:
         draws = self.spec.top_k
-        shares = np.exp(np.minimum(teacher.logits, 0), dtype=np.float64)
+        shares = np.exp(np.minimum(topk.logits, 0), dtype=np.float64)
         counts = np.rint(shares * draws).astype(np.int64)
-        if (counts.sum(axis=1) != draws).any() or teacher.logsumexp.any():
+        if (counts.sum(axis=1) != draws).any() or topk.logsumexp.any():
             raise StoreError(
                 f"profile sampled takes counts of {draws} draws, as logits log(count / {draws}) "
                 "and log-sum-exp 0; a top-K teacher cannot be turned into draws"
             )
         drawn = counts > 0
-        numbers = (teacher.ids[drawn] * draws + counts[drawn] - 1).astype("<u8")
+        numbers = (topk.ids[drawn] * draws + counts[drawn] - 1).astype("<u8")
         octets = numbers.view(np.uint8).reshape(-1, 8)[:, : self.width]
         return {
             "distinct": drawn.sum(axis=1).astype(np.uint8),
             "entries": np.ascontiguousarray(octets).ravel(),
         }
 
-    def decode(self, arrays: Arrays, answers: int) -> Teacher:
+    def decode(self, arrays: Arrays, answers: int) -> TopK:
         draws = self.spec.top_k
         octets = arrays["entries"].reshape(-1, self.width)
         padded = np.zeros((len(octets), 8), np.uint8)
@@ -70,7 +71,12 @@ class Sampled(Codec):
         distinct = arrays["distinct"].reshape(answers)
         ids = ragged(distinct, draws, ABSENT_ID, numbers // draws)
         counts = ragged(distinct, draws, 0, numbers % draws + 1)
-        return Teacher(ids, log_frequency(counts, draws), np.zeros((answers, 1), np.float32))
+        return TopK(
+            ids=ids,
+            logits=log_frequency(counts, draws),
+            logsumexp=np.zeros((answers, 1), np.float32),
+            draws=True,
+        )
 
     def bytes_per_token(self, kept: float) -> float:
         return 1 + self.width * kept

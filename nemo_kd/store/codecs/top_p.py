@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs.base import ABSENT_ID, Arrays, Codec, Teacher, ragged, relative_logits
+from nemo_kd.store.codecs.base import Arrays, Codec, ragged, relative_logits
 from nemo_kd.store.codecs.plain import (
     HALF_MINUS_INFINITY,
     from_half,
@@ -21,6 +21,7 @@ from nemo_kd.store.codecs.plain import (
     unpack_ids,
 )
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.topk import ABSENT_ID, TopK
 
 MOST_KEPT = (1 << 16) - 1
 
@@ -47,8 +48,8 @@ class TopP(Codec):
             "lse": np.float32,
         }
 
-    def encode(self, teacher: Teacher) -> Arrays:
-        relative = relative_logits(teacher, self.unit_temperature)
+    def encode(self, topk: TopK) -> Arrays:
+        relative = relative_logits(topk, self.t1)
         mass = np.exp(relative, dtype=np.float64).cumsum(axis=1)
         present = np.isfinite(relative)
         # One more than those before which p is not yet reached; what is absent cannot be kept.
@@ -56,19 +57,19 @@ class TopP(Codec):
         chosen = np.arange(self.spec.top_k) < kept[:, None]
         return {
             "kept": kept.astype(np.uint16),
-            "topk_ids": pack_ids(teacher.ids[chosen], id_dtype(self.spec)),
+            "topk_ids": pack_ids(topk.ids[chosen], id_dtype(self.spec)),
             "topk_logits": to_half(relative[chosen]),
-            "lse": teacher.logsumexp.ravel(),
+            "lse": topk.logsumexp.ravel(),
         }
 
-    def decode(self, arrays: Arrays, answers: int) -> Teacher:
+    def decode(self, arrays: Arrays, answers: int) -> TopK:
         kept = arrays["kept"].reshape(answers)
         width = self.spec.top_k
         ids = ragged(kept, width, ABSENT_ID, unpack_ids(arrays["topk_ids"]))
         half = ragged(kept, width, HALF_MINUS_INFINITY, arrays["topk_logits"])
         logsumexp = arrays["lse"].reshape(answers, self.temperatures).copy()
-        logits = from_half(half, logsumexp[:, self.unit_temperature, None])
-        return Teacher(ids, logits, logsumexp)
+        logits = from_half(half, logsumexp[:, self.t1, None])
+        return self.topk(ids, logits, logsumexp)
 
     def bytes_per_token(self, kept: float) -> float:
         width = np.dtype(id_dtype(self.spec)).itemsize

@@ -97,9 +97,9 @@ class Agreement:
     @classmethod
     def of_sample(cls, sample: Sample, spec: StoreSpec) -> Agreement:
         """One sample's answer tokens."""
-        unit = spec.temperatures.index(1.0)
-        log_p = sample.topk_logits.astype(np.float64) - sample.logsumexp[:, unit, None]
-        return cls.of_row(sample.input_ids, sample.answer_positions(), sample.topk_ids, log_p, spec)
+        topk = sample.topk
+        log_p = topk.logits.astype(np.float64) - topk.at(1.0).logsumexp[:, None]
+        return cls.of_row(sample.input_ids, sample.answer_positions(), topk.ids, log_p, spec)
 
     @classmethod
     def of_row(

@@ -24,11 +24,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs import ABSENT_ID, Sampled, Teacher
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.tools.transform import Progress, refuse_own_source, write_samples
+from nemo_kd.topk import ABSENT_ID, TopK
 
 
 def average(
@@ -57,10 +58,10 @@ def average(
     return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
 
 
-def mix(teachers: Sequence[Teacher], weights: Sequence[float], top_k: int) -> Teacher:
+def mix(teachers: Sequence[TopK], weights: Sequence[float], top_k: int) -> TopK:
     """The `top_k` likeliest ids of the mixture; weights sum to 1.
 
-    Each teacher: ids and logits [A, K_a], log-sum-exp [A, 1] at T = 1, absent places allowed.
+    Each teacher: ids and logits [A, K_a], log-sum-exp [A, T] with T = 1 among its temperatures.
     Returns ids [A, K], logits `log m` [A, K] by falling value, ties by the lower id, and the
     log-sum-exp 0 [A, 1]. At least one teacher has `K_a >= top_k`.
     """
@@ -71,14 +72,16 @@ def mix(teachers: Sequence[Teacher], weights: Sequence[float], top_k: int) -> Te
     ids, log_m = _add_equal(np.take_along_axis(ids, order, 1), np.take_along_axis(log_p, order, 1))
     order = (-log_m).argsort(axis=1, kind="stable")[:, :top_k]
     logits = np.take_along_axis(log_m, order, 1).astype(np.float32)
-    return Teacher(
-        np.take_along_axis(ids, order, 1), logits, np.zeros((len(logits), 1), np.float32)
+    return TopK(
+        ids=np.take_along_axis(ids, order, 1),
+        logits=logits,
+        logsumexp=np.zeros((len(logits), 1), np.float32),
     )
 
 
-def _log_p(teacher: Teacher) -> NDArray[np.float64]:
+def _log_p(topk: TopK) -> NDArray[np.float64]:
     """[A, K]: log-probabilities; those that rounding lets sum to more than 1 are scaled to 1."""
-    log_p = teacher.logits.astype(np.float64) - teacher.logsumexp
+    log_p: NDArray[np.float64] = topk.logits.astype(np.float64) - topk.at(1.0).logsumexp[:, None]
     return log_p - np.maximum(np.logaddexp.reduce(log_p, axis=1, keepdims=True), 0)
 
 
@@ -108,19 +111,7 @@ def _averaged(stores: Sequence[Store], weights: Sequence[float], top_k: int) -> 
                         f"{store.directory} differ; only stores over the same tokens can be "
                         "averaged: dump both with one tokenizer, template and length limit"
                     )
-        teachers = [
-            Teacher(sample.topk_ids, sample.topk_logits, _unit(store, sample))
-            for store, sample in zip(stores, samples, strict=True)
-        ]
-        mixed = mix(teachers, weights, top_k)
-        yield replace(
-            first, topk_ids=mixed.ids, topk_logits=mixed.logits, logsumexp=mixed.logsumexp
-        )
-
-
-def _unit(store: Store, sample: Sample) -> NDArray[np.float32]:
-    """[A, 1]: the log-sum-exp at T = 1."""
-    return sample.logsumexp[:, store.manifest.spec.temperatures.index(1.0), None]
+        yield replace(first, topk=mix([one.topk for one in samples], weights, top_k))
 
 
 def _shares(weights: Sequence[float], stores: Sequence[Store]) -> list[float]:

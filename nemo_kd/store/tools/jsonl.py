@@ -18,7 +18,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import fsync
-from nemo_kd.store.checks import checked_teacher, checked_tokens, deep_faults
-from nemo_kd.store.codecs import ABSENT_ID
+from nemo_kd.store.checks import checked_tokens, checked_topk, deep_faults
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.chunks import (
@@ -39,6 +38,7 @@ from nemo_kd.store.tools.chunks import (
     existing_chunks,
     publish_chunks,
 )
+from nemo_kd.topk import ABSENT_ID, TopK
 
 DECIMALS = 5
 ABSENT_LOG_PROBABILITY = -10_000.0  # NeMo-Aligner has no absent places: id 0 and this for one
@@ -110,13 +110,12 @@ def write_jsonl(
     path: str | Path,
     samples: Iterable[Sample],
     *,
-    unit_temperature: int = 0,
     samples_per_chunk: int | None = None,
 ) -> int:
     """Write samples (a `Store`, say) to `path`, whole or not at all; returns how many.
 
-    `unit_temperature` is the place of T = 1 among the temperatures. Positions that are no answer
-    token have zeros for a teacher: NeMo-Aligner wants a row for each position and masks these.
+    Positions that are no answer token have zeros for a teacher: NeMo-Aligner needs a row for each
+    position and masks these.
     With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples, and all chunks that were
     there before are removed.
     """
@@ -128,7 +127,7 @@ def write_jsonl(
         )
     if samples_per_chunk is not None and samples_per_chunk < 1:
         raise StoreError(f"a chunk has at least 1 sample, not {samples_per_chunk}")
-    records = (_record(sample, unit_temperature) for sample in samples)
+    records = (_record(sample) for sample in samples)
     if samples_per_chunk is None:
         return _write_whole(Path(name), records)
     existing_chunks(name)  # what cannot be replaced is an error before the work, not after it
@@ -171,17 +170,18 @@ def _write_file(path: Path, records: Iterable[dict[str, Any]]) -> int:
     return written
 
 
-def _record(sample: Sample, unit_temperature: int) -> dict[str, Any]:
-    answers = sample.answer_positions() - 1  # [A]: places among tokens and labels
-    places = len(sample.input_ids) - 1
-    ids = np.zeros((places, sample.topk_ids.shape[1]), np.int64)
+def _record(sample: Sample) -> dict[str, Any]:
+    topk = sample.topk.at(1.0)
+    answers = sample.answer_positions() - 1  # [A]: indices of tokens and labels
+    length = len(sample.input_ids) - 1
+    ids = np.zeros((length, topk.ids.shape[1]), np.int64)
     logits = np.zeros(ids.shape)
-    logsumexp = np.zeros(places)
-    logsumexp[answers] = sample.logsumexp[:, unit_temperature]
-    absent = sample.topk_ids == ABSENT_ID
-    ids[answers] = np.where(absent, 0, sample.topk_ids)
-    floor = sample.logsumexp[:, unit_temperature, None] + np.float32(ABSENT_LOG_PROBABILITY)
-    logits[answers] = np.where(absent, floor, sample.topk_logits)
+    logsumexp = np.zeros(length)
+    logsumexp[answers] = topk.logsumexp
+    absent = topk.ids == ABSENT_ID
+    ids[answers] = np.where(absent, 0, topk.ids)
+    floor = topk.logsumexp[:, None] + np.float32(ABSENT_LOG_PROBABILITY)
+    logits[answers] = np.where(absent, floor, topk.logits)
     return {
         "tokens": sample.input_ids[:-1].tolist(),
         "labels": sample.input_ids[1:].tolist(),
@@ -249,14 +249,14 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
     ids, logits = np.where(absent, ABSENT_ID, ids), np.where(absent, -np.inf, logits)
     ids, logits, found = _without_padding(ids, logits, logsumexp, spec.vocab_size)
     ids, logits = ids[:, : spec.top_k], logits[:, : spec.top_k]
-    sample = Sample(row, input_ids, loss_mask, ids, logits, logsumexp)
-    teacher = checked_teacher(sample, len(answers), spec)
-    for fault in deep_faults(teacher, spec):
+    sample = Sample(row, input_ids, loss_mask, TopK(ids=ids, logits=logits, logsumexp=logsumexp))
+    topk = checked_topk(sample, len(answers), spec)
+    for fault in deep_faults(topk, spec):
         raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
     padding.ids += found.ids
     padding.tokens += found.tokens
     padding.mass += found.mass
-    return Sample(row, input_ids, loss_mask, *teacher)
+    return replace(sample, topk=topk)
 
 
 def _without_padding(

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.store.codecs import ABSENT_ID
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.agreement import Agreement
+from nemo_kd.topk import ABSENT_ID
 
 MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, np.inf)
@@ -65,21 +65,21 @@ class Stats:
     answers: Histogram = field(default_factory=lambda: Histogram(ANSWER_EDGES))
 
     def add(self, sample: Sample, spec: StoreSpec) -> None:
-        unit_temperature = spec.temperatures.index(1.0)
+        ids = sample.topk.ids
         labels = sample.input_ids[sample.answer_positions(), None]
-        log_p = sample.topk_logits - sample.logsumexp[:, unit_temperature, None]
+        log_p = sample.topk.logits - sample.topk.at(1.0).logsumexp[:, None]
         p = np.exp(log_p, dtype=np.float64)
         mass = p.sum(axis=1)
         rest = np.clip(1 - mass, 0, None)
         entropy = -_x_log_x(p).sum(axis=1) - _x_log_x(rest)
-        hit = sample.topk_ids == labels
+        hit = ids == labels
         rank = 1 + hit.argmax(axis=1)[hit.any(axis=1)]
         self.agreement += Agreement.of_sample(sample, spec)
         self.samples += 1
         self.tokens += len(labels)
         self.mass += float(mass.sum())
         self.entropy += float(entropy.sum())
-        self.kept += int((sample.topk_ids != ABSENT_ID).sum())
+        self.kept += int((ids != ABSENT_ID).sum())
         self.label_first += int((rank == 1).sum())
         self.label_kept += len(rank)
         self.label_nll -= float(log_p[hit].sum())

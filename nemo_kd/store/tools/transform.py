@@ -19,7 +19,7 @@ from nemo_kd.store.lock import DirectoryLock
 from nemo_kd.store.manifest import MANIFEST, Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
-from nemo_kd.store.shard import Stored
+from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.writer import ShardWriter, StoreWriter
 
@@ -87,8 +87,8 @@ def convert(
     if replace(spec, rows_per_shard=there.rows_per_shard) == there:
         with DirectoryLock(directory):
             writer = _open_writer(directory, spec, overwrite)
-            stored = ((one.row, one) for one in _stored(store))
-            return _write(writer, stored, _add_stored, progress)
+            encoded = ((one[0].row, one) for one in _encoded(store))
+            return _write(writer, encoded, _add_encoded, progress)
     samples = (_cut(store[i], k) for i in range(len(store)))
     return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
 
@@ -117,13 +117,13 @@ def merge(
     ]
     spec = replace(first.manifest.spec, source={"merged": parts})
     rows = (
-        (stored.row + offset, stored)
+        (tokens.row + offset, (tokens, arrays))
         for store, offset in zip(stores, offsets, strict=True)
-        for stored in _stored(store)
+        for tokens, arrays in _encoded(store)
     )
     with DirectoryLock(directory):
         writer = _open_writer(directory, spec, overwrite)
-        return _write(writer, rows, _add_stored, progress)
+        return _write(writer, rows, _add_encoded, progress)
 
 
 def split(
@@ -152,14 +152,14 @@ def split(
         note = {"part": part, "weights": list(weights), "seed": seed, "store": store.fingerprint}
         source = {**store.manifest.spec.source, "split": note}
         rows = (
-            (stored.row, stored)
-            for stored in _stored(store)
-            if _part(seed, stored.row, bounds) == part
+            (tokens.row, (tokens, arrays))
+            for tokens, arrays in _encoded(store)
+            if _part(seed, tokens.row, bounds) == part
         )
         spec = replace(store.manifest.spec, source=source)
         with DirectoryLock(directory):
             writer = _open_writer(directory, spec, overwrite)
-            manifests.append(_write(writer, rows, _add_stored, progress))
+            manifests.append(_write(writer, rows, _add_encoded, progress))
     return manifests
 
 
@@ -214,19 +214,21 @@ def _add_sample(shard: ShardWriter, row: int, sample: Sample) -> None:
     shard.add(sample)
 
 
-def _add_stored(shard: ShardWriter, row: int, stored: Stored) -> None:
-    shard.add_encoded(row, stored.input_ids, stored.loss_mask, stored.arrays)
+def _add_encoded(shard: ShardWriter, row: int, encoded: Encoded) -> None:
+    tokens, arrays = encoded
+    shard.add_encoded(replace(tokens, row=row), arrays)
 
 
-def _stored(store: Store) -> Iterator[Stored]:
+def _encoded(store: Store) -> Iterator[Encoded]:
     for number, info in enumerate(store.manifest.shards):
         for index in range(info.samples):
-            yield store.shard(number).stored(index)
+            yield store.shard(number).encoded(index)
 
 
 def _cut(sample: Sample, top_k: int) -> Sample:
-    ids, logits = sample.topk_ids[:, :top_k], sample.topk_logits[:, :top_k]
-    return replace(sample, topk_ids=ids, topk_logits=logits)
+    topk = sample.topk
+    cut = replace(topk, ids=topk.ids[:, :top_k], logits=topk.logits[:, :top_k])
+    return replace(sample, topk=cut)
 
 
 def _refuse_unlike(first: Store, other: Store) -> None:

@@ -65,7 +65,7 @@ def generate(
                 elif not keep.keeps(prompts.text(answer.ids), prompts.source(answer.prompt.row)):
                     progress.filtered += 1
                 else:
-                    yield sample_of(_row(answer), answer.topk)
+                    yield sample_of(_row(answer), answer.topk, spec)
 
     def usable(answers: list[Answer] | None, progress: GenerateProgress) -> list[Answer]:
         """Those that a store can hold, counted; none on a rank that has none."""
