@@ -1,15 +1,20 @@
-"""One array a sample in Megatron's `.bin/.idx` pair, through megatron-core's own classes.
+"""One array per sample in a `.bin/.idx` pair: Megatron's indexed data set, in numpy alone.
 
-megatron-core is imported when the first file is opened: importing it takes seconds, and on a
-machine without CUDA `nemo_kd.nemo.cpu.install()` has to come before it.
+    x.bin    the arrays, one after another
+    x.idx    9s  b"MMIDIDX\\0\\0"      u64  version 1        u8   code of the dtype
+             u64 n, the arrays        u64  n + 1, the document boundaries
+             i32 [n] values in each   i64 [n] byte offset of each in x.bin   i64 [n + 1] 0 ... n
+
+All numbers are little-endian. `megatron.core.datasets.indexed_dataset` reads and writes the same
+bytes, each array a document.
 """
 
 from __future__ import annotations
 
+import mmap
 import os
 import struct
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -17,21 +22,14 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 
+DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
+"""The dtype of each code, which count from 1."""
 _HEADER = struct.Struct("<9sQBQQ")
-_MAGIC = b"MMIDIDX\x00\x00"
-# numpy dtype → the code in the header, as megatron-core numbers them.
-_CODES = {"uint8": 1, "int32": 4, "int64": 5, "float32": 7, "uint16": 8}
 
 
-def _megatron() -> ModuleType:
-    try:
-        from megatron.core.datasets import indexed_dataset
-    except ImportError as error:
-        raise StoreError(
-            f"a store's files are read and written by megatron-core, which is missing ({error}); "
-            'pip install "megatron-core==0.13.1"'
-        ) from error
-    return indexed_dataset
+def _header(dtype: np.dtype[Any], samples: int) -> bytes:
+    code = DTYPES.index(dtype.name) + 1
+    return _HEADER.pack(b"MMIDIDX\0\0", 1, code, samples, samples + 1)
 
 
 class FieldWriter:
@@ -39,38 +37,60 @@ class FieldWriter:
 
     def __init__(self, prefix: Path, dtype: type[np.generic]) -> None:
         self.prefix = prefix
-        self._builder = _megatron().IndexedDatasetBuilder(f"{prefix}.bin", dtype=dtype)
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        self._lengths: list[int] = []
+        self._file = open(f"{prefix}.bin", "wb")  # noqa: SIM115 (closed by `close`)
 
     def add(self, values: NDArray[Any]) -> None:
-        self._builder.add_document(values, [values.size])
+        self._file.write(values.astype(self._dtype, copy=False).tobytes())
+        self._lengths.append(values.size)
 
     def close(self) -> None:
-        self._builder.finalize(f"{self.prefix}.idx")
+        self.abandon()
+        lengths = np.array(self._lengths, "<i4")
+        offsets = (lengths.cumsum(dtype="<i8") - lengths) * self._dtype.itemsize
+        with open(f"{self.prefix}.idx", "wb") as file:
+            file.write(_header(self._dtype, len(lengths)))
+            for part in (lengths, offsets, np.arange(len(lengths) + 1, dtype="<i8")):
+                file.write(part.tobytes())
 
     def abandon(self) -> None:
-        self._builder.data_file.close()
+        """Close `<prefix>.bin` without an index."""
+        self._file.close()
 
 
 class FieldReader:
     """`field[i]` is sample i's array, a read-only view into the memory-mapped `<prefix>.bin`."""
 
+    descriptors = 2
+    """Open files of a reader: each of the two mappings keeps one."""
+
     def __init__(self, prefix: Path, dtype: type[np.generic], samples: int) -> None:
         self.prefix = prefix
-        self._dtype = np.dtype(dtype)
-        _check_index(Path(f"{prefix}.idx"), self._dtype, samples)
-        # An empty file cannot be mapped; reading nothing from it works either way.
-        mapped = os.path.getsize(f"{prefix}.bin") > 0
-        self._dataset = _megatron().IndexedDataset(str(prefix), mmap=mapped)
-        self._offsets: NDArray[np.int64] = self._dataset.index.sequence_pointers
-        self.lengths: NDArray[np.int32] = self._dataset.index.sequence_lengths
-        # One view of the whole file: slicing it costs a tenth of IndexedDataset.__getitem__.
-        size = os.path.getsize(f"{prefix}.bin") // self._dtype.itemsize
-        self._values: NDArray[Any] = self._dataset.bin_reader.read(self._dtype, size, 0)
+        self._dtype = np.dtype(dtype).newbyteorder("<")
+        index = _mapped(Path(f"{prefix}.idx"))
+        head = _header(self._dtype, samples)
+        lengths, offsets, documents = (
+            len(head) + samples * width for width in (0, 4, 4 + 8)
+        )  # where each part of the index begins
+        boundaries = np.arange(samples + 1, dtype="<i8").tobytes()
+        if index[:lengths].tobytes() != head or index[documents:].tobytes() != boundaries:
+            raise StoreError(
+                f"{prefix}.idx: not the index of {samples} {self._dtype.name} arrays; it is "
+                "damaged, see `nemo-kd verify`"
+            )
+        self.lengths: NDArray[np.int32] = index[lengths:offsets].view("<i4")
+        self._offsets: NDArray[np.int64] = index[offsets:documents].view("<i8")
+        octets = _mapped(Path(f"{prefix}.bin"))
+        # One view of the file: slicing it is cheaper than making an array for each sample.
+        whole = octets.size - octets.size % self._dtype.itemsize
+        self.values: NDArray[Any] = octets[:whole].view(self._dtype)
+        """All samples' arrays as one: they lie in the file one after another."""
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         length, offset = self.lengths.item(index), self._offsets.item(index)
         start, unaligned = divmod(offset, self._dtype.itemsize)
-        values = self._values[start : start + length]
+        values = self.values[start : start + length]
         if values.size != length or unaligned or start < 0:
             raise StoreError(
                 f"{self.prefix}.idx: sample {index} ({length} values at byte {offset}) does not "
@@ -78,23 +98,10 @@ class FieldReader:
             )
         return values
 
-    @property
-    def values(self) -> NDArray[Any]:
-        """All samples' arrays as one: they lie in the file one after the other."""
-        return self._values
 
-
-def _check_index(path: Path, dtype: np.dtype[Any], samples: int) -> None:
-    """Refuse an index that is not the one of `samples` arrays of `dtype`, one a document."""
-    expected = _HEADER.pack(_MAGIC, 1, _CODES[dtype.name], samples, samples + 1)
-    documents = np.arange(samples + 1, dtype="<i8").tobytes()  # Megatron only asserts on these
-    size = _HEADER.size + samples * (4 + 8) + len(documents)
+def _mapped(path: Path) -> NDArray[np.uint8]:
+    """A file's bytes, memory-mapped and read-only."""
     with path.open("rb") as file:
-        head = file.read(_HEADER.size)
-        file.seek(max(size - len(documents), 0))
-        tail = file.read()
-    if head != expected or tail != documents:
-        raise StoreError(
-            f"{path}: not the index of {samples} {dtype.name} arrays; it is damaged, "
-            "see `nemo-kd verify`"
-        )
+        if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
+            return np.zeros(0, np.uint8)
+        return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)

@@ -16,15 +16,13 @@ from numpy.typing import NDArray
 from nemo_kd.errors import StoreError
 from nemo_kd.files import sha256_of, size_of
 from nemo_kd.store.codecs import codec_of
+from nemo_kd.store.indexed import FieldReader
 from nemo_kd.store.layout import field_dtypes, file_names
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo
 from nemo_kd.store.replaced import START_AGAIN, Replacement
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.verify import Problem, verify
-
-# megatron-core holds three file descriptors for each .bin/.idx pair.
-_DESCRIPTORS_PER_FIELD = 3
 
 
 class Store:
@@ -46,7 +44,7 @@ class Store:
         self._replacement = Replacement(self.directory, self.manifest)
         self._open: OrderedDict[int, Shard] = OrderedDict()
         soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        descriptors = _DESCRIPTORS_PER_FIELD * len(field_dtypes(self.codec))
+        descriptors = FieldReader.descriptors * len(field_dtypes(self.codec))
         self._most_open = max(1, soft_limit // (2 * descriptors))
         self._refuse_other_files()
 

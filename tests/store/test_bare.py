@@ -1,0 +1,41 @@
+"""A store is read, verified and copied where torch and numpy are the only packages installed."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from tests.conftest import ROOT
+from tests.store.samples import spec, store
+from tests.torch_alone import torch_alone
+
+READ = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from nemo_kd.store import Store
+from nemo_kd.store.tools.jsonl import write_jsonl
+from nemo_kd.store.tools.stats import stats
+from nemo_kd.store.tools.transform import convert
+for directory in sys.argv[2:]:
+    store = Store(directory)
+    assert store.verify() == []
+    convert(store, directory + "-plain", profile="plain")
+    write_jsonl(directory + ".jsonl", store)
+    print(sum(float(one.topk.logits.sum()) for one in store), stats(store).tokens)
+"""
+
+
+def test_a_store_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
+    cut = {"profile": "top_p", "profile_options": {"p": 0.9}}
+    stores = [
+        store(tmp_path / profile, replace(spec(), **options))
+        for profile, options in {"plain": {}, "compact": {"profile": "compact"}, "cut": cut}.items()
+    ]
+    done = torch_alone(tmp_path, "-c", READ, str(ROOT), *map(str, stores))
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(stores)
+    assert all(np.isfinite(float(line.split()[0])) for line in lines[:2])
+    assert all(line.split()[1] == "16" for line in lines)
