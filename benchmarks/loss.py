@@ -56,9 +56,8 @@ def inputs(
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(v, (n,), generator=generator)
     ids = torch.rand(n, 4 * k, generator=generator).argsort(-1)[:, :k] * (v // (4 * k))
-    teacher = TopK(
-        torch.randn(n, k, generator=generator).sort(-1, True).values, ids, torch.full((n,), 6.0)
-    )
+    logits = torch.randn(n, k, generator=generator).sort(-1, True).values
+    teacher = TopK(ids=ids, logits=logits, logsumexp=torch.full((n,), 6.0))
     shard = torch.empty(n, v // ranks, dtype=dtype).normal_(
         generator=torch.Generator().manual_seed(rank)
     )

@@ -28,7 +28,7 @@ def candidates(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], Non
     labels = torch.randint(v, (n,), device="cuda")
     ids = torch.rand(n, 4 * K, device="cuda").argsort(-1)[:, :K] * (v // (4 * K))
     logits = torch.randn(n, K, device="cuda").sort(-1, descending=True).values
-    teacher = TopK(logits, ids, torch.full((n,), 6.0, device="cuda"))
+    teacher = TopK(ids=ids, logits=logits, logsumexp=torch.full((n,), 6.0, device="cuda"))
 
     def ours() -> None:
         leaf.grad = None

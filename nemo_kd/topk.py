@@ -1,8 +1,8 @@
-"""What a teacher said at some tokens: its K most probable ids, their logits and the log-sum-exp."""
+"""What a teacher says at N tokens: its K most probable ids, their logits and the log-sum-exp."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,10 @@ def t1_index(temperatures: Sequence[float]) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TopK:
-    """N rows of a teacher, as numpy arrays in the store and as torch tensors in the loss."""
+    """N rows of a teacher: numpy arrays in the store, torch tensors in the loss.
+
+    Errors: NemoKDError on construction for shapes that do not fit each other.
+    """
 
     ids: Any
     """[N, K] int64: by descending logit; `ABSENT_ID` where a row has fewer than K."""
@@ -38,8 +41,39 @@ class TopK:
     draws: bool = False
     """Whether the logits are log-shares of random draws, unbiased only in a linear gradient."""
 
+    def __post_init__(self) -> None:
+        shape = tuple(self.ids.shape)
+        if len(shape) != 2:
+            raise NemoKDError(f"The teacher's ids have shape {shape}, expected [N, K].")
+        if tuple(self.logits.shape) != shape:
+            raise NemoKDError(
+                f"The teacher's logits have shape {tuple(self.logits.shape)}, expected {shape} as "
+                "its ids."
+            )
+        columns = (shape[0], len(self.temperatures))
+        allowed = (columns, shape[:1]) if len(self.temperatures) == 1 else (columns,)
+        if self.logsumexp is not None and tuple(self.logsumexp.shape) not in allowed:
+            raise NemoKDError(
+                f"The teacher's logsumexp has shape {tuple(self.logsumexp.shape)}, expected "
+                f"{' or '.join(map(str, reversed(allowed)))} beside ids {shape} and temperatures "
+                f"{self.temperatures}."
+            )
+
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __getitem__(self, rows: Any) -> TopK:
+        """Some of the rows: a slice, a mask or an array of indices."""
+        return self.map(lambda array: array[rows])
+
+    def map(self, function: Callable[[Any], Any]) -> TopK:
+        """The same teacher with `function` applied to each of its arrays."""
+        return replace(
+            self,
+            ids=function(self.ids),
+            logits=function(self.logits),
+            logsumexp=None if self.logsumexp is None else function(self.logsumexp),
+        )
 
     def at(self, temperature: float) -> TopK:
         """The same rows with the log-sum-exp [N] of one temperature.
@@ -49,11 +83,11 @@ class TopK:
         if self.logsumexp is None:
             return replace(self, temperatures=(temperature,))
         if temperature not in self.temperatures:
+            known = ", ".join(f"{t:g}" for t in self.temperatures)
             raise NemoKDError(
-                f"the teacher's log-sum-exp is that of temperature "
-                f"{', '.join(f'{t:g}' for t in self.temperatures)}, the loss has temperature "
-                f"{temperature:g}: dump with this temperature among dump.temperatures, or give "
-                "TopK the log-sum-exp of that temperature"
+                f"The teacher's log-sum-exp is known at temperature {known}, but the loss has "
+                f"temperature {temperature:g}: dump the teacher at this temperature too, or give "
+                "its TopK the log-sum-exp at this temperature."
             )
         if self.logsumexp.ndim == 1:
             return self
@@ -64,11 +98,4 @@ class TopK:
         """The same rows as torch tensors that share the arrays' memory."""
         import torch
 
-        ids, logits = torch.as_tensor(self.ids), torch.as_tensor(self.logits)
-        known = self.logsumexp is not None
-        return replace(
-            self,
-            ids=ids,
-            logits=logits,
-            logsumexp=torch.as_tensor(self.logsumexp) if known else None,
-        )
+        return self.map(torch.as_tensor)

@@ -15,9 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_kd.loss import TopK
 from nemo_kd.store import Sample
-from nemo_kd.topk import ABSENT_ID
+from nemo_kd.topk import ABSENT_ID, TopK
 
 TEACHER_KEYS = ("teacher_ids", "teacher_logits", "teacher_logsumexp", "teacher_alpha")
 
@@ -126,6 +125,6 @@ def teacher_at(
     alpha = batch.get("teacher_alpha")
     return TeacherSelection(
         mask.t(),
-        TopK(logits[b, a], ids[b, a], logsumexp[b, a]),
+        TopK(ids=ids[b, a], logits=logits[b, a], logsumexp=logsumexp[b, a]),
         None if alpha is None else alpha[b],
     )

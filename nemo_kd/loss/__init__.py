@@ -10,7 +10,8 @@ from nemo_kd.loss.metrics import MassWatch
 from nemo_kd.loss.objective import KDLoss, sft_kd_loss
 from nemo_kd.loss.primitive import gather_logits_and_logsumexp
 from nemo_kd.loss.supports import SUPPORTS
-from nemo_kd.loss.topk import TopK, check_teacher, vocab_parallel_topk
+from nemo_kd.loss.topk import check_teacher, vocab_parallel_topk
+from nemo_kd.topk import TopK
 
 __all__ = [
     "DIVERGENCES",

@@ -23,13 +23,14 @@ from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.linear_chunks import LinearHead, LinearPass, linear_pass
 from nemo_kd.loss.objective import (
     KDLoss,
+    checked_teacher,
     chosen_positions,
-    put_back,
-    wanted_ids,
+    gather_ids,
+    scatter_back,
 )
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.loss.topk import TopK
 from nemo_kd.loss.weights import token_weights
+from nemo_kd.topk import TopK
 
 CHUNK_ELEMENTS = {"cpu": 13 << 20}
 """Logits of one chunk: enough tokens for the matrix products to be efficient."""
@@ -46,6 +47,7 @@ def linear_sft_kd_loss(
     *,
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
+    positions: Tensor | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
     sequence_parallel: bool = False,
@@ -85,8 +87,9 @@ def linear_sft_kd_loss(
     lead = list(hidden.shape[:-1])
     if sequence_parallel:
         lead[0] *= 1 if shard.group is None else dist.get_world_size(shard.group)
-    positions = chosen_positions(torch.Size(lead), labels, mask)
-    ids = wanted_ids(labels, positions, teacher, config, vocab_size or shard.size, weights)
+    positions = chosen_positions(torch.Size(lead), labels, positions, mask)
+    teacher = checked_teacher(teacher, config, weights)
+    ids = gather_ids(labels, positions, teacher, config, vocab_size or shard.size, weights)
     if chunk_tokens is None:
         budget = CHUNK_ELEMENTS.get(hidden.device.type, DEFAULT_CHUNK_ELEMENTS)
         chunk_tokens = max(1, budget // len(weight))
@@ -94,7 +97,7 @@ def linear_sft_kd_loss(
     metrics: dict[str, Tensor] = {}
     apply: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply
     values = apply(hidden, weight, ids, positions, teacher, head, weights, metrics)
-    loss, nll, kd = (put_back(value, positions, labels.shape) for value in values)
+    loss, nll, kd = (scatter_back(value, positions, labels.shape) for value in values)
     return KDLoss(loss, nll, kd, metrics)
 
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from nemo_kd.loss import kernels
 from nemo_kd.loss.config import KDConfig
-from nemo_kd.loss.objective import token_terms
 from nemo_kd.loss.primitive import Gathered, gather_pass, logit_gradient
 from nemo_kd.loss.rows import Rows
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.loss.topk import TopK
-from nemo_kd.loss.weights import Weights, weigh
+from nemo_kd.loss.terms import token_terms
+from nemo_kd.loss.weights import Weights, combine
+from nemo_kd.topk import TopK
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def linear_pass(
         z = memory[: len(hidden[part])]
         slope = head.logits(hidden[part], weight, z)
         both = weights[part] if isinstance(weights, Tensor) else weights
-        rows = _rows_of(teacher, part)
+        rows = None if teacher is None else teacher[part]
         results.append(_chunk(z, ids[part], rows, head, both, scale, any(wanted)))
         if any(wanted) and not (isinstance(slope, float) and slope == 1):  # z is now dz
             z *= slope
@@ -122,25 +122,18 @@ def _chunk(
     gathered, state = gather_pass(rows, ids, head.shard, temperatures, keeps)
     if not wanted:
         nll, kd, metrics = token_terms(gathered, ids, teacher, head.config, size)
-        return Values(weigh(nll, kd, both), nll, kd, metrics)
+        return Values(combine(nll, kd, both), nll, kd, metrics)
     with torch.enable_grad():
         picked, *outside = (x.requires_grad_() for x in (gathered.picked, *gathered.outside))
         gathered = Gathered(picked, tuple(outside), gathered.top)
         nll, kd, metrics = token_terms(gathered, ids, teacher, head.config, size)
-        loss = weigh(nll, kd, both)
+        loss = combine(nll, kd, both)
         weights = torch.ones_like(loss) if token_weight is None else token_weight.to(loss.dtype)
         grads = torch.autograd.grad(loss, (picked, *outside), weights, allow_unused=True)
     logit_gradient(
         rows, ids, head.shard, temperatures, state, grads[0], grads[1:], rows, softmax_kept=keeps
     )
     return Values(loss.detach(), nll.detach(), kd.detach(), metrics)
-
-
-def _rows_of(teacher: TopK | None, part: slice) -> TopK | None:
-    if teacher is None:
-        return None
-    logsumexp = None if teacher.logsumexp is None else teacher.logsumexp[part]
-    return TopK(teacher.logits[part], teacher.ids[part], logsumexp)
 
 
 def _add_product(total: Tensor | None, dz: Tensor, hidden: Tensor) -> Tensor:

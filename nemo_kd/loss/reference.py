@@ -10,14 +10,19 @@ from torch import Tensor
 
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.supports import LEAST_REST
-from nemo_kd.loss.topk import TopK
+from nemo_kd.topk import TopK
 
 
 def topk(logits: Tensor, k: int, temperature: float = 1.0) -> TopK:
     """The K largest of logits [N, V], ties to the lower id, and log Σ exp(z / T); float64."""
     z = logits.double()
     ids = z.sort(dim=-1, descending=True, stable=True).indices[:, :k]
-    return TopK(z.gather(1, ids), ids, torch.logsumexp(z / temperature, -1))
+    return TopK(
+        ids=ids,
+        logits=z.gather(1, ids),
+        logsumexp=torch.logsumexp(z / temperature, -1),
+        temperatures=(temperature,),
+    )
 
 
 def sft_kd_loss(

@@ -10,7 +10,6 @@ total: value and id go into one int64 key, whose largest are then the answer any
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -20,27 +19,11 @@ from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.rows import Rows, row_chunks
 from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.torch_kernels import avoid_empty, log_sum_of, softmax_at
+from nemo_kd.topk import ABSENT_ID, TopK
 
 BLOCK = 32
 """Columns of a block in the first selection; 32 and 64 are the fastest for K = 100."""
 _LOW = 0xFFFFFFFF
-ABSENT_ID = -1
-"""Stands where a row of a teacher has no further token; its logit is -inf."""
-
-
-class TopK(NamedTuple):
-    """`logits` [N, K] float32, `ids` [N, K] int64 and `logsumexp` [N] of N rows.
-
-    Where a row has fewer than K tokens the other places are absent: id -1 and logit -inf.
-
-    logsumexp = log Σ_v exp(z_v / T) over the real vocabulary at the training temperature T, in
-    nats; `vocab_parallel_topk` gives [N, temperatures] when asked for several. None where it is
-    not known: then only the supports `topk` and `vocab` can be trained on.
-    """
-
-    logits: Tensor
-    ids: Tensor
-    logsumexp: Tensor | None
 
 
 @never_compiled
@@ -83,7 +66,12 @@ def vocab_parallel_topk(
     values, ids = _decode(keys)
     ids.masked_fill_(values == -torch.inf, ABSENT_ID)
     logsumexp = _add_ranks(sums, values[:, 0], temperatures, shard)
-    return TopK(values, ids, logsumexp.squeeze(-1) if len(temperatures) == 1 else logsumexp)
+    return TopK(
+        ids=ids,
+        logits=values,
+        logsumexp=logsumexp.squeeze(-1) if len(temperatures) == 1 else logsumexp,
+        temperatures=tuple(map(float, temperatures)),
+    )
 
 
 @never_compiled
@@ -94,11 +82,7 @@ def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -
     no id at all (unless a token's teacher `may_be_absent`), an absent id with a logit, or a logit
     or log-sum-exp that is NaN.
     """
-    logits, ids, logsumexp = teacher
-    if logits.shape != ids.shape or logits.dim() != 2:
-        raise ValueError(
-            f"Teacher logits {tuple(logits.shape)} and ids {tuple(ids.shape)} must both be [N, K]."
-        )
+    ids, logits, logsumexp = teacher.ids, teacher.logits, teacher.logsumexp
     if ids.shape[1] > vocab_size:
         raise ValueError(f"The teacher has K = {ids.shape[1]} of a vocabulary of {vocab_size}.")
     ordered = _sorted(ids)  # [N, K]

@@ -36,7 +36,7 @@ def token_weights(config: KDConfig, weights: Tensor | None, metrics: dict[str, T
     return torch.stack([weights[:, 0].to(distillation.dtype), distillation], -1)
 
 
-def weigh(nll: Tensor, kd: Tensor, weights: Weights) -> Tensor:
+def combine(nll: Tensor, kd: Tensor, weights: Weights) -> Tensor:
     """sft · nll + kd_weight · kd [N]; a weight of 0 leaves its term out altogether.
 
     So that 0 · inf does not spoil the other.

@@ -7,6 +7,7 @@ Megatron's schedules call. Megatron-LM and Megatron-Bridge train through the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -148,7 +149,7 @@ def _loss(
     result = sft_kd_loss(
         logits.transpose(0, 1),
         labels.t(),
-        teacher.topk,
+        replace(teacher.topk, temperatures=(config.temperature,)),
         config,
         group=parallel_state.get_tensor_model_parallel_group(),
         vocab_size=vocab_size,

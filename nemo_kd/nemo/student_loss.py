@@ -5,6 +5,7 @@ Set before a forward pass: the step's settings, the micro-batch's teacher, and w
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,11 @@ from megatron.core.models.gpt import GPTModel
 
 from nemo_kd.data import TeacherSelection
 from nemo_kd.errors import NemoKDError
-from nemo_kd.loss import KDLoss, TopK, linear_sft_kd_loss, sft_kd_loss
+from nemo_kd.loss import KDLoss, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.mcore.lm_head import split_lm_head
 from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.metrics import MetricSums
+from nemo_kd.topk import TopK
 
 
 class StudentLoss:
@@ -104,9 +106,10 @@ class StudentLoss:
 
     def _at_temperature(self, teacher: TeacherSelection) -> TopK:
         """The data sets' log-sum-exp is at the schedule's first temperature; others are unknown."""
+        topk = replace(teacher.topk, temperatures=(self.schedule.temperature,))
         if self.kd.temperature == self.schedule.temperature:
-            return teacher.topk
-        return teacher.topk._replace(logsumexp=None)
+            return topk
+        return replace(topk, logsumexp=None)
 
     def _without_teacher(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         if self.schedule.distils and not self.forward_only:

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemo_kd.loss import TopK
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.topk import ABSENT_ID
+from nemo_kd.topk import ABSENT_ID, TopK
 
 
 @torch.no_grad()
@@ -94,7 +93,12 @@ def _counted(ids: Tensor) -> TopK:
     distinct = torch.full_like(ids, ABSENT_ID).scatter_(-1, place, ids)
     counts, order = counts.sort(dim=-1, descending=True, stable=True)
     logits = (counts.double() / draws).log().float()  # -inf where nothing was drawn
-    return TopK(logits, distinct.gather(-1, order), logits.new_zeros(rows))
+    return TopK(
+        ids=distinct.gather(-1, order),
+        logits=logits,
+        logsumexp=logits.new_zeros(rows),
+        draws=True,
+    )
 
 
 def uniforms(seed: int, row: int, count: int) -> Tensor:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
 
-from nemo_kd.loss import TopK, vocab_parallel_topk
+from nemo_kd.loss import vocab_parallel_topk
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
+from nemo_kd.topk import TopK
 
 
 class Selection:
@@ -54,4 +56,4 @@ class Selection:
                 temperatures=self.spec.temperatures,
             )
         assert topk.logsumexp is not None
-        return topk._replace(logsumexp=topk.logsumexp.reshape(len(logits), -1))
+        return replace(topk, logsumexp=topk.logsumexp.reshape(len(logits), -1))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -61,9 +62,12 @@ def student_logits(
 def teacher_rows(rows: int, vocab_size: int, k: int, temperature: float, seed: int) -> TopK:
     generator = torch.Generator().manual_seed(seed + 1000)
     z = 3 * torch.randn(rows, vocab_size, generator=generator)
-    exact = reference.topk(z, k, temperature)
-    assert exact.logsumexp is not None
-    return TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+    return single(reference.topk(z, k, temperature))
+
+
+def single(teacher: TopK) -> TopK:
+    """The same rows in float32, as a store gives them."""
+    return replace(teacher, logits=teacher.logits.float(), logsumexp=teacher.logsumexp.float())
 
 
 def dense_gradient(

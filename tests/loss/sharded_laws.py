@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import random
+from dataclasses import replace
 
 import torch
 import torch.distributed as dist
@@ -20,7 +21,15 @@ from nemo_kd.loss import (
     sft_kd_loss,
     vocab_parallel_topk,
 )
-from tests.loss.sharded import columns, dense_gradient, group, padded, student_logits, teacher_rows
+from tests.loss.sharded import (
+    columns,
+    dense_gradient,
+    group,
+    padded,
+    single,
+    student_logits,
+    teacher_rows,
+)
 
 KINDS = sorted(DIVERGENCES)
 
@@ -50,7 +59,7 @@ def check_problem(number: int) -> None:
     whole = student_logits((n,), v, torch.float32, seed)
     teacher = teacher_rows(n, v, k, config.temperature, seed)
     if seed % 4 == 0:  # all of the teacher's ids on the first shard, as far as they fit
-        teacher = teacher._replace(ids=torch.arange(k).expand(n, k))
+        teacher = replace(teacher, ids=torch.arange(k).expand(n, k))
     labels = torch.randint(v, (n,), generator=torch.Generator().manual_seed(seed))
     shard = whole[:, columns(padded(v))].clone().requires_grad_()
     result = sft_kd_loss(shard, labels, teacher, config, group=group(), vocab_size=v)
@@ -171,9 +180,7 @@ def check_metrics_do_not_depend_on_the_sharding() -> None:
     whole = student_logits((n,), v, torch.float32, 8)
     teacher_z = 3 * torch.randn(n, v, generator=torch.Generator().manual_seed(9))
     teacher_z[:3] = whole[:3, :v]
-    exact = reference.topk(teacher_z, k, temperature)
-    assert exact.logsumexp is not None
-    teacher = TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+    teacher = single(reference.topk(teacher_z, k, temperature))
     labels = whole[:, :v].argmax(1).clone()
     labels[5:] = (labels[5:] + 1) % v
     p, q = (z.double().div(temperature).softmax(1) for z in (teacher_z, whole[:, :v]))
@@ -214,14 +221,19 @@ def check_absent_ids() -> None:
         full = teacher_rows(n, v, width, temperature, seed=13)
         absent = torch.arange(width) > torch.arange(n).unsqueeze(1)  # row i has i + 1 ids
         ids = full.ids.masked_fill(absent, -1)
-        teacher = TopK(full.logits.masked_fill(absent, -torch.inf), ids, full.logsumexp)
+        teacher = replace(full, ids=ids, logits=full.logits.masked_fill(absent, -torch.inf))
         shard = whole[:, columns(padded(v))].clone().requires_grad_()
         result = sft_kd_loss(shard, labels, teacher, config, group=group(), vocab_size=v)
         result.loss.sum().backward()
         assert shard.grad is not None and full.logsumexp is not None
         for i in range(n):
             one = slice(i, i + 1)
-            own = TopK(full.logits[one, : i + 1], full.ids[one, : i + 1], full.logsumexp[one])
+            own = TopK(
+                ids=full.ids[one, : i + 1],
+                logits=full.logits[one, : i + 1],
+                logsumexp=full.logsumexp[one],
+                temperatures=(temperature,),
+            )
             expected, gradient = dense_gradient(
                 whole[one, :v], labels[one], own, config, torch.ones(1)
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -47,7 +48,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor]:
 def gradient(student: torch.Tensor, teacher: TopK, config: KDConfig) -> Gradients:
     """Of the distillation alone; every row of `student` is a token."""
     z = student.clone().requires_grad_()
-    alone = dataclasses.replace(config, alpha=1.0)
+    alone = replace(config, alpha=1.0)
     labels = torch.zeros(len(z), dtype=torch.int64)
     loss = sft_kd_loss(z.clone(), labels, teacher, alone, vocab_size=V).loss
     return torch.autograd.grad(loss.sum(), z)[0]
@@ -73,14 +74,20 @@ def bias_and_error(config: KDConfig) -> tuple[float, float]:
     teacher, student = problem()
     logits, ids = teacher.sort(-1, descending=True)
     temperature = config.temperature
-    everything = TopK(logits, ids, torch.logsumexp(teacher / temperature, -1))
-    true = gradient(student, everything, dataclasses.replace(config, positions="all"))
-    drawn = draws(teacher)
+    everything = TopK(
+        ids=ids,
+        logits=logits,
+        logsumexp=torch.logsumexp(teacher / temperature, -1),
+        temperatures=(temperature,),
+    )
+    true = gradient(student, everything, replace(config, positions="all"))
+    # Measured past the refusals of draws and of another temperature.
+    drawn = replace(draws(teacher), draws=False, temperatures=(temperature,))
     if config.share == 1:
         found = gradient(repeated(student, DRAWS), drawn, config).view(DRAWS, N, V + 1)
         weight = torch.ones(N, 1)
     else:
-        calls = [TopK(*(x[i * N : (i + 1) * N] for x in drawn)) for i in range(DRAWS)]
+        calls = [drawn[i * N : (i + 1) * N] for i in range(DRAWS)]
         found = torch.stack([gradient(student, call, config) for call in calls])
         selected = (found != 0).any(-1, keepdim=True)
         weight = selected.double().mean(0) * N / selected[0].sum()
@@ -119,4 +126,4 @@ def test_a_setting_is_refused_exactly_if_draws_are_biased_with_it(config: KDConf
     ],
 )
 def test_what_makes_draws_biased_is_named(settings: dict[str, float], named: list[str]) -> None:
-    assert nonlinear_settings(KDConfig(**settings)) == named  # type: ignore[arg-type]
+    assert list(nonlinear_settings(KDConfig(**settings))) == named  # type: ignore[arg-type]

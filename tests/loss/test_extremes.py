@@ -16,12 +16,11 @@ from nemo_kd.loss import (
     sft_kd_loss,
     vocab_parallel_topk,
 )
+from tests.loss.sharded import single
 
 
 def teacher_of(z: torch.Tensor, k: int) -> TopK:
-    exact = reference.topk(z, k)
-    assert exact.logsumexp is not None
-    return TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+    return single(reference.topk(z, k))
 
 
 def both(
@@ -165,7 +164,11 @@ def test_a_label_off_by_one_shows() -> None:
 )
 def test_a_damaged_teacher_is_refused_by_row(change: dict[str, object], message: str) -> None:
     values = {"ids": [[1, 2], [2, 3]], "logits": [[2.0, 1.0], [2.0, 1.0]], **change}
-    teacher = TopK(torch.tensor(values["logits"]), torch.tensor(values["ids"]), torch.zeros(2) + 3)
+    teacher = TopK(
+        ids=torch.tensor(values["ids"]),
+        logits=torch.tensor(values["logits"]),
+        logsumexp=torch.zeros(2) + 3,
+    )
     with pytest.raises(ValueError, match=message):
         sft_kd_loss(torch.randn(2, 20), torch.tensor([0, 1]), teacher, KDConfig())
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_kd.loss import DIVERGENCES, SUPPORTS, KDConfig, TopK, reference, sft_kd_loss
+from nemo_kd.loss import DIVERGENCES, SUPPORTS, KDConfig, reference, sft_kd_loss
+from tests.loss.sharded import single
 
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
@@ -19,8 +20,7 @@ def test_loss_and_gradient_equal_the_dense_reference(
     config = KDConfig(divergence=divergence, support=support, temperature=temperature, alpha=0.3)
     torch.manual_seed(0)
     logits = torch.randn(7, 53, requires_grad=True)
-    exact = reference.topk(torch.randn(7, 50), 5, temperature)
-    teacher = TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+    teacher = single(reference.topk(torch.randn(7, 50), 5, temperature))
     labels, weight = torch.randint(50, (7,)), torch.rand(7)
     loss = sft_kd_loss(logits, labels, teacher, config, vocab_size=50).loss
     (loss * weight).sum().backward()

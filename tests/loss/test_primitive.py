@@ -16,14 +16,13 @@ from nemo_kd.loss import (
     reference,
     sft_kd_loss,
 )
+from tests.loss.sharded import single
 
 IDS = torch.tensor([[0, 0, 8], [3, 1, 3], [2, 4, 6], [8, 8, 8]])  # some twice, some all the same
 
 
-def teacher_rows(n: int, v: int, k: int) -> TopK:
-    exact = reference.topk(torch.randn(n, v), k)
-    assert exact.logsumexp is not None
-    return TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+def teacher_rows(n: int, v: int, k: int, temperature: float = 1.0) -> TopK:
+    return single(reference.topk(torch.randn(n, v), k, temperature))
 
 
 def test_gradcheck_of_the_primitive() -> None:
@@ -99,7 +98,8 @@ def test_the_order_of_two_losses_on_the_same_logits_does_not_matter(
     dtype: torch.dtype, temperature: float
 ) -> None:
     torch.manual_seed(0)
-    z, labels, teacher = torch.randn(5, 20).to(dtype), torch.arange(5), teacher_rows(5, 20, 4)
+    z, labels = torch.randn(5, 20).to(dtype), torch.arange(5)
+    teacher = teacher_rows(5, 20, 4, temperature)
     results = []
     for first in (True, False):
         logits = z.clone().requires_grad_()

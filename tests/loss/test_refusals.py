@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import (
     KDConfig,
     TopK,
@@ -18,7 +20,6 @@ from nemo_kd.loss import (
 )
 
 N, V = 3, 12
-NOTHING = torch.full((N, 4), -torch.inf)
 
 
 def call(**changes: Any) -> None:
@@ -31,8 +32,12 @@ def call(**changes: Any) -> None:
     sft_kd_loss(**(arguments | changes))
 
 
-def rows(n: int) -> TopK:
-    return vocab_parallel_topk(torch.randn(n, V), 4)
+def rows(n: int, **changes: Any) -> TopK:
+    return replace(vocab_parallel_topk(torch.randn(n, V), 4), **changes)
+
+
+def absent(ids: torch.Tensor) -> TopK:
+    return rows(N, ids=ids.expand(N, 4), logits=torch.full((N, 4), -torch.inf))
 
 
 @pytest.mark.parametrize(
@@ -45,13 +50,12 @@ def rows(n: int) -> TopK:
         ({"mask": torch.ones(2, dtype=torch.bool)}, r"mask have shape \(2,\), expected \(3,\)"),
         ({"teacher": None}, "weight of the distillation is 0.9, but there is no teacher"),
         ({"teacher": rows(2)}, "has 2 rows, but 3 positions are chosen"),
-        ({"teacher": rows(N)._replace(logits=torch.randn(N, 5))}, r"expected \(3, 4\) beside"),
-        ({"teacher": rows(N)._replace(logsumexp=torch.zeros(N, 2))}, r"expected \(3,\) beside"),
-        ({"teacher": rows(N)._replace(logsumexp=torch.full((N,), torch.nan))}, "row 0 .* NaN"),
-        ({"teacher": rows(N)._replace(ids=torch.full((N, 4), -1))}, "row 0 has an id outside"),
-        ({"teacher": TopK(NOTHING, torch.full((N, 4), -1), torch.zeros(N))}, "an id outside"),
-        ({"teacher": TopK(NOTHING, torch.arange(-2, 2).expand(N, 4), None)}, "an id outside"),
-        ({"teacher": rows(N)._replace(logsumexp=None)}, "log-sum-exp at temperature 1, and"),
+        ({"teacher": rows(N, logsumexp=torch.full((N,), torch.nan))}, "row 0 .* NaN"),
+        ({"teacher": rows(N, ids=torch.full((N, 4), -1))}, "row 0 has an id outside"),
+        ({"teacher": absent(torch.tensor(-1))}, "an id outside"),
+        ({"teacher": absent(torch.arange(-2, 2))}, "an id outside"),
+        ({"teacher": rows(N, logsumexp=None)}, "log-sum-exp at temperature 1, and"),
+        ({"mask": torch.ones(N) > 0, "positions": torch.arange(N)}, "both given"),
         ({"vocab_size": V + 1}, "vocab_size is 13, but the logits have 12 columns"),
         ({"vocab_size": 0}, "vocab_size is 0"),
     ],
@@ -59,6 +63,55 @@ def rows(n: int) -> TopK:
 def test_the_loss_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logits": torch.randn(N, 5)}, r"logits have shape \(3, 5\), expected \(3, 4\)"),
+        ({"logsumexp": torch.zeros(N, 2)}, r"expected \(3,\) or \(3, 1\) beside ids \(3, 4\)"),
+        ({"temperatures": (1.0, 2.0)}, r"expected \(3, 2\) beside ids \(3, 4\)"),
+        ({"ids": torch.arange(4)}, r"ids have shape \(4,\), expected \[N, K\]"),
+    ],
+)
+def test_a_topk_of_unlike_shapes_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(NemoKDError, match=message):
+        rows(N, **changes)
+
+
+@pytest.mark.parametrize("support", ["bucket", "topk"])
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_log_sum_exp_at_another_temperature_is_refused(support: str, fused: bool) -> None:
+    z = torch.randn(N, V)
+    config = KDConfig(temperature=2.0, support=support)
+
+    def loss(teacher: TopK) -> torch.Tensor:
+        if fused:
+            eye = torch.eye(V)
+            return linear_sft_kd_loss(z, eye, torch.arange(N), teacher, config).loss
+        return sft_kd_loss(z, torch.arange(N), teacher, config).loss
+
+    with pytest.raises(NemoKDError, match="known at temperature 1, but the loss has temperature 2"):
+        loss(rows(N))
+    both = vocab_parallel_topk(torch.randn(N, V), 4, temperatures=(1.0, 2.0))
+    assert loss(both).equal(loss(both.at(2.0)))
+    if support == "topk":
+        assert loss(replace(both, logsumexp=None)).equal(loss(both))
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_draws_are_refused_by_a_loss_that_they_bias(fused: bool) -> None:
+    z, teacher = torch.randn(N, V), rows(N, draws=True)
+
+    def loss(config: KDConfig) -> torch.Tensor:
+        if fused:
+            return linear_sft_kd_loss(z, torch.eye(V), torch.arange(N), teacher, config).loss
+        return sft_kd_loss(z, torch.arange(N), teacher, config).loss
+
+    with torch.inference_mode(), pytest.raises(NemoKDError, match="not with divergence=jsd"):
+        loss(KDConfig(divergence="jsd"))
+    assert loss(KDConfig()).isfinite().all()
+    assert loss(KDConfig(divergence="jsd", alpha=0.0)).isfinite().all()
 
 
 def test_the_others_refuse() -> None:

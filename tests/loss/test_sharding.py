@@ -10,7 +10,6 @@ from nemo_kd.loss import (
     DIVERGENCES,
     SUPPORTS,
     KDConfig,
-    TopK,
     linear_sft_kd_loss,
     reference,
     sft_kd_loss,
@@ -22,6 +21,7 @@ from tests.loss.sharded import (
     group,
     padded,
     run,
+    single,
     student_logits,
     teacher_rows,
 )
@@ -104,9 +104,7 @@ def check_an_equal_student_has_nothing_to_learn() -> None:
     z = student_logits((S, B), V, torch.float32, seed=5)
     for divergence in DIVERGENCES:
         config = KDConfig(divergence=divergence, alpha=1.0)
-        teacher = reference.topk(z[..., :V].reshape(-1, V), 9)
-        assert teacher.logsumexp is not None
-        teacher = TopK(teacher.logits.float(), teacher.ids, teacher.logsumexp.float())
+        teacher = single(reference.topk(z[..., :V].reshape(-1, V), 9))
         shard = z[..., columns(padded(V))].clone().requires_grad_()
         labels = torch.zeros(S, B, dtype=torch.int64)
         result = sft_kd_loss(shard, labels, teacher, config, group=group(), vocab_size=V)

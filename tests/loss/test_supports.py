@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nemo_kd.loss import DIVERGENCES, SUPPORTS, KDConfig, TopK, reference, sft_kd_loss
 from nemo_kd.loss import vocab_parallel_topk as topk
+from tests.loss.sharded import single
 
 KINDS = [(d, s) for d in DIVERGENCES for s in SUPPORTS if (d, s) != ("reverse_kl", "vocab")]
 LABELS = torch.zeros(6, dtype=torch.int64)
 
 
 def teacher_of(z: torch.Tensor, k: int, temperature: float = 1.0) -> TopK:
-    exact = reference.topk(z, k, temperature)
-    assert exact.logsumexp is not None
-    return TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+    return single(reference.topk(z, k, temperature))
 
 
 def gradient_of(z: torch.Tensor, teacher: TopK, config: KDConfig) -> torch.Tensor:
@@ -81,7 +82,7 @@ def test_a_sure_teacher_rounded_by_its_store_gives_a_usable_loss(
     assert teacher.logsumexp is not None
     level = teacher.logsumexp[:, None]
     if stored != "float32":
-        teacher = teacher._replace(logits=(teacher.logits - level).half().float() + level)
+        teacher = replace(teacher, logits=(teacher.logits - level).half().float() + level)
     mass = torch.exp(teacher.logits.double() - level.double()).sum(1)
     assert (mass >= 1).any() and (mass < 1).any()
     leaf = z.clone().requires_grad_()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemo_kd.loss import SUPPORTS, KDConfig, TopK, linear_sft_kd_loss, reference, sft_kd_loss
-from tests.loss.sharded import columns, group, padded, run, student_logits, teacher_rows
+from tests.loss.sharded import columns, group, padded, run, single, student_logits, teacher_rows
 
 N, V, K, H = 24, 53, 6, 12
 
@@ -21,11 +21,12 @@ def problem() -> tuple[torch.Tensor, TopK, torch.Tensor]:
     seen = torch.arange(N) % 3 > 0
     alpha = torch.rand(N, generator=generator) * seen
     alpha[1] = 0  # seen by the teacher, but not learned from it
-    logits, ids, logsumexp = teacher_rows(N, V, K, 1.0, seed=4)
-    assert logsumexp is not None
-    logits = torch.where(seen.unsqueeze(-1), logits, -torch.inf)
-    ids = torch.where(seen.unsqueeze(-1), ids, -1)
-    teacher = TopK(logits, ids, torch.where(seen, logsumexp, 0))
+    rows = teacher_rows(N, V, K, 1.0, seed=4)
+    teacher = TopK(
+        ids=torch.where(seen.unsqueeze(-1), rows.ids, -1),
+        logits=torch.where(seen.unsqueeze(-1), rows.logits, -torch.inf),
+        logsumexp=torch.where(seen, rows.logsumexp, 0),
+    )
     return labels, teacher, torch.stack([1 - alpha, alpha], -1)
 
 
@@ -35,7 +36,7 @@ def expected_losses(
     """[N] of student logits z [N, V], float64, from the definition."""
     nll = -z.log_softmax(-1).gather(1, labels.unsqueeze(1)).squeeze(1)
     seen = (teacher.ids >= 0).any(-1)
-    rows = TopK(teacher.logits[seen], teacher.ids[seen], teacher.logsumexp[seen])  # type: ignore[index]
+    rows = teacher[seen]
     kd = torch.zeros_like(nll)
     kd[seen] = reference.sft_kd_loss(z[seen], labels[seen], rows, config)[2]
     weights = weights.double().clone()
@@ -136,9 +137,7 @@ def student_logits_alone(n: int) -> torch.Tensor:
 
 
 def teacher_alone(n: int) -> TopK:
-    exact = reference.topk(torch.randn(n, V, generator=torch.Generator().manual_seed(2)), K)
-    assert exact.logsumexp is not None
-    return TopK(exact.logits.float(), exact.ids, exact.logsumexp.float())
+    return single(reference.topk(torch.randn(n, V, generator=torch.Generator().manual_seed(2)), K))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ def test_calibration_error_is_that_of_the_definition() -> None:
         labels = torch.randint(20, (n,), generator=generator)
         labels[: n // 2] = logits[: n // 2].argmax(-1)
         ids = torch.arange(4).expand(n, 4)
-        teacher = TopK(logits[:, :4], ids, logits.logsumexp(-1))
+        teacher = TopK(ids=ids, logits=logits[:, :4], logsumexp=logits.logsumexp(-1))
         sums.add(sft_kd_loss(logits, labels, teacher, KDConfig()))
         best = logits.double().softmax(-1).max(-1)
         pairs += zip(best.values.tolist(), (best.indices == labels).tolist(), strict=True)
