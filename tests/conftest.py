@@ -7,12 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from filelock import FileLock
+
+from tests.loss.ranks import Ranks
 
 ROOT = Path(__file__).parent.parent
 Script = Callable[..., subprocess.CompletedProcess[str]]
@@ -94,6 +96,13 @@ def make_tiny(directory: Path, script: Script) -> None:
         "model.kd.alpha=0",
     )
     (directory / "teacher/checkpoints/teacher.nemo").rename(directory / "teacher.nemo")
+
+
+@pytest.fixture(scope="module")
+def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
+    """`request.param` processes for checks in a gloo group: parametrize with `indirect=True`."""
+    with Ranks(request.param) as started:
+        yield started
 
 
 def program(path: str, *arguments: object) -> None:

@@ -1,36 +1,13 @@
-"""Checks that run inside a real gloo process group, each rank with its columns of the logits.
-
-`run(checks, ranks)` starts the ranks once and runs every check in them; a failing rank's
-assertion is what the caller sees.
-"""
+"""What a check in `ranks.Ranks` needs: each rank's columns of seeded logits, and the reference."""
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from nemo_kd.loss import KDConfig, TopK, reference
-
-
-def run(checks: Sequence[Callable[[], None]], ranks: int) -> None:
-    with tempfile.TemporaryDirectory() as directory:
-        arguments = (list(checks), ranks, f"file://{directory}/rendezvous")
-        mp.spawn(_rank, arguments, nprocs=ranks)
-
-
-def _rank(rank: int, checks: list[Callable[[], None]], ranks: int, address: str) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=ranks)
-    try:
-        for check in checks:
-            check()
-    finally:
-        dist.destroy_process_group()
 
 
 def group() -> dist.ProcessGroup:

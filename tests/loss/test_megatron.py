@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from nemo_kd.loss import KDConfig, sft_kd_loss
-from tests.loss.sharded import columns, group, padded, run, student_logits, teacher_rows
+from tests.loss.ranks import Ranks
+from tests.loss.sharded import columns, group, padded, student_logits, teacher_rows
 
 S, B, V = 4, 3, 41
 
@@ -38,6 +39,6 @@ def check_equals_megatron() -> None:
     parallel_state.destroy_model_parallel()
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_alpha_0_is_megatrons_cross_entropy(ranks: int) -> None:
-    run([check_equals_megatron], ranks)
+@pytest.mark.parametrize("ranks", [1, 2], indirect=True)
+def test_alpha_0_is_megatrons_cross_entropy(ranks: Ranks) -> None:
+    ranks.run(check_equals_megatron)

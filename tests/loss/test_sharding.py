@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -15,12 +17,12 @@ from nemo_kd.loss import (
     sft_kd_loss,
     vocab_parallel_topk,
 )
+from tests.loss.ranks import Check, Ranks, check_name
 from tests.loss.sharded import (
     columns,
     dense_gradient,
     group,
     padded,
-    run,
     single,
     student_logits,
     teacher_rows,
@@ -32,10 +34,9 @@ GRADIENT_ERROR = {torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**
 S, B, V = 5, 3, 53  # Megatron's [S, B, Vp]; a vocabulary that nothing divides
 
 
-def configurations() -> list[KDConfig]:
+def configurations(divergence: str) -> list[KDConfig]:
     return [
         KDConfig(divergence=divergence, support=support, temperature=temperature, alpha=0.4)
-        for divergence in DIVERGENCES
         for support in SUPPORTS
         for temperature in (0.5, 1.0, 2.0)
         if (divergence, support) != ("reverse_kl", "vocab")
@@ -71,10 +72,13 @@ def check_loss(config: KDConfig, k: int, dtype: torch.dtype, inplace: bool) -> N
     assert error <= GRADIENT_ERROR[dtype] * max(1.0, float(gradient.abs().max()))
 
 
-def check_every_loss() -> None:
-    for config in configurations():
+def check_divergence(divergence: str) -> None:
+    for config in configurations(divergence):
         for k in (1, 7, V):
             check_loss(config, k, torch.float32, inplace=False)
+
+
+def check_dtypes() -> None:
     for dtype in GRADIENT_ERROR:
         check_loss(KDConfig(), 40, dtype, inplace=True)  # 40 of 53: more than a rank's columns
 
@@ -179,8 +183,9 @@ def check_fused_case(sequence_parallel: bool, softcap: float | None) -> None:
     torch.testing.assert_close(rows.grad.double(), dense_weight.grad[columns(padded(V))], **close)
 
 
-CHECKS = (
-    check_every_loss,
+CHECKS: tuple[Check, ...] = (
+    *(partial(check_divergence, divergence) for divergence in DIVERGENCES),
+    check_dtypes,
     check_topk,
     check_an_equal_student_has_nothing_to_learn,
     check_a_micro_batch_without_answers,
@@ -188,12 +193,13 @@ CHECKS = (
 )
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_every_rank_agrees_with_the_dense_reference(ranks: int) -> None:
-    run([*CHECKS, *LAWS], ranks)
+@pytest.mark.parametrize("ranks", [1, 2, 4], indirect=True)
+@pytest.mark.parametrize("law", [*CHECKS, *LAWS], ids=check_name)
+def test_every_rank_agrees_with_the_dense_reference(ranks: Ranks, law: Check) -> None:
+    ranks.run(law)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_many_shapes_and_settings(ranks: int) -> None:
-    run([check_many_problems], ranks)
+@pytest.mark.parametrize("ranks", [1, 2, 4], indirect=True)
+def test_many_shapes_and_settings(ranks: Ranks) -> None:
+    ranks.run(check_many_problems)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nemo_kd.loss import SUPPORTS, KDConfig, TopK, linear_sft_kd_loss, reference, sft_kd_loss
-from tests.loss.sharded import columns, group, padded, run, single, student_logits, teacher_rows
+from tests.loss.ranks import Check, Ranks, check_name
+from tests.loss.sharded import columns, group, padded, single, student_logits, teacher_rows
 
 N, V, K, H = 24, 53, 6, 12
 
@@ -111,9 +112,12 @@ def check_weights_of_the_fused_lm_head() -> None:
             torch.testing.assert_close(rows.grad.double(), mine_of_head, **close)
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_weighed_tokens_agree_with_the_dense_reference(ranks: int) -> None:
-    run([check_weights_of_logits, check_weights_of_the_fused_lm_head], ranks)
+@pytest.mark.parametrize("ranks", [1, 2, 4], indirect=True)
+@pytest.mark.parametrize(
+    "check", [check_weights_of_logits, check_weights_of_the_fused_lm_head], ids=check_name
+)
+def test_weighted_tokens_agree_with_the_dense_reference(ranks: Ranks, check: Check) -> None:
+    ranks.run(check)
 
 
 def test_selection_keeps_the_weight_of_the_distillation() -> None:

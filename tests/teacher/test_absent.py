@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import partial
 
 import numpy as np
@@ -11,7 +10,8 @@ import torch
 
 from nemo_kd.loss import vocab_parallel_topk
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
-from tests.loss.sharded import columns, group, padded, run
+from tests.loss.ranks import Check, Ranks, check_name
+from tests.loss.sharded import columns, group, padded
 
 V = 53
 FINITE = (1, 2, 7, 20, V)
@@ -80,7 +80,7 @@ def check_no_distribution() -> None:
     assert drawn.logits[:6].isnan().all() and not drawn.logits[6].isnan().any()
 
 
-CHECKS: list[Callable[[], None]] = [
+CHECKS: list[Check] = [
     *[
         partial(check_topk, k, dtype)
         for k in (1, 5, 33, V)
@@ -91,6 +91,7 @@ CHECKS: list[Callable[[], None]] = [
 ]
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_absent_ids_and_rows_without_a_distribution(ranks: int) -> None:
-    run(CHECKS, ranks)
+@pytest.mark.parametrize("ranks", [1, 2], indirect=True)
+@pytest.mark.parametrize("check", CHECKS, ids=check_name)
+def test_absent_ids_and_rows_without_a_distribution(ranks: Ranks, check: Check) -> None:
+    ranks.run(check)

@@ -12,7 +12,8 @@ import torch
 from nemo_kd.store import Sample, Store
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
 from nemo_kd.topk import TopK
-from tests.loss.sharded import columns, group, padded, run
+from tests.loss.ranks import Ranks
+from tests.loss.sharded import columns, group, padded
 from tests.store.samples import spec, write
 
 V = 53
@@ -113,15 +114,14 @@ def check_sharded(dtype: torch.dtype, vocab_size: int) -> None:
         assert torch.equal(getattr(mine, name), getattr(expected, name)), name
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_draws_do_not_depend_on_the_sharding(ranks: int) -> None:
+@pytest.mark.parametrize("ranks", [2, 4], indirect=True)
+@pytest.mark.parametrize("vocab_size", [V, 1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_draws_do_not_depend_on_the_sharding(
+    ranks: Ranks, dtype: torch.dtype, vocab_size: int
+) -> None:
     """V = 1: ranks whose columns are padding only."""
-    checks = [
-        partial(check_sharded, dtype, size)
-        for dtype in (torch.float32, torch.bfloat16)
-        for size in (V, 1)
-    ]
-    run(checks, ranks)
+    ranks.run(partial(check_sharded, dtype, vocab_size))
 
 
 def test_random_numbers_follow_from_seed_row_and_place_alone() -> None:
