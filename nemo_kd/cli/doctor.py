@@ -1,4 +1,4 @@
-"""`nemo-kd doctor`: what this environment is, and what works in it."""
+"""`nemo-kd doctor`: examine the environment."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_kd.cli.app import Json, app, print_json
 
 @app.command()
 def doctor(as_json: Json = False) -> None:
-    """Versions, GPUs and what works here; exit status 0 on a supported stack."""
+    """Show versions, GPUs and which parts work here; exit status 0 on a supported stack."""
     from nemo_kd.doctor import announce, as_text, examine
 
     announce()

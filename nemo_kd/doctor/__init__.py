@@ -1,7 +1,7 @@
-"""What this environment is, what of nemo_kd works in it, and what to do about the rest.
+"""Examine the environment: what is installed, which parts of nemo_kd work, how to fix the rest.
 
-Versions come from package metadata. Everything else is tried out, each in a process of its own:
-what is there may still not import, not start or never answer.
+Versions come from package metadata. Everything else is tried in a separate process, because an
+installed package may still fail to import, crash or hang.
 """
 
 from nemo_kd.doctor.checks import Check

@@ -1,4 +1,4 @@
-"""`python -m nemo_kd.doctor`: without typer and rich, which `nemo-kd doctor` needs."""
+"""`python -m nemo_kd.doctor`: the report without the typer and rich of `nemo-kd doctor`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from nemo_kd import doctor
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Print the report; exit status 0: a supported stack."""
+    """Print the report; return exit status 0 for a supported stack, else 1."""
     parser = argparse.ArgumentParser(prog="python -m nemo_kd.doctor", description=doctor.__doc__)
     parser.add_argument("--json", action="store_true", help="print JSON, for scripts")
     as_json = parser.parse_args(arguments).json

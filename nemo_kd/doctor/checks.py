@@ -1,4 +1,4 @@
-"""The judgements: what a dump and a training run need, and what is good to have."""
+"""Checks of an environment: what a dump and a training run require, and what is optional."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from nemo_kd.doctor.environment import Environment
 from nemo_kd.doctor.probes import NOT_INSTALLED
 
 CONTAINER = "nvcr.io/nvidia/nemo:25.07"
-# Series that the product is made for, as prefixes; the versions that its tests run on.
+# Package → (prefix of the supported versions, version that the tests run on).
 SERIES = {"nemo_toolkit": ("2.4.", "2.4.1"), "megatron-core": ("0.13.", "0.13.1")}
-# Of the loss and its gradient: float32's rounding over 1003 columns is 30 times less.
+# Relative, of loss and gradient; float32 rounding over 1003 columns is 30 times smaller.
 LARGEST_ERROR = 1e-5
-# What an import says that fails for want of a driver alone, as while an image is built.
+# Parts of an import error that mean only a missing GPU driver, as during an image build.
 NO_DRIVER = ("libcuda.so", "NVIDIA driver")
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that works or not; without a required one the stack is not supported."""
+    """Result of one check; a stack that fails a required check is unsupported."""
 
     name: str
     works: bool
@@ -29,7 +29,7 @@ class Check:
 
 
 def checks(environment: Environment) -> Iterator[Check]:
-    """What a dump and a training run need, then what is good to have."""
+    """Yield the required checks, then the optional ones."""
     install = _install(environment)
     yield from loss_checks(environment)
     for name in SERIES:
@@ -43,19 +43,19 @@ def checks(environment: Environment) -> Iterator[Check]:
     if environment.on_gpu:
         yield from gpu_checks(environment)
     optional = (
-        ("nemo-kd on the command line", "command line", _install(environment, "typer rich")),
+        ("packages of the nemo-kd command", "command line", _install(environment, "typer rich")),
         (
-            "the program nemo-kd",
+            "nemo-kd executable",
             "nemo-kd",
             f"{_own_install(environment)}; activate the environment",
         ),
         (
-            "checkpoints of Hugging Face",
+            "Hugging Face checkpoints",
             "Hugging Face",
             _install(environment, "transformers safetensors"),
         ),
         ("GGUF checkpoints", "GGUF", _install(environment, "gguf")),
-        ("C++ compiler", "C++", "apt-get install g++: torch.compile on a CPU needs it"),
+        ("C++ compiler", "C++", "apt-get install g++ (torch.compile on a CPU needs it)"),
     )
     for name, finding, remedy in optional:
         yield tried(name, finding, environment, remedy, required=False)
@@ -68,14 +68,15 @@ HELPER_REMEDY = (
 
 
 def _own_install(environment: Environment) -> str:
-    """Installs this package: its name is on no index."""
+    """Command that installs nemo-kd, which is on no package index."""
     if environment.container is not None:
         return "pip install --no-deps . in a checkout of nemo-kd"
     return "pip install '.[nemo]' -c constraints.txt in a checkout of nemo-kd"
 
 
 def _install(environment: Environment, packages: str = "") -> str:
-    """In NVIDIA's container a package alone, lest pip replaces what is there; else all pins."""
+    """Command that installs `packages`; in NVIDIA's container without their dependencies, so that
+    pip replaces nothing there."""
     if environment.container is None:
         return _own_install(environment)
     return f"pip install --no-deps {packages}" if packages else f"use the container {CONTAINER}"
@@ -84,17 +85,17 @@ def _install(environment: Environment, packages: str = "") -> str:
 def tried(
     name: str, finding: str, environment: Environment, remedy: str, *, required: bool = True
 ) -> Check:
-    """The check of something that was tried out."""
+    """The check of a probe's finding."""
     fault = environment.faults.get(finding, "not tried")
     if fault is None:
         return Check(name, True, "works", required=required)
     if not environment.gpus and any(sign in fault for sign in NO_DRIVER):
-        return Check(name, True, f"installed; without a GPU's driver: {fault}", required=required)
+        return Check(name, True, f"installed; no GPU driver here: {fault}", required=required)
     return Check(name, False, fault, remedy, required)
 
 
 def loss_checks(environment: Environment) -> Iterator[Check]:
-    """The loss itself, run on each kind of device; on a GPU by the Triton kernels if they are."""
+    """Checks of the loss on each kind of device; on a GPU with the Triton kernels if installed."""
     for device in ["cpu", "cuda"][: 1 + bool(environment.gpus)]:
         name, remedy = f"loss on {device}", loss_remedy(device, environment)
         error, fault = (
@@ -109,17 +110,19 @@ def loss_checks(environment: Environment) -> Iterator[Check]:
 
 
 def loss_remedy(device: str, environment: Environment) -> str:
+    """What to do about a loss that fails on `device`."""
+    """What to do about a loss that fails on `device`."""
     if environment.packages["torch"] is None:
         return _install(environment)
     if device == "cpu":
-        return "this torch does not work; install another (2.3 or newer)"
+        return "reinstall torch (2.3 or newer)"
     return (
-        "check driver and container with nvidia-smi; without the package triton torch's kernels run"
+        "check driver and container with nvidia-smi; without triton the loss uses torch's kernels"
     )
 
 
 def series_check(name: str, environment: Environment) -> Check:
-    """The version, and for megatron-core that it can be imported."""
+    """Check of a package's version, and that megatron-core can be imported."""
     prefix, tested = SERIES[name]
     found, remedy = environment.packages[name], f"use the container {CONTAINER}"
     if environment.container is None:
@@ -136,13 +139,15 @@ def series_check(name: str, environment: Environment) -> Check:
 
 
 def gpu_checks(environment: Environment) -> Iterator[Check]:
-    """What NeMo takes from NVIDIA's own packages on a GPU."""
+    """Checks of the NVIDIA packages that NeMo uses on a GPU."""
     use_container = f"use the container {CONTAINER}"
     yield tried("TransformerEngine", "TransformerEngine", environment, use_container)
     yield tried("apex", "apex", environment, f"{use_container}: apex on PyPI is another package")
     yield Check("NCCL", environment.nccl is not None, environment.nccl or "none", use_container)
-    remedy = "install the triton that fits torch; without it the loss runs on torch's kernels"
+    remedy = (
+        "install the triton version that torch requires; without it the loss uses torch's kernels"
+    )
     yield tried("Triton kernels of the loss", "Triton", environment, remedy, required=False)
     found = f"{len(environment.gpus)} visible" if environment.gpus else "none visible"
-    remedy = "docker run --gpus all; srun --gpus-per-node; while an image is built there are none"
+    remedy = "docker run --gpus all, or srun --gpus-per-node; an image build sees no GPU"
     yield Check("GPUs", bool(environment.gpus), found, remedy, required=False)

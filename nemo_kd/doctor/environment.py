@@ -1,4 +1,4 @@
-"""The facts: versions from package metadata, and what was tried out and how it went."""
+"""Facts about an environment: versions from package metadata, and the results of probes."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ PACKAGES = (
     "apex",
     "triton",
 )
-# Name of the finding → what is imported for it. `amp_C` is the compiled extension by which
-# NVIDIA's apex is told from the package of that name on PyPI.
+# Finding → modules imported for it. `amp_C` is a compiled extension that tells NVIDIA's apex from
+# the unrelated PyPI package of that name.
 IMPORTS = {
     "megatron-core": ("megatron.core",),
     "TransformerEngine": ("transformer_engine.pytorch",),
@@ -45,29 +45,29 @@ PROBES: Mapping[str, Callable[[], str | None]] = {
 
 @dataclass(frozen=True)
 class Environment:
-    """Facts, no judgement. A package that is not installed has None for its version."""
+    """Facts without judgement. The version of a package that is not installed is None."""
 
     container: str | None
-    """What NVIDIA's image says it is; None outside of one."""
+    """Name and build of NVIDIA's container image; None outside one."""
     python: str
     packages: dict[str, str | None]
     cuda: str | None = None
-    """The CUDA that torch was built with; None: a torch for CPUs."""
+    """CUDA version that torch was built with; None for a CPU build."""
     gpus: list[str] = field(default_factory=list)
     nccl: str | None = None
     faults: dict[str, str | None] = field(default_factory=dict)
-    """Finding → why it does not work, None: it does. One that was not looked into is absent."""
+    """Finding → why it does not work, None if it works; absent if it was not probed."""
     loss_errors: dict[str, float] = field(default_factory=dict)
     """Device → largest relative error of the loss against the float64 reference."""
 
     @property
     def on_gpu(self) -> bool:
-        """Whether NeMo is to run on GPUs here: an image of NVIDIA's is built where none is."""
+        """Whether NeMo is meant to run on GPUs; NVIDIA's images are often built without one."""
         return bool(self.gpus) or (self.container is not None and self.cuda is not None)
 
 
 def look() -> Environment:
-    """Everything, as many things at a time as there are cores; about as long as NeMo's import."""
+    """Run all probes, one per core at a time; takes about as long as importing NeMo."""
     with ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
         torch = pool.submit(_try_torch, "cpu")
         waiting = {name: pool.submit(probe) for name, probe in PROBES.items()}
@@ -75,7 +75,7 @@ def look() -> Environment:
         faults = {name: fault.result() for name, fault in waiting.items()}
     faults["loss on cpu"] = torch_fault
     errors = {"cpu": said.pop("loss_error")} if "loss_error" in said else {}
-    if said.get("gpus"):  # after the others: a GPU's memory may be full
+    if said.get("gpus"):  # last, because the GPU's memory may be full
         on_gpu, faults["loss on cuda"] = _try_torch("cuda")
         errors |= {"cuda": on_gpu["loss_error"]} if "loss_error" in on_gpu else {}
     versions = {name: installed(name) for name in PACKAGES}
@@ -90,7 +90,7 @@ def look() -> Environment:
 
 
 def _try_torch(device: str) -> tuple[dict[str, Any], str | None]:
-    """(findings of `torch_probe`, why there are not all of them)."""
+    """(findings of `torch_probe`, why some are missing or None)."""
     if not probes.installed("torch"):
         return {}, f"torch is {probes.NOT_INSTALLED}"
     code = f"from nemo_kd.doctor.torch_probe import main; main({device!r})"
@@ -103,9 +103,9 @@ def _try_torch(device: str) -> tuple[dict[str, Any], str | None]:
 
 
 def container() -> str | None:
-    """NVIDIA's images say in the environment what they are.
+    """Name and build of NVIDIA's image, from its environment variables; None outside one.
 
-    Not by NVIDIA_PYTORCH_VERSION, which `nemo_kd.nemo.cpu` sets too, for NeMo.
+    NVIDIA_PYTORCH_VERSION would not do: `nemo_kd.nemo.cpu` sets it as well, for NeMo.
     """
     names = ("NVIDIA_PRODUCT_NAME", "NVIDIA_BUILD_ID")
     said = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]
@@ -113,7 +113,7 @@ def container() -> str | None:
 
 
 def installed(name: str) -> str | None:
-    """The version in the package's metadata."""
+    """Version of a package from its metadata; None if it is not installed."""
     try:
         return version(name)
     except PackageNotFoundError:

@@ -1,6 +1,6 @@
-"""Trying things out in processes of their own: a crash or a hang there is a finding here.
+"""Probes that run in separate processes, so that a crash or a hang is a finding.
 
-A *fault* is a line that says why something does not work; None: it works.
+A *fault* is one line that says why something does not work; None if it works.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 
 import nemo_kd
 
-PATIENCE = 300.0  # seconds: importing NeMo takes 10 on an idle machine, minutes over a slow network
+PATIENCE = 300.0  # seconds; importing NeMo takes 10 on an idle machine, minutes on a slow network
 HELPERS = "collections/nlp/data/language_modeling/megatron"  # NeMo's, with its Makefile
 NOT_INSTALLED = "not installed"
 
@@ -36,13 +36,15 @@ assert module.build_blending_indices
 
 @dataclass(frozen=True)
 class Outcome:
+    """How a process ended."""
+
     fault: str | None
     output: str
-    """Standard output, also of a process that failed."""
+    """Standard output, also of a failed process."""
 
 
 def run(command: Sequence[str], patience: float = PATIENCE, cwd: str | None = None) -> Outcome:
-    """Run to the end, or for `patience` seconds. Never raises for what the command does."""
+    """Run `command` for at most `patience` seconds; its failures are returned, never raised."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Files, not pipes: a grandchild that outlives the command would keep a pipe open.
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
@@ -66,14 +68,14 @@ def run(command: Sequence[str], patience: float = PATIENCE, cwd: str | None = No
 
 
 def python(code: str, *arguments: str, patience: float = PATIENCE) -> Outcome:
-    """Run `code` in this interpreter, with this process's module path."""
+    """Run `code` in a new process of this interpreter with the same `sys.path`."""
     flags = ["-S"] if sys.flags.no_site else []
     command = [sys.executable, *flags, "-c", _WITH_PATH + code, json.dumps(sys.path), *arguments]
     return run(command, patience)
 
 
 def import_fault(*modules: str, patience: float = PATIENCE) -> str | None:
-    """Import them, one after the other, in one process."""
+    """Import `modules` one after the other in one process."""
     missing = [name for name in modules if not installed(name)]
     if missing:
         return f"{', '.join(missing)} {NOT_INSTALLED}"
@@ -95,7 +97,7 @@ def nemo_fault() -> str | None:
 
 
 def helper_fault() -> str | None:
-    """Of the C++ helper in NeMo's package."""
+    """Load the C++ helper of NeMo's package, or compile a copy of it."""
     spec = find_spec("nemo")
     locations = spec.submodule_search_locations if spec else None
     if not locations:
@@ -104,9 +106,9 @@ def helper_fault() -> str | None:
 
 
 def compiled_fault(source: Path) -> str | None:
-    """Load the helper of this folder; where it is not compiled yet, compile a copy of it.
+    """Load the helper in `source`; if it is not compiled yet, compile a copy of it.
 
-    NeMo compiles it at the first start, into this folder: that must be writable too.
+    NeMo compiles it at its first start into `source`, which must then be writable.
     """
     name = f"helpers{sysconfig.get_config_var('EXT_SUFFIX')}"
     if (source / name).is_file():
@@ -126,7 +128,7 @@ def compiled_fault(source: Path) -> str | None:
 
 
 def program_fault() -> str | None:
-    """Run `nemo-kd --version` as a shell would find it."""
+    """Run `nemo-kd --version` with the executable that the shell would find."""
     beside = Path(sys.executable).parent / "nemo-kd"
     found = shutil.which("nemo-kd")
     if found is None:
@@ -150,7 +152,7 @@ def compiler_fault() -> str | None:
 
 
 def installed(module: str) -> bool:
-    """Whether there is such a top-level module; it may still fail to import."""
+    """Whether the top-level module exists; importing it may still fail."""
     try:
         return find_spec(module.partition(".")[0]) is not None
     except (ImportError, ValueError):

@@ -1,4 +1,4 @@
-"""Facts and judgements together, as text and as JSON."""
+"""The report: facts and checks, as text and as JSON."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from nemo_kd.doctor.environment import Environment, look
 
 @dataclass(frozen=True)
 class Report:
+    """Facts about the environment and the checks of them."""
+
     environment: Environment
     checks: list[Check]
 
@@ -30,22 +32,22 @@ class Report:
 
 
 def examine() -> Report:
-    """Look at everything; takes about as long as importing NeMo."""
+    """Examine this environment; takes about as long as importing NeMo."""
     environment = look()
     return Report(environment, list(checks(environment)))
 
 
 def announce() -> None:
-    """Say to a person who waits how long it takes."""
+    """Tell a user at a terminal how long it takes."""
     if sys.stderr.isatty():
-        print("trying everything out, which takes up to a minute", file=sys.stderr)
+        print("examining the environment, which takes up to a minute", file=sys.stderr)
 
 
 def as_text(report: Report) -> str:
-    """For people."""
+    """The report as text for a terminal."""
     environment = report.environment
     rows: list[tuple[str, str | None]] = [
-        ("container", environment.container or "not one of NVIDIA's"),
+        ("container", environment.container or "none of NVIDIA's"),
         ("python", environment.python),
         *environment.packages.items(),
         ("CUDA of torch", environment.cuda),

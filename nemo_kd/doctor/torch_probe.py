@@ -1,4 +1,4 @@
-"""What torch says of this machine, and the loss run on a device: for a process of its own."""
+"""Facts that torch knows about this machine, and the error of the loss; run as a process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 
 def facts() -> dict[str, Any]:
-    """CUDA of the build, the visible GPUs, NCCL."""
+    """CUDA version of the build, visible GPUs and NCCL version."""
     import torch
 
     gpus = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
@@ -23,7 +23,10 @@ def facts() -> dict[str, Any]:
 
 
 def loss_error(device: str) -> float:
-    """Of Σ loss and its gradient at K = 20, V = 1003: largest difference over largest value."""
+    """Relative error of the loss and its gradient against the reference, K = 20, V = 1003.
+
+    The largest difference divided by the largest value.
+    """
     import torch
 
     from nemo_kd.loss import KDConfig, reference, sft_kd_loss, vocab_parallel_topk
@@ -42,7 +45,7 @@ def loss_error(device: str) -> float:
 
 
 def main(device: str) -> None:
-    """Print a line of JSON for each finding as it comes, so that a crash keeps those before it."""
+    """Print each finding as a line of JSON at once, so that a crash loses only the later ones."""
     if device == "cpu":
         print(json.dumps(facts()), flush=True)
     print(json.dumps({"loss_error": loss_error(device)}), flush=True)
