@@ -1,18 +1,8 @@
 """Measure a model on held-out stores: `--help` has examples."""
 
-import hydra
-from omegaconf import DictConfig
+from pathlib import Path
 
-from nemo_kd.cli.scripts import one_line_errors, script
-
-
-@hydra.main(version_base=None, config_path="../conf", config_name="evaluate_gpt_sft_kd")
-@one_line_errors
-def main(cfg: DictConfig) -> None:
-    from nemo_kd.nemo.train import evaluate
-
-    evaluate(cfg)
-
+from nemo_kd.cli.jobs import JOBS
 
 if __name__ == "__main__":
-    script(main, resume="nothing was written; the same command starts over")
+    JOBS["evaluate"].start(Path(__file__).resolve().parents[1] / "conf")

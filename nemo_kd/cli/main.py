@@ -20,12 +20,12 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         from rich.console import Console
 
-        from nemo_kd.cli import doctor, look, make, plan  # noqa: F401 (each adds its commands)
+        from nemo_kd.cli import doctor, look, make, plan, run  # noqa: F401 (each adds commands)
         from nemo_kd.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("rich", "typer"):
+        if error.name not in ("numpy", "rich", "typer"):
             raise
-        sys.exit(f"error: {error.name} is not installed; pip install typer rich")
+        sys.exit(f"error: {error.name} is not installed: pip install 'nemo-kd[cli]'")
     from nemo_kd.errors import StoreError
 
     try:

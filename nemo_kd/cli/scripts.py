@@ -18,23 +18,29 @@ from nemo_kd.cli.overrides import accept_every_spelling
 TRACEBACK = "NEMO_KD_TRACEBACK"
 
 
-def commented(*names: str) -> str:
-    """The files `conf/NAME.yaml` beside the running script's folder as its help shows them: with
-    their comments, without what Hydra alone reads."""
-    conf = Path(sys.argv[0]).resolve().parent.parent / "conf"
+def commented(conf: Path, *names: str) -> str:
+    """The files `conf/NAME.yaml` as a script's help shows them: with comments, without Hydra's
+    own settings."""
     texts = {name: (conf / f"{name}.yaml").read_text().partition("\nhydra:\n")[0] for name in names}
     shown = "\n\n".join(f"# --- conf/{name}.yaml\n{text}" for name, text in texts.items())
     return shown.replace("$", "$$")  # Hydra's template gives one of them back
 
 
-def script(main: Callable[[], None], resume: str = "run the same command to resume") -> None:
+def script(
+    main: Callable[[], None],
+    resume: str = "run the same command to resume",
+    conf: Path | None = None,
+) -> None:
     """Run a Hydra entry point; report a user's mistake in one line, without a traceback.
 
-    `resume` says what the same command does after Ctrl-C, whose exit status is 130.
+    `resume` says what the same command does after Ctrl-C, whose exit status is 130; `conf` has
+    the configurations that `--help` shows.
     """
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
-    OmegaConf.register_new_resolver("commented", commented, replace=True)
+    if conf is not None:
+        shown = functools.partial(commented, conf)
+        OmegaConf.register_new_resolver("commented", shown, replace=True)
     # NeMo's own, which its configurations use before NeMo is imported.
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
     os.environ.setdefault("HYDRA_FULL_ERROR", "1")

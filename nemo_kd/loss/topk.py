@@ -10,6 +10,7 @@ total: value and id go into one int64 key, whose largest are then the answer any
 from __future__ import annotations
 
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import torch
 import torch.distributed as dist
@@ -111,8 +112,8 @@ def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -
 
 
 def _sorted(ids: Tensor) -> Tensor:
-    """Each row ascending; on a CPU by numpy, seven times as fast as torch."""
-    if ids.device.type != "cpu":
+    """Each row ascending; on a CPU with numpy if it is installed, seven times as fast as torch."""
+    if ids.device.type != "cpu" or find_spec("numpy") is None:
         return ids.sort(dim=-1).values
     ordered = ids.numpy().copy()
     ordered.sort(axis=-1)

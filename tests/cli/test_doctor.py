@@ -22,8 +22,8 @@ from nemo_kd.doctor import Environment, Report, as_text, probes
 from nemo_kd.doctor.checks import checks
 from nemo_kd.doctor.environment import _try_torch
 from nemo_kd.doctor.torch_probe import loss_error
+from tests.bare import run_bare
 from tests.conftest import ROOT
-from tests.torch_alone import torch_alone
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_this_environment_is_supported(said: Any, here: Environment) -> None:
 def test_with_torch_alone_the_loss_works_and_scripts_fail(tmp_path: Path) -> None:
     """`python -m` needs neither typer nor rich, and is quick to say what is missing."""
     arguments = ("-c", f"import sys; sys.path.append({str(ROOT)!r}); {RUN}")
-    done = torch_alone(tmp_path, *arguments)
+    done = run_bare(tmp_path, ["torch", "numpy"], *arguments)
     assert done.returncode == 1, done.stderr
     value = json.loads(done.stdout)
     works = {check["name"]: check["works"] for check in value["checks"]}

@@ -7,6 +7,7 @@ import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+from nemo_kd.cli.jobs import JOBS
 from nemo_kd.cli.scripts import accept_every_spelling
 from tests.conftest import ROOT, Script
 
@@ -105,8 +106,8 @@ SCRIPTS = [
 
 
 def test_every_hydra_script_is_tested_here() -> None:
-    using = [p.stem for p in (ROOT / "examples").glob("*.py") if "hydra.main" in p.read_text()]
-    assert sorted(using) == sorted(SCRIPTS)
+    using = [p.stem for p in (ROOT / "examples").glob("*.py") if "JOBS" in p.read_text()]
+    assert sorted(using) == sorted(SCRIPTS) == sorted(job.config_name for job in JOBS.values())
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

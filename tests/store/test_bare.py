@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from tests.bare import extra, run_bare
 from tests.conftest import ROOT
 from tests.store.samples import spec, store
-from tests.torch_alone import torch_alone
 
 READ = """
 import sys
@@ -33,7 +33,7 @@ def test_a_store_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
         store(tmp_path / profile, replace(spec(), **options))
         for profile, options in {"plain": {}, "compact": {"profile": "compact"}, "cut": cut}.items()
     ]
-    done = torch_alone(tmp_path, "-c", READ, str(ROOT), *map(str, stores))
+    done = run_bare(tmp_path, extra("store"), "-c", READ, str(ROOT), *map(str, stores))
     assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert len(lines) == len(stores)

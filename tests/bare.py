@@ -1,4 +1,4 @@
-"""An environment with torch and numpy and nothing else of what is installed here."""
+"""An environment with the packages of one extra, and nothing else of what is installed here."""
 
 from __future__ import annotations
 
@@ -6,29 +6,45 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.metadata import PackageNotFoundError, distribution
 from pathlib import Path
 
-ROOTS = ("torch", "numpy")
+from tests.conftest import ROOT
 
 
-def torch_alone(directory: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Run python with links to those packages and their own requirements as its site-packages."""
+def extra(name: str | None) -> list[str]:
+    """The packages of `pip install nemo-kd[name]`, or of none; without their own requirements."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = project["dependencies"] + (project["optional-dependencies"][name] if name else [])
+    return [_name(line) for line in lines]
+
+
+def run_bare(
+    directory: Path, roots: list[str], *arguments: str
+) -> subprocess.CompletedProcess[str]:
+    """Run python with links to `roots` and their requirements as its only site-packages."""
     links = directory / "site-packages"
     if not links.exists():
         links.mkdir(parents=True)
-        for path in top_level(requirements(ROOTS)):
+        for path in _top_level(_requirements(roots)):
             (links / path.name).symlink_to(path)
     return subprocess.run(
         [sys.executable, "-S", *arguments],
         env={**os.environ, "PYTHONPATH": str(links)},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
 
 
-def requirements(names: tuple[str, ...]) -> set[str]:
+def _name(requirement: str) -> str:
+    found = re.match(r"[\w.-]+", requirement)
+    assert found is not None
+    return found[0]
+
+
+def _requirements(names: list[str]) -> set[str]:
     """The packages and all that they require, optional extras apart."""
     found: set[str] = set()
     waiting = list(names)
@@ -41,12 +57,11 @@ def requirements(names: tuple[str, ...]) -> set[str]:
         except PackageNotFoundError:  # for another platform
             continue
         found.add(name)
-        plain = [line for line in wanted if "extra ==" not in line]
-        waiting += [re.match(r"[\w.-]+", line)[0] for line in plain]  # type: ignore[index]
+        waiting += [_name(line) for line in wanted if "extra ==" not in line]
     return found
 
 
-def top_level(names: set[str]) -> set[Path]:
+def _top_level(names: set[str]) -> set[Path]:
     """What the packages put directly into site-packages."""
     paths: set[Path] = set()
     for name in names:
