@@ -1,4 +1,4 @@
-"""Hugging Face and GGUF checkpoints of the Llama family as NeMo's `.nemo`."""
+"""Convert Hugging Face and GGUF checkpoints of the Llama family to NeMo's `.nemo`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = [
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """A Hugging Face directory (config.json, *.safetensors) or a `.gguf` file."""
+    """Open a Hugging Face directory (config.json, *.safetensors) or a `.gguf` file."""
     path = Path(path)
     if path.is_dir():
         from nemo_kd.checkpoints.huggingface import HuggingFaceCheckpoint

@@ -1,4 +1,4 @@
-"""Reading a GGUF file of a Llama: sizes, weights and tokenizer are all inside.
+"""Read a GGUF file of a Llama: its sizes, weights and tokenizer.
 
 GGUF stores the rows of a q or k head with RoPE's pairs side by side, `(0, d/2, 1, d/2+1, …)`;
 Hugging Face and Megatron keep the two halves apart. `_halves` undoes it.
@@ -35,7 +35,7 @@ LAYER_NAMES = {
 
 
 class GGUFCheckpoint:
-    """A memory-mapped GGUF file; each tensor is dequantised to float32 when it is asked for."""
+    """A memory-mapped GGUF file, whose tensors are dequantised to float32 on access."""
 
     dtype = torch.float32
 
@@ -68,22 +68,22 @@ class GGUFCheckpoint:
         return values
 
     def save_tokenizer(self, directory: str) -> int:
-        """Write the tokenizer inside the file for transformers; its vocabulary size."""
+        """Write the file's tokenizer for transformers; return its vocabulary size."""
         from nemo_kd.checkpoints.gguf_tokenizer import build_tokenizer
 
-        tokenizer = build_tokenizer(self)
+        tokenizer = build_tokenizer(self.name, self.field)
         tokenizer.save_pretrained(directory)
         return len(tokenizer)
 
     def field(self, key: str, default: Any = None) -> Any:
-        """A metadata value of the file."""
+        """A metadata value of the file, or `default`."""
         field = self._reader.get_field(key)
         return default if field is None else field.contents()
 
     def _required(self, key: str) -> Any:
         value = self.field(key)
         if value is None:
-            raise CheckpointError(f"{self.name} lacks {key}; it is no complete Llama GGUF")
+            raise CheckpointError(f"{self.name} lacks {key}; it is not a complete GGUF of a Llama")
         return value
 
     def _read_llama(self) -> Llama:
@@ -99,8 +99,8 @@ class GGUFCheckpoint:
         scaled = self.field("llama.rope.scaling.type", "none") != "none"
         if scaled or "rope_freqs.weight" in self._tensors:
             raise CheckpointError(
-                f"{self.name} scales its rotary frequencies, for which NeMo has no key that takes "
-                "GGUF's factors; convert the model's Hugging Face directory instead"
+                f"{self.name} scales its rotary frequencies by factors, for which NeMo has no key; "
+                "convert the model's Hugging Face directory instead"
             )
         heads = self._required("llama.attention.head_count")
         hidden = self._required("llama.embedding_length")

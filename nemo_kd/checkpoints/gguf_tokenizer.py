@@ -1,12 +1,13 @@
 """The byte-level BPE tokenizer inside a GGUF file, as a transformers tokenizer.
 
-transformers' own loader swaps begin- and end-of-sequence ids and leaves padding out; here every
-special id is the one that the file states. Pre-tokenization follows `tokenizer.ggml.pre`.
+transformers' own loader swaps the begin- and end-of-sequence ids and omits padding; this one takes
+every special id from the file. Pre-tokenization follows `tokenizer.ggml.pre`.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from nemo_kd.checkpoints.llama import CheckpointError
 
@@ -15,7 +16,8 @@ if TYPE_CHECKING:
     from tokenizers.pre_tokenizers import PreTokenizer
     from transformers import PreTrainedTokenizerFast
 
-    from nemo_kd.checkpoints.gguf_file import GGUFCheckpoint
+Field = Callable[..., Any]
+"""`field(key, default=None)` is a metadata value of the file."""
 
 # GGUF's token types.
 CONTROL, USER_DEFINED = 3, 4
@@ -27,44 +29,43 @@ SPECIAL_IDS = {
 }
 
 
-def build_tokenizer(file: GGUFCheckpoint) -> PreTrainedTokenizerFast:
-    """The tokenizer of `file`, with its special ids and chat template."""
+def build_tokenizer(name: str, field: Field) -> PreTrainedTokenizerFast:
+    """The tokenizer of the file `name`, with its special ids and chat template."""
     from transformers import PreTrainedTokenizerFast
 
-    tokens: list[str] = file.field("tokenizer.ggml.tokens")
+    tokens: list[str] = field("tokenizer.ggml.tokens")
     special = {
-        name: tokens[file.field(key)]
-        for name, key in SPECIAL_IDS.items()
-        if file.field(key) is not None
+        token: tokens[field(key)] for token, key in SPECIAL_IDS.items() if field(key) is not None
     }
     if "eos_token" not in special:
-        raise CheckpointError(f"{file.name} states no end-of-sequence id; SFT needs one")
+        raise CheckpointError(f"{name} states no end-of-sequence id; SFT needs one")
     tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=_backend(file, tokens),
-        model_max_length=file.llama.context,
+        tokenizer_object=_backend(name, field, tokens),
+        model_max_length=field("llama.context_length"),
         clean_up_tokenization_spaces=False,
         **special,
     )
-    tokenizer.chat_template = file.field("tokenizer.chat_template")
+    tokenizer.chat_template = field("tokenizer.chat_template")
     return tokenizer
 
 
-def _backend(file: GGUFCheckpoint, tokens: list[str]) -> Tokenizer:
+def _backend(name: str, field: Field, tokens: list[str]) -> Tokenizer:
+    """The tokenizer without special ids; errors as `build_tokenizer`."""
     from tokenizers import AddedToken, Tokenizer, decoders
     from tokenizers.models import BPE
 
-    model = file.field("tokenizer.ggml.model")
+    model = field("tokenizer.ggml.model")
     if model != "gpt2":
         raise CheckpointError(
-            f"{file.name}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') is "
-            "rebuilt from a GGUF; convert the model's Hugging Face directory instead"
+            f"{name}: tokenizer.ggml.model is {model!r}; only byte-level BPE ('gpt2') is "
+            "supported in a GGUF; convert the model's Hugging Face directory instead"
         )
     vocab = {token: i for i, token in enumerate(tokens)}
-    merges = [tuple(merge.split(" ")) for merge in file.field("tokenizer.ggml.merges")]
+    merges = [tuple(merge.split(" ")) for merge in field("tokenizer.ggml.merges")]
     backend = Tokenizer(BPE(vocab, merges))
-    backend.pre_tokenizer = _pre_tokenizer(file)
+    backend.pre_tokenizer = _pre_tokenizer(name, field)
     backend.decoder = decoders.ByteLevel()
-    types = file.field("tokenizer.ggml.token_type", [])
+    types = field("tokenizer.ggml.token_type", [])
     for token, kind in zip(tokens, types, strict=False):
         if kind == CONTROL:
             backend.add_special_tokens([AddedToken(token, normalized=False, special=True)])
@@ -73,15 +74,15 @@ def _backend(file: GGUFCheckpoint, tokens: list[str]) -> Tokenizer:
     return backend
 
 
-def _pre_tokenizer(file: GGUFCheckpoint) -> PreTokenizer:
+def _pre_tokenizer(name: str, field: Field) -> PreTokenizer:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 
     words = ByteLevel(add_prefix_space=False, use_regex=True)
     known = {"gpt-2": words, "smollm": Sequence([Digits(individual_digits=True), words])}
-    name = file.field("tokenizer.ggml.pre", "gpt-2")
-    if name not in known:
+    kind = field("tokenizer.ggml.pre", "gpt-2")
+    if kind not in known:
         raise CheckpointError(
-            f"{file.name}: tokenizer.ggml.pre is {name!r}; rebuilt are {', '.join(sorted(known))}; "
+            f"{name}: tokenizer.ggml.pre is {kind!r}; supported are {', '.join(sorted(known))}; "
             "convert the model's Hugging Face directory instead"
         )
-    return known[name]
+    return known[kind]

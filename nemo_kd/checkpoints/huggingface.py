@@ -1,4 +1,4 @@
-"""Hugging Face's side: reading a directory, and any checkpoint as a transformers model."""
+"""Read a Hugging Face directory; build a transformers model of any checkpoint."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ ARCHITECTURE = "LlamaForCausalLM"
 
 
 class HuggingFaceCheckpoint:
-    """A directory as `save_pretrained` writes it, sharded or not; tensors are memory-mapped."""
+    """A directory that `save_pretrained` wrote, sharded or not; tensors are memory-mapped."""
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
@@ -49,7 +49,7 @@ class HuggingFaceCheckpoint:
         return tensor
 
     def save_tokenizer(self, directory: str) -> int:
-        """Copy the tokenizer through transformers, which shows that it loads."""
+        """Load the tokenizer with transformers and save it; return its vocabulary size."""
         from transformers import AutoTokenizer
 
         try:
@@ -81,8 +81,8 @@ def _weight_files(directory: Path) -> list[Path]:
         absent = [name for name in names if not (directory / name).is_file()]
         if absent:
             raise CheckpointError(
-                f"{index} names {len(names)} files, of which {len(absent)} are not there, "
-                f"first {absent[0]}; download them"
+                f"{index} names {len(names)} files, of which {len(absent)} are missing, the first "
+                f"is {absent[0]}; download them"
             )
         return [directory / name for name in names]
     files = sorted(directory.glob("*.safetensors"))
@@ -95,7 +95,10 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def read_llama(config: Mapping[str, Any]) -> Llama:
-    """The model of a `config.json`; refuses whatever Megatron's Llama would compute otherwise."""
+    """The model of a `config.json`.
+
+    Errors: CheckpointError for what Megatron's Llama would compute differently.
+    """
     found = config.get("architectures") or [config.get("model_type")]
     _expect("architectures", found, [ARCHITECTURE])
     _expect("hidden_act", config.get("hidden_act", "silu"), "silu")
@@ -121,7 +124,10 @@ def read_llama(config: Mapping[str, Any]) -> Llama:
 
 
 def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
-    """Llama 3.1's scaling, which NeMo has; any other kind is refused."""
+    """Llama 3.1's scaling, the only kind that NeMo supports; None without scaling.
+
+    Errors: CheckpointError for another kind.
+    """
     kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
     if rope is None or kind == "default":
         return None
@@ -135,7 +141,7 @@ def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
 
 
 def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """The model in transformers, float32, to measure or compare with."""
+    """The checkpoint as a float32 model of transformers."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama = checkpoint.llama
@@ -160,7 +166,7 @@ def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
     model.tie_weights()
-    # The only buffer: it is not in the state, and was made on the meta device.
+    # The only buffer; it is not in the state and was created on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
 

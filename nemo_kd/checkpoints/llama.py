@@ -1,10 +1,10 @@
-"""What a Llama-family checkpoint is: its sizes, and the name and shape of every tensor in it.
+"""A Llama-family checkpoint: its sizes, and the name and shape of every tensor.
 
     layer(x) = h + W_down(silu(W_gate n) * W_up n)
     n = rmsnorm(h),  h = x + attention(rmsnorm(x))
 
-Readers (`huggingface.py`, `gguf_file.py`) produce a `Llama` and tensors under Hugging Face's
-names; the writer (`megatron.py`) takes them from there.
+Readers (`huggingface.py`, `gguf_file.py`) provide a `Llama` and tensors under Hugging Face's names
+to the writer (`megatron.py`).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class RopeScaling:
 
 @dataclass(frozen=True)
 class Llama:
-    """Sizes and constants of one model."""
+    """Sizes and constants of a model."""
 
     num_layers: int
     hidden_size: int
@@ -50,7 +50,7 @@ class Llama:
     rope_base: float
     rope_scaling: RopeScaling | None
     tied: bool
-    """The LM head is the embedding."""
+    """Whether the LM head shares the embedding's weight."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -90,43 +90,43 @@ class Llama:
 
 
 class Checkpoint(Protocol):
-    """An open checkpoint; tensors are read when asked for."""
+    """An open checkpoint, whose tensors are read on access."""
 
     llama: Llama
     dtype: torch.dtype
-    """The type the weights are stored in; float32 for quantised ones."""
+    """The weights' type; float32 for quantised weights."""
     name: str
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a Hugging Face name, in `dtype`."""
 
     def save_tokenizer(self, directory: str) -> int:
-        """Write a tokenizer that transformers loads from `directory`; its vocabulary size."""
+        """Write a tokenizer that transformers loads to `directory`; return its vocabulary size."""
 
 
-# Older transformers saved this buffer; it follows from the configuration.
+# A buffer that older versions of transformers saved; it follows from the configuration.
 IGNORED = ("rotary_emb.inv_freq",)
 
 
 def check_tensors(name: str, llama: Llama, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuse a checkpoint whose tensors are not exactly those of `llama`."""
+    """Errors: CheckpointError unless the tensors found are exactly those of `llama`."""
     expected = llama.shapes()
     missing = [key for key in expected if key not in found]
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of {len(expected)} tensors that its configuration "
-            f"({llama.num_layers} layers) asks for, first {missing[0]}; is a shard missing?"
+            f"({llama.num_layers} layers) requires, the first is {missing[0]}; is a shard missing?"
         )
     for key, shape in expected.items():
         if tuple(found[key]) != shape:
             raise CheckpointError(
                 f"{name}: {key} has shape {tuple(found[key])}, "
-                f"the configuration asks for {shape}; they belong to different models"
+                f"the configuration requires {shape}; they belong to different models"
             )
     ignored = (*IGNORED, "lm_head.weight") if llama.tied else IGNORED
     extra = [key for key in found if key not in expected and not key.endswith(ignored)]
     if extra:
         raise CheckpointError(
-            f"{name} has {len(extra)} tensors that a Llama without biases has no place for, first "
-            f"{extra[0]}; only plain Llama models are converted"
+            f"{name} has {len(extra)} tensors that are not of a Llama without biases, the first is "
+            f"{extra[0]}; only plain Llama models can be converted"
         )

@@ -22,8 +22,8 @@ from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
 
 LAYERS = "model.decoder.layers"
 # TransformerEngine's layers keep FP8 scales under these names, empty without FP8, and megatron-core
-# wants each of them there when it loads. The local layers have but the four linear ones: a .nemo
-# that NeMo itself saves on a CPU lacks the attention's and the final norm's.
+# requires all of them on loading. Its local layers have only the four linear ones, so a .nemo that
+# NeMo saves on a CPU lacks those of the attention and the final norm.
 LAYER_EXTRA_STATES = (
     "self_attention.core_attention",
     "self_attention.linear_qkv",
@@ -43,7 +43,7 @@ def qkv_weight(
 
 
 def layer_weights(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Megatron's name within a layer, and the weight."""
+    """(Megatron's name within the layer, weight) of each tensor."""
     llama = checkpoint.llama
 
     def read(name: str) -> torch.Tensor:
@@ -60,7 +60,7 @@ def layer_weights(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, tor
 
 
 def global_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """Megatron's name outside of the layers, and the weight."""
+    """(Megatron's name, weight) of each tensor outside the layers."""
     yield "model.embedding.word_embeddings.weight", checkpoint.tensor("model.embed_tokens.weight")
     yield "model.decoder.final_layernorm.weight", checkpoint.tensor("model.norm.weight")
     if not checkpoint.llama.tied:
@@ -74,7 +74,7 @@ def sharded_state(
     dtype: torch.dtype,
     layer_read: Callable[[], None],
 ) -> dict[str, Any]:
-    """The model of the kept layers; embedding and LM head cut to the tokenizer's `vocab_size`.
+    """Sharded state of the kept layers; embedding and LM head are cut to `vocab_size` rows.
 
     `layer_read` is called after each layer.
     """
@@ -105,7 +105,7 @@ def sharded_state(
 
 
 def save(state: dict[str, Any], directory: Path) -> None:
-    """Write `directory`, from one process: a group of one is started where there is none."""
+    """Write `state` to `directory` from a single process, in a process group of one."""
     from megatron.core import dist_checkpointing
 
     directory.mkdir(parents=True)
@@ -118,8 +118,8 @@ def _process_group_of_one() -> Iterator[None]:
     if torch.distributed.is_initialized():
         if torch.distributed.get_world_size() > 1:
             raise CheckpointError(
-                f"a conversion was started in {torch.distributed.get_world_size()} processes; "
-                "it runs in one (python, not torchrun)"
+                f"a conversion runs in one process, not in {torch.distributed.get_world_size()}: "
+                "start it with python instead of torchrun"
             )
         yield
         return
@@ -132,7 +132,7 @@ def _process_group_of_one() -> Iterator[None]:
 
 
 def count_parameters(llama: Llama, num_layers: int, vocab_size: int) -> int:
-    """Weights of the converted model."""
+    """Number of weights in the converted model."""
     shapes = [torch.Size(shape) for shape in llama.layer_shapes(0).values()]
     embedding = vocab_size * llama.hidden_size * (1 if llama.tied else 2)
     return num_layers * sum(shape.numel() for shape in shapes) + embedding + llama.hidden_size

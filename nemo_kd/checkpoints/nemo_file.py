@@ -1,6 +1,6 @@
-"""Writing a `.nemo`: NeMo's configuration, the distributed checkpoint and the tokenizer, in a tar.
+"""Write a `.nemo`: a tar of NeMo's configuration, the distributed checkpoint and the tokenizer.
 
-No NeMo is needed, no model is built: the weights are held once, in the type they are written in.
+It needs no NeMo and builds no model: memory holds the weights once, in the type that is written.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.M
 
 @dataclass(frozen=True)
 class Conversion:
-    """What was written."""
+    """A written `.nemo`."""
 
     path: Path
     tokenizer: Path
     layers: tuple[int, ...]
-    """The source's layers that are in it."""
+    """Layers of the source that it contains."""
     parameters: int
     vocab_size: int
     dtype: torch.dtype
     dropped_rows: int
-    """Rows of the embedding beyond the tokenizer's vocabulary, which NeMo has no ids for."""
+    """Embedding rows beyond the tokenizer's vocabulary, which were left out."""
 
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """`"0,1,8-10"` → (0, 1, 8, 9, 10); None → every layer."""
+    """`"0,1,8-10"` → (0, 1, 8, 9, 10); None → all layers."""
     if text is None:
         return tuple(range(num_layers))
     layers: list[int] = []
@@ -53,7 +53,7 @@ def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
         layers += range(int(first), int(last if dash else first) + 1)
     if not layers or layers[-1] >= num_layers or sorted(set(layers)) != layers:
         raise CheckpointError(
-            f"keep-layers is {text!r}; expected rising layer numbers from 0 to {num_layers - 1}"
+            f"keep-layers is {text!r}; expected ascending layer numbers from 0 to {num_layers - 1}"
         )
     return tuple(layers)
 
@@ -65,9 +65,9 @@ def write_nemo(
     dtype: torch.dtype | None = None,
     layer_read: Callable[[], None] = lambda: None,
 ) -> Conversion:
-    """`checkpoint`'s `keep_layers` as `output` (.nemo), its tokenizer as a directory beside it.
+    """Write the `keep_layers` of `checkpoint` to `output` (.nemo), and its tokenizer beside it.
 
-    `dtype` None keeps the checkpoint's own. The file appears when it is whole. `layer_read` is
+    `dtype` None keeps the checkpoint's own. The file appears once it is complete. `layer_read` is
     called after each layer.
     """
     output = Path(output).absolute()
@@ -121,9 +121,9 @@ def _write_tokenizer(checkpoint: Checkpoint, directory: Path) -> int:
 
 
 def model_config(llama: Llama, num_layers: int) -> dict[str, Any]:
-    """NeMo's `model` section for a Llama, as its GPU container wants it.
+    """NeMo's `model` section for a Llama in NVIDIA's container.
 
-    Sizes, RoPE, norm and activation are the model; the rest are NeMo's pre-training defaults,
+    Sizes, RoPE, norm and activation describe the model; the rest are NeMo's pre-training defaults,
     which a training configuration overrides.
     """
     config: dict[str, Any] = {

@@ -1,11 +1,11 @@
 """The tokenizer of a `.nemo`: a directory beside it, and a copy of the directory inside it.
 
-NeMo gives a Hugging Face tokenizer by the name of a directory or of a model on the hub, never by
-something inside the archive. So `<name>.tokenizer/` is written beside `<name>.nemo`, its absolute
-path is the archive's `tokenizer.type`, and plain NeMo loads it as long as it stays there (or with
-`model.tokenizer.type=<directory>`). A zip of the directory is the artifact `tokenizer.model`,
-which NeMo does not read for such a tokenizer but carries into each `.nemo` that it saves
-afterwards; `resolve_tokenizer` unpacks it where the directory is gone.
+NeMo names a Hugging Face tokenizer by a directory or a model on the hub, never by a part of the
+archive. So `<name>.tokenizer/` is written beside `<name>.nemo`, and its absolute path is the
+archive's `tokenizer.type`: plain NeMo loads it as long as the directory stays there (or with
+`model.tokenizer.type=<directory>`). A zip of the directory is the artifact `tokenizer.model`, which
+NeMo does not read for such a tokenizer but copies into each `.nemo` that it saves later;
+`resolve_tokenizer` unpacks it if the directory is gone.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ def pack_tokenizer(directory: Path) -> bytes:
 def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
     """Point `model_cfg.tokenizer.type` at a directory that exists; call before `restore_from`.
 
-    Nothing changes for other kinds of tokenizer, for a name on the hub, and where the directory
-    is still there. Otherwise the copy inside `checkpoint` (a .nemo or a directory) is unpacked
-    into the user's cache, once for each content.
+    Other kinds of tokenizers, names on the hub and existing directories stay as they are.
+    Otherwise the copy inside `checkpoint` (a .nemo or a directory) is unpacked into the user's
+    cache, once per content.
     """
     tokenizer = model_cfg.get("tokenizer")
     if tokenizer is None or tokenizer.get("library") != "huggingface":
@@ -52,8 +52,8 @@ def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
     artifact = str(tokenizer.get("model") or "")
     if not artifact.startswith(ARTIFACT_PREFIX):
         raise CheckpointError(
-            f"{checkpoint} wants its tokenizer from {directory}, which does not exist, and has no "
-            "copy inside; give the directory as model.tokenizer.type="
+            f"{checkpoint} names the tokenizer directory {directory}, which does not exist, and "
+            "contains no copy of it; set model.tokenizer.type to the tokenizer's directory"
         )
     data = _read_member(Path(checkpoint), artifact.removeprefix(ARTIFACT_PREFIX))
     with open_dict(model_cfg):
@@ -70,7 +70,7 @@ def _read_member(checkpoint: Path, name: str) -> bytes:
 
 
 def _unpack(data: bytes) -> Path:
-    """The cached directory of these bytes; several processes may ask at once."""
+    """The cached directory of these bytes; safe to call from several processes at once."""
     root = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "nemo_kd/tokenizers"
     target = root / hashlib.sha256(data).hexdigest()[:16]
     if target.is_dir():

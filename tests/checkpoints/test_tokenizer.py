@@ -30,7 +30,7 @@ def test_what_nemo_can_find_stays(tokenizer: dict[str, Any]) -> None:
 
 def test_a_lost_directory_without_a_copy_is_named() -> None:
     tokenizer = {"library": "huggingface", "type": "/nowhere/tokenizer", "model": None}
-    with pytest.raises(CheckpointError, match=r"/nowhere/tokenizer.*model\.tokenizer\.type="):
+    with pytest.raises(CheckpointError, match=r"/nowhere/tokenizer.*model\.tokenizer\.type"):
         resolve_tokenizer(OmegaConf.create({"tokenizer": tokenizer}), "model.nemo")
 
 
