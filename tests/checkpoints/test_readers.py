@@ -145,7 +145,7 @@ def test_a_missing_shard_is_named(tmp_path: Path) -> None:
     models.save(models.llama("tied_grouped"), tmp_path, shard_size="60KB")
     lost = sorted(tmp_path.glob("*.safetensors"))[1]
     lost.unlink()
-    with pytest.raises(CheckpointError, match=f"1 are not there, first {lost.name}"):
+    with pytest.raises(CheckpointError, match=f"1 are missing, the first is {lost.name}"):
         open_checkpoint(tmp_path)
 
 
