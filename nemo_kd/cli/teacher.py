@@ -1,13 +1,12 @@
-"""The teacher's scripts after Hydra: dump it, let it generate; from a configuration to a store."""
+"""The teacher's scripts after Hydra, dump and generation: from a configuration to a store."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import torch
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig
 
 from nemo_kd.nemo import start
 from nemo_kd.nemo.settings import dump as settings
@@ -15,9 +14,12 @@ from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.spec import MAX_VOCABULARY
 from nemo_kd.teacher.config import dump_config
+from nemo_kd.teacher.layout import LayoutError
 
 if TYPE_CHECKING:
+    from nemo_kd.sft.rows import SFTRows
     from nemo_kd.store import Manifest
+    from nemo_kd.teacher.interface import Teacher
 
 KINDS = ("nemo", "hf")
 PARALLEL_SIZES = (
@@ -28,66 +30,69 @@ PARALLEL_SIZES = (
 
 
 def run(cfg: DictConfig) -> None:
-    """Restore the teacher, dump, and say what the store holds."""
-    teacher, forward = load(cfg)
+    """Load the teacher, dump, and print what the store holds."""
+    teacher = load(cfg)
     from nemo_kd.teacher.dump import dump
 
-    report(cfg, dump(cfg, teacher, forward))
+    report(cfg, teacher, dump(cfg, teacher, rows_of(cfg, teacher)))
 
 
 def run_generation(cfg: DictConfig) -> None:
-    """Restore the teacher, let it write the answers, and say what the store holds."""
-    teacher, _ = load(cfg)
-    from nemo_kd.hf.writer import HFWriter
-    from nemo_kd.mcore.writer import NemoWriter
+    """Load the teacher, generate answers, and print what the store holds."""
+    teacher = load(cfg)
     from nemo_kd.teacher.generation.generate import generate
 
-    def writer(*arguments: Any) -> Any:
-        if cfg.teacher.kind == "hf":
-            return HFWriter(teacher.model, *arguments)
-        return NemoWriter(teacher, *arguments)
-
-    report(cfg, generate(cfg, teacher, writer))
+    report(cfg, teacher, generate(cfg, teacher))
 
 
-def report(cfg: DictConfig, manifest: Manifest | None) -> None:
-    """On rank 0, one line about a finished store."""
-    if manifest is not None and torch.distributed.get_rank() == 0:
-        totals = manifest.totals
-        each = totals["bytes"] / max(totals["answer_tokens"], 1)
-        rows = manifest.spec.source["rows"]
-        of = f" of {rows} rows" if "generation" not in cfg and totals["samples"] < rows else ""
-        print(
-            f"{cfg.output_dir}: {totals['samples']} samples{of}, {totals['answer_tokens']} answer "
-            f"tokens, {totals['bytes'] / 1e6:.1f} MB ({each:.0f} bytes a token)"
-        )
+def report(cfg: DictConfig, teacher: Teacher, manifest: Manifest | None) -> None:
+    """Print on rank 0 a line about a finished store."""
+    if manifest is None or teacher.layout.rank:
+        return
+    totals = manifest.totals
+    each = totals["bytes"] / max(totals["answer_tokens"], 1)
+    rows = manifest.spec.source["rows"]
+    of = f" of {rows} rows" if "generation" not in cfg and totals["samples"] < rows else ""
+    print(
+        f"{cfg.output_dir}: {totals['samples']} samples{of}, {totals['answer_tokens']} answer "
+        f"tokens, {totals['bytes'] / 1e6:.1f} MB ({each:.0f} bytes per token)"
+    )
 
 
-def load(cfg: DictConfig) -> tuple[Any, Callable[..., Any]]:
-    """The teacher of `teacher.kind`, process groups started, and the class of its forward pass."""
+def load(cfg: DictConfig) -> Teacher:
+    """The teacher of `teacher.kind`, with the processes of its layout started.
+
+    NeMo is imported for `nemo` only.
+    """
     settings.check_keys(cfg)
     check_store_settings(cfg)
     check_kind(cfg)
-    start.refuse(cfg)
     settings.check_inputs(cfg)
-    start.prepare(cfg)
-    # NeMo and Megatron only now: on a CPU they must find their patches in place.
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-        MegatronGPTSFTModel,
-    )
-
-    _complete(cfg)
-    trainer = start.build_trainer(cfg)
-    start.start_process_groups(cfg.model, trainer)
     if cfg.teacher.kind == "hf":
-        from nemo_kd.hf.teacher import HFForward, load_teacher
+        from nemo_kd.hf.teacher import load_teacher as load_hf
 
-        return load_teacher(cfg), HFForward
-    from nemo_kd.mcore.teacher import TopKForward
+        return load_hf(cfg)
+    start.prepare(cfg)  # on a CPU, its patches come before NeMo and Megatron
+    from nemo_kd.nemo.teacher import load_teacher as load_nemo
 
-    model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
-    model.freeze()
-    return model.to(torch.cuda.current_device()), TopKForward
+    return load_nemo(cfg)
+
+
+def rows_of(cfg: DictConfig, teacher: Teacher) -> SFTRows:
+    """The rows of `data.file_path`; conversations are read by NeMo, whatever the teacher is."""
+    from nemo_kd.teacher.rows import max_seq_length, sft_rows
+
+    if not cfg.data.chat:
+        return sft_rows(cfg, teacher)
+    if importlib.util.find_spec("nemo") is None:
+        raise LayoutError(
+            "data.chat=true: conversations are read by NeMo, which is not installed; install "
+            "nemo_toolkit, or write the format of one turn into data.prompt_template"
+        )
+    start.install()
+    from nemo_kd.nemo.conversations import conversation_rows
+
+    return conversation_rows(cfg.data.file_path, teacher.tokenizer, max_seq_length(cfg, teacher))
 
 
 def check_store_settings(cfg: DictConfig) -> None:
@@ -108,40 +113,27 @@ def check_kind(cfg: DictConfig) -> None:
     """Refuse a teacher of the wrong kind before the slow imports."""
     kind, path = cfg.teacher.kind, Path(cfg.model.restore_from_path)
     if kind not in KINDS:
-        raise start.LayoutError(f"teacher.kind={kind}: expected one of {', '.join(KINDS)}")
+        raise LayoutError(f"teacher.kind={kind}: expected one of {', '.join(KINDS)}")
     if kind == "nemo":
         if (path / "config.json").is_file() or path.suffix == ".gguf":
-            raise start.LayoutError(
-                f"{path} is a Hugging Face checkpoint: set teacher.kind=hf, or make a .nemo of it "
+            raise LayoutError(
+                f"{path} is a Hugging Face checkpoint: set teacher.kind=hf, or convert it to .nemo "
                 "with examples/convert_hf_to_nemo.py"
             )
         if cfg.model.context_parallel_size > 1:
-            raise start.LayoutError(
+            raise LayoutError(
                 f"model.context_parallel_size={cfg.model.context_parallel_size}: a forward pass "
-                "alone needs none; set it to 1, and for long samples raise "
+                "needs no context parallelism; set it to 1, and for long samples raise "
                 "model.tensor_model_parallel_size or lower max_tokens_per_micro_batch"
             )
+        start.refuse(cfg)
         return
     if path.suffix == ".nemo":
-        raise start.LayoutError(f"{path} is NeMo's: set teacher.kind=nemo")
+        raise LayoutError(f"{path} is NeMo's: set teacher.kind=nemo")
     for key in PARALLEL_SIZES:
         if cfg.model[key] > 1:
-            raise start.LayoutError(
-                f"model.{key}={cfg.model[key]}: a Hugging Face teacher (teacher.kind=hf) is whole "
-                "on each rank, only data parallelism works; set it to 1, or make a .nemo of the "
-                "teacher with examples/convert_hf_to_nemo.py"
+            raise LayoutError(
+                f"model.{key}={cfg.model[key]}: each rank holds all of a Hugging Face teacher "
+                "(teacher.kind=hf), so only data parallelism works; set it to 1, or convert the "
+                "teacher to .nemo with examples/convert_hf_to_nemo.py"
             )
-
-
-def _complete(cfg: DictConfig) -> None:
-    """What NeMo's model asks of a configuration and a dump has no use for."""
-    model_parallel = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
-    replicas = max(cfg.trainer.devices * cfg.trainer.num_nodes // model_parallel, 1)
-    with open_dict(cfg):
-        cfg.model.global_batch_size = cfg.model.micro_batch_size * replicas
-        cfg.model.optim = {"name": "adamw" if cfg.trainer.accelerator == "cpu" else "fused_adam"}
-        cfg.model.gradient_as_bucket_view = False
-        loss = {"metric": {"name": "loss"}}
-        data = {"chat": cfg.data.chat, "validation_ds": loss, "test_ds": loss}
-        cfg.model.data = OmegaConf.create(data)
-        cfg.exp_manager = None

@@ -1,4 +1,4 @@
-"""A causal LM of transformers in two halves, so that only answer positions reach the LM head."""
+"""A causal LM of transformers in two halves: only answer positions need reach the LM head."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 class HFTeacherError(NemoKDError):
-    """A checkpoint that transformers does not load whole, or that cannot be a teacher here."""
+    """A checkpoint that transformers cannot load completely, or that cannot be a teacher."""
 
 
 class SplitModel:
-    """A causal LM in two: tokens to hidden states, and hidden states to logits.
+    """A causal LM in two halves: tokens to hidden states, and hidden states to logits.
 
-    The second is the model's own forward with its decoder's output put in, so whatever comes
+    The second half is the model's own forward with a given decoder output, so that whatever comes
     after the decoder (biases, soft caps, scales) is the model's own too.
     """
 
@@ -32,7 +32,7 @@ class SplitModel:
     def hidden(self, tokens: torch.Tensor) -> Any:
         """tokens [B, S] → the decoder's output, `last_hidden_state` [B, S, H].
 
-        Right padding is a causal model's future: it needs no mask.
+        Right padding lies in a causal model's future and needs no mask.
         """
         return self.decoder(input_ids=tokens, use_cache=False)
 
@@ -46,26 +46,29 @@ class SplitModel:
 
     @torch.no_grad()
     def check(self) -> int:
-        """V, the number of logits; refuses a model whose halves do not make the whole."""
+        """V, the number of logits.
+
+        Errors: HFTeacherError for a model whose halves do not give its own logits.
+        """
         tokens = torch.arange(16, device=self.model.device).unsqueeze(0)
-        whole = self.model(input_ids=tokens, use_cache=False).logits[0].float()
+        full = self.model(input_ids=tokens, use_cache=False).logits[0].float()
         output = self.hidden(tokens)
         halves = self.logits(output, output.last_hidden_state[0]).float()
         # The same operations on the same shapes: what differs is not rounding.
-        largest = float(whole[whole.isfinite()].abs().amax()) if whole.isfinite().any() else 0.0
-        if halves.shape != whole.shape or not torch.allclose(
-            halves, whole, rtol=0, atol=0.01 * largest, equal_nan=True
+        largest = float(full[full.isfinite()].abs().amax()) if full.isfinite().any() else 0.0
+        if halves.shape != full.shape or not torch.allclose(
+            halves, full, rtol=0, atol=0.01 * largest, equal_nan=True
         ):
             raise HFTeacherError(
                 f"{type(self.model).__name__} does not compute its logits from the last hidden "
-                "states of its decoder; it cannot be a teacher here"
+                "states of its decoder; it cannot be a teacher"
             )
-        return whole.shape[-1]
+        return full.shape[-1]
 
 
 @contextmanager
 def _answering(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """Within it `module` computes nothing and returns `output`."""
+    """Make `module` return `output` without computing anything."""
     own = module.__dict__.get("forward")
     module.forward = lambda *args, **kwargs: output
     try:

@@ -1,67 +1,83 @@
-"""A teacher in Hugging Face's transformers: any causal LM, behind the same dump as a NeMo model."""
+"""A teacher in Hugging Face's transformers: any causal LM."""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
-from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint
+from nemo_kd.hf import processes
 from nemo_kd.hf.split import HFTeacherError, SplitModel
+from nemo_kd.hf.writer import HFWriter
+from nemo_kd.settings.batches import data_parallel_size
 from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import Row
+from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
-from nemo_kd.teacher.forward import AnswerHead, AnswerTopK, inputs_of
+from nemo_kd.teacher.forward import AnswerHead, inputs_of
+from nemo_kd.teacher.generation.step import Decoding
+from nemo_kd.teacher.layout import Layout
+from nemo_kd.topk import TopK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# `trainer.precision`, what follows a dash left out, → the type of the weights and of the pass.
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
+"""`trainer.precision` up to its dash → the data type of the weights and of the pass."""
 
 
 class HFTeacher:
-    """What the dump asks of a teacher, around a model of transformers.
+    """A `teacher.interface.Teacher`; the whole model is on each rank."""
 
-    It has what NeMo's SFT data sets ask of a model.
-    """
-
-    sep_id = 49704  # NeMo's, where the configuration names none
+    sep_id = 49704  # NeMo's default, so that rows are those of a NeMo teacher
     virtual_tokens = 0
+    max_positions = None  # longer rows are refused instead
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: Any, tokenizer_path: str | None, cfg: DictConfig
+        self,
+        model: PreTrainedModel,
+        tokenizer: HFTokenizer,
+        tokenizer_path: str | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.model = model
         self.split = SplitModel(model)
         self.tokenizer = tokenizer
-        self.cfg = OmegaConf.create(
-            {
-                "tokenizer": {"library": "huggingface", "type": tokenizer_path},
-                "answer_only_loss": cfg.model.answer_only_loss,
-                "data": {"chat": cfg.data.chat},
-                "position_embedding_type": "rope",  # else NeMo cuts samples to a length of its own
-            }
+        self.tokenizer_origin = {"library": "huggingface", "path": tokenizer_path}
+        self.layout = layout or Layout()
+        self.context: int | None = getattr(
+            model.config.get_text_config(), "max_position_embeddings", None
         )
-        self.context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+
+    def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> HFForward:
+        return HFForward(self, spec, rows_per_lm_head)
+
+    def writer(self, spec: StoreSpec, decoding: Decoding) -> HFWriter:
+        return HFWriter(self.model, spec, decoding)
 
 
 def load_teacher(cfg: DictConfig) -> HFTeacher:
     """The teacher at `model.restore_from_path`, in `trainer.precision`, on this rank's device.
 
-    A directory is read by transformers. A .gguf is read by `nemo_kd.checkpoints` (Llama family):
+    transformers reads a directory, `nemo_kd.checkpoints` a .gguf (Llama family), because
     transformers takes the wrong end-of-sequence id from such files.
     """
     path, dtype = Path(cfg.model.restore_from_path), _dtype(cfg.trainer.precision)
+    layout = processes.start(
+        processes.Launch.of(os.environ),
+        expected=data_parallel_size(cfg),
+        accelerator=cfg.trainer.accelerator,
+    )
     if path.is_dir():
         model, tokenizer_path = _from_directory(path, dtype), str(path.absolute())
-        tokenizer = AutoTokenizer(tokenizer_path, use_fast=True)
+        tokenizer = HFTokenizer(tokenizer_path)
     elif path.is_file():
         from nemo_kd.checkpoints.huggingface import to_transformers
 
@@ -69,14 +85,14 @@ def load_teacher(cfg: DictConfig) -> HFTeacher:
         model = to_transformers(checkpoint).to(dtype)
         with tempfile.TemporaryDirectory() as directory:
             checkpoint.save_tokenizer(directory)
-            tokenizer = AutoTokenizer(directory, use_fast=True)
+            tokenizer = HFTokenizer(directory)
     else:
         raise HFTeacherError(
             f"no checkpoint at {path}; set model.restore_from_path to a directory with config.json "
             "and *.safetensors, or to a .gguf file"
         )
-    model = model.eval().requires_grad_(False).to(torch.cuda.current_device())
-    teacher = HFTeacher(model, tokenizer, tokenizer_path, cfg)
+    model = model.eval().requires_grad_(False).to(layout.device)
+    teacher = HFTeacher(model, tokenizer, tokenizer_path, layout)
     _check(teacher, cfg)
     return teacher
 
@@ -85,8 +101,8 @@ def _dtype(precision: str | int) -> torch.dtype:
     name = str(precision).split("-")[0]
     if name not in DTYPES:
         raise HFTeacherError(
-            f"trainer.precision={precision} is none of {', '.join(DTYPES)} for a Hugging Face "
-            "teacher"
+            f"trainer.precision={precision}: a Hugging Face teacher needs one of "
+            f"{', '.join(DTYPES)}"
         )
     return DTYPES[name]
 
@@ -103,21 +119,21 @@ def _from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
         ) from error
     if info["missing_keys"]:
         raise HFTeacherError(
-            f"{path} lacks {len(info['missing_keys'])} of the model's tensors, first "
-            f"{sorted(info['missing_keys'])[0]}; transformers would make them up"
+            f"{path} lacks {len(info['missing_keys'])} of the model's tensors, such as "
+            f"{sorted(info['missing_keys'])[0]}; transformers would initialize them at random"
         )
     return model
 
 
 def _check(teacher: HFTeacher, cfg: DictConfig) -> None:
-    """Refuse what would fail, or be wrong, in the middle of the pass."""
+    """Refuse what would fail, or give wrong logits, in the middle of the pass."""
     name, size = cfg.model.restore_from_path, teacher.tokenizer.vocab_size
     if teacher.context is not None and cfg.data.max_seq_length > teacher.context:
         raise HFTeacherError(
-            f"{name} knows {teacher.context} positions, data.max_seq_length is "
+            f"{name} has {teacher.context} positions, data.max_seq_length is "
             f"{cfg.data.max_seq_length}; set data.max_seq_length={teacher.context} or less"
         )
-    if teacher.tokenizer.tokenizer.eos_token_id is None:
+    if teacher.tokenizer.eos_id is None:
         raise HFTeacherError(f"{name}: its tokenizer has no end-of-sequence token; SFT needs one")
     width = teacher.split.check()
     if width < size:
@@ -128,27 +144,27 @@ def _check(teacher: HFTeacher, cfg: DictConfig) -> None:
 
 
 class HFForward(AnswerHead):
-    """Rows in, their answer tokens' top-K out, as `TopKForward` for a model on one device."""
+    """A `teacher.interface.Forward`."""
 
     def __init__(self, teacher: HFTeacher, spec: StoreSpec, rows_per_lm_head: int) -> None:
-        super().__init__(spec, rows_per_lm_head)
+        super().__init__(spec, teacher.layout, rows_per_lm_head)
         self.teacher = teacher
 
     @torch.no_grad()
-    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[AnswerTopK]:
-        """One pass over `rows`, a micro-batch at a time, each padded to its longest."""
+    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[TopK]:
+        """One pass over `rows`, a micro-batch at a time, each padded to its longest row."""
         starts = range(0, len(rows), micro_batch_size)
         batches = [rows[start : start + micro_batch_size] for start in starts]
         return [topk for batch in batches for topk in self._micro_batch(batch)]
 
-    def _micro_batch(self, rows: Sequence[Row]) -> Iterator[AnswerTopK]:
+    def _micro_batch(self, rows: Sequence[Row]) -> Iterator[TopK]:
         length = max(len(row) for row in rows) - 1  # the last token is only a target
         context = self.teacher.context
         if context is not None and length > context:
             row = max(rows, key=len)
             raise RowError(
-                f"row {row.row} has {len(row)} tokens, the teacher knows {context} positions; "
-                "shorten or drop it"
+                f"row {row.row} has {len(row)} tokens, the teacher {context} positions; shorten or "
+                "drop it"
             )
         tokens = inputs_of(rows, length)
         output = self.teacher.split.hidden(tokens.to(self.teacher.model.device))

@@ -10,24 +10,26 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from nemo_kd.hf.split import SplitModel
 from nemo_kd.store import StoreSpec
-from nemo_kd.teacher.generation.step import Answer, Answers, Decoding, GenerationError, Prompt
+from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError, Prompt
 from nemo_kd.teacher.select import Selection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the largest logit: bf16 over many layers stays below it, a wrong position or mask does not.
+# Of the largest logit: the rounding of bf16 over many layers stays below it, the error of a wrong
+# position or mask does not.
 TOLERANCE = 0.03
 
 
 class HFWriter:
-    """Prompts in, answers with the teacher's top-K at each of their tokens out.
+    """A `teacher.interface.Writer`.
 
-    `generate` knows each model's cache and positions; the next token is chosen here, from the
-    model's own logits, whatever its `generation_config.json` says of sampling.
+    `generate` knows each model's cache and positions. The next token is chosen here from the
+    model's own logits, whatever its `generation_config.json` says about sampling.
 
     Models that ask for a cache of fixed size (Gemma 2 and 3, Cohere 2) go without one: it drops a
-    key too early in transformers 4.51. The first batch is held against a pass without a cache.
+    key too early in transformers 4.51. An answer of the first batch is compared with a pass without
+    a cache.
     """
 
     def __init__(self, model: PreTrainedModel, spec: StoreSpec, decoding: Decoding) -> None:
@@ -45,12 +47,12 @@ class HFWriter:
         self.checked = False
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer]:
+    def __call__(self, prompts: Sequence[Prompt]) -> Answers:
         answers = Answers(prompts, self.decoding, self.select)
         longest = max(len(prompt.ids) for prompt in prompts)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(tokens)
-        for b, prompt in enumerate(prompts):  # padded on the left: all answers begin at one place
+        for b, prompt in enumerate(prompts):  # left padding: all answers begin at one position
             tokens[b, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[b, longest - len(prompt.ids) :] = 1
         self.model.generate(
@@ -60,35 +62,36 @@ class HFWriter:
             use_model_defaults=False,
             logits_processor=LogitsProcessorList([_Chooser(answers)]),
         )
-        written = answers.written()
         if not self.checked:
-            # The shortest prompt has most padding.
-            self._check(min(written, key=lambda answer: len(answer.prompt.ids)))
+            self._check(answers)
             self.checked = True
-        return written
+        return answers
 
-    def _check(self, answer: Answer) -> None:
-        """Refuse a model whose cache, or whose padding, gives other logits than a plain pass."""
+    def _check(self, answers: Answers) -> None:
+        """Refuse a model whose cache or left padding changes its logits."""
+        # The shortest prompt has the most padding.
+        b = min(range(len(answers.prompts)), key=lambda b: len(answers.prompts[b].ids))
+        prompt, answer = answers.prompts[b].ids, answers.ids[b]
         split = SplitModel(self.model)
-        before = len(answer.prompt.ids) - 1
-        ids = torch.tensor([answer.prompt.ids + answer.ids[:-1]], device=self.model.device)
+        ids = torch.tensor([[*prompt, *answer[:-1]]], device=self.model.device)
         output = split.hidden(ids)
-        logits = split.logits(output, output.last_hidden_state[0, before:]).float().cpu()  # [A, V]
-        own = logits[torch.arange(len(answer.ids)), list(answer.ids)]
-        # The median: rounding may send a token of a mixture of experts another way.
-        apart = (answer.logits - own).abs().median()
-        finite = logits[logits.isfinite()]  # none where the teacher gives NaN: said elsewhere
+        hidden = output.last_hidden_state[0, len(prompt) - 1 :]
+        logits = split.logits(output, hidden).float().cpu()  # [A, V]
+        own = logits[torch.arange(len(answer)), answer]
+        # The median: rounding may route a token of a mixture of experts differently.
+        apart = (torch.stack(answers.own[b]) - own).abs().median()
+        finite = logits[logits.isfinite()]  # none where the teacher gives NaN: refused elsewhere
         if finite.numel() and apart > TOLERANCE * finite.abs().max():
             raise GenerationError(
-                f"{type(self.model).__name__} writes with logits that differ from those of a pass "
-                f"over the same tokens by {apart:.2g}: its key-value cache or its padding on the "
-                "left is wrong in this version of transformers; write one prompt at a time "
-                "(model.micro_batch_size=1), or use a .nemo of it"
+                f"the logits with which {type(self.model).__name__} generates differ by "
+                f"{apart:.2g} from those of a plain pass over the same tokens: its key-value cache "
+                "or its left padding is wrong in this version of transformers; generate one answer "
+                "at a time (model.micro_batch_size=1), or convert the teacher to .nemo"
             )
 
 
 class _Chooser(LogitsProcessor):
-    """Leaves `generate` the chosen token alone."""
+    """Masks all logits but that of the chosen token."""
 
     def __init__(self, answers: Answers) -> None:
         self.answers = answers

@@ -1,27 +1,27 @@
-"""The LM head of a Megatron GPTModel, apart from the rest of its forward pass."""
+"""A Megatron GPTModel's LM head, separated from the rest of its forward pass."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from nemo_kd.teacher.forward import LMHead
+
 if TYPE_CHECKING:
     from megatron.core.models.gpt import GPTModel
-
-LMHead = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
 def split_lm_head(gpt: GPTModel) -> Iterator[LMHead | None]:
-    """Within it the last stage returns final hidden states `[S, B, H]`, and the LM head is apart.
+    """Make the last stage return its final hidden states `[S, B, H]` while the context is open.
 
-    Yields, on the last stage, the head as a function of hidden states `[N, H]` → logits
-    `[N, Vp]` (soft-caps, biases and adapters of the output layer included); None on the other
-    stages. Under sequence parallelism the hidden states are this rank's `[S/TP, B, H]`: gather
-    them first, the head does not.
+    Yields the LM head as a function of hidden states `[N, H]` → logits `[N, Vp]` (soft-caps, biases
+    and adapters of the output layer included), or None on the other stages. Under sequence
+    parallelism the hidden states are this rank's `[S/TP, B, H]`: gather them before the head, which
+    does not.
     """
     if not gpt.post_process:
         yield None
@@ -43,11 +43,7 @@ def split_lm_head(gpt: GPTModel) -> Iterator[LMHead | None]:
 
 
 def gpt_module(model: Any) -> GPTModel:
-    """Megatron's GPTModel of this pipeline stage, out of the precision wrappers.
-
-    `model` is a NeMo model.
-    """
-    (module,) = model.get_model_module_list()
-    while hasattr(module, "module"):
-        module = module.module
-    return module
+    """The GPTModel of this pipeline stage, without the wrappers around it."""
+    while hasattr(model, "module"):
+        model = model.module
+    return model

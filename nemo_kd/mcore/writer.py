@@ -1,52 +1,51 @@
-"""Answers by a NeMo model: Megatron's forward pass with its key-value cache, on any TP and PP.
+"""Answers by a Megatron-core model: its forward pass with its key-value cache, at any TP and PP.
 
-The batch is read together up to the end of its shortest prompt, then a token at a time; where a
-prompt goes on, its next token is fed instead of a chosen one. So nothing is padded on the left,
-and batches of like length waste little.
+A batch is read up to the end of its shortest prompt, then token by token; where a prompt goes on,
+its next token is fed instead of a chosen one. So there is no left padding, and batches of similar
+length waste little.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
-from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from nemo_kd.mcore.lm_head import LMHead, gpt_module, split_lm_head
+from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
+from nemo_kd.mcore.teacher import forward_only
 from nemo_kd.store import StoreSpec
-from nemo_kd.teacher.generation.step import Answer, Answers, Decoding, GenerationError, Prompt
+from nemo_kd.teacher.forward import LMHead
+from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError, Prompt
+from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.select import Selection
 
-if TYPE_CHECKING:
-    from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-        MegatronGPTSFTModel,
-    )
 
-
-class NemoWriter:
-    """Prompts in, answers with the teacher's top-K at each of their tokens out.
+class MegatronWriter:
+    """A `teacher.interface.Writer`; `model` as `TopKForward` takes it.
 
     Collectives: those of the model's forward; on the last stage an all-gather of the logits of B
     tokens and `Selection`'s, over the tensor-parallel group; a broadcast of the B chosen tokens
     over the pipeline.
     """
 
-    def __init__(self, model: MegatronGPTSFTModel, spec: StoreSpec, decoding: Decoding) -> None:
-        self.model = model
+    def __init__(
+        self, model: torch.nn.Module, spec: StoreSpec, layout: Layout, decoding: Decoding
+    ) -> None:
+        self.model, self.device = model, layout.device
         self.gpt = gpt_module(model)
         if self.gpt.config.sequence_parallel:
             raise GenerationError(
-                "one token at a time cannot be cut over ranks; set model.sequence_parallel=false"
+                "sequence parallelism cannot divide the single token of a generation step; set "
+                "model.sequence_parallel=false"
             )
         self.decoding = decoding
-        self.select = Selection(spec, parallel_state.get_tensor_model_parallel_group())
+        self.select = Selection(spec, layout.tensor_group)
 
     @torch.no_grad()
-    def __call__(self, prompts: Sequence[Prompt]) -> list[Answer] | None:
+    def __call__(self, prompts: Sequence[Prompt]) -> Answers | None:
         """The answers on the last pipeline stage, the same on every tensor-parallel rank; None on
         the other stages."""
         answers = Answers(prompts, self.decoding, self.select)
@@ -66,7 +65,7 @@ class NemoWriter:
                 tokens[ready, end] = chosen[ready]
                 cache.sequence_len_offset = start = end
                 end += 1
-        return answers.written() if parallel_state.is_pipeline_last_stage() else None
+        return None if head is None else answers
 
     def _pass(
         self,
@@ -76,42 +75,32 @@ class NemoWriter:
         answers: Answers,
         ready: torch.Tensor,
     ) -> tuple[torch.Tensor, bool]:
-        """tokens [B, s] that follow those in the cache → the next ones [B], and whether any
-        answer goes on; the same on every rank of the replica."""
-        device = torch.cuda.current_device()
+        """tokens [B, s] that follow those in the cache → the next ones [B], and whether any answer
+        is still open; the same on every rank of the replica."""
         batch, length = tokens.shape
         first = cache.sequence_len_offset
         positions = torch.arange(first, first + length).expand(batch, -1)
 
         def step(_: object, model: torch.nn.Module) -> tuple[torch.Tensor, object]:
             output = model(
-                input_ids=tokens.to(device),
-                position_ids=positions.to(device),
+                input_ids=tokens.to(self.device),
+                position_ids=positions.to(self.device),
                 attention_mask=None,
                 labels=None,
                 inference_context=cache,
             )
             return output, lambda hidden, non_loss_data: self._choose(hidden, head, answers, ready)
 
-        results = get_forward_backward_func()(
-            forward_step_func=step,
-            data_iterator=iter([None]),
-            model=self.model.model,
-            num_microbatches=1,
-            seq_length=length,
-            micro_batch_size=batch,
-            forward_only=True,
-            collect_non_loss_data=True,
-        )
-        said = torch.zeros(batch + 1, dtype=torch.int64, device=device)
-        if parallel_state.is_pipeline_last_stage():
-            said[:batch], said[batch] = results[0].to(device), int(answers.open.any())
+        results = forward_only(self.model, step, [None], length=length, micro_batch_size=batch)
+        message = torch.zeros(batch + 1, dtype=torch.int64, device=self.device)
+        if head is not None:
+            message[:batch], message[batch] = results[0].to(self.device), int(answers.open.any())
         torch.distributed.broadcast(
-            said,
+            message,
             parallel_state.get_pipeline_model_parallel_last_rank(),
             group=parallel_state.get_pipeline_model_parallel_group(),
         )
-        return said[:batch].cpu(), bool(said[batch])
+        return message[:batch].cpu(), bool(message[batch])
 
     def _choose(
         self, hidden: torch.Tensor, head: LMHead | None, answers: Answers, ready: torch.Tensor

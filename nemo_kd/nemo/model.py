@@ -49,7 +49,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         # What is saved must load in a NeMo without this package.
         self.cfg.target = NEMO_SFT
         self._done = Progress()  # in earlier starts of the run
-        gpt = gpt_module(self)
+        gpt = gpt_module(self.model)
         if gpt.post_process:
             self.student_loss.attach(gpt, self.kd_schedule.fused_lm_head)
 

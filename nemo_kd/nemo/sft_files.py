@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
@@ -14,9 +14,6 @@ from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft import JsonlFile, RowError
-
-if TYPE_CHECKING:
-    from nemo_kd.sft.rows import Teacher
 
 # Keys of NeMo's that choose another way of reading, with files that outlive the data.
 REFUSED = {
@@ -45,7 +42,7 @@ class SFTChatDataset(FileRows, GPTSFTChatDataset):
     """Conversations of a file."""
 
 
-def sft_arguments(model: Teacher, data_cfg: DictConfig, where: str) -> dict[str, Any]:
+def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any]:
     """What `MegatronGPTSFTModel._build_dataset` gives a data set of the block at `where`.
 
     Errors: NemoKDError for a key that NeMo reads otherwise than row by row from the file.
@@ -84,7 +81,7 @@ def sft_arguments(model: Teacher, data_cfg: DictConfig, where: str) -> dict[str,
     }
 
 
-def is_chat(model: Teacher) -> bool:
+def is_chat(model: Any) -> bool:
     """Whether the model's rows are conversations."""
     return bool(model.cfg.data.get("chat", False))
 

@@ -19,6 +19,7 @@ from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import cpu
 from nemo_kd.settings.batches import data_parallel_size
+from nemo_kd.teacher.layout import LayoutError
 
 if TYPE_CHECKING:
     from lightning.pytorch import Callback, Trainer
@@ -30,25 +31,13 @@ Model = TypeVar("Model", bound="MegatronGPTModel")
 CPU_PRECISIONS = ("32", "bf16", "bf16-mixed")
 
 
-class LayoutError(NemoKDError):
-    """The requested processes, precision or checkpoint cannot work together."""
-
-
 def prepare(cfg: DictConfig) -> None:
     """Fit a script's configuration to this machine: on a CPU, what only a GPU has is turned off.
 
     Call before anything of NeMo is imported.
     """
     refuse(cfg)
-    # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
-    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
-    verbose = bool(os.environ.get("NEMO_KD_VERBOSE"))
-    if not verbose:
-        warnings.filterwarnings("ignore")  # of what NeMo's imports miss and this run does not use
-    on_cpu = cpu.install()
-    if not verbose:
-        _quiet()
-    if not on_cpu:
+    if not install():
         return
     with open_dict(cfg):
         for key, value in cpu.cpu_settings(cfg.trainer.precision).items():
@@ -58,6 +47,19 @@ def prepare(cfg: DictConfig) -> None:
         norm = OmegaConf.select(cfg, "model.peft.adapter_tuning.norm_type")
         if norm == "mixedfusedlayernorm":
             cfg.model.peft.adapter_tuning.norm_type = "layernorm"  # likewise
+
+
+def install() -> bool:
+    """Make NeMo importable and quiet on this machine; True where it is patched for a CPU."""
+    # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
+    os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    verbose = bool(os.environ.get("NEMO_KD_VERBOSE"))
+    if not verbose:
+        warnings.filterwarnings("ignore")  # of what NeMo's imports miss and this run does not use
+    on_cpu = cpu.install()
+    if not verbose:
+        _quiet()
+    return on_cpu
 
 
 def refuse(cfg: DictConfig) -> None:

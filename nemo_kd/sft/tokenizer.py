@@ -1,17 +1,106 @@
-"""What makes two tokenizers the same for distillation: the whole map from ids to tokens."""
+"""Tokenizers: what rows ask of one, transformers' behind it, and when two are the same."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from nemo_kd.errors import NemoKDError
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 (hex) over every id's token, in id order, of a NeMo tokenizer.
+class Vocabulary(Protocol):
+    """The token of each id."""
 
-    Two vocabularies of one size with one token moved differ; where the files lie does not matter.
+    @property
+    def vocab_size(self) -> int: ...
+    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
+
+
+class Tokenizer(Vocabulary, Protocol):
+    """What prompt templates, generation and a store's spec ask of a tokenizer; NeMo's have it."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def space_sensitive(self) -> bool:
+        """Whether `x y` has other tokens than `x` followed by `y`."""
+
+    def text_to_ids(self, text: str) -> list[int]:
+        """The tokens of a text, without a beginning or end of sequence."""
+
+    def ids_to_text(self, ids: Sequence[int]) -> str:
+        """The text of some tokens, without special ones."""
+
+
+class HFTokenizer:
+    """A tokenizer of transformers that gives what NeMo's `AutoTokenizer(path, use_fast=True)` does.
+
+    As there, a missing end of sequence is the separator, a missing beginning the classification
+    token, and the reverse; additional special tokens are ordinary tokens in `ids_to_text`.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.tokenizer = _load(str(path))
+        self.tokenizer.add_special_tokens(_missing_special_tokens(self.tokenizer))
+        self.vocab_size = len(self.tokenizer)
+        self.bos_id = self._id(self.tokenizer.bos_token)
+        self.eos_id = self._id(self.tokenizer.eos_token)
+        self.space_sensitive = self._tokens("x y") != self._tokens("x") + self._tokens("y")
+
+    def text_to_ids(self, text: str) -> list[int]:
+        ids: list[int] = self.tokenizer.convert_tokens_to_ids(self._tokens(text))
+        return ids
+
+    def ids_to_text(self, ids: Sequence[int]) -> str:
+        special = set(self.tokenizer.all_special_tokens)
+        tokens = [token for token in self.ids_to_tokens(ids) if token not in special]
+        return str(self.tokenizer.convert_tokens_to_string(tokens))
+
+    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        tokens: list[str] = self.tokenizer.convert_ids_to_tokens(list(ids))
+        return tokens
+
+    def _tokens(self, text: str) -> list[str]:
+        tokens: list[str] = self.tokenizer.tokenize(text)
+        return tokens
+
+    def _id(self, token: str | None) -> int | None:
+        return None if token is None else int(self.tokenizer.convert_tokens_to_ids(token))
+
+
+def _load(path: str) -> Any:
+    """Errors: NemoKDError for a path that transformers loads neither as fast nor as slow."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(path, use_fast=True)
+    except Exception:
+        try:
+            return AutoTokenizer.from_pretrained(path, use_fast=False)
+        except Exception as error:  # transformers raises errors of many types
+            raise NemoKDError(
+                f"transformers cannot load a tokenizer from {path}: {error}"
+            ) from error
+
+
+def _missing_special_tokens(tokenizer: Any) -> dict[str, Any]:
+    tokens: dict[str, Any] = {"additional_special_tokens": []}
+    for one, other in (("sep", "eos"), ("cls", "bos")):
+        for name, substitute in ((one, other), (other, one)):
+            own, token = (getattr(tokenizer, f"{n}_token") for n in (name, substitute))
+            if own is None and token:
+                tokens[f"{name}_token"] = token
+    return tokens
+
+
+def tokenizer_fingerprint(tokenizer: Vocabulary) -> str:
+    """SHA-256 (hex) over the token of every id, in id order.
+
+    Two vocabularies of equal size with one token moved differ; the path plays no part.
     """
     digest = hashlib.sha256()
     for token in tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size))):
@@ -19,25 +108,24 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
     return digest.hexdigest()
 
 
-def first_difference(ours: Any, origin: Mapping[str, Any]) -> str:
-    """`; the first difference is id 7, 'a' there and 'b' here`: where two tokenizers part.
+def first_difference(ours: Vocabulary, origin: Mapping[str, Any]) -> str:
+    """The first id whose token differs from that of a store's tokenizer, as the end of a message.
 
-    `ours` is a NeMo tokenizer, `origin` a store's `spec.tokenizer`. Empty where the store's cannot
-    be loaded any more, or is no Hugging Face tokenizer: then only fingerprints can be compared.
+    `origin` is the store's `spec.tokenizer`. Empty if that tokenizer is not a Hugging Face one or
+    no longer loads: only fingerprints can be compared then.
     """
     if origin.get("library") != "huggingface" or not Path(str(origin.get("path"))).is_dir():
-        return ""  # a path that is gone would be taken for a name on a hub
-    from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
-
+        return ""  # transformers would take a missing path for a name on a hub
     try:
-        theirs = AutoTokenizer(origin["path"], use_fast=True)
-    except ValueError:
+        theirs = HFTokenizer(str(origin["path"]))
+    except NemoKDError:
         return ""
-    common = range(min(ours.vocab_size, theirs.vocab_size))
-    tokens = zip(theirs.ids_to_tokens(list(common)), ours.ids_to_tokens(list(common)), strict=True)
-    for i, (there, here) in enumerate(tokens):
-        if there != here:
-            return f"; the first difference is id {i}, {there!r} there and {here!r} here"
+    common = list(range(min(ours.vocab_size, theirs.vocab_size)))
+    pairs = zip(theirs.ids_to_tokens(common), ours.ids_to_tokens(common), strict=True)
+    for i, (stored, own) in enumerate(pairs):
+        if stored != own:
+            return f"; the first difference is id {i}: {stored!r} in the store, {own!r} here"
     return (
-        f"; {theirs.vocab_size} tokens there, {ours.vocab_size} here, the first {len(common)} equal"
+        f"; the store's has {theirs.vocab_size} tokens, this one {ours.vocab_size}, and the first "
+        f"{len(common)} are equal"
     )

@@ -1,21 +1,21 @@
-"""Sums over all ranks of a job that any rank adds to and reads at any moment: no collective.
+"""Sums over all ranks of a job that any rank adds to and reads at any moment, without collectives.
 
-They live in the key-value store through which the processes found one another, whose `add` is
-atomic. A rank that has more to do than another, or has died, keeps nobody waiting.
+They are kept in the key-value store through which the processes found one another, whose `add` is
+atomic. So no rank waits for one that has more to do or has died.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+from torch.distributed.distributed_c10d import Store
 
 
 class JobCounters:
-    """Whole numbers by name; `key` is of this set of counters alone, the same on every rank."""
+    """Integers by name in a store that nothing else uses."""
 
-    def __init__(self, key: str, names: Sequence[str]) -> None:
-        self.store = PrefixStore(key, _get_default_store())
+    def __init__(self, store: Store, names: Sequence[str]) -> None:
+        self.store = store
         self.names = tuple(names)
 
     def add(self, **amounts: int) -> None:

@@ -1,4 +1,4 @@
-"""How far a dump is: one bar for the job in a terminal, plain lines in a log."""
+"""The progress of a dump: one bar for the job in a terminal, lines in a log."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import time
 from collections.abc import Iterable, Sequence
 from types import TracebackType
 
-import torch
-from megatron.core import parallel_state
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -17,42 +15,44 @@ from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.counters import JobCounters
-from nemo_kd.teacher.forward import AnswerTopK
+from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.tally import Tally
-from nemo_kd.topk import t1_index
+from nemo_kd.topk import TopK, t1_index
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REPORTS = 1.0
-_MILLION = 1_000_000  # a mass is counted in millionths
+_MILLION = 1_000_000  # the job's counters are integers: mass is counted in millionths
 
 
 class DumpProgress:
-    """Progress of the whole job, shown by the first replica; made and ended by every rank.
+    """Progress of the job, shown by the first replica; made and closed by every rank.
 
-    One rank of each replica holds the logits (last stage, first tensor rank). It counts, and adds
-    what it has counted to the job's counters once a second and with its last row; the first
-    replica's one reads them when it shows something. So shards may be uneven; once the first
-    replica has no shard left, the bar waits for the end.
+    The rank of a replica that writes (see `Layout`) counts its rows, and adds the counts to those
+    of the job once a second and after its last row; the first replica's reads them when it shows
+    something. So shards may be uneven: once the first replica has none left, the bar waits for the
+    others.
 
     Collectives over all ranks: one small sum when it is made, one small all-gather in `summary`.
     """
 
     name = "dump"
 
-    def __init__(self, todo: Sequence[int], done: int, num_rows: int, spec: StoreSpec) -> None:
-        self.counts = (
-            parallel_state.is_pipeline_last_stage()
-            and parallel_state.get_tensor_model_parallel_rank() == 0
-        )
-        self.shows = self.counts and parallel_state.get_data_parallel_rank() == 0
+    def __init__(
+        self, todo: Sequence[int], done: int, num_rows: int, spec: StoreSpec, layout: Layout
+    ) -> None:
+        self.layout = layout
+        self.shows = layout.writes and layout.replica == 0
         self.tally = Tally(spec)
         self.left_out = ""
-        """Rows of the whole job that were left out, in words; known after `summary`."""
-        self.t1 = t1_index(spec.temperatures)
+        """The rows of the job that were left out; known after `summary`."""
         size = spec.rows_per_shard
         self.mine = sum(min(size, num_rows - shard * size) for shard in todo)
-        self.total, self.skipped, key = self._agree(done)
-        self.job = JobCounters(f"{self.name}/{key}", ("rows", "tokens", "mass"))
+        # The key keeps this dump's counters apart from those of another one in the same processes.
+        counts = [self.mine, done] if layout.writes else [0, 0]
+        key = secrets.randbits(48) if layout.rank == 0 else 0
+        self.total, self.skipped, key = layout.sum([*counts, key])
+        names = ("rows", "tokens", "mass")
+        self.job = JobCounters(layout.store(f"{self.name}/{key}"), names)
         self.reported = self._counted()
         self.start = self.last_line = self.last_report = time.monotonic()
         self.bar = Progress(
@@ -69,7 +69,7 @@ class DumpProgress:
 
     def __enter__(self) -> DumpProgress:
         if self.shows and self.skipped:
-            print(f"{self.name}: {self.skipped} shards are whole already, skipped", file=sys.stderr)
+            print(f"{self.name}: skipping {self.skipped} complete shards", file=sys.stderr)
         self.bar.start()
         return self
 
@@ -83,8 +83,9 @@ class DumpProgress:
             self._show(last=True)
         self.bar.stop()
 
-    def advance(self, pairs: Iterable[tuple[Row, AnswerTopK]]) -> None:
-        if not self.counts:
+    def advance(self, pairs: Iterable[tuple[Row, TopK]]) -> None:
+        """Count rows with their logits."""
+        if not self.layout.writes:
             return
         for row, topk in pairs:
             self.tally.add(row, topk)
@@ -99,40 +100,28 @@ class DumpProgress:
             self._show()
 
     def drop(self, errors: Sequence[RowError]) -> None:
-        """Rows that are left out: they are done."""
-        if errors and self.counts:
+        """Count rows that are left out."""
+        if errors and self.layout.writes:
             for error in errors:
                 self.tally.drop(error)
             self.advance(())
 
     def summary(self) -> str:
-        """What this run dumped, over all ranks; every rank calls it. Empty without new rows."""
-        return self._total().summary()
-
-    def _total(self) -> Tally:
-        """The sum over all ranks, of which `left_out` is kept."""
-        mine = self.tally.vector().to(torch.cuda.current_device())
-        everyone = [torch.empty_like(mine) for _ in range(torch.distributed.get_world_size())]
-        torch.distributed.all_gather(everyone, mine)
-        total = Tally.of((vector.cpu() for vector in everyone), self.tally.spec)
+        """The lines about this run, over all ranks; all of them call it. Empty without new rows."""
+        total = Tally.total(self.layout.gather(self.tally), self.tally.spec)
         self.left_out = total.left_out()
-        return total
-
-    def _agree(self, done: int) -> tuple[int, int, int]:
-        """Rows to do and shards skipped of the whole job, and a key that no other dump has."""
-        key = secrets.randbits(48) if torch.distributed.get_rank() == 0 else 0
-        mine = [self.mine, done] if self.counts else [0, 0]
-        sums = torch.tensor([*mine, key], dtype=torch.int64, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(sums)
-        total, skipped, key = sums.tolist()
-        return total, skipped, key
+        return total.summary()
 
     def _counted(self) -> dict[str, int]:
-        mass = round(float(self.tally.mass[self.t1]) * _MILLION)
-        return {"rows": self.tally.done, "tokens": self.tally.tokens, "mass": mass}
+        mass = self.tally.mass[t1_index(self.tally.spec.temperatures)]
+        return {
+            "rows": self.tally.done,
+            "tokens": self.tally.tokens,
+            "mass": round(float(mass) * _MILLION),
+        }
 
     def _show(self, last: bool = False) -> None:
-        """The bar in a terminal, else a line from time to time and at the end."""
+        """Update the bar, or without a terminal print a line every 10 seconds and at the end."""
         terminal = sys.stderr.isatty()
         if not terminal and not last and time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES:
             return

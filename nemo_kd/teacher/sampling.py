@@ -1,20 +1,22 @@
-"""Random draws from the teacher's whole distribution over a sharded vocabulary.
+"""Random draws from the teacher's full distribution over a sharded vocabulary.
 
     p_hat(v) = count_v / draws,   E[p_hat(v)] = p(v),   Σ_v count_v = draws
 
 After *Sparse Logit Sampling* (Anshumann et al. 2025, arXiv 2503.16870), which draws independently.
 Here the draws of a token are evenly spaced from one random number u: with P the cumulative
-probability, draw j is the v in which `(j + u) / draws` falls, `P(v - 1) <= (j + u) / draws < P(v)`.
-A count is then within 1 of `draws * p(v)`: as unbiased, and for no token of larger variance.
+probability, draw j is the v with `P(v - 1) <= (j + u) / draws < P(v)`. A count is then within 1 of
+`draws * p(v)`: equally unbiased, and of no larger variance for any token.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from nemo_kd.loss.shard import VocabShard
+from nemo_kd.store.splitmix import GOLDEN, counter, mixed, unit
 from nemo_kd.topk import ABSENT_ID, TopK
 
 
@@ -27,15 +29,15 @@ def vocab_parallel_sample(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> TopK:
-    """The ids that `draws` draws of each row give, and how often, as the `sampled` profile has it.
+    """The distinct ids among `draws` draws from each row, with their shares, for profile `sampled`.
 
     Layout: logits [N, Vp] are this rank's columns, columns ≥ `vocab_size` are padding and never
     drawn; uniform [N] float64 in [0, 1) is the same on every rank, and so is the result: ids
-    [N, draws] int64 by falling count (ties to the lower id), then -1; logits `log(count / draws)`
-    float32, then -inf; logsumexp [N] zeros. Of a row with NaN or +inf, or with nothing above -inf,
-    nothing can be drawn: its logits are NaN. On another sharding the same but for rounding of the
-    float64 sums. Memory: 8 bytes a logit. Collectives: an all-reduce and an all-gather of [N], an
-    all-reduce of [N, draws].
+    [N, draws] int64 by descending count (ties to the lower id), then -1; logits
+    `log(count / draws)` float32, then -inf; logsumexp [N] zeros. A row with NaN or +inf, or with
+    nothing above -inf, has NaN logits: nothing can be drawn from it. Another sharding changes the
+    result only by rounding of the float64 sums. Memory: 8 bytes per logit. Collectives: an
+    all-reduce and an all-gather of [N], an all-reduce of [N, draws].
 
     Errors: ValueError for draws below 1, or a `uniform` of another shape.
     """
@@ -49,7 +51,7 @@ def vocab_parallel_sample(
     mass, before, total = _cumulative(logits, shard)
     steps = torch.arange(draws, dtype=torch.float64, device=logits.device)
     points = (steps + uniform.to(logits.device).unsqueeze(-1)) / draws * total  # [N, draws]
-    # Rounding may put the last point on the end itself.
+    # Rounding may move the last point onto the end of the last interval.
     points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
     after = before + (mass[:, -1:] if mass.shape[-1] else torch.zeros_like(total))
     here = (points >= before) & (points < after)
@@ -79,18 +81,18 @@ def _cumulative(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tens
 
 
 def _last_possible(mass: Tensor) -> Tensor:
-    """[N, 1]: the last column of any probability; rounding must not draw one of none."""
+    """[N, 1]: the last column with a probability above 0; rounding must not draw a later one."""
     return torch.searchsorted(mass, mass[:, -1:].contiguous(), right=False)
 
 
 def _counted(ids: Tensor) -> TopK:
-    """Rising ids [N, draws], one a draw → the different ones by falling count."""
+    """Ascending ids [N, draws], one for each draw → the distinct ones by descending count."""
     rows, draws = ids.shape
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    place = new.cumsum(-1) - 1  # [N, draws]: which of the row's different ids a draw is
-    counts = torch.zeros_like(ids).scatter_add_(-1, place, torch.ones_like(ids))
-    distinct = torch.full_like(ids, ABSENT_ID).scatter_(-1, place, ids)
+    index = new.cumsum(-1) - 1  # [N, draws]: which of the row's distinct ids a draw is
+    counts = torch.zeros_like(ids).scatter_add_(-1, index, torch.ones_like(ids))
+    distinct = torch.full_like(ids, ABSENT_ID).scatter_(-1, index, ids)
     counts, order = counts.sort(dim=-1, descending=True, stable=True)
     logits = (counts.double() / draws).log().float()  # -inf where nothing was drawn
     return TopK(
@@ -102,31 +104,10 @@ def _counted(ids: Tensor) -> TopK:
 
 
 def uniforms(seed: int, row: int, count: int) -> Tensor:
-    """[count] float64 in [0, 1): a function of (seed, row, place) alone, on any machine.
+    """[count] float64 in [0, 1): functions of (seed, row, position) only.
 
-    53 high bits of splitmix64 (Steele et al. 2014), begun at a hash of seed and row: a dump's
-    draws do not depend on its batches, processes or device.
+    So a dump's draws do not depend on its batches, processes or device.
     """
-    start = _mixed(torch.tensor(_signed(seed * _GOLDEN + row)))
-    places = torch.arange(1, count + 1, dtype=torch.int64) * _signed(_GOLDEN)
-    return _shifted(_mixed(start + places), 11).double() / (1 << 53)
-
-
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
-
-
-def _mixed(x: Tensor) -> Tensor:
-    """splitmix64's output function; int64 stands for uint64, products wrap."""
-    x = (x ^ _shifted(x, 30)) * _signed(0xBF58476D1CE4E5B9)
-    x = (x ^ _shifted(x, 27)) * _signed(0x94D049BB133111EB)
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Logical shift to the right: int64's own keeps the sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-def _signed(value: int) -> int:
-    value %= 1 << 64
-    return value - (1 << 64) if value >> 63 else value
+    start = mixed(counter(seed * GOLDEN + row))
+    steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)
+    return torch.from_numpy(unit(start + steps))

@@ -1,4 +1,4 @@
-"""What is kept of the teacher's logits at an answer token, as the store's profile wants it."""
+"""Which of the teacher's logits a store's profile keeps at an answer token."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_kd.topk import TopK
 
 
 class Selection:
-    """The K largest logits, or for the profile `sampled` K draws from the whole distribution."""
+    """The K largest logits, or for the profile `sampled` K draws from the full distribution."""
 
     def __init__(self, spec: StoreSpec, group: dist.ProcessGroup | None = None) -> None:
         self.spec = spec
@@ -25,7 +25,7 @@ class Selection:
         self.draws = spec.profile == Sampled.name
 
     def uniform(self, rows: Sequence[Row]) -> torch.Tensor:
-        """[N] float64 in [0, 1): one for each answer token of `rows`, whatever batch they are in.
+        """[N] float64 in [0, 1): one number for each answer token of `rows`, the same in any batch.
 
         Zeros where nothing is drawn.
         """
@@ -40,20 +40,30 @@ class Selection:
     def __call__(self, logits: torch.Tensor, uniform: torch.Tensor) -> TopK:
         """logits [n, Vp] of this rank, uniform [n] → ids and logits [n, K], logsumexp [n, T].
 
-        The same on every rank of the group; collectives as the two functions it calls.
+        The same on every rank of the group; collectives: those of the function that it calls.
         """
-        vocab_size = self.spec.vocab_size
+        spec, group = self.spec, self.group
         if self.draws:
-            topk = vocab_parallel_sample(
-                logits, self.spec.top_k, uniform, group=self.group, vocab_size=vocab_size
+            found = vocab_parallel_sample(
+                logits, spec.top_k, uniform, group=group, vocab_size=spec.vocab_size
             )
         else:
-            topk = vocab_parallel_topk(
+            found = vocab_parallel_topk(
                 logits,
-                self.spec.top_k,
-                group=self.group,
-                vocab_size=vocab_size,
-                temperatures=self.spec.temperatures,
+                spec.top_k,
+                group=group,
+                vocab_size=spec.vocab_size,
+                temperatures=spec.temperatures,
             )
-        assert topk.logsumexp is not None
-        return replace(topk, logsumexp=topk.logsumexp.reshape(len(logits), -1))
+        assert found.logsumexp is not None
+        return replace(found, logsumexp=found.logsumexp.reshape(len(logits), -1))
+
+
+def joined(parts: Sequence[TopK]) -> TopK:
+    """The rows of several, on the CPU."""
+    return replace(
+        parts[0],
+        ids=torch.cat([part.ids for part in parts]).cpu(),
+        logits=torch.cat([part.logits for part in parts]).cpu(),
+        logsumexp=torch.cat([part.logsumexp for part in parts]).cpu(),
+    )

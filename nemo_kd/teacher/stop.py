@@ -1,24 +1,24 @@
-"""Stopping a long dump in good order: SIGTERM, or SIGUSR1 as SLURM's warning before its limit."""
+"""Stop a long dump after the current shard: on SIGTERM, or on SIGUSR1, SLURM's early warning."""
 
 from __future__ import annotations
 
 import signal
 from types import FrameType, TracebackType
 
-import torch
-from megatron.core import parallel_state
+from nemo_kd.teacher.layout import Layout
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopOnSignal:
-    """Within it a signal does not end the process: the ranks of a replica stop after their shard.
+    """While it is open, a signal does not end the process but is recorded.
 
-    A shard is the least that can be kept. Ranks of one replica must agree, or one would wait for
-    ever in a collective of the next forward pass; so they ask one another after each shard.
+    The ranks of a replica have to agree when to stop, or one would wait forever in a collective of
+    the next forward pass: they ask one another after each shard, the smallest unit that is kept.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layout: Layout) -> None:
+        self.layout = layout
         self.received = self.stopped = False
 
     def __enter__(self) -> StopOnSignal:
@@ -37,13 +37,12 @@ class StopOnSignal:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self.received = True
 
-    def agreed(self, group: torch.distributed.ProcessGroup | None = None) -> bool:
-        """Whether any rank of `group` has a signal; every rank of it asks. Default: the replica."""
-        flag = torch.tensor(
-            [float(self.received or self.stopped)], device=torch.cuda.current_device()
-        )
-        group = parallel_state.get_model_parallel_group() if group is None else group
-        torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX, group=group)
-        # `received` is only ever set: a signal that comes during the collective is for the next.
-        self.stopped = self.stopped or bool(flag.item())
+    def agreed_in_replica(self) -> bool:
+        """Whether a rank of this replica has received a signal; all of its ranks ask."""
+        # Only ever set, so a signal during the collective counts the next time.
+        self.stopped = self.layout.any_in_replica(self.received or self.stopped)
         return self.stopped
+
+    def agreed(self) -> bool:
+        """Whether any rank of the job stopped; all ranks ask."""
+        return self.layout.any(self.received or self.stopped)

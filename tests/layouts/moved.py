@@ -17,14 +17,14 @@ def main(result: str, *overrides: str) -> None:
     conf = Path(__file__).parent.parent.parent / "conf"
     with initialize_config_dir(str(conf), version_base=None):
         cfg = compose("dump_teacher_topk", accept_every_spelling(list(overrides)))
-    model, forward = load(cfg)
+    teacher = load(cfg)
     import torch
     from torch.profiler import profile
 
     from nemo_kd.teacher.dump import dump
 
     with profile(record_shapes=True) as recorded:
-        dump(cfg, model, forward)
+        dump(cfg, teacher)
     moved = [
         {"name": event.name, "shapes": event.input_shapes}
         for event in recorded.events() or []

@@ -132,7 +132,7 @@ def test_a_signal_ends_the_dump_in_good_order(
     dump.send_signal(number)
     output, errors = dump.communicate(timeout=120)
     assert dump.returncode == 0, errors
-    assert "stopped by a signal" in output and "give the same command again" in output
+    assert "interrupted: " in output and "run the same command to resume" in output
     assert not (store / "manifest.json").exists() and not (store / LOCK).exists()
     script("dump_teacher_topk.py", *overrides)
     same_bytes(whole, store)

@@ -27,8 +27,7 @@ from omegaconf import DictConfig
 from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from nemo_kd.cli.teacher import load
-from nemo_kd.hf.teacher import HFForward
-from nemo_kd.hf.writer import HFWriter
+from nemo_kd.hf.teacher import HFForward, HFTeacher
 from nemo_kd.sft.rows import Row
 from nemo_kd.store.lock import DirectoryLock
 from nemo_kd.teacher.dump import dump
@@ -116,7 +115,7 @@ class World:
         if self.name != name:
             num_microbatches_calculator.unset_num_microbatches_calculator()
             parallel_state.destroy_model_parallel()
-            self.teacher, self.name = load(cfg)[0], name
+            self.teacher, self.name = load(cfg), name
         return cfg
 
     def run(self, key: str, act: Callable[[], object]) -> None:
@@ -129,16 +128,15 @@ class World:
                 refusal = f"{type(error).__name__}: {error}"
         self.said[key] = [refusal, output.getvalue(), errors.getvalue()]
 
-    def dump(self, key: str, file: str, store: str, *more: str, forward: Any = HFForward) -> None:
+    def dump(self, key: str, file: str, store: str, *more: str, meddle: Any = None) -> None:
         cfg = self.configuration("dump_teacher_topk", "phi", file, store, more)
-        self.run(key, lambda: dump(cfg, self.teacher, forward))
+        teacher = self.teacher if meddle is None else meddle(self.teacher)
+        self.run(key, lambda: dump(cfg, teacher))
 
     def generate(self, key: str, store: str, *more: str) -> None:
         overrides = [*GENERATION, *more]
         cfg = self.configuration("generate_with_teacher", "typist", "prompts", store, overrides)
-        self.run(
-            key, lambda: generate(cfg, self.teacher, lambda *a: HFWriter(self.teacher.model, *a))
-        )
+        self.run(key, lambda: generate(cfg, self.teacher))
 
 
 def lines(rows: Sequence[Any]) -> str:
@@ -146,15 +144,21 @@ def lines(rows: Sequence[Any]) -> str:
 
 
 def meddling(path: Path, text: str) -> Any:
-    """A forward pass during which another process appends to the file."""
+    """Teacher → one during whose forward pass another process appends to the file."""
 
-    class Meddling(HFForward):
+    class Forward(HFForward):
         def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> Any:
             with path.open("a") as file:
                 file.write(text)
             return super().__call__(rows, micro_batch_size)
 
-    return Meddling
+    class Teacher(HFTeacher):
+        def forward(self, *arguments: Any) -> HFForward:
+            return Forward(self, *arguments)
+
+    return lambda teacher: Teacher(
+        teacher.model, teacher.tokenizer, teacher.tokenizer_origin["path"], teacher.layout
+    )
 
 
 def main(directory: Path) -> None:
@@ -194,7 +198,7 @@ def main(directory: Path) -> None:
     world.dump("other K", "data", "growing", "model.kd.top_k=19")
 
     data.write_text(lines(clean))
-    world.dump("changed", "data", "changed", forward=meddling(data, lines([rows[ROWS]])))
+    world.dump("changed", "data", "changed", meddle=meddling(data, lines([rows[ROWS]])))
     world.dump("changed, again", "data", "changed")
     world.dump("changed, fresh", "data", "changed-fresh")
 

@@ -1,7 +1,7 @@
 # ruff: noqa: E402 (NeMo comes after its patches)
 """SFT files of every kind read as a dump reads them: `python rows_world.py RESULT.json`.
 
-The data sets are NeMo's own, the tokenizer a real one, the model that they belong to a tiny one.
+The tokenizer is a real one, the model that it belongs to a tiny one.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import sys
 import tempfile
 from contextlib import redirect_stderr
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from nemo_kd.nemo import cpu
@@ -22,19 +23,20 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
 import numpy as np
 import torch
 from hydra import compose, initialize_config_dir
-from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import JSONLMemMapDataset
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_kd.cli.teacher import rows_of
 from nemo_kd.hf.teacher import HFTeacher
 from nemo_kd.nemo.blend import blend
 from nemo_kd.nemo.dataset import FileSFTChatDataset, FileSFTDataset
 from nemo_kd.nemo.sft_files import sft_arguments
-from nemo_kd.sft import RowError
-from nemo_kd.sft.rows import SFTRows
+from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.teacher.generation.prompts import Prompts
 from nemo_kd.teacher.generation.step import Decoding
+from nemo_kd.teacher.rows import prompt_template
 from tests.checkpoints import models
 
 LIMIT = 40
@@ -90,12 +92,13 @@ def read(path: Path, overrides: list[str], tokenizer: Any, model: LlamaForCausal
         ],
     )
     try:
-        rows = SFTRows(HFTeacher(model, tokenizer, None, cfg), cfg.data)
+        rows = rows_of(cfg, HFTeacher(model, tokenizer))
         found = [rows[i] for i in range(len(rows))]
     except RowError as error:
         return str(error)
     return [
-        [len(row), int(row.loss_mask.argmax()), int(row.loss_mask.sum()), row.cut] for row in found
+        [len(row), int(row.loss_mask.argmax()), int(row.loss_mask.sum()), row.truncated]
+        for row in found
     ]
 
 
@@ -106,14 +109,21 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
         path.write_text(lines(row, row))
         JSONLMemMapDataset([str(path)], workers=1)
         path.write_text(lines(row, row, *[{**row, "more": 1}] * 3))
-    base = ["model.restore_from_path=unused", "output_dir=unused", "data.memmap_workers=7"]
+    base = ["model.restore_from_path=unused", "output_dir=unused"]
     cfg = compose("dump_teacher_topk", [f"data.file_path={file}", *base])
     talk = compose("dump_teacher_topk", [f"data.file_path={chat}", "data.chat=true", *base])
-    teacher, chats = (HFTeacher(model, tokenizer, None, one) for one in (cfg, talk))
-    said = io.StringIO()
+    teacher = HFTeacher(model, tokenizer)
+    read = [rows_of(cfg, teacher), rows_of(talk, teacher)]
+    block, said = (
+        OmegaConf.merge(cfg.data, {"min_seq_length": 1, "memmap_workers": 7}),
+        io.StringIO(),
+    )
+    nemos = {"answer_only_loss": True, "position_embedding_type": "rope", "data": {}}
+    student = SimpleNamespace(
+        cfg=OmegaConf.create(nemos), tokenizer=tokenizer, sep_id=0, virtual_tokens=0
+    )
     with redirect_stderr(said):
-        read = [SFTRows(teacher, cfg.data), SFTRows(chats, talk.data)]
-        arguments = sft_arguments(teacher, cfg.data, "model.data.train_ds")
+        arguments = sft_arguments(student, block, "model.data.train_ds")
     datasets = [
         FileSFTDataset(file_path=str(file), **arguments),
         FileSFTChatDataset(file_path=str(chat), **arguments),
@@ -125,10 +135,10 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     train = OmegaConf.create({"global_batch_size": 4})
     blended = blend(datasets, 275, train)
     drawn = np.bincount(blended.dataset_index, minlength=3)
-    prompts = Prompts(teacher, cfg.data, Decoding(3, (1,), temperature=0.0))
-    OmegaConf.update(cfg, "data.hf_dataset", True, force_add=True)
+    decoding = Decoding(3, (1,), temperature=0.0)
+    prompts = Prompts(JsonlFile(file), prompt_template(cfg, teacher), decoding)
     try:
-        refused = str(SFTRows(teacher, cfg.data))
+        refused = str(sft_arguments(student, {**block, "hf_dataset": True}, "model.data.train_ds"))
     except ValueError as error:
         refused = str(error)
     return {
@@ -146,7 +156,7 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
 def main(result: str) -> None:
     with tempfile.TemporaryDirectory() as directory:
         models.tokenizer().save_pretrained(f"{directory}/tokenizer")
-        tokenizer = AutoTokenizer(f"{directory}/tokenizer", use_fast=True)
+        tokenizer = HFTokenizer(f"{directory}/tokenizer")
         config = LlamaConfig(
             vocab_size=tokenizer.vocab_size,
             hidden_size=8,

@@ -49,7 +49,7 @@ def test_all_bad_rows_are_named_before_the_first_pass(
     refusal, output, errors = said["refused"]
     assert refusal.startswith(f"RowError: {world}/bad: 4 of 9 rows that cannot be used:\n")
     assert "\n  row 2: not JSON (Expecting value" in refusal
-    assert "\n  row 5: not what NeMo's SFT takes ('int' object has no" in refusal
+    assert "\n  row 5: 'input' is 3: expected a string" in refusal
     assert "\n  row 6: no field 'output'; the row has ['input']" in refusal
     assert "\n  row 7: not JSON (a blank line)" in refusal
     assert "on_bad_row=drop those that cannot be read, data.no_answer=drop" in refusal
@@ -61,12 +61,12 @@ def test_dropped_rows_are_counted_and_named(world: Path, said: dict[str, list[st
     refusal, output, errors = said["dropped"]
     assert not refusal
     assert [sample.row for sample in Store(world / "dropped")] == [0, 1, 3, 4]
-    assert "bad: left out, 4 of 9 rows that cannot be used:\n  row 2: not JSON" in errors
+    assert "bad: left out 4 of 9 rows that cannot be used:\n  row 2: not JSON" in errors
     assert "dump: 9/9 rows" in errors
     for text in (output, errors):
-        assert "left out, that cannot be read: 4 rows" in text
-        assert "left out, without a finite logit of the teacher: 1 rows" in text
-    assert "nothing is left to dump, 2 of 2 rows" in said["nothing"][0]
+        assert "left out: 4 rows that cannot be read" in text
+        assert "left out: 1 rows without a finite logit of the teacher" in text
+    assert "no row is left to dump: 2 of 2 rows" in said["nothing"][0]
 
 
 def test_a_row_with_nan_is_refused_by_number_and_whole_shards_stay(
@@ -75,7 +75,7 @@ def test_a_row_with_nan_is_refused_by_number_and_whole_shards_stay(
     refusal, _, _ = said["NaN"]
     assert "data, row 7: the teacher's logits at answer token 0 are no distribution" in refusal
     assert "on_bad_row=drop" in refusal
-    assert "2 of its 2 finished shards have the same rows and are kept" in said["mended"][2]
+    assert "2 of 2 complete shards have unchanged rows and are kept" in said["mended"][2]
 
 
 @pytest.mark.parametrize("name", ["mended", "longer", "shorter", "changed"])
@@ -92,8 +92,8 @@ def test_a_mended_file_goes_on_to_the_store_of_a_new_dump(
     if name in counts:
         kept, shards, rows = counts[name]
         _, output, errors = said[name]
-        assert f"{kept} of its {shards} finished shards have the same rows" in errors
-        assert f"{shards - kept} are made again or removed" in errors
+        assert f"{kept} of {shards} complete shards have unchanged rows" in errors
+        assert f"{shards - kept} are dumped again or removed" in errors
         assert f"this run: {rows} rows" in output
 
 
@@ -121,6 +121,6 @@ def test_generation_does_the_same_with_its_prompts(world: Path, said: dict[str, 
     assert "prompts, row 1: the teacher's logits at answer token 0" in said["answers refused"][0]
     refusal, output, errors = said["answers dropped"]
     assert not refusal and "this run: 4 answers" in output
-    assert "left out, without a finite logit of the teacher: 2 rows" in output
-    assert "left out, 1 of 4 rows that cannot be used:\n  row 2" in errors
+    assert "left out: 2 rows without a finite logit of the teacher" in output
+    assert "left out 1 of 4 rows that cannot be used:\n  row 2" in errors
     assert [sample.row for sample in Store(world / "generated-dropped")] == [0, 1, 6, 7]

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from nemo_kd.hf.writer import HFWriter
 from nemo_kd.store import Store, StoreSpec
 from nemo_kd.teacher.generation.filter import AnswerFilter
-from nemo_kd.teacher.generation.step import Answer, Decoding, GenerationError, Prompt, choose
+from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError, Prompt, choose
 from nemo_kd.teacher.sampling import uniforms
 from tests.conftest import Script
 from tests.teacher.conftest import SETTINGS
@@ -35,7 +35,7 @@ def prompts(count: int = 5) -> list[Prompt]:
 
 def written(
     model: PreTrainedModel, asked: list[Prompt], profile: str = "plain", **settings: object
-) -> list[Answer]:
+) -> Answers:
     decoding = Decoding(**{"max_new_tokens": LENGTH, "stop_ids": (1,), **settings})  # type: ignore[arg-type]
     spec = StoreSpec(top_k=7, vocab_size=VOCABULARY, temperatures=(1.0, 2.0), profile=profile)
     return HFWriter(model, spec, decoding)(asked)
@@ -45,38 +45,40 @@ def written(
 @torch.no_grad()
 def test_greedy_answers_and_their_topk_are_the_models_own(name: str) -> None:
     model = tiny_model(name, tie_word_embeddings=False)  # tied ones say the same word again
-    endless = [set(answer.ids) for answer in written(model, prompts(), stop_ids=(999,))]
+    endless = [set(ids) for ids in written(model, prompts(), stop_ids=(999,)).ids]
     # Tokens that some answers meet and some do not.
     stops = sorted(set.union(*endless) - set.intersection(*endless))[:1]
     model.generation_config.repetition_penalty = 1.7  # not the teacher's distribution: ignored
     answers = written(model, prompts(), stop_ids=stops)
     model.generation_config.repetition_penalty = 1.0
-    for answer in answers:
-        ids = torch.tensor([answer.prompt.ids])
+    for b, (prompt, (_, topk)) in enumerate(zip(answers.prompts, answers.rows(), strict=True)):
+        ids = torch.tensor([prompt.ids])
         settings = {"max_new_tokens": LENGTH, "eos_token_id": stops, "pad_token_id": 0}
         own = model.generate(ids, do_sample=False, attention_mask=torch.ones_like(ids), **settings)
-        assert own[0, ids.shape[1] :].tolist() == list(answer.ids)
-        assert answer.finished == (answer.ids[-1] in stops)
-        assert answer.finished or len(answer.ids) == LENGTH
+        answer = own[0, ids.shape[1] :].tolist()
+        assert answer == answers.ids[b]
+        assert answers.finished(b) == (answer[-1] in stops)
+        assert answers.finished(b) or len(answer) == LENGTH
         logits = model(own).logits[0, ids.shape[1] - 1 : -1, :VOCABULARY]
         top = logits.topk(7)
-        assert torch.equal(answer.topk.ids, top.indices)
-        assert torch.allclose(answer.topk.logits, top.values, rtol=1e-4, atol=1e-5)
+        assert torch.equal(topk.ids, top.indices)
+        assert torch.allclose(topk.logits, top.values, rtol=1e-4, atol=1e-5)
         for j, temperature in enumerate((1.0, 2.0)):
             logsumexp = (logits / temperature).logsumexp(-1)
-            assert torch.allclose(answer.topk.logsumexp[:, j], logsumexp, rtol=1e-4, atol=1e-5)
-    assert {answer.finished for answer in answers} == {True, False}
+            assert torch.allclose(topk.logsumexp[:, j], logsumexp, rtol=1e-4, atol=1e-5)
+    assert {answers.finished(b) for b in range(len(answers.ids))} == {True, False}
 
 
 def test_draws_do_not_depend_on_the_batch() -> None:
     model = tiny_model("Llama")
     together = written(model, prompts(), temperature=1.5, top_p=0.9)
-    for answer, prompt in zip(together, prompts(), strict=True):
-        (alone,) = written(model, [prompt], temperature=1.5, top_p=0.9)
-        assert alone.ids == answer.ids
-        assert torch.allclose(alone.topk.logits, answer.topk.logits, rtol=1e-4, atol=1e-5)
+    for b, (prompt, (_, topk)) in enumerate(zip(prompts(), together.rows(), strict=True)):
+        alone = written(model, [prompt], temperature=1.5, top_p=0.9)
+        assert alone.ids == [together.ids[b]]
+        ((_, expected),) = alone.rows()
+        assert torch.allclose(expected.logits, topk.logits, rtol=1e-4, atol=1e-5)
     other = written(model, prompts(), temperature=1.5, top_p=0.9, seed=1)
-    assert [a.ids for a in other] != [a.ids for a in together]
+    assert other.ids != together.ids
 
 
 def test_a_model_that_looks_at_the_padding_is_refused() -> None:
@@ -86,9 +88,9 @@ def test_a_model_that_looks_at_the_padding_is_refused() -> None:
         **inputs(*ids, **kwargs),
         "attention_mask": None,
     }
-    with pytest.raises(GenerationError, match="LlamaForCausalLM writes with logits that differ"):
+    with pytest.raises(GenerationError, match="with which LlamaForCausalLM generates differ"):
         written(model, prompts())
-    assert len(written(model, prompts(1))) == 1  # nothing is padded
+    assert len(written(model, prompts(1)).ids) == 1  # nothing is padded
 
 
 def test_the_sampled_profile_draws_what_a_dump_of_the_answer_would() -> None:
@@ -98,16 +100,18 @@ def test_the_sampled_profile_draws_what_a_dump_of_the_answer_would() -> None:
     model = tiny_model("Llama")
     spec = StoreSpec(top_k=7, vocab_size=VOCABULARY, profile="sampled", profile_options={"seed": 3})
     decoding = Decoding(max_new_tokens=LENGTH, stop_ids=(999,))
-    for answer in HFWriter(model, spec, decoding)(prompts(2)):
-        ids = np.array(answer.prompt.ids + answer.ids)
-        mask = (np.arange(len(ids)) >= len(answer.prompt.ids)).astype(np.uint8)
+    answers = HFWriter(model, spec, decoding)(prompts(2))
+    for prompt, (row, topk) in zip(answers.prompts, answers.rows(), strict=True):
+        ids = row.input_ids.astype(np.int64)
+        mask = (np.arange(len(ids)) >= len(prompt.ids)).astype(np.uint8)
+        assert np.array_equal(mask, row.loss_mask)
         selection = Selection(spec)
-        uniform = selection.uniform([Row(answer.prompt.row, ids, mask)])
+        uniform = selection.uniform([Row(prompt.row, ids, mask)])
         with torch.no_grad():
-            logits = model(torch.from_numpy(ids)[None]).logits[0, len(answer.prompt.ids) - 1 : -1]
+            logits = model(torch.from_numpy(ids)[None]).logits[0, len(prompt.ids) - 1 : -1]
         expected = selection(logits, uniform)
-        assert torch.equal(answer.topk.ids, expected.ids)
-        assert torch.equal(answer.topk.logits, expected.logits)
+        assert torch.equal(topk.ids, expected.ids)
+        assert torch.equal(topk.logits, expected.logits)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.7, 0.8), (2.0, 0.3)])
@@ -140,7 +144,7 @@ def test_of_equal_logits_the_first_is_chosen() -> None:
         ({"max_new_tokens": 0}, "max_new_tokens must be at least 1"),
         ({"temperature": -1.0}, "temperature=-1.0 is below 0"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
-        ({"samples_per_prompt": 2}, "the same answer again"),
+        ({"samples_per_prompt": 2}, "the same answer each time"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], message: str) -> None:
@@ -248,7 +252,7 @@ def test_the_script_at_two_ranks_writes_the_same_bytes(
     done = script("generate_with_teacher.py", *settings, processes=2)
     assert "dropped, not ended within generation.max_new_tokens" in done.stdout
     total = len(Store(world / "answers"))
-    assert f"{total} answers as text; SFT reads {total} of them as the very" in done.stdout
+    assert f"{total} answers as text; SFT tokenizes {total} of them" in done.stdout
     same_files(world / "answers", tmp_path / "store")
 
 

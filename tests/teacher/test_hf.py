@@ -91,8 +91,8 @@ def test_the_converted_teacher_has_the_same_ids_and_logits(world: Path) -> None:
 
 def test_another_tokenizer_is_refused_by_its_first_other_token(world: Path) -> None:
     renamed, longer, unknown = json.loads((world / "parity.json").read_text())["differences"]
-    assert renamed == "; the first difference is id 1, '<end>' there and '</s>' here"
-    assert longer == "; 300 tokens there, 299 here, the first 299 equal"
+    assert renamed == "; the first difference is id 1: '<end>' in the store, '</s>' here"
+    assert longer == "; the store's has 300 tokens, this one 299, and the first 299 are equal"
     assert unknown == ""
 
 
@@ -132,7 +132,7 @@ def same_files(a: Path, b: Path) -> None:
 def test_rows_without_an_answer_are_left_out_if_asked(world: Path) -> None:
     assert [sample.row for sample in Store(world / "gaps")] == [0, 1, 3, 8]
     assert not list(verify(world / "gaps"))
-    assert "left out, without an answer token: 5 rows" in (world / "gaps.txt").read_text()
+    assert "left out: 5 rows without an answer token" in (world / "gaps.txt").read_text()
 
 
 def test_two_ranks_write_the_same_bytes_as_one_and_resume(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,14 +11,15 @@ import torch
 from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import NoAnswerError, Row
 from nemo_kd.store import StoreSpec
-from nemo_kd.teacher.forward import AnswerTopK, NoLogitsError
+from nemo_kd.teacher.forward import NoLogitsError
 from nemo_kd.teacher.tally import WORST, Tally
+from nemo_kd.topk import TopK
 
 K, V = 7, 50
 SPEC = StoreSpec(top_k=K, vocab_size=V, temperatures=(2.0, 1.0), template={"max_seq_length": 12})
 
 
-def sample(row: int, spread: float = 2.0) -> tuple[Row, AnswerTopK, np.ndarray]:
+def sample(row: int, spread: float = 2.0) -> tuple[Row, TopK, np.ndarray]:
     """A row, its top-K, and all logits [A, V] in float64."""
     rng = np.random.default_rng(row)
     answers = 1 + row % 5
@@ -26,8 +29,13 @@ def sample(row: int, spread: float = 2.0) -> tuple[Row, AnswerTopK, np.ndarray]:
     tokens = rng.integers(0, V, answers + 3).astype(np.int32)
     tokens[3::2] = ids[::2, row % K].numpy()  # every other label is among the K
     mask = np.array([0, 0, 0] + [1] * answers, np.uint8)
-    topk = AnswerTopK(logits.float(), ids, torch.from_numpy(np.stack(logsumexp, 1)).float())
-    return Row(row, tokens, mask, cut=row % 4 == 0), topk, z
+    topk = TopK(
+        ids=ids,
+        logits=logits.float(),
+        logsumexp=torch.from_numpy(np.stack(logsumexp, 1)).float(),
+        temperatures=SPEC.temperatures,
+    )
+    return Row(row, tokens, mask, truncated=row % 4 == 0), topk, z
 
 
 def test_sums_and_worst_rows_are_the_plain_ones() -> None:
@@ -44,7 +52,7 @@ def test_sums_and_worst_rows_are_the_plain_ones() -> None:
         # At least the K-th's, which is exact where the label is among the K.
         of_label = np.maximum(log_p[range(len(z)), labels], np.sort(log_p)[:, -K])
         nll[row.row] = -of_label.mean()
-    assert (tally.rows, tally.cut, tally.agreed) == (23, 6, agreed)
+    assert (tally.rows, tally.truncated, tally.agreed) == (23, 6, agreed)
     assert tally.tokens == sum(1 + row % 5 for row in range(23))
     assert tally.mass.tolist() == pytest.approx([mass[2.0], mass[1.0]], rel=1e-6)
     worst = sorted(nll, key=lambda row: -nll[row])[:WORST]
@@ -62,15 +70,16 @@ def test_ranks_add_up_whoever_had_which_rows() -> None:
         for i in range(count):
             whole.drop(kind())
             parts[1 + 2 * (i % 2)].drop(kind())
-    total = Tally.of([part.vector() for part in parts], SPEC)
+    total = Tally.total(parts, SPEC)
     assert total.left_out().splitlines() == [
-        "left out, without an answer token: 5 rows",
-        "left out, without a finite logit of the teacher: 1 rows",
-        "left out, that cannot be read: 2 rows",
+        "left out: 5 rows without an answer token",
+        "left out: 1 rows without a finite logit of the teacher",
+        "left out: 2 rows that cannot be read",
     ]
     assert total.left_out() in total.summary() and total.done == whole.done == 17 + 8
     assert total.worst == whole.worst and total.summary() == whole.summary()
-    assert total.vector()[:7].tolist() == whole.vector()[:7].tolist()
+    assert (total.rows, total.truncated) == (whole.rows, whole.truncated)
+    assert (total.tokens, total.agreed) == (whole.tokens, whole.agreed)
     assert total.mass.tolist() == pytest.approx(whole.mass.tolist(), rel=1e-12)
 
 
@@ -78,18 +87,18 @@ def test_summary_says_what_to_look_at() -> None:
     tally = Tally(SPEC)
     assert tally.summary() == ""
     row, topk, _ = sample(8)
-    tally.add(row, topk._replace(ids=(topk.ids + 1) % V))
+    tally.add(row, replace(topk, ids=(topk.ids + 1) % V))
     text = tally.summary()
     held = (tally.mass / tally.tokens).tolist()
     assert f"hold {held[1]:.3f} of the teacher's mass ({held[0]:.3f} at T = 2)" in text
-    assert "cut at data.max_seq_length=12: 1 of 1 rows" in text
-    assert f"likes least (nats a token): 8 ({tally.worst[0].nll:.2f})" in text
+    assert "truncated at data.max_seq_length=12: 1 of 1 rows" in text
+    assert f"highest teacher loss (nats per token): 8 ({tally.worst[0].nll:.2f})" in text
     assert "its best token is the label for 0.0% (" in text
     assert "the token before it for " in text and "perplexity of the labels " in text
     assert "WARNING" not in text  # of four tokens: chance
     for other in range(60):
         row, topk, _ = sample(other, spread=6.0)
-        tally.add(row, topk._replace(ids=(topk.ids + 1) % V))
+        tally.add(row, replace(topk, ids=(topk.ids + 1) % V))
     assert "WARNING: below 10%: is data.prompt_template" in tally.summary()
 
 
@@ -99,8 +108,10 @@ def test_absent_places_do_not_count() -> None:
     absent = torch.arange(K) >= 2
     narrow.add(
         row,
-        topk._replace(
-            logits=topk.logits.masked_fill(absent, -torch.inf), ids=topk.ids.masked_fill(absent, -1)
+        replace(
+            topk,
+            logits=topk.logits.masked_fill(absent, -torch.inf),
+            ids=topk.ids.masked_fill(absent, -1),
         ),
     )
     full.add(row, topk)

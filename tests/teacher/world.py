@@ -8,6 +8,7 @@ overrides for all dumps.
 
 from __future__ import annotations
 
+import copy
 import io
 import itertools
 import json
@@ -31,13 +32,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from nemo_kd.checkpoints import open_checkpoint, write_nemo
 from nemo_kd.cli.teacher import load
 from nemo_kd.hf import teacher as hf
-from nemo_kd.hf.writer import HFWriter
-from nemo_kd.mcore.writer import NemoWriter
-from nemo_kd.sft.rows import SFTRows
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store
 from nemo_kd.teacher.dump import dump, store_spec
 from nemo_kd.teacher.generation.generate import generate
+from nemo_kd.teacher.rows import sft_rows
 from tests.checkpoints import models
 from tests.teacher.typist import write_typist
 from tests.tiny import functions
@@ -58,7 +57,7 @@ def configuration(
         return compose(script, [*SETTINGS, *paths, *overrides])
 
 
-def start(cfg: DictConfig) -> tuple[Any, Any]:
+def start(cfg: DictConfig) -> Any:
     num_microbatches_calculator.unset_num_microbatches_calculator()
     parallel_state.destroy_model_parallel()
     return load(cfg)
@@ -67,17 +66,19 @@ def start(cfg: DictConfig) -> tuple[Any, Any]:
 def parity(directory: Path) -> dict[str, Any]:
     """Dumps the Hugging Face teacher, and holds NeMo's pass of the converted one against it."""
     cfg = configuration(directory, "llama", "store", "teacher.kind=hf")
-    teacher, forward = start(cfg)
-    dump(cfg, teacher, forward)
-    rows = SFTRows(teacher, cfg.data)
+    teacher = start(cfg)
+    dump(cfg, teacher)
+    rows = sft_rows(cfg, teacher)
     spec = store_spec(cfg, teacher, rows.file)
     hf_rows = [rows[i] for i in range(len(rows))]
-    ours = [forward(teacher, spec, 50)([row], 1)[0] for row in hf_rows]
+    forward = teacher.forward(spec, 50)
+    ours = [forward([row], 1)[0] for row in hf_rows]
     cfg = configuration(directory, "llama.nemo", "nemo_store")
-    nemo, forward = start(cfg)
-    rows = SFTRows(nemo, cfg.data)
+    nemo = start(cfg)
+    rows = sft_rows(cfg, nemo)
     nemo_rows = [rows[i] for i in range(len(rows))]
-    theirs = [forward(nemo, spec, 50)([row], 1)[0] for row in nemo_rows]
+    forward = nemo.forward(spec, 50)
+    theirs = [forward([row], 1)[0] for row in nemo_rows]
     Store(directory / "store").check(
         tokenizer_fingerprint=tokenizer_fingerprint(nemo.tokenizer),
         vocab_size=nemo.tokenizer.vocab_size,
@@ -115,7 +116,7 @@ def without_answers(directory: Path) -> None:
     )
     printed = io.StringIO()
     with redirect_stdout(printed):
-        dump(cfg, *start(cfg))
+        dump(cfg, start(cfg))
     (directory / "gaps.txt").write_text(printed.getvalue())
 
 
@@ -179,20 +180,24 @@ def generations(directory: Path) -> None:
         more = [*GENERATION, *overrides]
         cfg = configuration(directory, "typist", store, *more, script="generate_with_teacher")
         if teacher is None:
-            teacher, _ = start(cfg)
+            teacher = start(cfg)
 
-        def make(*arguments: Any) -> Any:
-            write = HFWriter(teacher.model, *arguments)
-            count = iter(range(calls)) if calls is not None else itertools.count()
+        count = iter(range(calls)) if calls is not None else itertools.count()
 
-            def limited(prompts: Any) -> Any:
-                if next(count, None) is None:
-                    raise Interrupted
-                return write(prompts)
+        class Limited(type(teacher)):  # type: ignore[misc]
+            def writer(self, *arguments: Any) -> Any:
+                write = super().writer(*arguments)
 
-            return limited
+                def limited(prompts: Any) -> Any:
+                    if next(count, None) is None:
+                        raise Interrupted
+                    return write(prompts)
 
-        generate(cfg, teacher, make)
+                return limited
+
+        limited = copy.copy(teacher)
+        limited.__class__ = Limited
+        generate(cfg, limited)
 
     run("answers")
     try:
@@ -211,12 +216,11 @@ def generations(directory: Path) -> None:
         "data.prompt_template='{input}{output}'",
         "teacher.kind=hf",
     )
-    dump(cfg, teacher, hf.HFForward)
+    dump(cfg, teacher)
     write_nemo(open_checkpoint(directory / "typist"), directory / "typist.nemo", range(2))
     more = [*GENERATION, "teacher.kind=nemo"]
     cfg = configuration(directory, "typist.nemo", "nemo", *more, script="generate_with_teacher")
-    nemo, _ = start(cfg)
-    generate(cfg, nemo, lambda *arguments: NemoWriter(nemo, *arguments))
+    generate(cfg, start(cfg))
 
 
 def main(directory: Path) -> None:
@@ -233,7 +237,7 @@ def main(directory: Path) -> None:
     write_nemo(checkpoint, directory / "llama.nemo", range(4))
     (directory / "parity.json").write_text(json.dumps(parity(directory)))
     cfg = configuration(directory, "llama.gguf", "gguf_store", "teacher.kind=hf")
-    dump(cfg, *start(cfg))
+    dump(cfg, start(cfg))
     without_answers(directory)
     write_typist(directory / "typist")
     generations(directory)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from omegaconf import DictConfig
 
 from nemo_kd.nemo.settings import keys as nemo
@@ -34,7 +36,6 @@ DATA = {
     "file_path": PATH,
     "chat": FLAG,
     "max_seq_length": COUNT,
-    "min_seq_length": COUNT,
     "label_key": TEXT,
     "add_eos": FLAG,
     "add_sep": FLAG,
@@ -43,11 +44,6 @@ DATA = {
     "truncation_method": one_of("left", "right"),
     "no_answer": one_of("refuse", "drop", drop="skip", refuse="error"),
     "prompt_template": optional(TEXT),
-    "memmap_workers": optional(COUNT),
-    "index_mapping_dir": optional(PATH),
-    # NeMo's, for the reading of files.
-    "hf_dataset": FLAG,
-    "global_sample_mapping": FLAG,
 }
 KD = Block(
     {
@@ -83,10 +79,14 @@ MODEL = {
     for key, kind in nemo.MODEL.items()
     if key not in ("global_batch_size", "gradient_as_bucket_view", "save_nemo_on_validation_end")
 }
+LIGHTNINGS = dict.fromkeys(
+    ("logger", "enable_checkpointing", "use_distributed_sampler", "enable_progress_bar"), FLAG
+)
+"""Keys of the YAML that are checked where Lightning is not installed too."""
 NOT_A_DUMPS = ("optim", "data", "peft", "kd")
 DUMP_BLOCK = Block(
     {
-        "trainer": nemo.TRAINER,
+        "trainer": replace(nemo.TRAINER, keys={**nemo.TRAINER.keys, **LIGHTNINGS}),
         "teacher": Block({"kind": KIND}),
         "model": Block(
             {**MODEL, "kd": KD},

@@ -21,6 +21,7 @@ from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.splitmix import GOLDEN, counter, unit
 from nemo_kd.store.writer import ShardWriter, StoreWriter
 
 Item = TypeVar("Item")
@@ -242,14 +243,5 @@ def _refuse_unlike(first: Store, other: Store) -> None:
 
 
 def _part(seed: int, row: int, bounds: Sequence[float]) -> int:
-    share = _uniform(seed, row)
+    (share,) = unit(counter(seed * 0xD1342543DE82EF95 + row * GOLDEN))
     return next(i for i, bound in enumerate(bounds) if share < bound)
-
-
-def _uniform(seed: int, row: int) -> float:
-    """In [0, 1), from the 53 high bits of splitmix64 at (seed, row)."""
-    mask = (1 << 64) - 1
-    x = (seed * 0xD1342543DE82EF95 + row * 0x9E3779B97F4A7C15) & mask
-    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & mask
-    x = (x ^ x >> 27) * 0x94D049BB133111EB & mask
-    return ((x ^ x >> 31) >> 11) / (1 << 53)

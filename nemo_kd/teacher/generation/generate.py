@@ -1,7 +1,7 @@
-"""The teacher writes the answers: prompts in, a store of its own answers with its top-K out.
+"""The teacher answers prompts; a store keeps its answers with its top-K at each of their tokens.
 
-Store row `prompt * samples_per_prompt + sample` is one answer; rows of answers that were not kept
-are missing. The text is read off the finished store, so only whole shards are ever resumed.
+Store row `prompt * samples_per_prompt + sample` is one answer; dropped answers have no row. The
+text is read back from the finished store, so that a resumed run writes all of it.
 """
 
 from __future__ import annotations
@@ -9,78 +9,79 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.sft import JsonlFile, RowError
-from nemo_kd.sft.rows import BadRows, Row, Teacher, readable
+from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
-from nemo_kd.teacher.dump import calls, store_spec, write_store
-from nemo_kd.teacher.forward import sample_of, split_unusable
+from nemo_kd.teacher.dump import calls, rows_of, store_spec, write_store
+from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.generation.filter import AnswerFilter
 from nemo_kd.teacher.generation.prompts import Prompts
-from nemo_kd.teacher.generation.step import Answer, Decoding, GenerationError, Prompt
+from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError
+from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.progress import DumpProgress
+from nemo_kd.teacher.rows import bad_rows, prompt_template, same_file
+from nemo_kd.topk import TopK
 
 ANSWERS = "answers.jsonl"
-# prompts → answers, or None on ranks that hold no logits
-Writer = Callable[[Sequence[Prompt]], "list[Answer] | None"]
 
 
-def generate(
-    cfg: DictConfig, teacher: Teacher, writer: Callable[[StoreSpec, Decoding], Writer]
-) -> Manifest | None:
-    """An answer, or several, to each row of `data.file_path`; the manifest of the finished store.
+def generate(cfg: DictConfig, teacher: Teacher) -> Manifest | None:
+    """Answer each row of `data.file_path`, once or several times; the store's manifest.
 
-    None when a signal asked to stop: what is whole stays, the same command goes on.
+    None if a signal stopped it: complete shards are kept, and the same command resumes.
     """
     if cfg.data.chat:
         raise GenerationError(
-            "data.chat=true is not generated from: write the conversation's format into "
+            "data.chat=true does not work for generation: write the conversation's format into "
             "data.prompt_template"
         )
     decoding, keep = read_settings(cfg, teacher)
-    prompts, bad = Prompts(teacher, cfg.data, decoding), BadRows.of(cfg)
-    spec = generation_spec(cfg, teacher, prompts.file)
-    write = writer(spec, decoding)
+    layout, bad = teacher.layout, bad_rows(cfg)
+    file = same_file(cfg.data.file_path, layout)
+    prompts = Prompts(file, prompt_template(cfg, teacher), decoding)
+    spec = generation_spec(cfg, teacher, file)
+    write = teacher.writer(spec, decoding)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
         assert isinstance(progress, GenerateProgress)
-        first = shard * spec.rows_per_shard
-        numbers = range(first, min(first + spec.rows_per_shard, len(prompts)))
         dropped: list[RowError] = []
-        batch = list(readable(prompts, numbers, bad, dropped))
+        batch = list(readable(prompts, rows_of(shard, spec, len(prompts)), bad, dropped))
         progress.drop(dropped)
         limit = cfg.max_tokens_per_micro_batch or sys.maxsize
         for call, _ in calls(batch, cfg.model.micro_batch_size, limit, in_flight=1):
-            for answer in usable(write(call), progress):
-                if not (answer.finished or cfg.generation.keep_unfinished):
-                    progress.unfinished += 1
-                elif not keep.keeps(prompts.text(answer.ids), prompts.source(answer.prompt.row)):
-                    progress.filtered += 1
-                else:
-                    yield sample_of(_row(answer), answer.topk, spec)
+            answers = write(call)
+            if answers is not None:
+                yield from kept(answers, progress)
 
-    def usable(answers: list[Answer] | None, progress: GenerateProgress) -> list[Answer]:
-        """Those that a store can hold, counted; none on a rank that has none."""
-        pairs = [(_row(answer), answer.topk) for answer in answers or ()]
-        kept, dropped = split_unusable(pairs, prompts.file.path, bad, prompts.samples_per_row)
+    def kept(answers: Answers, progress: GenerateProgress) -> Iterator[Sample]:
+        """The samples of the answers that the filter and the store take; all are counted."""
+        dropped: list[RowError] = []
+        pairs = list(usable(answers.rows(), file, bad, dropped, prompts.samples_per_row))
         progress.drop(dropped)
-        rows = {row.row for row, _ in kept}
-        return progress.count([answer for answer in answers or () if answer.prompt.row in rows])
+        progress.count(pairs)
+        finished = {prompt.row: answers.finished(b) for b, prompt in enumerate(answers.prompts)}
+        for row, topk in pairs:
+            text = prompts.text(row.input_ids[-len(topk) :].tolist())
+            if not (finished[row.row] or cfg.generation.keep_unfinished):
+                progress.unfinished += 1
+            elif not keep.keeps(text, prompts.source(row.row)):
+                progress.filtered += 1
+            else:
+                yield sample_of(row, topk)
 
-    manifest = write_store(cfg, spec, prompts, samples, progress_class=GenerateProgress)
-    if manifest is not None and torch.distributed.get_rank() == 0:
+    manifest = write_store(cfg, spec, layout, prompts, samples, progress_class=GenerateProgress)
+    if manifest is not None and layout.rank == 0:
         path = Path(cfg.output_dir) / ANSWERS
         total, same = write_answers(path, Store(cfg.output_dir), prompts)
         print(
-            f"{path}: {total} answers as text; SFT reads {same} of them as the very tokens of the "
+            f"{path}: {total} answers as text; SFT tokenizes {same} of them to the tokens of the "
             "store"
         )
     return manifest
@@ -88,10 +89,11 @@ def generate(
 
 def read_settings(cfg: DictConfig, teacher: Teacher) -> tuple[Decoding, AnswerFilter]:
     """The block `generation`, checked."""
-    settings = cfg.generation
+    settings, end = cfg.generation, teacher.tokenizer.eos_id
+    assert end is not None  # each kind of teacher refuses a tokenizer without one
     decoding = Decoding(
         max_new_tokens=settings.max_new_tokens,
-        stop_ids=(teacher.tokenizer.eos_id, *settings.stop_ids),
+        stop_ids=(end, *settings.stop_ids),
         temperature=settings.temperature,
         top_p=settings.top_p,
         samples_per_prompt=settings.samples_per_prompt,
@@ -101,29 +103,23 @@ def read_settings(cfg: DictConfig, teacher: Teacher) -> tuple[Decoding, AnswerFi
 
 
 def generation_spec(cfg: DictConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
-    """A dump's spec, with what decides the answers among its template."""
+    """The spec of a dump, with the settings that decide the answers in its template."""
     spec = store_spec(cfg, teacher, file)
     settings = OmegaConf.to_container(cfg.generation, resolve=True)
     return replace(spec, template={**spec.template, "generation": settings})
 
 
-def _row(answer: Answer) -> Row:
-    """The sample that an answer makes: the prompt, and its own tokens to learn."""
-    prompt = answer.prompt
-    mask = [0] * len(prompt.ids) + [1] * len(answer.ids)
-    ids = np.array(prompt.ids + answer.ids, dtype=np.int32)
-    return Row(prompt.row, ids, np.array(mask, dtype=np.uint8))
-
-
 def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]:
-    """The store's answers as SFT JSONL, line i for sample i; how many, and how many of them
-    become the very tokens of the store again."""
+    """Write the store's answers as SFT JSONL, line i for sample i.
+
+    Returns their number, and the number of those that SFT tokenizes to the tokens of the store.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     same = 0
     with temporary.open("w", encoding="utf-8") as file:
         for sample in store:
             answer = sample.input_ids[sample.answer_positions()].tolist()
-            row = {**prompts.source(sample.row), prompts.label_key: prompts.text(answer)}
+            row = {**prompts.source(sample.row), prompts.template.label_key: prompts.text(answer)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             same += prompts.as_sft(row) == sample.input_ids.tolist()
     os.replace(temporary, path)
@@ -131,7 +127,7 @@ def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]
 
 
 class GenerateProgress(DumpProgress):
-    """Also counts the answers that were not kept, and why."""
+    """Also counts the answers that were dropped, by reason."""
 
     name = "generate"
 
@@ -139,24 +135,21 @@ class GenerateProgress(DumpProgress):
         super().__init__(*arguments)
         self.answers = self.tokens = self.unfinished = self.filtered = 0
 
-    def count(self, answers: list[Answer]) -> list[Answer]:
-        """The same answers, counted."""
-        self.answers += len(answers)
-        self.tokens += sum(len(answer.ids) for answer in answers)
-        self.advance([(_row(answer), answer.topk) for answer in answers])
-        return answers
+    def count(self, pairs: list[tuple[Row, TopK]]) -> None:
+        """Count answers, kept or not."""
+        self.answers += len(pairs)
+        self.tokens += sum(len(topk) for _, topk in pairs)
+        self.advance(pairs)
 
     def summary(self) -> str:
-        """What this run wrote, over all ranks; every rank calls it. Empty without new answers."""
-        self._total()
+        """The lines about this run, over all ranks; all of them call it. Empty without answers."""
+        super().summary()
         mine = [self.answers, self.tokens, self.unfinished, self.filtered]
-        counts = mine if self.counts else [0] * len(mine)
-        sums = torch.tensor(counts, device=torch.cuda.current_device())
-        torch.distributed.all_reduce(sums)
-        answers, tokens, unfinished, filtered = sums.tolist()
+        counts = mine if self.layout.writes else [0] * len(mine)
+        answers, tokens, unfinished, filtered = self.layout.sum(counts)
         if not answers:
             return self.left_out
-        text = f"this run: {answers} answers, {tokens} tokens written"
+        text = f"this run: {answers} answers, {tokens} tokens generated"
         if unfinished:
             text += (
                 f"; {unfinished} dropped, not ended within generation.max_new_tokens "

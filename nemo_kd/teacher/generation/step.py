@@ -1,7 +1,7 @@
-"""One step of writing an answer: from logits to the next token, and to what the store keeps of it.
+"""One step of generation: from logits to the next token, and to what the store keeps of it.
 
 greedy    next = argmax_v z_v, ties to the lower id
-sampling  next ~ softmax(z / temperature), of the fewest tokens that hold `top_p` of its mass
+sampling  next ~ softmax(z / temperature), restricted to the fewest tokens with mass `top_p`
 """
 
 from __future__ import annotations
@@ -15,30 +15,31 @@ from torch import Tensor
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.rows import Row
-from nemo_kd.teacher.forward import AnswerTopK
 from nemo_kd.teacher.sampling import uniforms
-from nemo_kd.teacher.select import Selection
+from nemo_kd.teacher.select import Selection, joined
+from nemo_kd.topk import TopK
 
 
 class GenerationError(NemoKDError):
-    """Settings, prompts or filters that nothing can be generated with."""
+    """Settings, prompts or filters from which nothing can be generated."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written; `stop_ids` are the tokenizer's end-of-sequence and the user's."""
+    """How answers are generated."""
 
     max_new_tokens: int
     """Of an answer, its stop token included."""
 
     stop_ids: tuple[int, ...]
-    """An answer ends with the first of them, which belongs to it."""
+    """The first of them ends an answer and belongs to it: the tokenizer's end of sequence and the
+    user's own."""
 
     temperature: float = 0.0
     """0: greedy."""
 
     top_p: float = 1.0
-    """The fewest most probable tokens with this mass are drawn from."""
+    """Tokens are drawn from the fewest most probable ones that hold this mass."""
 
     samples_per_prompt: int = 1
     """Answers to each prompt."""
@@ -57,27 +58,27 @@ class Decoding:
         if self.samples_per_prompt > 1 and self.temperature == 0:
             raise GenerationError(
                 f"generation.samples_per_prompt={self.samples_per_prompt} with temperature 0 would "
-                "write the same answer again; set generation.temperature above 0"
+                "generate the same answer each time; set generation.temperature above 0"
             )
 
 
 def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
     """logits [B, V], uniform [B] float64 in [0, 1) → the next token of each row, [B] int64."""
     if decoding.temperature == 0:
-        return logits.argmax(-1)  # of equal ones the first
+        return logits.argmax(-1)  # the first of equal ones
     probability = torch.softmax(logits.double() / decoding.temperature, -1)
     ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1)  # [B, V]
     last = (mass < decoding.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
     total = mass.gather(-1, last)  # [B, 1]
     point = uniform.to(total.device).unsqueeze(-1) * total
-    place = torch.minimum(torch.searchsorted(mass, point, right=True), last)
-    return ids.gather(-1, place).squeeze(-1)
+    index = torch.minimum(torch.searchsorted(mass, point, right=True), last)
+    return ids.gather(-1, index).squeeze(-1)
 
 
 @dataclass(frozen=True)
 class Prompt:
-    """What answer `row % samples_per_prompt` to prompt `row // samples_per_prompt` follows."""
+    """The tokens before answer `row % samples_per_prompt` to prompt `row // samples_per_prompt`."""
 
     row: int
     """Of the store."""
@@ -85,29 +86,14 @@ class Prompt:
     ids: tuple[int, ...]
 
     room: int
-    """Tokens that the answer may have."""
+    """The most tokens of the answer."""
 
     def __len__(self) -> int:
         return len(self.ids) + self.room
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A answer tokens to one prompt, and the teacher at each."""
-
-    prompt: Prompt
-    ids: tuple[int, ...]
-    topk: AnswerTopK
-
-    logits: Tensor
-    """[A] float32: each token's own."""
-
-    finished: bool
-    """It ends with a stop token, not at `max_new_tokens`."""
-
-
 class Answers:
-    """The answers to a batch of prompts, while they grow."""
+    """The answers to a batch of B prompts while they are generated, and afterwards their rows."""
 
     def __init__(self, prompts: Sequence[Prompt], decoding: Decoding, select: Selection) -> None:
         self.prompts = prompts
@@ -120,10 +106,12 @@ class Answers:
         self.open = torch.ones(len(prompts), dtype=torch.bool)
         self.length = torch.zeros(len(prompts), dtype=torch.int64)
         self.ids: list[list[int]] = [[] for _ in prompts]
-        self.kept: list[list[tuple[Tensor, ...]]] = [[] for _ in prompts]
+        self.own: list[list[Tensor]] = [[] for _ in prompts]
+        """The logit of each answer's tokens."""
+        self._kept: list[list[TopK]] = [[] for _ in prompts]
 
     def _draws(self) -> Tensor:
-        """[B, max_new_tokens]: what the selection draws with, as in a dump of the answers."""
+        """[B, max_new_tokens]: the selection's random numbers, as in a dump of the answers."""
         length = self.decoding.max_new_tokens
         ones = np.ones(1 + length, np.uint8)
         rows = [Row(p.row, np.zeros(1 + length, np.int32), ones) for p in self.prompts]
@@ -134,36 +122,40 @@ class Answers:
     ) -> Tensor:
         """logits [B, ≥ V] of the next token → its ids [B] int64, on the CPU.
 
-        Only answers that have not ended grow, and of those only where `ready` [B] says so; the
-        others' ids are a stop token. `shard` [B, Vp] is this rank's part of `logits`, which the
-        selection wants; its group's ranks take the same steps.
+        Only open answers grow, and of those only where `ready` [B] is set; the ids of the others
+        are a stop token. `shard` [B, Vp] is this rank's part of `logits`, for the selection; the
+        ranks of its group take the same steps.
         """
         ids = torch.full((len(self.prompts),), self.decoding.stop_ids[0])
         rows = (self.open if ready is None else self.open & ready).nonzero()[:, 0]  # [n]
         if len(rows):
-            place = self.length[rows]
+            position = self.length[rows]
             here = rows.to(logits.device)
-            topk = self.select((logits if shard is None else shard)[here], self.draws[rows, place])
+            part = (logits if shard is None else shard)[here]
+            topk = joined([self.select(part, self.draws[rows, position])])
             valid = logits[here, : self.select.spec.vocab_size].float()
-            chosen = choose(valid, self.uniform[rows, place], self.decoding)  # [n]
+            chosen = choose(valid, self.uniform[rows, position], self.decoding)  # [n]
             ids[rows] = chosen.cpu()
-            assert topk.logsumexp is not None
-            own = valid.gather(-1, chosen.unsqueeze(-1)).squeeze(-1)
-            parts = (topk.logits, topk.ids, topk.logsumexp, own)
-            kept = zip(*(part.cpu() for part in parts), strict=True)
-            for b, one in zip(rows.tolist(), kept, strict=True):
+            own = valid.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).cpu()
+            for i, b in enumerate(rows.tolist()):
                 self.ids[b].append(int(ids[b]))
-                self.kept[b].append(one)
+                self.own[b].append(own[i])
+                self._kept[b].append(topk[i : i + 1])
             self.length[rows] += 1
             ended = torch.isin(ids[rows], self.stops)
             self.open[rows] = ~ended & (self.length[rows] < self.decoding.max_new_tokens)
         return ids
 
-    def written(self) -> list[Answer]:
-        """The answers, once none is open."""
-        answers = []
-        for prompt, ids, kept in zip(self.prompts, self.ids, self.kept, strict=True):
-            *topk, own = map(torch.stack, zip(*kept, strict=True))
-            finished = ids[-1] in self.decoding.stop_ids
-            answers.append(Answer(prompt, tuple(ids), AnswerTopK(*topk), own, finished))
-        return answers
+    def finished(self, b: int) -> bool:
+        """Whether answer b ends with a stop token, not at `max_new_tokens`."""
+        return self.ids[b][-1] in self.decoding.stop_ids
+
+    def rows(self) -> list[tuple[Row, TopK]]:
+        """The prompts with their answers as target, and the teacher at each answer token."""
+        return [(self._row(b), joined(kept)) for b, kept in enumerate(self._kept)]
+
+    def _row(self, b: int) -> Row:
+        prompt, ids = self.prompts[b], self.ids[b]
+        mask = [0] * len(prompt.ids) + [1] * len(ids)
+        tokens = np.array([*prompt.ids, *ids], dtype=np.int32)
+        return Row(prompt.row, tokens, np.array(mask, dtype=np.uint8))

@@ -1,0 +1,94 @@
+"""The processes of a dump by transformers, as torchrun or SLURM started them: one teacher each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from nemo_kd.teacher.layout import Layout, LayoutError
+
+LONGEST_WAIT = timedelta(days=7)
+"""One rank may finish its shards long before another; dead ones are noticed by the launcher."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What a launcher told this process."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    """Among the processes of this node."""
+
+    address: str = "env://"
+    """Where the processes meet."""
+
+    @classmethod
+    def of(cls, environ: Mapping[str, str]) -> Launch:
+        """torchrun's variables, else those of a SLURM step, else a single process."""
+        if "RANK" in environ and "WORLD_SIZE" in environ:
+            local = int(environ.get("LOCAL_RANK", 0))
+            return cls(int(environ["RANK"]), int(environ["WORLD_SIZE"]), local)
+        size = int(environ.get("SLURM_STEP_NUM_TASKS", 1))
+        if size == 1:
+            return cls()
+        host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
+        # Jobs on one node get different ports.
+        port = environ.get("MASTER_PORT") or 15000 + int(environ["SLURM_JOB_ID"]) % 10000
+        rank, local = int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"])
+        return cls(rank, size, local, f"tcp://{host}:{port}")
+
+
+def first_host(nodes: str) -> str:
+    """The first name in SLURM's list: `n7` of `n[7-9,12],m1`."""
+    found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
+    if found is None:
+        raise LayoutError(f"SLURM_STEP_NODELIST={nodes!r} names no node; set MASTER_ADDR")
+    return "".join(part or "" for part in found.groups())
+
+
+def start(launch: Launch, *, expected: int | None, accelerator: str = "gpu") -> Layout:
+    """Join the other processes, over NCCL on GPUs and gloo on CPUs; this rank's layout.
+
+    A single process needs no process group, and one that exists already is used.
+
+    Errors: LayoutError unless `expected` processes were started; None expects any number.
+    """
+    on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
+    device = torch.device("cpu")
+    if not on_cpu:
+        # SLURM may show each process only its own GPU.
+        device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        if expected not in (None, launch.size):
+            raise LayoutError(_wrong_number(expected, launch.size))
+        if launch.size == 1:
+            return Layout(device=device)
+        dist.init_process_group(
+            "gloo" if on_cpu else "nccl",
+            init_method=launch.address,
+            rank=launch.rank,
+            world_size=launch.size,
+            timeout=LONGEST_WAIT,
+        )
+    rank, size = dist.get_rank(), dist.get_world_size()
+    return Layout(rank=rank, size=size, replica=rank, replicas=size, device=device)
+
+
+def _wrong_number(expected: int | None, started: int) -> str:
+    asked = f"trainer.devices × trainer.num_nodes is {expected}"
+    if started == 1:
+        return (
+            f"{asked}, but one process was started: start a Hugging Face teacher with torchrun "
+            "--nproc_per_node=DEVICES (or srun), one process for each device"
+        )
+    return (
+        f"{asked}, but {started} processes were started: set trainer.devices to the processes on "
+        "each node and trainer.num_nodes to the number of nodes"
+    )

@@ -1,0 +1,68 @@
+"""A NeMo model as a teacher."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
+    MegatronGPTSFTModel,
+)
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from nemo_kd.mcore.layout import layout
+from nemo_kd.mcore.teacher import TopKForward
+from nemo_kd.mcore.writer import MegatronWriter
+from nemo_kd.nemo import start
+from nemo_kd.store import StoreSpec
+
+if TYPE_CHECKING:
+    from nemo_kd.teacher.generation.step import Decoding
+
+
+class NemoTeacher:
+    """A `teacher.interface.Teacher`, on any tensor and pipeline layout."""
+
+    def __init__(self, model: MegatronGPTSFTModel) -> None:
+        self.model: Any = model
+        self.layout = layout()
+        self.tokenizer = model.tokenizer
+        tokenizer = model.cfg.tokenizer
+        self.tokenizer_origin = {
+            "library": tokenizer.library,
+            # A tokenizer inside the .nemo is unpacked elsewhere at each start: it has no path.
+            "path": tokenizer.get("type"),
+        }
+        self.sep_id, self.virtual_tokens = model.sep_id, model.virtual_tokens
+        learned = model.cfg.get("position_embedding_type") in (None, "learned_absolute")
+        self.max_positions = model.cfg.max_position_embeddings if learned else None
+
+    def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> TopKForward:
+        return TopKForward(self.model.model, spec, self.layout, rows_per_lm_head)
+
+    def writer(self, spec: StoreSpec, decoding: Decoding) -> MegatronWriter:
+        return MegatronWriter(self.model.model, spec, self.layout, decoding)
+
+
+def load_teacher(cfg: DictConfig) -> NemoTeacher:
+    """The teacher at `model.restore_from_path`, a .nemo, with the process groups of its layout."""
+    _complete(cfg)
+    trainer = start.build_trainer(cfg)
+    start.start_process_groups(cfg.model, trainer)
+    model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
+    model.freeze()
+    return NemoTeacher(model.to(torch.cuda.current_device()))
+
+
+def _complete(cfg: DictConfig) -> None:
+    """Add what NeMo's model reads of a configuration but a dump does not use."""
+    model_parallel = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
+    replicas = max(cfg.trainer.devices * cfg.trainer.num_nodes // model_parallel, 1)
+    with open_dict(cfg):
+        cfg.model.global_batch_size = cfg.model.micro_batch_size * replicas
+        cfg.model.optim = {"name": "adamw" if cfg.trainer.accelerator == "cpu" else "fused_adam"}
+        cfg.model.gradient_as_bucket_view = False
+        loss = {"metric": {"name": "loss"}}
+        data = {"chat": cfg.data.chat, "validation_ds": loss, "test_ds": loss}
+        cfg.model.data = OmegaConf.create(data)
+        cfg.exp_manager = None
