@@ -115,7 +115,7 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     teacher = HFTeacher(model, tokenizer)
     read = [rows_of(cfg, teacher), rows_of(talk, teacher)]
     block, said = (
-        OmegaConf.merge(cfg.data, {"min_seq_length": 1, "memmap_workers": 7}),
+        OmegaConf.create({**cfg.data, "min_seq_length": 1, "memmap_workers": 7}),
         io.StringIO(),
     )
     nemos = {"answer_only_loss": True, "position_embedding_type": "rope", "data": {}}
@@ -138,7 +138,9 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     decoding = Decoding(3, (1,), temperature=0.0)
     prompts = Prompts(JsonlFile(file), prompt_template(cfg, teacher), decoding)
     try:
-        refused = str(sft_arguments(student, {**block, "hf_dataset": True}, "model.data.train_ds"))
+        refused = str(
+            sft_arguments(student, OmegaConf.create({**block, "hf_dataset": True}), "data")
+        )
     except ValueError as error:
         refused = str(error)
     return {
