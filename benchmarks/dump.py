@@ -83,14 +83,15 @@ def configuration(teacher: Path, data: Path) -> DictConfig:
         return compose("dump_teacher_topk", overrides)
 
 
-def bare_forward(model: Any, cfg: DictConfig, *, logits: bool) -> Callable[[], int]:
+def bare_forward(teacher: Any, cfg: DictConfig, *, logits: bool) -> Callable[[], int]:
     """The model over the dump's own micro-batches, made beforehand; counts the tokens read."""
     from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
-    from nemo_kd.sft.rows import SFTRows
     from nemo_kd.teacher.dump import calls
+    from nemo_kd.teacher.rows import sft_rows
 
-    gpt = gpt_module(model)
-    read = SFTRows(model, cfg.data)
+    model = teacher.model
+    gpt = gpt_module(model.model)
+    read = sft_rows(cfg, teacher)
     rows = [read[row] for row in range(len(read))]
     size, pad_to = cfg.rows_per_shard, 16
     batches = []
@@ -126,9 +127,7 @@ def bare_forward(model: Any, cfg: DictConfig, *, logits: bool) -> Callable[[], i
     return run
 
 
-def whole_dump(
-    model: Any, forward_class: Any, cfg: DictConfig, directory: Path
-) -> Callable[[], int]:
+def whole_dump(teacher: Any, cfg: DictConfig, directory: Path) -> Callable[[], int]:
     """A whole dump into a new store each time."""
     from nemo_kd.teacher.dump import dump
 
@@ -138,7 +137,7 @@ def whole_dump(
         cfg.output_dir = str(directory / f"store-{next(names)}")
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
-            manifest = dump(cfg, model, forward_class)
+            manifest = dump(cfg, teacher)
         assert manifest is not None
         return manifest.totals["tokens"] - manifest.totals["samples"]
 
@@ -189,12 +188,12 @@ def main() -> None:
     cfg = configuration(options.teacher or teacher, options.data or data)
     from nemo_kd.cli.teacher import load
 
-    model, forward_class = load(cfg)
+    teacher = load(cfg)
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         ways = {
-            "hidden states": bare_forward(model, cfg, logits=False),
-            "forward": bare_forward(model, cfg, logits=True),
-            "dump": whole_dump(model, forward_class, cfg, Path(directory)),
+            "hidden states": bare_forward(teacher, cfg, logits=False),
+            "forward": bare_forward(teacher, cfg, logits=True),
+            "dump": whole_dump(teacher, cfg, Path(directory)),
         }
         found = measure(ways, options.rounds)
         from nemo_kd.store import Store
