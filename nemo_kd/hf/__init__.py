@@ -1,1 +1,1 @@
-"""Teachers in Hugging Face's transformers."""
+"""Teachers in Hugging Face's transformers, without NeMo and Megatron."""

@@ -1,4 +1,4 @@
-"""SFT rows: JSONL files, without NeMo and without index files."""
+"""SFT files: their rows, prompt templates and tokenizers, without NeMo and without torch."""
 
 from nemo_kd.sft.jsonl import JsonlFile, RowError
 

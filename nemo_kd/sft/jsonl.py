@@ -1,8 +1,8 @@
-"""Random access to the rows of a JSONL file; where they begin is found in the pass that hashes it.
+"""Random access to the rows of a JSONL file, located in the same pass that hashes the file.
 
-Row i is line i, counted from 0. A blank line keeps its number and cannot be read as a row; blank
-lines at the end of the file do not count. No index file is written or read: the one that another
-program left beside the data may be older than the data.
+Row i is line i, counted from 0. A blank line keeps its number and is an error when read; blank
+lines at the end of the file are ignored. No index file is read or written: one that another program
+left beside the data may be older than the data.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _CLOSED = -1
 
 
 class RowError(NemoKDError):
-    """A file or a row of SFT data that nothing can be learnt from."""
+    """A file or a row of SFT data that cannot be used."""
 
 
 class JsonlFile:
-    """`file[i]` is the value of line i; `len(file)` counts lines, `sha256` is of the whole file.
+    """`file[i]` is the value of line i, `len(file)` the number of lines, `sha256` the file's hash.
 
     Errors: RowError for a file without rows.
     """
@@ -50,7 +50,10 @@ class JsonlFile:
         return len(self._ends)
 
     def __getitem__(self, row: int) -> Any:
-        """The row's value, made anew each time. RowError names file, row and reason."""
+        """The row's value, parsed anew each time.
+
+        Errors: RowError that names file, row and reason.
+        """
         where, line = f"{self.path}, row {row}", self.line(row)
         if not line.strip():
             raise RowError(f"{where}: not JSON (a blank line); drop the line")
@@ -62,7 +65,7 @@ class JsonlFile:
                 "file as UTF-8, or drop the line"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise RowError(f"{where}: not JSON ({error}); mend or drop the line") from error
+            raise RowError(f"{where}: not JSON ({error}); correct or drop the line") from error
 
     def line(self, row: int) -> bytes:
         """The bytes of a line, without its line feed."""
@@ -71,7 +74,7 @@ class JsonlFile:
         start = int(self._ends[row - 1]) + 1 if row else self._first
         size = int(self._ends[row]) - start
         line = os.pread(self._descriptor, size, start)
-        while len(line) < size:  # more than the system reads at once, or a file that was cut
+        while len(line) < size:  # more than the system reads at once, or a truncated file
             part = os.pread(self._descriptor, size - len(line), start + len(line))
             if not part:
                 raise RowError(self._changed())
@@ -79,9 +82,9 @@ class JsonlFile:
         return line
 
     def check_unchanged(self) -> None:
-        """RowError where the file at `path` is no longer the one that was hashed.
+        """Errors: RowError if the file at `path` no longer has the bytes that were hashed.
 
-        A file of the same bytes, touched or copied again, is the same.
+        Touching the file, or copying the same bytes over it, is not a change.
         """
         try:
             same = _Stamp.of(os.stat(self.path)) == self._stamp
@@ -97,7 +100,7 @@ class JsonlFile:
     def _open(self) -> None:
         self._descriptor = _CLOSED
         if not stat.S_ISREG(os.stat(self.path).st_mode):
-            raise RowError(f"{self.path} is not a regular file: SFT rows are read in any order")
+            raise RowError(f"{self.path} is not a regular file: rows are read in any order")
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self._stamp = _Stamp.of(os.fstat(self._descriptor))
 
@@ -109,19 +112,19 @@ class JsonlFile:
     def _changed(self) -> str:
         return (
             f"{self.path} has changed since this run began to read it; run the same command again "
-            "when nothing writes to the file any more"
+            "once nothing writes to the file"
         )
 
     def __del__(self) -> None:
         self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """In another process, such as a data loader's, the same file is opened anew."""
+        """Open the file again in another process, such as a data loader's."""
         return _reopen, (self.path, self.sha256)
 
 
 class _Stamp(NamedTuple):
-    """What two states of a file, or two files of one name, differ in."""
+    """What tells apart two states of a file, or two files of one name."""
 
     device: int
     inode: int

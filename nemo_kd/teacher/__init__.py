@@ -1,1 +1,1 @@
-"""The teacher's one pass over the SFT data: from rows to a store of top-K logits."""
+"""A teacher's pass over SFT data: from rows to a store of top-K logits."""

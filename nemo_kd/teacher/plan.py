@@ -1,6 +1,6 @@
-"""What a dump will cost, before anyone spends a GPU hour: disk, time, memory.
+"""Estimate what a dump will cost in disk, time and memory.
 
-disk    = answer tokens * bytes of the profile + tokens * 5 + samples * 20 bytes a file
+disk    = answer tokens * bytes of the profile + tokens * 5 + samples * 20 bytes per file
 time    = 2 * parameters * tokens / (GPUs * FLOP/s * utilisation)
 memory  = parameters * 2 / (TP * PP) + logits of the rows at the LM head + activations
 """
@@ -19,21 +19,21 @@ from nemo_kd.store.spec import StoreSpec
 TOKEN_BYTES = 4 + 1  # tokens and loss_mask
 INDEX_BYTES = 4 + 8 + 8  # length, offset and document of a sample in each .idx
 JSONL_BYTES_PER_LOGIT = 25  # a logit and its id as NeMo-Aligner writes them
-VARIABLE = ("sampled", "top_p")  # profiles that keep another number of ids at each token
+VARIABLE = ("sampled", "top_p")  # profiles whose number of ids varies between tokens
 # Distinct ids of K draws are K^0.68: fitted to a mean Σ_v min(1, K p(v)) of 4.9, 12.4, 23.1, 43.8
 # at K = 10, 40, 100, 255 (SmolLM2-135M on Python). On English prose the exponent is 0.80.
 DISTINCT_EXPONENT = 0.68
-WIDTH_TO_DEPTH = 128  # of a transformer of ordinary shape: parameters = 12 * width^3 / 128
-ACTIVATIONS = 16  # values a token of the micro-batch and unit of width, forward only
+WIDTH_TO_DEPTH = 128  # of a typical transformer: parameters = 12 * width^3 / 128
+ACTIVATIONS = 16  # values per token of the micro-batch and unit of width, forward only
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The data and the machines."""
+    """The data and the machines of a dump."""
 
     answer_tokens: float
     total_tokens: float
-    """Prompts and answers: what the teacher reads."""
+    """Tokens of prompts and answers, which the teacher reads."""
     samples: float
     teacher_parameters: float
     gpus: int
@@ -42,7 +42,7 @@ class Workload:
     gpu_tflops: float = 989.0
     """Dense bf16 peak of one GPU; 989 is an H100 SXM."""
     utilisation: float = 0.35
-    """Share of the peak that a forward pass reaches."""
+    """Fraction of the peak that a forward pass reaches."""
     gpu_memory_gib: float = 80.0
     micro_batch_tokens: int = 8 * 2048
     rows_per_lm_head: int = 256
@@ -51,9 +51,11 @@ class Workload:
         numbers = asdict(self)
         bad = [f"{name}={value}" for name, value in numbers.items() if not 0 < value < math.inf]
         if bad:
-            raise StoreError(f"a plan wants finite numbers above 0, not {', '.join(bad)}")
+            raise StoreError(f"a plan needs finite numbers above 0, not {', '.join(bad)}")
         if self.utilisation > 1:
-            raise StoreError(f"utilisation is a share of the peak, at most 1: {self.utilisation}")
+            raise StoreError(
+                f"utilisation={self.utilisation}: expected a fraction of the peak, at most 1"
+            )
         if self.gpus % (self.tensor_parallel * self.pipeline_parallel):
             raise StoreError(
                 f"{self.gpus} GPUs cannot hold tensor × pipeline parallel size "
@@ -68,30 +70,35 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
+    """The estimates."""
+
     bytes_per_answer_token: float
-    """The teacher's part, without tokens and indices."""
+    """Of the teacher's top-K, without tokens and indices."""
     ids_per_token: float
     ids_from: str
     """`profile`: always K; `kept`: as given; `estimate`: distinct ids of K draws; `most`: K."""
     disk_bytes: float
     jsonl_bytes: float
-    """The same as NeMo-Aligner's JSONL, for comparison."""
+    """The size of the same data in NeMo-Aligner's JSONL, for comparison."""
     dump_seconds: float
     gpu_hours: float
     weights_bytes_per_gpu: float
     other_bytes_per_gpu: float
     """Logits and activations."""
     fits: bool
-    """Whether it does in the memory of one GPU, a tenth of it left free."""
+    """Whether weights and the rest fit into one GPU's memory, a tenth of it left free."""
     smallest_model_parallel: int
-    """The fewest GPUs that together hold one teacher."""
+    """The smallest number of GPUs that together hold one teacher."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
-    """`kept`: mean ids per token of `top_p` or `sampled`; None estimates them."""
+    """Estimate a dump; `kept` is the mean number of ids per token of `top_p` or `sampled`.
+
+    None estimates `kept` too.
+    """
     codec = codec_of(spec)
     ids, ids_from = _ids_per_token(spec, kept)
     each = codec.bytes_per_token(ids)
@@ -119,7 +126,7 @@ def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
 
 
 def _ids_per_token(spec: StoreSpec, kept: float | None) -> tuple[float, str]:
-    """(ids, where they come from) as `Plan` has them."""
+    """`Plan.ids_per_token` and `Plan.ids_from`."""
     if spec.profile not in VARIABLE:
         if kept is not None:
             raise StoreError(f"profile {spec.profile} keeps top_k ids at every token, not {kept}")
@@ -134,7 +141,7 @@ def _ids_per_token(spec: StoreSpec, kept: float | None) -> tuple[float, str]:
 
 
 def _other_bytes(spec: StoreSpec, work: Workload) -> float:
-    """Logits in bf16 and float32 of the rows at the LM head; a layer's activations in bf16."""
+    """Logits of the rows at the LM head in bf16 and float32, and a layer's activations in bf16."""
     logits = work.rows_per_lm_head * spec.vocab_size * (2 + 4)
     width = (work.teacher_parameters * WIDTH_TO_DEPTH / 12) ** (1 / 3)
     activations = work.micro_batch_tokens * width * ACTIVATIONS * 2

@@ -168,11 +168,11 @@ def test_a_filter_is_a_pattern_a_function_or_both(
         ("my_checks", "expected module:function"),
         ("my_checks:is_wrong", "no attribute 'is_wrong'"),
         ("no_checks:is_right", "No module named 'no_checks'"),
-        ("my_checks:__name__", "is no function"),
+        ("my_checks:__name__", "is not a function"),
     ):
         with pytest.raises(GenerationError, match=message):
             AnswerFilter(function=name)
-    with pytest.raises(GenerationError, match="is no regular expression"):
+    with pytest.raises(GenerationError, match="is not a regular expression"):
         AnswerFilter("(")
 
 

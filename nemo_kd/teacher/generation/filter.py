@@ -1,4 +1,4 @@
-"""Which answers are kept: by a regular expression or a function on their text."""
+"""Filter answers by a regular expression or a function on their text."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from nemo_kd.teacher.generation.step import GenerationError
 
 
 class AnswerFilter:
-    """`keeps(answer, row)`: the pattern is found in the answer, and the function says yes.
+    """Keeps answers in which the pattern is found and for which the function is true.
 
     `function` is `module:function`, called as `function(answer: str, row: dict) -> bool` with the
-    prompt's row of the SFT file; the module is looked for in the working directory too. It must
-    give the same verdict each time, or a resumed run would not write the same store.
+    prompt's row of the SFT file; the module is also searched in the working directory. It must be
+    deterministic, or a resumed run would write another store.
     """
 
     def __init__(self, pattern: str | None = None, function: str | None = None) -> None:
@@ -25,7 +25,7 @@ class AnswerFilter:
             self._pattern = None if pattern is None else re.compile(pattern)
         except re.error as error:
             raise GenerationError(
-                f"generation.filter.pattern={pattern!r} is no regular expression: {error}"
+                f"generation.filter.pattern={pattern!r} is not a regular expression: {error}"
             ) from error
         self._function = None if function is None else _load(function)
 
@@ -49,5 +49,5 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
     except (ImportError, AttributeError) as error:
         raise GenerationError(f"generation.filter.function={name}: {error}") from error
     if not callable(function):
-        raise GenerationError(f"generation.filter.function={name} is no function")
+        raise GenerationError(f"generation.filter.function={name} is not a function")
     return function
