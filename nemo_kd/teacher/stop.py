@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from types import FrameType, TracebackType
+from types import FrameType
 
 from nemo_kd.teacher.layout import Layout
 
@@ -25,12 +25,7 @@ class StopOnSignal:
         self._previous = {name: signal.signal(name, self._receive) for name in SIGNALS}
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for name, handler in self._previous.items():
             signal.signal(name, handler)
 
