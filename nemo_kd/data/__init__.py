@@ -1,12 +1,6 @@
-"""From stored samples to micro-batches: teacher tensors only at answer positions."""
+"""From stored samples to micro-batches, with teacher rows at answer tokens only."""
 
-from nemo_kd.data.collate import (
-    TEACHER_KEYS,
-    TeacherRows,
-    TeacherSelection,
-    collate_teacher,
-    teacher_at,
-)
+from nemo_kd.data.collate import AnswerTokens, answer_tokens, joined, no_teacher, teacher_of
 from nemo_kd.data.context import context_parallel_positions
 from nemo_kd.data.learnable import check_learnable
 from nemo_kd.data.lengths import OVER_LONG, Fitting, cut_prompt, fit_lengths
@@ -15,19 +9,19 @@ from nemo_kd.data.packing import Packing, Packs, first_fit_decreasing, pack_samp
 
 __all__ = [
     "OVER_LONG",
-    "TEACHER_KEYS",
+    "AnswerTokens",
     "Fitting",
     "Packing",
     "Packs",
-    "TeacherRows",
-    "TeacherSelection",
+    "answer_tokens",
     "check_learnable",
     "collate_packs",
-    "collate_teacher",
     "context_parallel_positions",
     "cut_prompt",
     "first_fit_decreasing",
     "fit_lengths",
+    "joined",
+    "no_teacher",
     "pack_samples",
-    "teacher_at",
+    "teacher_of",
 ]

@@ -1,4 +1,4 @@
-"""What is minimised: the weights of the two losses, the support and the divergence."""
+"""Settings of the loss: the weights of its two terms, the support and the divergence."""
 
 from __future__ import annotations
 
@@ -11,16 +11,15 @@ from nemo_kd.loss.supports import SUPPORTS
 
 DEFAULT_ALPHA = 0.9  # the best of docs/results.md
 MAX_TEMPERATURE = 100.0
-"""The divergence is multiplied by T², and float32's rounding of it too: 0.001 nats at 100, 0.1 at
-1000, noise above."""
+"""T² multiplies the divergence and its rounding error, 0.001 nats at T = 100, 0.1 at 1000."""
 
 
 @dataclass(frozen=True)
 class KDConfig:
-    """loss = (1 - alpha) · CE + alpha · T² · D(teacher, student), each token, in nats.
+    """loss = (1 - alpha) · CE + alpha · T² · D(teacher, student) per token, in nats.
 
-    Errors: NemoKDError on construction for values that do not exist, exclude each other, or make
-    the divergence infinite.
+    Errors: ValueError on construction for unknown names, values out of range, settings that
+    exclude each other, and a divergence that would be infinite.
     """
 
     alpha: float | None = None
@@ -30,19 +29,18 @@ class KDConfig:
     kd_weight: float | None = None
     """Instead of `alpha`: the weight of the distillation; 1 if only `sft_weight` is given."""
     support: str = "bucket"
-    """`bucket`, `vocab` or `topk`: what the K stored values are compared over."""
+    """`bucket`, `vocab` or `topk`: the outcomes that teacher and student are compared on."""
     divergence: str = "forward_kl"
-    """`forward_kl`, `reverse_kl`, `jsd`, `skew_forward_kl`, `skew_reverse_kl` or
-    `total_variation`."""
+    """`forward_kl`, `reverse_kl`, `jsd`, `skew_forward_kl` or `skew_reverse_kl`."""
     beta: float = 0.5
     """The teacher's weight in the mixture of `jsd`, in (0, 1)."""
     skew: float = 0.1
     """The share mixed in by `skew_forward_kl` and `skew_reverse_kl`, in (0, 1)."""
     temperature: float = 1.0
     """Divides both models' logits; the divergence is multiplied by its square."""
-    positions: str = "all"
-    """Where the distillation is learned: `all` answer tokens, or `top_entropy(SHARE)`, that share
-    in (0, 1] of a micro-batch's where the student's entropy is largest."""
+    top_entropy_fraction: float = 1.0
+    """Fraction in (0, 1] of a micro-batch's answer tokens at which the distillation is learned:
+    those where the student's entropy is largest."""
     count_padding: bool = False
     """Let the vocabulary's padding columns into the student's softmax, as NeMo's loss does."""
 
@@ -61,7 +59,10 @@ class KDConfig:
                 f"temperature is {self.temperature}: expected a value > 0 and at most "
                 f"{MAX_TEMPERATURE:g}."
             )
-        _ = self.share
+        if not 0 < self.top_entropy_fraction <= 1:
+            raise NemoKDError(
+                f"top_entropy_fraction is {self.top_entropy_fraction}: expected a value in (0, 1]."
+            )
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
             raise NemoKDError(
                 f"divergence {self.divergence!r} is infinite on support 'vocab', where the teacher "
@@ -78,25 +79,8 @@ class KDConfig:
         return 1 - alpha, alpha
 
     @property
-    def share(self) -> float:
-        """The share of the answer tokens that the distillation is learned at; 1: all."""
-        if self.positions == "all":
-            return 1.0
-        name, _, rest = self.positions.partition("(")
-        try:
-            share = float(rest.removesuffix(")")) if rest.endswith(")") else 0.0
-        except ValueError:
-            share = 0.0
-        if name != "top_entropy" or not 0 < share <= 1:
-            raise NemoKDError(
-                f"positions is {self.positions!r}: expected all, or top_entropy(SHARE) with a "
-                "share in (0, 1], as top_entropy(0.2)."
-            )
-        return share
-
-    @property
     def temperatures(self) -> tuple[float, ...]:
-        """The temperatures that need a log-sum-exp: 1 for the cross-entropy, then the KD's."""
+        """Temperatures at which the student's log-sum-exp is needed: 1 (cross-entropy), then T."""
         return (1.0,) if self.temperature == 1 else (1.0, self.temperature)
 
     def _check_weights(self) -> None:

@@ -55,17 +55,6 @@ def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float) -> Tensor:
     return forward_kl(log_q, _mixture(log_q, log_p, skew))
 
 
-def total_variation(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """½ Σ |p - q|, in [0, 1] (no nats).
-
-    Its gradient is made of signs, and where p and q are equal but for rounding these are chance:
-    such a token has its value but no gradient, so that a student equal to its teacher stays so.
-    """
-    total = 0.5 * (log_p.exp() - log_q.exp()).abs().sum(-1)
-    equal = total.detach() <= 32 * torch.finfo(total.dtype).eps
-    return torch.where(equal, total.detach(), total)
-
-
 def _mixture(log_a: Tensor, log_b: Tensor, weight: float) -> Tensor:
     """log(weight a + (1 - weight) b)."""
     return torch.logaddexp(log_a + math.log(weight), log_b + math.log1p(-weight))
@@ -91,6 +80,5 @@ DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(
         "jsd": Divergence(jsd, parameter="beta"),
         "skew_forward_kl": Divergence(skew_forward_kl, parameter="skew"),
         "skew_reverse_kl": Divergence(skew_reverse_kl, parameter="skew"),
-        "total_variation": Divergence(total_variation),
     }
 )

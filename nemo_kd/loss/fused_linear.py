@@ -11,6 +11,7 @@ fusion. Tokens that turn out to be weighed differently cost the passes over the 
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -54,6 +55,7 @@ def linear_sft_kd_loss(
     logit_scale: float = 1.0,
     logit_softcap: float | None = None,
     chunk_tokens: int | None = None,
+    equal_gradients: bool = False,
 ) -> KDLoss:
     """`sft_kd_loss` of logits z = softcap(logit_scale · hidden weightᵀ) that are never stored.
 
@@ -72,6 +74,10 @@ def linear_sft_kd_loss(
 
     `chunk_tokens`: tokens of a chunk (default: so many that it has 1.3 · 10⁷ logits on a CPU, 2²⁷
     on a GPU); its logits, or twice that with a soft-cap, are all that exists at a time.
+
+    `equal_gradients`: the caller's promise that all tokens' losses get the same gradient, as from a
+    sum or a mean over them. Without it the backward pass looks, for which a GPU makes the host
+    wait; a broken promise gives gradients of NaN.
 
     Collectives: two all-reduces a chunk, as `sft_kd_loss`; backward one all-reduce of [N, H], or a
     reduce-scatter; `sequence_parallel` adds an all-gather of hidden.
@@ -93,7 +99,15 @@ def linear_sft_kd_loss(
     if chunk_tokens is None:
         budget = CHUNK_ELEMENTS.get(hidden.device.type, DEFAULT_CHUNK_ELEMENTS)
         chunk_tokens = max(1, budget // len(weight))
-    head = LinearHead(shard, config, logit_scale, logit_softcap, chunk_tokens, sequence_parallel)
+    head = LinearHead(
+        shard=shard,
+        config=config,
+        scale=logit_scale,
+        softcap=logit_softcap,
+        chunk_tokens=chunk_tokens,
+        sequence_parallel=sequence_parallel,
+        equal_gradients=equal_gradients,
+    )
     metrics: dict[str, Tensor] = {}
     apply: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply
     values = apply(hidden, weight, ids, positions, teacher, head, weights, metrics)
@@ -120,7 +134,7 @@ class _LinearLoss(torch.autograd.Function):
         ctx.dtype = _product_dtype(hidden)
         ctx.positions, ctx.teacher, ctx.head = positions, teacher, head
         ctx.weights = head.config.weights if weights is None else weights
-        if head.config.share < 1:
+        if head.config.top_entropy_fraction < 1:
             seen = _all_chunks(ctx, hidden, weight, ids, None, (False, False))
             ctx.weights = token_weights(head.config, weights, seen.metrics)
         result = _all_chunks(ctx, hidden, weight, ids, None, ctx.needs_input_grad[:2])
@@ -138,18 +152,27 @@ class _LinearLoss(torch.autograd.Function):
             raise RuntimeError("linear_sft_kd_loss keeps its gradient for one backward pass only")
         grad_hidden, grad_weight = ctx.gradients
         ctx.gradients = None
-        if len(grad) and not bool((grad == grad[0]).all()):
+        scale = _common_gradient(grad, ctx.head.equal_gradients) if len(grad) else None
+        if len(grad) and scale is None:
             result = _all_chunks(ctx, hidden, weight, ids, grad, ctx.needs_input_grad[:2])
             grad_hidden, grad_weight = result.grad_hidden, result.grad_weight
-        elif len(grad):
+        elif scale is not None:
             for gradient in (grad_hidden, grad_weight):
                 if gradient is not None:
-                    gradient.mul_(grad[0])
+                    gradient.mul_(scale)
         if grad_hidden is not None:
             grad_hidden = _reduce_hidden(grad_hidden, hidden, ctx.positions, ctx.head)
         if grad_weight is not None:
             grad_weight = grad_weight.to(weight.dtype)
         return grad_hidden, grad_weight, None, None, None, None, None, None
+
+
+def _common_gradient(grad: Tensor, promised: bool) -> Tensor | None:
+    """The one value of all of grad [N], or None; where it is promised, NaN instead of None."""
+    equal = (grad == grad[0]).all()
+    if promised:
+        return torch.where(equal, grad[0], torch.nan)
+    return grad[0] if bool(equal) else None
 
 
 def _all_chunks(
@@ -161,7 +184,7 @@ def _all_chunks(
     wanted: tuple[bool, bool],
 ) -> LinearPass:
     """`linear_pass` over the chosen positions of the whole sequence."""
-    with torch.autocast(hidden.device.type, enabled=False):
+    with _without_autocast(hidden.device.type):
         flat = _whole_sequence(hidden.detach(), ctx.head)
         chosen = flat if ctx.positions is None else flat[ctx.positions]  # [N, H]
         return linear_pass(
@@ -179,7 +202,13 @@ def _all_chunks(
 def _product_dtype(hidden: Tensor) -> torch.dtype:
     """What a linear layer would compute in: autocast's dtype, if it is on."""
     kind = hidden.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else hidden.dtype
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else hidden.dtype
+
+
+def _without_autocast(kind: str) -> AbstractContextManager[Any]:
+    available = torch.amp.is_autocast_available(kind)
+    return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
 def _whole_sequence(hidden: Tensor, head: LinearHead) -> Tensor:

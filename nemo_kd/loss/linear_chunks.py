@@ -21,7 +21,7 @@ from nemo_kd.loss.weights import Weights, combine
 from nemo_kd.topk import TopK
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class LinearHead:
     """What does not change from token to token."""
 
@@ -31,6 +31,7 @@ class LinearHead:
     softcap: float | None
     chunk_tokens: int
     sequence_parallel: bool
+    equal_gradients: bool
 
     def logits(self, hidden: Tensor, weight: Tensor, z: Tensor) -> Tensor | float:
         """z [n, Vp] ← the logits; the slope dz / d(h Wᵀ): [n, Vp], or a number if all the same."""

@@ -17,7 +17,6 @@ DIVERGENCE_ALIASES = {
     "skewedforwardkl",
     "skew_reverse_kl": "srkl srkld skewrkl skewrevkl skewreverse skewbwdkl skewbackwardkl "
     "skewedreversekl",
-    "total_variation": "tv tvd tvdistance totalvariationdistance",
 }
 """Names of the literature and of other libraries, without case and punctuation."""
 SUPPORT_ALIASES = {

@@ -69,9 +69,7 @@ def divergence(p: Tensor, q: Tensor, config: KDConfig) -> Tensor:
         return beta * kl(p, mixture) + (1 - beta) * kl(q, mixture)
     if config.divergence == "skew_forward_kl":
         return kl(p, skew * p + (1 - skew) * q)
-    if config.divergence == "skew_reverse_kl":
-        return kl(q, skew * q + (1 - skew) * p)
-    return 0.5 * (p - q).abs().sum(-1)
+    return kl(q, skew * q + (1 - skew) * p)
 
 
 def kl(p: Tensor, q: Tensor) -> Tensor:

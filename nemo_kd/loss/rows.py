@@ -97,10 +97,12 @@ class Rows:
 
     def clear_others(self) -> None:
         """Zero the rows that were not chosen."""
-        if self.index is not None and len(self) < len(self.matrix):
-            others = torch.ones(len(self.matrix), dtype=torch.bool, device=self.matrix.device)
-            others[self.index] = False
-            self.matrix.index_fill_(0, others.nonzero().squeeze(-1), 0)
+        others = len(self.matrix) - len(self)
+        if self.index is not None and others:
+            chosen = torch.zeros(len(self.matrix), dtype=torch.bool, device=self.matrix.device)
+            chosen.index_fill_(0, self.index, True)
+            # The first of them in order: `nonzero` would make the host wait for their number.
+            self.matrix.index_fill_(0, chosen.sort(stable=True).indices[:others], 0)
 
     def _memory_rows(self) -> Tensor:
         """[R]: the memory's row of each row-major position."""

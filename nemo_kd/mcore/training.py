@@ -1,4 +1,4 @@
-"""The store and the loss in a training loop of Megatron-core's own: no NeMo.
+"""The store and the loss in Megatron-core's own training loop, without NeMo.
 
 `StoreBatches` is the data iterator of a data-parallel rank, `kd_forward_step` the function that
 Megatron's schedules call. Megatron-LM and Megatron-Bridge train through the same schedules.
@@ -7,7 +7,6 @@ Megatron's schedules call. Megatron-LM and Megatron-Bridge train through the sam
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -16,19 +15,13 @@ import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-from nemo_kd.data import (
-    TeacherRows,
-    TeacherSelection,
-    collate_teacher,
-    cut_prompt,
-    fit_lengths,
-    teacher_at,
-)
+from nemo_kd.data import AnswerTokens, answer_tokens, cut_prompt, fit_lengths, teacher_of
 from nemo_kd.loss import KDConfig, sft_kd_loss
 from nemo_kd.mcore.context import own_positions
-from nemo_kd.store import Store, StoreError
+from nemo_kd.store import Sample, Store, StoreError
 
-Batch = dict[str, torch.Tensor]
+Batch = dict[str, Any]
+"""`tokens`, `labels`, `loss_mask`, `position_ids` [B, S] and `answers`, an `AnswerTokens`."""
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
@@ -36,12 +29,12 @@ class StoreBatches:
     """Micro-batches of one data-parallel rank, without end: each epoch has every sample once.
 
     The order follows from `seed` alone. The micro-batches of a step, over all ranks, are the next
-    `global_batch_size` samples, on any number of ranks; `consumed_samples` is where a resumed run
-    goes on. A micro-batch has `tokens`, `labels`, `loss_mask` and `position_ids` [B, seq_length]
-    and the teacher's tensors of `collate_teacher`, on the CPU.
+    `global_batch_size` samples, on any number of ranks; a resumed run starts after the first
+    `consumed_samples`. A micro-batch has `tokens`, `labels`, `loss_mask` and `position_ids`
+    [B, seq_length / C], this context-parallel rank's part of C, and their `answers`, on the CPU.
 
     Errors: StoreError for samples of more than `seq_length + 1` tokens (see `over_long`), for a
-    temperature that was not dumped, and where there are fewer samples than `global_batch_size`.
+    temperature that was not dumped, and for fewer samples than `global_batch_size`.
     """
 
     def __init__(
@@ -60,7 +53,8 @@ class StoreBatches:
         self.store = store
         self.seq_length = seq_length
         self.used = fit_lengths(store, seq_length + 1, over_long).used
-        self.temperature_index = store.manifest.spec.temperatures.index(temperature)
+        self.temperature = temperature
+        self.own_positions = own_positions(seq_length)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.seed, self.consumed_samples = seed, consumed_samples
         # One epoch's order serves all of its samples; a step may reach into the next.
@@ -87,26 +81,32 @@ class StoreBatches:
                 yield self._batch(mine[first : first + self.micro_batch_size])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """[samples]: their places in the store, in the order of an epoch."""
+        """[samples]: the indices in the store of an epoch's samples, in order."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.used)
 
-    def _batch(self, places: range) -> Batch:
-        """The samples at these places of the endless sequence of epochs."""
-        shape = len(places), self.seq_length
+    def _sample(self, draw: int) -> Sample:
+        """The sample at an index of the endless sequence of epochs."""
+        epoch, position = divmod(draw, len(self.used))
+        index = int(self._order_of(epoch)[position])
+        return cut_prompt(self.store[index], self.seq_length + 1)
+
+    def _batch(self, draws: range) -> Batch:
+        shape = len(draws), self.seq_length
         batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "labels")}
         batch["loss_mask"] = torch.zeros(shape)
         batch["position_ids"] = torch.arange(self.seq_length).expand(shape)
         teachers = []
-        for b, place in enumerate(places):
-            epoch, position = divmod(place, len(self.used))
-            place_in_store = int(self._order_of(epoch)[position])
-            sample = cut_prompt(self.store[place_in_store], self.seq_length + 1)
+        for b, draw in enumerate(draws):
+            sample = self._sample(draw)
             ids = torch.from_numpy(sample.input_ids.astype(np.int64))
             batch["tokens"][b, : len(ids) - 1] = ids[:-1]
             batch["labels"][b, : len(ids) - 1] = ids[1:]
             batch["loss_mask"][b, : len(ids) - 1] = torch.from_numpy(sample.loss_mask[1:].copy())
-            teachers.append(TeacherRows.of(sample, self.temperature_index))
-        return batch | collate_teacher(teachers)
+            teachers.append(teacher_of(sample, self.temperature))
+        own = self.own_positions
+        answers = answer_tokens(batch["loss_mask"], teachers, own_positions=own)
+        mine = {name: x if own is None else x[:, own] for name, x in batch.items()}
+        return {**mine, "answers": answers}
 
 
 def kd_forward_step(
@@ -114,33 +114,25 @@ def kd_forward_step(
 ) -> Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]:
     """The `forward_step_func` of Megatron's schedules for a `GPTModel`.
 
-    Its loss function gives (Σ loss over the micro-batch's answer tokens, their number, sums for
+    Its loss function returns (Σ loss over the micro-batch's answer tokens, their number, sums for
     the logs): the schedule divides by the number, of the micro-batch, or of the global batch with
-    `TransformerConfig.calculate_per_token_loss`. Tensor, pipeline, sequence and data
-    parallel, and context parallel where the model's attention is. Under a virtual pipeline each
-    chunk of the model has a `StoreBatches` of its own.
+    `TransformerConfig.calculate_per_token_loss`. It supports tensor, pipeline, sequence and data
+    parallelism, and context parallelism if the model's attention does. Under a virtual pipeline
+    each chunk of the model needs a `StoreBatches` of its own.
     """
 
     def step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
-        batch = {
-            name: tensor.to(torch.cuda.current_device(), non_blocking=True)
-            for name, tensor in next(iterator).items()
-        }
-        at = own_positions(batch["tokens"].shape[1])
-        teacher = teacher_at(batch, batch["loss_mask"], at)
-        tokens, labels, positions = (
-            batch[name] if at is None else batch[name][:, at]
-            for name in ("tokens", "labels", "position_ids")
-        )
-        output = model(tokens, positions, attention_mask=None)
-        return output, partial(_loss, labels, teacher, config, vocab_size)
+        device = torch.cuda.current_device()
+        batch = {name: x.to(device, non_blocking=True) for name, x in next(iterator).items()}
+        output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
+        return output, partial(_loss, batch["labels"], batch["answers"], config, vocab_size)
 
     return step
 
 
 def _loss(
     labels: torch.Tensor,
-    teacher: TeacherSelection,
+    answers: AnswerTokens,
     config: KDConfig,
     vocab_size: int,
     logits: torch.Tensor,
@@ -149,14 +141,14 @@ def _loss(
     result = sft_kd_loss(
         logits.transpose(0, 1),
         labels.t(),
-        replace(teacher.topk, temperatures=(config.temperature,)),
+        answers.topk,
         config,
         group=parallel_state.get_tensor_model_parallel_group(),
         vocab_size=vocab_size,
-        mask=teacher.mask,
+        positions=answers.positions,
         inplace=True,
     )
-    count = teacher.mask.sum()
+    count = torch.full((), len(answers.positions), device=logits.device)
     sums = {"sft_loss": result.nll, "kd_loss": result.kd, "loss": result.loss}
     report = {name: value.detach().sum() for name, value in sums.items()}
     report["answer_tokens"] = count

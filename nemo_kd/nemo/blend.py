@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils import (
     get_datasets_weights_and_num_samples,
@@ -15,20 +15,18 @@ from nemo_kd.nemo.config import sft_files, store_alphas, store_directories
 from nemo_kd.nemo.dataset import (
     FileSFTChatDataset,
     FileSFTDataset,
+    Student,
     TeacherSFTDataset,
 )
 from nemo_kd.nemo.order import Order
 from nemo_kd.nemo.sft_files import SFTChatDataset, SFTDataset, is_chat, sft_arguments
-from nemo_kd.nemo.stores import store_dataset
-
-if TYPE_CHECKING:
-    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+from nemo_kd.nemo.stores import micro_batches, store_dataset
 
 TRAINING, VALIDATION = "model.data.train_ds", "model.data.validation_ds"
 
 
 def build_datasets(
-    model: MegatronGPTSFTKDModel, data_cfg: DictConfig, training: bool = True
+    model: Student, data_cfg: DictConfig, training: bool = True
 ) -> list[TeacherSFTDataset]:
     """The data sets of `data_cfg.store` and `data_cfg.file_names`.
 
@@ -73,9 +71,7 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
     return BlendableDataset(datasets=datasets, weights=probabilities, size=size)
 
 
-def blend_files(
-    model: MegatronGPTSFTKDModel, number: int, data_cfg: DictConfig
-) -> BlendableDataset:
+def blend_files(model: Student, number: int, data_cfg: DictConfig) -> BlendableDataset:
     """Training data of SFT files alone: `number` samples, in the order of NeMo's own SFT."""
     files, weights = sft_files(data_cfg), data_cfg.get("concat_sampling_probabilities")
     if weights is None or len(weights) != len(files):
@@ -96,7 +92,11 @@ def blend_files(
 
 
 def _file_dataset(
-    model: MegatronGPTSFTKDModel, file: str, data_cfg: DictConfig, where: str
+    model: Student, file: str, data_cfg: DictConfig, where: str
 ) -> FileSFTDataset | FileSFTChatDataset:
     dataset = FileSFTChatDataset if is_chat(model) else FileSFTDataset
-    return dataset(file_path=file, **sft_arguments(model, data_cfg, where))
+    return dataset(
+        file_path=file,
+        micro_batches=micro_batches(model, data_cfg),
+        **sft_arguments(model, data_cfg, where),
+    )

@@ -43,10 +43,10 @@ class MetricSums:
         self.reset()
 
     def reset(self) -> None:
-        # Row 0: sums, row 1: how many tokens each is over.
-        self.sums = torch.zeros(2, len(NAMES), dtype=torch.float64)
+        # On the device of the first tokens. Row 0: sums, row 1: how many tokens each is over.
+        self.sums: torch.Tensor | None = None  # [2, NAMES]
         # Σ (confidence - correct) of the tokens of each bin of confidence
-        self.calibration = torch.zeros(CALIBRATION_BINS, dtype=torch.float64)
+        self.calibration: torch.Tensor | None = None  # [CALIBRATION_BINS]
 
     def add(self, result: KDLoss) -> None:
         """Add one micro-batch: sums over its answer tokens, in float64."""
@@ -60,11 +60,12 @@ class MetricSums:
         tokens = torch.full_like(losses[0], len(unknown))
         counts = [tokens, tokens, learned.sum(), *known.sum(-1)]
         both = torch.stack([torch.stack(sums), torch.stack(counts).double()])
-        self.sums = self.sums.to(both.device) + both
-        confidence = result.metrics["confidence"].double()
-        bins = (confidence * CALIBRATION_BINS).long().clamp(max=CALIBRATION_BINS - 1)
-        apart = confidence - result.metrics["top1_label"].double()
-        self.calibration = self.calibration.to(both.device).index_add(0, bins, apart)
+        confidence = metrics["confidence"].double()
+        bins = (confidence * CALIBRATION_BINS).long().clamp(0, CALIBRATION_BINS - 1)
+        apart = both.new_zeros(CALIBRATION_BINS)
+        apart.index_add_(0, bins, confidence - metrics["top1_label"].double())
+        self.sums = both if self.sums is None else self.sums + both
+        self.calibration = apart if self.calibration is None else self.calibration + apart
 
     def means(self) -> dict[str, float]:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
@@ -74,8 +75,11 @@ class MetricSums:
         Collectives: an all-reduce over the data- and context-parallel ranks, a broadcast from the
         last pipeline stage to the others.
         """
-        device = torch.cuda.current_device()
-        flat = torch.cat([self.calibration.to(device), self.sums.to(device).flatten()])
+        if self.sums is None or self.calibration is None:
+            size = CALIBRATION_BINS + 2 * len(NAMES)
+            flat = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
+        else:
+            flat = torch.cat([self.calibration, self.sums.flatten()])
         # A context-parallel rank has added the tokens of its part of each sequence.
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(flat, group=everyone)
@@ -85,6 +89,7 @@ class MetricSums:
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
+        flat = flat.cpu()  # the host waits once
         calibration = flat[:CALIBRATION_BINS]
         sums, counts = flat[CALIBRATION_BINS:].view(2, -1)
         if not counts[0]:

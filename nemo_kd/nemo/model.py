@@ -1,8 +1,8 @@
 """NeMo's `MegatronGPTSFTModel` with a distillation loss on stored teacher top-K logits.
 
-Three seams, each one small override: data sets come from a store (`_build_dataset`), a
-micro-batch's teacher tensors are set aside before NeMo's forward (`get_batch`), and on the last
-pipeline stage `StudentLoss` takes the place of Megatron's `compute_language_model_loss`.
+Three seams, each a small override: data sets come from a store (`_build_dataset`), a micro-batch's
+answer tokens are handed over to the loss before NeMo's forward pass (`get_batch`), and on the last
+pipeline stage `StudentLoss` replaces Megatron's `compute_language_model_loss`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
-from megatron.core.num_microbatches_calculator import get_num_microbatches
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
@@ -21,9 +20,7 @@ from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import
 from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
-from nemo_kd.data import TEACHER_KEYS, teacher_at
 from nemo_kd.errors import NemoKDError
-from nemo_kd.mcore.context import own_positions
 from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.nemo.blend import blend, blend_files, build_datasets
 from nemo_kd.nemo.config import check_train_data, kd_training_config, store_directories
@@ -39,7 +36,7 @@ NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}
 class MegatronGPTSFTKDModel(GeneratingSFTModel):
     """SFT + KD: `loss = sft_weight * cross-entropy + kd_weight * divergence`, nats a token.
 
-    Tensor, pipeline, sequence and data parallel. Configuration: `model.kd`
+    Tensor, pipeline, sequence and data parallel. Configuration: `model.kd_schedule`
     (`KDTrainingConfig`) and `store` in `model.data.{train,validation}_ds`.
     """
 
@@ -123,42 +120,14 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         )
 
     def get_batch(self, data_iterator: Iterator[Any], tuning: bool) -> dict[str, Any]:
-        """NeMo's micro-batch; its teacher tensors are kept for the loss of the same forward."""
+        """NeMo's micro-batch; its answer tokens are handed over to the loss of the same pass."""
         batch = super().get_batch(data_iterator, tuning)
-        teacher = {key: batch.pop(key) for key in TEACHER_KEYS if key in batch}
-        self.student_loss.teacher = None
-        if teacher and parallel_state.is_pipeline_last_stage():
-            device = torch.cuda.current_device()
-            on_device = {key: value.to(device, non_blocking=True) for key, value in teacher.items()}
-            mask = batch["loss_mask"].to(device)
-            self.student_loss.teacher = teacher_at(on_device, mask, own_positions(mask.shape[1]))
+        answers = batch.pop("answers", None)
+        if answers is not None and parallel_state.is_pipeline_last_stage():
+            (one,) = answers  # NeMo splits the list into lists of one per micro-batch
+            answers = one.to(torch.cuda.current_device(), non_blocking=True)
+        self.student_loss.hand_over(answers)
         return batch
-
-    # --- loss ----------------------------------------------------------------------------------
-
-    def loss_func(
-        self, loss_mask: torch.Tensor, num_valid_tokens_in_ub: Any, output_tensor: torch.Tensor
-    ) -> torch.Tensor:
-        """Sum over answer tokens, divided as `model.kd.normalize` says; 0 without any."""
-        if self.kd_schedule.normalize == "microbatch" or self.student_loss.forward_only:
-            count = num_valid_tokens_in_ub.clamp(min=1)
-            return super().loss_func(loss_mask, count, output_tensor)
-        # Megatron divides by the number of micro-batches, NeMo by that of data-parallel ranks.
-        parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
-        count = self._answer_tokens.clamp(min=1) / parts
-        return super().loss_func(loss_mask, count, output_tensor)
-
-    def fwd_bwd_step(
-        self, dataloader_iter: Iterator[Any], forward_only: bool, first_val_step: Any = None
-    ) -> Any:
-        batch = next(dataloader_iter)
-        batch = batch[0] if isinstance(batch, tuple) else batch
-        self.student_loss.forward_only = forward_only
-        if not forward_only:
-            count = batch["loss_mask"].sum().to(torch.cuda.current_device())
-            torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
-            self._answer_tokens = count
-        return super().fwd_bwd_step(iter([batch]), forward_only, first_val_step)
 
 
 def _refuse_unsupported(cfg: DictConfig) -> None:
@@ -170,10 +139,11 @@ def _refuse_unsupported(cfg: DictConfig) -> None:
 
 def _refuse_with_context_parallelism(cfg: DictConfig) -> None:
     where = f"model.context_parallel_size={cfg.context_parallel_size}"
-    if kd_training_config(cfg.get("kd")).positions != "all":
+    fraction = kd_training_config(cfg.get("kd")).top_entropy_fraction
+    if fraction < 1:
         raise NemoKDError(
-            f"model.kd.positions={cfg.kd.positions} with {where}: each rank would choose among its "
-            "own part of a sequence; set model.kd.positions=all"
+            f"model.kd.top_entropy_fraction={fraction} with {where}: each rank would choose among "
+            "its own part of a sequence; set model.kd.top_entropy_fraction=1"
         )
     if cfg.data.get("train_ds") and cfg.data.train_ds.get("packed_sequence", False):
         raise NemoKDError(

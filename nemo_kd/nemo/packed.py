@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from omegaconf import DictConfig
 
-from nemo_kd.data import Packing, Packs, TeacherRows, collate_packs, collate_teacher
+from nemo_kd.data import Packing, Packs, collate_packs, joined
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.dataset import StoreSFTDataset
 from nemo_kd.store import Store
@@ -53,7 +53,8 @@ class PackedStoreSFTDataset(StoreSFTDataset):
             "parts": parts,
             "metadata": {"rows": [part["metadata"]["row"] for part in parts], **repeated},
             "token_count": sum(part["token_count"] - 1 for part in parts),
-            "teacher": TeacherRows.joined([part["teacher"] for part in parts]),
+            "teacher": joined([part["teacher"] for part in parts]),
+            "alpha": self.alpha,
         }
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
@@ -63,12 +64,13 @@ class PackedStoreSFTDataset(StoreSFTDataset):
         packs = [
             [(part["input_ids"], part["loss_mask"]) for part in item["parts"]] for item in batch
         ]
+        collated = collate_packs(packs, length, self.tokenizer.eos_id)
         return {
-            **collate_packs(packs, length, self.tokenizer.eos_id),
+            **collated,
             "attention_mask": torch.ones(len(batch), dtype=torch.long),  # NeMo's: never read
             "metadata": [item["metadata"] for item in batch],
             "token_count": [item["token_count"] for item in batch],
-            **collate_teacher([item["teacher"] for item in batch]),
+            "answers": self.micro_batches.answers(collated["loss_mask"], batch),
         }
 
 

@@ -12,6 +12,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Trainer
+from megatron.core import parallel_state
+from megatron.core.num_microbatches_calculator import (
+    get_num_microbatches,
+    reconfigure_num_microbatches_calculator,
+)
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
@@ -42,6 +47,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
             logit_softcap=customization.get("final_logit_softcapping") or None,
         )
         self._answer_tokens = torch.zeros(())  # of the global batch, all data-parallel ranks
+        self._divisor: torch.Tensor | None = None  # of a micro-batch's loss; None: its own tokens
         self._clock: float | None = None
         self._step_sums = MetricSums()
         self._step_names: list[str] = []  # what the last step logged
@@ -57,9 +63,9 @@ class ReportingSFTModel(MegatronGPTSFTModel):
     def training_step_fwd_bwd_step_call(
         self, dataloader_iter: Iterator[Any], forward_only: bool
     ) -> torch.Tensor:
-        kd = self.kd_schedule.at(self.trainer.global_step, self.trainer.max_steps)
         self._step_sums.reset()
-        self.student_loss.kd, self.student_loss.sums = kd, self._step_sums
+        kd = self.kd_schedule.at(self.trainer.global_step, self.trainer.max_steps)
+        self.student_loss.begin(kd, self._step_sums, training=True)
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
         means = self._step_sums.means()
         if "teacher_mass" in means and kd.weights[1] and not self.global_rank:
@@ -83,6 +89,52 @@ class ReportingSFTModel(MegatronGPTSFTModel):
             self.log(name, value, batch_size=1, rank_zero_only=True)
         return loss
 
+    def fwd_bwd_step(
+        self, dataloader_iter: Iterator[Any], forward_only: bool, first_val_step: Any = None
+    ) -> Any:
+        batch = next(dataloader_iter)
+        batch = batch[0] if isinstance(batch, tuple) else batch
+        self._divisor = None
+        if not forward_only:
+            count = batch["loss_mask"].sum().to(torch.cuda.current_device())
+            torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
+            self._answer_tokens = count
+            if self.kd_schedule.normalize == "global_tokens":
+                # Megatron divides by the micro-batches, NeMo by the data-parallel ranks.
+                parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
+                self._divisor = count.clamp(min=1) / parts
+        return super().fwd_bwd_step(iter([batch]), forward_only, first_val_step)
+
+    def loss_func(
+        self, loss_mask: torch.Tensor, num_valid_tokens_in_ub: Any, output_tensor: torch.Tensor
+    ) -> torch.Tensor:
+        """Sum over answer tokens, divided as `model.kd_schedule.normalize` says; 0 without any."""
+        own = num_valid_tokens_in_ub.clamp(min=1)
+        divisor = own if self._divisor is None else self._divisor
+        return super().loss_func(loss_mask, divisor, output_tensor)
+
+    def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
+        train_ds = self.cfg.data.train_ds
+        self._use_micro_batches(train_ds, train_ds.global_batch_size)
+
+    def _reconfigure_and_process_inference_batch(
+        self, batch: dict[str, Any], data_cfg: DictConfig
+    ) -> None:
+        """Set a validation's own micro-batches, which NeMo does for other batch sizes only."""
+        ranks = parallel_state.get_data_parallel_world_size()
+        self._use_micro_batches(data_cfg, len(batch["tokens"]) * ranks)
+
+    def _use_micro_batches(self, data_cfg: DictConfig, samples: int) -> None:
+        """Let Megatron cut global batches of `samples` as the data sets of a block collate them."""
+        reconfigure_num_microbatches_calculator(
+            rank=self.global_rank,
+            rampup_batch_size=None,
+            global_batch_size=samples,
+            micro_batch_size=data_cfg.micro_batch_size,
+            data_parallel_size=parallel_state.get_data_parallel_world_size(),
+        )
+
     def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> None:
         if self._clock is None:
             self._clock = time.perf_counter()
@@ -95,9 +147,10 @@ class ReportingSFTModel(MegatronGPTSFTModel):
     def inference_step_validation_call(
         self, batch: Any, batch_idx: int, data_cfg: DictConfig, dataloader_idx: int = 0
     ) -> Any:
-        # So that one validation can be compared with the next, and with those of other runs.
-        self.student_loss.kd = dataclasses.replace(self.kd_schedule.end, positions="all")
-        self.student_loss.sums = self._validation_sums.setdefault(dataloader_idx, MetricSums())
+        # The schedule's end at all positions: comparable over a run and between runs.
+        kd = dataclasses.replace(self.kd_schedule.end, top_entropy_fraction=1.0)
+        sums = self._validation_sums.setdefault(dataloader_idx, MetricSums())
+        self.student_loss.begin(kd, sums, training=False)
         return super().inference_step_validation_call(batch, batch_idx, data_cfg, dataloader_idx)
 
     def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:

@@ -226,8 +226,8 @@ def _source(value: Any) -> str | None:
 
 def _depends_on_micro_batches(flat: Settings) -> bool:
     normalize = flat.get("model.kd.normalize") or KDTrainingConfig.normalize
-    positions = flat.get("model.kd.positions") or KDTrainingConfig.positions
-    return normalize == "microbatch" or positions != "all"
+    fraction = flat.get("model.kd.top_entropy_fraction", KDTrainingConfig.top_entropy_fraction)
+    return normalize == "microbatch" or fraction < 1
 
 
 def _data_parallel_size(flat: Settings) -> int | None:

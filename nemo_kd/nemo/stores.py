@@ -1,17 +1,18 @@
-"""The stores of a training or validation block: opened, checked, fitted, as data sets."""
+"""Open the stores of a training or validation block, check them and make data sets of them."""
 
 from __future__ import annotations
 
 import sys
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+from megatron.core import parallel_state
 from omegaconf import DictConfig
 
 from nemo_kd.data import check_learnable, fit_lengths, pack_samples
 from nemo_kd.nemo.config import KDTrainingConfig
-from nemo_kd.nemo.dataset import StoreSFTDataset
+from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
 from nemo_kd.nemo.order import Order
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
@@ -20,49 +21,48 @@ from nemo_kd.store.codecs import TopP
 from nemo_kd.store.replaced import refuse_other_ranks
 from nemo_kd.store.tools.stats import stats
 
-if TYPE_CHECKING:
-    from nemo_kd.nemo.model import MegatronGPTSFTKDModel
-
 LOOKED_AT = 64
-"""Samples of a store, evenly spaced, on which labels and teacher are compared."""
+"""Samples of a store, evenly spaced, whose labels are compared with the teacher."""
 
 
 def store_dataset(
-    model: MegatronGPTSFTKDModel,
+    model: Student,
     directory: str,
     data_cfg: DictConfig,
     alpha: float | None,
     training: bool,
 ) -> StoreSFTDataset:
-    """The store at `directory`, in packs where `data_cfg` says so; what became of its samples is
-    said."""
+    """The store at `directory` as a data set, packed if `data_cfg` asks for it.
+
+    Logs how many samples were truncated or dropped.
+    """
     store = open_store(model, directory)
     _check_learnable(store, model.kd_schedule, alpha, training)
     _warn_of_labels(model, store)
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long", "refuse"))
     if fitting.cut or fitting.dropped:
-        _say(model, store, f"more than max_seq_length={length} tokens: {fitting}")
+        _log(model, store, f"more than max_seq_length={length} tokens: {fitting}")
     if training:
-        _say_what_is_learned(model, store, alpha)
+        _log_what_is_learned(model, store, alpha)
     arguments = shared_arguments(model, data_cfg)
-    temperature = model.kd_schedule.temperature
     if not data_cfg.get("packed_sequence", False):
-        return StoreSFTDataset(store, fitting, temperature, alpha, **arguments)
+        return StoreSFTDataset(store, fitting, alpha, **arguments)
     order = Order.of(data_cfg)
     packing = pack_samples(store, fitting, length, order.seed if order.shuffle else None)
-    _say(model, store, str(packing))
-    return PackedStoreSFTDataset(store, packing, temperature, alpha, **arguments)
+    _log(model, store, str(packing))
+    return PackedStoreSFTDataset(store, packing, alpha, **arguments)
 
 
-def shared_arguments(model: MegatronGPTSFTKDModel, data_cfg: DictConfig) -> dict[str, Any]:
-    """What NeMo gives its SFT data sets and those of stores need too."""
+def shared_arguments(model: Student, data_cfg: DictConfig) -> dict[str, Any]:
+    """Arguments that NeMo gives its SFT data sets, for those of stores."""
     tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
     # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
     # parallelism into two chunks for each of its own.
     multiple = 8 * tensor_size if model.cfg.get("sequence_parallel") else 16
     multiple *= model.cfg.get("context_parallel_size", 1)
     return {
+        "micro_batches": micro_batches(model, data_cfg),
         "tokenizer": model.tokenizer,
         "max_seq_length": data_cfg.max_seq_length,
         "min_seq_length": data_cfg.min_seq_length,
@@ -75,13 +75,23 @@ def shared_arguments(model: MegatronGPTSFTKDModel, data_cfg: DictConfig) -> dict
     }
 
 
-def _say(model: MegatronGPTSFTKDModel, store: Store, text: str) -> None:
+def micro_batches(model: Student, data_cfg: DictConfig) -> MicroBatches:
+    """How batches of a block are cut for the loss of this process."""
+    return MicroBatches(
+        data_cfg.micro_batch_size,
+        model.kd_schedule.temperature,
+        parallel_state.get_context_parallel_rank(),
+        parallel_state.get_context_parallel_world_size(),
+    )
+
+
+def _log(model: Student, store: Store, text: str) -> None:
     if not model.global_rank:
         print(f"store {store.directory}: {text}", file=sys.stderr, flush=True)
 
 
-def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
-    """The store at `directory`, refused where it does not fit the student or its loss.
+def open_store(model: Student, directory: str) -> Store:
+    """Open the store at `directory`; refuse it if it does not fit the student or its loss.
 
     Collective over all ranks: one small all-gather.
     """
@@ -105,19 +115,19 @@ def open_store(model: MegatronGPTSFTKDModel, directory: str) -> Store:
     return store
 
 
-def _warn_of_labels(model: MegatronGPTSFTKDModel, store: Store) -> None:
-    """Say so where the teacher's rows, on a few samples, are not those of the labels."""
+def _warn_of_labels(model: Student, store: Store) -> None:
+    """Warn if the teacher's rows of a few samples do not belong to their labels."""
     warning = "" if model.global_rank else stats(store, LOOKED_AT).agreement.warning()
     if warning:
-        _say(model, store, f"WARNING: {warning} (measured on up to {LOOKED_AT} samples)")
+        _log(model, store, f"WARNING: {warning} (measured on up to {LOOKED_AT} samples)")
 
 
-def _say_what_is_learned(model: MegatronGPTSFTKDModel, store: Store, alpha: float | None) -> None:
+def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> None:
     kd = model.kd_schedule
     if not (kd.distils if alpha is None else alpha > 0):
-        _say(model, store, "the distillation has weight 0: only the labels are learned from it")
+        _log(model, store, "the distillation has weight 0: only the labels are learned from it")
     elif kd.support == "topk" and store.manifest.spec.profile == TopP.name:
-        _say(
+        _log(
             model,
             store,
             "profile top_p with model.kd.support=topk: nothing is learned from the teacher at "
@@ -128,8 +138,8 @@ def _say_what_is_learned(model: MegatronGPTSFTKDModel, store: Store, alpha: floa
 def _check_learnable(
     store: Store, schedule: KDTrainingConfig, alpha: float | None, training: bool
 ) -> None:
-    """Both ends of the schedule; a validation measures all positions."""
+    """Check both ends of the schedule; a validation measures all positions."""
     for kd, when in ((schedule.at(0, 1), ""), (schedule.end, " at the end of the schedule")):
         if alpha is not None:
             kd = replace(kd, alpha=alpha)
-        check_learnable(store, kd if training else replace(kd, positions="all"), when)
+        check_learnable(store, kd if training else replace(kd, top_entropy_fraction=1.0), when)

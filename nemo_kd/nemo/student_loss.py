@@ -1,7 +1,4 @@
-"""The student's loss in the place of Megatron's, on the last pipeline stage, where the logits are.
-
-Set before a forward pass: the step's settings, the micro-batch's teacher, and where metrics go.
-"""
+"""The student's loss in place of Megatron's, on the last pipeline stage, where the logits are."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ import torch
 from megatron.core import parallel_state
 from megatron.core.models.gpt import GPTModel
 
-from nemo_kd.data import TeacherSelection
+from nemo_kd.data import AnswerTokens
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDLoss, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.mcore.lm_head import split_lm_head
@@ -24,7 +21,11 @@ from nemo_kd.topk import TopK
 class StudentLoss:
     """loss [B, S] of a micro-batch, vocabulary-parallel over the tensor-parallel group.
 
-    `vocab_size` is the tokenizer's, `padding` how many columns the model has beyond it;
+    NeMo's forward pass passes no further arguments on to the loss. So `begin` takes a step's
+    settings and sums, and `hand_over` the answer tokens of the next micro-batch, which its loss
+    uses up.
+
+    `vocab_size` is the tokenizer's, `padding` the number of columns that the model has beyond it;
     `logit_softcap` is the model's, for the LM head that is fused with the loss.
     """
 
@@ -35,12 +36,18 @@ class StudentLoss:
         padding: int,
         logit_softcap: float | None = None,
     ) -> None:
-        self.schedule = schedule
-        self.vocab_size, self.padding, self.logit_softcap = vocab_size, padding, logit_softcap
-        self.kd = schedule.at(0, 1)
-        self.teacher: TeacherSelection | None = None
-        self.sums = MetricSums()
-        self.forward_only = False
+        self._schedule = schedule
+        self._vocab_size, self._padding, self._softcap = vocab_size, padding, logit_softcap
+        self._kd, self._sums, self._training = schedule.at(0, 1), MetricSums(), True
+        self._answers: AnswerTokens | None = None
+
+    def begin(self, kd: KDTrainingConfig, sums: MetricSums, *, training: bool) -> None:
+        """Set the settings of the following micro-batches and the sums that they are added to."""
+        self._kd, self._sums, self._training = kd, sums, training
+
+    def hand_over(self, answers: AnswerTokens | None) -> None:
+        """Take the answer tokens of the next micro-batch; None if it has no teacher."""
+        self._answers = answers
 
     def attach(self, gpt: GPTModel, fused_lm_head: bool) -> None:
         """Replace the loss of this stage's GPTModel, or its forward pass to fuse the LM head."""
@@ -53,73 +60,79 @@ class StudentLoss:
     def of_logits(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         """labels [B, S], logits [S, B, Vp] → loss [B, S], zero outside the answers.
 
-        Two small all-reduces forward, none backward.
+        Two small all-reduces forward, none backward; no wait for a device.
         """
-        teacher, self.teacher = self.teacher, None
-        if teacher is None:
+        answers, self._answers = self._answers, None
+        if answers is None:
             return self._without_teacher(labels, logits)
-        if self._is_plain_sft(teacher):
+        if self._is_plain_sft(answers):
             with torch.no_grad():
-                self.sums.add(self._sft_kd(labels, logits.detach(), teacher, inplace=False))
-            return self.kd.weights[0] * self._cross_entropy(labels, logits)
-        result = self._sft_kd(labels, logits, teacher, inplace=True)
-        self.sums.add(result)
-        return result.loss.t().contiguous()
+                self._sums.add(self._sft_kd(labels, logits.detach(), answers, inplace=False))
+            return self._kd.weights[0] * self._cross_entropy(labels, logits)
+        return self._added(self._sft_kd(labels, logits, answers, inplace=True))
 
     def fused_forward(
         self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The GPTModel's forward, its LM head and loss in one where there are teacher rows."""
-        if labels is None or self.teacher is None:
+        """The GPTModel's forward pass, with LM head and loss in one where there is a teacher."""
+        if labels is None or self._answers is None:
             return self._gpt_forward(*args, labels=labels, **kwargs)
-        teacher, self.teacher = self.teacher, None
+        answers, self._answers = self._answers, None
         gpt = self._gpt
         with split_lm_head(gpt):
             hidden = self._gpt_forward(*args, labels=None, **kwargs)  # [S, B, H], or [S/TP, B, H]
         tied = gpt.share_embeddings_and_output_weights
-        result = linear_sft_kd_loss(
-            hidden,
-            gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight,
-            labels.t(),
-            **self._objective(teacher),
-            sequence_parallel=gpt.config.sequence_parallel,
-            logit_softcap=self.logit_softcap,
+        return self._added(
+            linear_sft_kd_loss(
+                hidden,
+                gpt.shared_embedding_or_output_weight() if tied else gpt.output_layer.weight,
+                labels.t(),
+                **self._objective(answers),
+                sequence_parallel=gpt.config.sequence_parallel,
+                logit_softcap=self._softcap,
+                equal_gradients=True,  # NeMo sums the answer tokens and divides by one number
+            )
         )
-        self.sums.add(result)
-        return result.loss.t().contiguous()
 
     def _sft_kd(
-        self, labels: torch.Tensor, logits: torch.Tensor, teacher: TeacherSelection, inplace: bool
+        self, labels: torch.Tensor, logits: torch.Tensor, answers: AnswerTokens, inplace: bool
     ) -> KDLoss:
-        return sft_kd_loss(logits, labels.t(), **self._objective(teacher), inplace=inplace)
+        return sft_kd_loss(logits, labels.t(), **self._objective(answers), inplace=inplace)
 
-    def _objective(self, teacher: TeacherSelection) -> dict[str, Any]:
-        """What the loss of logits and that of hidden states are given alike."""
+    def _objective(self, answers: AnswerTokens) -> dict[str, Any]:
+        """Arguments that the loss of logits and that of hidden states share."""
         return {
-            "teacher": self._at_temperature(teacher),
-            "config": self.kd,
-            "weights": teacher.weights(self.kd.weights),
+            "teacher": self._teacher(answers.topk),
+            "config": self._kd,
+            "weights": answers.weights(self._kd.weights),
             "group": parallel_state.get_tensor_model_parallel_group(),
-            "vocab_size": self.vocab_size,
-            "mask": teacher.mask,
+            "vocab_size": self._vocab_size,
+            "positions": answers.positions,
         }
 
-    def _at_temperature(self, teacher: TeacherSelection) -> TopK:
-        """The data sets' log-sum-exp is at the schedule's first temperature; others are unknown."""
-        topk = replace(teacher.topk, temperatures=(self.schedule.temperature,))
-        if self.kd.temperature == self.schedule.temperature:
-            return topk
-        return replace(topk, logsumexp=None)
+    def _teacher(self, topk: TopK) -> TopK:
+        """The teacher at the step's temperature.
+
+        Data sets have the log-sum-exp at the schedule's first temperature; at others it is unknown.
+        Whether the loss can learn from a store's draws was checked with the store's own weight.
+        """
+        known = self._kd.temperature == self._schedule.temperature
+        return replace(topk, logsumexp=topk.logsumexp if known else None, draws=False)
+
+    def _added(self, result: KDLoss) -> torch.Tensor:
+        """The loss [S, B] as NeMo takes it, [B, S] contiguous; the metrics go into the sums."""
+        self._sums.add(result)
+        return result.loss.t().contiguous()
 
     def _without_teacher(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        if self.schedule.distils and not self.forward_only:
+        if self._schedule.distils and self._training:
             raise NemoKDError(
                 "the weight of the distillation is above 0, but this training batch has no "
                 "teacher rows: give model.data.train_ds.store, or set model.kd.alpha=0"
             )
         return self._cross_entropy(labels, logits)
 
-    def _is_plain_sft(self, teacher: TeacherSelection) -> bool:
-        """Without a KD term Megatron's own cross-entropy trains: NeMo's SFT bit for bit."""
-        nemos_softmax = self.schedule.count_padding or not self.padding
-        return not self.kd.weights[1] and teacher.alpha is None and nemos_softmax
+    def _is_plain_sft(self, answers: AnswerTokens) -> bool:
+        """Whether Megatron's own cross-entropy trains, which is NeMo's SFT bit for bit."""
+        nemos_softmax = self._schedule.count_padding or not self._padding
+        return not self._kd.weights[1] and answers.alpha is None and nemos_softmax

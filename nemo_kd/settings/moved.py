@@ -37,6 +37,7 @@ TRAINING = EVERYWHERE | {
     "trainer.gradient_clip_val",
     "trainer.sft": "its keys stand under trainer: trainer.max_steps, trainer.max_epochs, "
     "trainer.val_check_interval, trainer.limit_val_batches, trainer.gradient_clip_val",
+    "model.kd.positions": "it is model.kd.top_entropy_fraction, a number: 0.2 for top_entropy(0.2)",
     "model.data.data_prefix": STORE,
     "model.data.data_impl": STORE,
     "model.data.n_chunks": STORE,

@@ -86,11 +86,6 @@ def test_another_configuration_runs_in_the_working_directory_as_ours_do(tmp_path
     assert "hydra.output_subdir=null" in seen and "hydra.run.dir=." not in seen
 
 
-def test_a_selection_of_positions_is_no_function_of_hydras() -> None:
-    (argument,) = accept_every_spelling(["model.kd.positions=top_entropy(0.2)"])
-    assert argument == "++model.kd.positions='top_entropy(0.2)'"
-
-
 def test_other_arguments_are_left_alone() -> None:
     others = ["--cfg", "job", "~model.kd.alpha", "hydra.run.dir=x", "hydra/job_logging=none", "x=1"]
     assert accept_every_spelling(others) == others

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nemo_kd.data import collate_teacher, context_parallel_positions, teacher_at
-from nemo_kd.data.collate import TeacherRows
+from nemo_kd.data import answer_tokens, context_parallel_positions
 from nemo_kd.loss import KDConfig, sft_kd_loss
+from nemo_kd.topk import TopK
 
 V, K, S = 37, 5, 48
 # What samples a packed row has; None: rows of one sample each.
 SAMPLES = [None, [0, 16, 40, 48]]
 
 
-def batch(b: int, empty: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """labels [B, S], loss_mask [B, S] and the teacher's tensors; a row without answers, or not."""
+def batch(b: int, empty: bool) -> tuple[torch.Tensor, torch.Tensor, list[TopK]]:
+    """labels [B, S], loss_mask [B, S] and the teachers; with `empty` a row without answers."""
     generator = torch.Generator().manual_seed(b)
     labels = torch.randint(V, (b, S), generator=generator)
     mask = (torch.rand(b, S, generator=generator) < 0.4).float()
@@ -25,9 +25,14 @@ def batch(b: int, empty: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, to
     for row in mask:
         logits = torch.randn(int(row.sum()), V, generator=generator)
         top = logits.topk(K)
-        rows = top.indices.numpy(), top.values.numpy(), logits.logsumexp(-1).numpy()
-        teachers.append(TeacherRows(*rows))
-    return labels, mask, collate_teacher(teachers)
+        teachers.append(
+            TopK(
+                ids=top.indices.numpy(),
+                logits=top.values.numpy(),
+                logsumexp=logits.logsumexp(-1).numpy(),
+            )
+        )
+    return labels, mask, teachers
 
 
 @pytest.mark.parametrize("size", [2, 4])
@@ -50,23 +55,24 @@ def test_losses_and_gradients_of_the_ranks_are_those_of_the_whole(
     size: int, samples: list[int] | None, empty: bool
 ) -> None:
     b = 1 if samples else 3
-    labels, mask, tensors = batch(b, empty)
+    labels, mask, teachers = batch(b, empty)
     generator = torch.Generator().manual_seed(7)
     logits = torch.randn(S, b, V, generator=generator, dtype=torch.float64)
     config = KDConfig(alpha=0.3)
 
     whole = logits.clone().requires_grad_()
-    teacher = teacher_at(tensors, mask)
-    result = sft_kd_loss(whole, labels.t(), teacher.topk, config, mask=teacher.mask)
+    answers = answer_tokens(mask, teachers)
+    result = sft_kd_loss(whole, labels.t(), answers.topk, config, positions=answers.positions)
     result.loss.sum().backward()
 
     total, kept = torch.zeros(()), torch.zeros(S, b, V, dtype=torch.float64)
     for rank in range(size):
         at = context_parallel_positions(S, rank, size, samples)
         mine = logits[at].clone().requires_grad_()
-        teacher = teacher_at(tensors, mask, at)
-        assert teacher.mask.equal(mask.bool().t()[at])
-        part = sft_kd_loss(mine, labels.t()[at], teacher.topk, config, mask=teacher.mask)
+        answers = answer_tokens(mask, teachers, own_positions=at)
+        own = mask.t()[at].reshape(-1).nonzero().squeeze(-1)
+        assert answers.positions.equal(own)
+        part = sft_kd_loss(mine, labels.t()[at], answers.topk, config, positions=own)
         assert part.loss.detach().allclose(result.loss.detach()[at], atol=1e-6)
         part.loss.sum().backward()
         total = total + part.loss.detach().sum()
@@ -78,12 +84,12 @@ def test_losses_and_gradients_of_the_ranks_are_those_of_the_whole(
 
 def test_the_teachers_row_is_that_of_the_whole_sequence() -> None:
     """Counting answers within a rank's own part would give other rows."""
-    _, mask, tensors = batch(1, empty=False)
+    _, mask, teachers = batch(1, empty=False)
     at = context_parallel_positions(S, 1, 2)
     rows = mask[0].bool().nonzero()[:, 0].tolist()  # position of each teacher row
-    found = teacher_at(tensors, mask, at)
+    found = answer_tokens(mask, teachers, own_positions=at)
     expected = [rows.index(int(p)) for p in at if mask[0, p]]
-    assert found.topk.ids.equal(tensors["teacher_ids"][0, expected])
+    assert found.topk.ids.equal(torch.from_numpy(teachers[0].ids[expected]))
     assert expected != list(range(len(expected)))
 
 

@@ -22,10 +22,10 @@ def store(directory: Path, profile: str = "plain", top_k: int = 5) -> Store:
     [
         ({"divergence": "reverse_kl"}, "model.kd.divergence=reverse_kl;"),
         ({"support": "topk"}, "model.kd.support=topk;"),
-        ({"positions": "top_entropy(0.5)"}, "model.kd.positions=top_entropy(0.5);"),
+        ({"top_entropy_fraction": 0.5}, "model.kd.top_entropy_fraction=0.5;"),
         (
-            {"support": "vocab", "temperature": 2.0, "positions": "top_entropy(0.2)"},
-            "model.kd.temperature=2.0, model.kd.positions=top_entropy(0.2);",
+            {"support": "vocab", "temperature": 2.0, "top_entropy_fraction": 0.2},
+            "model.kd.temperature=2.0, model.kd.top_entropy_fraction=0.2;",
         ),
     ],
 )

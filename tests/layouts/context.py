@@ -10,8 +10,6 @@ import json
 import sys
 from pathlib import Path
 
-import numpy as np
-
 from nemo_kd.nemo import cpu
 
 B, S, V, K = 3, 64, 50, 6
@@ -23,10 +21,12 @@ def main(result: str) -> None:
     from megatron.core import parallel_state
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
-    from nemo_kd.data import TeacherRows, collate_teacher, teacher_at
+    from nemo_kd.data import answer_tokens
     from nemo_kd.mcore.context import own_positions
     from nemo_kd.nemo.config import KDTrainingConfig
+    from nemo_kd.nemo.metrics import MetricSums
     from nemo_kd.nemo.student_loss import StudentLoss
+    from nemo_kd.topk import TopK
 
     torch.distributed.init_process_group("gloo")
     size = torch.distributed.get_world_size()
@@ -42,9 +42,13 @@ def main(result: str) -> None:
     for row in whole["loss_mask"]:
         logits = torch.randn(int(row.sum()), V, generator=random)
         top = logits.topk(K)
-        parts = top.indices.numpy(), top.values.numpy(), logits.logsumexp(-1).numpy()
-        teachers.append(TeacherRows(*(np.asarray(part) for part in parts)))
-    tensors = collate_teacher(teachers)
+        teachers.append(
+            TopK(
+                ids=top.indices.numpy(),
+                logits=top.values.numpy(),
+                logsumexp=logits.logsumexp(-1).numpy(),
+            )
+        )
     table = torch.randn(V, V, generator=random)
 
     def one(cut: bool) -> tuple[torch.Tensor, torch.Tensor, dict[str, float]]:
@@ -52,7 +56,9 @@ def main(result: str) -> None:
         batch, weight = dict(whole), table.clone().requires_grad_()
         student = StudentLoss(KDTrainingConfig(alpha=0.4), V, 0)
         at = own_positions(S) if cut else None
-        student.teacher = teacher_at(tensors, batch["loss_mask"], at)
+        sums = MetricSums()
+        student.begin(KDTrainingConfig(alpha=0.4), sums, training=True)
+        student.hand_over(answer_tokens(batch["loss_mask"], teachers, own_positions=at))
         batch["num_valid_tokens_in_ub"] = batch["loss_mask"].sum()
         if cut:
             batch = MegatronGPTModel.get_batch_on_this_context_parallel_rank(None, dict(whole))
@@ -62,11 +68,11 @@ def main(result: str) -> None:
         if not cut:
             loss = (losses * batch["loss_mask"]).sum() / count
             loss.backward()
-            return loss.detach(), weight.grad, student.sums.means()
+            return loss.detach(), weight.grad, sums.means()
         loss = MegatronGPTModel.loss_func(None, batch["loss_mask"], count, losses)
         (loss * size).backward()  # as NeMo, before the mean over data- and context-parallel ranks
         torch.distributed.all_reduce(weight.grad)
-        return loss.detach(), weight.grad / size, student.sums.means()
+        return loss.detach(), weight.grad / size, sums.means()
 
     (loss, gradient, means), (expected, its_gradient, its_means) = one(True), one(False)
     if torch.distributed.get_rank() == 0:

@@ -53,7 +53,7 @@ def blended(directories: list[str], max_steps: int, **changes: Any) -> Blendable
         tokenizer=types.SimpleNamespace(eos_id=2, space_sensitive=False),
         global_rank=0,
     )
-    data = {"store": directories, "max_seq_length": 128, "min_seq_length": 1}
+    data = {"store": directories, "max_seq_length": 128, "min_seq_length": 1, "micro_batch_size": 1}
     cfg = OmegaConf.create({**data, "global_batch_size": GLOBAL_BATCH, **changes})
     return blend.blend(blend.build_datasets(model, cfg), max_steps * GLOBAL_BATCH, cfg)
 

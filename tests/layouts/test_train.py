@@ -186,7 +186,7 @@ def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
 @pytest.mark.slow
 def test_selected_positions_are_the_same_on_every_layout(train: Callable[..., Path]) -> None:
     """Which tokens are distilled shows in the sum of the losses, and in the gradient."""
-    selection = "model.kd.positions=top_entropy(0.3)"
+    selection = "model.kd.top_entropy_fraction=0.3"
     one, other, every = train("one", selection), train("tp2", selection, FUSED), train()
     for a, b, all_positions in zip(steps(one), steps(other), steps(every), strict=True):
         for name in ("loss", "sft_loss", "kd_loss", "reduced_train_loss", "grad_norm"):

@@ -19,7 +19,6 @@ from nemo_kd.loss.divergences import (
     reverse_kl,
     skew_forward_kl,
     skew_reverse_kl,
-    total_variation,
 )
 
 PARAMETER = {"beta": 0.3, "skew": 0.1}
@@ -47,13 +46,10 @@ def test_never_negative_and_zero_only_when_equal(name: str, seed: int, scale: fl
 @given(seed=st.integers(0, 10**6))
 def test_bounds_and_symmetries(seed: int) -> None:
     p, q = pair(seed, scale=10.0)
-    tv, kl = total_variation(p, q), forward_kl(p, q)
-    assert (tv <= 1 + 1e-12).all() and (tv <= (kl / 2).sqrt() + 1e-12).all()  # Pinsker
     assert (jsd(p, q, 0.5) <= math.log(2) + 1e-12).all()
     for skewed in (skew_forward_kl(p, q, 0.1), skew_reverse_kl(p, q, 0.1)):
         assert (skewed <= -math.log(0.1) + 1e-12).all()
     torch.testing.assert_close(jsd(p, q, 0.3), jsd(q, p, 0.7))
-    torch.testing.assert_close(total_variation(p, q), total_variation(q, p))
     torch.testing.assert_close(reverse_kl(p, q), forward_kl(q, p))
     torch.testing.assert_close(skew_reverse_kl(p, q, 0.1), skew_forward_kl(q, p, 0.1))
     p, q = pair(seed, scale=1.0)

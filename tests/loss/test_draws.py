@@ -14,14 +14,17 @@ from nemo_kd.loss.linearity import nonlinear_settings
 from nemo_kd.teacher.sampling import vocab_parallel_sample
 
 N, V, K, DRAWS = 8, 30, 4, 400
-SELECTED = "top_entropy(0.125)"
+SELECTED = 0.125
 Gradients = torch.Tensor  # [..., N, V + 1], the last column is the vocabulary's padding
 
 
 def configurations() -> list[KDConfig]:
     """Every support with every divergence and temperature; padding counted; positions selected."""
     found = [KDConfig(count_padding=True), KDConfig(support="vocab", count_padding=True)]
-    found += [KDConfig(positions=SELECTED), KDConfig(support="vocab", positions=SELECTED)]
+    found += [
+        KDConfig(top_entropy_fraction=SELECTED),
+        KDConfig(support="vocab", top_entropy_fraction=SELECTED),
+    ]
     for support, divergence, temperature in product(SUPPORTS, DIVERGENCES, (1.0, 2.0)):
         if support != "vocab" or divergence != "reverse_kl":  # infinite
             found.append(KDConfig(support=support, divergence=divergence, temperature=temperature))
@@ -80,10 +83,10 @@ def bias_and_error(config: KDConfig) -> tuple[float, float]:
         logsumexp=torch.logsumexp(teacher / temperature, -1),
         temperatures=(temperature,),
     )
-    true = gradient(student, everything, replace(config, positions="all"))
+    true = gradient(student, everything, replace(config, top_entropy_fraction=1.0))
     # Measured past the refusals of draws and of another temperature.
     drawn = replace(draws(teacher), draws=False, temperatures=(temperature,))
-    if config.share == 1:
+    if config.top_entropy_fraction == 1:
         found = gradient(repeated(student, DRAWS), drawn, config).view(DRAWS, N, V + 1)
         weight = torch.ones(N, 1)
     else:
@@ -112,16 +115,16 @@ def test_a_setting_is_refused_exactly_if_draws_are_biased_with_it(config: KDConf
         ({}, []),
         ({"support": "vocab", "count_padding": True, "alpha": 0.1}, []),
         ({"sft_weight": 0.0, "kd_weight": 2.5}, []),
-        ({"positions": "top_entropy(1.0)"}, []),
+        ({"top_entropy_fraction": 1.0}, []),
         ({"support": "topk"}, ["support"]),
         ({"divergence": "jsd", "beta": 0.999}, ["divergence"]),
         ({"divergence": "skew_forward_kl", "skew": 1e-4}, ["divergence"]),
         ({"support": "vocab", "temperature": 1.01}, ["temperature"]),
-        ({"positions": "top_entropy(0.999)"}, ["positions"]),
+        ({"top_entropy_fraction": 0.999}, ["top_entropy_fraction"]),
         ({"alpha": 0.0, "divergence": "reverse_kl"}, ["divergence"]),
         (
-            {"support": "topk", "positions": "top_entropy(0.2)", "count_padding": True},
-            ["support", "positions"],
+            {"support": "topk", "top_entropy_fraction": 0.2, "count_padding": True},
+            ["support", "top_entropy_fraction"],
         ),
     ],
 )

@@ -41,13 +41,13 @@ def expected_losses(
     kd = torch.zeros_like(nll)
     kd[seen] = reference.sft_kd_loss(z[seen], labels[seen], rows, config)[2]
     weights = weights.double().clone()
-    if config.share < 1:
+    if config.top_entropy_fraction < 1:
         _, q = reference.distributions(z[seen], rows, KDConfig(support="bucket"))
         entropy = torch.full_like(nll.detach(), -torch.inf)
         entropy[seen] = -(q * q.log()).sum(-1).detach()
         entropy[weights[:, 1] == 0] = -torch.inf
         count = int((entropy > -torch.inf).sum())
-        chosen = entropy.topk(math.ceil(config.share * count)).indices
+        chosen = entropy.topk(math.ceil(config.top_entropy_fraction * count)).indices
         factor = torch.zeros_like(entropy)
         factor[chosen] = count / len(chosen)
         weights[:, 1] *= factor
@@ -56,8 +56,8 @@ def expected_losses(
 
 def configurations() -> list[KDConfig]:
     supports = [KDConfig(support=support) for support in SUPPORTS]
-    selected = [KDConfig(positions=f"top_entropy({share})") for share in (0.2, 0.5)]
-    return [*supports, *selected, KDConfig(divergence="reverse_kl", positions="top_entropy(0.3)")]
+    selected = [KDConfig(top_entropy_fraction=share) for share in (0.2, 0.5)]
+    return [*supports, *selected, KDConfig(divergence="reverse_kl", top_entropy_fraction=0.3)]
 
 
 def check_weights_of_logits() -> None:
@@ -126,7 +126,7 @@ def test_selection_keeps_the_weight_of_the_distillation() -> None:
     z = student_logits_alone(10)
     teacher = teacher_alone(10)
     for share, count in ((0.2, 2), (0.25, 3), (0.01, 1), (1.0, 10)):
-        config = KDConfig(sft_weight=0, kd_weight=3, positions=f"top_entropy({share})")
+        config = KDConfig(sft_weight=0, kd_weight=3, top_entropy_fraction=share)
         result = sft_kd_loss(z, labels, teacher, config)
         chosen = result.loss > 0
         assert int(chosen.sum()) == count
@@ -144,12 +144,10 @@ def teacher_alone(n: int) -> TopK:
     return single(reference.topk(torch.randn(n, V, generator=torch.Generator().manual_seed(2)), K))
 
 
-@pytest.mark.parametrize(
-    "positions", ["top_entropy", "top_entropy()", "top_entropy(0)", "top_entropy(1.5)", "some"]
-)
-def test_unknown_positions_are_refused(positions: str) -> None:
-    with pytest.raises(ValueError, match="expected all, or top_entropy"):
-        KDConfig(positions=positions)
+@pytest.mark.parametrize("fraction", [0.0, -0.2, 1.5, float("nan")])
+def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"top_entropy_fraction is .* in \(0, 1\]"):
+        KDConfig(top_entropy_fraction=fraction)
 
 
 def test_weights_of_another_number_are_refused() -> None:

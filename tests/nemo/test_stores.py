@@ -24,7 +24,7 @@ def draws(tmp_path: Path) -> Store:
         ({"support": "vocab", "temperature_end": 2.0}, None, "temperature=2.0 at the end of the s"),
         ({"divergence": "jsd", "alpha": 0.0, "alpha_end": 0.5}, None, "divergence=jsd at the end"),
         ({"divergence": "jsd", "alpha": 0.0}, 0.5, "divergence=jsd;"),
-        ({"positions": "top_entropy(0.2)"}, None, "positions=top_entropy"),
+        ({"top_entropy_fraction": 0.2}, None, "top_entropy_fraction=0.2"),
     ],
 )
 def test_every_step_and_a_stores_own_alpha_count(
@@ -41,7 +41,7 @@ def test_every_step_and_a_stores_own_alpha_count(
         ({"alpha_end": 0.1, "normalize": "global_tokens", "fused_lm_head": True}, None, True),
         ({"divergence": "jsd"}, 0.0, True),
         ({"divergence": "jsd", "alpha": 0.0}, None, True),
-        ({"positions": "top_entropy(0.2)"}, None, False),  # a validation measures all positions
+        ({"top_entropy_fraction": 0.2}, None, False),  # a validation measures all positions
     ],
 )
 def test_what_is_linear_or_not_learned_is_accepted(

@@ -156,8 +156,6 @@ def kd(setting: str, value: str) -> str:
         ("js", "jsd"),
         ("jensen_shannon", "jsd"),
         ("js_divergence", "jsd"),
-        ("tvd", "total_variation"),
-        ("tv", "total_variation"),
         ("srkl", "skew_reverse_kl"),
         ("sfkl", "skew_forward_kl"),
         ("skew_rkl", "skew_reverse_kl"),

@@ -1,0 +1,104 @@
+"""The losses of NeMo's model and of Megatron-core's loop, from logits to gradients and metrics.
+
+On fake tensors, as in tests/loss/test_no_host_wait.py: what needs a tensor's values fails.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nemo_kd.data import AnswerTokens
+from nemo_kd.mcore.training import _loss
+from nemo_kd.nemo.config import KDTrainingConfig
+from nemo_kd.nemo.metrics import MetricSums
+from nemo_kd.nemo.student_loss import StudentLoss
+from nemo_kd.topk import TopK
+from tests.loss.test_no_host_wait import CONFIGURATIONS
+
+S, B, N, V, VP, K, H = 6, 3, 7, 20, 24, 5, 4
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    address = f"file://{tmp_path_factory.mktemp('group') / 'rendezvous'}"
+    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    parallel_state.initialize_model_parallel()
+    yield
+    parallel_state.destroy_model_parallel()
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(autouse=True)
+def fake(one_process: None) -> Iterator[None]:
+    with FakeTensorMode(), torch.device("meta"):
+        yield
+
+
+def answers(own_weights: bool) -> AnswerTokens:
+    teacher = TopK(
+        ids=torch.zeros(N, K, dtype=torch.int64),
+        logits=torch.zeros(N, K),
+        logsumexp=torch.zeros(N),
+        temperatures=(2.0,),
+    )
+    positions = torch.zeros(N, dtype=torch.int64)
+    return AnswerTokens(positions, teacher, torch.zeros(N) if own_weights else None)
+
+
+def settings() -> Iterator[KDTrainingConfig]:
+    for config in CONFIGURATIONS:
+        yield KDTrainingConfig(**vars(config))
+
+
+class Stage(torch.nn.Module):
+    """What a pipeline's last stage of Megatron's has for a loss: hidden states and the LM head."""
+
+    post_process = True
+    share_embeddings_and_output_weights = False
+    config = SimpleNamespace(sequence_parallel=False)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.output_layer = torch.nn.Linear(H, VP, bias=False)
+        self.output_layer.sequence_parallel = False
+
+    def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
+        logits = hidden if not self.post_process else self.output_layer(hidden)
+        return logits if labels is None else self.compute_language_model_loss(labels, logits)
+
+    def compute_language_model_loss(self, labels: Any, logits: Any) -> torch.Tensor:
+        raise AssertionError("Megatron's own cross-entropy has no part in these")
+
+
+@pytest.mark.parametrize("own_weights", [False, True])
+@pytest.mark.parametrize("fused", [False, True])
+def test_nemos_training_step_never_waits(fused: bool, own_weights: bool) -> None:
+    for kd in settings():
+        stage, sums = Stage(), MetricSums()
+        student = StudentLoss(kd, V, VP - V)
+        student.attach(stage, fused)  # type: ignore[arg-type]
+        student.begin(kd, sums, training=True)
+        for _ in range(2):  # micro-batches
+            student.hand_over(answers(own_weights))
+            labels = torch.zeros(B, S, dtype=torch.int64)
+            losses = stage(torch.randn(S, B, H, requires_grad=True), labels=labels)
+            # As NeMo's loss_func: a sum over the answer tokens, divided by their number.
+            mask = torch.ones(B, S)
+            (torch.sum(losses.view(-1) * mask.view(-1)) / mask.sum().clamp(min=1)).backward()
+        assert stage.output_layer.weight.grad is not None and sums.sums is not None
+
+
+def test_megatron_cores_loss_function_never_waits() -> None:
+    for kd in settings():
+        logits = torch.randn(B, S, VP, requires_grad=True)
+        labels = torch.zeros(B, S, dtype=torch.int64)
+        loss, count, report = _loss(labels, answers(False), kd, V, logits * 1)
+        (loss / count).backward()
+        assert logits.grad is not None and report["kd_loss"].shape == ()
