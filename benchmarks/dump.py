@@ -76,7 +76,7 @@ def configuration(teacher: Path, data: Path) -> DictConfig:
         f"data.max_seq_length={MAX_TOKENS}",
         f"trainer.precision={PRECISION}",
         f"model.micro_batch_size={MICRO_BATCH}",
-        f"model.kd.top_k={K}",
+        f"dump.top_k={K}",
         "++teacher.kind=nemo",
     ]
     with initialize_config_dir(str(ROOT / "conf"), version_base=None):

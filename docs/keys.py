@@ -1,10 +1,10 @@
-"""The tables of `configuration.md`, from the data classes' docstrings and the comments of `conf/`.
+"""Write the tables of `configuration.md` from docstrings of dataclasses and comments of `conf/`.
 
     python docs/keys.py
 
-writes the page anew, between its markers `<!-- keys SOURCE -->` and `<!-- end -->`. SOURCE is a
-data class and its block (`module.Class model.kd`), or a file of `conf/`, with a block of it or not
-(`name.yaml generation`); `model.kd` in a file is left to its data class.
+rewrites the page between its markers `<!-- keys SOURCE -->` and `<!-- end -->`. SOURCE is a
+dataclass and the block that it describes (`module.Class model.kd`; without a block, the complete
+configuration), or a file of `conf/` and optionally one of its blocks (`model.kd` is left out).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import importlib
 import inspect
 import re
 import textwrap
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,17 +24,17 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs/configuration.md"
-BLOCK = object()  # a whole block has a comment, but no default
+BLOCK = object()  # a block has a comment, but no default
 MARKED = re.compile(r"(<!-- keys (.+?) -->\n).*?(<!-- end -->)", re.DOTALL)
 
 
 def with_tables(page: str) -> str:
-    """The page with its tables as the code has them now."""
+    """Return the page with tables made from the current code."""
     return MARKED.sub(lambda found: f"{found[1]}{table(found[2])}{found[3]}", page)
 
 
 def table(source: str) -> str:
-    """A row for each key that is explained; the others are NeMo's."""
+    """Return a table with a row for each explained key; the other keys are NeMo's."""
     rows = of_yaml(*source.split()) if ".yaml" in source else of_dataclass(*source.split())
     lines = ["", "| key | default | |", "|---|---|---|"]
     for key, default, meaning in rows:
@@ -43,7 +44,7 @@ def table(source: str) -> str:
 
 
 def shown(default: Any) -> str:
-    """As YAML has it."""
+    """Return a default in YAML's notation."""
     if default is BLOCK:
         return ""
     if default == "???":
@@ -53,11 +54,23 @@ def shown(default: Any) -> str:
     return f"`{text.removesuffix('...' + chr(10)).strip()}`"
 
 
-def of_dataclass(path: str, block: str) -> Iterator[tuple[str, Any, str]]:
+def of_dataclass(path: str, block: str = "") -> Iterator[tuple[str, Any, str]]:
     """(key, default, docstring of the field), those of the base classes first."""
     module, _, name = path.rpartition(".")
     cls: Any = getattr(importlib.import_module(module), name)
-    meanings: dict[str, str] = {}
+    meanings, prefix = docstrings(cls), f"{block}." if block else ""
+    hints = typing.get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        key, kind = f"{prefix}{field.name}", hints[field.name]
+        if isinstance(kind, type) and dataclasses.is_dataclass(kind):
+            yield from of_dataclass(f"{kind.__module__}.{kind.__name__}", key)
+        else:
+            yield key, default_of(field), re.sub(r"\bNone\b", "null", meanings[field.name])
+
+
+def docstrings(cls: Any) -> dict[str, str]:
+    """Field → the docstring below it."""
+    meanings = {}
     for base in reversed(cls.__mro__[:-1]):
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(base))).body
         assert isinstance(tree, ast.ClassDef)
@@ -65,15 +78,19 @@ def of_dataclass(path: str, block: str) -> Iterator[tuple[str, Any, str]]:
             if isinstance(statement, ast.AnnAssign) and isinstance(after, ast.Expr):
                 assert isinstance(statement.target, ast.Name)
                 meanings[statement.target.id] = " ".join(ast.literal_eval(after.value).split())
-    null = re.compile(r"\bNone\b")
-    for field in dataclasses.fields(cls):
-        made = field.default_factory
-        default = field.default if made is dataclasses.MISSING else made()
-        yield f"{block}.{field.name}", default, null.sub("null", meanings[field.name])
+    return meanings
+
+
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """`???`, as in the YAML files, without a default."""
+    if field.default is not dataclasses.MISSING:
+        return field.default
+    made = field.default_factory
+    return "???" if made is dataclasses.MISSING else made()
 
 
 def of_yaml(name: str, block: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, value, comment) of each key of a file that has a comment in its line."""
+    """(dotted key, value, comment) of each key that has a comment on its line."""
     text = (ROOT / "conf" / name).read_text()
     lines = text.splitlines()
     node = yaml.compose(text)

@@ -116,7 +116,7 @@ class Assets:
         whole = f"plain-{self.cfg.teacher.top_k}"
         profile, _, size = store.rpartition("-")
         if store == whole or profile == "sampled":
-            options = [f"+model.kd.top_k={size}", f"model.kd.profile={profile}"]
+            options = [f"dump.top_k={size}", f"dump.profile={profile}"]
             steps = [self._dump(domain, teacher, "train", store, options)]
             return [*self.teacher_steps(domain, teacher), *steps]
         source = self.store(domain, teacher, "train", whole)
@@ -130,7 +130,7 @@ class Assets:
     def held_out_steps(self, domain: str) -> list[Step]:
         """Validation and test, always with the fine-tuned teacher's logits: one measure for all."""
         test, groups = self.store(domain, "tuned", "test"), self.groups(domain)
-        top_k = [f"+model.kd.top_k={self.cfg.teacher.top_k}"]
+        top_k = [f"dump.top_k={self.cfg.teacher.top_k}"]
         split = [str(test), str(groups), f"--data={self.data(domain)}/data.json"]
         product = groups / "groups.json"
         return [
@@ -151,7 +151,7 @@ class Assets:
             f"data.file_path={self.data(domain)}/train.jsonl",
             f"data.max_seq_length={self.cfg.data.max_tokens}",
             f"generation.max_new_tokens={self.cfg.generation.tokens}",
-            f"+model.kd.top_k={self.cfg.teacher.top_k}",
+            f"dump.top_k={self.cfg.teacher.top_k}",
             f"trainer.precision={self.cfg.train.precision}",
             "model.micro_batch_size=16",
             "rows_per_shard=64",

@@ -13,7 +13,7 @@ from steps_ratio import Interval
 from study import Experiment, Run
 
 from nemo_kd.loss import KDConfig
-from nemo_kd.teacher.config import KDDumpConfig
+from nemo_kd.teacher.config import TopKConfig
 
 Rows = Mapping[str, list[Row]]
 
@@ -115,14 +115,14 @@ def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
 
 def recommendation(beside: Sequence[Row]) -> str:
     """The product's defaults, and what was measured beside them; the first of a label counts."""
-    loss, store = KDConfig(), KDDumpConfig()
+    loss, store = KDConfig(), TopKConfig()
     defaults = {
         "model.kd.alpha": f"{loss.weights[1]:g}",
         "model.kd.support": loss.support,
         "model.kd.divergence": loss.divergence,
         "model.kd.temperature": f"{loss.temperature:g}",
-        "model.kd.top_k": str(store.top_k),
-        "model.kd.profile": store.profile,
+        "dump.top_k": str(store.top_k),
+        "dump.profile": store.profile,
     }
     text = "The recommended settings are the defaults: "
     text += ", ".join(f"`{key}={value}`" for key, value in defaults.items()) + ". "

@@ -96,7 +96,7 @@ def dump(split: str, teacher: Path) -> Step:
         "trainer.precision=bf16-mixed",
         "model.micro_batch_size=16",
         "rows_per_shard=128",
-        "+model.kd.top_k=100",
+        "dump.top_k=100",
     ]
     product = OUT / f"store-{split}" / "manifest.json"
     return Step(f"dump the teacher's top-100 ({split})", "dump_teacher_topk.py", arguments, product)

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterator
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 
@@ -64,6 +65,14 @@ def _override(argument: str, sweeps: bool) -> str:
     if "." in key or key in SINGLE:
         plus = "++"
     return f"{plus}{key}={value if sweeps else readable(key, value)}"
+
+
+def given_keys() -> set[str]:
+    """The keys that the running script's command line sets."""
+    if not HydraConfig.initialized():
+        return set()
+    overrides = HydraConfig.get().overrides.task
+    return {override.lstrip("+").partition("=")[0] for override in overrides}
 
 
 def readable(key: str, value: str) -> str:

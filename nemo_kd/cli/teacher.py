@@ -6,14 +6,17 @@ import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.cli.overrides import given_keys
 from nemo_kd.nemo import start
-from nemo_kd.nemo.settings import dump as settings
+from nemo_kd.nemo.settings import dump as nemo
+from nemo_kd.settings.values import shown
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.spec import MAX_VOCABULARY
-from nemo_kd.teacher.config import dump_config
+from nemo_kd.teacher import settings
+from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.layout import LayoutError
 
 if TYPE_CHECKING:
@@ -21,12 +24,13 @@ if TYPE_CHECKING:
     from nemo_kd.store import Manifest
     from nemo_kd.teacher.interface import Teacher
 
-KINDS = ("nemo", "hf")
-PARALLEL_SIZES = (
-    "tensor_model_parallel_size",
-    "pipeline_model_parallel_size",
-    "context_parallel_size",
-)
+NEMO_ONLY = {
+    "tensor_model_parallel_size": 1,
+    "pipeline_model_parallel_size": 1,
+    "sequence_parallel": False,
+    "megatron_amp_O2": False,
+}
+"""Keys of `model` that a Hugging Face teacher has no use for, with their defaults."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -64,8 +68,7 @@ def load(cfg: DictConfig) -> Teacher:
 
     NeMo is imported for `nemo` only.
     """
-    settings.check_keys(cfg)
-    check_store_settings(cfg)
+    check_store_settings(read(cfg))
     check_kind(cfg)
     settings.check_inputs(cfg)
     if cfg.teacher.kind == "hf":
@@ -95,45 +98,44 @@ def rows_of(cfg: DictConfig, teacher: Teacher) -> SFTRows:
     return conversation_rows(cfg.data.file_path, teacher.tokenizer, max_seq_length(cfg, teacher))
 
 
-def check_store_settings(cfg: DictConfig) -> None:
+def read(cfg: DictConfig) -> DumpConfig:
+    """The configuration as dataclasses, with NeMo's keys checked for a NeMo teacher only."""
+    is_nemo = OmegaConf.select(cfg, "teacher.kind") == "nemo"
+    return settings.read(cfg, nemo.BLOCKS if is_nemo else {}, given_keys())
+
+
+def check_store_settings(config: DumpConfig) -> None:
     """Refuse what no store can hold before the teacher is loaded, which may take minutes."""
-    kd = dump_config(cfg)
+    dump = config.dump
     spec = StoreSpec(
-        top_k=kd.top_k,
+        top_k=dump.top_k,
         vocab_size=MAX_VOCABULARY,  # the teacher's is not known yet
-        temperatures=tuple(kd.temperatures),
-        rows_per_shard=cfg.rows_per_shard,
-        profile=kd.profile,
-        profile_options=kd.profile_options,
+        temperatures=dump.temperatures,
+        rows_per_shard=config.rows_per_shard,
+        profile=dump.profile,
+        profile_options=dump.profile_options,
     )
     codec_of(spec)
 
 
 def check_kind(cfg: DictConfig) -> None:
     """Refuse a teacher of the wrong kind before the slow imports."""
-    kind, path = cfg.teacher.kind, Path(cfg.model.restore_from_path)
-    if kind not in KINDS:
-        raise LayoutError(f"teacher.kind={kind}: expected one of {', '.join(KINDS)}")
-    if kind == "nemo":
+    path = Path(cfg.model.restore_from_path)
+    if cfg.teacher.kind == "nemo":
         if (path / "config.json").is_file() or path.suffix == ".gguf":
             raise LayoutError(
                 f"{path} is a Hugging Face checkpoint: set teacher.kind=hf, or convert it to .nemo "
                 "with examples/convert_hf_to_nemo.py"
             )
-        if cfg.model.context_parallel_size > 1:
-            raise LayoutError(
-                f"model.context_parallel_size={cfg.model.context_parallel_size}: a forward pass "
-                "needs no context parallelism; set it to 1, and for long samples raise "
-                "model.tensor_model_parallel_size or lower max_tokens_per_micro_batch"
-            )
         start.refuse(cfg)
         return
     if path.suffix == ".nemo":
         raise LayoutError(f"{path} is NeMo's: set teacher.kind=nemo")
-    for key in PARALLEL_SIZES:
-        if cfg.model[key] > 1:
+    for key, default in NEMO_ONLY.items():
+        if cfg.model.get(key, default) != default:
             raise LayoutError(
-                f"model.{key}={cfg.model[key]}: each rank holds all of a Hugging Face teacher "
-                "(teacher.kind=hf), so only data parallelism works; set it to 1, or convert the "
-                "teacher to .nemo with examples/convert_hf_to_nemo.py"
+                f"model.{key}={shown(cfg.model[key])}: each rank holds all of a Hugging Face "
+                "teacher (teacher.kind=hf), in trainer.precision, so only data parallelism works; "
+                f"set it to {shown(default)}, or convert the teacher to .nemo with "
+                "examples/convert_hf_to_nemo.py"
             )

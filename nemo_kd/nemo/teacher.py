@@ -19,6 +19,21 @@ from nemo_kd.store import StoreSpec
 if TYPE_CHECKING:
     from nemo_kd.teacher.generation.step import Decoding
 
+NOT_A_TRAINING = dict.fromkeys(
+    ("logger", "enable_checkpointing", "use_distributed_sampler", "enable_progress_bar"), False
+)
+NOT_TRAINED = {
+    "seed": 1234,
+    "context_parallel_size": 1,
+    "gradient_as_bucket_view": False,
+    "activations_checkpoint_granularity": None,
+    "activations_checkpoint_method": None,
+    "activations_checkpoint_num_layers": None,
+    "hidden_dropout": 0.0,
+    "attention_dropout": 0.0,
+}
+"""Values that replace those of the checkpoint's own training."""
+
 
 class NemoTeacher:
     """A `teacher.interface.Teacher`, on any tensor and pipeline layout."""
@@ -55,13 +70,14 @@ def load_teacher(cfg: DictConfig) -> NemoTeacher:
 
 
 def _complete(cfg: DictConfig) -> None:
-    """Add what NeMo's model reads of a configuration but a dump does not use."""
+    """Add what NeMo's trainer and model read and a dump does not use."""
     model_parallel = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
     replicas = max(cfg.trainer.devices * cfg.trainer.num_nodes // model_parallel, 1)
     with open_dict(cfg):
         cfg.model.global_batch_size = cfg.model.micro_batch_size * replicas
         cfg.model.optim = {"name": "adamw" if cfg.trainer.accelerator == "cpu" else "fused_adam"}
-        cfg.model.gradient_as_bucket_view = False
+        cfg.trainer = OmegaConf.merge(NOT_A_TRAINING, cfg.trainer)
+        cfg.model = OmegaConf.merge(NOT_TRAINED, cfg.model)
         loss = {"metric": {"name": "loss"}}
         data = {"chat": cfg.data.chat, "validation_ds": loss, "test_ds": loss}
         cfg.model.data = OmegaConf.create(data)

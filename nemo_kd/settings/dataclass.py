@@ -1,41 +1,74 @@
-"""A block of a configuration as a data class: its keys, kinds of values and own checks."""
+"""Dataclasses as blocks of a configuration: known keys, kinds of values, construction."""
 
 from __future__ import annotations
 
 import dataclasses
 import typing
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any, TypeGuard, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.blocks import Block, check
-from nemo_kd.settings.values import of_annotation
+from nemo_kd.settings.values import Kind, of_annotation
 
 Settings = TypeVar("Settings")
 
 
 def block_of(cls: type[Any]) -> Block:
-    """The fields of a data class, each of the kind that it is annotated with."""
-    hints = typing.get_type_hints(cls)
-    return Block(
-        {field.name: of_annotation(hints[field.name]) for field in dataclasses.fields(cls)}
-    )
+    """The fields of a dataclass as keys: a nested dataclass is a block, the rest by annotation."""
+    return Block({name: _known(annotation) for name, annotation in _annotations(cls).items()})
 
 
-def settings_of(cls: type[Settings], block: DictConfig | None, where: str) -> Settings:
-    """The block at `where`, such as `model.kd`, as the data class `cls`; its defaults for None.
+def settings_of(cls: type[Settings], block: DictConfig | None, where: str = "") -> Settings:
+    """Check the block at `where` (such as `model.kd`) and convert it to `cls`; None: the defaults.
 
     Errors: NemoKDError, naming the key, for an unknown one, a value of the wrong kind, and a value
     that `cls` itself refuses.
     """
-    if block is None:
-        return cls()
-    check(block, block_of(cls), where)
-    values: Any = OmegaConf.to_container(block, resolve=True)
+    if block is not None:
+        check(block, block_of(cls), where)
+    return checked_settings_of(cls, block, where)
+
+
+def checked_settings_of(cls: type[Settings], block: DictConfig | None, where: str = "") -> Settings:
+    """As `settings_of`, of a block whose keys are checked: those that `cls` lacks are ignored.
+
+    Errors: NemoKDError for a key without a value, and a value that `cls` refuses.
+    """
+    values: Any = {} if block is None else OmegaConf.to_container(block, resolve=True)
+    return _construct(cls, values, where)
+
+
+def _annotations(cls: type[Any]) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {field.name: hints[field.name] for field in dataclasses.fields(cls)}
+
+
+def _is_block(annotation: Any) -> TypeGuard[type[Any]]:
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+
+
+def _known(annotation: Any) -> Kind | Block:
+    return block_of(annotation) if _is_block(annotation) else of_annotation(annotation)
+
+
+def _construct(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
+    annotations, prefix = _annotations(cls), f"{where}." if where else ""
+    given = {name: values[name] for name in annotations if name in values}
+    for name, annotation in annotations.items():
+        if _is_block(annotation):
+            given[name] = _construct(annotation, given.get(name) or {}, f"{prefix}{name}")
+        elif isinstance(given.get(name), list) and typing.get_origin(annotation) is tuple:
+            given[name] = tuple(given[name])
+    for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+        has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+        if not has_default and given.get(field.name, "???") == "???":
+            key = f"{prefix}{field.name}"
+            raise NemoKDError(f"{key} must be given: add {key}=VALUE to the command.")
     try:
-        return cls(**values)
-    except ValueError as error:
-        first = str(error).split()[0]
-        named = any(field.name == first for field in dataclasses.fields(cls))  # type: ignore[arg-type]
-        raise NemoKDError(f"{where}.{error}" if named else str(error)) from error
+        return cls(**given)
+    except NemoKDError as error:
+        named = str(error).split()[0] in annotations
+        raise NemoKDError(f"{prefix}{error}" if named else str(error)) from error

@@ -56,7 +56,7 @@ TRAINING = EVERYWHERE | {
     "output_dir": "the directory of a run is exp_manager.explicit_log_dir",
 }
 DUMP = EVERYWHERE | {
-    "top_k": "it is model.kd.top_k",
+    "top_k": "it is dump.top_k",
     "output_path": "it is output_dir, a directory",
     "start_from_idx": "all ranks share the rows, and an interrupted dump resumes by itself",
     "end_at_idx": "all ranks share the rows, and an interrupted dump resumes by itself",
@@ -70,6 +70,8 @@ DUMP = EVERYWHERE | {
     "data.sample": "each row is dumped once",
     "data.shuffle": "each row is dumped once, in the order of the file",
     "data.drop_last": "each row is dumped once",
+    "model.context_parallel_size": "a forward pass needs no context parallelism; for long samples "
+    "raise model.tensor_model_parallel_size or lower max_tokens_per_micro_batch",
     "model.optim": "a teacher is not trained",
     "model.peft": "merge adapters into the teacher first, with examples/merge_lora.py",
     "model.data": "the rows are described under data",

@@ -7,7 +7,7 @@ import types
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from nemo_kd.loss.names import did_you_mean
 
@@ -113,8 +113,13 @@ def one_or_more(kind: Kind) -> Kind:
 
 
 def of_annotation(annotation: Any) -> Kind:
-    """The values that a data class's field is annotated with; ANY for what is not known here."""
+    """The values of a dataclass field: the `Kind` in `Annotated[type, kind]`, else by the type.
+
+    ANY for types that have no kind.
+    """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
+    if origin is typing.Annotated:
+        return next((each for each in arguments[1:] if isinstance(each, Kind)), ANY)
     if origin in (typing.Union, types.UnionType):
         rest = [each for each in arguments if each is not type(None)]
         kind = either(*map(of_annotation, rest))
@@ -123,3 +128,34 @@ def of_annotation(annotation: Any) -> Kind:
         return list_of(of_annotation(arguments[0]))
     simple = {bool: FLAG, int: whole(), float: number(), str: TEXT}
     return MAPPING if origin is dict else simple.get(annotation, ANY)
+
+
+COUNT, NATURAL, SHARE = whole(1), whole(0), number(0, 1)
+DEVICES = Kind(
+    "a number of devices, a list of them, or auto",
+    lambda v: (
+        v in ("auto", "-1", -1)
+        or COUNT.fits(v)
+        or list_of(NATURAL).fits(v)
+        or (isinstance(v, str) and v.replace(",", "").isdigit())
+    ),
+)
+PRECISION = Kind(
+    "one of 32, bf16, 16, bf16-mixed, 16-mixed, 32-true",
+    lambda value: str(value) in ("32", "bf16", "16", "bf16-mixed", "16-mixed", "32-true"),
+    one_of(
+        "32",
+        "bf16",
+        "16",
+        **{
+            "16": "fp16 float16 half f16 16bit",
+            "32": "fp32 float32 float single f32 full 32bit",
+            "bf16": "bfloat16 bfloat brain",
+        },
+    ).hint,
+)
+ACCELERATOR = one_of("gpu", "cpu", "auto", "cuda", gpu="gpus", cpu="cpus")
+
+Count = Annotated[int, COUNT]
+Natural = Annotated[int, NATURAL]
+PathText = Annotated[str, PATH]

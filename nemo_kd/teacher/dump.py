@@ -137,12 +137,12 @@ def store_spec(cfg: DictConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
     """Everything that decides the bytes of this dump's store; the writer resumes no other."""
     checkpoint = Path(cfg.model.restore_from_path)
     return StoreSpec(
-        top_k=cfg.model.kd.top_k,
+        top_k=cfg.dump.top_k,
         vocab_size=teacher.tokenizer.vocab_size,
-        temperatures=tuple(cfg.model.kd.temperatures),
+        temperatures=tuple(cfg.dump.temperatures),
         rows_per_shard=cfg.rows_per_shard,
-        profile=cfg.model.kd.profile,
-        profile_options=dict(cfg.model.kd.profile_options),
+        profile=cfg.dump.profile,
+        profile_options=dict(cfg.dump.profile_options),
         tokenizer={
             "fingerprint": tokenizer_fingerprint(teacher.tokenizer),
             **teacher.tokenizer_origin,

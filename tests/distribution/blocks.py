@@ -22,9 +22,9 @@ from omegaconf import OmegaConf
 
 from nemo_kd.cli.main import main
 from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.cli.teacher import read
 from nemo_kd.nemo.config import kd_training_config
-from nemo_kd.nemo.settings import dump, training
-from nemo_kd.teacher.config import dump_config
+from nemo_kd.nemo.settings import training
 from tests import nemo_file
 from tests.conftest import ROOT
 
@@ -160,8 +160,7 @@ def check_overrides(name: str, overrides: list[str]) -> None:
     for key in OmegaConf.missing_keys(cfg):  # a page may show a part of a command
         OmegaConf.update(cfg, key, "anything")
     if "teacher" in cfg:
-        dump.check_keys(cfg)
-        dump_config(cfg)
+        read(cfg)
     else:
         training.fill_in(cfg)
         training.check_keys(cfg)

@@ -68,7 +68,7 @@ def said() -> str:
 def test_keys_files_and_commands_exist(page: Path) -> None:
     text = page.read_text()
     fields = {field.name for field in dataclasses.fields(KDTrainingConfig)}
-    dump = yaml.safe_load((ROOT / "conf/dump_teacher_topk.yaml").read_text())["model"]["kd"]
+    dump = yaml.safe_load((ROOT / "conf/dump_teacher_topk.yaml").read_text())["dump"]
     for key in re.findall(r"model\.kd\.([a-z_]+)", text):
         assert key in fields | set(dump) | {"x"}, key
     for path in re.findall(r"\b(?:examples|benchmarks|conf|nemo_kd|tests)/[\w/]+\.\w+", text):

@@ -38,8 +38,8 @@ def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
         "model.micro_batch_size=3",
         "rows_per_shard=10",
         "rows_per_lm_head=50",
-        "+model.kd.top_k=20",
-        "model.kd.temperatures=[1.0,2.0]",
+        "dump.top_k=20",
+        "dump.temperatures=[1.0,2.0]",
     ]
 
 

@@ -31,10 +31,10 @@ def sampled(tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory
 def sampled_overrides(tiny: Path, store: Path) -> list[str]:
     return [
         *dump_overrides(tiny, "train", store),
-        f"model.kd.top_k={DRAWS}",
-        "model.kd.temperatures=[1.0]",
-        "model.kd.profile=sampled",
-        "model.kd.profile_options={seed: 3}",
+        f"dump.top_k={DRAWS}",
+        "dump.temperatures=[1.0]",
+        "dump.profile=sampled",
+        "dump.profile_options={seed: 3}",
     ]
 
 
@@ -119,8 +119,8 @@ def test_other_profiles_train_to_the_same_losses(
     script(
         "dump_teacher_topk.py",
         *dump_overrides(tiny, "train", tmp_path / "store"),
-        f"model.kd.profile={profile}",
-        f"model.kd.profile_options={options}",
+        f"dump.profile={profile}",
+        f"dump.profile_options={options}",
     )
     other = losses(train("one", f"model.data.train_ds.store={tmp_path}/store"))
     for a, b in zip(losses(train()), other, strict=True):

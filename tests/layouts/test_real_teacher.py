@@ -33,7 +33,7 @@ def test_smollm2_at_tensor_parallel_3(script: Script, tiny: Path, tmp_path: Path
             "trainer.precision=32",
             "model.micro_batch_size=4",
             f"model.tensor_model_parallel_size={processes}",
-            "+model.kd.top_k=100",
+            "dump.top_k=100",
             processes=processes,
         )
     one, three = Store(tmp_path / "one"), Store(tmp_path / "three")

@@ -98,7 +98,7 @@ def test_more_logits_than_words(script: Script, tiny: Path, tmp_path: Path) -> N
     ("override", "message"),
     [
         ("+model.kd.topk=5", "did you mean model.kd.top_k?"),
-        ("model.context_parallel_size=2", "a forward pass alone needs none"),
+        ("model.context_parallel_size=2", "a forward pass needs no context parallelism"),
         ("+model.virtual_pipeline_model_parallel_size=2", "NeMo 2.4 builds no virtual pipelines"),
     ],
 )

@@ -25,7 +25,7 @@ TRAIN = (
     "model.tensor_model_parallel_size=2",
     "+model.kd.alpha=0.5",
 )
-DUMP = ("data.max_seq_length=128", "trainer.precision=32", "model.kd.top_k=20")
+DUMP = ("data.max_seq_length=128", "trainer.precision=32", "dump.top_k=20")
 
 
 @pytest.fixture(scope="module")

@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_kd.cli.teacher import read
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.settings import dump, training
+from nemo_kd.nemo.settings import training
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes, data_parallel_size
 from nemo_kd.settings.templates import check_template
+from nemo_kd.teacher import settings
 from tests.settings.test_keys import TRAIN, configuration
 
 
@@ -44,8 +46,8 @@ def of_dump(world: Path, *overrides: str) -> None:
     os.chdir(world)
     start = ["model.restore_from_path=model.nemo", "data.file_path=rows.jsonl"]
     cfg = configuration("dump_teacher_topk", *start, *overrides)
-    dump.check_keys(cfg)
-    dump.check_inputs(cfg)
+    read(cfg)
+    settings.check_inputs(cfg)
 
 
 @pytest.fixture(autouse=True)

@@ -11,9 +11,10 @@ from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.cli.teacher import read
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.settings import dump, optim, sources, training
 from nemo_kd.nemo.settings import keys as nemo
+from nemo_kd.nemo.settings import optim, sources, training
 from nemo_kd.settings.blocks import Block
 from tests import nemo_file
 from tests.conftest import ROOT, environment
@@ -34,7 +35,7 @@ def configuration(name: str, *overrides: str) -> DictConfig:
 def check(name: str, *overrides: str) -> DictConfig:
     cfg = configuration(name, *overrides)
     if name in DUMPS:
-        dump.check_keys(cfg)
+        read(cfg)
     else:
         training.fill_in(cfg)
         training.check_keys(cfg)
@@ -232,7 +233,7 @@ def test_every_key_of_nemo_aligners_is_explained_or_the_same() -> None:
         (TRAIN, "+model.label_smoothing=0.1", "no label smoothing"),
         (TRAIN, "+outputdir=x", "exp_manager.explicit_log_dir"),
         ("dump_teacher_topk", "+pretrained_checkpoint.restore_from_path=x", "restore_from_path"),
-        ("dump_teacher_topk", "+top_k=5", "model.kd.top_k"),
+        ("dump_teacher_topk", "+top_k=5", "dump.top_k"),
         ("dump_teacher_topk", "+output_path=x", "output_dir"),
         ("dump_teacher_topk", "+data.data.file_path=x", "data.file_path"),
         ("dump_teacher_topk", "+start_from_idx=0", "share the rows"),

@@ -8,7 +8,6 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.names import DIVERGENCE_ALIASES, SUPPORT_ALIASES, nearest
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.settings.values import number, one_of, optional, whole
-from nemo_kd.teacher.config import dump_config
 from tests.settings.test_keys import DUMPS, TRAIN, check, configuration, refusal
 
 
@@ -70,11 +69,11 @@ def test_a_training_refuses(override: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.kd.top_k=1.5", "model.kd.top_k is 1.5: expected a whole number, at least 1"),
-        ("model.kd.top_k=0", "model.kd.top_k is 0"),
-        ("model.kd.top_k=null", "model.kd.top_k is null"),
-        ("model.kd.temperatures=2", "model.kd.temperatures is 2: expected a list"),
-        ("model.kd.profile_options=3", "model.kd.profile_options is 3"),
+        ("dump.top_k=1.5", "dump.top_k is 1.5: expected a whole number, at least 1"),
+        ("dump.top_k=0", "dump.top_k is 0"),
+        ("dump.top_k=null", "dump.top_k is null"),
+        ("dump.temperatures=2", "dump.temperatures is 2: expected a list"),
+        ("dump.profile_options=3", "dump.profile_options is 3"),
         ("data.max_seq_length=2k", "data.max_seq_length is '2k'"),
         ("data.add_eos=yes", "data.add_eos is 'yes'"),
         ("rows_per_shard=0", "rows_per_shard is 0"),
@@ -199,9 +198,9 @@ def test_other_choices_have_hints_too(setting: str, value: str, meant: str) -> N
         (TRAIN, "model.data.train_ds.over_long=truncate", "cut_prompt"),
         (TRAIN, "model.optim.name=AdamW", "adamw"),
         (TRAIN, "model.optim.sched.name=cosine", "CosineAnnealing"),
-        (DUMPS[0], "model.kd.profile=top_k", "plain"),
-        (DUMPS[0], "model.kd.profile=nucleus", "top_p"),
-        (DUMPS[0], "model.kd.profile=sampling", "sampled"),
+        (DUMPS[0], "dump.profile=top_k", "plain"),
+        (DUMPS[0], "dump.profile=nucleus", "top_p"),
+        (DUMPS[0], "dump.profile=sampling", "sampled"),
         (DUMPS[0], "teacher.kind=huggingface", "hf"),
     ],
 )
@@ -221,9 +220,3 @@ def test_what_the_kinds_say() -> None:
     assert optional(whole(1))(0) == " is 0: expected a whole number, at least 1, or null."
     assert number(0, 1)(True) == " is true: expected a number in [0, 1]."
     assert one_of("a", "b")("a") == ""
-
-
-def test_a_dumps_settings_are_checked_without_the_other_blocks() -> None:
-    cfg = configuration(DUMPS[0], "model.kd.topk=5")
-    with pytest.raises(NemoKDError, match=r"did you mean model\.kd\.top_k\?"):
-        dump_config(cfg)

@@ -37,7 +37,7 @@ DUMP = (
     "trainer.precision=32",
     "model.micro_batch_size=3",
     "rows_per_shard=4",
-    "model.kd.top_k=20",
+    "dump.top_k=20",
 )
 
 

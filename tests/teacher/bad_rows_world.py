@@ -45,15 +45,15 @@ SETTINGS = [
     "data.max_seq_length=128",
     "model.micro_batch_size=3",
     "rows_per_shard=3",
-    "model.kd.top_k=20",
+    "dump.top_k=20",
     "teacher.kind=hf",
 ]
 PROFILES = {
-    "plain": ["model.kd.temperatures=[1.0,2.0]"],
-    "all": ["model.kd.top_k=299"],
-    "compact": ["model.kd.profile=compact"],
-    "top_p": ["model.kd.profile=top_p", "++model.kd.profile_options={p: 1.0}"],
-    "sampled": ["model.kd.profile=sampled"],
+    "plain": ["dump.temperatures=[1.0,2.0]"],
+    "all": ["dump.top_k=299"],
+    "compact": ["dump.profile=compact"],
+    "top_p": ["dump.profile=top_p", "++dump.profile_options={p: 1.0}"],
+    "sampled": ["dump.profile=sampled"],
 }
 GENERATION = [
     "data.prompt_template='{input}{output}'",
@@ -195,7 +195,7 @@ def main(directory: Path) -> None:
     world.dump("shorter", "data", "growing")
     shutil.copytree(directory / "growing", directory / "shorter")
     world.dump("shorter, fresh", "data", "shorter-fresh")
-    world.dump("other K", "data", "growing", "model.kd.top_k=19")
+    world.dump("other K", "data", "growing", "dump.top_k=19")
 
     data.write_text(lines(clean))
     world.dump("changed", "data", "changed", meddle=meddling(data, lines([rows[ROWS]])))

@@ -14,8 +14,8 @@ SETTINGS = [
     "model.micro_batch_size=3",
     "rows_per_shard=4",
     "rows_per_lm_head=50",
-    "model.kd.top_k=20",
-    "model.kd.temperatures=[1.0,2.0]",
+    "dump.top_k=20",
+    "dump.temperatures=[1.0,2.0]",
 ]
 
 

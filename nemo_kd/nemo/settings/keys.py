@@ -15,9 +15,15 @@ from nemo_kd.nemo.settings import sources
 from nemo_kd.nemo.settings.optim import GPT_MODELS
 from nemo_kd.settings.blocks import FREE, Block, Keys
 from nemo_kd.settings.values import (
+    ACCELERATOR,
     ANY,
+    COUNT,
+    DEVICES,
     FLAG,
+    NATURAL,
     PATH,
+    PRECISION,
+    SHARE,
     TEXT,
     Kind,
     either,
@@ -28,31 +34,7 @@ from nemo_kd.settings.values import (
     whole,
 )
 
-COUNT, NATURAL, SHARE = whole(1), whole(0), number(0, 1)
 STEPS = Kind("a whole number, at least 1, or -1", lambda v: v == -1 or COUNT.fits(v))
-DEVICES = Kind(
-    "a number of devices, a list of them, or auto",
-    lambda v: (
-        v in ("auto", "-1", -1)
-        or COUNT.fits(v)
-        or list_of(NATURAL).fits(v)
-        or (isinstance(v, str) and v.replace(",", "").isdigit())
-    ),
-)
-PRECISION = Kind(
-    "one of 32, bf16, 16, bf16-mixed, 16-mixed, 32-true",
-    lambda value: str(value) in ("32", "bf16", "16", "bf16-mixed", "16-mixed", "32-true"),
-    one_of(
-        "32",
-        "bf16",
-        "16",
-        **{
-            "16": "fp16 float16 half f16 16bit",
-            "32": "fp32 float32 float single f32 full 32bit",
-            "bf16": "bfloat16 bfloat brain",
-        },
-    ).hint,
-)
 
 # --- trainer -----------------------------------------------------------------------------------
 
@@ -60,7 +42,7 @@ TRAINER = Block(
     {
         "devices": DEVICES,
         "num_nodes": COUNT,
-        "accelerator": one_of("gpu", "cpu", "auto", "cuda", gpu="gpus", cpu="cpus"),
+        "accelerator": ACCELERATOR,
         "precision": PRECISION,
         "max_epochs": optional(STEPS),
         "max_steps": STEPS,

@@ -8,7 +8,6 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.settings import keys as nemo
-from nemo_kd.nemo.settings.keys import COUNT, NATURAL
 from nemo_kd.nemo.settings.optim import OPTIM
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes
@@ -17,7 +16,9 @@ from nemo_kd.settings.dataclass import block_of
 from nemo_kd.settings.moved import TRAINING
 from nemo_kd.settings.templates import check_template
 from nemo_kd.settings.values import (
+    COUNT,
     FLAG,
+    NATURAL,
     PATH,
     TEXT,
     Kind,
