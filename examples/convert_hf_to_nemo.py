@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nemo_kd.checkpoints import CheckpointError, open_checkpoint, parse_layers, write_nemo
+from nemo_kd.cli.failures import reported
 from nemo_kd.nemo import cpu
 
 
@@ -62,18 +63,14 @@ def main(
         raise typer.BadParameter(f"{output} is a directory", param_hint="OUTPUT")
     start = time.perf_counter()
     wanted = None if dtype is Precision.own else getattr(torch, dtype.value)
-    try:
-        with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
-            task = bar.add_task("reading", total=None)
-            checkpoint = open_checkpoint(source)
-            layers = parse_layers(_layer_list(keep_layers), checkpoint.llama.num_layers)
-            cpu.install()  # megatron-core's checkpoint writer calls CUDA
-            # Writing takes about as long as reading a third of the layers.
-            bar.update(task, description="converting", total=len(layers) * 4 // 3)
-            done = write_nemo(checkpoint, output, layers, wanted, lambda: bar.advance(task))
-    except (CheckpointError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/red] {error}", soft_wrap=True)
-        raise typer.Exit(1) from error
+    with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
+        task = bar.add_task("reading", total=None)
+        checkpoint = open_checkpoint(source)
+        layers = parse_layers(_layer_list(keep_layers), checkpoint.llama.num_layers)
+        cpu.install()  # megatron-core's checkpoint writer calls CUDA
+        # Writing takes about as long as reading a third of the layers.
+        bar.update(task, description="converting", total=len(layers) * 4 // 3)
+        done = write_nemo(checkpoint, output, layers, wanted, lambda: bar.advance(task))
     console.print(
         f"{done.path}: {len(layers)} of {checkpoint.llama.num_layers} layers, "
         f"{done.parameters / 1e6:.1f} M parameters, {str(done.dtype).removeprefix('torch.')}, "
@@ -88,4 +85,7 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    with reported(resume="the same command starts over"):
+        app()

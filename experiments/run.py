@@ -8,7 +8,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import hydra
 from assets import Assets
 from omegaconf import DictConfig, OmegaConf
 from queue_plan import Job, estimate, read_results, remaining
@@ -99,7 +98,6 @@ def run(cfg: DictConfig) -> None:
         sys.exit(f"error: {len(failed)} runs failed: {', '.join(sorted(failed))}; see {out}/logs")
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     os.chdir(ROOT)
     OmegaConf.resolve(cfg)
@@ -107,4 +105,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, ROOT / "experiments/conf", "config", resume="run the same command to resume")

@@ -14,7 +14,6 @@ import re
 import sys
 from pathlib import Path
 
-import hydra
 from assets import Assets, training
 from omegaconf import DictConfig, OmegaConf
 from steps import ROOT, Step, Workshop, lock, write_json
@@ -49,7 +48,6 @@ def already_timed(path: Path, labels: set[str]) -> bool:
     return path.is_file() and set(json.loads(path.read_text())["seconds"]) == labels
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     os.chdir(ROOT)
     OmegaConf.resolve(cfg)
@@ -81,4 +79,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, ROOT / "experiments/conf", "config", resume="run the same command to resume")

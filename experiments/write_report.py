@@ -9,7 +9,6 @@ import json
 import os
 from pathlib import Path
 
-import hydra
 from findings import rows
 from omegaconf import DictConfig, OmegaConf
 from queue_plan import read_results
@@ -55,7 +54,6 @@ def write(study: Study, docs: Path, html_path: Path) -> None:
     html_path.write_text(html(text, docs), encoding="utf-8")
 
 
-@hydra.main(version_base=None, config_path="conf", config_name="config")
 def main(cfg: DictConfig) -> None:
     os.chdir(ROOT)
     OmegaConf.resolve(cfg)
@@ -65,4 +63,4 @@ def main(cfg: DictConfig) -> None:
 
 
 if __name__ == "__main__":
-    script(main)
+    script(main, ROOT / "experiments/conf", "config", resume="run the same command to resume")

@@ -8,9 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import nemo_kd
 from nemo_kd.errors import NemoKDError
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 @dataclass(frozen=True)
@@ -26,19 +30,12 @@ class Job:
 
     def start(self, conf: Path | None = None) -> None:
         """Run with the arguments in `sys.argv`; `conf` is the package's own by default."""
-        import hydra
-        from omegaconf import DictConfig
+        from nemo_kd.cli.scripts import script
 
-        from nemo_kd.cli.scripts import one_line_errors, script
-
-        conf = packaged_conf() if conf is None else conf
-
-        @hydra.main(version_base=None, config_path=str(conf), config_name=self.config_name)
-        @one_line_errors
-        def main(cfg: DictConfig) -> None:
+        def job(cfg: DictConfig) -> None:
             getattr(import_module(self.module), self.function)(cfg)
 
-        script(main, self.resume, conf)
+        script(job, packaged_conf() if conf is None else conf, self.config_name, self.resume)
 
 
 SHARDS = "the same command resumes after the last complete shard"
@@ -52,7 +49,7 @@ JOBS = {
         SHARDS,
     ),
     "generate": Job(
-        "Let a teacher write the answers, and store its top-K logits in the same pass.",
+        "Let a teacher generate answers, and store its top-K logits in the same pass.",
         "generate_with_teacher",
         "nemo_kd.cli.teacher",
         "run_generation",

@@ -1,16 +1,15 @@
-"""The arguments `key=value` of a Hydra script, so that a user need not know Hydra's grammar."""
+"""Arguments `key=value` of a Hydra script, for users who do not know Hydra's grammar."""
 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
 
-OVERRIDE = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 OTHER_CONFIGURATION = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
 AS_OURS = [
     "hydra.run.dir=.",
@@ -18,9 +17,9 @@ AS_OURS = [
     "hydra/job_logging=disabled",
     "hydra/hydra_logging=disabled",
 ]
-"""What the YAML files of conf/ set of Hydra itself: no directory and no log of its own."""
+"""Hydra's own settings in the YAML files of conf/: no directory and no log of its own."""
 SINGLE = {"output", "output_dir", "name", "jsonl", "overwrite"}
-"""Keys outside any block that may be missing in a configuration of NeMo's own."""
+"""Keys outside any block that a configuration of NeMo's own may lack."""
 PATHS = {
     "restore_from_path",
     "file_path",
@@ -38,12 +37,12 @@ TEXTS = {"prompt_template", "pattern", "label_key", "truncation_field"}
 
 
 def accept_every_spelling(arguments: list[str]) -> list[str]:
-    """The arguments as Hydra reads them in the way that was meant.
+    """Rewrite the arguments so that Hydra reads them as they were meant.
 
-    `+a.b=x`, `a.b=x` and `++a.b=x` all become the last: plain Hydra refuses `+` for a key that the
-    YAML has and the bare form for one that it lacks. Unknown keys are refused later, by name.
-    A path or a text with a character that Hydra's grammar does not know is quoted. Groups
-    (`hydra/x=`), `hydra.x=`, `~x` and options are left alone.
+    `+a.b=x`, `a.b=x` and `++a.b=x` all become the last: Hydra refuses `+` for a key that the YAML
+    has and the bare form for one that it lacks. The checks of the configuration name unknown keys.
+    Paths and texts with characters outside Hydra's grammar are quoted. Groups (`hydra/x=`),
+    `hydra.x=`, `~x` and options stay as they are.
     """
     sweeps = bool({"-m", "--multirun"} & set(arguments))
     arguments = [_override(argument, sweeps) for argument in _with_config_path(arguments)]
@@ -51,20 +50,32 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
         return arguments
     given = {argument.lstrip("+").partition("=")[0] for argument in arguments}
     added = [each for each in AS_OURS if each.partition("=")[0] not in given]
-    # Among the overrides, which Hydra wants to be in one row.
-    first = (i for i, each in enumerate(arguments) if OVERRIDE.fullmatch(each))
+    # Beside the overrides: Hydra's options may not stand between two of them.
+    first = (i for i, each in enumerate(arguments) if _key(each) is not None)
     at = next(first, len(arguments))
     return [*arguments[:at], *added, *arguments[at:]]
 
 
 def _override(argument: str, sweeps: bool) -> str:
-    found = OVERRIDE.fullmatch(argument)
-    if found is None or found[2].split(".")[0] == "hydra":
+    key, value = _key(argument), argument.partition("=")[2]
+    if key is None or key.key_or_group.split(".")[0] == "hydra":
         return argument
-    plus, key, value = found.groups()
-    if "." in key or key in SINGLE:
+    name = key.key_or_group
+    plus = {OverrideType.ADD: "+", OverrideType.FORCE_ADD: "++"}.get(key.type, "")
+    if "." in name or name in SINGLE:
         plus = "++"
-    return f"{plus}{key}={value if sweeps else readable(key, value)}"
+    return f"{plus}{name}={value if sweeps else readable(name, value)}"
+
+
+def _key(argument: str) -> Override | None:
+    """What Hydra reads before the `=`; None for options, groups, packages and deletions."""
+    before, equals, _ = argument.partition("=")
+    try:
+        key = OverridesParser.create().parse_override(f"{before}=x")
+    except HydraException:
+        return None
+    plain = equals and key.package is None and "/" not in key.key_or_group
+    return key if plain and not key.is_delete() else None
 
 
 def given_keys() -> set[str]:
@@ -76,7 +87,7 @@ def given_keys() -> set[str]:
 
 
 def readable(key: str, value: str) -> str:
-    """A value that Hydra's grammar reads as the text that it is, quoted if need be."""
+    """The value, quoted if Hydra's grammar would not read it as the text that it is."""
     name = key.rpartition(".")[2]
     is_path = name in PATHS or name in PATH_LISTS
     if is_path and value.startswith("~/"):
@@ -86,18 +97,18 @@ def readable(key: str, value: str) -> str:
     if value.startswith("[") and value.endswith("]"):
         return value if _parses(value) else _quoted_list(value)
     is_text = name in PATHS or name in TEXTS or (name in PATH_LISTS and _is_one_path(value))
-    if is_text and not ("\\" in value and _parses(value)):  # escaped as Hydra has it
+    if is_text and not ("\\" in value and _parses(value)):  # escaped by Hydra's rules already
         return quoted(value)
     return value if value.startswith("{") or _parses(value) else quoted(value)
 
 
 def quoted(text: str) -> str:
-    """In Hydra's quotes: `'` and the backslashes before it, or at the end, are escaped."""
-    return "'" + re.sub(r"(\\*)('|$)", lambda m: m[1] * 2 + (m[2] and "\\'"), text) + "'"
+    """The text in Hydra's quotes."""
+    return QuotedString(text, Quote.single).with_quotes()
 
 
 def _is_one_path(value: str) -> bool:
-    """Without a comma, or with one that is a part of a file's name."""
+    """Whether it has no comma, or one that is part of a file's name."""
     return "," not in value or os.path.exists(value)
 
 
@@ -114,13 +125,13 @@ def _parses(value: str) -> bool:
 
 
 def _quoted_list(value: str) -> str:
-    """`[a b,c]` with each entry quoted that is not; commas part the entries."""
+    """Quote the entries of `[a b,c]`, separated by commas, that have no quotes yet."""
     entries = [entry.strip() for entry in value[1:-1].split(",")]
     return f"[{','.join(each if _is_quoted(each) else quoted(each) for each in entries)}]"
 
 
 def _with_config_path(arguments: list[str]) -> Iterator[str]:
-    """`--config-path DIR` below the working directory, which Hydra takes below the script's."""
+    """Resolve `--config-path DIR` against the working directory; Hydra takes the script's."""
     before = ""
     for argument in arguments:
         if before in ("--config-path", "-cp") and os.path.isdir(argument):

@@ -15,17 +15,18 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.cli.failures import explain, is_interrupt
+from nemo_kd.errors import NemoKDError
 from nemo_kd.store import StoreError
 from tests.conftest import ROOT, environment
 
-QUIET = {"NEMO_KD_TRACEBACK": "", "HYDRA_FULL_ERROR": "1"}
+QUIET = {"NEMO_KD_TRACEBACK": ""}
 
 
 @pytest.mark.parametrize(
     ("error", "line"),
     [
         (StoreError("no store at x"), "no store at x"),
-        (FileNotFoundError("no checkpoint at x"), "no checkpoint at x"),
+        (NemoKDError("no checkpoint at x"), "no checkpoint at x"),
         (FileNotFoundError(errno.ENOENT, "No such file or directory", "x"), "x: no such file"),
         (PermissionError(errno.EACCES, "Permission denied", "/d/x"), "/d/x: permission denied"),
         (IsADirectoryError(errno.EISDIR, "Is a directory", "/d"), "/d: is a directory"),
@@ -33,7 +34,7 @@ QUIET = {"NEMO_KD_TRACEBACK": "", "HYDRA_FULL_ERROR": "1"}
         (FileExistsError(errno.EEXIST, "File exists", "/f"), "/f: file exists"),
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), "/d/x: no space left on device"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on device"),
-        (OSError(errno.EROFS, "Read-only file system", "/d/x.idx.npy"), "set index_mapping_dir"),
+        (OSError(errno.EROFS, "Read-only file system", "/d/x"), "/d/x: read-only file system"),
     ],
 )
 def test_what_a_user_can_mend_is_said(error: Exception, line: str) -> None:
@@ -45,6 +46,7 @@ def test_what_a_user_can_mend_is_said(error: Exception, line: str) -> None:
     "error",
     [
         RuntimeError("x"),
+        ValueError("x"),
         KeyError("x"),
         TypeError("x"),
         AssertionError("x"),
@@ -146,17 +148,14 @@ JOB = """
 import os
 import time
 from pathlib import Path
-import hydra
 from omegaconf import DictConfig
-from nemo_kd.cli.scripts import one_line_errors, script
+from nemo_kd.cli.scripts import script
 
-@hydra.main(version_base=None, config_path={conf!r}, config_name="train_gpt_sft_kd")
-@one_line_errors
 def main(cfg: DictConfig) -> None:
     (Path({started!r}) / os.environ.get("RANK", "0")).touch()
     time.sleep(60)
 
-script(main, resume="the same command resumes")
+script(main, Path({conf!r}), "train_gpt_sft_kd", resume="the same command resumes")
 """
 
 

@@ -1,0 +1,57 @@
+"""Hydra's and OmegaConf's errors in one line."""
+
+from __future__ import annotations
+
+import difflib
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import ConfigCompositionException, OverrideParseException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from nemo_kd.errors import NemoKDError
+
+
+def explain(error: BaseException) -> str:
+    """The message of an error of Hydra's or OmegaConf's."""
+    cause = error.__cause__
+    if isinstance(error, OverrideParseException):
+        return _of_grammar(error.override)
+    if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
+        key = str(cause.full_key or cause.key)
+        return f"{key} is unknown{_nearest(cause, key)}"
+    if isinstance(error, OmegaConfBaseException):
+        where = f"{error.full_key}: " if error.full_key else ""
+        return where + str(error).splitlines()[0]
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:4]).partition(" Config search path:")[0]
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Errors: NemoKDError for a value with commas that is no list, which Hydra takes for a sweep;
+    Hydra's own for an argument that its grammar cannot read.
+    """
+    for override in OverridesParser.create().parse_overrides(overrides):
+        if override.is_sweep_override():
+            key, value = override.key_or_group, override.get_value_string()
+            raise NemoKDError(
+                f"{key}={value}: for a list write '{key}=[{value}]', for a text '{key}=\"{value}\"'"
+            )
+
+
+def _of_grammar(override: str) -> str:
+    key, equals, value = override.partition("=")
+    if not equals:
+        return f"cannot read the argument {override!r}: expected key=value"
+    return (
+        f"cannot read the argument {override!r}: quote the value, once for Hydra and once for the "
+        f"shell, such as '{key}=\"{value}\"'"
+    )
+
+
+def _nearest(cause: OmegaConfBaseException, key: str) -> str:
+    """The nearest key of the block in which Hydra did not find `key`."""
+    known = map(str, cause.parent_node) if isinstance(cause.parent_node, DictConfig) else ()
+    near = difflib.get_close_matches(str(cause.key), list(known), n=1)
+    block = key.rpartition(".")[0]
+    return f"; did you mean {block + '.' if block else ''}{near[0]}?" if near else ""
