@@ -128,7 +128,8 @@ def bare_forward(teacher: Any, cfg: DictConfig, *, logits: bool) -> Callable[[],
 
 
 def whole_dump(teacher: Any, cfg: DictConfig, directory: Path) -> Callable[[], int]:
-    """A whole dump into a new store each time."""
+    """A complete dump into a new store each time."""
+    from nemo_kd.cli.teacher import read
     from nemo_kd.teacher.dump import dump
 
     names = count()
@@ -137,7 +138,7 @@ def whole_dump(teacher: Any, cfg: DictConfig, directory: Path) -> Callable[[], i
         cfg.output_dir = str(directory / f"store-{next(names)}")
         said = io.StringIO()
         with redirect_stdout(said), redirect_stderr(said):
-            manifest = dump(cfg, teacher)
+            manifest = dump(read(cfg), teacher)
         assert manifest is not None
         return manifest.totals["tokens"] - manifest.totals["samples"]
 
@@ -186,9 +187,9 @@ def main() -> None:
     teacher, data = prepare_files(options.rows)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # NeMo's data set forks
     cfg = configuration(options.teacher or teacher, options.data or data)
-    from nemo_kd.cli.teacher import load
+    from nemo_kd.cli.teacher import load, read
 
-    teacher = load(cfg)
+    teacher = load(read(cfg), cfg)
     with tempfile.TemporaryDirectory(dir=CACHE) as directory:
         ways = {
             "hidden states": bare_forward(teacher, cfg, logits=False),

@@ -9,18 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from omegaconf import DictConfig
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint
 from nemo_kd.hf import processes
 from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.hf.writer import HFWriter
-from nemo_kd.settings.batches import data_parallel_size
+from nemo_kd.settings.batches import processes_of
 from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import Row
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
+from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.forward import AnswerHead, inputs_of
 from nemo_kd.teacher.generation.step import Decoding
 from nemo_kd.teacher.layout import Layout
@@ -63,17 +63,18 @@ class HFTeacher:
         return HFWriter(self.model, spec, decoding)
 
 
-def load_teacher(cfg: DictConfig) -> HFTeacher:
+def load_teacher(config: DumpConfig) -> HFTeacher:
     """The teacher at `model.restore_from_path`, in `trainer.precision`, on this rank's device.
 
     transformers reads a directory, `nemo_kd.checkpoints` a .gguf (Llama family), because
     transformers takes the wrong end-of-sequence id from such files.
     """
-    path, dtype = Path(cfg.model.restore_from_path), _dtype(cfg.trainer.precision)
+    path = Path(config.model.restore_from_path)
+    dtype = DTYPES[str(config.trainer.precision).partition("-")[0]]
     layout = processes.start(
         processes.Launch.of(os.environ),
-        expected=data_parallel_size(cfg),
-        accelerator=cfg.trainer.accelerator,
+        expected=processes_of(config.trainer.devices, config.trainer.num_nodes),
+        accelerator=config.trainer.accelerator,
     )
     if path.is_dir():
         model, tokenizer_path = _from_directory(path, dtype), str(path.absolute())
@@ -93,18 +94,8 @@ def load_teacher(cfg: DictConfig) -> HFTeacher:
         )
     model = model.eval().requires_grad_(False).to(layout.device)
     teacher = HFTeacher(model, tokenizer, tokenizer_path, layout)
-    _check(teacher, cfg)
+    _check(teacher, config)
     return teacher
-
-
-def _dtype(precision: str | int) -> torch.dtype:
-    name = str(precision).split("-")[0]
-    if name not in DTYPES:
-        raise HFTeacherError(
-            f"trainer.precision={precision}: a Hugging Face teacher needs one of "
-            f"{', '.join(DTYPES)}"
-        )
-    return DTYPES[name]
 
 
 def _from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -125,13 +116,13 @@ def _from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     return model
 
 
-def _check(teacher: HFTeacher, cfg: DictConfig) -> None:
+def _check(teacher: HFTeacher, config: DumpConfig) -> None:
     """Refuse what would fail, or give wrong logits, in the middle of the pass."""
-    name, size = cfg.model.restore_from_path, teacher.tokenizer.vocab_size
-    if teacher.context is not None and cfg.data.max_seq_length > teacher.context:
+    name, size = config.model.restore_from_path, teacher.tokenizer.vocab_size
+    if teacher.context is not None and config.data.max_seq_length > teacher.context:
         raise HFTeacherError(
             f"{name} has {teacher.context} positions, data.max_seq_length is "
-            f"{cfg.data.max_seq_length}; set data.max_seq_length={teacher.context} or less"
+            f"{config.data.max_seq_length}; set data.max_seq_length={teacher.context} or less"
         )
     if teacher.tokenizer.eos_id is None:
         raise HFTeacherError(f"{name}: its tokenizer has no end-of-sequence token; SFT needs one")

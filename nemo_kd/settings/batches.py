@@ -1,7 +1,8 @@
-"""Sizes that must divide one another: processes over ranks, a global batch over micro-batches."""
+"""Check sizes that must divide: processes by parallel sizes, a global batch by micro-batches."""
 
 from __future__ import annotations
 
+import math
 import os
 
 from omegaconf import DictConfig
@@ -11,18 +12,22 @@ from nemo_kd.errors import NemoKDError
 SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size")
 
 
+def processes_of(devices: object, num_nodes: int = 1) -> int | None:
+    """The processes of a job; None where `trainer.devices` does not say how many devices."""
+    if not isinstance(devices, str | int) or not str(devices).isdigit() or not int(devices):
+        return None
+    return int(devices) * num_nodes
+
+
 def data_parallel_size(cfg: DictConfig) -> int | None:
     """Replicas of the model; None where `trainer.devices` does not say how many devices.
 
     Errors: NemoKDError for a number of processes that the model-parallel sizes do not divide.
     """
-    devices = cfg.trainer.devices
-    if not isinstance(devices, str | int) or not str(devices).isdigit() or not int(devices):
+    world = processes_of(cfg.trainer.devices, cfg.trainer.get("num_nodes", 1))
+    if world is None:
         return None
-    model = 1
-    for name in SIZES:
-        model *= cfg.model.get(name, 1)
-    world = int(devices) * cfg.trainer.get("num_nodes", 1)
+    model = math.prod(cfg.model.get(name, 1) for name in SIZES)
     if world % model:
         raise NemoKDError(
             f"{world} processes cannot hold tensor × pipeline × context parallel size {model}; "
@@ -33,17 +38,17 @@ def data_parallel_size(cfg: DictConfig) -> int | None:
 
 
 def check_processes(cfg: DictConfig) -> None:
-    """Errors: NemoKDError where `trainer.devices` is not what a launcher started on this node."""
+    """Errors: NemoKDError if `trainer.devices` differs from the processes started on this node."""
     started, devices = os.environ.get("LOCAL_WORLD_SIZE"), cfg.trainer.devices
     if started and str(devices).isdigit() and int(devices) != int(started):
         raise NemoKDError(
             f"trainer.devices={devices}, but torchrun started {started} processes on this node; "
-            f"set trainer.devices={started}, or leave it out where it follows torchrun"
+            f"set trainer.devices={started}, or leave it out to follow torchrun"
         )
 
 
 def check_batches(cfg: DictConfig, splits: tuple[str, ...]) -> None:
-    """Errors: NemoKDError for a global batch that micro-batches do not fill on every replica."""
+    """Errors: NemoKDError for a global batch that the replicas' micro-batches do not divide."""
     replicas = data_parallel_size(cfg)
     if replicas is None:
         return
@@ -51,13 +56,13 @@ def check_batches(cfg: DictConfig, splits: tuple[str, ...]) -> None:
     for split in splits:
         blocks[f"model.data.{split}"] = cfg.model.data.get(split) or {}
     for where, block in blocks.items():
-        whole, micro = block.get("global_batch_size"), block.get("micro_batch_size")
-        if whole is None or micro is None or whole % (micro * replicas) == 0:
+        batch, micro = block.get("global_batch_size"), block.get("micro_batch_size")
+        if batch is None or micro is None or batch % (micro * replicas) == 0:
             continue
         step = micro * replicas
-        fitting = sorted({max(whole // step, 1) * step, (whole // step + 1) * step})
+        fitting = sorted({max(batch // step, 1) * step, (batch // step + 1) * step})
         raise NemoKDError(
-            f"{where}.global_batch_size={whole} is no multiple of {where}.micro_batch_size={micro} "
+            f"{where}.global_batch_size={batch} is no multiple of {where}.micro_batch_size={micro} "
             f"× {replicas} data-parallel replicas = {step}; set it to "
             f"{' or '.join(map(str, fitting))}, or change {where}.micro_batch_size"
         )

@@ -5,9 +5,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from typing import Annotated, Any
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.values import (
     ACCELERATOR,
     DEVICES,
@@ -101,6 +102,13 @@ class TemplateConfig:
     """The end at which a field is cut."""
     prompt_template: str | None = "{input} {output}"
     """The text of a sample, with its fields in braces; it ends with the answer's."""
+
+    def __post_init__(self) -> None:
+        if self.prompt_template is None and not self.chat:
+            raise NemoKDError(
+                "prompt_template is null: expected a template, such as '{input} {output}', or "
+                "data.chat=true"
+            )
 
     def template(self) -> dict[str, Any]:
         """The keys of this class and their values."""
@@ -196,7 +204,3 @@ class GenerateConfig(DumpConfig):
 
     generation: GenerationConfig
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(kind="hf"))
-
-    def generation_settings(self) -> dict[str, Any]:
-        """The block `generation` as the store records it."""
-        return asdict(self.generation)

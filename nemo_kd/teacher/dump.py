@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
 
-from omegaconf import DictConfig
-
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import Row, SFTRows, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
@@ -16,11 +14,12 @@ from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.store.manifest import EXCHANGE
 from nemo_kd.teacher.begin import Source, TokensOf, check_rows, locked, open_writer
+from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.interface import Forward, Teacher
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.progress import DumpProgress
-from nemo_kd.teacher.rows import TEMPLATE_KEYS, bad_rows, sft_rows
+from nemo_kd.teacher.rows import bad_rows, sft_rows
 from nemo_kd.teacher.stop import StopOnSignal
 
 
@@ -36,26 +35,26 @@ class Numbered(Protocol):
 Work = TypeVar("Work", bound=Numbered)
 
 
-def dump(cfg: DictConfig, teacher: Teacher, rows: SFTRows | None = None) -> Manifest | None:
+def dump(config: DumpConfig, teacher: Teacher, rows: SFTRows | None = None) -> Manifest | None:
     """The teacher's pass over `rows`, those of `data.file_path` by default; the store's manifest.
 
     None if a signal stopped it: complete shards are kept, and the same command resumes.
     """
-    rows = sft_rows(cfg, teacher) if rows is None else rows
-    spec = store_spec(cfg, teacher, rows.file)
-    forward = teacher.forward(spec, cfg.rows_per_lm_head)
+    rows = sft_rows(config, teacher) if rows is None else rows
+    spec = store_spec(config, teacher, rows.file)
+    forward = teacher.forward(spec, config.rows_per_lm_head)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
-        return _samples(cfg, rows, rows_of(shard, spec, len(rows)), forward, progress)
+        return _samples(config, rows, rows_of(shard, spec, len(rows)), forward, progress)
 
     def tokens(numbers: Sequence[int]) -> Iterator[Row]:
-        return readable(rows, numbers, bad_rows(cfg), [])
+        return readable(rows, numbers, bad_rows(config), [])
 
-    return write_store(cfg, spec, teacher.layout, rows, samples, tokens)
+    return write_store(config, spec, teacher.layout, rows, samples, tokens)
 
 
 def write_store(
-    cfg: DictConfig,
+    config: DumpConfig,
     spec: StoreSpec,
     layout: Layout,
     source: Source,
@@ -70,21 +69,21 @@ def write_store(
     that of `open_writer`. Collectives over all ranks: a few small ones before the first shard and
     two after the last.
     """
-    with locked(cfg.output_dir, layout) as check_lock:
+    with locked(config.output_dir, layout) as check_lock:
         writer = open_writer(
-            Path(cfg.output_dir),
+            Path(config.output_dir),
             spec,
             layout,
             num_rows=len(source),
             tokens_of=tokens_of,
-            overwrite=cfg.overwrite,
+            overwrite=config.overwrite,
         )
         shards = -(-len(source) // spec.rows_per_shard)
         mine = range(layout.replica, shards, layout.replicas)
         todo = [shard for shard in mine if not writer.is_whole(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
         # Its collective also keeps a rank from writing before others have looked.
-        check_rows(source, todo_rows, bad_rows(cfg), layout)
+        check_rows(source, todo_rows, bad_rows(config), layout)
         done = len(mine) - len(todo)
         with (
             StopOnSignal(layout) as stop,
@@ -109,22 +108,22 @@ def write_store(
                 print(progress.left_out, file=sys.stderr)
             check_lock()
             source.file.check_unchanged()
-            _finish(cfg, writer, shards, stopped)
+            _finish(config, writer, shards, stopped)
         layout.barrier()
     return None if stopped else Store(writer.directory).manifest
 
 
-def _finish(cfg: DictConfig, writer: StoreWriter, shards: int, stopped: bool) -> None:
+def _finish(config: DumpConfig, writer: StoreWriter, shards: int, stopped: bool) -> None:
     """Write the manifest and the exchange file; of a stopped dump, print how far it is."""
     if stopped:
         complete = sum(writer.is_whole(shard) for shard in range(shards))
         print(
-            f"interrupted: {complete} of {shards} shards are complete in {cfg.output_dir}; run the "
-            "same command to resume"
+            f"interrupted: {complete} of {shards} shards are complete in {config.output_dir}; run "
+            "the same command to resume"
         )
         return
     writer.finish(shards)
-    if cfg.jsonl:
+    if config.jsonl:
         write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
 
 
@@ -133,16 +132,16 @@ def rows_of(shard: int, spec: StoreSpec, num_rows: int) -> range:
     return range(shard * spec.rows_per_shard, min((shard + 1) * spec.rows_per_shard, num_rows))
 
 
-def store_spec(cfg: DictConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
+def store_spec(config: DumpConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
     """Everything that decides the bytes of this dump's store; the writer resumes no other."""
-    checkpoint = Path(cfg.model.restore_from_path)
+    checkpoint = Path(config.model.restore_from_path)
     return StoreSpec(
-        top_k=cfg.dump.top_k,
+        top_k=config.dump.top_k,
         vocab_size=teacher.tokenizer.vocab_size,
-        temperatures=tuple(cfg.dump.temperatures),
-        rows_per_shard=cfg.rows_per_shard,
-        profile=cfg.dump.profile,
-        profile_options=dict(cfg.dump.profile_options),
+        temperatures=config.dump.temperatures,
+        rows_per_shard=config.rows_per_shard,
+        profile=config.dump.profile,
+        profile_options=config.dump.profile_options,
         tokenizer={
             "fingerprint": tokenizer_fingerprint(teacher.tokenizer),
             **teacher.tokenizer_origin,
@@ -150,28 +149,28 @@ def store_spec(cfg: DictConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
         teacher={
             "name": checkpoint.name,
             "fingerprint": checkpoint_fingerprint(checkpoint),
-            "precision": str(cfg.trainer.precision),
+            "precision": str(config.trainer.precision),
         },
         template={
-            **{key: cfg.data.get(key) for key in TEMPLATE_KEYS},
-            "answer_only_loss": cfg.model.answer_only_loss,
+            **config.data.template(),
+            "answer_only_loss": config.model.answer_only_loss,
         },
         source={"name": file.path.name, "rows": len(file), "sha256": file.sha256},
     )
 
 
 def _samples(
-    cfg: DictConfig, rows: SFTRows, numbers: range, forward: Forward, progress: DumpProgress
+    config: DumpConfig, rows: SFTRows, numbers: range, forward: Forward, progress: DumpProgress
 ) -> Iterator[Sample]:
     """The samples of some rows, longest first; none on ranks without logits."""
-    bad, dropped = bad_rows(cfg), list[RowError]()
+    bad, dropped = bad_rows(config), list[RowError]()
     batch = list(readable(rows, numbers, bad, dropped))
     progress.drop(dropped)
     # More than one micro-batch in flight keeps the stages of a pipeline busy.
     stages = progress.layout.stages
     in_flight = 1 if stages == 1 else 2 * stages
-    limit = cfg.max_tokens_per_micro_batch or sys.maxsize
-    for call, micro_batch_size in calls(batch, cfg.model.micro_batch_size, limit, in_flight):
+    limit = config.max_tokens_per_micro_batch or sys.maxsize
+    for call, micro_batch_size in calls(batch, config.model.micro_batch_size, limit, in_flight):
         results = forward(call, micro_batch_size)
         if results is None:
             continue

@@ -2,41 +2,28 @@
 
 from __future__ import annotations
 
-from omegaconf import DictConfig
-
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import BadRows, SFTRows, prompt_rows
 from nemo_kd.sft.template import PromptTemplate
+from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.layout import Layout
 
-TEMPLATE_KEYS = (
-    "chat",
-    "max_seq_length",
-    "label_key",
-    "add_eos",
-    "add_sep",
-    "add_bos",
-    "truncation_field",
-    "truncation_method",
-    "prompt_template",
-)
-"""Settings of the block `data` that decide a row's tokens: the template of the store's spec."""
 
-
-def sft_rows(cfg: DictConfig, teacher: Teacher) -> SFTRows:
+def sft_rows(config: DumpConfig, teacher: Teacher) -> SFTRows:
     """The rows of `data.file_path`, prompts with answers."""
-    file = same_file(cfg.data.file_path, teacher.layout)
-    return prompt_rows(file, prompt_template(cfg, teacher), bool(cfg.model.answer_only_loss))
+    file = same_file(config.data.file_path, teacher.layout)
+    return prompt_rows(file, prompt_template(config, teacher), config.model.answer_only_loss)
 
 
-def prompt_template(cfg: DictConfig, teacher: Teacher) -> PromptTemplate:
-    data = cfg.data
+def prompt_template(config: DumpConfig, teacher: Teacher) -> PromptTemplate:
+    data = config.data
+    assert data.prompt_template is not None  # of rows that are no conversations
     return PromptTemplate(
         tokenizer=teacher.tokenizer,
         prompt_template=data.prompt_template,
         label_key=data.label_key,
-        max_seq_length=max_seq_length(cfg, teacher),
+        max_seq_length=max_seq_length(config, teacher),
         add_bos=data.add_bos,
         add_eos=data.add_eos,
         add_sep=data.add_sep,
@@ -47,9 +34,9 @@ def prompt_template(cfg: DictConfig, teacher: Teacher) -> PromptTemplate:
     )
 
 
-def max_seq_length(cfg: DictConfig, teacher: Teacher) -> int:
+def max_seq_length(config: DumpConfig, teacher: Teacher) -> int:
     """`data.max_seq_length`, at most the teacher's positions."""
-    length, limit = int(cfg.data.max_seq_length), teacher.max_positions
+    length, limit = config.data.max_seq_length, teacher.max_positions
     if limit is None or length <= limit:
         return length
     teacher.layout.say(
@@ -72,6 +59,6 @@ def same_file(path: str, layout: Layout) -> JsonlFile:
     return file
 
 
-def bad_rows(cfg: DictConfig) -> BadRows:
+def bad_rows(config: DumpConfig) -> BadRows:
     """Which rows are dropped."""
-    return BadRows(cfg.on_bad_row == "drop", cfg.data.no_answer == "drop")
+    return BadRows(config.on_bad_row == "drop", config.data.no_answer == "drop")

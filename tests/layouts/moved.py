@@ -12,19 +12,19 @@ from nemo_kd.cli.scripts import accept_every_spelling
 
 
 def main(result: str, *overrides: str) -> None:
-    from nemo_kd.cli.teacher import load
+    from nemo_kd.cli.teacher import load, read
 
     conf = Path(__file__).parent.parent.parent / "conf"
     with initialize_config_dir(str(conf), version_base=None):
         cfg = compose("dump_teacher_topk", accept_every_spelling(list(overrides)))
-    teacher = load(cfg)
+    teacher = load(read(cfg), cfg)
     import torch
     from torch.profiler import profile
 
     from nemo_kd.teacher.dump import dump
 
     with profile(record_shapes=True) as recorded:
-        dump(cfg, teacher)
+        dump(read(cfg), teacher)
     moved = [
         {"name": event.name, "shapes": event.input_shapes}
         for event in recorded.events() or []

@@ -26,10 +26,11 @@ from megatron.core import num_microbatches_calculator, parallel_state
 from omegaconf import DictConfig
 from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
-from nemo_kd.cli.teacher import load
+from nemo_kd.cli.teacher import load, read
 from nemo_kd.hf.teacher import HFForward, HFTeacher
 from nemo_kd.sft.rows import Row
 from nemo_kd.store.lock import DirectoryLock
+from nemo_kd.teacher.config import GenerateConfig
 from nemo_kd.teacher.dump import dump
 from nemo_kd.teacher.generation.generate import generate
 from tests.checkpoints import models
@@ -115,7 +116,7 @@ class World:
         if self.name != name:
             num_microbatches_calculator.unset_num_microbatches_calculator()
             parallel_state.destroy_model_parallel()
-            self.teacher, self.name = load(cfg), name
+            self.teacher, self.name = load(read(cfg), cfg), name
         return cfg
 
     def run(self, key: str, act: Callable[[], object]) -> None:
@@ -131,12 +132,14 @@ class World:
     def dump(self, key: str, file: str, store: str, *more: str, meddle: Any = None) -> None:
         cfg = self.configuration("dump_teacher_topk", "phi", file, store, more)
         teacher = self.teacher if meddle is None else meddle(self.teacher)
-        self.run(key, lambda: dump(cfg, teacher))
+        self.run(key, lambda: dump(read(cfg), teacher))
 
     def generate(self, key: str, store: str, *more: str) -> None:
         overrides = [*GENERATION, *more]
         cfg = self.configuration("generate_with_teacher", "typist", "prompts", store, overrides)
-        self.run(key, lambda: generate(cfg, self.teacher))
+        config = read(cfg)
+        assert isinstance(config, GenerateConfig)
+        self.run(key, lambda: generate(config, self.teacher))
 
 
 def lines(rows: Sequence[Any]) -> str:

@@ -27,6 +27,7 @@ from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import JSON
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_kd.cli.teacher import read as read_settings
 from nemo_kd.cli.teacher import rows_of
 from nemo_kd.hf.teacher import HFTeacher
 from nemo_kd.nemo.blend import blend
@@ -92,7 +93,7 @@ def read(path: Path, overrides: list[str], tokenizer: Any, model: LlamaForCausal
         ],
     )
     try:
-        rows = rows_of(cfg, HFTeacher(model, tokenizer))
+        rows = rows_of(read_settings(cfg), HFTeacher(model, tokenizer))
         found = [rows[i] for i in range(len(rows))]
     except RowError as error:
         return str(error)
@@ -113,7 +114,7 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     cfg = compose("dump_teacher_topk", [f"data.file_path={file}", *base])
     talk = compose("dump_teacher_topk", [f"data.file_path={chat}", "data.chat=true", *base])
     teacher = HFTeacher(model, tokenizer)
-    read = [rows_of(cfg, teacher), rows_of(talk, teacher)]
+    read = [rows_of(read_settings(each), teacher) for each in (cfg, talk)]
     block, said = (
         OmegaConf.create({**cfg.data, "min_seq_length": 1, "memmap_workers": 7}),
         io.StringIO(),
@@ -136,7 +137,7 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     blended = blend(datasets, 275, train)
     drawn = np.bincount(blended.dataset_index, minlength=3)
     decoding = Decoding(3, (1,), temperature=0.0)
-    prompts = Prompts(JsonlFile(file), prompt_template(cfg, teacher), decoding)
+    prompts = Prompts(JsonlFile(file), prompt_template(read_settings(cfg), teacher), decoding)
     try:
         refused = str(
             sft_arguments(student, OmegaConf.create({**block, "hf_dataset": True}), "data")

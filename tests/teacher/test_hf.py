@@ -193,4 +193,4 @@ def test_unusable_checkpoints_are_refused(world: Path) -> None:
     assert "set data.max_seq_length=128 or less" in refusals["long"]
     assert "no checkpoint at" in refusals["nowhere"]
     assert "transformers does not load" in refusals["empty"]
-    assert "trainer.precision=8" in refusals["precision"]
+    assert "trainer.precision is 8" in refusals["precision"]

@@ -30,10 +30,11 @@ from omegaconf import DictConfig
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint, write_nemo
-from nemo_kd.cli.teacher import load
+from nemo_kd.cli.teacher import load, read
 from nemo_kd.hf import teacher as hf
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store
+from nemo_kd.teacher.config import GenerateConfig
 from nemo_kd.teacher.dump import dump, store_spec
 from nemo_kd.teacher.generation.generate import generate
 from nemo_kd.teacher.rows import sft_rows
@@ -57,25 +58,31 @@ def configuration(
         return compose(script, [*SETTINGS, *paths, *overrides])
 
 
+def generation(cfg: DictConfig) -> GenerateConfig:
+    config = read(cfg)
+    assert isinstance(config, GenerateConfig)
+    return config
+
+
 def start(cfg: DictConfig) -> Any:
     num_microbatches_calculator.unset_num_microbatches_calculator()
     parallel_state.destroy_model_parallel()
-    return load(cfg)
+    return load(read(cfg), cfg)
 
 
 def parity(directory: Path) -> dict[str, Any]:
     """Dumps the Hugging Face teacher, and holds NeMo's pass of the converted one against it."""
     cfg = configuration(directory, "llama", "store", "teacher.kind=hf")
     teacher = start(cfg)
-    dump(cfg, teacher)
-    rows = sft_rows(cfg, teacher)
-    spec = store_spec(cfg, teacher, rows.file)
+    dump(read(cfg), teacher)
+    rows = sft_rows(read(cfg), teacher)
+    spec = store_spec(read(cfg), teacher, rows.file)
     hf_rows = [rows[i] for i in range(len(rows))]
     forward = teacher.forward(spec, 50)
     ours = [forward([row], 1)[0] for row in hf_rows]
     cfg = configuration(directory, "llama.nemo", "nemo_store")
     nemo = start(cfg)
-    rows = sft_rows(cfg, nemo)
+    rows = sft_rows(read(cfg), nemo)
     nemo_rows = [rows[i] for i in range(len(rows))]
     forward = nemo.forward(spec, 50)
     theirs = [forward([row], 1)[0] for row in nemo_rows]
@@ -116,7 +123,7 @@ def without_answers(directory: Path) -> None:
     )
     printed = io.StringIO()
     with redirect_stdout(printed):
-        dump(cfg, start(cfg))
+        dump(read(cfg), start(cfg))
     (directory / "gaps.txt").write_text(printed.getvalue())
 
 
@@ -153,7 +160,7 @@ def refusals(directory: Path) -> dict[str, str]:
 
 def refused(cfg: DictConfig) -> str:
     try:
-        hf.load_teacher(cfg)
+        hf.load_teacher(read(cfg))
     except (ValueError, FileNotFoundError) as error:
         return str(error)
     return "not refused"
@@ -197,7 +204,7 @@ def generations(directory: Path) -> None:
 
         limited = copy.copy(teacher)
         limited.__class__ = Limited
-        generate(cfg, limited)
+        generate(generation(cfg), limited)
 
     run("answers")
     try:
@@ -216,11 +223,11 @@ def generations(directory: Path) -> None:
         "data.prompt_template='{input}{output}'",
         "teacher.kind=hf",
     )
-    dump(cfg, teacher)
+    dump(read(cfg), teacher)
     write_nemo(open_checkpoint(directory / "typist"), directory / "typist.nemo", range(2))
     more = [*GENERATION, "teacher.kind=nemo"]
     cfg = configuration(directory, "typist.nemo", "nemo", *more, script="generate_with_teacher")
-    generate(cfg, start(cfg))
+    generate(generation(cfg), start(cfg))
 
 
 def main(directory: Path) -> None:
@@ -237,7 +244,7 @@ def main(directory: Path) -> None:
     write_nemo(checkpoint, directory / "llama.nemo", range(4))
     (directory / "parity.json").write_text(json.dumps(parity(directory)))
     cfg = configuration(directory, "llama.gguf", "gguf_store", "teacher.kind=hf")
-    dump(cfg, start(cfg))
+    dump(read(cfg), start(cfg))
     without_answers(directory)
     write_typist(directory / "typist")
     generations(directory)

@@ -10,15 +10,14 @@ import json
 import os
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-
-from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
+from nemo_kd.teacher.config import GenerateConfig
 from nemo_kd.teacher.dump import calls, rows_of, store_spec, write_store
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.generation.filter import AnswerFilter
@@ -32,21 +31,21 @@ from nemo_kd.topk import TopK
 ANSWERS = "answers.jsonl"
 
 
-def generate(cfg: DictConfig, teacher: Teacher) -> Manifest | None:
+def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
     """Answer each row of `data.file_path`, once or several times; the store's manifest.
 
     None if a signal stopped it: complete shards are kept, and the same command resumes.
     """
-    if cfg.data.chat:
+    if config.data.chat:
         raise GenerationError(
             "data.chat=true does not work for generation: write the conversation's format into "
             "data.prompt_template"
         )
-    decoding, keep = read_settings(cfg, teacher)
-    layout, bad = teacher.layout, bad_rows(cfg)
-    file = same_file(cfg.data.file_path, layout)
-    prompts = Prompts(file, prompt_template(cfg, teacher), decoding)
-    spec = generation_spec(cfg, teacher, file)
+    decoding, keep = read_settings(config, teacher)
+    layout, bad = teacher.layout, bad_rows(config)
+    file = same_file(config.data.file_path, layout)
+    prompts = Prompts(file, prompt_template(config, teacher), decoding)
+    spec = generation_spec(config, teacher, file)
     write = teacher.writer(spec, decoding)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
@@ -54,8 +53,8 @@ def generate(cfg: DictConfig, teacher: Teacher) -> Manifest | None:
         dropped: list[RowError] = []
         batch = list(readable(prompts, rows_of(shard, spec, len(prompts)), bad, dropped))
         progress.drop(dropped)
-        limit = cfg.max_tokens_per_micro_batch or sys.maxsize
-        for call, _ in calls(batch, cfg.model.micro_batch_size, limit, in_flight=1):
+        limit = config.max_tokens_per_micro_batch or sys.maxsize
+        for call, _ in calls(batch, config.model.micro_batch_size, limit, in_flight=1):
             answers = write(call)
             if answers is not None:
                 yield from kept(answers, progress)
@@ -69,17 +68,17 @@ def generate(cfg: DictConfig, teacher: Teacher) -> Manifest | None:
         finished = {prompt.row: answers.finished(b) for b, prompt in enumerate(answers.prompts)}
         for row, topk in pairs:
             text = prompts.text(row.input_ids[-len(topk) :].tolist())
-            if not (finished[row.row] or cfg.generation.keep_unfinished):
+            if not (finished[row.row] or config.generation.keep_unfinished):
                 progress.unfinished += 1
             elif not keep.keeps(text, prompts.source(row.row)):
                 progress.filtered += 1
             else:
                 yield sample_of(row, topk)
 
-    manifest = write_store(cfg, spec, layout, prompts, samples, progress_class=GenerateProgress)
+    manifest = write_store(config, spec, layout, prompts, samples, progress_class=GenerateProgress)
     if manifest is not None and layout.rank == 0:
-        path = Path(cfg.output_dir) / ANSWERS
-        total, same = write_answers(path, Store(cfg.output_dir), prompts)
+        path = Path(config.output_dir) / ANSWERS
+        total, same = write_answers(path, Store(config.output_dir), prompts)
         print(
             f"{path}: {total} answers as text; SFT tokenizes {same} of them to the tokens of the "
             "store"
@@ -87,9 +86,9 @@ def generate(cfg: DictConfig, teacher: Teacher) -> Manifest | None:
     return manifest
 
 
-def read_settings(cfg: DictConfig, teacher: Teacher) -> tuple[Decoding, AnswerFilter]:
+def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, AnswerFilter]:
     """The block `generation`, checked."""
-    settings, end = cfg.generation, teacher.tokenizer.eos_id
+    settings, end = config.generation, teacher.tokenizer.eos_id
     assert end is not None  # each kind of teacher refuses a tokenizer without one
     decoding = Decoding(
         max_new_tokens=settings.max_new_tokens,
@@ -102,11 +101,10 @@ def read_settings(cfg: DictConfig, teacher: Teacher) -> tuple[Decoding, AnswerFi
     return decoding, AnswerFilter(settings.filter.pattern, settings.filter.function)
 
 
-def generation_spec(cfg: DictConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
+def generation_spec(config: GenerateConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
     """The spec of a dump, with the settings that decide the answers in its template."""
-    spec = store_spec(cfg, teacher, file)
-    settings = OmegaConf.to_container(cfg.generation, resolve=True)
-    return replace(spec, template={**spec.template, "generation": settings})
+    spec = store_spec(config, teacher, file)
+    return replace(spec, template={**spec.template, "generation": asdict(config.generation)})
 
 
 def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]:
