@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, Store, StoreError
 
-OVER_LONG = ("refuse", "cut_prompt", "drop")
+OVER_LONG = ("error", "truncate", "drop")
 
 
 @dataclass(frozen=True)
@@ -33,14 +33,14 @@ class Fitting:
         )
 
 
-def fit_lengths(store: Store, max_seq_length: int, over_long: str = "refuse") -> Fitting:
+def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> Fitting:
     """The samples of `store` that can be used with at most `max_seq_length` tokens.
 
-    `over_long` says what becomes of longer ones: `refuse` all of the store; `cut_prompt`: tokens
-    are taken from the left of the prompt, as far as one is left before the first answer token,
-    or the sample is dropped; `drop` them. The teacher saw the whole prompt in any case.
+    `over_long` selects how longer samples are handled: `error`; `truncate`: remove tokens from the
+    left of the prompt, and drop a sample whose prompt would lose its last token; `drop`. The
+    teacher saw the complete prompt in any case.
 
-    Errors: StoreError for `refuse`, for an unknown `over_long`, and where no sample is left.
+    Errors: StoreError for `error`, for an unknown `over_long`, and where no sample is left.
     """
     if over_long not in OVER_LONG:
         raise StoreError(
@@ -48,13 +48,13 @@ def fit_lengths(store: Store, max_seq_length: int, over_long: str = "refuse") ->
         )
     lengths = store.lengths
     long = np.flatnonzero(lengths > max_seq_length)
-    if len(long) and over_long == "refuse":
+    if len(long) and over_long == "error":
         raise StoreError(
             f"store {store.directory} has {len(long)} of {len(lengths)} samples with more than "
             f"max_seq_length={max_seq_length} tokens (the longest has {lengths.max()}); raise "
-            "max_seq_length of this data set, or set its over_long to cut_prompt or drop"
+            "max_seq_length of this data set, or set its over_long to truncate or drop"
         )
-    fits = [over_long == "cut_prompt" and _fits(store[int(i)], max_seq_length) for i in long]
+    fits = [over_long == "truncate" and _fits(store[int(i)], max_seq_length) for i in long]
     dropped = long[~np.array(fits, dtype=bool)]
     used = np.setdiff1d(np.arange(len(lengths)), dropped, assume_unique=True)
     if not len(used):

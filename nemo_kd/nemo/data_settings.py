@@ -82,7 +82,7 @@ def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
         if split == "train_ds":
             yield TRAINING_STORES
     elif files and split == "train_ds":
-        yield {"over_long": (("refuse",), "NeMo cuts samples of SFT files by truncation_field")}
+        yield {"over_long": (("error",), "NeMo cuts samples of SFT files by truncation_field")}
 
 
 def _check_order(block: DictConfig) -> None:

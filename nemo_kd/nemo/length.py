@@ -69,7 +69,7 @@ def rows_of(path: Path) -> int:
 
 def _used(store: Store, data_cfg: DictConfig) -> int:
     length = data_cfg.max_seq_length
-    fitting = fit_lengths(store, length, data_cfg.get("over_long") or "refuse")
+    fitting = fit_lengths(store, length, data_cfg.get("over_long") or "error")
     seed = None if data_cfg.get("shuffle") is False else 0  # any seed gives as many packs
     packed = data_cfg.get("packed_sequence", False)
     return len(pack_samples(store, fitting, length, seed) if packed else fitting)

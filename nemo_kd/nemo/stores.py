@@ -40,7 +40,7 @@ def store_dataset(
     _check_learnable(store, model.kd_schedule, alpha, training)
     _warn_of_labels(model, store)
     length = data_cfg.max_seq_length
-    fitting = fit_lengths(store, length, data_cfg.get("over_long", "refuse"))
+    fitting = fit_lengths(store, length, data_cfg.get("over_long", "error"))
     if fitting.cut or fitting.dropped:
         _log(model, store, f"more than max_seq_length={length} tokens: {fitting}")
     if training:

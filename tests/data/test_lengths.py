@@ -33,7 +33,7 @@ def test_what_fits_is_used_whole(store: Store) -> None:
 def test_refused_by_default_naming_the_options(store: Store) -> None:
     with pytest.raises(StoreError, match=r"4 of 7 samples .*max_seq_length=11 .*longest has 20"):
         fit_lengths(store, 11)
-    with pytest.raises(StoreError, match="over_long='cut' is unknown; choose one of refuse, cut_"):
+    with pytest.raises(StoreError, match="over_long='cut' is unknown; choose one of error, truncate"):
         fit_lengths(store, 11, "cut")
 
 
@@ -44,7 +44,7 @@ def test_dropped(store: Store) -> None:
 
 
 def test_prompts_are_cut_as_far_as_one_token_is_left(store: Store) -> None:
-    fitting = fit_lengths(store, 11, "cut_prompt")
+    fitting = fit_lengths(store, 11, "truncate")
     # (3, 10) keeps one token of its prompt; (1, 11) could not.
     assert fitting.used.tolist() == [0, 1, 2, 4, 5, 6]
     assert (fitting.cut, fitting.dropped) == (3, 1)

@@ -34,7 +34,7 @@ PATHS = optional(one_or_more(PATH))
 SPLIT: dict[str, Kind | Block] = {
     "store": PATHS,
     "over_long": one_of(
-        "refuse", "cut_prompt", "drop", cut_prompt="cut truncate trim", drop="skip", refuse="error"
+        "error", "truncate", "drop", truncate="cut cutprompt trim", drop="skip", error="refuse"
     ),
     # NeMo's, as its `_build_dataset` and `build_data_loader` read them.
     "file_names": PATHS,
