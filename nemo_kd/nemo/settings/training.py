@@ -174,10 +174,23 @@ DEFAULTS: dict[str, Any] = {
     "model.data.validation_ds.store": None,
     "model.data.validation_ds.names": None,
     "model.data.validation_ds.metric.name": "loss",
+    "model.data.test_ds.metric.name": "loss",
+    **{
+        f"model.data.{split}.{key}": default
+        for split in SPLITS
+        for key, default in (("min_seq_length", 1), ("num_workers", 0), ("pin_memory", True))
+    },
     "trainer.num_nodes": 1,
     "trainer.num_sanity_val_steps": 0,
+    "trainer.logger": False,  # exp_manager makes it, and the checkpoints
+    "trainer.enable_checkpointing": False,
+    "trainer.use_distributed_sampler": False,
+    "trainer.benchmark": False,
+    "trainer.enable_model_summary": False,
 }
+"""Keys that NeMo or Lightning needs, and that a configuration may leave out."""
 OF_A_RUN: dict[str, Any] = {
+    "exp_manager.resume_ignore_no_checkpoint": True,
     "exp_manager.log_tflops_per_sec_per_gpu": False,  # NeMo has no figure for a fine-tuning
     "exp_manager.checkpoint_callback_params": {},
 }
