@@ -1,7 +1,7 @@
-"""Megatron-core on a machine without CUDA: patches of torch and Megatron-core.
+"""Run Megatron-core without CUDA: patches of torch and Megatron-core.
 
-`install()` must run before anything of Megatron is imported: some decorators there bind CUDA at
-import. With CUDA present it does nothing, so an entry point may always call it.
+Call `install()` before any import of Megatron, some of whose decorators bind CUDA at import. With
+CUDA it does nothing, so an entry point may always call it.
 
 Not provided on the CPU: apex, TransformerEngine, FP8, FSDP.
 """
@@ -59,7 +59,7 @@ def _nothing() -> Callable[..., None]:
 
 
 class _Stream:
-    """Everything on a CPU is in order already."""
+    """A stream that does nothing: a CPU runs everything in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def __enter__(self) -> _Stream:
@@ -82,7 +82,7 @@ def _patch_cuda_calls() -> None:
         setattr(cuda, name, _nothing())
     for name in ("memory_allocated", "max_memory_allocated", "max_memory_reserved"):
         setattr(cuda, name, lambda *args, **kwargs: 0)
-    # torch.manual_seed itself calls torch.cuda.manual_seed: seeding through it would not end.
+    # Not torch.manual_seed, which calls torch.cuda.manual_seed and would recurse.
     cuda.manual_seed = lambda seed: (torch.default_generator.manual_seed(int(seed)), None)[1]
     cuda.get_rng_state = cuda.random.get_rng_state = lambda device="cuda": torch.get_rng_state()
     cuda.set_rng_state = cuda.random.set_rng_state = lambda state, device="cuda": (
@@ -133,7 +133,7 @@ def _is_cuda(device: Any) -> bool:
 class _CudaMeansCpu(TorchFunctionMode):
     """`device="cuda"` in NeMo's and Megatron's calls means the CPU."""
 
-    @torch.compiler.disable  # compiled by itself, it would take one call's numbers for all
+    @torch.compiler.disable  # compiled, it would reuse the numbers of one call for all
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
@@ -148,7 +148,7 @@ class _CudaMeansCpu(TorchFunctionMode):
 
 
 class _TypesOfCuda(TorchFunctionMode):
-    """`parameter.type()` says "torch.cuda.FloatTensor", as Megatron's optimizers want it."""
+    """Make `tensor.type()` return "torch.cuda.FloatTensor", which Megatron's optimizers check."""
 
     @torch.compiler.disable
     def __torch_function__(
@@ -171,7 +171,7 @@ def _patch_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     def norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
-        """torch's norms work under sequence parallelism once their parameters say so."""
+        """torch's norm, with parameters marked for sequence parallelism."""
         kind = torch.nn.LayerNorm if config.normalization == "LayerNorm" else torch.nn.RMSNorm
         module = kind(normalized_shape=hidden_size, eps=eps)
         for parameter in module.parameters():
@@ -184,10 +184,10 @@ def _patch_megatron() -> None:
 
 
 def _patch_packed_attention() -> None:
-    """Megatron's torch attention refuses packed sequences; on a GPU TransformerEngine's takes them.
+    """Support packed sequences, which only TransformerEngine's attention does, on a GPU.
 
-    Here each sequence of a pack goes through it alone: a block-diagonal causal mask, and no scores
-    are computed that it would mask.
+    Each sequence of a pack goes through Megatron's torch attention separately: equivalent to a
+    block-diagonal causal mask, without computing the masked scores.
     """
     from megatron.core.transformer.dot_product_attention import DotProductAttention
 
@@ -223,7 +223,7 @@ def _patch_packed_attention() -> None:
 
 
 def _patch_megatron_optimizers() -> None:
-    """They look at their tensors' type names; all else of them works over gloo."""
+    """Let the optimizers see CUDA type names; apart from that they work over gloo."""
     import megatron.core.optimizer.optimizer as optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Distributed
 

@@ -1,7 +1,7 @@
-"""NeMo 2.4 on a machine without CUDA: patches of NeMo, beside `nemo_kd.mcore.cpu`'s of Megatron.
+"""Run NeMo 2.4 without CUDA: patches of NeMo, in addition to those of `nemo_kd.mcore.cpu`.
 
-`install()` must run before anything of NeMo or Megatron is imported. `cpu_settings` is what a NeMo
-configuration needs changed (fusions off, plain layer specs).
+Call `install()` before any import of NeMo or Megatron. `cpu_settings` are the changes that a NeMo
+configuration needs (fusions off, plain layer specs).
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def cpu_settings(precision: str | int = 32) -> dict[str, Any]:
 
 
 def _patch_nemo() -> None:
-    """What NeMo takes from TransformerEngine, from Megatron-core's own torch modules instead."""
-    # NeMo probes TransformerEngine's version where sequence parallelism meets adapters.
+    """Replace TransformerEngine by Megatron-core's own torch modules."""
+    # NeMo asks for TransformerEngine's version for adapters under sequence parallelism.
     version = importlib.metadata.version
 
     def version_of(distribution_name: str) -> str:
@@ -77,7 +77,7 @@ def _patch_nemo() -> None:
 
 
 def _patch_nemo_apex() -> None:
-    """What NeMo takes from apex, in torch or from Megatron-core."""
+    """Replace apex by torch and Megatron-core."""
     import nemo.collections.nlp.modules.common.megatron.build_model as build_model
     import nemo.collections.nlp.modules.common.megatron.clip_grads as clip_grads
     import nemo.collections.nlp.modules.common.megatron.utils as utils
@@ -94,7 +94,7 @@ def _patch_nemo_apex() -> None:
 
     overrides.HAVE_APEX = clip_grads.HAVE_APEX = True
     overrides.McoreDistributedOptimizer = McoreDistributedOptimizer
-    # apex's own: only ever asked by isinstance.
+    # apex's own class: used in isinstance only.
     overrides.MegatronDistributedFusedAdam = type("MegatronDistributedFusedAdam", (), {})
     build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = set_defaults
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
@@ -121,7 +121,7 @@ class ShardableAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        both = (betas[0], betas[1])  # a list where it comes from YAML
+        both = (betas[0], betas[1])  # from YAML it is a list
         super().__init__(params, lr=lr, betas=both, eps=eps, weight_decay=weight_decay)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -165,6 +165,5 @@ class ShardableAdamW(torch.optim.AdamW):
 def _register_adamw() -> None:
     from nemo.core.optim.optimizers import AVAILABLE_OPTIMIZERS
 
-    # `fused_adam` is refused by its name without CUDA, so that a cluster's configuration says
-    # `fused_adam` and a laptop's `adamw`.
+    # Registered under another name, since NeMo refuses `fused_adam` without CUDA.
     AVAILABLE_OPTIMIZERS["adamw"] = ShardableAdamW

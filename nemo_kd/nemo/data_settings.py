@@ -1,8 +1,8 @@
-"""Settings of `model.data.train_ds` and `validation_ds` that would change nothing are refused.
+"""Refuse settings of `model.data.train_ds` and `validation_ds` that would have no effect.
 
 NeMo's data blocks have keys for SFT files, keys that NeMo itself never reads, and keys that one of
-the two splits has no use for. Beside a store each is honoured, or an error where it is set to
-another value than its default.
+the two splits does not use. With a store, each either takes effect or is an error if it differs
+from its default.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nemo_kd.nemo.config import sft_files, store_directories
 from nemo_kd.nemo.settings.training import SPLITS
 
 Rules = dict[str, tuple[tuple[Any, ...], str]]
-"""Key → the values that ask for nothing (defaults here, in NeMo's code and in its YAML), and what
-an error says of others."""
+"""Key → its neutral values (defaults here, in NeMo's code and in its YAML), and the reason in the
+error for all others."""
 
 SHUFFLED_BY = "shuffle_seed decides the order, a permutation for each epoch"
 UNUSED: Rules = {
@@ -34,7 +34,7 @@ FILES_ONLY: Rules = {
     "hf_dataset": ((False,), "it reads SFT files, and no file_names are given"),
 }
 STORES: Rules = {
-    "global_sample_mapping": ((False,), f"it is NeMo's, for SFT files alone; {SHUFFLED_BY}"),
+    "global_sample_mapping": ((False,), f"it is NeMo's, for SFT files only; {SHUFFLED_BY}"),
 }
 PACKED_STORES: Rules = {
     "get_attention_mask_from_fusion": ((True,), "packs are separated by cu_seqlens, not a mask"),
@@ -44,9 +44,9 @@ TRAINING_STORES: Rules = {
     "tokens_to_generate": ((0,), "nothing is generated in training; it is validation_ds's"),
 }
 VALIDATION: Rules = {
-    "shuffle": ((False,), "a validation is in the order of its stores and files"),
-    "seed": ((), "a validation is in the order of its stores and files"),
-    "global_sample_mapping": ((False,), "a validation has each sample once, in order"),
+    "shuffle": ((False,), "validation keeps the order of its stores and files"),
+    "seed": ((), "validation keeps the order of its stores and files"),
+    "global_sample_mapping": ((False,), "validation has each sample once, in order"),
 }
 
 
@@ -67,7 +67,7 @@ def check_data_settings(data: DictConfig) -> None:
 
 
 def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
-    """`reads_files`: whether either split does, for validation_ds takes settings of train_ds."""
+    """`reads_files`: whether either split does, since validation_ds takes settings of train_ds."""
     stores, files = store_directories(block), sft_files(block)
     packed = block.get("packed_sequence", False)
     yield UNUSED
@@ -86,7 +86,7 @@ def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
 
 
 def _check_order(block: DictConfig) -> None:
-    """`shuffle`, `shuffle_seed` and NeMo's `seed` of the training data."""
+    """Check `shuffle`, `shuffle_seed` and NeMo's `seed` of the training data."""
     stores, seed = store_directories(block), block.get("shuffle_seed")
     shuffle = block.get("shuffle")
     if not isinstance(shuffle, bool | None):
@@ -108,11 +108,11 @@ def _check_order(block: DictConfig) -> None:
 
 
 def check_names(block: DictConfig) -> None:
-    """A name of its own for each validation set, or none for all (then set0, set1, ...).
+    """Require a unique name for each validation set, or no names (then set0, set1, ...).
 
-    Errors: NemoKDError for another number of names, one that is no text or has a slash (which makes
-    a directory of it in NeMo's files of predictions), and a name given twice: NeMo and Lightning
-    would log the mean of both sets under it.
+    Errors: NemoKDError for another number of names, a name that is no text or contains a slash
+    (which would be a directory in NeMo's files of predictions), and a repeated name, under which
+    NeMo and Lightning would log the mean of both sets.
     """
     names, count = block.get("names"), len(store_directories(block)) + len(sft_files(block))
     if names is None:

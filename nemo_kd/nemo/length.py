@@ -1,4 +1,4 @@
-"""How long a run is: epochs as steps, and the steps between validations and checkpoints."""
+"""The length of a run in steps, and the steps between validations and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from nemo_kd.nemo.record import Progress, say
 from nemo_kd.store import Store
 
 NO_EPOCH_LIMIT = 9999
-"""NeMo's configurations have this for "as many as `trainer.max_steps` takes"."""
+"""The `max_epochs` of NeMo's configurations: no limit but `trainer.max_steps`."""
 
 
 def fit_length(cfg: DictConfig, done: Progress) -> None:
-    """Set `trainer.max_steps` and `val_check_interval` to steps, and when checkpoints are saved.
+    """Convert `trainer.max_epochs` and `val_check_interval` to steps; set the checkpoints' steps.
 
-    `done`: what the checkpoint has trained that the run resumes from.
+    `done`: the progress of the checkpoint that the run resumes from.
 
-    Errors: NemoKDError for a run without an end or without a step, and for settings with which no
+    Errors: NemoKDError for a run without an end or without a step, and for settings under which no
     validation could happen.
     """
     trainer = cfg.trainer
@@ -41,14 +41,14 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
 
 
 def validates(cfg: DictConfig) -> bool:
-    """Whether there is anything to validate on, and validation is not turned off."""
+    """Whether there is validation data, and validation is not turned off."""
     data = cfg.model.data.validation_ds
     limit = cfg.trainer.get("limit_val_batches")
     return bool((data.get("store") or data.get("file_names")) and (limit is None or limit > 0))
 
 
 def samples_of(data_cfg: DictConfig) -> list[int]:
-    """How many samples (packs, for packed sequences) each store and file of a block gives."""
+    """The number of samples (or packs) of each store and file of a block."""
     return [
         *(_used(Store(directory), data_cfg) for directory in store_directories(data_cfg)),
         *(rows_of(Path(file)) for file in sft_files(data_cfg)),
@@ -56,7 +56,7 @@ def samples_of(data_cfg: DictConfig) -> list[int]:
 
 
 def rows_of(path: Path) -> int:
-    """Lines of a JSONL file, without empty ones at its end, as NeMo counts them."""
+    """The lines of a JSONL file, without empty ones at its end, as NeMo counts them."""
     rows, newlines = 0, 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -70,7 +70,9 @@ def rows_of(path: Path) -> int:
 def _used(store: Store, data_cfg: DictConfig) -> int:
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long") or "error")
-    seed = None if data_cfg.get("shuffle") is False else 0  # any seed gives as many packs
+    seed = (
+        None if data_cfg.get("shuffle") is False else 0
+    )  # the number of packs does not depend on the seed
     packed = data_cfg.get("packed_sequence", False)
     return len(pack_samples(store, fitting, length, seed) if packed else fitting)
 
@@ -80,7 +82,7 @@ def _limits(max_epochs: int | None) -> bool:
 
 
 def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
-    """Of the whole run, with those that are `done`: whichever limit comes first."""
+    """The steps of the run, `done` ones included: the first limit that it reaches."""
     max_steps, max_epochs = cfg.trainer.get("max_steps"), cfg.trainer.get("max_epochs")
     if max_steps is None or max_steps == -1:
         max_steps = None
@@ -108,7 +110,7 @@ def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
 
 
 def _steps_of_epoch(cfg: DictConfig) -> int:
-    """As many draws as there are samples, whatever the proportions of the stores are."""
+    """The steps of an epoch: one draw for each sample, whatever the stores' proportions."""
     data = cfg.model.data.train_ds
     if not store_directories(data) and data.get("packed_sequence", False):
         raise NemoKDError(
@@ -129,7 +131,7 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
 
 
 def refuse_part_epochs(trainer: DictConfig) -> None:
-    """Errors: NemoKDError for settings of Lightning's under which a run would end unplanned."""
+    """Errors: NemoKDError for settings of Lightning that would end a run early."""
     if trainer.get("fast_dev_run"):
         raise NemoKDError(
             "trainer.fast_dev_run would train a batch or so and keep nothing: set "
@@ -148,7 +150,7 @@ def refuse_part_epochs(trainer: DictConfig) -> None:
 
 
 def _interval(given: Any, steps: int, epoch: int | None) -> int:
-    """Steps between validations: a float is a share of an epoch, or else of the run."""
+    """Steps between validations: a float is a share of an epoch, or of the run without epochs."""
     given = 1.0 if given is None else given
     if isinstance(given, int) and given >= 1:
         return min(given, steps)
@@ -161,7 +163,7 @@ def _interval(given: Any, steps: int, epoch: int | None) -> int:
 
 
 def _check_validation(cfg: DictConfig) -> None:
-    """Every set must give a batch: without a validation there would be no checkpoint either."""
+    """Require a batch from every set: without a validation there would be no checkpoint either."""
     data, limit = cfg.model.data.validation_ds, cfg.trainer.get("limit_val_batches")
     if data.get("packed_sequence", False):  # NeMo's own packed files
         return
@@ -183,7 +185,7 @@ def _check_validation(cfg: DictConfig) -> None:
 
 
 def _fit_checkpoints(cfg: DictConfig) -> None:
-    """Without a validation, keep checkpoints by the training loss at the same intervals."""
+    """Without a validation, rank checkpoints by the training loss, at the same intervals."""
     with open_dict(cfg):
         checkpoints = cfg.exp_manager.setdefault("checkpoint_callback_params", {})
         triggers = ("every_n_train_steps", "train_time_interval")

@@ -1,6 +1,6 @@
-"""Progress of a run whose output is no terminal: a line per bar instead of a redraw per step.
+"""Progress bars for output to a file: a line per bar instead of a redraw per step.
 
-Imports NeMo: `nemo_kd.nemo.cpu.install()` comes first.
+Imports NeMo: call `nemo_kd.nemo.cpu.install()` first.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrainerBuilder
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
-SECONDS = 300  # a bar that lasts longer prints a line this often
+SECONDS = 300
+"""Time between the lines of a bar."""
 
 
 class LineBar(Tqdm):
@@ -30,7 +31,7 @@ class LineBar(Tqdm):
             self.print_line()
 
     def display(self, *args: Any, **options: Any) -> None:
-        """Draws nothing."""
+        """Draw nothing."""
 
     def close(self) -> None:
         if not self.disable:
@@ -56,7 +57,7 @@ class LineProgressBar(CustomProgressBar):
 
 
 class TrainerBuilder(MegatronLMPPTrainerBuilder):
-    """NeMo's, with line-wise progress where standard output is a file or a pipe."""
+    """NeMo's trainer builder, with line-wise progress if standard output is no terminal."""
 
     def _callbacks(self, callbacks: list[Any] | None) -> list[Any]:
         built: list[Any] = super()._callbacks(callbacks)

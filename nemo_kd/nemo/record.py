@@ -1,4 +1,4 @@
-"""What a checkpoint says of its run: settings, data, student and progress."""
+"""What a checkpoint records of its run: settings, data, student and progress."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from nemo_kd.store.fingerprint import checkpoint_fingerprint
 
 CHECKPOINT_KEY = "nemo_kd"
 DATA_KEY, STEPS_KEY = "kd_train_stores", "kd_trained_steps"
-"""In the model's configuration: what a `.nemo` says of its own training."""
+"""Keys of the model's configuration in which a `.nemo` records its own training."""
 Origin = dict[str, str]
 """`path` and `fingerprint` of a file or directory."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """The steps and samples that a run has trained."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -35,29 +35,29 @@ class Progress:
 
 @dataclass(frozen=True)
 class Record:
-    """What is kept of a run in each of its checkpoints; None: an older checkpoint has it not."""
+    """What each checkpoint of a run records; None: not in older checkpoints."""
 
     train_stores: list[Origin] | None = None
     """Stores and SFT files of the training, in order, with fingerprints of their bytes."""
     kd: dict[str, Any] | None = None
     settings: Settings | None = None
-    """The whole configuration as it was asked for, resolved."""
+    """The complete configuration as given, with interpolations resolved."""
     student: Origin | None = None
     """`model.restore_from_path`."""
     adapters: Origin | None = None
     """`model.peft.restore_from_path`."""
     max_steps: int | None = None
-    """Steps of the whole run, epochs turned into steps."""
+    """Steps of the run, with epochs converted to steps."""
 
 
 def asked(cfg: DictConfig) -> Settings:
-    """The configuration with its interpolations resolved, before it is fitted to the machine."""
+    """The configuration with interpolations resolved, before it is adapted to the machine."""
     container: Any = OmegaConf.to_container(cfg, resolve=True)
     return container
 
 
 def record_of(cfg: DictConfig, settings: Settings) -> Record:
-    """The record of a run; `cfg` has its final length, `settings` are `asked`."""
+    """The record of a run; `cfg` has its final length, `settings` come from `asked`."""
     adapters = (cfg.model.get("peft") or {}).get("restore_from_path")
     return Record(
         train_stores=training_data(cfg.model.data.train_ds),
@@ -70,7 +70,7 @@ def record_of(cfg: DictConfig, settings: Settings) -> Record:
 
 
 def training_data(data_cfg: DictConfig) -> list[Origin]:
-    """Where the training data is, stores first, and a fingerprint of all its bytes."""
+    """Paths and fingerprints of the training data, stores first."""
     stores = [Store(directory) for directory in store_directories(data_cfg)]
     files = [Path(file) for file in sft_files(data_cfg)]
     return [
@@ -84,7 +84,7 @@ def _checkpoint(path: str) -> Origin:
 
 
 def read(checkpoint: str) -> tuple[Progress, Record]:
-    """Progress and record of the checkpoint at a path, as NeMo names it to its trainer."""
+    """Progress and record of the checkpoint at the path that NeMo passes to its trainer."""
     kept = _without_weights(Path(checkpoint))
     mine = kept.get(CHECKPOINT_KEY) or {}
     step = int(kept["global_step"])
@@ -95,7 +95,7 @@ def read(checkpoint: str) -> tuple[Progress, Record]:
 
 
 def _without_weights(path: Path) -> dict[str, Any]:
-    """What a checkpoint holds beside tensors: a Megatron directory, or a file of Lightning's."""
+    """A checkpoint without its tensors: a Megatron directory, or a file of Lightning's."""
     if path.is_dir():
         from megatron.core import dist_checkpointing
 
@@ -108,12 +108,12 @@ def _without_weights(path: Path) -> dict[str, Any]:
 
 
 def _named(checkpoint: str, what: str) -> float:
-    """The number in a checkpoint's name, where NeMo itself looks for it; 0 without one."""
+    """The number in a checkpoint's name, as NeMo itself reads it; 0 without one."""
     found = re.search(rf"{what}=(\d+(\.\d+)?)", Path(checkpoint).name)
     return float(found[1]) if found else 0
 
 
 def say(text: str) -> None:
-    """One line on standard error, from the first process of torchrun or srun."""
+    """Print a line on standard error, from the first process of torchrun or srun."""
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
         print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Resuming a run exactly where its checkpoint was, under the settings that it is given now."""
+"""Resume a run exactly at its checkpoint, with the settings of the new command."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from nemo_kd.nemo.record import CHECKPOINT_KEY, STEPS_KEY, Record
 
 SCHEDULE_PROGRESS = ("last_epoch", "_step_count")
 GROUP_STATE = ("params", "step")
-"""Of an optimizer's parameter group: what is not a setting."""
+"""Entries of an optimizer's parameter group that are no settings."""
 
 
 class WholeRunBatchSampler(MegatronPretrainingBatchSampler):
-    """NeMo's sampler with the batches of the whole run for its length.
+    """NeMo's sampler, with the batches of the complete run as its length.
 
-    NeMo's is what remains to be consumed, and Lightning, which remembers how many batches it has
-    had, would end the epoch early and begin again with the first samples. `batches_done`: those of
-    earlier starts, which may have been of another size.
+    The length of NeMo's counts the remaining batches only. Lightning counts the batches of earlier
+    starts too, so it would end the epoch early and start again at the first samples.
+    `batches_done`: the batches of earlier starts, which may have had another size.
     """
 
     def __init__(self, *arguments: Any, batches_done: int = 0, **named: Any) -> None:
@@ -32,20 +32,20 @@ class WholeRunBatchSampler(MegatronPretrainingBatchSampler):
         self.batches_done = batches_done
 
     def __len__(self) -> int:
-        whole, rest = divmod(self.total_samples - self.consumed_samples, self.global_batch_size)
-        return self.batches_done + whole + bool(rest and not self.drop_last)
+        full, rest = divmod(self.total_samples - self.consumed_samples, self.global_batch_size)
+        return self.batches_done + full + bool(rest and not self.drop_last)
 
 
 class RunKeeper(Callback):
-    """Keeps a run's record in its checkpoints; lets the run's settings win over a checkpoint's.
+    """Save a run's record in its checkpoints; keep the new command's settings when resuming.
 
-    Lightning restores learning-rate schedules and the optimizer's settings from a checkpoint: a
-    longer run, or another learning rate, would go unnoticed.
+    Lightning restores the learning-rate schedule and the optimizer's settings from a checkpoint,
+    which would silently undo a longer run or another learning rate.
     """
 
     def __init__(self, record: Record) -> None:
         self.record = record
-        self._groups: list[dict[str, Any]] = []  # as the configuration sets them
+        self._groups: list[dict[str, Any]] = []  # settings of the optimizer's parameter groups
 
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -60,7 +60,7 @@ class RunKeeper(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        _go_on_within_the_epoch(checkpoint)
+        _continue_epoch(checkpoint)
         if not all(is_planned(config.scheduler) for config in trainer.lr_scheduler_configs):
             return
         states = checkpoint["lr_schedulers"] or [{"last_epoch": checkpoint["global_step"]}]
@@ -74,8 +74,8 @@ class RunKeeper(Callback):
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning keeps the checkpoint that it resumed from, beside the next "last" one; NeMo
-        # then refuses to choose between them at the third start.
+        # Lightning keeps the checkpoint that it resumed from besides the next "last" one, and NeMo
+        # refuses to choose between the two at the third start.
         if str(trainer.ckpt_path).endswith(("-last", "-last.ckpt")):
             trainer.ckpt_path = None
         if not self._groups:
@@ -85,25 +85,25 @@ class RunKeeper(Callback):
             group.update(settings)
         for config in trainer.lr_scheduler_configs:
             config.scheduler.last_epoch -= 1
-            config.scheduler.step()  # sets the learning rate of the step that comes next
+            config.scheduler.step()  # sets the learning rate of the next step
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         note_steps(trainer, pl_module)
 
 
 def note_steps(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Into the configuration of the `.nemo` that NeMo's checkpoint callback writes next."""
+    """Record the trained steps in the `.nemo` that NeMo's checkpoint callback writes next."""
     with open_dict(pl_module.cfg):
         pl_module.cfg[STEPS_KEY] = trainer.global_step
 
 
 def is_planned(scheduler: Any) -> bool:
-    """Whether the learning rate of a step is a formula of its number, as with NeMo's own."""
+    """Whether the learning rate is a function of the step, as in NeMo's own schedules."""
     return type(scheduler).__module__ == lr_scheduler.__name__
 
 
-def _go_on_within_the_epoch(checkpoint: dict[str, Any]) -> None:
-    """A run is one epoch of Lightning's, also one that is longer now than when it was saved."""
+def _continue_epoch(checkpoint: dict[str, Any]) -> None:
+    """Stay in the epoch: a run is one epoch of Lightning's, even if it is longer than before."""
     loops = checkpoint["loops"]["fit_loop"]
     epochs = loops["epoch_progress"]["current"]
     if epochs["ready"] == 1:  # NeMo's own packed files may have had more

@@ -1,6 +1,6 @@
-"""Which settings of a run may differ when it is resumed: none that changes the trained student.
+"""Compare a resumed run's settings with its checkpoint's: none may change the trained student.
 
-A key that is in none of the lists below counts.
+A key that is in none of the lists below counts as one that does.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FREE = (
     "name",
     "output",
     "resume.*",
-    # What happens, not what is learned. The length of a run is compared as such.
+    # Do not affect what is learned. The length of a run is compared separately.
     "exp_manager.*",
     "trainer.max_steps",
     "trainer.max_epochs",
@@ -45,7 +45,7 @@ FREE = (
     "model.memory_profile*",
     "model.gc_interval",
     "model.dist_ckpt_*",
-    # Where and how it is computed: the same numbers up to rounding.
+    # Where and how the same numbers, up to rounding, are computed.
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -63,7 +63,7 @@ FREE = (
     "model.data.*.memmap_workers",
     "model.data.*.pin_memory",
     "model.data.*.index_mapping_dir",
-    # Compared by what the files hold, not by where they are.
+    # Compared by the contents of the files, not by their paths.
     "model.restore_from_path",
     "model.peft.restore_from_path",
     "model.data.train_ds.store",
@@ -88,28 +88,28 @@ CHOOSES_BY_VALIDATION = (
     "exp_manager.checkpoint_callback_params.save_best_model",
 )
 COUNTED = ("exp_manager.ema.*", *CHOOSES_BY_VALIDATION)
-"""Although a pattern of `FREE` has them."""
+"""Compared although a pattern of `FREE` matches them."""
 
 MICRO_BATCH = ("model.micro_batch_size", "model.data.train_ds.micro_batch_size")
 DATA_PARALLEL = "data_parallel_size"
-"""Processes / model-parallel sizes: no key of the configuration, but compared as if it were."""
+"""Processes / model-parallel sizes: compared as if it were a key of the configuration."""
 
 WEIGHTS = ("alpha", "sft_weight", "kd_weight")
-"""Of `model.kd`: several ways to say one thing."""
+"""Keys of `model.kd` that express the same weights in different ways."""
 
 FIXED = {
-    "model.restore_from_path": "the weights are those of the checkpoint",
-    "model.peft.*": "the adapters are those of the checkpoint",
-    **dict.fromkeys(LAYOUT, "NeMo's checkpoints of adapters are cut for their layout"),
-    "model.optim.name": "the optimizer's state is that of the checkpoint",
-    "model.megatron_amp_O2": "the optimizer's state is that of the checkpoint",
+    "model.restore_from_path": "the weights come from the checkpoint",
+    "model.peft.*": "the adapters come from the checkpoint",
+    **dict.fromkeys(LAYOUT, "NeMo's checkpoints of adapters are split for their layout"),
+    "model.optim.name": "the optimizer's state comes from the checkpoint",
+    "model.megatron_amp_O2": "the optimizer's state comes from the checkpoint",
 }
-"""What a resume cannot honour, and why; everything else that is allowed is used."""
+"""Keys that a resumed run cannot change → why. Other changes take effect once allowed."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """A setting that differs between a checkpoint and the run that would go on with it."""
+    """A setting that differs between a checkpoint and the run that would resume it."""
 
     key: str
     then: Any
@@ -122,11 +122,10 @@ class Change:
 
 
 def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[Change]:
-    """The settings that count and differ, in the order of their keys.
+    """The settings that differ and may change the student, in the order of their keys.
 
-    `then` and `now` are whole configurations, nested and resolved; a key that is missing is null.
-    `raw` is `now` before its interpolations were resolved: what follows another key that differs
-    is left out.
+    `then` and `now` are complete configurations, nested and resolved; a missing key is null. `raw`
+    is `now` with its interpolations: a key that refers to another one that differs is left out.
     """
     old, new, links = flatten(then), flatten(now), flatten(raw or {})
     old, new = ({**flat, DATA_PARALLEL: _data_parallel_size(flat)} for flat in (old, new))
@@ -174,9 +173,9 @@ def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
 
 
 def refuse(found: list[Change], allow: Collection[str], fixed: Mapping[str, str], at: str) -> None:
-    """Refuse to resume the checkpoint `at` under changes that are not allowed or not possible.
+    """Refuse to resume the checkpoint `at` with changes that are not allowed or not possible.
 
-    Errors: NemoKDError that names each of them, with both values and what to do.
+    Errors: NemoKDError that names each change, with both values and the remedy.
     """
     never = [(change, why) for change in found for why in _reason(change.key, fixed)]
     impossible = {change.key for change, _ in never}
@@ -184,16 +183,16 @@ def refuse(found: list[Change], allow: Collection[str], fixed: Mapping[str, str]
     if not never and not open_:
         return
     named = [*map(str, open_)]
-    named += [f"{change}, and no resume can change it: {why}" for change, why in never]
-    remedy = "set exp_manager.explicit_log_dir to another directory for another run"
+    named += [f"{change}, and a resumed run cannot change it: {why}" for change, why in never]
+    remedy = "set exp_manager.explicit_log_dir to a new directory for another run"
     if not never:
         keys = ",".join(change.key for change in open_)
-        remedy += f", or resume.allow=[{keys}] to go on with this one under the new values"
+        remedy += f", or resume.allow=[{keys}] to resume this one with the new values"
     raise NemoKDError(f"{at} belongs to a run with other settings: {'; '.join(named)}. {remedy}")
 
 
 def matches(key: str, patterns: Collection[str]) -> bool:
-    """Whether `key` is one of them, is below one, or fits one with `*`."""
+    """Whether `key` equals one of the patterns, is below one, or matches one with `*`."""
     return any(
         key == pattern or key.startswith(f"{pattern}.") or fnmatchcase(key, pattern)
         for pattern in patterns
@@ -201,7 +200,7 @@ def matches(key: str, patterns: Collection[str]) -> bool:
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
-    """Nested → dotted keys; lists are values."""
+    """Convert nested to dotted keys; lists are values."""
     return dict(_leaves(settings, ""))
 
 

@@ -1,4 +1,4 @@
-"""A run's directory, as NeMo's `exp_manager` names it: its checkpoint, its student, its log."""
+"""The directory of a run, as NeMo's `exp_manager` chooses it: checkpoint, student, log."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ METRICS = "metrics.jsonl"
 
 @dataclass(frozen=True)
 class RunDirectory:
-    """What is in the directory of a run before `exp_manager` touches it."""
+    """The contents of a run's directory before `exp_manager` changes it."""
 
     path: Path
     checkpoint: str | None
-    """What a run would resume from; None: it begins."""
+    """The checkpoint to resume from; None: the run starts from the beginning."""
     student: Path | None
-    """The `.nemo` that the end of the run writes; None: the run writes none."""
+    """The `.nemo` that the run writes at its end; None: it writes none."""
     checkpoints: tuple[Path, ...] = ()
-    """The last ones of earlier starts."""
+    """The last checkpoints of earlier starts."""
 
     @property
     def has_student(self) -> bool:
@@ -38,7 +38,7 @@ class RunDirectory:
 def find(cfg: DictConfig) -> RunDirectory | None:
     """The directory that `exp_manager` will choose; None without an `exp_manager`.
 
-    Errors: NeMo's own, where it finds no checkpoint or only unfinished ones.
+    Errors: NeMo's own, if it finds no checkpoint or only unfinished ones.
     """
     from nemo.utils import exp_manager as nemo
 
@@ -50,17 +50,17 @@ def find(cfg: DictConfig) -> RunDirectory | None:
     if "://" in (parameters.dirpath or ""):
         raise NemoKDError(
             f"exp_manager.checkpoint_callback_params.dirpath={parameters.dirpath}: checkpoints of "
-            "a run are read before it starts, from a file system; set a path of one"
+            "a run are read from a file system before it starts; set a path on one"
         )
     checkpoints = Path(parameters.dirpath or path / "checkpoints")
     last = _last_checkpoints(checkpoints)
     if settings.resume_if_exists and len(last) > 1:
         _pin(cfg, path, newest(last))
         settings = _settings(cfg)
-    stand_in = SimpleNamespace(ckpt_path=None)  # for a trainer that is not built yet
+    stand_in = SimpleNamespace(ckpt_path=None)  # for the trainer, which is built later
     nemo.check_resume(
         stand_in,
-        str(path / "nothing-to-move"),  # it moves the files of the directory that it is given
+        str(path / "nothing-to-move"),  # it moves the files of its argument
         settings.resume_if_exists,
         settings.resume_past_end,
         settings.resume_ignore_no_checkpoint,
@@ -81,7 +81,7 @@ def _settings(cfg: DictConfig) -> Any:
 
 
 def _named(settings: Any) -> tuple[Path, str]:
-    """The run's directory, and the name that NeMo gives to the run's files."""
+    """The run's directory, and the name of its files."""
     from nemo.utils.exp_manager import get_log_dir
 
     path, _, name, _ = get_log_dir(
@@ -97,7 +97,7 @@ def _named(settings: Any) -> tuple[Path, str]:
 
 
 def _last_checkpoints(directory: Path) -> list[Path]:
-    """Those that NeMo calls the last. A kill between the next one and the removal leaves two."""
+    """The checkpoints that NeMo calls the last: two if a kill came between save and removal."""
     from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
     from nemo.utils.model_utils import uninject_model_parallel_rank
 
@@ -108,12 +108,12 @@ def _last_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest(checkpoints: Collection[Path]) -> Path:
-    """The one that has come furthest."""
+    """The checkpoint with the most steps."""
     return max(checkpoints, key=lambda checkpoint: read(str(checkpoint))[0].step)
 
 
 def _pin(cfg: DictConfig, path: Path, checkpoint: Path) -> None:
-    """Have `exp_manager` take this checkpoint: it refuses to choose among several."""
+    """Make `exp_manager` use this checkpoint: it refuses to choose among several."""
     with open_dict(cfg):
         cfg.exp_manager.explicit_log_dir = str(path)
         cfg.exp_manager.resume_if_exists = False
@@ -121,10 +121,10 @@ def _pin(cfg: DictConfig, path: Path, checkpoint: Path) -> None:
 
 
 def keep_metrics(directory: Path, step: int) -> None:
-    """Put `metrics.jsonl` back, which `exp_manager` has moved to `run_N`, up to `step`.
+    """Restore `metrics.jsonl`, which `exp_manager` has moved to `run_N`, up to `step`.
 
-    Lines of later steps, after the checkpoint, are left out: those steps are trained again. Call
-    on one rank.
+    Lines of steps after the checkpoint are left out, since those steps are trained again. Call on
+    one rank.
     """
     runs = sorted(directory.glob("run_*"), key=lambda run: int(run.name.removeprefix("run_")))
     moved = runs[-1] / METRICS if runs else None
@@ -138,7 +138,7 @@ def keep_metrics(directory: Path, step: int) -> None:
 
 
 def _step(line: str) -> float:
-    """Of a line; past every step where a kill has cut it off."""
+    """The step of a line; infinity for an incomplete line of a killed run."""
     try:
         return float(json.loads(line)["step"])
     except ValueError:

@@ -1,6 +1,6 @@
-"""Starting NeMo on any layout: trainer, process groups, a model from a `.nemo`.
+"""Start NeMo on any layout: trainer, process groups, a model from a `.nemo`.
 
-Imports NeMo when its functions are called, not before: `nemo_kd.nemo.cpu.install()` comes first.
+The functions import NeMo when they are called, after `nemo_kd.nemo.cpu.install()`.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 Model = TypeVar("Model", bound="MegatronGPTModel")
 
-# Lightning's name for a precision → the short one that a CPU run is checked against.
 CPU_PRECISIONS = ("32", "bf16", "bf16-mixed")
+"""Values of `trainer.precision` that work on a CPU."""
 
 
 def prepare(cfg: DictConfig) -> None:
-    """Fit a script's configuration to this machine: on a CPU, what only a GPU has is turned off.
+    """Adapt a script's configuration to this machine: on a CPU, turn off what needs a GPU.
 
-    Call before anything of NeMo is imported.
+    Call before any import of NeMo.
     """
     refuse(cfg)
     if not install():
@@ -55,7 +55,7 @@ def install() -> bool:
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     verbose = bool(os.environ.get("NEMO_KD_VERBOSE"))
     if not verbose:
-        warnings.filterwarnings("ignore")  # of what NeMo's imports miss and this run does not use
+        warnings.filterwarnings("ignore")  # NeMo's imports warn about what this run does not use
     on_cpu = cpu.install()
     if not verbose:
         _quiet()
@@ -63,7 +63,7 @@ def install() -> bool:
 
 
 def refuse(cfg: DictConfig) -> None:
-    """Errors: LayoutError for what NeMo, or this machine, cannot do whatever else is set."""
+    """Errors: LayoutError for settings that NeMo or this machine never supports."""
     _refuse_virtual_pipeline(cfg)
     if not torch.cuda.is_available():
         _refuse_on_cpu(cfg)
@@ -74,13 +74,13 @@ def _refuse_virtual_pipeline(cfg: DictConfig) -> None:
     if size > 1:
         raise LayoutError(
             f"model.virtual_pipeline_model_parallel_size={size}: NeMo 2.4 builds no virtual "
-            "pipelines any more, on any device; leave it at null, or train with nemo_kd.mcore "
+            "pipelines on any device; leave it at null, or train with nemo_kd.mcore "
             "(examples/megatron_core/train.py --virtual-pipeline)"
         )
 
 
 def _refuse_on_cpu(cfg: DictConfig) -> None:
-    """What would fail deep inside Megatron, or be silently wrong."""
+    """Refuse what would fail deep inside Megatron, or silently give wrong results."""
     precision, model = str(cfg.trainer.precision), cfg.model
     if precision not in CPU_PRECISIONS:
         raise LayoutError(
@@ -88,7 +88,7 @@ def _refuse_on_cpu(cfg: DictConfig) -> None:
             f"choose one of {', '.join(CPU_PRECISIONS)}"
         )
     if precision != "32" and model.pipeline_model_parallel_size > 1:
-        # Stages would hand on tensors of another type than Megatron's buffers: wrong gradients.
+        # Stages would send tensors of another type than Megatron's buffers: wrong gradients.
         raise LayoutError(
             f"trainer.precision={precision} does not work over pipeline stages on a CPU; set "
             "trainer.precision=32 or model.pipeline_model_parallel_size=1"
@@ -96,7 +96,7 @@ def _refuse_on_cpu(cfg: DictConfig) -> None:
     if model.get("context_parallel_size", 1) > 1:
         raise LayoutError(
             f"model.context_parallel_size={model.context_parallel_size} does not work on a CPU: "
-            "attention over a cut sequence is TransformerEngine's alone; set it to 1"
+            "attention over a split sequence needs TransformerEngine; set it to 1"
         )
     optimizer = model.get("optim") or {}
     if optimizer.get("name") == "distributed_fused_adam":
@@ -107,19 +107,19 @@ def _refuse_on_cpu(cfg: DictConfig) -> None:
 
 
 def _quiet() -> None:
-    """NeMo warns, a hundred lines a start, of each Megatron option that it does not know."""
-    import lightning.pytorch  # noqa: F401  (its import sets the levels that are set here)
+    """Silence NeMo's hundred lines of warnings about Megatron options that it does not know."""
+    import lightning.pytorch  # noqa: F401  (its import sets the levels that this function changes)
     from nemo.utils import logging as nemo_logging
 
     nemo_logging.setLevel(nemo_logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # Of the helper that NeMo has compiled already, make would say that there is nothing to do.
+    # For NeMo's compiled helper, make would print that there is nothing to do.
     os.environ.setdefault("GNUMAKEFLAGS", "--silent --no-print-directory")
 
 
 def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> Trainer:
-    """Lightning's trainer as NeMo's own fine-tuning script builds it."""
+    """Build Lightning's trainer as NeMo's own fine-tuning script does."""
     from nemo_kd.nemo.progress_bar import TrainerBuilder
 
     data_parallel_size(cfg)
@@ -127,7 +127,7 @@ def build_trainer(cfg: DictConfig, callbacks: list[Callback] | None = None) -> T
 
 
 def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:
-    """Process groups and seeds: what NeMo leaves to `Trainer.fit`, wanted before a restore."""
+    """Start process groups and set seeds, which NeMo leaves to `Trainer.fit`, before a restore."""
     from megatron.core import tensor_parallel
     from nemo.collections.nlp.modules.common.megatron.megatron_init import (
         initialize_model_parallel_for_nemo,

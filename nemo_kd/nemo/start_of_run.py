@@ -1,4 +1,4 @@
-"""Whether a run begins, resumes or is over: decided and said before anything is written."""
+"""Decide, and print, whether a run starts, resumes or is complete, before anything is written."""
 
 from __future__ import annotations
 
@@ -21,29 +21,29 @@ from nemo_kd.nemo.resumed_settings import (
 )
 from nemo_kd.nemo.run_directory import RunDirectory
 
-NEW_RUN = "set exp_manager.explicit_log_dir to another directory for another run"
+NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
 
 
 def what_is_done(directory: RunDirectory | None) -> tuple[Progress, Record | None]:
-    """Of the checkpoint that the run would resume from; nothing where there is none."""
+    """Progress and record of the checkpoint to resume from; (no progress, None) without one."""
     if directory is None or directory.checkpoint is None:
         return Progress(), None
     return read(directory.checkpoint)
 
 
 def begin(directory: RunDirectory) -> None:
-    """A run without a checkpoint to resume from: it must not mix with an earlier one.
+    """Refuse to start a run in a directory that has the results of an earlier one.
 
-    Errors: NemoKDError where checkpoints are, or the `.nemo` that the run would write.
+    Errors: NemoKDError if there are checkpoints, or the `.nemo` that the run would write.
     """
     if directory.checkpoints:
         raise NemoKDError(
-            f"{directory.checkpoints[0]} is there, and exp_manager.resume_if_exists=false would "
-            f"begin another run beside it: {NEW_RUN}, or remove it"
+            f"{directory.checkpoints[0]} exists, and exp_manager.resume_if_exists=false would "
+            f"start another run beside it: {NEW_RUN}, or remove it"
         )
     if directory.has_student:
         raise NemoKDError(
-            f"{directory.student} is there already, without a checkpoint to resume from: "
+            f"{directory.student} exists already, without a checkpoint to resume from: "
             f"{NEW_RUN}, or remove it"
         )
 
@@ -56,7 +56,7 @@ def resume(
     now: Record,
     raw: Settings,
 ) -> bool:
-    """Compare a checkpoint's run with this one; False: all of its steps are trained and saved.
+    """Compare a checkpoint's run with this one; False if all steps are trained and saved.
 
     Errors: NemoKDError for settings and data that may not change (`refuse`), and for a run that
     would end before its checkpoint.
@@ -66,7 +66,7 @@ def resume(
     allow = [allow] if isinstance(allow, str) else list(allow)
     changed = _compare(cfg, then, now, raw, allow, str(at))
     if then.settings is None:
-        say(f"{at} does not keep its run's settings: they could not be compared")
+        say(f"{at} has no record of its run's settings, so they were not compared")
     if done.step > steps:
         raise NemoKDError(
             f"{at} is at step {done.step}, after the end of a run of {steps} steps: raise "
@@ -74,7 +74,7 @@ def resume(
         )
     if done.step == steps:
         if not _is_written(directory, steps):
-            say(f"all {steps} steps are done: {directory.student} is written from {at}")
+            say(f"all {steps} steps are done: writing {directory.student} from {at}")
             return True
         student = f"the student is {directory.student}" if directory.student else f"in {at}"
         say(
@@ -84,10 +84,10 @@ def resume(
         return False
     say(f"resuming at step {done.step} of {steps} from {at}")
     if changed:
-        say("under new settings: " + "; ".join(map(str, changed)))
+        say("with new settings: " + "; ".join(map(str, changed)))
     if then.max_steps not in (None, steps):
         say(
-            f"the run has {steps} steps now, {then.max_steps} before: learning rate and schedules "
+            f"the run now has {steps} steps, before {then.max_steps}: learning rate and schedules "
             f"are those of a run of {steps} steps"
         )
     return True
@@ -96,7 +96,7 @@ def resume(
 def _compare(
     cfg: DictConfig, then: Record, now: Record, raw: Settings, allow: list[str], at: str
 ) -> list[Change]:
-    """The settings that differ, all of them allowed."""
+    """The settings that differ, after refusing those that may not."""
     settings = [configuration for configuration in (then.settings, now.settings) if configuration]
     check_allowed(allow, *settings)
     found = [] if then.settings is None else changes(then.settings, now.settings or {}, raw)
@@ -110,14 +110,14 @@ def _compare(
 
 
 def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
-    """Student and data whose bytes differ, whatever their paths are."""
+    """Student and data whose contents differ; paths may differ."""
     kind = "store" if store_directories(cfg.model.data.train_ds) else "file_names"
     pairs = [
         (f"model.data.train_ds.{kind}", then.train_stores, now.train_stores),
         ("model.restore_from_path", _listed(then.student), _listed(now.student)),
         ("model.peft.restore_from_path", _listed(then.adapters), _listed(now.adapters)),
     ]
-    if then.settings is None:  # an older checkpoint, which keeps its data at most
+    if then.settings is None:  # an older checkpoint, which records its data at most
         pairs = [pair for pair in pairs if pair[1]]
     return [
         Change(key, _named(old), _named(new))
@@ -136,7 +136,7 @@ def _named(origins: list[Origin] | None) -> str:
 
 
 def _fixed(cfg: DictConfig) -> dict[str, str]:
-    """What this run cannot change on its way, and why."""
+    """Keys that this run cannot change when it is resumed → why."""
     fixed = dict(FIXED)
     if not store_directories(cfg.model.data.train_ds):
         why = "NeMo's order of SFT files without a store depends on it"
@@ -158,14 +158,14 @@ def _is_planned(cfg: DictConfig) -> bool:
 
 
 def _is_written(directory: RunDirectory, steps: int) -> bool:
-    """Whether nothing is left to write: a kill may have come between checkpoint and `.nemo`."""
+    """Whether the `.nemo` of the last step exists: a kill may have come before it was written."""
     return directory.student is None or (
         directory.has_student and trained_steps(directory.student) in (None, steps)
     )
 
 
 def trained_steps(nemo_file: Path) -> int | None:
-    """The steps of the run that wrote a `.nemo` (file or directory); None: it does not say."""
+    """The steps of the run that wrote a `.nemo` (file or directory); None if not recorded."""
     name = "model_config.yaml"
     if nemo_file.is_dir():
         text = (nemo_file / name).read_bytes()

@@ -1,7 +1,7 @@
-"""What made tokens of source rows: the configuration's settings beside those of its stores.
+"""Settings that turn rows into tokens: compare the configuration's with those of its stores.
 
-A store's tokens are made at the dump. A setting of the training that is null takes the store's, for
-SFT files beside it and for what the saved model says of itself; one that is given must be the
+The dump makes a store's tokens. A null setting of the training takes the store's value, which is
+then used for SFT files and recorded in the saved model; a value that is given must equal the
 store's, whether or not it is NeMo's default.
 """
 
@@ -19,7 +19,7 @@ from nemo_kd.nemo.settings.training import SPLITS
 from nemo_kd.store import Store, StoreError
 
 OF_MODEL: dict[str, tuple[str, bool]] = {"chat": ("data", False), "answer_only_loss": ("", True)}
-"""Settings that all data sets share: their block of `model`, and NeMo's default."""
+"""Settings that all data sets share → their block of `model`, and NeMo's default."""
 
 NEMO_DEFAULTS = {**NEMO_TEMPLATE, **{key: default for key, (_, default) in OF_MODEL.items()}}
 
@@ -29,18 +29,18 @@ Say = Callable[[str], None]
 def settle_template(
     model_cfg: DictConfig, stores: Mapping[str, Sequence[Store]], say: Say = say
 ) -> None:
-    """Compare the template's settings with the stores', and fill in those that are null.
+    """Compare the template's settings with those of the stores, and fill in null ones.
 
-    Null is the value of the block's stores; without any, for validation_ds that of train_ds, for
-    train_ds NeMo's default. `stores`: those of `train_ds` and of `validation_ds`. `say` is called
-    with lines for the user.
+    Null becomes the value of the block's stores; without stores, the value of train_ds for
+    validation_ds, and NeMo's default for train_ds. `stores`: those of `train_ds` and of
+    `validation_ds`. `say` prints a line for the user.
 
-    Errors: StoreError for a setting that is given and is not a store's; for a null one that SFT
-    files need and whose value the stores beside them do not agree on.
+    Errors: StoreError for a setting that differs from a store's, and for a null setting that SFT
+    files need if their stores have different values.
     """
     settle = partial(_settled, model_cfg, say)
     values: dict[str, Any] = {}
-    # All are read before one is written: those of validation_ds often refer to train_ds's.
+    # Read all before writing one: those of validation_ds often refer to train_ds's.
     for key, default in NEMO_TEMPLATE.items():
         of_training = default
         for split in SPLITS:
@@ -58,7 +58,7 @@ def settle_template(
 def _settled(
     model_cfg: DictConfig, say: Say, parent: str, key: str, default: Any, stores: Sequence[Store]
 ) -> Any:
-    """The value that holds; `default` where it is null and no store of the block has one."""
+    """The value to use; `default` if it is null and no store of the block has one."""
     block = OmegaConf.select(model_cfg, parent) if parent else model_cfg
     where, given = ".".join(filter(None, ("model", parent, key))), block.get(key)
     known = [store for store in stores if key in store.manifest.spec.template]
@@ -71,7 +71,7 @@ def _settled(
         both = f"{known[0].directory} and others differ in the template setting {key}"
         if sft_files(block):
             raise StoreError(f"stores {both}: set {where} for the SFT files beside them")
-        say(f"stores {both}; {where}={found[0]!r} is what the saved model will say")
+        say(f"stores {both}; the saved model records {where}={found[0]!r}")
     return found[0] if found else default
 
 
@@ -84,4 +84,4 @@ def _compare(store: Store, where: str, key: str, given: Any, say: Say) -> None:
             f"{given!r}"
         )
     if key not in template and given != NEMO_DEFAULTS[key]:
-        say(f"store {store.directory} does not say its {key}: {where}={given!r} was not compared")
+        say(f"store {store.directory} does not record {key}: {where}={given!r} was not compared")

@@ -1,4 +1,4 @@
-"""The student's scripts after Hydra: train it on a store, measure it on held-out ones."""
+"""The student's scripts after Hydra: training, evaluation, merging of adapters."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 
 
 def run(cfg: DictConfig) -> None:
-    """Train; leaves checkpoints, TensorBoard curves and `metrics.jsonl` in the run's directory.
+    """Train; write checkpoints, TensorBoard curves and `metrics.jsonl` to the run's directory.
 
-    The same command resumes a run that was stopped, and says so of one that is over.
+    The same command resumes an interrupted run, and trains nothing if the run is complete.
     """
     check_settings(cfg)
     refuse_part_epochs(cfg.trainer)
@@ -56,7 +56,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> None:
-    """`done`: steps of earlier starts; `student`: the `.nemo` that the end of the run writes."""
+    """`done`: steps of earlier starts; `student`: the `.nemo` to write at the end of the run."""
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
 
@@ -65,7 +65,7 @@ def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> 
 
     trainer = start.build_trainer(cfg)
     log_dir = exp_manager(trainer, cfg.exp_manager)
-    # Before NeMo's callbacks: the one that ends a run at SIGTERM leaves the others no step.
+    # Before NeMo's callbacks: after the one that ends a run at SIGTERM, no other one runs.
     trainer.callbacks.insert(0, RunKeeper(record))
     if log_dir is not None:
         if done and is_global_rank_zero():
@@ -77,13 +77,13 @@ def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> 
         cfg.model[DATA_KEY] = record.train_stores
     model = _student(cfg, trainer)
     trainer.fit(model)
-    if student and done == trainer.max_steps:  # Lightning ends without NeMo's end of a training
+    if student and done == trainer.max_steps:  # Lightning ends without calling NeMo's on_train_end
         note_steps(trainer, model)
         model.save_to(str(student))
 
 
 def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
-    """SIGTERM saves after the step and ends with status 0: NeMo sets it up only where CUDA is."""
+    """Save after the step and exit with status 0 at SIGTERM; NeMo sets this up for CUDA only."""
     from nemo.utils.callbacks.preemption import PreemptionCallback
 
     if trainer.checkpoint_callback is not None and cfg.exp_manager.get(
@@ -93,7 +93,7 @@ def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Measure on `model.data.validation_ds.store`; prints the figures, writes them to `output`."""
+    """Measure on `model.data.validation_ds.store`; print the results and write them to `output`."""
     check_settings(cfg)
     if not cfg.model.data.validation_ds.store:
         raise StoreError("nothing to measure on: set model.data.validation_ds.store")
@@ -101,28 +101,28 @@ def evaluate(cfg: DictConfig) -> None:
     _prepare(cfg)
     trainer = start.build_trainer(cfg)
     trainer.validate(_student(cfg, trainer), verbose=False)
-    figures = {
+    results = {
         name.removeprefix("val/"): float(value)
         for name, value in trainer.callback_metrics.items()
         if name.startswith("val/")
     }
     if torch.distributed.get_rank() == 0:
-        for name, value in sorted(figures.items()):
+        for name, value in sorted(results.items()):
             print(f"{name:40} {value:.4f}")
         if cfg.get("output"):
             path = Path(cfg.output)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(figures, indent=1) + "\n")
+            path.write_text(json.dumps(results, indent=1) + "\n")
 
 
 def merge(cfg: DictConfig) -> None:
-    """Add the LoRA adapters of `model.peft.restore_from_path` into the model; save it whole."""
+    """Add the LoRA adapters of `model.peft.restore_from_path` to the weights; save the model."""
     check_settings(cfg)
     peft = cfg.model.peft
     if peft.peft_scheme != "lora" or not peft.restore_from_path:
         raise NemoKDError(
             "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo), and "
-            "model.peft.lora_tuning as they were trained"
+            "model.peft.lora_tuning to the settings of their training"
         )
     if not cfg.get("output"):
         raise NemoKDError("output must be given: the merged model, a .nemo")
@@ -135,11 +135,11 @@ def merge(cfg: DictConfig) -> None:
     merged = merge_lora(model)
     model.save_to(cfg.output)
     if torch.distributed.get_rank() == 0:
-        print(f"{cfg.output}: the whole model, {merged} adapters merged on each rank")
+        print(f"{cfg.output}: the complete model, with {merged} adapters merged on each rank")
 
 
 def check_settings(cfg: DictConfig) -> None:
-    """Refuse keys, values, paths and stores that cannot work, before the slow imports."""
+    """Check keys, values, paths and stores before the slow imports."""
     training.fill_in(cfg)
     training.check_keys(cfg)
     check_data_settings(cfg.model.data)
@@ -158,13 +158,13 @@ def _stores(cfg: DictConfig, split: str) -> list[Store]:
 
 
 def _prepare(cfg: DictConfig) -> None:
-    """Fit the configuration to this machine."""
+    """Adapt the configuration to this machine, and resolve its interpolations."""
     start.prepare(cfg)
     OmegaConf.resolve(cfg)
 
 
 def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:
-    # Only now: on a CPU NeMo and Megatron must find their patches in place.
+    # Not earlier: on a CPU, the patches come before NeMo and Megatron.
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
     from nemo_kd.nemo.peft import add_adapters
 

@@ -1,1 +1,1 @@
-"""What a configuration may hold, checked before anything slow is imported: keys, values, files."""
+"""Checks of a configuration before anything slow is imported: keys, values, files."""

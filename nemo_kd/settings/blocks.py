@@ -1,4 +1,4 @@
-"""A configuration held against the keys that something reads, and the values they may have."""
+"""Check a configuration against the keys that are read and the values that they may have."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ Keys = Mapping[str, "Kind | Block"]
 class Block:
     """The keys of a block.
 
-    `keys` are looked at first; `more`, which may take a moment, says what else is read, and is
-    asked at the first key that is not among them. `is_open`: any further key may stand there.
-    `moved`, of the outermost block: dotted keys of other programs → what to do instead.
+    `more` returns further keys; it may be slow, and is called at the first key that is not in
+    `keys`. `is_open`: any further key is allowed. `moved`, of the outermost block: dotted keys of
+    other programs → what to do instead.
     """
 
     keys: Keys
@@ -34,20 +34,21 @@ class Block:
 
 FREE = Block({}, is_open=True)
 SAME_AS = re.compile(r"\$\{[\w.]+\}")
-LISTED = 24  # keys of a block that an error lists
+MAX_LISTED = 24
+"""An error lists the known keys of a block that has no more."""
 
 
 def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = None) -> None:
-    """Hold the configuration `cfg`, which stands at `where`, against its block.
+    """Check the configuration `cfg` at the dotted key `where` against its block.
 
-    Errors: NemoKDError for an unknown key, with the nearest one of that block or where it belongs;
-    for one that must be given, and for a value of the wrong kind.
+    Errors: NemoKDError for an unknown key, naming the nearest one of that block or the block that
+    has it; for a key without a value, and for a value of the wrong kind.
     """
-    keys, asked = dict(block.keys), block.is_open
+    keys, complete = dict(block.keys), block.is_open
     for key in map(str, cfg):
         path = f"{where}.{key}" if where else key
-        if key not in keys and not asked:
-            keys, asked = {**block.more(cfg), **keys}, True
+        if key not in keys and not complete:
+            keys, complete = {**block.more(cfg), **keys}, True
         if key not in keys and not block.is_open:
             raise NemoKDError(
                 _unknown(_first_leaf(cfg, key, where), key, keys, where, root or block)
@@ -69,14 +70,14 @@ def _check_value(cfg: DictConfig, key: str, path: str, known: Kind | Block, root
             raise NemoKDError(f"{path}{MAPPING(value)}")
         return
     if SAME_AS.fullmatch(str(cfg._get_node(key)._value())):  # type: ignore[union-attr]
-        return  # the value of another key, which is named if it is wrong
+        return  # the value of another key, whose own check names it
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if problem := known(plain):
         raise NemoKDError(f"{path}{problem}")
 
 
 def _first_leaf(cfg: DictConfig, key: str, where: str) -> str:
-    """The dotted name of `key`, or of the first key within it."""
+    """The dotted name of `key`, or of the first key inside its block."""
     path = f"{where}.{key}" if where else key
     value = cfg._get_node(key)
     if isinstance(value, DictConfig) and not value._is_interpolation() and len(value):
@@ -94,12 +95,12 @@ def _unknown(path: str, key: str, keys: Keys, where: str, root: Block) -> str:
     elsewhere = [each for each in all_keys(root) if each.rpartition(".")[2] == key]
     meant = near if sure or not elsewhere else elsewhere[:2]
     hint = f" did you mean {' or '.join(meant)}?" if meant else ""
-    listed = f" Known: {', '.join(keys)}." if len(keys) <= LISTED else ""
+    listed = f" Known: {', '.join(keys)}." if len(keys) <= MAX_LISTED else ""
     return f"{path} is unknown;{hint}{listed}" if hint or listed else f"{path} is unknown."
 
 
 def all_keys(block: Block, where: str = "") -> Iterator[str]:
-    """Dotted names of the keys that a block and those within it list."""
+    """Dotted names of the keys in `keys` of a block and of the blocks inside it."""
     for key, known in block.keys.items():
         if isinstance(known, Block):
             yield from all_keys(known, f"{where}{key}.")

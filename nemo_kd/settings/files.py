@@ -1,4 +1,4 @@
-"""Paths of a configuration, looked at before anything slow begins: inputs exist, outputs can."""
+"""Check a configuration's paths early: inputs exist, outputs can be written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from nemo_kd.errors import NemoKDError
 
 Problem = Callable[[str], str]
 """Path → what is wrong with it, or ""."""
-REMOTE = "://"  # of a storage that NeMo reads itself
+REMOTE = "://"
+"""Part of a storage address, which NeMo reads itself."""
 
 
 def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> None:
@@ -24,14 +25,14 @@ def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> Non
 
 
 def paths_at(cfg: DictConfig, key: str) -> Iterator[str]:
-    """The path, or the list of paths, at a dotted key: none where it is absent or null."""
+    """The path or paths at a dotted key; none if it is absent or null."""
     value = OmegaConf.select(cfg, key)
     for path in [value] if isinstance(value, str) else value or []:
         yield str(path)
 
 
 def file(what: str, hint: str = "") -> Problem:
-    """A file that exists and can be read."""
+    """Require a readable file."""
 
     def problem(path: str) -> str:
         if not os.path.exists(path):
@@ -44,7 +45,7 @@ def file(what: str, hint: str = "") -> Problem:
 
 
 def file_or_directory(what: str, inside: tuple[str, ...], hint: str = "") -> Problem:
-    """A file, or a directory that holds one of the files `inside`."""
+    """Require a file, or a directory with one of the files `inside`."""
 
     def problem(path: str) -> str:
         if not os.path.isdir(path):
@@ -57,7 +58,7 @@ def file_or_directory(what: str, inside: tuple[str, ...], hint: str = "") -> Pro
 
 
 def directory(what: str) -> Problem:
-    """A directory that exists."""
+    """Require an existing directory."""
 
     def problem(path: str) -> str:
         if not os.path.exists(path):
@@ -68,31 +69,31 @@ def directory(what: str) -> Problem:
 
 
 def new_file(path: str) -> str:
-    """The problem of a file that must not be there yet, and can be made."""
+    """Require a path at which a file can be created and none exists."""
     if os.path.lexists(path):
-        return f"{path} exists already; remove it or name another"
+        return f"{path} exists already; remove it or choose another name"
     return _cannot_make(path)
 
 
 def output_file(path: str) -> str:
-    """The problem of a file that is written anew."""
+    """Require a path at which a file can be written or replaced."""
     if os.path.isdir(path):
         return f"{path} is a directory: expected the name of a file"
     return _cannot_make(path)
 
 
 def output_directory(path: str) -> str:
-    """The problem of a directory that is made where it is missing."""
+    """Require a directory that exists or can be created."""
     if os.path.exists(path) and not os.path.isdir(path):
         return f"{path} is a file: expected a directory, or a new name"
     return _cannot_make(os.path.join(path, "x"))
 
 
 def _cannot_make(path: str) -> str:
-    """The problem of making the file `path`, with the directories that are missing."""
+    """Why `path` and its missing parent directories cannot be created, or ""."""
     parent = _existing_parent(path)
     if not parent.is_dir():
-        return f"{parent} is a file, so {path} cannot be made"
+        return f"{parent} is a file, so {path} cannot be created"
     if os.access(parent, os.W_OK | os.X_OK):
         return ""
     return f"{path} cannot be written: {parent} is read-only or of another user"
@@ -104,6 +105,6 @@ def _existing_parent(path: str) -> Path:
 
 
 def _nearest_parent(path: str) -> str:
-    """Where the path ends to exist, if that is above its own directory."""
+    """The nearest existing directory, if it is above the path's own."""
     parent = _existing_parent(path)
-    return "" if parent == Path(os.path.abspath(path)).parent else f" ({parent} is there)"
+    return "" if parent == Path(os.path.abspath(path)).parent else f" ({parent} exists)"

@@ -1,11 +1,11 @@
-"""Keys of other programs and frequent guesses, and what they are called here."""
+"""Keys of other programs and frequent guesses, with their names here."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
 
-DISTILLATION = "NeMo-Aligner's settings of the distillation are model.kd here"
+DISTILLATION = "NeMo-Aligner's settings of the distillation are in model.kd here"
 STORE = (
     "NeMo-Aligner's JSONL becomes a store (nemo-kd convert), which model.data.train_ds.store and "
     "model.data.validation_ds.store name"
@@ -32,10 +32,10 @@ TRAINING = EVERYWHERE | {
     "trainer.knowledge_distillation.save_interval": "checkpoints are saved at each "
     "trainer.val_check_interval",
     "trainer.knowledge_distillation.limit_train_batches": "set trainer.max_steps",
-    "trainer.knowledge_distillation": "its keys stand under trainer: trainer.max_steps, "
+    "trainer.knowledge_distillation": "its keys are in trainer: trainer.max_steps, "
     "trainer.max_epochs, trainer.val_check_interval, trainer.limit_val_batches, "
     "trainer.gradient_clip_val",
-    "trainer.sft": "its keys stand under trainer: trainer.max_steps, trainer.max_epochs, "
+    "trainer.sft": "its keys are in trainer: trainer.max_steps, trainer.max_epochs, "
     "trainer.val_check_interval, trainer.limit_val_batches, trainer.gradient_clip_val",
     "model.kd.positions": "it is model.kd.top_entropy_fraction, a number: 0.2 for top_entropy(0.2)",
     "model.data.data_prefix": STORE,
@@ -48,7 +48,7 @@ TRAINING = EVERYWHERE | {
     "model.data.seq_length": "it is model.data.train_ds.max_seq_length",
     "model.data.top_k": "it is nemo-kd convert's --top-k",
     "model.data.num_workers": "it is model.data.train_ds.num_workers",
-    "model.data.sample": "samples are drawn for as many steps as trainer.max_steps says",
+    "model.data.sample": "samples are drawn for trainer.max_steps steps",
     "model.data.train_ds.file_path": "it is model.data.train_ds.file_names, a list",
     "model.data.validation_ds.file_path": "it is model.data.validation_ds.file_names, a list",
     "model.label_smoothing": "the cross-entropy beside the distillation has no label smoothing; "
@@ -60,7 +60,7 @@ DUMP = EVERYWHERE | {
     "output_path": "it is output_dir, a directory",
     "start_from_idx": "all ranks share the rows, and an interrupted dump resumes by itself",
     "end_at_idx": "all ranks share the rows, and an interrupted dump resumes by itself",
-    "data.data": "its keys stand under data: data.file_path, data.max_seq_length, ...",
+    "data.data": "its keys are in data: data.file_path, data.max_seq_length, ...",
     "data.min_seq_length": "every row is dumped",
     "data.memmap_workers": "rows are read without an index file",
     "data.index_mapping_dir": "rows are read without an index file",
@@ -74,14 +74,14 @@ DUMP = EVERYWHERE | {
     "raise model.tensor_model_parallel_size or lower max_tokens_per_micro_batch",
     "model.optim": "a teacher is not trained",
     "model.peft": "merge adapters into the teacher first, with examples/merge_lora.py",
-    "model.data": "the rows are described under data",
-    "exp_manager": "a dump's directory is output_dir",
+    "model.data": "the settings of the rows are in data",
+    "exp_manager": "the directory of a dump is output_dir",
 }
-"""A key, or the block that holds it → what to do instead; of a training, and of a dump."""
+"""A key or a block → what to do instead; for a training and for a dump."""
 
 
 def explained(path: str, moved: Mapping[str, str]) -> str:
-    """What to do instead of the dotted key `path`; "" where nothing is known of it."""
+    """What to do instead of the dotted key `path`; "" for a key that is not listed."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         if found := moved.get(".".join(parts[:length])):

@@ -1,4 +1,4 @@
-"""`prompt_template`: its fields end with the answer's, and the file's rows have them."""
+"""Check `prompt_template`: it ends with the answer's field, and the file's rows have its fields."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from typing import Any
 
 from nemo_kd.errors import NemoKDError
 
-MORE_THAN_A_ROW = 1 << 20  # bytes of a first line that are looked at
+MAX_ROW_BYTES = 1 << 20
+"""Bytes of the first line that are read."""
 
 
 def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = ()) -> None:
-    """Hold the template of a data block against its own keys, and against each file's first row.
+    """Check the template of a data block against the block's keys and each file's first row.
 
-    Errors: NemoKDError that names the key of the block at `where` to change.
+    Errors: NemoKDError that names the key to change, in the block at `where`.
     """
     template, label = block.get("prompt_template"), block.get("label_key")
     if template is None or label is None:
@@ -32,13 +33,14 @@ def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = 
         )
     if not template.endswith(f"{{{label}}}") or names.count(label) > 1:
         raise NemoKDError(
-            f"{key}={template!r}: the answer's field {{{label}}} must stand at its end, and once"
+            f"{key}={template!r}: the answer's field {{{label}}} must appear once, at the end"
         )
     fields = block.get("truncation_field")
     for name in str(fields).replace(" ", "").split(",") if fields else ():
         if name not in names and (name, names[0]) != ("context", "input"):  # NeMo's old name
             raise NemoKDError(
-                f"{where}.truncation_field={name} is no field of {key}={template!r}: choose of "
+                f"{where}.truncation_field={name} is no field of {key}={template!r}: choose "
+                f"from "
                 f"{', '.join(names)}"
             )
     for path in files:
@@ -56,12 +58,12 @@ def _check_first_row(path: str, names: list[str], key: str, label: str) -> None:
 
 
 def _first_row(path: str) -> dict[str, Any] | None:
-    """The first line of a JSONL file; None for what is no object (whoever reads it says more)."""
+    """The first row of a JSONL file; None if it is no object, which its reader reports."""
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as lines:
         try:
-            row = json.loads(lines.readline(MORE_THAN_A_ROW))
+            row = json.loads(lines.readline(MAX_ROW_BYTES))
         except ValueError:
             return None
     return row if isinstance(row, dict) else None

@@ -1,4 +1,4 @@
-"""Kinds of values: what a key may be set to, and how an error says what is expected."""
+"""Kinds of values: what a key may be set to, and how an error describes what is expected."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from nemo_kd.loss.names import did_you_mean
 
 @dataclass(frozen=True)
 class Kind:
-    """A set of values, called with one: "" if it belongs, else the rest of an error message."""
+    """A set of values. Call it with a value: "" if it fits, else the rest of an error message."""
 
     expected: str
     fits: Callable[[Any], bool]
@@ -27,7 +27,7 @@ class Kind:
 
 
 def shown(value: Any) -> str:
-    """A value as YAML has it, in short."""
+    """A value in YAML's notation, shortened."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
@@ -35,41 +35,41 @@ def shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-def _is_whole(value: Any) -> bool:
+def _is_int(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return _is_whole(value) or (isinstance(value, float) and math.isfinite(value))
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
 ANY = Kind("anything", lambda value: True)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind(
-    "a text",  # numbers too: `name=7` is a text that looks like one
+    "text",  # a number too: `name=7` is text that looks like one
     lambda value: isinstance(value, str | int | float) and not isinstance(value, bool),
 )
 PATH = Kind("a path", lambda value: isinstance(value, str) and bool(value))
 MAPPING = Kind("a block of keys", lambda value: isinstance(value, Mapping))
 
 
-def whole(least: int | None = None) -> Kind:
-    """Integers, from `least` on."""
-    expected = "a whole number" + ("" if least is None else f", at least {least}")
-    return Kind(expected, lambda value: _is_whole(value) and (least is None or value >= least))
+def whole(minimum: int | None = None) -> Kind:
+    """Integers, at least `minimum`."""
+    expected = "a whole number" + ("" if minimum is None else f", at least {minimum}")
+    return Kind(expected, lambda value: _is_int(value) and (minimum is None or value >= minimum))
 
 
-def number(least: float = -math.inf, most: float = math.inf, *, above: bool = False) -> Kind:
-    """Finite numbers in [least, most], or in (least, most] if `above`."""
+def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Kind:
+    """Finite numbers in [low, high], or in (low, high] if `above`."""
     limits = {
         (-math.inf, math.inf): "a number",
         (0.0, math.inf): "a number above 0" if above else "a number, at least 0",
     }
     opening = "(" if above else "["
-    expected = limits.get((least, most), f"a number in {opening}{least:g}, {most:g}]")
+    expected = limits.get((low, high), f"a number in {opening}{low:g}, {high:g}]")
 
     def fits(value: Any) -> bool:
-        return _is_number(value) and (least < value if above else least <= value) and value <= most
+        return _is_number(value) and (low < value if above else low <= value) and value <= high
 
     return Kind(expected, fits)
 
@@ -88,7 +88,7 @@ def shown_name(name: Any) -> str:
 
 
 def optional(kind: Kind) -> Kind:
-    """Null as well."""
+    """The values of `kind`, and null."""
     return Kind(f"{kind.expected}, or null", lambda v: v is None or kind.fits(v), kind.hint)
 
 

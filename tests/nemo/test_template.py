@@ -109,4 +109,4 @@ def test_a_setting_that_a_store_does_not_say_is_not_compared_and_that_is_said(
     converted = Store(write(tmp_path / "a", spec(template={}), []))
     cfg, lines = settled(configuration(data__train_ds__add_bos=True), [converted])
     assert cfg.data.train_ds.add_bos is True and cfg.data.train_ds.add_eos is True
-    assert len(lines) == 1 and "does not say its add_bos" in lines[0]
+    assert len(lines) == 1 and "does not record add_bos" in lines[0]

@@ -1,1 +1,1 @@
-"""What a NeMo configuration may hold: keys and values, checked before NeMo is imported."""
+"""Keys and values of NeMo configurations, checked before NeMo is imported."""

@@ -1,7 +1,7 @@
-"""The blocks of NeMo's configurations: what NeMo, Lightning and Megatron read of them.
+"""The keys that NeMo, Lightning and Megatron read in the blocks of NeMo's configurations.
 
-Listed here are the keys whose values are checked; all others are taken from the installed
-packages' source, when a configuration has one of them.
+Keys whose values are checked are listed here; all others are taken from the installed packages'
+source when a configuration has one of them.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def _manager_keys(block: DictConfig) -> Keys:
 
 @cache
 def data_class(module: str, name: str) -> Mapping[str, Kind | Block]:
-    """The fields of a data class; those that hold another one of its module are blocks."""
+    """The fields of a dataclass as keys; a field with a dataclass of its module is a block."""
     held = {
         key: Block(data_class(module, cls))
         for key, cls in sources.field_classes(module, name).items()
@@ -138,7 +138,7 @@ PEFT = Block(
             }
         ),
         "ia3_tuning": Block({"layer_selection": LAYERS}),
-        # Schemes that are refused under distillation; their blocks are in NeMo's file.
+        # Schemes that distillation refuses; NeMo's file has their blocks.
         "p_tuning": FREE,
         "selective_tuning": FREE,
         "mlp_head_tuning": FREE,
@@ -160,15 +160,15 @@ NOT_A_MODELS = (
     "tokenizer_name tokenizer_model special_tokens vocab_file language_model mcore_bert sharp "
     "_cpu_offloading_context"
 )
-"""Read of other blocks in an expression that looks alike, or of other models."""
+"""Names that similar expressions read from other blocks, or that other models read."""
 PROFILES = ("nsys_profile", "memory_profile", "chakra_profile")
 IN_NEMOS_FILES = ("resume_from_checkpoint", "sync_batch_comm", "pre_process", "post_process")
-"""Keys of NeMo's own configurations that its code reads no more."""
+"""Keys of NeMo's own configurations that its code no longer reads."""
 
 
 @cache
 def model_keys() -> Mapping[str, Kind | Block]:
-    """Every key that NeMo's GPT models, or Megatron's configuration of a transformer, read."""
+    """Every key that NeMo's GPT models or Megatron's transformer configuration reads."""
     names = set(sources.keys_read(READERS, r"(?:self\.|model\.)?_?cfg(?:\.model)?"))
     names |= set(
         sources.fields("megatron.core.transformer.transformer_config", "TransformerConfig")
@@ -213,4 +213,4 @@ MODEL: dict[str, Kind | Block] = {
     "tokenizer": Block({}, tokenizer_keys),
     **CHECKPOINTING,
 }
-"""Keys of a model's block in all scripts."""
+"""Keys of `model` in all scripts."""

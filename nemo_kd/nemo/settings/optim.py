@@ -1,4 +1,4 @@
-"""`model.optim`: what NeMo, and the optimizer and the schedule that it names, read of it."""
+"""The keys of `model.optim` that NeMo and the chosen optimizer and schedule read."""
 
 from __future__ import annotations
 
@@ -34,39 +34,39 @@ APEX = {
     "bucket_cap_mb pipeline_size contiguous_param_buffer contiguous_grad_buffer store_params "
     "store_param_remainders with_scaled_states nccl_ub",
 }
-"""Parameters of apex's optimizers, which PyPI does not have."""
+"""Parameters of apex's optimizers; apex is not on PyPI."""
 MCORE = "mcore_distributed_optim"
 
 
 @cache
 def optimizers() -> dict[str, str]:
-    """Name of an optimizer → its class, as NeMo's source has it."""
+    """Name of an optimizer → its class in NeMo's source."""
     listed = sources.named_classes(OPTIMIZERS, "AVAILABLE_OPTIMIZERS")
     return {**dict.fromkeys(APEX, ""), MCORE: "", **listed}
 
 
 @cache
 def optimizer_parameters(name: str) -> list[str]:
-    """What an optimizer is constructed with."""
+    """The constructor parameters of an optimizer."""
     cls = optimizers().get(name, "")
     if name in APEX:
         return APEX[name].split()
     if module := sources.imported_from(OPTIMIZERS, cls):
         return list(sources.parameters(module, cls))
-    if "." not in cls:  # Megatron's: NeMo names the few that it hands on
+    if "." not in cls:  # Megatron's: NeMo's code names the few parameters that it passes
         return sources.keys_read(["nemo.core.classes.modelPT"], "optim_config")
     found = getattr(importlib.import_module("torch.optim"), cls.rpartition(".")[2])
     return [name for name in inspect.signature(found).parameters if name != "params"]
 
 
 def optim_keys(block: DictConfig) -> Keys:
-    """What is read of `model.optim`: by the optimizer that it names, and by NeMo itself."""
+    """The keys of `model.optim` that its optimizer and NeMo read."""
     own = sources.keys_read(GPT_MODELS, r"self\._?cfg\.optim|optim_config")
     return dict.fromkeys([*optimizer_parameters(str(block.get("name", "adam"))), *own], ANY)
 
 
 def sched_keys(block: DictConfig) -> Keys:
-    """What is read of `model.optim.sched`: by the schedule that it names, and by NeMo itself."""
+    """The keys of `model.optim.sched` that its schedule and NeMo read."""
     cls = schedulers().get(str(block.get("name")), "")
     if cls.startswith("pt_scheduler."):
         found = getattr(importlib.import_module("torch.optim.lr_scheduler"), cls.split(".")[1])
@@ -81,12 +81,12 @@ def schedulers() -> dict[str, str]:
 
 
 OPTIMIZER = Kind(
-    "an optimizer of NeMo's",
+    "one of NeMo's optimizers",
     lambda value: value in optimizers() or len(optimizers()) == len(APEX) + 1,
     lambda value: one_of(*optimizers(), fused_adam="fusedadam apexadam").hint(value),
 )
 SCHEDULER = Kind(
-    "a schedule of NeMo's",
+    "one of NeMo's schedules",
     lambda value: not schedulers() or value in schedulers(),
     lambda value: one_of(*schedulers(), CosineAnnealing="cosine cos").hint(value),
 )

@@ -1,7 +1,7 @@
-"""What an installed package's source says of its settings, read without importing the package.
+"""Settings of an installed package, read from its source without importing it.
 
-NeMo, Lightning and Megatron take ten seconds to import, and a misspelt key should not. So their
-files are parsed: fields of data classes, parameters of constructors, keys that code reads.
+NeMo, Lightning and Megatron take ten seconds to import; reporting a misspelt key should not. So
+this parses their files: fields of dataclasses, parameters of constructors, keys that code reads.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SIMPLE = {"int": whole(), "float": number(), "bool": FLAG, "str": TEXT}
 
 
 def source(module: str) -> Path | None:
-    """The file of a module, `nemo.utils.exp_manager`; None where it is not installed."""
+    """The file of a module such as `nemo.utils.exp_manager`; None if it is not installed."""
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)
     for root in (spec.submodule_search_locations or []) if spec else []:
@@ -42,7 +42,7 @@ def _class(module: str, name: str) -> ast.ClassDef | None:
 
 
 def fields(module: str, name: str) -> dict[str, Kind]:
-    """Field → its kind, of a data class."""
+    """Field → its kind, for a dataclass."""
     node = _class(module, name)
     return {
         part.target.id: _kind(part.annotation)
@@ -52,7 +52,7 @@ def fields(module: str, name: str) -> dict[str, Kind]:
 
 
 def field_classes(module: str, name: str) -> dict[str, str]:
-    """Field → the data class of the same module that it holds, for the fields that hold one."""
+    """Field → its dataclass, for the fields whose type is a class of the same module."""
     node = _class(module, name)
     classes = {part.name for part in _tree(module).body if isinstance(part, ast.ClassDef)}
     found = {}
@@ -65,7 +65,7 @@ def field_classes(module: str, name: str) -> dict[str, str]:
 
 
 def parameters(module: str, name: str) -> dict[str, Kind]:
-    """Parameter → its kind, of a class's constructor; with `**kwargs`, those of its bases too."""
+    """Parameter → its kind, for a constructor; with `**kwargs`, those of the base classes too."""
     node = _class(module, name)
     if node is None:
         return {}
@@ -74,17 +74,17 @@ def parameters(module: str, name: str) -> dict[str, Kind]:
         if isinstance(part, ast.FunctionDef) and part.name == "__init__":
             arguments = [*part.args.args[1:], *part.args.kwonlyargs]
             found = {each.arg: _kind(each.annotation) for each in arguments}
-            handed_on = bases if part.args.kwarg else []
+            passed_on = bases if part.args.kwarg else []
             break
     else:
-        found, handed_on = {}, bases
-    for base in handed_on:
+        found, passed_on = {}, bases
+    for base in passed_on:
         found = parameters(module, base) | found
     return found
 
 
 def _kind(annotation: ast.expr | None) -> Kind:
-    """Unions and options of the simple types; ANY for all else."""
+    """The kind of a simple type, a union or an optional of them; ANY for anything else."""
     if isinstance(annotation, ast.Name):
         return SIMPLE.get(annotation.id, ANY)
     if not isinstance(annotation, ast.Subscript):
@@ -97,7 +97,7 @@ def _kind(annotation: ast.expr | None) -> Kind:
 
 
 def named_classes(module: str, table: str) -> dict[str, str]:
-    """Name → class of `table = {"name": Class}` and `table["name"] = Class`, as the code has it."""
+    """Name → class in `table = {"name": Class}` and `table["name"] = Class`, as source text."""
     found = {}
     for node in ast.walk(_tree(module)):
         if not isinstance(node, ast.Assign):
@@ -117,7 +117,7 @@ def named_classes(module: str, table: str) -> dict[str, str]:
 
 
 def imported_from(module: str, name: str) -> str | None:
-    """The module that `module` imports `name` from."""
+    """The module from which `module` imports `name`."""
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ImportFrom) and any(each.name == name for each in node.names):
             return node.module
@@ -125,7 +125,7 @@ def imported_from(module: str, name: str) -> str | None:
 
 
 def keys_read(modules: Iterable[str], owner: str) -> list[str]:
-    """The keys, sorted, that code reads of what the pattern `owner` matches, a configuration.
+    """The keys, sorted, that code reads from a configuration, which the pattern `owner` matches.
 
     `owner.get("key")`, `owner["key"]`, `owner.key`, `"key" in owner` and `hasattr(owner, "key")`.
     """

@@ -1,4 +1,4 @@
-"""The configuration of a training, an evaluation and a merge: NeMo's fine-tuning's and our own."""
+"""Check the configuration of a training, an evaluation and a merge: NeMo's keys and our own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPLIT: dict[str, Kind | Block] = {
     "over_long": one_of(
         "error", "truncate", "drop", truncate="cut cutprompt trim", drop="skip", error="refuse"
     ),
-    # NeMo's, as its `_build_dataset` and `build_data_loader` read them.
+    # NeMo's: read by its `_build_dataset` and `build_data_loader`.
     "file_names": PATHS,
     "global_batch_size": COUNT,
     "micro_batch_size": COUNT,
@@ -58,7 +58,7 @@ SPLIT: dict[str, Kind | Block] = {
     "packed_sequence_return_cu_seqlen": FLAG,
     "tokens_to_generate": NATURAL,
     "sample_weight": optional(TEXT),
-    # Null: as the stores were made (`nemo_kd.nemo.template`).
+    # Null: the stores' setting (`nemo_kd.nemo.template`).
     "label_key": optional(TEXT),
     "add_eos": optional(FLAG),
     "add_sep": optional(FLAG),
@@ -128,9 +128,9 @@ SPLITS = ("train_ds", "validation_ds")
 
 
 def fill_in(cfg: DictConfig) -> None:
-    """Add what a configuration of NeMo's own lacks of ours, each as null or NeMo's default.
+    """Add missing keys with their defaults, so that NeMo's own configurations work too.
 
-    `file_names: ???`, which NeMo's has, may stay open where a store is given.
+    `file_names: ???` of NeMo's file becomes null if there is a store.
     """
     OmegaConf.set_struct(cfg, False)
     defaults = DEFAULTS if cfg.get("exp_manager") is None else DEFAULTS | OF_A_RUN
@@ -144,19 +144,19 @@ def fill_in(cfg: DictConfig) -> None:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Errors: NemoKDError for an unknown key of a training, or a value of another kind."""
+    """Errors: NemoKDError for an unknown key, or a value of the wrong kind."""
     check(cfg, OUTPUT_BLOCK if "output" in set(cfg) else TRAINING_BLOCK)
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Errors: NemoKDError for a path that does not exist, or sizes that cannot work."""
+    """Errors: NemoKDError for a path that does not exist, or sizes that do not divide."""
     files.check_files(cfg, FILES)
     check_processes(cfg)
     check_batches(cfg, SPLITS)
 
 
 def check_templates(cfg: DictConfig) -> None:
-    """Errors: NemoKDError for a template that cannot work, or that the files' rows do not fit."""
+    """Errors: NemoKDError for a template that cannot work, or whose fields the files lack."""
     if cfg.model.data.get("chat"):
         return
     for split in SPLITS:
@@ -191,7 +191,7 @@ DEFAULTS: dict[str, Any] = {
 """Keys that NeMo or Lightning needs, and that a configuration may leave out."""
 OF_A_RUN: dict[str, Any] = {
     "exp_manager.resume_ignore_no_checkpoint": True,
-    "exp_manager.log_tflops_per_sec_per_gpu": False,  # NeMo has no figure for a fine-tuning
+    "exp_manager.log_tflops_per_sec_per_gpu": False,  # NeMo does not compute it for fine-tuning
     "exp_manager.checkpoint_callback_params": {},
 }
 SFT_FILE, STORE = files.file("SFT file"), files.directory("store")
