@@ -18,7 +18,7 @@ MAX_TEMPERATURE = 100.0
 class KDConfig:
     """loss = (1 - alpha) · CE + alpha · T² · D(teacher, student) per token, in nats.
 
-    Errors: ValueError on construction for unknown names, values out of range, settings that
+    Errors: NemoKDError on construction for unknown names, values out of range, settings that
     exclude each other, and a divergence that would be infinite.
     """
 

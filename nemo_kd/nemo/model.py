@@ -36,7 +36,7 @@ NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}
 class MegatronGPTSFTKDModel(GeneratingSFTModel):
     """SFT + KD: `loss = sft_weight * cross-entropy + kd_weight * divergence`, nats a token.
 
-    Tensor, pipeline, sequence and data parallel. Configuration: `model.kd_schedule`
+    Tensor, pipeline, sequence and data parallel. Configuration: `model.kd`
     (`KDTrainingConfig`) and `store` in `model.data.{train,validation}_ds`.
     """
 

@@ -108,7 +108,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
     def loss_func(
         self, loss_mask: torch.Tensor, num_valid_tokens_in_ub: Any, output_tensor: torch.Tensor
     ) -> torch.Tensor:
-        """Sum over answer tokens, divided as `model.kd_schedule.normalize` says; 0 without any."""
+        """Sum over answer tokens, divided as `model.kd.normalize` says; 0 without any."""
         own = num_valid_tokens_in_ub.clamp(min=1)
         divisor = own if self._divisor is None else self._divisor
         return super().loss_func(loss_mask, divisor, output_tensor)
