@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from typing import Any
 
-import torch
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
     GPTSFTChatDataset,
 )
@@ -13,7 +11,8 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import
 from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.teacher.layout import Layout
+from nemo_kd.teacher.rows import same_file
 
 # Keys of NeMo's that choose another way of reading, with files that outlive the data.
 REFUSED = {
@@ -30,8 +29,7 @@ class FileRows:
     file_path: str
 
     def _load_dataset(self) -> None:
-        self.indexed_dataset: Any = JsonlFile(self.file_path)
-        _refuse_unlike_ranks(self.indexed_dataset)
+        self.indexed_dataset: Any = same_file(self.file_path, Layout.of_job())
 
 
 class SFTDataset(FileRows, GPTSFTDataset):
@@ -95,7 +93,9 @@ def _check_reading(data_cfg: DictConfig, where: str) -> None:
             )
     for key, nothing in WITHOUT_EFFECT.items():
         if data_cfg.get(key) not in nothing:
-            _say(f"{where}.{key}={data_cfg[key]} has no effect: no index of the rows is kept")
+            Layout.of_job().say(
+                f"{where}.{key}={data_cfg[key]} has no effect: no index of the rows is kept"
+            )
 
 
 def _length(cfg: Any, data_cfg: DictConfig, where: str) -> int:
@@ -105,25 +105,7 @@ def _length(cfg: Any, data_cfg: DictConfig, where: str) -> int:
         return length
     most: int = cfg.max_position_embeddings
     if length > most:
-        _say(f"{where}.max_seq_length={length} is {most} here: the model has no more positions")
-    return min(length, most)
-
-
-def _say(text: str) -> None:
-    if not (torch.distributed.is_initialized() and torch.distributed.get_rank()):
-        print(text, file=sys.stderr, flush=True)
-
-
-def _refuse_unlike_ranks(file: JsonlFile) -> None:
-    """RowError where another rank reads other bytes under the same name; two small all-reduces."""
-    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
-        return
-    own = torch.tensor(list(bytes.fromhex(file.sha256)), device=torch.cuda.current_device())
-    least, most = own.clone(), own.clone()
-    torch.distributed.all_reduce(least, op=torch.distributed.ReduceOp.MIN)
-    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
-    if not torch.equal(least, most):
-        raise RowError(
-            f"{file.path} is not the same file on every node: its SHA-256 here is {file.sha256}, "
-            f"of {len(file)} rows; give all nodes the same file"
+        Layout.of_job().say(
+            f"{where}.max_seq_length={length} is {most} here: the model has no more positions"
         )
+    return min(length, most)

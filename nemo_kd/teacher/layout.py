@@ -51,6 +51,13 @@ class Layout:
     device: torch.device = CPU
     """Where tensors of collectives, and a model's inputs, are."""
 
+    @classmethod
+    def of_job(cls) -> Layout:
+        """Rank and size of the default process group, without replicas; else a single process."""
+        if not dist.is_initialized():
+            return cls()
+        return cls(rank=dist.get_rank(), size=dist.get_world_size())
+
     def share(self, items: Sequence[Value]) -> Sequence[Value]:
         """This rank's part of the items of its replica."""
         if self.replica_group is None:

@@ -1,7 +1,7 @@
 # ruff: noqa: E402 (NeMo comes after its patches)
-"""Tokens of random prompt-template rows by NeMo's data set and by ours: `nemo_tokens.py RESULT`.
+"""Compare the tokens of random prompt-template rows with NeMo's: `python nemo_tokens.py RESULT`.
 
-Writes what differs, and how much was compared. Tokenizers: a byte-level one and one of single
+Writes how many rows came out how, and what differs. Tokenizers: a byte-level one and one of single
 characters by transformers, a SentencePiece model by NeMo's own class.
 """
 
@@ -84,7 +84,7 @@ def row(draw: random.Random) -> dict[str, str]:
 
 
 def compare(theirs: Any, ours: Any, path: Path, draw: random.Random) -> Iterator[str]:
-    """How each row of one random file came out; starts with `differs` where it must not."""
+    """The outcome of each row of a random file; `differs: …` for a fault."""
     path.write_text("".join(json.dumps(row(draw)) + "\n" for _ in range(ROWS)))
     chosen, answer_only = settings(draw), draw.random() < 0.7
     chosen["add_bos"] &= ours.bos_id is not None
@@ -150,7 +150,7 @@ def tokenizers(directory: Path) -> dict[str, tuple[Any, Any]]:
 
 
 def alike(theirs: Any, ours: Any) -> dict[str, bool]:
-    """Whether two tokenizers agree in all that is asked of one."""
+    """Whether two tokenizers agree in each attribute and method that is used."""
     texts = [*TEXTS, "<a>x <b></s>", "<s> x"]
     ids = [theirs.text_to_ids(text) for text in texts]
     names = ("vocab_size", "bos_id", "eos_id", "space_sensitive")

@@ -1,4 +1,4 @@
-"""JSONL rows: NeMo's where NeMo reads them right, of the file as it is now."""
+"""JSONL rows: those of the file as it is now, and NeMo's where NeMo reads it right."""
 
 from __future__ import annotations
 

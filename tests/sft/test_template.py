@@ -17,7 +17,7 @@ NAMES = ["bytes", "characters", "bare", "sentencepiece"]
 
 @pytest.fixture(scope="module")
 def compared(shared: Shared) -> dict[str, Any]:
-    """Tokenizer → where it is like NeMo's, and how its random rows came out."""
+    """Tokenizer → which attributes are NeMo's, and the number of random rows of each outcome."""
     path = shared("sft", lambda path: program("tests/sft/nemo_tokens.py", path / "found.json"))
     found: dict[str, Any] = json.loads((path / "found.json").read_text())
     return found
@@ -25,7 +25,7 @@ def compared(shared: Shared) -> dict[str, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_random_rows_have_nemos_tokens(compared: dict[str, Any], name: str) -> None:
-    """Awkward spaces, empty and long fields, truncation of either side, added tokens."""
+    """With awkward spaces, empty and long fields, truncation on either side, added tokens."""
     outcomes = compared[name]["outcomes"]
     assert not [outcome for outcome in outcomes if outcome.startswith("differs")]
     kinds = ("Row", "Row truncated", "NoAnswerError", "NoAnswerError truncated", "refused")

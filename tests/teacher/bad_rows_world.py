@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (NeMo comes after its patches)
-"""Dumps of files with bad rows, that are mended, that change, by a teacher with NaN and -inf.
+"""Dump files with bad rows, corrected files and changing files, by a teacher with NaN and -inf.
 
 `python bad_rows_world.py DIRECTORY`: stores, and `said.json`, what each dump printed or refused.
 """
@@ -40,7 +40,7 @@ from tests.tiny import functions
 ROWS = 9
 NAN = "\u0142"  # in no other row; its embedding is NaN
 PRESENT = (1, 40, 41, 47, 100, 298)
-"""The ids of which the teacher has a logit above -inf."""
+"""The ids for which the teacher has a logit above -inf."""
 SETTINGS = [
     "trainer.precision=32",
     "data.max_seq_length=128",
@@ -66,7 +66,7 @@ GENERATION = [
 
 
 def write_teacher(directory: Path) -> None:
-    """A model whose LM head has a bias: -inf for most ids."""
+    """Write a model whose LM head has a bias of -inf for most ids."""
     torch.manual_seed(2)
     tokenizer = models.tokenizer()
     config = PhiConfig(
@@ -89,7 +89,7 @@ def write_teacher(directory: Path) -> None:
 
 
 def break_typist(directory: Path) -> None:
-    """Of the answers to a prompt with a tilde every logit is NaN."""
+    """Write a teacher whose logits are all NaN after a prompt with a tilde."""
     write_typist(directory)
     model = LlamaForCausalLM.from_pretrained(directory)
     with torch.no_grad():
@@ -98,7 +98,7 @@ def break_typist(directory: Path) -> None:
 
 
 class World:
-    """One directory, one loaded teacher at a time, what each run said."""
+    """A directory, one loaded teacher at a time, and the output of each run."""
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
@@ -120,7 +120,7 @@ class World:
         return cfg
 
     def run(self, key: str, act: Callable[[], object]) -> None:
-        """[what it refused, its output, its errors]."""
+        """Record [its refusal, its standard output, its standard error]."""
         output, errors, refusal = io.StringIO(), io.StringIO(), ""
         with redirect_stdout(output), redirect_stderr(errors):
             try:
@@ -147,7 +147,7 @@ def lines(rows: Sequence[Any]) -> str:
 
 
 def meddling(path: Path, text: str) -> Any:
-    """Teacher → one during whose forward pass another process appends to the file."""
+    """Teacher → one whose forward pass appends to the file, as another process might."""
 
     class Forward(HFForward):
         def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> Any:

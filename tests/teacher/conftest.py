@@ -1,4 +1,4 @@
-"""Hugging Face teachers, their dumps and their answers, made once for this folder."""
+"""Hugging Face teachers, their dumps and answers, made once for all tests of this folder."""
 
 from __future__ import annotations
 
@@ -21,5 +21,5 @@ SETTINGS = [
 
 @pytest.fixture(scope="session")
 def world(shared: Shared) -> Path:
-    """What `world.py` makes: checkpoints, data, stores, `parity.json`."""
+    """The output of `world.py`: checkpoints, data, stores, `parity.json`."""
     return shared("hf", lambda path: program("tests/teacher/world.py", path, *SETTINGS))

@@ -1,5 +1,5 @@
 # ruff: noqa: E402 (NeMo comes after its patches)
-"""SFT files of every kind read as a dump reads them: `python rows_world.py RESULT.json`.
+"""Read SFT files of every kind as a dump reads them: `python rows_world.py RESULT.json`.
 
 The tokenizer is a real one, the model that it belongs to a tiny one.
 """
@@ -81,7 +81,7 @@ FILES: dict[str, tuple[str, list[str]]] = {
 
 
 def read(path: Path, overrides: list[str], tokenizer: Any, model: LlamaForCausalLM) -> Any:
-    """[tokens, first answer token, answer tokens, cut] of each row, or what the refusal says."""
+    """[tokens, first answer token, answer tokens, truncated] of each row, or the refusal."""
     cfg = compose(
         "dump_teacher_topk",
         [
@@ -104,7 +104,7 @@ def read(path: Path, overrides: list[str], tokenizer: Any, model: LlamaForCausal
 
 
 def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str, Any]:
-    """Two rows that NeMo has made an index of, and three that came later: what each way reads."""
+    """How many rows each reader finds: NeMo made an index of two, and three were added later."""
     file, chat = directory / "grown.jsonl", directory / "grown_chat.jsonl"
     for path, row in ((file, GOOD), (chat, CHAT)):
         path.write_text(lines(row, row))

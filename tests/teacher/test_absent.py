@@ -1,4 +1,4 @@
-"""Teachers with logits of -inf, NaN and +inf: absent ids, and rows that are no distribution."""
+"""Teachers with logits of -inf, NaN and +inf: absent ids, and rows without a distribution."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ FINITE = (1, 2, 7, 20, V)
 
 
 def logits(dtype: torch.dtype) -> torch.Tensor:
-    """[N, V]: row i has `FINITE[i]` logits above -inf, at places that two ranks share unevenly."""
+    """[N, V]: row i has `FINITE[i]` logits above -inf, in columns that two ranks share unevenly."""
     generator = torch.Generator().manual_seed(0)
     z = 3 * torch.randn(len(FINITE), V, generator=generator)
     for row, count in enumerate(FINITE):
@@ -61,7 +61,7 @@ def check_sample(draws: int) -> None:
 
 
 def check_no_distribution() -> None:
-    """NaN of either sign, +inf, or nothing: always seen, and nothing else is spoilt by it."""
+    """NaN of either sign, +inf, or no finite logit is always detected and affects no other row."""
     z = logits(torch.float32)[-1:].repeat(7, 1)
     sign = torch.tensor(-1.0).copysign(torch.tensor(-1.0))
     for row, (place, value) in enumerate(

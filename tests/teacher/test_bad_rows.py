@@ -1,4 +1,4 @@
-"""Rows that nothing can be learnt from, files that change, and teachers with NaN and -inf."""
+"""Rows that cannot be used, files that change, and teachers with NaN and -inf."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.conftest import Shared, program
 from tests.teacher.test_hf import same_files
 
 PRESENT = (1, 40, 41, 47, 100, 298)
-"""The ids of which the world's teacher has a logit above -inf."""
+"""The ids for which the teacher has a logit above -inf."""
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def world(shared: Shared) -> Path:
 
 @pytest.fixture(scope="module")
 def said(world: Path) -> dict[str, list[str]]:
-    """Run → what it refused, printed, and printed as errors."""
+    """Run → its refusal, standard output and standard error."""
     found: dict[str, list[str]] = json.loads((world / "said.json").read_text())
     return found
 
@@ -69,7 +69,7 @@ def test_dropped_rows_are_counted_and_named(world: Path, said: dict[str, list[st
     assert "no row is left to dump: 2 of 2 rows" in said["nothing"][0]
 
 
-def test_a_row_with_nan_is_refused_by_number_and_whole_shards_stay(
+def test_a_row_with_nan_is_refused_by_number_and_complete_shards_are_kept(
     said: dict[str, list[str]],
 ) -> None:
     refusal, _, _ = said["NaN"]
@@ -79,7 +79,7 @@ def test_a_row_with_nan_is_refused_by_number_and_whole_shards_stay(
 
 
 @pytest.mark.parametrize("name", ["mended", "longer", "shorter", "changed"])
-def test_a_mended_file_goes_on_to_the_store_of_a_new_dump(
+def test_a_corrected_file_resumes_to_the_store_of_a_new_dump(
     world: Path, said: dict[str, list[str]], name: str
 ) -> None:
     same_files(world / name, world / f"{name}-fresh")

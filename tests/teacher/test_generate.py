@@ -1,5 +1,5 @@
-"""The teacher writes: the model's own greedy answers, draws that depend on nothing else, the same
-top-K as a dump of what was written."""
+"""Generation: the model's own greedy answers, draws that do not depend on the batch, and the top-K
+that a dump of the answers has."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def written(
 def test_greedy_answers_and_their_topk_are_the_models_own(name: str) -> None:
     model = tiny_model(name, tie_word_embeddings=False)  # tied ones say the same word again
     endless = [set(ids) for ids in written(model, prompts(), stop_ids=(999,)).ids]
-    # Tokens that some answers meet and some do not.
+    # Tokens that occur in some answers but not in all.
     stops = sorted(set.union(*endless) - set.intersection(*endless))[:1]
     model.generation_config.repetition_penalty = 1.7  # not the teacher's distribution: ignored
     answers = written(model, prompts(), stop_ids=stops)
@@ -195,7 +195,7 @@ def test_a_dump_of_the_written_file_gives_the_same_store(world: Path) -> None:
     assert not answers.verify()
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(world: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(world: Path) -> None:
     same_files(world / "answers", world / "resumed")
 
 

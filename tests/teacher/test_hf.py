@@ -66,10 +66,10 @@ def test_halves_make_the_models_own_logits(name: str) -> None:
         actual = split.logits(output, output.last_hidden_state[b, some])
         assert expected.abs().max() > 0.1
         assert torch.allclose(actual, expected[some], rtol=1e-4, atol=1e-5)
-    assert torch.equal(model(padded).logits, model(padded).logits)  # whole again
+    assert torch.equal(model(padded).logits, model(padded).logits)  # both halves restored
 
 
-def test_a_model_whose_halves_are_not_the_whole_is_refused() -> None:
+def test_a_model_whose_halves_do_not_give_its_logits_is_refused() -> None:
     class Odd(transformers.LlamaForCausalLM):
         def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:  # type: ignore[override]
             output = super().forward(input_ids, **more)
@@ -98,7 +98,7 @@ def test_another_tokenizer_is_refused_by_its_first_other_token(world: Path) -> N
 
 @pytest.mark.slow
 def test_a_nemo_student_trains_on_the_stores(world: Path, script: Script, tmp_path: Path) -> None:
-    """On a dump by transformers, and on answers that it wrote."""
+    """On a dump by transformers, and on generated answers."""
     for store, student in (("store", "llama"), ("answers", "typist")):
         script(
             "train_gpt_sft_kd.py",

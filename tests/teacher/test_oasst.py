@@ -1,5 +1,5 @@
-"""The tutorial's data: every answered way through a tree once, a tree on one side; and that the
-product reads it."""
+"""The tutorial's data: each answered path through a tree once, each tree in one split; and a dump
+reads it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a dump reads of SFT files of every kind, and what it says of those it cannot read."""
+"""What a dump reads from SFT files of every kind, and its messages about unreadable ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Draws from the whole distribution: unbiased, of small variance, the same on every sharding."""
+"""Draws from the full distribution: unbiased, of small variance, the same on every sharding."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def counts(logits: torch.Tensor, draws: int, uniform: torch.Tensor) -> torch.Ten
 
 @pytest.mark.parametrize("draws", [1, 2, 50])
 def test_draws_are_unbiased(draws: int) -> None:
-    """E over u in [0, 1): M evenly spaced u integrate a step function to 1 / M a jump."""
+    """E over u in [0, 1): M evenly spaced u integrate a step function to within 1 / M per jump."""
     m = 2000
     z = teacher(1)
     p = z.double().softmax(-1)[0]

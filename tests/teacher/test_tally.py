@@ -1,4 +1,4 @@
-"""The end of a dump in figures, against plain sums over the dense distribution."""
+"""The summary of a dump against plain sums over the dense distribution."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_sums_and_worst_rows_are_the_plain_ones() -> None:
     assert [one.nll for one in tally.worst] == pytest.approx([nll[r] for r in worst], rel=1e-5)
 
 
-def test_ranks_add_up_whoever_had_which_rows() -> None:
+def test_the_total_does_not_depend_on_which_rank_had_a_row() -> None:
     whole, parts = Tally(SPEC), [Tally(SPEC) for _ in range(4)]  # one of them without rows
     for row, topk, _ in (sample(row) for row in range(17)):
         whole.add(row, topk)
@@ -83,7 +83,7 @@ def test_ranks_add_up_whoever_had_which_rows() -> None:
     assert total.mass.tolist() == pytest.approx(whole.mass.tolist(), rel=1e-12)
 
 
-def test_summary_says_what_to_look_at() -> None:
+def test_summary_names_mass_truncation_and_worst_rows() -> None:
     tally = Tally(SPEC)
     assert tally.summary() == ""
     row, topk, _ = sample(8)
@@ -102,7 +102,7 @@ def test_summary_says_what_to_look_at() -> None:
     assert "WARNING: below 10%: is data.prompt_template" in tally.summary()
 
 
-def test_absent_places_do_not_count() -> None:
+def test_absent_ids_do_not_count() -> None:
     full, narrow = Tally(SPEC), Tally(SPEC)
     row, topk, z = sample(3, spread=9.0)
     absent = torch.arange(K) >= 2

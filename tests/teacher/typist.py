@@ -1,4 +1,4 @@
-"""A tiny Hugging Face teacher whose answers are any text, with its tokenizer."""
+"""A tiny Hugging Face teacher whose answers are random characters, with its tokenizer."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TYPIST = {
 
 
 def characters() -> PreTrainedTokenizerFast:
-    """A token for each printable character but the space: any ids are the tokens of their text."""
+    """A token for each printable character except the space: any ids survive a round trip."""
     tokens = ["</s>", *map(chr, range(33, 127))]
     backend = Tokenizer(BPE({token: i for i, token in enumerate(tokens)}, []))
     backend.add_special_tokens(["</s>"])
@@ -29,7 +29,7 @@ def characters() -> PreTrainedTokenizerFast:
 
 
 def write_typist(directory: Path) -> None:
-    """A random model over `characters`, which ends about every third answer within 40 tokens."""
+    """Write a random model over `characters`; a third of its answers end within 40 tokens."""
     torch.manual_seed(5)
     config = LlamaConfig(**TYPIST, initializer_range=0.2)
     LlamaForCausalLM(config).save_pretrained(directory)

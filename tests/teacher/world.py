@@ -1,8 +1,8 @@
 # ruff: noqa: E402 (NeMo comes after its patches)
-"""Hugging Face teachers dumped in one process, beside the same model in NeMo; run as a script.
+"""Dump Hugging Face teachers in one process, and the same model in NeMo; run as a script.
 
 Writes checkpoints, data and stores into a directory; `parity.json`, how far the two differ;
-`refusals.json`, what is said of checkpoints that cannot be teachers. Further arguments are
+`refusals.json`, the messages about checkpoints that cannot be teachers. Further arguments are
 overrides for all dumps.
 """
 
@@ -71,7 +71,7 @@ def start(cfg: DictConfig) -> Any:
 
 
 def parity(directory: Path) -> dict[str, Any]:
-    """Dumps the Hugging Face teacher, and holds NeMo's pass of the converted one against it."""
+    """Dump the Hugging Face teacher, and compare it with NeMo's pass of the converted one."""
     cfg = configuration(directory, "llama", "store", "teacher.kind=hf")
     teacher = start(cfg)
     dump(read(cfg), teacher)
@@ -107,7 +107,7 @@ def parity(directory: Path) -> dict[str, Any]:
 
 
 def without_answers(directory: Path) -> None:
-    """A dump of rows of which some, and a whole shard, have no answer within the limit."""
+    """Dump rows of which some, and all of one shard, have no answer within the limit."""
     rows = [json.loads(line) for line in (directory / "train.jsonl").read_text().splitlines()]
     for row in (2, 4, 5, 6, 7):
         rows[row]["output"] = ""
@@ -128,7 +128,7 @@ def without_answers(directory: Path) -> None:
 
 
 def differences(directory: Path, ours: Any) -> list[str]:
-    """What is said of a store whose tokenizer has another token, one more, or is not there."""
+    """The messages about a store whose tokenizer has a different token, one more, or is missing."""
     renamed, longer = directory / "renamed", directory / "longer"
     shutil.copytree(directory / "llama", renamed)
     for file in renamed.glob("*token*.json"):
@@ -175,11 +175,11 @@ GENERATION = [
 
 
 class Interrupted(Exception):
-    """Stands for a kill in the middle of a shard."""
+    """A kill in the middle of a shard."""
 
 
 def generations(directory: Path) -> None:
-    """Answers whole, interrupted and resumed, filtered; and a dump of the written file."""
+    """Generate answers in one go, interrupted and resumed, filtered; then dump the written file."""
     teacher: Any = None
 
     def run(store: str, *overrides: str, calls: int | None = None) -> None:
