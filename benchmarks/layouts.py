@@ -28,8 +28,10 @@ from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.store import machine
-from tests.conftest import make_tiny, metrics, run_script
+from tests.conftest import make_tiny
 from tests.layouts.conftest import LAYOUTS, dump_overrides, train_overrides
+from tests.processes import run_script
+from tests.runs import steps
 from tests.tiny import VOCABULARY
 
 HERE = Path(__file__).parent
@@ -78,9 +80,9 @@ Train = Callable[..., Path]
 
 def compare(train: Train, row: Row) -> dict[str, Any]:
     """The largest difference of a step's losses, and of the final weights, from one process."""
-    steps = f"trainer.max_steps={STEPS}"
-    one = train("one", *row.reference, steps)
-    other = train(row.layout, *row.overrides, steps)
+    length = f"trainer.max_steps={STEPS}"
+    one = train("one", *row.reference, length)
+    other = train(row.layout, *row.overrides, length)
     mine, theirs = weights(one), weights(other)
     assert set(mine) == set(theirs)
     return {
@@ -93,7 +95,7 @@ def compare(train: Train, row: Row) -> dict[str, Any]:
 
 def losses(run: Path) -> torch.Tensor:
     """[steps, LOSSES]"""
-    lines = [line for line in metrics(run) if "sft_loss" in line]
+    lines = steps(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return torch.tensor([[line[name] for name in LOSSES] for line in lines], dtype=torch.float64)
 
@@ -126,7 +128,7 @@ def trainings(directory: Path) -> Train:
     tiny, stores = directory / "tiny", [directory / "train", directory / "heldout"]
     if not (tiny / "teacher.nemo").exists():
         tiny.mkdir(parents=True)
-        make_tiny(tiny, run_script)
+        make_tiny(tiny)
     for store in stores:
         run_script("dump_teacher_topk.py", *dump_overrides(tiny, store.name, store))
 

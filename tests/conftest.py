@@ -2,43 +2,23 @@
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from filelock import FileLock
 
 from tests.loss.ranks import Ranks
+from tests.processes import ROOT as ROOT
+from tests.processes import environment as environment
+from tests.processes import run_program, run_script
+from tests.runs import metrics as metrics
 
-ROOT = Path(__file__).parent.parent
+program = run_program
 Script = Callable[..., subprocess.CompletedProcess[str]]
-Shared = Callable[[str, Callable[[Path], None]], Path]
-
-
-def run_script(
-    name: str, *overrides: str, processes: int = 1, fails: bool = False, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run `examples/NAME` on `processes` ranks under torchrun; a failure shows its output."""
-    launcher = [sys.executable]
-    if processes > 1:
-        torchrun = ["-m", "torch.distributed.run", "--standalone"]
-        launcher += [*torchrun, f"--nproc_per_node={processes}"]
-    done = subprocess.run(
-        [*launcher, str(ROOT / "examples" / name), *overrides],
-        env={**environment(), **variables},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    if (done.returncode != 0) != fails:
-        raise AssertionError(done.stdout[-4000:] + done.stderr[-8000:])
-    return done
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
@@ -54,7 +34,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Shared:
     root = (root if worker_id == "master" else root.parent) / "shared"
     root.mkdir(exist_ok=True)
 
-    def get(name: str, make: Callable[[Path], None]) -> Path:
+    def get(name: str, make: Callable[[Path], object]) -> Path:
         directory, done = root / name, root / f"{name}.done"
         with FileLock(root / f"{name}.lock"):
             if not done.exists():
@@ -68,15 +48,15 @@ def shared(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Shared:
 
 
 @pytest.fixture(scope="session")
-def tiny(shared: Shared, script: Script) -> Path:
+def tiny(shared: Shared) -> Path:
     """teacher.nemo, student.nemo, train.jsonl, heldout.jsonl of `tests/tiny.py`."""
-    return shared("tiny", lambda directory: make_tiny(directory, script))
+    return shared("tiny", lambda directory: make_tiny(directory))
 
 
-def make_tiny(directory: Path, script: Script) -> None:
+def make_tiny(directory: Path) -> None:
     """The teacher is fine-tuned by the product's own script: plain SFT on the JSONL."""
-    program("tests/tiny.py", directory)
-    script(
+    run_program("tests/tiny.py", directory)
+    run_script(
         "train_gpt_sft_kd.py",
         "name=teacher",
         f"model.restore_from_path={directory}/untrained.nemo",
@@ -103,27 +83,3 @@ def ranks(request: pytest.FixtureRequest) -> Iterator[Ranks]:
     """`request.param` processes for checks in a gloo group: parametrize with `indirect=True`."""
     with Ranks(request.param) as started:
         yield started
-
-
-def program(path: str, *arguments: object) -> None:
-    """Run a helper of the tests in a process of its own: it patches torch for the CPU."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / path), *map(str, arguments)],
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-
-
-def environment() -> dict[str, str]:
-    bin_directory = str(Path(sys.executable).parent)
-    path = bin_directory + os.pathsep + os.environ["PATH"]
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PATH": path, "NEMO_KD_TRACEBACK": "1"}
-
-
-def metrics(run_directory: Path) -> list[dict[str, Any]]:
-    """The lines of a run's `metrics.jsonl`."""
-    text = (run_directory / "metrics.jsonl").read_text()
-    return [json.loads(line) for line in text.splitlines()]

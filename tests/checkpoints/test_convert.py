@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 import tarfile
 from pathlib import Path
 
 import pytest
 import yaml
 
-from tests.conftest import ROOT, environment
+from tests.processes import run_program
 
 LAYOUTS = ("dp2", "tp2", "pp2")
 TINY = ("tied_grouped", "untied_llama3", "pruned")
@@ -21,15 +19,8 @@ TINY = ("tied_grouped", "untied_llama3", "pruned")
 def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints and `parity.json` of `parity.py`, run once on two processes."""
     directory = tmp_path_factory.mktemp("converted")
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    done = subprocess.run(
-        [*torchrun, str(ROOT / "tests/checkpoints/parity.py"), str(directory)],
-        env={**environment(), "PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(directory / "cache")},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-8000:]
+    cache = str(directory / "cache")
+    run_program("tests/checkpoints/parity.py", directory, processes=2, XDG_CACHE_HOME=cache)
     return directory
 
 

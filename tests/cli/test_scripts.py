@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from nemo_kd.cli.jobs import JOBS
 from nemo_kd.cli.scripts import accept_every_spelling
-from tests.conftest import ROOT, Script
+from tests.processes import ROOT, run_script
 
 
 def test_kd_overrides_become_add_or_change() -> None:
@@ -106,22 +106,20 @@ def test_every_hydra_script_is_tested_here() -> None:
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_help_has_an_example_to_copy_and_the_explained_configuration(
-    script: Script, name: str
-) -> None:
-    text = script(f"{name}.py", "--help").stdout
+def test_help_has_an_example_to_copy_and_the_explained_configuration(name: str) -> None:
+    text = run_script(f"{name}.py", "--help").stdout
     assert f"python examples/{name}.py model.restore_from_path=" in text
     commented = (ROOT / "conf" / f"{name}.yaml").read_text().partition("\nhydra:")[0]
     assert commented in text
     # What a file is grown from is shown too: every key is there, whichever file has it.
-    for key in script(f"{name}.py", "--cfg", "job").stdout.split():
+    for key in run_script(f"{name}.py", "--cfg", "job").stdout.split():
         if key.endswith(":"):
             assert re.search(rf"^ *{key}", text, re.M), key
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_the_printed_configuration_is_that_of_the_run(script: Script, name: str) -> None:
-    done = script(f"{name}.py", "--cfg", "job", "model.seed=7", "+model.kd.temprature=2")
+def test_the_printed_configuration_is_that_of_the_run(name: str) -> None:
+    done = run_script(f"{name}.py", "--cfg", "job", "model.seed=7", "+model.kd.temprature=2")
     cfg = OmegaConf.create(done.stdout)
     assert cfg.model.seed == 7 and cfg.model.kd.temprature == 2
     assert "hydra" not in cfg and cfg.trainer.num_nodes == 1

@@ -8,23 +8,21 @@ from pathlib import Path
 import torch
 
 from tests.checkpoints import models
-from tests.conftest import Script
+from tests.processes import run_script
 
 
-def test_nemo_completes_a_pruned_checkpoint_as_transformers_does(
-    tmp_path: Path, script: Script
-) -> None:
+def test_nemo_completes_a_pruned_checkpoint_as_transformers_does(tmp_path: Path) -> None:
     model = models.llama("tied_grouped")
     models.save(model, tmp_path / "hf")
     (tmp_path / "layers.json").write_text('{"kept": [0, 2, 3]}')
     nemo, layers = tmp_path / "pruned.nemo", tmp_path / "layers.json"
-    converted = script(
+    converted = run_script(
         "convert_hf_to_nemo.py", f"{tmp_path}/hf", str(nemo), f"--keep-layers=@{layers}"
     )
     prompts = models.TEXT.split("\n\n")[1:4]  # of different lengths
     rows = [json.dumps({"input": text.strip(" "), "output": "none"}) for text in prompts]
     (tmp_path / "prompts.jsonl").write_text("\n".join(rows) + "\n")
-    completed = script(
+    completed = run_script(
         "demo/complete.py",
         f"--model=one={nemo}",
         f"--model=other={nemo}",

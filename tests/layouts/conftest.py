@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from tests.conftest import Script, Shared, program
+from tests.conftest import Shared
+from tests.processes import run_program, run_script
 
 TENSOR, PIPELINE = "model.tensor_model_parallel_size", "model.pipeline_model_parallel_size"
 # name → (processes, overrides)
@@ -26,6 +27,19 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
     "pp4": (4, [f"{PIPELINE}=4"]),
     "tp2pp2": (4, [f"{TENSOR}=2", f"{PIPELINE}=2"]),
 }
+
+FUSED = "+model.kd.fused_lm_head=true"
+SIX_STEPS = [
+    "trainer.precision=32",
+    "trainer.max_steps=6",
+    "trainer.val_check_interval=3",
+    "trainer.enable_progress_bar=false",
+    "model.global_batch_size=4",
+    "model.micro_batch_size=1",
+    "model.data.train_ds.max_seq_length=128",
+    "model.optim.lr=0.01",
+    "model.optim.sched.warmup_steps=2",
+]
 
 
 def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
@@ -46,7 +60,9 @@ def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def dense(tiny: Path, shared: Shared) -> dict[str, NDArray[Any]]:
     """The teacher's whole distribution over the first rows: see `dense.py`."""
-    made = shared("dense", lambda path: program("tests/layouts/dense.py", tiny, path / "dense.npz"))
+    made = shared(
+        "dense", lambda path: run_program("tests/layouts/dense.py", tiny, path / "dense.npz")
+    )
     return dict(np.load(made / "dense.npz"))
 
 
@@ -57,20 +73,12 @@ def train_overrides(tiny: Path, store: Path, heldout: Path, directory: Path) -> 
         f"model.data.validation_ds.store={heldout}",
         "model.data.validation_ds.names=[heldout]",
         f"exp_manager.explicit_log_dir={directory}",
-        "trainer.precision=32",
-        "trainer.max_steps=6",
-        "trainer.val_check_interval=3",
-        "trainer.enable_progress_bar=false",
-        "model.global_batch_size=4",
-        "model.micro_batch_size=1",
-        "model.data.train_ds.max_seq_length=128",
-        "model.optim.lr=0.01",
-        "model.optim.sched.warmup_steps=2",
+        *SIX_STEPS,
     ]
 
 
 @pytest.fixture(scope="session")
-def dump(tiny: Path, script: Script, shared: Shared) -> Callable[..., Path]:
+def dump(tiny: Path, shared: Shared) -> Callable[..., Path]:
     """dump(layout, split) → directory of the store, made at the first call."""
 
     def get(layout: str = "one", split: str = "train") -> Path:
@@ -78,7 +86,7 @@ def dump(tiny: Path, script: Script, shared: Shared) -> Callable[..., Path]:
 
         def make(directory: Path) -> None:
             base = dump_overrides(tiny, split, directory / "store")
-            done = script("dump_teacher_topk.py", *base, *overrides, processes=processes)
+            done = run_script("dump_teacher_topk.py", *base, *overrides, processes=processes)
             (directory / "stdout.txt").write_text(done.stdout)
             (directory / "stderr.txt").write_text(done.stderr)
 
@@ -88,9 +96,7 @@ def dump(tiny: Path, script: Script, shared: Shared) -> Callable[..., Path]:
 
 
 @pytest.fixture(scope="session")
-def train(
-    tiny: Path, dump: Callable[..., Path], script: Script, shared: Shared
-) -> Callable[..., Path]:
+def train(tiny: Path, dump: Callable[..., Path], shared: Shared) -> Callable[..., Path]:
     """train(layout, *overrides) → the run's directory, with metrics.jsonl and checkpoints."""
 
     def get(layout: str = "one", *more: str) -> Path:
@@ -99,7 +105,7 @@ def train(
 
         def make(directory: Path) -> None:
             base = train_overrides(tiny, *stores, directory)
-            done = script("train_gpt_sft_kd.py", *base, *overrides, *more, processes=processes)
+            done = run_script("train_gpt_sft_kd.py", *base, *overrides, *more, processes=processes)
             (directory / "stderr.txt").write_text(done.stderr)
 
         name = hashlib.sha256(" ".join(more).encode()).hexdigest()[:12]

@@ -7,18 +7,16 @@ import sys
 from pathlib import Path
 
 import numpy as np
-from hydra import compose, initialize_config_dir
 
 from nemo_kd.nemo import start
+from tests.configuration import configuration
 
 ROWS = 8
 
 
 def main(tiny: str, output: str) -> None:
-    conf = Path(__file__).parent.parent.parent / "conf"
     overrides = [f"model.restore_from_path={tiny}/teacher.nemo", "trainer.precision=32"]
-    with initialize_config_dir(str(conf), version_base=None):
-        cfg = compose("train_gpt_sft_kd", overrides)
+    cfg = configuration("train_gpt_sft_kd", *overrides)
     cfg.model.micro_batch_size = cfg.model.global_batch_size = 1
     start.prepare(cfg)
     import torch

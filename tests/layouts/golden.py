@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).parents[2]
+from tests.processes import ROOT
+
 VOCABULARY, TOP_K, ROWS, PROMPT, ANSWERS = 500, 20, 48, 5, 11
 
 
@@ -85,5 +86,4 @@ def main(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
     main(Path(sys.argv[1]))

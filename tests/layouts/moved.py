@@ -6,17 +6,13 @@ import json
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
-
-from nemo_kd.cli.scripts import accept_every_spelling
+from tests.configuration import configuration
 
 
 def main(result: str, *overrides: str) -> None:
     from nemo_kd.cli.teacher import load, read
 
-    conf = Path(__file__).parent.parent.parent / "conf"
-    with initialize_config_dir(str(conf), version_base=None):
-        cfg = compose("dump_teacher_topk", accept_every_spelling(list(overrides)))
+    cfg = configuration("dump_teacher_topk", *overrides)
     teacher = load(read(cfg), cfg)
     import torch
     from torch.profiler import profile

@@ -6,32 +6,23 @@ import json
 import sys
 from pathlib import Path
 
-from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_kd.nemo import start
 from nemo_kd.nemo.template import settle_template
+from tests.configuration import configuration
+from tests.layouts.conftest import SIX_STEPS
 
 
 def main(tiny: str, directory: str) -> None:
-    conf = Path(__file__).parent.parent.parent / "conf"
     overrides = [
         f"model.restore_from_path={tiny}/student.nemo",
         f"model.data.train_ds.file_names=[{tiny}/train.jsonl]",
         "model.data.train_ds.concat_sampling_probabilities=[1.0]",
         f"model.data.validation_ds.file_names=[{tiny}/heldout.jsonl]",
-        "model.data.train_ds.max_seq_length=128",
-        "trainer.precision=32",
-        "trainer.max_steps=6",
-        "trainer.val_check_interval=3",
-        "trainer.enable_progress_bar=false",
-        "model.global_batch_size=4",
-        "model.micro_batch_size=1",
-        "model.optim.lr=0.01",
-        "model.optim.sched.warmup_steps=2",
+        *SIX_STEPS,
     ]
-    with initialize_config_dir(str(conf), version_base=None):
-        cfg = compose("train_gpt_sft_kd", overrides)
+    cfg = configuration("train_gpt_sft_kd", *overrides)
     settle_template(cfg.model, {"train_ds": [], "validation_ds": []})
     start.prepare(cfg)
     OmegaConf.resolve(cfg)

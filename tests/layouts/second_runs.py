@@ -19,13 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 
-from nemo_kd.cli.scripts import accept_every_spelling
 from nemo_kd.files import sha256_of
 from nemo_kd.nemo.train import run
+from tests.configuration import configuration
 
-ROOT = Path(__file__).parent.parent.parent
 LONGER_STEPS, LONGER_LR = 9, 0.02
 
 
@@ -39,8 +37,7 @@ def files(directory: Path) -> dict[str, int]:
 
 def again(directory: Path, overrides: list[str]) -> dict[str, Any]:
     """One command; how it ends must be before the training."""
-    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
-        cfg = compose("train_gpt_sft_kd", accept_every_spelling(overrides))
+    cfg = configuration("train_gpt_sft_kd", *overrides)
     before, error = files(directory), None
     said = io.StringIO()
     with contextlib.redirect_stderr(said):

@@ -12,9 +12,9 @@ import pytest
 from numpy.typing import NDArray
 
 from nemo_kd.store import Store
-from tests.conftest import Script
 from tests.layouts.conftest import LAYOUTS, dump_overrides
 from tests.layouts.dense import ROWS
+from tests.processes import run_program, run_script
 
 
 def test_every_row_and_answer_token_is_stored(dump: Callable[..., Path], tiny: Path) -> None:
@@ -44,6 +44,7 @@ def test_store_is_the_top_of_the_teachers_whole_distribution(
         assert np.abs(sample.topk.logits - top).max() < 2**-6  # float16, values up to 16
         for place, temperature in enumerate((1.0, 2.0)):
             logsumexp = np.logaddexp.reduce(logits / temperature, axis=1)
+            # Values of about 10 in float32: ten units in the last place.
             assert np.abs(sample.topk.logsumexp[:, place] - logsumexp).max() < 1e-5
 
 
@@ -55,22 +56,22 @@ def test_layouts_agree(dump: Callable[..., Path], layout: str) -> None:
 def assert_same_teacher(a: Path, b: Path) -> None:
     one, other = Store(a), Store(b)
     assert len(one) == len(other)
-    for a, b in zip(one, other, strict=True):
-        assert np.array_equal(a.input_ids, b.input_ids)
-        assert np.array_equal(a.loss_mask, b.loss_mask)
-        assert np.array_equal(a.topk.ids, b.topk.ids)
+    for mine, theirs in zip(one, other, strict=True):
+        assert np.array_equal(mine.input_ids, theirs.input_ids)
+        assert np.array_equal(mine.loss_mask, theirs.loss_mask)
+        assert np.array_equal(mine.topk.ids, theirs.topk.ids)
         # Relative logits are stored in float16: one unit in the last place of values up to 16.
-        assert np.abs(a.topk.logits - b.topk.logits).max() < 2**-6
-        assert np.abs(a.topk.logsumexp - b.topk.logsumexp).max() < 1e-5
+        assert np.abs(mine.topk.logits - theirs.topk.logits).max() < 2**-6
+        assert np.abs(mine.topk.logsumexp - theirs.topk.logsumexp).max() < 1e-5  # as above, float32
 
 
 def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
-    dump: Callable[..., Path], tiny: Path, script: Script
+    dump: Callable[..., Path], tiny: Path
 ) -> None:
     """The same command once more: every shard is whole, only the exchange file is new."""
     store, overrides = dump("tp2"), LAYOUTS["tp2"]
     before = {path: path.stat().st_mtime_ns for path in store.rglob("shard-*/*")}
-    done = script(
+    done = run_script(
         "dump_teacher_topk.py",
         *dump_overrides(tiny, "train", store),
         "jsonl=true",
@@ -90,13 +91,13 @@ def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
 
 @pytest.mark.slow
 def test_no_collective_is_as_wide_as_the_vocabulary(
-    dump: Callable[..., Path], tiny: Path, script: Script, tmp_path: Path
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
 ) -> None:
     """Of the logits, K keys of two words go to each of the TP ranks, and the log-sum-exps."""
     processes, overrides = LAYOUTS["tp2"]
     base = dump_overrides(tiny, "train", tmp_path / "store")
     arguments = [str(tmp_path / "moved"), *base, *overrides]
-    script("../tests/layouts/moved.py", *arguments, processes=processes)
+    run_program("tests/layouts/moved.py", *arguments, processes=processes)
     answers = sum(len(sample.topk.ids) for sample in Store(dump()))
     for rank in range(processes):
         moved = json.loads((tmp_path / f"moved.{rank}").read_text())
@@ -109,11 +110,11 @@ def test_no_collective_is_as_wide_as_the_vocabulary(
 
 
 def test_a_teacher_that_never_agrees_with_the_labels_is_warned_of(
-    tiny: Path, script: Script, tmp_path: Path
+    tiny: Path, tmp_path: Path
 ) -> None:
     overrides = dump_overrides(tiny, "heldout", tmp_path / "store")[1:]
     untrained = f"model.restore_from_path={tiny}/student.nemo"
-    done = script("dump_teacher_topk.py", untrained, *overrides)
+    done = run_script("dump_teacher_topk.py", untrained, *overrides)
     assert "this run: 10 rows" in done.stdout
     assert "WARNING: below 10%: is data.prompt_template" in done.stdout
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import random
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +12,12 @@ import psutil
 import pytest
 
 from nemo_kd.store.lock import LOCK
-from tests.conftest import ROOT, Script, environment
 from tests.disk import resize, small_disk
 from tests.layouts.conftest import LAYOUTS, dump_overrides
 from tests.layouts.test_dump import assert_same_teacher
+from tests.processes import DUMP, kill, run_script, start_program
 
 REPEATS = 8  # of the tiny file: enough shards of one row that a signal meets the dump at work
-
-
-def started(overrides: list[str], processes: int) -> subprocess.Popen[str]:
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    launcher = torchrun if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "examples/dump_teacher_topk.py"), *overrides]
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=environment(), stdout=pipe, stderr=pipe, text=True)
 
 
 def wait_for_shards(store: Path, count: int) -> None:
@@ -45,9 +35,9 @@ def long_dump(tiny: Path, store: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tiny: Path, script: Script, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     store = tmp_path_factory.mktemp("whole") / "store"
-    script("dump_teacher_topk.py", *long_dump(tiny, store))
+    run_script("dump_teacher_topk.py", *long_dump(tiny, store))
     return store
 
 
@@ -60,35 +50,30 @@ def same_bytes(a: Path, b: Path) -> None:
 
 @pytest.mark.parametrize("shards", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_killed_dump_resumes_under_another_data_parallel_size(
-    tiny: Path, script: Script, whole: Path, tmp_path: Path, shards: int
+    tiny: Path, whole: Path, tmp_path: Path, shards: int
 ) -> None:
     store = tmp_path / "store"
     overrides = long_dump(tiny, store)
-    dump = started(overrides, processes=2)
+    dump = start_program(DUMP, *overrides, processes=2)
     wait_for_shards(store, shards)
-    launcher = psutil.Process(dump.pid)
-    for process in [launcher, *launcher.children(recursive=True)]:  # the ranks have own sessions
-        process.kill()
-    dump.communicate()
+    kill(dump)
     assert not (store / "manifest.json").exists() and (store / LOCK).exists()
-    script("dump_teacher_topk.py", *overrides)
+    run_script("dump_teacher_topk.py", *overrides)
     same_bytes(whole, store)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["dp2", "tp2pp2"])
-def test_twenty_kills_at_random_moments(
-    tiny: Path, script: Script, tmp_path: Path, layout: str
-) -> None:
+def test_twenty_kills_at_random_moments(tiny: Path, tmp_path: Path, layout: str) -> None:
     """All processes at once, or in each fifth run one rank, whose end must end the others'."""
     processes, overrides = LAYOUTS[layout]
     straight, store = ([*long_dump(tiny, tmp_path / name), *overrides] for name in "ab")
-    script("dump_teacher_topk.py", *straight, processes=processes)
+    run_script("dump_teacher_topk.py", *straight, processes=processes)
     chance = random.Random(layout)
     kills = 0
     while kills < 20:
         before = len(list((tmp_path / "b").glob("shard-*")))
-        dump = started(store, processes)
+        dump = start_program(DUMP, *store, processes=processes)
         launcher = psutil.Process(dump.pid)
         wait_for_shards(tmp_path / "b", before + 1)
         time.sleep(chance.uniform(0, 0.1))
@@ -99,22 +84,22 @@ def test_twenty_kills_at_random_moments(
         dump.communicate(timeout=120)
         assert not (tmp_path / "b" / "manifest.json").exists(), "finished before it was killed"
         kills += 1
-    script("dump_teacher_topk.py", *store, processes=processes)
+    run_script("dump_teacher_topk.py", *store, processes=processes)
     same_bytes(tmp_path / "a", tmp_path / "b")
 
 
 @pytest.mark.slow
-def test_a_disk_that_is_full(tiny: Path, script: Script, whole: Path, tmp_path: Path) -> None:
+def test_a_disk_that_is_full(tiny: Path, whole: Path, tmp_path: Path) -> None:
     with small_disk(tmp_path / "disk", kilobytes=2000) as disk:
         overrides = long_dump(tiny, disk / "store")
-        done = script("dump_teacher_topk.py", *overrides, fails=True, NEMO_KD_TRACEBACK="")
+        done = run_script("dump_teacher_topk.py", *overrides, fails=True, NEMO_KD_TRACEBACK="")
         (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
         assert "No space left on device" in message and "give the same command again" in message
         kept = {path.name for path in (disk / "store").glob("shard-*")}
         assert kept and not list((disk / "store").glob(".*.tmp"))
         before = {name: (disk / "store" / name).stat().st_mtime_ns for name in kept}
         resize(disk, kilobytes=200_000)
-        script("dump_teacher_topk.py", *overrides)
+        run_script("dump_teacher_topk.py", *overrides)
         assert before == {name: (disk / "store" / name).stat().st_mtime_ns for name in kept}
         same_bytes(whole, disk / "store")
 
@@ -123,28 +108,28 @@ def test_a_disk_that_is_full(tiny: Path, script: Script, whole: Path, tmp_path: 
     "number", [signal.SIGUSR1, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
 )
 def test_a_signal_ends_the_dump_in_good_order(
-    tiny: Path, script: Script, whole: Path, tmp_path: Path, number: signal.Signals
+    tiny: Path, whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     store = tmp_path / "store"
     overrides = long_dump(tiny, store)
-    dump = started(overrides, processes=1)
+    dump = start_program(DUMP, *overrides, processes=1)
     wait_for_shards(store, 1)
     dump.send_signal(number)
     output, errors = dump.communicate(timeout=120)
     assert dump.returncode == 0, errors
     assert "interrupted: " in output and "run the same command to resume" in output
     assert not (store / "manifest.json").exists() and not (store / LOCK).exists()
-    script("dump_teacher_topk.py", *overrides)
+    run_script("dump_teacher_topk.py", *overrides)
     same_bytes(whole, store)
 
 
 def test_long_rows_share_a_micro_batch_with_fewer_others(
-    dump: Callable[..., Path], tiny: Path, script: Script, tmp_path: Path
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
 ) -> None:
     """On the tensor- and pipeline-parallel layout at once, under sequence parallelism too."""
     processes, overrides = LAYOUTS["tp2pp2"]
     store = tmp_path / "store"
     base = dump_overrides(tiny, "train", store)
     more = ["max_tokens_per_micro_batch=100", "model.sequence_parallel=true"]
-    script("dump_teacher_topk.py", *base, *overrides, *more, processes=processes)
+    run_script("dump_teacher_topk.py", *base, *overrides, *more, processes=processes)
     assert_same_teacher(dump(), store)

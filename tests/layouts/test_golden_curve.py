@@ -11,7 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Script, metrics, program, run_script
+from tests.processes import run_program, run_script
+from tests.runs import metrics
 
 GOLDEN = Path(__file__).with_name("golden_curve.json")
 NAMES = ("loss", "sft_loss", "kd_loss", "grad_norm")
@@ -20,9 +21,9 @@ NAMES = ("loss", "sft_loss", "kd_loss", "grad_norm")
 RELATIVE = 2e-5
 
 
-def curve(directory: Path, script: Script) -> list[dict[str, float]]:
-    program("tests/layouts/golden.py", directory)
-    script(
+def curve(directory: Path) -> list[dict[str, float]]:
+    run_program("tests/layouts/golden.py", directory)
+    run_script(
         "train_gpt_sft_kd.py",
         f"model.restore_from_path={directory}/student.nemo",
         f"model.data.train_ds.store={directory}/store",
@@ -43,8 +44,8 @@ def curve(directory: Path, script: Script) -> list[dict[str, float]]:
     return [{name: step[name] for name in NAMES} for step in metrics(directory / "run")]
 
 
-def test_twenty_steps_have_the_committed_losses(tmp_path: Path, script: Script) -> None:
-    steps, golden = curve(tmp_path, script), json.loads(GOLDEN.read_text())
+def test_twenty_steps_have_the_committed_losses(tmp_path: Path) -> None:
+    steps, golden = curve(tmp_path), json.loads(GOLDEN.read_text())
     assert len(steps) == len(golden) == 20
     for step, expected in zip(steps, golden, strict=True):
         assert step == pytest.approx(expected, rel=RELATIVE)
@@ -52,5 +53,5 @@ def test_twenty_steps_have_the_committed_losses(tmp_path: Path, script: Script) 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        steps = curve(Path(made), run_script)
+        steps = curve(Path(made))
         GOLDEN.write_text("[\n" + ",\n".join(json.dumps(step) for step in steps) + "\n]\n")

@@ -13,8 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nemo_kd.nemo.metrics import NAMES
 from nemo_kd.store import Sample, Store, StoreWriter
-from tests.conftest import metrics
-from tests.layouts.test_train import validations
+from tests.runs import metrics, validations
 from tests.store.samples import each_array
 
 Run = Callable[..., Path]

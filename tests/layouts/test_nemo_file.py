@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests import nemo_file
-from tests.conftest import ROOT, environment, metrics
+from tests.processes import TRAIN, run_program
+from tests.runs import SAME_LINE, steps
 
 
 def test_nemos_file_trains_with_a_store_added(
@@ -31,18 +30,11 @@ def test_nemos_file_trains_with_a_store_added(
     ]
     working = tmp_path / "working"
     working.mkdir()
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/train_gpt_sft_kd.py"), *arguments],
-        env=environment(),
-        cwd=working,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    steps = [line for line in metrics(tmp_path / "run") if "kd_loss" in line]
-    assert len(steps) == 3
-    for step in steps:
-        assert step["loss"] == pytest.approx((step["sft_loss"] + step["kd_loss"]) / 2, rel=1e-5)
+    run_program(TRAIN, *arguments, cwd=working)
+    lines = steps(tmp_path / "run")
+    assert len(lines) == 3
+    for step in lines:
+        mean = (step["sft_loss"] + step["kd_loss"]) / 2
+        assert step["loss"] == pytest.approx(mean, abs=SAME_LINE)
     saved = tmp_path / "run/checkpoints/megatron_gpt_peft_adapter_tuning.nemo"
     assert saved.is_file() and not list(working.iterdir())

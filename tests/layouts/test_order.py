@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from nemo_kd.store import Store
-from tests.conftest import program
+from tests.processes import run_program
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +19,9 @@ def order(
 ) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("order") / "order.json"
     file = tiny / "train.jsonl"
-    program("tests/layouts/order.py", dump(), dump(split="heldout"), file, out)
-    return json.loads(out.read_text())
+    run_program("tests/layouts/order.py", dump(), dump(split="heldout"), file, out)
+    result: dict[str, Any] = json.loads(out.read_text())
+    return result
 
 
 def test_each_epoch_has_every_sample_once(order: dict[str, Any], dump: Callable[..., Path]) -> None:

@@ -12,14 +12,12 @@ from nemo.utils import sequence_packing_utils as packing
 
 from nemo_kd.data import fit_lengths, pack_samples
 from nemo_kd.store import Store
-from tests.conftest import Script, metrics
-from tests.layouts.conftest import LAYOUTS, train_overrides
-from tests.layouts.test_refusals import refused
-from tests.layouts.test_train import steps, validations
-from tests.layouts.test_train_resume import assert_goes_on_exactly, killed_after, logged
+from tests.layouts.conftest import FUSED, LAYOUTS, train_overrides
+from tests.layouts.test_train_resume import assert_goes_on_exactly, kill_after
+from tests.processes import error_of
+from tests.runs import SPLIT, assert_close, metrics, steps, validations
 
 LENGTH = 192  # four packs of the ten held-out samples: even, for two data-parallel ranks
-FUSED = "+model.kd.fused_lm_head=true"
 Options = Callable[[int], list[str]]
 
 
@@ -69,11 +67,10 @@ def test_packs_train_as_their_samples(
 ) -> None:
     alone = train("one", *options(len(Store(dump(split="heldout")))))
     together = train(layout, *packed, *more)
-    for a, b in zip(steps(alone), steps(together), strict=True):
-        for name in ("reduced_train_loss", "sft_loss", "kd_loss", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), (a["step"], name)
+    names = ("reduced_train_loss", "sft_loss", "kd_loss", "grad_norm")
+    assert_close(steps(alone), steps(together), names, abs=SPLIT, rel=SPLIT)
     (a,), (b,) = validations(alone), validations(together)
-    assert a["val/heldout/kd_loss"] == pytest.approx(b["val/heldout/kd_loss"], abs=1e-5)
+    assert a["val/heldout/kd_loss"] == pytest.approx(b["val/heldout/kd_loss"], abs=SPLIT)
     text = (together / "stderr.txt").read_text()
     assert text.count(f"packs of max_seq_length={LENGTH} tokens") == 1
 
@@ -83,16 +80,15 @@ def test_a_killed_packed_run_goes_on_exactly(
     train: Callable[..., Path],
     dump: Callable[..., Path],
     tiny: Path,
-    script: Script,
     tmp_path: Path,
 ) -> None:
     """Packs of the training store, whose epochs end within the run and within a step."""
     more = ["model.data.train_ds.packed_sequence=true", "trainer.max_steps=12"]
     processes, layout = LAYOUTS["tp2"]
     overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), *layout, *more]
-    whole = logged(train("tp2", *more))
-    killed_after(7, overrides, processes, tmp_path)
-    assert_goes_on_exactly(script, whole, overrides, processes, tmp_path)
+    whole = steps(train("tp2", *more))
+    kill_after(7, overrides, processes, tmp_path)
+    assert_goes_on_exactly(whole, overrides, processes, tmp_path)
 
 
 @pytest.mark.slow
@@ -123,20 +119,18 @@ def test_nemos_own_packed_files_train_without_a_teacher(
     )
     alone = steps(train("one", *options(len(samples)), *plain))
     together = [line for line in metrics(packs) if "reduced_train_loss" in line]
-    for a, b in zip(alone, together, strict=True):
-        for name in ("reduced_train_loss", "grad_norm"):
-            assert a[name] == pytest.approx(b[name], abs=1e-5, rel=1e-5), (a["step"], name)
+    assert_close(alone, together, ("reduced_train_loss", "grad_norm"), abs=SPLIT, rel=SPLIT)
 
 
 @pytest.mark.slow
 def test_what_does_not_pack_is_refused(
-    script: Script, tiny: Path, dump: Callable[..., Path], tmp_path: Path
+    tiny: Path, dump: Callable[..., Path], tmp_path: Path
 ) -> None:
     start = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path)
     start += ["model.data.train_ds.packed_sequence=true"]
-    message = refused(script, "train_gpt_sft_kd.py", *start, "model.micro_batch_size=2")
+    message = error_of("train_gpt_sft_kd.py", *start, "model.micro_batch_size=2")
     assert "micro_batch_size=2 with packed_sequence=true" in message
     files = json.dumps([str(tiny / "train.npy")])
     no_store = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names={files}"]
-    message = refused(script, "train_gpt_sft_kd.py", *start, *no_store)
+    message = error_of("train_gpt_sft_kd.py", *start, *no_store)
     assert "Packed sequences are made from the store itself" in message

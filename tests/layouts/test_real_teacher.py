@@ -12,19 +12,19 @@ import pytest
 
 from nemo_kd.store import Store
 from tests.checkpoints.parity import smollm2_gguf
-from tests.conftest import Script
+from tests.processes import run_script
 
 ROWS = 12
 
 
 @pytest.mark.slow
-def test_smollm2_at_tensor_parallel_3(script: Script, tiny: Path, tmp_path: Path) -> None:
+def test_smollm2_at_tensor_parallel_3(tiny: Path, tmp_path: Path) -> None:
     teacher, data = tmp_path / "smollm2.nemo", tmp_path / "rows.jsonl"
-    script("convert_hf_to_nemo.py", str(smollm2_gguf()), str(teacher))
+    run_script("convert_hf_to_nemo.py", str(smollm2_gguf()), str(teacher))
     rows = (tiny / "train.jsonl").read_text().splitlines(keepends=True)[:ROWS]
     data.write_text("".join(rows))
     for name, processes in (("one", 1), ("three", 3)):
-        script(
+        run_script(
             "dump_teacher_topk.py",
             f"model.restore_from_path={teacher}",
             f"data.file_path={data}",

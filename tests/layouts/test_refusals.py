@@ -8,18 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Script
-
-QUIET = {"NEMO_KD_TRACEBACK": ""}
-
-
-def refused(script: Script, name: str, *overrides: str) -> str:
-    """The one line of the mistake, which is the last on the screen."""
-    done = script(name, *overrides, fails=True, **QUIET)
-    (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert done.stderr.strip().endswith(line)
-    assert "Traceback" not in done.stderr and "Error executing job" not in done.stderr
-    return line
+from tests.processes import error_of
 
 
 @pytest.mark.parametrize(
@@ -37,16 +26,13 @@ def refused(script: Script, name: str, *overrides: str) -> str:
         ("+model.data.train_ds.overlong=drop", "did you mean model.data.train_ds.over_long?"),
     ],
 )
-def test_settings(
-    script: Script, tiny: Path, dump: Callable[..., Path], override: str, message: str
-) -> None:
+def test_settings(tiny: Path, dump: Callable[..., Path], override: str, message: str) -> None:
     start = [f"model.restore_from_path={tiny}/student.nemo", f"model.data.train_ds.store={dump()}"]
-    assert message in refused(script, "train_gpt_sft_kd.py", *start, *override.split())
+    assert message in error_of("train_gpt_sft_kd.py", *start, *override.split())
 
 
-def test_distillation_without_a_store(script: Script, tiny: Path) -> None:
-    message = refused(
-        script,
+def test_distillation_without_a_store(tiny: Path) -> None:
+    message = error_of(
         "train_gpt_sft_kd.py",
         f"model.restore_from_path={tiny}/student.nemo",
         f"model.data.train_ds.file_names=[{tiny}/train.jsonl]",
@@ -55,9 +41,7 @@ def test_distillation_without_a_store(script: Script, tiny: Path) -> None:
     assert "model.data.train_ds.store is not set" in message and "model.kd.alpha=0" in message
 
 
-def test_store_of_another_tokenizer(
-    script: Script, tiny: Path, dump: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_store_of_another_tokenizer(tiny: Path, dump: Callable[..., Path], tmp_path: Path) -> None:
     """The same vocabulary size, another map: only the fingerprint tells."""
     store = tmp_path / "store"
     store.mkdir()
@@ -67,8 +51,7 @@ def test_store_of_another_tokenizer(
     manifest["spec"]["tokenizer"]["fingerprint"] = "0" * 64
     (store / "manifest.json").unlink()
     (store / "manifest.json").write_text(json.dumps(manifest))
-    message = refused(
-        script,
+    message = error_of(
         "train_gpt_sft_kd.py",
         f"model.restore_from_path={tiny}/student.nemo",
         f"model.data.train_ds.store={store}",
@@ -77,9 +60,8 @@ def test_store_of_another_tokenizer(
     assert "tokenizer is '0000" in message and "dump again" in message
 
 
-def dump_refused(script: Script, tiny: Path, tmp_path: Path, data: Path, *more: str) -> str:
-    return refused(
-        script,
+def dump_refused(tiny: Path, tmp_path: Path, data: Path, *more: str) -> str:
+    return error_of(
         "dump_teacher_topk.py",
         f"model.restore_from_path={tiny}/teacher.nemo",
         f"data.file_path={data}",
@@ -89,8 +71,8 @@ def dump_refused(script: Script, tiny: Path, tmp_path: Path, data: Path, *more: 
     )
 
 
-def test_more_logits_than_words(script: Script, tiny: Path, tmp_path: Path) -> None:
-    message = dump_refused(script, tiny, tmp_path, tiny / "train.jsonl", "+model.kd.top_k=501")
+def test_more_logits_than_words(tiny: Path, tmp_path: Path) -> None:
+    message = dump_refused(tiny, tmp_path, tiny / "train.jsonl", "+model.kd.top_k=501")
     assert "top_k must be in [1, vocab_size=500], not 501" in message
 
 
@@ -102,27 +84,22 @@ def test_more_logits_than_words(script: Script, tiny: Path, tmp_path: Path) -> N
         ("+model.virtual_pipeline_model_parallel_size=2", "NeMo 2.4 builds no virtual pipelines"),
     ],
 )
-def test_settings_of_a_dump(
-    script: Script, tiny: Path, tmp_path: Path, override: str, message: str
-) -> None:
-    assert message in dump_refused(script, tiny, tmp_path, tiny / "train.jsonl", override)
+def test_settings_of_a_dump(tiny: Path, tmp_path: Path, override: str, message: str) -> None:
+    assert message in dump_refused(tiny, tmp_path, tiny / "train.jsonl", override)
 
 
-def test_record_without_an_answer(script: Script, tiny: Path, tmp_path: Path) -> None:
+def test_record_without_an_answer(tiny: Path, tmp_path: Path) -> None:
     """Others of the kind: tests/teacher/test_rows.py."""
     data = tmp_path / "bad.jsonl"
     first = (tiny / "train.jsonl").read_text().splitlines()[0]
     data.write_text(first + "\n" + json.dumps({"input": "a question"}) + "\n")
-    assert "row 1: no field 'output'" in dump_refused(script, tiny, tmp_path, data)
+    assert "row 1: no field 'output'" in dump_refused(tiny, tmp_path, data)
     assert not (tmp_path / "store" / "manifest.json").exists()
 
 
-def test_resume_under_another_k(
-    script: Script, tiny: Path, tmp_path: Path, dump: Callable[..., Path]
-) -> None:
+def test_resume_under_another_k(tiny: Path, tmp_path: Path, dump: Callable[..., Path]) -> None:
     store = dump()
-    message = refused(
-        script,
+    message = error_of(
         "dump_teacher_topk.py",
         f"model.restore_from_path={tiny}/teacher.nemo",
         f"data.file_path={tiny}/train.jsonl",

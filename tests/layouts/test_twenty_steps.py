@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from benchmarks.layouts import PAGE, RESULT, ROWS, Row, compare, with_table
+from tests.runs import LAYOUT
 
-LOSS_LIMIT = 1e-4
+LOSS_LIMIT = LAYOUT
 # AdamW at 0.01 turns the rounding of a gradient that is nearly zero into a step of up to that.
 WEIGHT_LIMIT = 1e-3
 
