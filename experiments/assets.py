@@ -1,4 +1,4 @@
-"""What runs have in common, as steps: data, teachers, students, stores. Each is made once.
+"""Steps for what runs share: data, teachers, students, stores. Each is made once.
 
 Every function gives the steps in their order, those of what it needs first.
 """
@@ -22,7 +22,7 @@ TEACHER_LAYERS = 30
 
 @dataclass(frozen=True)
 class Assets:
-    """Files below `out`, and the steps that make them."""
+    """Files below `out` and the steps that make them."""
 
     cfg: DictConfig
     out: Path
@@ -33,7 +33,7 @@ class Assets:
         return self.out / "data" / domain
 
     def model(self, domain: str, layers: int, teacher: str = "tuned") -> Path:
-        """A teacher, or a student before training."""
+        """The path of a teacher, or of a student before training."""
         if layers < TEACHER_LAYERS:
             return self.out / "models" / f"{domain}-l{layers}.nemo"
         if teacher == "stock":
@@ -68,7 +68,7 @@ class Assets:
         return [self.stock(), step]
 
     def student_steps(self, domain: str, layers: int) -> list[Step]:
-        """The stock teacher pruned to the layers of most block influence on the training split."""
+        """Prune the stock teacher to the layers with the highest block influence."""
         path = self.model(domain, layers)
         chosen = path.with_suffix(".json")
         measure = [str(smollm2()), f"--data={self.data(domain)}/train.jsonl"]
@@ -108,7 +108,7 @@ class Assets:
         return [*self.data_steps(domain), step]
 
     def store_steps(self, domain: str, teacher: str, store: str) -> list[Step]:
-        """The training split with the teacher's logits.
+        """Dump the teacher's logits of the training split.
 
         `plain-K` and `compact-K` with K logits; `top_p-K` with those that hold `TOP_P` of the
         probability, at most K; `sampled-N` with N draws. But for the draws, made of the whole dump.
@@ -128,7 +128,7 @@ class Assets:
         return [*self.store_steps(domain, teacher, whole), step]
 
     def held_out_steps(self, domain: str) -> list[Step]:
-        """Validation and test, always with the fine-tuned teacher's logits: one measure for all."""
+        """Dump validation and test, always with the fine-tuned teacher, for all runs alike."""
         test, groups = self.store(domain, "tuned", "test"), self.groups(domain)
         top_k = [f"dump.top_k={self.cfg.teacher.top_k}"]
         split = [str(test), str(groups), f"--data={self.data(domain)}/data.json"]
@@ -141,7 +141,7 @@ class Assets:
         ]
 
     def answers_steps(self, domain: str) -> list[Step]:
-        """The fine-tuned teacher's own answers to the training prompts, greedily, with logits."""
+        """Generate the fine-tuned teacher's greedy answers to the training prompts, with logits."""
         target = self.store(domain, "tuned", "answers")
         arguments = [
             "examples/generate_with_teacher.py",
@@ -182,7 +182,7 @@ TOP_P = 0.8
 
 
 def training(cfg: DictConfig) -> list[str]:
-    """Overrides of every training: precision, lengths, batches."""
+    """Overrides common to all trainings: precision, lengths, batches."""
     train = cfg.train
     return [
         f"trainer.precision={train.precision}",

@@ -1,4 +1,4 @@
-"""Figures of each experiment's runs, from result files; what is missing is None, never a guess."""
+"""Metrics of each experiment's runs, read from result files; a missing value is None."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ METRICS = ("sft_loss", "kd_loss", "top1_label", "calibration_error")
 
 @dataclass(frozen=True)
 class Row:
-    """One line of an experiment's table: the runs of a label that are finished."""
+    """One line of an experiment's table: the finished runs of one label."""
 
     label: str
     planned: int
-    """seeds"""
+    """number of seeds"""
     found: tuple[dict[str, Any], ...]
-    """result files of the seeds that are finished"""
+    """contents of the result files of the finished seeds"""
     against_baseline: Interval | None = None
-    """final cross-entropy less the baseline's, over the seeds that both have"""
+    """difference in final cross-entropy from the baseline, over the seeds that both have"""
     steps: Interval | None = None
-    """steps to the best of SFT on the same data with the same depth, as a share of SFT's"""
+    """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps"""
     is_baseline: bool = False
 
     @property
@@ -35,35 +35,35 @@ class Row:
         return len(self.found) == self.planned
 
     def mean(self, metric: str, split: str = "test") -> float | None:
-        """Over the finished seeds."""
+        """The mean of a metric over the finished seeds."""
         return mean([result[split].get(metric) for result in self.found])
 
     def bytes_per_token(self) -> float | None:
-        """Of the stores that were trained on; None for SFT, which needs no logits."""
+        """Encoded bytes per answer token of the stores trained on; None for SFT."""
         results = [r for r in self.found if r["run"]["alpha"] > 0]
         stores = [store for result in results for store in result.get("store", [])]
         tokens = sum(store["tokens"] for store in stores)
         return sum(store["bytes"] for store in stores) / tokens if tokens else None
 
     def share(self, what: str) -> float | None:
-        """Of the generated functions, over all seeds: `parses` or `exact`."""
+        """The fraction of generated functions that parse or match exactly, over all seeds."""
         judged = [result["generation"] for result in self.found if "generation" in result]
         return sum(g[what] for g in judged) / self.written if self.written else None
 
     @property
     def written(self) -> int:
-        """Generated functions, over all seeds."""
+        """The number of generated functions, over all seeds."""
         return sum(result.get("generation", {}).get("samples", 0) for result in self.found)
 
 
 def mean(values: Sequence[float | None]) -> float | None:
-    """None where there are none."""
+    """The mean of the known values; None if there is none."""
     known = [value for value in values if value is not None]
     return sum(known) / len(known) if known else None
 
 
 def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]:
-    """A row a label, in the experiment's order."""
+    """One row per label, in the experiment's order."""
     found = {
         label: {
             run.seed: result for run in runs if (result := result_of(cfg, run, results)) is not None
@@ -93,7 +93,7 @@ Seeds = dict[int, dict[str, Any]]
 
 
 def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results) -> Seeds:
-    """SFT's runs of the same domain, depth and seeds; none beside SFT itself."""
+    """SFT runs of the same domain, depth and seeds; empty for SFT itself."""
     found: Seeds = {}
     for run in runs:
         sft = Run(domain=run.domain, layers=run.layers, alpha=0, seed=run.seed)
@@ -105,20 +105,20 @@ def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results) -> Seeds:
 
 
 def compared(cfg: DictConfig, how: Callable[..., Interval], a: Seeds, b: Seeds) -> Interval | None:
-    """Over the seeds that both have; None without any, or where one was not trained."""
+    """Compare over the common seeds; None if there is none or a model was not trained."""
     both = [seed for seed in b if seed in a]
     first, second = curves([a[seed] for seed in both]), curves([b[seed] for seed in both])
     return None if first is None or second is None else how(first, second, **cfg.bootstrap)
 
 
 def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | None:
-    """A run's result file, if its learning rate is chosen and it is finished."""
+    """The contents of a run's result file; None before it is finished or has a learning rate."""
     resolved = resolve(cfg, run, results)
     return None if resolved is None else results.get(resolved.name)
 
 
 def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves | None:
-    """The curves of runs of one length; None without any, or for models that were not trained."""
+    """The curves of runs of equal length; None if there are none or a model was not trained."""
     if not found or any("curve" not in result for result in found):
         return None
     first = found[0]["curve"]
@@ -130,7 +130,7 @@ def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves 
 
 
 def verdict(row: Row) -> str | None:
-    """`better`, `worse` or `undecided` than the baseline: where its interval lies."""
+    """`better`, `worse` or `undecided`, by the interval of the difference from the baseline."""
     if row.against_baseline is None:
         return None
     if row.against_baseline.high < 0:

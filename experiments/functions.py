@@ -1,4 +1,4 @@
-"""Functions that a student wrote, judged: do they parse, are they the reference?"""
+"""Judge generated functions: do they parse, and do they equal the reference?"""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def tree(prompt: str, body: str) -> str | None:
-    """The function's syntax tree as text, without its docstring; None where it does not parse."""
+    """The function's syntax tree as text, without its docstring; None if it does not parse."""
     try:
         (function,) = ast.parse(prompt + body).body
     except (SyntaxError, ValueError, MemoryError, RecursionError):
@@ -19,8 +19,10 @@ def tree(prompt: str, body: str) -> str | None:
 
 
 def judge(samples: Sequence[dict[str, Any]], model: str = "student") -> dict[str, float]:
-    """Shares of the samples of `complete.py`: `parses`, a whole function with a body; `exact`,
-    the reference's syntax tree."""
+    """The numbers of `samples`, of functions with a body (`parses`) and of matches (`exact`).
+
+    A function matches if its syntax tree equals the reference's.
+    """
     parses = exact = 0
     for sample in samples:
         written = tree(sample["prompt"], sample["completions"][model])

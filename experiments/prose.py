@@ -1,4 +1,4 @@
-"""Technical prose out of docstrings: name and summary line → the paragraphs that follow it."""
+"""Technical prose from docstrings: name and summary line as prompt, the paragraphs as answer."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"
 from make_data import Pair
 
 MIN_WORDS = 12  # of a description
-# What ends the description: a numpydoc section, a directive, a doctest, a table or a list.
+# A description ends at a numpydoc section, a directive, a doctest, a table or a list.
 NOT_PROSE = re.compile(r"^\s*(\.\. |>>> |[-=*~]{3,}|[-*+] |:\w+|\|)|::\s*$|\\\w", re.MULTILINE)
 WORD = re.compile(r"[A-Za-z]{2,}")
 
 
 def description(docstring: str) -> tuple[str, str] | None:
-    """Summary and description, each paragraph on one line; None where there is no prose."""
+    """Summary and description, one line per paragraph; None if there is no prose."""
     paragraphs = re.split(r"\n\s*\n", docstring.strip())
     summary, *rest = (" ".join(paragraph.split()) for paragraph in paragraphs)
     prose = []
@@ -34,7 +34,7 @@ def description(docstring: str) -> tuple[str, str] | None:
 
 
 def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
-    """Name and docstring of functions, classes and methods."""
+    """Yield name and docstring of each function, class and method."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             yield node.name, ast.get_docstring(node) or ""
@@ -45,7 +45,7 @@ def documented(tree: ast.Module) -> Iterator[tuple[str, str]]:
 
 
 def descriptions(package: str, module: str, path: Path) -> Iterator[Pair]:
-    """Every usable description of a module."""
+    """Yield every usable description of a module."""
     for name, docstring in documented(ast.parse(path.read_text(encoding="utf-8"))):
         parts = description(docstring)
         if parts is not None:

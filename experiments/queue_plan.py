@@ -1,4 +1,4 @@
-"""What remains of the experiments, in the queue's order, and how long it will take.
+"""The remaining runs in queue order, and how long they will take.
 
 A job is one run up to its result file, or the same with what the student writes. A run that
 waits for its family's learning rate is preceded by the runs that decide it.
@@ -18,7 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from study import Experiment, Run, read_run
 
 Results = Mapping[str, dict[str, Any]]
-"""Name of a run → its result file."""
+"""Run name → contents of its result file."""
 FAMILY_OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"alpha": 0},
     "bucket": {},
@@ -35,7 +35,7 @@ class Job:
     run: Run
     generate: bool
     decided: bool = True
-    """False while the learning rate is not: the run's is then the first of the grid."""
+    """False until the learning rate is chosen; until then the run has the first of the grid."""
 
     def is_done(self, results: Results) -> bool:
         found = results.get(self.run.name)
@@ -43,14 +43,16 @@ class Job:
 
 
 def read_results(directory: Path) -> dict[str, dict[str, Any]]:
-    """Every result file of a directory; none where it is not there."""
+    """Read every result file of a directory, which need not exist."""
     paths = sorted(directory.glob("*.json"))
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
 def grid(cfg: DictConfig, family: str, results: Results) -> list[Run]:
-    """The runs that decide a family's learning rate, ascending: those of the setting, and further
-    ones by factors of two for as long as the best that is measured is at an end."""
+    """The runs that decide a family's learning rate, in ascending order of the rate.
+
+    The configured rates, extended by factors of two while the best measured one is at an end.
+    """
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
     tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
     run = read_run(base, {**tuned_on, **FAMILY_OBJECTIVES[family]})
@@ -71,12 +73,12 @@ def grid(cfg: DictConfig, family: str, results: Results) -> list[Run]:
 
 
 def _valid(run: Run, results: Results) -> float:
-    """Cross-entropy on the validation split, nats a token."""
+    """Cross-entropy on the validation split, nats per token."""
     return float(results[run.name]["valid"]["sft_loss"])
 
 
 def chosen_lr(cfg: DictConfig, family: str, results: Results) -> float | None:
-    """The rate of least cross-entropy on the validation split; None until its grid is measured."""
+    """The rate with the lowest validation cross-entropy; None until its grid is measured."""
     runs = grid(cfg, family, results)
     if any(run.name not in results for run in runs):
         return None
@@ -84,7 +86,7 @@ def chosen_lr(cfg: DictConfig, family: str, results: Results) -> float | None:
 
 
 def resolve(cfg: DictConfig, run: Run, results: Results) -> Run | None:
-    """The run with its learning rate; None where that is not decided yet."""
+    """The run with its learning rate; None until that is chosen."""
     if run.lr is not None or run.length == 0:
         return run
     rate = chosen_lr(cfg, run.family, results)
@@ -92,8 +94,10 @@ def resolve(cfg: DictConfig, run: Run, results: Results) -> Run | None:
 
 
 def remaining(cfg: DictConfig, experiments: Sequence[Experiment], results: Results) -> list[Job]:
-    """Jobs that are not done, each once; a run without a learning rate comes after those that
-    decide it, as a job that is not decided."""
+    """The jobs that are not done, each once; a run comes after those that decide its learning rate.
+
+    Until then its job is marked as undecided.
+    """
     jobs: dict[tuple[str, bool, bool], Job] = {}
     for experiment in experiments:
         for job in _jobs(cfg, experiment, results):
@@ -118,7 +122,7 @@ def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator
 
 
 def estimate(cfg: DictConfig, job: Job, results: Results) -> float:
-    """Seconds of a job, from the median of finished runs of the same depth where there are any."""
+    """Estimated seconds of a job: the median of finished runs of the same depth, if any."""
     expected = cfg.expected_seconds
     depth = 1.0 if job.run.layers <= 8 else job.run.layers / 8
     like = [r for r in results.values() if r["run"]["layers"] == job.run.layers]

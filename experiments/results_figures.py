@@ -1,4 +1,4 @@
-"""Curves of an experiment, and the difference from its baseline, as PNG."""
+"""Plots of an experiment's curves and their difference from the baseline, as PNG."""
 
 from __future__ import annotations
 
@@ -29,8 +29,10 @@ STYLE: dict[str, Any] = {
 
 
 def draw(cfg: DictConfig, rows: Sequence[Row], baseline: str | None, path: Path) -> bool:
-    """Left the seeds' curves, right the difference from the baseline with its interval; False
-    where no run has a curve."""
+    """Draw the curves (left) and their difference from the baseline with its interval (right).
+
+    Returns False, without a file, if no run has a curve.
+    """
     drawn = [(row, found) for row in rows if (found := curves(row.found)) is not None]
     if not drawn:
         return False
@@ -42,8 +44,8 @@ def draw(cfg: DictConfig, rows: Sequence[Row], baseline: str | None, path: Path)
             _curve(left, row.label, found, colour)
             if base is not None and row is not base:
                 _difference(cfg, right, base, row, colour)
-        left.set(title="Held-out cross-entropy", xlabel="step", ylabel="nats a token")
-        right.set(title=f"Less that of: {baseline}", xlabel="step", ylabel="nats a token")
+        left.set(title="Held-out cross-entropy", xlabel="step", ylabel="nats per token")
+        right.set(title=f"Difference from {baseline}", xlabel="step", ylabel="nats per token")
         right.axhline(0, color="#6b7280", linewidth=1)
         left.legend(frameon=False)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -53,7 +55,7 @@ def draw(cfg: DictConfig, rows: Sequence[Row], baseline: str | None, path: Path)
 
 
 def _curve(axis: Any, label: str, found: Curves, colour: str) -> None:
-    """The mean of the seeds, and each of them."""
+    """Draw each seed faintly and their mean."""
     for i in range(len(found.values)):
         axis.plot(found.steps, found.mean(np.array([i])), color=colour, alpha=0.35, linewidth=0.8)
     seeds = f", {len(found.values)} seeds" if len(found.values) > 1 else ""
@@ -61,7 +63,7 @@ def _curve(axis: Any, label: str, found: Curves, colour: str) -> None:
 
 
 def _difference(cfg: DictConfig, axis: Any, base: Row, row: Row, colour: str) -> None:
-    """At the steps that both were validated at, over the seeds that both have."""
+    """Draw the difference at the validation steps and over the seeds that both have."""
     by_seed = {result["run"]["seed"]: result for result in base.found}
     mine = [result for result in row.found if result["run"]["seed"] in by_seed]
     a = curves([by_seed[result["run"]["seed"]] for result in mine])

@@ -1,4 +1,4 @@
-"""The page's sentences. Each says what the figures say, whichever way they went."""
+"""The sentences of docs/results.md, built from the measured values whichever way they turn out."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def figure(value: float | None, *, percent: bool = False, digits: int = 3) -> st
 
 
 def interval(found: Interval | None, *, signed: bool = False) -> str:
-    """`0.68 [0.61, 0.74]`; a limit that is never reached is `never`."""
+    """`0.68 [0.61, 0.74]`; an infinite value is `never`."""
     if found is None:
         return ""
 
@@ -38,49 +38,49 @@ def interval(found: Interval | None, *, signed: bool = False) -> str:
 
 
 def how_much(experiments: Sequence[Experiment], rows: Rows, results: Results) -> str:
-    """How much of the list is finished."""
+    """Which experiments are finished."""
     names = [e.title for e in experiments if all(row.finished for row in rows[e.name])]
     open_ = [e.title for e in experiments if not all(row.finished for row in rows[e.name])]
     text = f"{len(names)} of {len(experiments)} experiments are finished, {len(results)} runs."
     if open_:
-        text += f" Not, or not wholly, run yet: {'; '.join(open_)}."
+        text += f" Not finished yet: {'; '.join(open_)}."
     return text + "\n"
 
 
 def headline(rows: Sequence[Row], published: float, beyond: float) -> str:
-    """The claim, confirmed or not."""
+    """The main result, and whether it confirms the published one."""
     sft, kd = rows[0], rows[1]
     gain, steps = kd.against_baseline, kd.steps
     if gain is None or steps is None:
         return "Not run yet.\n"
     seeds = min(len(sft.found), len(kd.found))
-    less = {"better": "lower", "worse": "higher", "undecided": "not surely different:"}
+    less = {"better": "lower", "worse": "higher", "undecided": "not significantly different:"}
     text = (
         f"After the same steps on the same data in the same order ({plural(seeds, 'seed')} of "
         f"{sft.planned}), the held-out cross-entropy of KD + SFT is "
-        f"{less[verdict(kd) or 'undecided']} by {abs(gain.value):.3f} nats a token "
+        f"{less[verdict(kd) or 'undecided']} by {abs(gain.value):.3f} nats per token "
         f"(difference {interval(gain, signed=True)}). "
     )
     if math.isinf(steps.value):
-        text += "KD + SFT never is as good as SFT's best. "
+        text += "KD + SFT never reaches SFT's best. "
     else:
-        text += f"It is as good as SFT's best after {steps.value:.2f} of its steps "
-        text += f"({interval(steps)}). "
-    text += f"Published: {published:.2f}; here that is {reached(steps, published)}, "
-    text += f"and {beyond:.2f} {reached(steps, beyond)}."
+        text += f"It reaches SFT's best in {100 * steps.value:.0f} % of its steps "
+        text += f"(fraction {interval(steps)}). "
+    text += f"Published: {100 * published:.0f} %, which is {reached(steps, published)} here; "
+    text += f"{100 * beyond:.0f} % is {reached(steps, beyond)}."
     return text + "\n"
 
 
 def reached(steps: Interval, target: float) -> str:
     if steps.high <= target:
-        return "reached, with the whole interval"
+        return "reached by the entire interval"
     if steps.value <= target:
-        return "reached, but not with the whole interval"
+        return "reached by the mean, but not by the entire interval"
     return "not reached"
 
 
 def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
-    """Every comparison of the list under one of three headings, those that failed too."""
+    """Every comparison, better, worse or undecided."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
     said: set[tuple[str, ...]] = set()  # experiments share runs, and so comparisons
     for experiment in experiments:
@@ -97,24 +97,23 @@ def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
                     f"{experiment.baseline} ({seeds})"
                 )
     titles = {
-        "better": "Better than its baseline: the whole interval is below 0",
-        "worse": "Worse than its baseline: the whole interval is above 0",
-        "undecided": "Undecided: the interval has 0 inside",
+        "better": "Better than the baseline: the interval lies below 0",
+        "worse": "Worse than the baseline: the interval lies above 0",
+        "undecided": "Undecided: the interval contains 0",
     }
     parts = [
-        f"**{title}**\n\n" + ("\n".join(groups[key]) or "Nothing so far.") + "\n"
+        f"**{title}**\n\n" + ("\n".join(groups[key]) or "None so far.") + "\n"
         for key, title in titles.items()
     ]
     parts.append(
-        "Differences are of the final held-out cross-entropy, in nats a token. One seed says "
-        "nothing of how another order of the data would end: its interval is that of the test "
-        "data alone.\n"
+        "Differences in final held-out cross-entropy, in nats per token. With one seed the "
+        "interval covers the choice of test data only, not the order of the training data.\n"
     )
     return "\n".join(parts)
 
 
 def recommendation(beside: Sequence[Row]) -> str:
-    """The product's defaults, and what was measured beside them; the first of a label counts."""
+    """The default settings and the measured alternatives; the first row of each label counts."""
     loss, store = KDConfig(), TopKConfig()
     defaults = {
         "model.kd.alpha": f"{loss.weights[1]:g}",
@@ -126,31 +125,28 @@ def recommendation(beside: Sequence[Row]) -> str:
     }
     text = "The recommended settings are the defaults: "
     text += ", ".join(f"`{key}={value}`" for key, value in defaults.items()) + ". "
-    text += "The learning rate wants a search of its own: KD + SFT's is not SFT's. "
-    text += (
-        "All but the learning rate was chosen by the test split itself: where the tables' column "
-    )
-    text += "of the validation split, which is smaller and chose none of it, says otherwise, the "
-    text += "choice is not sure."
+    text += "Search the learning rate separately: the best for KD + SFT differs from SFT's. "
+    text += "All settings except the learning rate were chosen on the test split. The validation "
+    text += "split is smaller and was not used for these choices: where its column in the tables "
+    text += "disagrees, the choice is uncertain."
     found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
     for row in {row.label: row for row in reversed(beside)}.values():
         if (outcome := verdict(row)) is not None:
             difference = interval(row.against_baseline, signed=True)
             found[outcome][row.label] = f"{difference}, {plural(len(row.found), 'seed')}"
     said = {
-        outcome: "; ".join(f"{label} ({how})" for label, how in reversed(labels.items()))
-        or "nothing that was run"
+        outcome: "; ".join(f"{label} ({how})" for label, how in reversed(labels.items())) or "none"
         for outcome, labels in found.items()
     }
     return (
-        f"{text}\n\nOne setting changed at a time, held-out cross-entropy on code, nats a token. "
-        f"Better: {said['better']}. Not surely different: {said['undecided']}. Worse: "
-        f"{said['worse']}.\n"
+        f"{text}\n\nOne setting changed at a time, held-out cross-entropy on code, in nats per "
+        f"token. Better: {said['better']}. Not significantly different: {said['undecided']}. "
+        f"Worse: {said['worse']}.\n"
     )
 
 
 def learning_rates(cfg: DictConfig, results: Results) -> str:
-    """What was chosen, of what."""
+    """The learning rate chosen for each family, and the candidates."""
     lines = []
     for family in ("sft", "bucket", "vocab", "topk", "alone"):
         rate = chosen_lr(cfg, family, results)
@@ -165,36 +161,39 @@ def learning_rates(cfg: DictConfig, results: Results) -> str:
 
 
 def setting(cfg: DictConfig) -> dict[str, str]:
-    """Name and value of what a reader needs to judge the figures."""
+    """Name and value of each setting needed to judge the results."""
     train, boot = cfg.train, cfg.bootstrap
     epochs = train.steps * train.batch / cfg.data.train
     return {
         "teacher": "SmolLM2-135M-Instruct (30 layers), fine-tuned on the training split for "
         f"{cfg.teacher.steps} steps at learning rate {cfg.teacher.lr:g}",
-        "students": "the teacher as it comes, pruned to the layers of most block influence",
-        "objective": f"alpha {Run.alpha:g}, forward KL, support `bucket`, profile `plain`, where a "
-        "line does not say otherwise",
-        "training": f"{train.steps} steps of {train.batch} samples, {epochs:g} times over the "
+        "students": "the stock teacher, pruned to the layers with the highest block influence",
+        "objective": f"alpha {Run.alpha:g}, forward KL, support `bucket`, profile `plain`, unless "
+        "a row says otherwise",
+        "training": f"{train.steps} steps of {train.batch} samples, {epochs:g} epochs of the "
         f"training split; {train.precision}, cosine decay to 0 after {train.warmup} steps",
-        "seed": "the order of the samples, in every epoch the same for all objectives of a seed; "
-        "students start from the same weights and have no dropout, nothing else is random",
-        "learning rate": "of each family of objectives, chosen on the validation split with seed "
-        f"{cfg.tuned_on.seed} of 8 layers on code, used everywhere; the grid begins with "
-        f"{' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is doubled or halved "
-        "until its best is not at an end",
-        "held-out figures": "over the answer tokens of the test split, where no other is named, "
+        "seed": "determines the order of the samples, which all objectives of a seed share; "
+        "students start from the same weights and have no dropout, so nothing else is random",
+        "learning rate": "chosen for each family of objectives on the validation split (code, 8 "
+        f"layers, seed {cfg.tuned_on.seed}) and used everywhere; the grid starts at "
+        f"{' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is extended by factors "
+        "of 2 until the best value is not at its edge",
+        "held-out metrics": "over the answer tokens of the test split unless stated otherwise, "
         f"every {train.validate_every} steps; the KL is to the fine-tuned teacher's top "
-        f"{cfg.teacher.top_k} and the rest in one bucket",
-        "intervals": f"{100 * boot.level:g} %, percentiles of {boot.draws} draws of the test "
-        f"split's {cfg.data.groups} groups of modules and of the seeds",
-        "steps ratio": "the step at which the curve first is as low as the lowest of SFT on the "
-        "same data with the same depth, as a share of SFT's step; never: it is not within the run",
+        f"{cfg.teacher.top_k} with the rest in one bucket",
+        "intervals": f"{100 * boot.level:g} %, bootstrap percentiles of {boot.draws} draws over "
+        f"the test split's {cfg.data.groups} groups of modules and over the seeds",
+        "steps ratio": "the first step at which the curve reaches SFT's minimum (same data, same "
+        "depth), divided by SFT's step; never: not reached within the run",
     }
 
 
 def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> list[list[str]]:
-    """A line an experiment: its runs, and the hours of those that are finished. Runs that an
-    earlier experiment has too are counted there; those of no table chose learning rates."""
+    """One line per experiment: its finished runs and their hours.
+
+    A run shared with an earlier experiment counts there; a run in no table served to choose a
+    learning rate.
+    """
     left = dict(results)
     groups = []
     for experiment in experiments:
@@ -205,7 +204,7 @@ def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> li
 
 
 def _hours(found: Sequence[Mapping[str, Any]]) -> str:
-    """Of whole commands: the time of a step is part of one."""
+    """The total time of all commands; the time of a step is part of one."""
     seconds = [time for r in found for key, time in r["seconds"].items() if key != "step"]
     return f"{sum(seconds) / 3600:.2f}" if found else ""
 

@@ -19,7 +19,7 @@ from nemo_kd.cli.scripts import script
 
 
 def select(experiments: list[Experiment], only: Any) -> list[Experiment]:
-    """Those named, in the queue's order. Errors: ValueError for a name that is not there."""
+    """The named experiments in queue order. Errors: ValueError for an unknown name."""
     if only is None:
         return experiments
     names = [only] if isinstance(only, str) else list(only)
@@ -30,7 +30,7 @@ def select(experiments: list[Experiment], only: Any) -> list[Experiment]:
 
 
 def do(job: Job, assets: Assets, workshop: Workshop, results: Path) -> None:
-    """Every step of a run that is not done, then its result file."""
+    """Run the steps that are not done, then write the result file."""
     for step in steps(job.run, assets, job.generate):
         workshop.run(step)
     already = assets.out / "results" / f"{job.run.name}.json"
@@ -43,7 +43,7 @@ def do(job: Job, assets: Assets, workshop: Workshop, results: Path) -> None:
 
 
 def say(jobs: list[Job], cfg: DictConfig, found: dict[str, Any]) -> None:
-    """What remains, one line a job."""
+    """Print the remaining jobs, one per line."""
     hours = 0.0
     for job in jobs:
         hours += estimate(cfg, job, found) / 3600
@@ -54,7 +54,7 @@ def say(jobs: list[Job], cfg: DictConfig, found: dict[str, Any]) -> None:
 
 
 def collect(out: Path, results: Path) -> None:
-    """Facts of the data and stores that the report needs, beside the results."""
+    """Copy the facts of data and stores that the report needs next to the results."""
     for domain in ("code", "prose"):
         source = out / "data" / domain / "data.json"
         if source.is_file():
@@ -64,7 +64,7 @@ def collect(out: Path, results: Path) -> None:
 
 
 def run(cfg: DictConfig) -> None:
-    """The queue: the first job that remains, until none does or the time is over."""
+    """Run the first remaining job until none remains or the time is up."""
     start = time.monotonic()
     out, results = Path(cfg.out).resolve(), Path(cfg.results).resolve()
     assets, workshop = Assets(cfg, out), Workshop(out, cfg.threads)

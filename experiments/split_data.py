@@ -1,4 +1,4 @@
-"""The data of a domain in three splits of whole modules: train.jsonl, valid.jsonl, test.jsonl.
+"""Split a domain's data by module into train.jsonl, valid.jsonl and test.jsonl.
 
 `code`: a function's signature and docstring → its body, as in the demo. `prose`: name and summary
 line of a function or class → the paragraphs that describe it. Test modules are dealt to groups,
@@ -29,7 +29,7 @@ SHARES = {"test": 0.15, "valid": 0.06}  # of the modules; the rest is for traini
 
 
 def split_of(module: str) -> str:
-    """A module's split, by its name alone."""
+    """A module's split, a function of its name."""
     place = int.from_bytes(hashlib.sha256(module.encode()).digest()[:8], "little") / 2**64
     for split, share in SHARES.items():
         if place < share:
@@ -39,7 +39,7 @@ def split_of(module: str) -> str:
 
 
 def read_pairs(domain: str, packages: list[str]) -> list[Pair]:
-    """All pairs of the packages; an answer that occurs again is left out."""
+    """All pairs of the packages, without repeated answers."""
     found: dict[str, Pair] = {}
     for package in packages:
         for module, path in make_data.package_modules(package):
@@ -53,7 +53,7 @@ def read_pairs(domain: str, packages: list[str]) -> list[Pair]:
 
 
 def sized(pairs: list[Pair], tokenizer: Any, max_tokens: int) -> list[Pair]:
-    """Those of at most `max_tokens` tokens, with their number."""
+    """The pairs of at most `max_tokens` tokens, with their lengths."""
     result = []
     for pair in pairs:
         text = make_data.TEMPLATE.format(input=pair.input, output=pair.output)
@@ -63,7 +63,7 @@ def sized(pairs: list[Pair], tokenizer: Any, max_tokens: int) -> list[Pair]:
 
 
 def deal(pairs: list[Pair], groups: int) -> list[int]:
-    """The group of each pair: whole modules, the largest first, each into the smallest group.
+    """The group of each pair: modules are assigned, largest first, to the smallest group.
 
     Errors: typer.BadParameter where there are fewer modules than groups.
     """
@@ -116,7 +116,7 @@ def main(
 
 
 def short_licence(source: dict[str, str]) -> str:
-    """Its name, where the package's metadata have the whole text."""
+    """The name of a licence, also if the package's metadata have its full text."""
     if "\n" not in source["licence"]:
         return source["licence"]
     classifiers = importlib.metadata.metadata(source["package"]).get_all("Classifier") or []
@@ -125,7 +125,7 @@ def short_licence(source: dict[str, str]) -> str:
 
 
 def distribution(package: str) -> str:
-    """The name under which a package is installed."""
+    """The distribution name of an installed package."""
     return {"sklearn": "scikit-learn"}.get(package, package)
 
 

@@ -1,4 +1,4 @@
-"""The test store in one store a group, so that validation says each group's figures apart."""
+"""Split the test store into one store per group, so that validation reports each group."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main(
     target: Annotated[Path, typer.Argument(help="directory for group-00, group-01, …")],
     data: Annotated[Path, typer.Option(help="data.json, which says each row's group")],
 ) -> None:
-    """Write the groups and groups.json, the answer tokens of each."""
+    """Write the groups, and their numbers of answer tokens as groups.json."""
     group_of = json.loads(data.read_text())["groups"]
     store = Store(source)
     parts: dict[int, list[Sample]] = defaultdict(list)

@@ -1,4 +1,4 @@
-"""One command of the product's own scripts, run once: a marker file says that it is done.
+"""Run a command of the product's scripts once; a marker file records that it is done.
 
 A command that is killed leaves no marker and is given again: a dump and a training go on where
 they were, the product of any other is removed first.
@@ -25,20 +25,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 class StepFailedError(RuntimeError):
-    """A command ended with an error, or without its product."""
+    """A command failed or did not write its product."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """One command; `product` is there when it has ended well."""
+    """A command that writes `product`."""
 
     name: str
-    """Unique; the marker is `done/<name>.json`."""
+    """A unique name; the marker is `done/<name>.json`."""
     arguments: tuple[str, ...]
-    """A script below the repository, or `nemo-kd`, and its arguments."""
+    """A script of the repository, or `nemo-kd`, followed by its arguments."""
     product: Path
     resumes: bool = False
-    """The command goes on with a half-finished product by itself."""
+    """Whether the command resumes a half-finished product by itself."""
 
     @property
     def command(self) -> list[str]:
@@ -50,7 +50,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Workshop:
-    """Where steps leave their files, and how they are run."""
+    """Runs steps and keeps their logs and markers."""
 
     out: Path
     threads: int
@@ -59,15 +59,15 @@ class Workshop:
         return self.out / "done" / f"{step.name}.json"
 
     def is_done(self, step: Step) -> bool:
-        """Ended well in this process or an earlier one."""
+        """Whether the step succeeded in this or an earlier process."""
         return self.marker(step).is_file()
 
     def seconds(self, step: Step) -> float:
-        """What the last, successful call took."""
+        """Seconds of the last successful run."""
         return float(json.loads(self.marker(step).read_text())["seconds"])
 
     def run(self, step: Step) -> None:
-        """Run it unless it is done. Errors: StepFailedError that names the log."""
+        """Run the step unless it is done. Errors: StepFailedError, which names the log."""
         if self.is_done(step):
             return
         shown = shlex.join(["python", *step.arguments]).replace(str(self.out), "outputs")
@@ -89,7 +89,7 @@ class Workshop:
         write_json(self.marker(step), {"command": shown, "seconds": seconds})
 
     def _call(self, command: list[str], log: Path) -> int:
-        """The exit status; a signal that ends this process ends the command first."""
+        """Run the command and return its status; a signal to this process ends it first."""
         environment = os.environ | {
             "OMP_NUM_THREADS": str(self.threads),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -114,7 +114,7 @@ def _exit_on_signal(number: int, _: Any) -> None:
 
 
 def lock(out: Path) -> TextIO:
-    """Errors: ValueError where another queue works in the same directory."""
+    """Lock the directory. Errors: ValueError if another queue works in it."""
     out.mkdir(parents=True, exist_ok=True)
     file = (out / "lock").open("w")
     try:
@@ -125,7 +125,7 @@ def lock(out: Path) -> TextIO:
 
 
 def remove(path: Path) -> None:
-    """A file or a directory, if it is there."""
+    """Remove a file or a directory if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -133,6 +133,6 @@ def remove(path: Path) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """The whole file or none of it, whenever the process dies."""
+    """Write the file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     publish(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")

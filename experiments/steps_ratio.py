@@ -1,4 +1,4 @@
-"""How many steps are saved, and how sure that is.
+"""The fraction of steps that distillation needs, with a bootstrap interval.
 
     ratio = (first step at which B is as good as A's best) / (step of A's best)
 
@@ -23,14 +23,14 @@ class Curves:
     """Held-out losses of the seeds of one setting."""
 
     steps: Array
-    """[P], rising"""
+    """[P], ascending"""
     values: Array
-    """[seeds, P, groups], nats a token"""
+    """[seeds, P, groups], nats per token"""
     tokens: Array
     """[groups], answer tokens"""
 
     def mean(self, seeds: NDArray[np.intp] | None = None, groups: Array | None = None) -> Array:
-        """[P], over seeds and tokens; `groups` [groups] says how often each group was drawn."""
+        """The mean loss [P] over seeds and tokens; `groups` [groups] counts the draws of each."""
         weights = self.tokens if groups is None else self.tokens * groups
         values = self.values if seeds is None else self.values[seeds]
         mean: Array = (values @ weights).mean(axis=0) / weights.sum()
@@ -39,7 +39,7 @@ class Curves:
 
 @dataclass(frozen=True)
 class Interval:
-    """A figure, and where the bootstrap's draws of it lie."""
+    """A value with its bootstrap interval."""
 
     value: float
     low: float
@@ -47,7 +47,7 @@ class Interval:
 
 
 def first_reached(steps: Array, curve: Array, target: float) -> float:
-    """The step at which a curve first is at or below the target; inf where it never is.
+    """The first step at which a curve is at or below the target; inf if it never is.
 
     At the first point where that is already below: an upper bound.
     """
@@ -62,7 +62,7 @@ def first_reached(steps: Array, curve: Array, target: float) -> float:
 
 
 def steps_ratio(steps_a: Array, a: Array, steps_b: Array, b: Array) -> float:
-    """Of two curves; inf where B never is as good as A's best."""
+    """The steps ratio of two curves; inf if B never reaches A's minimum."""
     best = int(a.argmin())
     return first_reached(steps_b, b, float(a[best])) / float(steps_a[best])
 
@@ -77,7 +77,7 @@ def ratio(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval
 
 
 def difference(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval:
-    """B's last loss less A's, with its interval; below 0 B is better."""
+    """B's final loss minus A's, with its interval; negative if B is better."""
 
     def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
         return float(b.mean(seeds, groups)[-1] - a.mean(seeds, groups)[-1])
@@ -92,7 +92,7 @@ def bootstrap(
     level: float,
     seed: int,
 ) -> Interval:
-    """`statistic(None, None)` and the percentiles of its draws; `like` says how much is drawn."""
+    """`statistic(None, None)` with bootstrap percentiles over the seeds and groups of `like`."""
     random = np.random.default_rng(seed)
     seeds, groups = len(like.values), len(like.tokens)
     values = [

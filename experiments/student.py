@@ -1,4 +1,4 @@
-"""One run: a student trained, measured and, where asked, made to write; and its result file.
+"""One run: train a student, evaluate it, optionally generate with it, and write its result file.
 
     {"name", "run": settings, "steps", "curve": {"steps", "groups", metric: [step][group]},
      "valid": figures, "test": figures, "store": sizes, "seconds": {…}, "generation": {…}}
@@ -28,7 +28,7 @@ CURVES = ("sft_loss", "kd_loss", "top1_label")
 
 
 def train_stores(run: Run, assets: Assets) -> tuple[list[Step], list[Path]]:
-    """The stores that the student learns from, and the steps that make them."""
+    """The stores to train on and the steps that make them."""
     steps: list[Step] = []
     stores = []
     if run.answers in ("original", "both"):
@@ -46,7 +46,7 @@ def directory(run: Run, assets: Assets) -> Path:
 
 
 def trained(run: Run, assets: Assets) -> Path:
-    """The model that is measured."""
+    """The model to evaluate."""
     if run.length == 0:
         return assets.model(run.domain, run.layers, run.teacher)
     return directory(run, assets) / "checkpoints" / "student.nemo"
@@ -74,7 +74,7 @@ def train_step(run: Run, assets: Assets) -> Step:
 
 
 def student_and_loss(run: Run, assets: Assets) -> list[str]:
-    """Overrides that say what is trained, on what, by which objective."""
+    """Overrides that select model, data and objective of the training."""
     stores = train_stores(run, assets)[1]
     return [
         f"model.restore_from_path={assets.model(run.domain, run.layers)}",
@@ -88,14 +88,14 @@ def student_and_loss(run: Run, assets: Assets) -> list[str]:
 
 
 def validation(assets: Assets) -> list[str]:
-    """Batches of a group's size: the last batch of each set is filled up."""
+    """A batch size that suits a group, as the last batch of each set is filled up."""
     size = -(-assets.cfg.data.test // assets.cfg.data.groups)
     block = "model.data.validation_ds"
     return [f"{block}.global_batch_size={size}", f"{block}.micro_batch_size={size}"]
 
 
 def measure_step(run: Run, assets: Assets) -> Step:
-    """On both held-out splits, by the default loss whatever the run was trained with."""
+    """Evaluate on both held-out splits with the default loss, whatever the objective of the run."""
     product = directory(run, assets) / "measured.json"
     stores = [assets.store(run.domain, "tuned", split) for split in ("valid", "test")]
     arguments = (
@@ -125,7 +125,7 @@ def generate_step(run: Run, assets: Assets) -> Step:
 
 
 def steps(run: Run, assets: Assets, generate: bool) -> list[Step]:
-    """Everything up to the result, in order; steps of other runs among them are done only once."""
+    """All steps up to the result, in order; steps shared with other runs are done only once."""
     mine = assets.held_out_steps(run.domain)
     if run.layers < TEACHER_LAYERS:
         mine = [*mine, *assets.student_steps(run.domain, run.layers)]
@@ -136,7 +136,7 @@ def steps(run: Run, assets: Assets, generate: bool) -> list[Step]:
 
 
 def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dict[str, Any]:
-    """The result file's content."""
+    """The content of the result file."""
     figures = json.loads((directory(run, assets) / "measured.json").read_text())
     content: dict[str, Any] = {
         "name": run.name,
@@ -165,7 +165,7 @@ def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dic
 
 
 def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
-    """The test groups' figures at each validation, and the median seconds of a training step."""
+    """Metrics of the test groups at each validation, and the median seconds per training step."""
     log = report_data.read_run(directory(run, assets) / "metrics.jsonl")
     tokens = json.loads((assets.groups(run.domain) / "groups.json").read_text())
     content: dict[str, Any] = {"steps": list(log.validation), "groups": tokens}
@@ -178,6 +178,6 @@ def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
 
 
 def store_sizes(store: Path) -> dict[str, Any]:
-    """What the logits cost on disk."""
+    """The disk size of the logits."""
     totals = json.loads((store / "manifest.json").read_text())["totals"]
     return {"store": store.name, "tokens": totals["answer_tokens"], "bytes": totals["bytes"]}

@@ -1,4 +1,4 @@
-"""What each choice costs in a training step: `python experiments/time_steps.py`.
+"""Measure what each choice costs per training step: `python experiments/time_steps.py`.
 
 Short trainings of all choices side by side, several rounds, so that other work on the machine
 meets all of them alike. Leaves `timed/step_seconds.json` beside the result files:
@@ -28,7 +28,7 @@ import report_data
 
 
 def timed_step(label: str, round_: int, run: Run, assets: Assets) -> Step:
-    """A training of some steps; its directory is the product, for nothing of it is gone on with."""
+    """A training of a few steps; its product is the directory, as nothing in it is resumed."""
     name = f"time-{round_}-" + re.sub(r"\W+", "-", label)
     product = assets.out / "timed" / name
     arguments = (
@@ -44,7 +44,7 @@ def timed_step(label: str, round_: int, run: Run, assets: Assets) -> Step:
 
 
 def already_timed(path: Path, labels: set[str]) -> bool:
-    """The file has these choices and no others."""
+    """Whether the file has exactly these choices."""
     return path.is_file() and set(json.loads(path.read_text())["seconds"]) == labels
 
 

@@ -1,4 +1,4 @@
-"""Write docs/results.md, its pictures and a self-contained HTML from the result files.
+"""Write docs/results.md and its pictures from the result files.
 
 `python experiments/write_report.py`, with the overrides of `run.py`.
 """
@@ -13,7 +13,6 @@ from findings import rows
 from omegaconf import DictConfig, OmegaConf
 from queue_plan import read_results
 from results_figures import draw
-from results_html import html
 from results_page import Study, page
 from steps import ROOT
 from study import TIMED, read_choices, read_experiments
@@ -24,7 +23,7 @@ PICTURES = "images/results"
 
 
 def read_study(cfg: DictConfig) -> Study:
-    """The configuration's experiments, with what `cfg.results` has of them."""
+    """The configured experiments with their results in `cfg.results`."""
     directory = Path(cfg.results)
     results, experiments = read_results(directory), read_experiments(cfg)
     data = {path.stem: json.loads(path.read_text()) for path in directory.glob("data/*.json")}
@@ -40,8 +39,8 @@ def read_study(cfg: DictConfig) -> Study:
     )
 
 
-def write(study: Study, docs: Path, html_path: Path) -> None:
-    """The page, its pictures, and the same in one file."""
+def write(study: Study, docs: Path) -> None:
+    """Write the page and its pictures into `docs`."""
     figures = {}
     for experiment in study.experiments:
         picture = f"{PICTURES}/{experiment.name}.png"
@@ -50,16 +49,13 @@ def write(study: Study, docs: Path, html_path: Path) -> None:
             figures[experiment.name] = picture
     text = page(study, figures)
     (docs / "results.md").write_text(text, encoding="utf-8")
-    html_path.parent.mkdir(parents=True, exist_ok=True)
-    html_path.write_text(html(text, docs), encoding="utf-8")
 
 
 def main(cfg: DictConfig) -> None:
     os.chdir(ROOT)
     OmegaConf.resolve(cfg)
-    html_path = Path(cfg.results) / "report.html"
-    write(read_study(cfg), Path("docs"), html_path)
-    print(f"docs/results.md, docs/{PICTURES}, {html_path}")
+    write(read_study(cfg), Path("docs"))
+    print(f"docs/results.md, docs/{PICTURES}")
 
 
 if __name__ == "__main__":
