@@ -3,12 +3,13 @@
 from nemo_kd.data.collate import AnswerTokens, answer_tokens, joined, no_teacher, teacher_of
 from nemo_kd.data.context import context_parallel_positions
 from nemo_kd.data.learnable import check_learnable
-from nemo_kd.data.lengths import OVER_LONG, Fitting, cut_prompt, fit_lengths
+from nemo_kd.data.lengths import OVER_LONG, OVER_LONG_ALIASES, Fitting, fit_lengths, truncate_prompt
 from nemo_kd.data.packed_batch import collate_packs
 from nemo_kd.data.packing import Packing, Packs, first_fit_decreasing, pack_samples
 
 __all__ = [
     "OVER_LONG",
+    "OVER_LONG_ALIASES",
     "AnswerTokens",
     "Fitting",
     "Packing",
@@ -17,11 +18,11 @@ __all__ = [
     "check_learnable",
     "collate_packs",
     "context_parallel_positions",
-    "cut_prompt",
     "first_fit_decreasing",
     "fit_lengths",
     "joined",
     "no_teacher",
     "pack_samples",
     "teacher_of",
+    "truncate_prompt",
 ]

@@ -1,4 +1,4 @@
-"""Samples longer than the student's `max_seq_length`: refused, cut or dropped, always counted."""
+"""Samples longer than the student's `max_seq_length`: error, truncated or dropped, and counted."""
 
 from __future__ import annotations
 
@@ -7,28 +7,35 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.loss.names import check_name
 from nemo_kd.store import Sample, Store, StoreError
 
 OVER_LONG = ("error", "truncate", "drop")
+OVER_LONG_ALIASES = {
+    "error": "refuse raise fail",
+    "truncate": "cut cutprompt trim",
+    "drop": "skip",
+}
+"""Other names for them, among them former ones: an error names the right one."""
 
 
 @dataclass(frozen=True)
 class Fitting:
-    """Which samples of a store are used, and what happened to the others."""
+    """The samples of a store that are used, and how many were truncated or dropped."""
 
     used: NDArray[np.int64]
-    """Places in the store, rising."""
+    """Indices in the store, ascending."""
 
-    cut: int
+    truncated: int
     dropped: int
 
     def __len__(self) -> int:
-        """How many items an epoch has."""
+        """The number of items in an epoch."""
         return len(self.used)
 
     def __str__(self) -> str:
         return (
-            f"{self.cut} cut from the left of their prompt, {self.dropped} dropped, "
+            f"{self.truncated} truncated on the left of their prompt, {self.dropped} dropped, "
             f"{len(self.used)} samples are used"
         )
 
@@ -36,16 +43,15 @@ class Fitting:
 def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> Fitting:
     """The samples of `store` that can be used with at most `max_seq_length` tokens.
 
-    `over_long` selects how longer samples are handled: `error`; `truncate`: remove tokens from the
-    left of the prompt, and drop a sample whose prompt would lose its last token; `drop`. The
-    teacher saw the complete prompt in any case.
+    `over_long` selects how longer samples are handled. `error`: the store is refused. `truncate`:
+    tokens are removed from the left of the prompt; a sample is dropped if none would be left
+    before its first answer token. `drop`: all of them are dropped. The teacher saw the complete
+    prompt in any case.
 
-    Errors: StoreError for `error`, for an unknown `over_long`, and where no sample is left.
+    Errors: StoreError for `error`, and where no sample is left; NemoKDError for an unknown
+    `over_long`.
     """
-    if over_long not in OVER_LONG:
-        raise StoreError(
-            f"over_long={over_long!r} is unknown; choose one of {', '.join(OVER_LONG)}"
-        )
+    check_name("over_long", over_long, OVER_LONG, OVER_LONG_ALIASES)
     lengths = store.lengths
     long = np.flatnonzero(lengths > max_seq_length)
     if len(long) and over_long == "error":
@@ -62,10 +68,10 @@ def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> 
             f"store {store.directory} has no sample of at most max_seq_length={max_seq_length} "
             f"tokens; its shortest has {min(lengths, default=0)}: raise max_seq_length"
         )
-    return Fitting(used, cut=sum(fits), dropped=len(dropped))
+    return Fitting(used, truncated=sum(fits), dropped=len(dropped))
 
 
-def cut_prompt(sample: Sample, max_seq_length: int) -> Sample:
+def truncate_prompt(sample: Sample, max_seq_length: int) -> Sample:
     """The sample's last `max_seq_length` tokens; its teacher rows stay as they are."""
     return replace(
         sample,
@@ -75,7 +81,7 @@ def cut_prompt(sample: Sample, max_seq_length: int) -> Sample:
 
 
 def _fits(sample: Sample, max_seq_length: int) -> bool:
-    """Whether every answer token still has a token before it."""
+    """Whether a prompt token is left before the first answer token."""
     too_many = len(sample.input_ids) - max_seq_length
     answers = sample.answer_positions()
     return not len(answers) or bool(answers[0] > too_many)

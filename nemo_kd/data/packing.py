@@ -100,7 +100,7 @@ def pack_samples(
     else:
         packs = first_fit_decreasing(lengths, max_seq_length, seed)
     return Packing(
-        fitting.used, fitting.cut, fitting.dropped, packs, max_seq_length, int(lengths.sum())
+        fitting.used, fitting.truncated, fitting.dropped, packs, max_seq_length, int(lengths.sum())
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from megatron.core import parallel_state
 from numpy.typing import NDArray
 
-from nemo_kd.data import AnswerTokens, answer_tokens, cut_prompt, fit_lengths, teacher_of
+from nemo_kd.data import AnswerTokens, answer_tokens, fit_lengths, teacher_of, truncate_prompt
 from nemo_kd.loss import KDConfig, sft_kd_loss
 from nemo_kd.mcore.context import own_positions
 from nemo_kd.store import Sample, Store, StoreError
@@ -47,7 +47,7 @@ class StoreBatches:
         temperature: float = 1.0,
         seed: int = 0,
         consumed_samples: int = 0,
-        over_long: str = "refuse",
+        over_long: str = "error",
     ) -> None:
         store.check(temperature=temperature)
         self.store = store
@@ -88,7 +88,7 @@ class StoreBatches:
         """The sample at an index of the endless sequence of epochs."""
         epoch, position = divmod(draw, len(self.used))
         index = int(self._order_of(epoch)[position])
-        return cut_prompt(self.store[index], self.seq_length + 1)
+        return truncate_prompt(self.store[index], self.seq_length + 1)
 
     def _batch(self, draws: range) -> Batch:
         shape = len(draws), self.seq_length

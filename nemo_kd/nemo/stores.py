@@ -41,7 +41,7 @@ def store_dataset(
     _warn_of_labels(model, store)
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long", "error"))
-    if fitting.cut or fitting.dropped:
+    if fitting.truncated or fitting.dropped:
         _log(model, store, f"more than max_seq_length={length} tokens: {fitting}")
     if training:
         _log_what_is_learned(model, store, alpha)
