@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write to a temporary name, fsync, rename.
+"""Files that are either complete or absent: write under a temporary name, fsync, rename.
 
 A rename within a directory is atomic on POSIX file systems; the fsync before it puts the bytes on
 disk first, and the fsync of the directory after it makes the new name survive a power cut.
@@ -10,37 +10,50 @@ import errno
 import hashlib
 import json
 import os
+import secrets
 import stat
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.errors import StoreError
-
-_BLOCK = 1 << 20
+from nemo_kd.errors import NemoKDError, StoreError
 
 
-def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+@contextmanager
+def published(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path`, for a file that replaces `path` at a clean exit.
+
+    At any other exit it is removed and `path` stays as it was. Errors: NemoKDError on a full disk.
+    """
+    # The name is random: two hosts may publish the same file at once.
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    with full_disk_explained(path.parent):
+        try:
+            yield temporary
+            commit(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
-def size_of(path: str | Path) -> int | None:
-    """Bytes of a file, None where there is none."""
-    try:
-        status = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    return status.st_size if stat.S_ISREG(status.st_mode) else None
+def publish(path: Path, text: str) -> None:
+    """Write `text` so that `path` holds all of it or what it held before."""
+    with published(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-def fsync(path: Path) -> None:
+def commit(temporary: Path, path: Path) -> None:
+    """Rename `temporary`, a file or a directory of files, to `path`, once it is on disk."""
+    if temporary.is_dir():
+        for file in temporary.iterdir():
+            _fsync(file)
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
     """Put a file's bytes, or a directory's names, on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -51,55 +64,45 @@ def fsync(path: Path) -> None:
 
 @contextmanager
 def full_disk_explained(directory: Path) -> Iterator[None]:
-    """A write that finds no space left, or a quota reached, is an error that says what to do."""
+    """Turn the OSError of a full disk, or of a quota reached, into an error with a remedy."""
     try:
         yield
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise StoreError(
-            f"{directory}: {error.strerror}; what is whole stays as it is: free some space and "
-            "give the same command again, it goes on from there"
+        raise NemoKDError(
+            f"{directory}: {error.strerror}; completed files are kept: free some space and run "
+            "the same command to resume"
         ) from error
 
 
-def publish(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or what was there before."""
-    with full_disk_explained(path.parent):
-        # A name of its own: two hosts may write the same text at once.
-        descriptor, temporary = tempfile.mkstemp(
-            prefix=f".{path.name}.", suffix=".tmp", dir=path.parent
-        )
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fchmod(file.fileno(), 0o666 & ~_umask())
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
-        fsync(path.parent)
+def sha256_of(path: Path) -> str:
+    """Hex SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
+def size_of(path: str | Path) -> int | None:
+    """Size of a file in bytes; None where no file exists."""
+    try:
+        status = os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return status.st_size if stat.S_ISREG(status.st_mode) else None
 
 
 def canonical_json(value: Any) -> str:
-    """One text for one value: sorted keys, no NaN. What is hashed is this text."""
+    """The one text of a value that is stored and hashed: sorted keys, no NaN."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
 def sha256_of_json(value: Any) -> str:
+    """Hex SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; StoreError when it cannot be read as one."""
+    """The value in a JSON file; StoreError where it cannot be read as JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

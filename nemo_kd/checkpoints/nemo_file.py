@@ -20,6 +20,7 @@ import yaml
 from nemo_kd.checkpoints import megatron
 from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
 from nemo_kd.checkpoints.tokenizer import ARTIFACT_NAME, ARTIFACT_PREFIX, pack_tokenizer
+from nemo_kd.files import published
 
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel"
 
@@ -93,10 +94,8 @@ def write_nemo(
         megatron.save(state, folder / "model_weights")
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
-        whole = Path(scratch) / output.name
-        with tarfile.open(whole, "w:") as archive:
+        with published(output) as temporary, tarfile.open(temporary, "w:") as archive:
             archive.add(folder, arcname=".")
-        whole.rename(output)
     return Conversion(
         path=output,
         tokenizer=tokenizer,

@@ -21,6 +21,7 @@ from pathlib import Path
 from omegaconf import DictConfig, open_dict
 
 from nemo_kd.checkpoints.llama import CheckpointError
+from nemo_kd.files import commit
 
 ARTIFACT_NAME = "tokenizer.zip"
 ARTIFACT_PREFIX = "nemo:"
@@ -81,7 +82,7 @@ def _unpack(data: bytes) -> Path:
         for name in archive.namelist():
             (partial / Path(name).name).write_bytes(archive.read(name))
     try:
-        partial.rename(target)
+        commit(partial, target)
     except OSError:  # another process was first; its files are the same
         for path in partial.iterdir():
             path.unlink()

@@ -67,6 +67,7 @@ def show(
     from nemo_kd.cli.html import render_html
     from nemo_kd.cli.row import view_row
     from nemo_kd.cli.tokenizers import Ids, check_store_tokenizer, store_tokenizer
+    from nemo_kd.files import publish
     from nemo_kd.store.reader import Store
 
     if html is not None:
@@ -78,7 +79,7 @@ def show(
     opened.index_of(row)  # before a tokenizer's import of seconds
     view = view_row(opened, row, Ids() if ids else store_tokenizer(spec, tokenizer), top)
     if html is not None:
-        html.write_text(render_html(view, store.name), encoding="utf-8")
+        publish(html, render_html(view, store.name))
         Console(stderr=True).print(f"wrote {html}", highlight=False)
     elif as_json:
         print_json(view.to_json())

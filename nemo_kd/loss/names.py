@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 
+from nemo_kd import spelling
 from nemo_kd.errors import NemoKDError
 
 DIVERGENCE_ALIASES = {
@@ -64,8 +64,9 @@ def nearest(
         for meant, others in (aliases or {}).items():
             if each in others.split():
                 return meant
-    near = difflib.get_close_matches(bare, squeezed, n=len(squeezed), cutoff=0.7)
-    return next((squeezed[each] for each in near if _direction(each) == _direction(bare)), None)
+    same_direction = [each for each in squeezed if _direction(each) == _direction(bare)]
+    near = spelling.nearest(bare, same_direction, cutoff=0.7)
+    return near and squeezed[near]
 
 
 def _direction(name: str) -> str:

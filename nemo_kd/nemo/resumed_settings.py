@@ -5,7 +5,6 @@ A key that is in none of the lists below counts as one that does.
 
 from __future__ import annotations
 
-import difflib
 import math
 import re
 from collections.abc import Collection, Iterator, Mapping
@@ -15,6 +14,7 @@ from typing import Any
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import KDTrainingConfig
+from nemo_kd.spelling import did_you_mean
 
 Settings = Mapping[str, Any]
 """A configuration, nested, or flat: dotted key → value."""
@@ -165,10 +165,9 @@ def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
         known |= set(flatten(configuration))
     for entry in allow:
         if not any(matches(key, (entry,)) for key in known):
-            near = difflib.get_close_matches(entry, known, n=1)
-            hint = f"; did you mean {near[0]}?" if near else ""
             raise NemoKDError(
-                f"resume.allow has {entry}, which is no key of the configuration{hint}"
+                f"resume.allow has {entry}, which is no key of the configuration"
+                f"{did_you_mean(entry, known)}"
             )
 
 

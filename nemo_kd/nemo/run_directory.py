@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.files import published
 from nemo_kd.nemo.record import read
 
 METRICS = "metrics.jsonl"
@@ -130,10 +130,12 @@ def keep_metrics(directory: Path, step: int) -> None:
     moved = runs[-1] / METRICS if runs else None
     if moved is None or not moved.exists() or (directory / METRICS).exists():
         return
-    partial = directory / f"{METRICS}.partial"
-    with moved.open() as old, partial.open("w") as new:
+    with (
+        published(directory / METRICS) as temporary,
+        moved.open() as old,
+        temporary.open("w") as new,
+    ):
         new.writelines(line for line in old if _step(line) <= step)
-    os.replace(partial, directory / METRICS)
     moved.unlink()
 
 

@@ -10,6 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.files import publish
 from nemo_kd.nemo import run_directory, start, start_of_run
 from nemo_kd.nemo.config import (
     check_train_data,
@@ -112,7 +113,7 @@ def evaluate(cfg: DictConfig) -> None:
         if cfg.get("output"):
             path = Path(cfg.output)
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(results, indent=1) + "\n")
+            publish(path, json.dumps(results, indent=1) + "\n")
 
 
 def merge(cfg: DictConfig) -> None:

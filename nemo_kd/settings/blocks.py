@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -13,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.moved import explained
 from nemo_kd.settings.values import ANY, MAPPING, Kind
+from nemo_kd.spelling import nearest
 
 Keys = Mapping[str, "Kind | Block"]
 
@@ -90,8 +90,8 @@ def _unknown(path: str, key: str, keys: Keys, where: str, root: Block) -> str:
     if explanation := explained(path, root.moved):
         return f"{path} is unknown here: {explanation}."
     prefix = f"{where}." if where else ""
-    near = [prefix + each for each in difflib.get_close_matches(key, keys, n=1)]
-    sure = difflib.get_close_matches(key, keys, n=1, cutoff=0.8)
+    near = [prefix + each] if (each := nearest(key, keys)) else []
+    sure = nearest(key, keys, cutoff=0.8)
     elsewhere = [each for each in all_keys(root) if each.rpartition(".")[2] == key]
     meant = near if sure or not elsewhere else elsewhere[:2]
     hint = f" did you mean {' or '.join(meant)}?" if meant else ""

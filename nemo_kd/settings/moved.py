@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping
+
+from nemo_kd.spelling import nearest
 
 DISTILLATION = "NeMo-Aligner's settings of the distillation are in model.kd here"
 STORE = (
@@ -86,5 +87,5 @@ def explained(path: str, moved: Mapping[str, str]) -> str:
     for length in range(len(parts), 0, -1):
         if found := moved.get(".".join(parts[:length])):
             return found
-    near = difflib.get_close_matches(path, moved, n=1, cutoff=0.85)
-    return moved[near[0]] if near else ""
+    near = nearest(path, moved, cutoff=0.85)
+    return moved[near] if near else ""

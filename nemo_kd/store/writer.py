@@ -18,7 +18,7 @@ import numpy as np
 from nemo_kd.errors import StoreError
 from nemo_kd.files import (
     canonical_json,
-    fsync,
+    commit,
     full_disk_explained,
     publish,
     read_json,
@@ -212,14 +212,10 @@ class ShardWriter:
         for field in self._fields.values():
             field.close()
         (self._directory / SHARD).write_text(canonical_json(self._description()), encoding="utf-8")
-        for path in self._directory.iterdir():
-            fsync(path)
-        fsync(self._directory)
         target = self._store.directory / self._name
         if target.exists():
-            shutil.rmtree(target)  # not whole, or it would not have been written again
-        self._directory.rename(target)
-        fsync(self._store.directory)
+            shutil.rmtree(target)  # incomplete, or it would not have been written again
+        commit(self._directory, target)
 
     def _description(self) -> dict[str, Any]:
         names = file_names(self._store.codec)
@@ -254,9 +250,9 @@ def _remove_store(directory: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """What processes that were killed had not yet renamed."""
+    """Remove what processes that were killed had not yet renamed."""
     for path in directory.glob(".shard-*.tmp"):
         shutil.rmtree(path)
-    for pattern in (f".{MANIFEST}.*.tmp", f".{SPEC}.*.tmp", f"shard-*/.{SHARD}.*.tmp"):
+    for pattern in (".*.json.*.tmp", ".*.jsonl.*.tmp", f"shard-*/.{SHARD}.*.tmp"):
         for path in directory.glob(pattern):
             path.unlink()

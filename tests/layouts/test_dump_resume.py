@@ -94,7 +94,7 @@ def test_a_disk_that_is_full(tiny: Path, whole: Path, tmp_path: Path) -> None:
         overrides = long_dump(tiny, disk / "store")
         done = run_script("dump_teacher_topk.py", *overrides, fails=True, NEMO_KD_TRACEBACK="")
         (message,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-        assert "No space left on device" in message and "give the same command again" in message
+        assert "No space left on device" in message and "run the same command" in message
         kept = {path.name for path in (disk / "store").glob("shard-*")}
         assert kept and not list((disk / "store").glob(".*.tmp"))
         before = {name: (disk / "store" / name).stat().st_mtime_ns for name in kept}

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.store import Store, StoreError, StoreWriter
 from tests.conftest import ROOT
 from tests.disk import free_bytes, small_disk
@@ -69,8 +70,8 @@ def test_a_full_disk_keeps_what_is_whole(tmp_path: Path) -> None:
             ballast.write_bytes(b"0" * (free_bytes(disk) - 1024 * kilobytes))
             try:
                 write(disk / "s")
-            except StoreError as error:
-                assert "No space left on device; what is whole stays" in str(error)
+            except NemoKDError as error:
+                assert "No space left on device; completed files are kept" in str(error)
                 assert not list((disk / "s").glob(".*.tmp"))
                 refusals += 1
             ballast.unlink()

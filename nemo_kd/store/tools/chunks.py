@@ -7,13 +7,12 @@ a whole one: `publish_chunks` removes and renames so that file 0 is missing from
 from __future__ import annotations
 
 import glob
-import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_kd.errors import StoreError
-from nemo_kd.files import fsync
+from nemo_kd.files import commit
 
 CHUNK_ID = "CHUNK_ID"
 SHOWN = 5  # names of files in a message
@@ -73,9 +72,7 @@ def publish_chunks(path: str | Path, written: Sequence[Path]) -> None:
     for _, old in sorted(existing_chunks(path).items()):
         old.unlink()
     for number in reversed(range(len(written))):
-        os.replace(written[number], chunk_path(path, number))
-    for directory in {chunk_path(path, number).parent for number in range(len(written))}:
-        fsync(directory)
+        commit(written[number], chunk_path(path, number))
 
 
 def _listed(paths: Sequence[Path]) -> str:

@@ -15,7 +15,6 @@ NeMo-Aligner subtracts the largest logit first; log-probabilities are the same. 
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -27,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.files import fsync
+from nemo_kd.files import published
 from nemo_kd.store.checks import checked_tokens, checked_topk, deep_faults
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
@@ -129,44 +128,32 @@ def write_jsonl(
         raise StoreError(f"a chunk has at least 1 sample, not {samples_per_chunk}")
     records = (_record(sample) for sample in samples)
     if samples_per_chunk is None:
-        return _write_whole(Path(name), records)
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        with published(Path(name)) as temporary:
+            return _write_file(temporary, records)
     existing_chunks(name)  # what cannot be replaced is an error before the work, not after it
-    written, temporary = 0, list[Path]()
+    written, chunks = 0, list[Path]()
     try:
         for number, first in enumerate(records):
-            chunk = chain([first], islice(records, samples_per_chunk - 1))
-            temporary.append(_temporary(chunk_path(name, number)))
-            written += _write_file(temporary[-1], chunk)
-        publish_chunks(name, temporary)
+            path = chunk_path(name, number)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            chunks.append(path.with_name(f".{path.name}.tmp"))
+            written += _write_file(
+                chunks[-1], chain([first], islice(records, samples_per_chunk - 1))
+            )
+        publish_chunks(name, chunks)
     finally:
-        for path in temporary:
+        for path in chunks:
             path.unlink(missing_ok=True)
     return written
 
 
-def _write_whole(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    temporary = _temporary(path)
-    try:
-        written = _write_file(temporary, records)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    fsync(path.parent)
-    return written
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(f".{path.name}.tmp")
-
-
 def _write_file(path: Path, records: Iterable[dict[str, Any]]) -> int:
-    path.parent.mkdir(parents=True, exist_ok=True)
     written = 0
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record) + "\n")
             written += 1
-    fsync(path)
     return written
 
 

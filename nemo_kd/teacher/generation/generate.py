@@ -7,13 +7,13 @@ text is read back from the finished store, so that a resumed run writes all of i
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from nemo_kd.files import published
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
@@ -112,15 +112,13 @@ def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]
 
     Returns their number, and the number of those that SFT tokenizes to the tokens of the store.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     same = 0
-    with temporary.open("w", encoding="utf-8") as file:
+    with published(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for sample in store:
             answer = sample.input_ids[sample.answer_positions()].tolist()
             row = {**prompts.source(sample.row), prompts.template.label_key: prompts.text(answer)}
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
             same += prompts.as_sft(row) == sample.input_ids.tolist()
-    os.replace(temporary, path)
     return len(store), same
 
 

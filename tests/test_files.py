@@ -1,0 +1,62 @@
+"""A published file is complete or absent, whatever happens while it is written."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from nemo_kd import files
+from nemo_kd.files import commit, publish, published, sha256_of
+from nemo_kd.spelling import did_you_mean, nearest
+
+
+def test_a_file_is_replaced_at_a_clean_exit_only(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    publish(path, "old")
+    with pytest.raises(RuntimeError), published(path) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert path.read_text() == "old"
+    with published(path) as temporary:
+        temporary.write_bytes(b"\0\1")
+        assert path.read_text() == "old"
+    assert path.read_bytes() == b"\0\1"
+    assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_new_file_has_the_mode_of_any_other(tmp_path: Path) -> None:
+    publish(tmp_path / "x", "text")
+    (tmp_path / "y").write_text("text")
+    assert (tmp_path / "x").stat().st_mode == (tmp_path / "y").stat().st_mode
+
+
+def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a file, and of a directory with the files in it."""
+    synced: list[str] = []
+    monkeypatch.setattr(files, "_fsync", lambda path: synced.append(path.name))
+    renamed = os.replace
+    monkeypatch.setattr(os, "replace", lambda a, b: synced.append("rename") or renamed(a, b))
+    (tmp_path / ".new").mkdir()
+    (tmp_path / ".new/a").write_text("a")
+    commit(tmp_path / ".new", tmp_path / "directory")
+    assert synced == ["a", ".new", "rename", tmp_path.name]
+    synced.clear()
+    publish(tmp_path / "file", "text")
+    assert [name.startswith(".file.") for name in synced] == [True, False, False]
+    assert synced[1:] == ["rename", tmp_path.name]
+
+
+def test_sha256_is_that_of_the_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"abc")
+    assert sha256_of(tmp_path / "x").startswith("ba7816bf8f01cfea414140de5dae2223b00361a3")
+
+
+def test_the_nearest_name() -> None:
+    assert nearest("temprature", ["top_k", "temperature"]) == "temperature"
+    assert nearest("seed", ["top_k", "temperature"]) is None
+    assert did_you_mean("topk", ["top_k"], prefix="dump.") == "; did you mean dump.top_k?"
+    assert did_you_mean("seed", ["top_k"]) == ""
