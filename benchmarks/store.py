@@ -89,7 +89,7 @@ def smollm2() -> Path:
 
 @torch.no_grad()
 def dense(model: Any, store: Store, samples: int) -> Iterator[Dense]:
-    vocabulary = store.manifest.spec.vocab_size
+    vocabulary = store.spec.vocab_size
     for one in (store[i] for i in range(min(samples, len(store)))):
         ids = torch.from_numpy(one.input_ids.astype(np.int64))[None]
         z = model(ids).logits[0, one.answer_positions() - 1, :vocabulary].float()
@@ -291,7 +291,7 @@ def main() -> None:
     model = teacher_model(options.teacher or smollm2())
     everything = list(dense(model, store, options.samples))
     del model
-    spec = StoreSpec(top_k=K, vocab_size=store.manifest.spec.vocab_size)
+    spec = StoreSpec(top_k=K, vocab_size=store.spec.vocab_size)
     rows = [
         {"profile": name, **fidelity(everything, spec, name), **speed(name)} for name in PROFILES
     ]

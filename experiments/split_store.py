@@ -27,7 +27,7 @@ def main(
     tokens = {}
     for group, samples in sorted(parts.items()):
         name = f"group-{group:02d}"
-        spec = store.manifest.spec
+        spec = store.spec
         manifest = write_samples(samples, target / name, spec, overwrite=True)
         tokens[name] = manifest.totals["answer_tokens"]
     (target / "groups.json").write_text(json.dumps(tokens, indent=1) + "\n")

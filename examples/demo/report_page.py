@@ -207,7 +207,7 @@ def facts(demo: Demo) -> Iterable[tuple[str, str]]:
         size = demo.data[side]
         counts = [f"{size[unit]:,} {unit}" for unit in ("samples", "tokens", "modules")]
         yield title, ", ".join(counts)
-    totals, spec = demo.store.manifest.totals, demo.store.manifest.spec
+    totals, spec = demo.store.manifest.totals, demo.store.spec
     yield (
         "teacher's logits",
         f"top {spec.top_k} of {spec.vocab_size:,} at {totals['answer_tokens']:,} answer tokens, "

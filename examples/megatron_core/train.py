@@ -139,7 +139,7 @@ def main() -> None:
     store = Store(args.store)
     config = KDConfig(alpha=args.alpha, temperature=args.temperature)
     check_learnable(store, config)
-    vocab_size = store.manifest.spec.vocab_size
+    vocab_size = store.spec.vocab_size
     model = student(args, vocab_size)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=args.lr, clip_grad=1.0), model)
     # Each part of the model reads the micro-batches by itself, at its own time.

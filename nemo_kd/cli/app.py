@@ -1,8 +1,9 @@
-"""The application, and what its commands share."""
+"""The `nemo-kd` application and what its commands share."""
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,16 +39,17 @@ def options(
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
-Overwrite = Annotated[bool, typer.Option(help="Replace a store that is there already.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")]
+Weights = Annotated[str | None, typer.Option(help="Relative weights, such as 0.95,0.05.")]
 TokenizerPath = Annotated[
     str | None,
-    typer.Option("--tokenizer", help="Tokenizer directory, or SentencePiece .model file."),
+    typer.Option(help="Hugging Face tokenizer directory, or SentencePiece .model file."),
 ]
 
 
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A bar on standard error, where that is a terminal; call with done and total."""
+    """A progress bar, if standard error is a terminal; call the result with done and total."""
     from rich.progress import Progress
 
     console = Console(stderr=True)
@@ -57,21 +59,48 @@ def progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def check_parent(option: str, path: Path) -> None:
-    """StoreError where the file `path` of `option` cannot be written."""
+    """StoreError if the file `path`, the value of `option`, cannot be created."""
     from nemo_kd.errors import StoreError
 
     if path.is_dir():
-        raise StoreError(f"{option} {path} is a directory; name a file in it")
+        raise StoreError(f"{option} {path} is a directory; give the path of a file")
     if not path.absolute().parent.is_dir():
-        raise StoreError(f"{option} {path}: there is no directory {path.parent}")
+        raise StoreError(f"{option} {path}: no such directory {path.parent}")
+
+
+def check_store_target(path: Path) -> None:
+    """StoreError if `path` looks like a file: a store is a directory."""
+    from nemo_kd.errors import StoreError
+
+    if path.is_file() or (path.suffix[1:].isalpha() and not path.is_dir()):
+        raise StoreError(
+            f"{path} is the name of a file, but a store is a directory: give a name without "
+            f"{path.suffix or 'that of a file'}"
+        )
+
+
+ARGUMENT = re.compile(r"\b(overwrite|renumber)=true\b")
+"""An argument of a Python function, or of a dump, as error messages name it."""
+
+
+@contextmanager
+def options_named() -> Iterator[None]:
+    """Name the options of `nemo-kd` in errors of functions that name their arguments."""
+    from nemo_kd.errors import StoreError
+
+    try:
+        yield
+    except StoreError as error:
+        raise StoreError(ARGUMENT.sub(r"--\1", str(error))) from error
 
 
 def print_json(value: Any) -> None:
+    """Print a result for scripts."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:
-    """What a command made."""
+    """Print what a command wrote."""
     from nemo_kd.cli import render
 
     if as_json:

@@ -1,4 +1,4 @@
-"""What `nemo-kd convert` does in its three directions, and `merge --average`."""
+"""`nemo-kd convert` in its three directions, and `nemo-kd average`."""
 
 from __future__ import annotations
 
@@ -10,19 +10,28 @@ from typing import Any
 
 from nemo_kd.cli.tokenizers import load_tokenizer
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
-from nemo_kd.store import Manifest, Sample, Store, StoreError, StoreSpec, read_jsonl, write_jsonl
+from nemo_kd.store import (
+    Manifest,
+    Sample,
+    Store,
+    StoreError,
+    StoreSpec,
+    average,
+    convert,
+    read_jsonl,
+    stats,
+    write_jsonl,
+    write_samples,
+)
 from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.tools.agreement import Agreement
-from nemo_kd.store.tools.average import average
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths, existing_chunks
 from nemo_kd.store.tools.jsonl import Padding
-from nemo_kd.store.tools.stats import stats
-from nemo_kd.store.tools.transform import convert, write_samples
 
-ON_BAD_LINES = ("stop", "skip")
-MOST_PADDING_MASS = 0.01
-"""Of a trained teacher's probability, a mean answer token; padding has next to none."""
-MASS_SAMPLES = 64  # evenly spaced, read to say what a conversion cost
+ON_BAD_LINES = ("error", "drop")
+MAX_PADDING_MASS = 0.01
+"""Mean probability per answer token that a trained teacher may give to padding."""
+MASS_SAMPLES = 64  # evenly spaced, read to report what a conversion lost
 _PROFILE = ("--profile", "--p", "--top-k", "--rows-per-shard")
 OPTIONS = {
     "from a store to JSONL": ("--samples-per-chunk",),
@@ -32,29 +41,29 @@ OPTIONS = {
 
 
 def refuse_idle_options(source: str, target: str, given: Mapping[str, Any]) -> None:
-    """Refuse options that do nothing in the direction that `source` and `target` ask for."""
+    """Refuse options that have no effect in the direction of the conversion."""
     if source.endswith(".jsonl") and target.endswith(".jsonl"):
-        raise StoreError(f"{source} and {target} are both JSONL; convert to a store in between")
+        raise StoreError(f"{source} and {target} are both JSONL; convert to a store first")
     to_jsonl, from_jsonl = target.endswith(".jsonl"), source.endswith(".jsonl")
     first, second = ("JSONL" if it else "a store" for it in (from_jsonl, to_jsonl))
     direction = f"from {first} to {second}"
     idle = [n for n, value in given.items() if value is not None and n not in OPTIONS[direction]]
     if idle:
         raise StoreError(
-            f"{', '.join(idle)} has no effect {direction}; leave it out, or convert in two steps "
-            f"(what this direction knows: {', '.join(OPTIONS[direction])})"
+            f"{', '.join(idle)} has no effect {direction}, where the options are "
+            f"{', '.join(OPTIONS[direction])}; omit it, or convert in two steps"
         )
 
 
 def to_jsonl(
     source: str, target: str, samples_per_chunk: int | None, *, overwrite: bool
 ) -> dict[str, Any]:
-    """Store → NeMo-Aligner's JSONL."""
+    """Convert a store to NeMo-Aligner's JSONL."""
     chunked = CHUNK_ID in target
-    there = [p for _, p in sorted(existing_chunks(target).items())] if chunked else [Path(target)]
-    if any(path.exists() for path in there) and not overwrite:
+    files = [p for _, p in sorted(existing_chunks(target).items())] if chunked else [Path(target)]
+    if any(path.exists() for path in files) and not overwrite:
         raise StoreError(
-            f"{there[0]} is there already; give --overwrite to replace it"
+            f"{files[0]} already exists; use --overwrite to replace it"
             f"{' and all other chunks of that name' if chunked else ''}"
         )
     written = write_jsonl(target, Store(source), samples_per_chunk=samples_per_chunk)
@@ -64,12 +73,12 @@ def to_jsonl(
 def between_stores(
     source: str, target: str, *, advance: Callable[[int, int], None], **changes: Any
 ) -> dict[str, Any]:
-    """Store → store; with what it changed, and the teacher's mass that is kept before and after."""
+    """Convert a store to a store; report changes and the probability mass before and after."""
     store = Store(source)
     manifest = convert(store, target, progress=lambda done: advance(done, len(store)), **changes)
-    differences = store.manifest.spec.differences(manifest.spec)
-    said = ", ".join(f"{name} {was} → {now}" for name, was, now in differences)
-    result = {**summary(target, manifest), "changed": said or "nothing"}
+    differences = store.spec.differences(manifest.spec)
+    changed = ", ".join(f"{name} {was} → {now}" for name, was, now in differences)
+    result = {**summary(target, manifest), "changed": changed or "nothing"}
     if {name.split(".")[0] for name, _, _ in differences} & {"profile", "profile_options", "top_k"}:
         result["mass_before"] = _mass(store)
         result["mass_after"] = _mass(Store(target))
@@ -77,7 +86,7 @@ def between_stores(
 
 
 def _mass(store: Store) -> float:
-    """The mean probability that an answer token's ids hold, over samples from the whole store."""
+    """Mean probability mass per answer token, over samples from all parts of the store."""
     value = stats(store, MASS_SAMPLES)
     return round(value.mass / max(value.tokens, 1), 4)
 
@@ -85,18 +94,18 @@ def _mass(store: Store) -> float:
 def averaged(
     stores: Sequence[Store], target: Path, weights: list[float], **options: Any
 ) -> dict[str, Any]:
-    """Stores of several teachers → the store of their mixture."""
+    """Write the mixture of several teachers; report what differs between their stores."""
     manifest = average(stores, target, weights, **options)
     unlike = {name for store in stores for name in _unlike_profile(stores[0], store)}
     of_first = {"as_in_the_first_store": ", ".join(sorted(unlike))} if unlike else {}
-    others = {t for store in stores for t in store.manifest.spec.temperatures} - {1.0}
+    others = {t for store in stores for t in store.spec.temperatures} - {1.0}
     left_out = {"temperatures_left_out": sorted(others)} if others else {}
     return {**summary(target, manifest), **left_out, **of_first}
 
 
 def _unlike_profile(first: Store, other: Store) -> list[str]:
-    """The fields in which stores of one mixture may differ, and here do."""
-    differences = first.manifest.spec.differences(other.manifest.spec)
+    """The fields of profile and size in which two stores differ."""
+    differences = first.spec.differences(other.spec)
     of_profile = ("profile", "profile_options", "top_k", "rows_per_shard")
     return [name for name, _, _ in differences if name.split(".")[0] in of_profile]
 
@@ -114,16 +123,16 @@ def from_jsonl(
     renumber: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """NeMo-Aligner's JSONL → store. The tokenizer is asked for: training compares it."""
+    """Convert NeMo-Aligner's JSONL to a store; the tokenizer is needed to check the student's."""
     if bad_lines not in (None, *ON_BAD_LINES):
-        raise StoreError(f"--bad-lines is one of {', '.join(ON_BAD_LINES)}, not {bad_lines!r}")
+        raise StoreError(f"--bad-lines must be {' or '.join(ON_BAD_LINES)}, not {bad_lines!r}")
     for path in chunk_paths(source):
         if not path.exists() or path.is_dir():
             raise StoreError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     if tokenizer is None:
         raise StoreError(
-            f"{source} does not say which tokenizer made it; give its directory or .model file "
-            "with --tokenizer"
+            f"{source} does not record its tokenizer; give its directory or .model file with "
+            "--tokenizer"
         )
     loaded = load_tokenizer(tokenizer)
     spec = StoreSpec(
@@ -135,17 +144,17 @@ def from_jsonl(
         tokenizer={"fingerprint": tokenizer_fingerprint(loaded), "path": tokenizer},
         source={"name": Path(source).name, "format": "NeMo-Aligner JSONL"},
     )
-    skipped: list[StoreError] = []
+    dropped: list[StoreError] = []
 
-    def skip(error: StoreError) -> None:
-        skipped.append(error)
-        print(f"skipped: {error}", file=sys.stderr)
+    def drop(error: StoreError) -> None:
+        dropped.append(error)
+        print(f"dropped: {error}", file=sys.stderr)
 
     padding, agreement = Padding(), Agreement()
 
     def samples() -> Iterator[Sample]:
         nonlocal agreement
-        on_bad_line = skip if bad_lines == "skip" else None
+        on_bad_line = drop if bad_lines == "drop" else None
         for sample in read_jsonl(
             source, spec, renumber=renumber, on_bad_line=on_bad_line, padding=padding
         ):
@@ -158,24 +167,24 @@ def from_jsonl(
             print(f"WARNING: {source}: {warning}", file=sys.stderr)
     return {
         **summary(target, manifest),
-        "skipped_lines": len(skipped),
+        "dropped_lines": len(dropped),
         "padding_ids_dropped": padding.ids,
         **agreement.to_json(),
     }
 
 
 def _padding_warning(padding: Padding, tokens: float, tokenizer: str) -> str:
-    if padding.mass <= MOST_PADDING_MASS * tokens:
+    if padding.mass <= MAX_PADDING_MASS * tokens:
         return ""
     return (
-        f"ids beyond the tokenizer's vocabulary held {padding.mass / max(tokens, 1):.1%} of the "
-        f"teacher's probability, and were dropped: too much for padding; is {tokenizer} its "
-        "tokenizer?"
+        f"the ids beyond the tokenizer's vocabulary, which were dropped, had "
+        f"{padding.mass / max(tokens, 1):.1%} of the teacher's probability, too much for padding; "
+        f"check that {tokenizer} is its tokenizer"
     )
 
 
 def first_top_k(source: str) -> int:
-    """K of the first line that has one."""
+    """K in the first line that has a top-K."""
     for path in chunk_paths(source):
         try:
             with path.open("rb") as file:
@@ -185,7 +194,7 @@ def first_top_k(source: str) -> int:
                         return found
         except OSError as error:
             raise StoreError(f"{path}: cannot be read ({error})") from error
-    raise StoreError(f"{source}: no line has topk_token_ids; is it NeMo-Aligner's JSONL?")
+    raise StoreError(f"{source}: no line has topk_token_ids, as NeMo-Aligner's JSONL does")
 
 
 def _top_k(line: bytes) -> int:
@@ -196,6 +205,7 @@ def _top_k(line: bytes) -> int:
 
 
 def summary(target: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """What a command reports of a store that it wrote."""
     spec = manifest.spec
     kept = {"profile": spec.profile, "top_k": spec.top_k}
     return {
@@ -211,4 +221,4 @@ def numbers(option: str, text: str) -> list[float]:
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:
-        raise StoreError(f"{option} wants numbers with commas between, not {text!r}") from error
+        raise StoreError(f"{option} takes comma-separated numbers, not {text!r}") from error

@@ -1,4 +1,4 @@
-"""A sample as one self-contained HTML page: point at a token to see the teacher's choices."""
+"""A sample as a self-contained HTML page that shows the teacher's choices when hovering a token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ body {{ font: 15px/1.7 system-ui, sans-serif; margin: 2rem auto; max-width: 60re
 pre {{ font: 14px/1.9 ui-monospace, monospace; white-space: pre-wrap; position: relative }}
 .prompt {{ color: #777 }}
 .answer {{ border-radius: 3px; padding: 1px 0; cursor: default }}
-/* Below the token's line; as wide as the text at most, which it is in the middle of. */
+/* Below the token's line, centred, and at most as wide as the text. */
 .answer > table {{ display: none; position: absolute; left: 0; right: 0; margin: 0 auto; z-index: 1;
   width: max-content; max-width: 100%; pointer-events: none;
   background: #fff; border: 1px solid #999; box-shadow: 0 2px 8px #0003; color: #222 }}
@@ -41,7 +41,7 @@ _SHADES = (
 
 
 def render_html(view: RowView, store_name: str) -> str:
-    """The page; it loads nothing."""
+    """The page, which loads nothing from elsewhere."""
     count = len(view.answers)
     first = sum(answer.rank == 1 for answer in view.answers)
     mass = sum(answer.mass for answer in view.answers) / max(count, 1)
@@ -50,8 +50,8 @@ def render_html(view: RowView, store_name: str) -> str:
     )
     return _PAGE.format(
         title=escape(f"{store_name}, row {view.row}"),
-        summary=f"{len(view.tokens)} tokens, {count} of the answer; the target is the teacher's "
-        f"first choice at {first}; mass kept {mass:.4f}",
+        summary=f"{len(view.tokens)} tokens, {count} of them answer tokens; the target is the "
+        f"teacher's first choice for {first}; mass kept {mass:.4f}",
         scale=scale,
         text="".join(_piece(text, answer) for text, answer in view.pieces),
     )

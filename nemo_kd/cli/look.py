@@ -1,4 +1,4 @@
-"""Looking at stores: inspect, show, verify, stats."""
+"""Commands that read stores: inspect, show, verify, stats."""
 
 from __future__ import annotations
 
@@ -19,18 +19,17 @@ from nemo_kd.cli.app import (
 )
 
 EXPLAINED = {
-    "entropy_of_kept_and_rest_histogram": ", nats: the kept ids and all others as one outcome",
-    "label_rank_histogram": ", 1 is the teacher's first choice",
+    "entropy_of_kept_and_rest_histogram": " in nats: the kept ids, and all others as one outcome",
+    "label_rank_histogram": ": 1 is the teacher's first choice",
 }
 
 
 @app.command()
 def inspect(store: StoreArgument, as_json: Json = False) -> None:
-    """What a store is: its specification and totals, from the manifest alone."""
+    """Show the specification and totals of a store; reads only its manifest."""
     from nemo_kd.cli import render
     from nemo_kd.files import sha256_of
-    from nemo_kd.store.manifest import MANIFEST, Manifest
-    from nemo_kd.store.reader import refuse_unfinished
+    from nemo_kd.store.manifest import MANIFEST, Manifest, refuse_unfinished
 
     refuse_unfinished(store)
     manifest, fingerprint = Manifest.read(store), sha256_of(store / MANIFEST)
@@ -42,9 +41,9 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
         return
     counts = {
         "samples": f"{totals['samples']:,} ({totals['samples_without_answer']:,} without answer)",
-        "tokens": f"{totals['tokens']:,}, {totals['answer_tokens']:,} of answers",
+        "tokens": f"{totals['tokens']:,}, of which {totals['answer_tokens']:,} answer tokens",
         "size": f"{render.size(totals['bytes'])} in {len(manifest.shards):,} shards, "
-        f"{each:.1f} bytes an answer token, tokens and indices included",
+        f"{each:.1f} bytes per answer token, including tokens and indices",
         "fingerprint": fingerprint,
     }
     console = render.console()
@@ -55,28 +54,28 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
 @app.command()
 def show(
     store: StoreArgument,
-    row: Annotated[int, typer.Argument(metavar="ROW", help="Source row, as errors name it.")],
+    row: Annotated[int, typer.Argument(metavar="ROW", help="Number of the source row.")],
     tokenizer: TokenizerPath = None,
-    ids: Annotated[bool, typer.Option("--ids", help="Ids instead of text.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Choices of the teacher to show.")] = 5,
-    html: Annotated[Path | None, typer.Option(help="Write a self-contained page instead.")] = None,
+    ids: Annotated[bool, typer.Option("--ids", help="Show ids instead of text.")] = False,
+    top: Annotated[int, typer.Option(min=1, help="Number of the teacher's choices to show.")] = 5,
+    html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
     as_json: Json = False,
 ) -> None:
-    """One sample: its text and, for each answer token, the teacher's most likely ids."""
+    """Show a sample's text and the teacher's most probable ids for each answer token."""
     from nemo_kd.cli import render
     from nemo_kd.cli.html import render_html
     from nemo_kd.cli.row import view_row
     from nemo_kd.cli.tokenizers import Ids, check_store_tokenizer, store_tokenizer
     from nemo_kd.files import publish
-    from nemo_kd.store.reader import Store
+    from nemo_kd.store import Store
 
     if html is not None:
         check_parent("--html", html)
     opened = Store(store)
-    spec = opened.manifest.spec
+    spec = opened.spec
     if not ids:
         check_store_tokenizer(spec, tokenizer)
-    opened.index_of(row)  # before a tokenizer's import of seconds
+    opened.index_of(row)  # fails before a tokenizer is imported, which takes seconds
     view = view_row(opened, row, Ids() if ids else store_tokenizer(spec, tokenizer), top)
     if html is not None:
         publish(html, render_html(view, store.name))
@@ -89,21 +88,21 @@ def show(
 
 @app.command()
 def verify(store: StoreArgument, as_json: Json = False) -> None:
-    """Compare every checksum and every rule; says file, row and position of what is broken."""
+    """Check every checksum and rule; report problems by file, row and position."""
     from dataclasses import asdict
 
-    from nemo_kd.store.reader import refuse_unfinished
-    from nemo_kd.store.verify import verify as problems_of
+    from nemo_kd.store import verify as problems_of
+    from nemo_kd.store.manifest import refuse_unfinished
 
     refuse_unfinished(store)
     with progress("verify") as advance:
         problems = list(problems_of(store, on_shard=advance))
     if as_json:
-        print_json({"whole": not problems, "problems": [asdict(p) for p in problems]})
+        print_json({"ok": not problems, "problems": [asdict(p) for p in problems]})
     else:
         for problem in problems:
             typer.echo(str(problem))
-        typer.echo(f"{store}: {len(problems)} problems" if problems else f"{store}: whole")
+        typer.echo(f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
     if problems:
         raise typer.Exit(1)
 
@@ -112,17 +111,17 @@ def verify(store: StoreArgument, as_json: Json = False) -> None:
 def stats(
     store: StoreArgument,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Only so many samples, evenly spaced.")
+        int | None, typer.Option(min=1, help="Number of evenly spaced samples; default: all.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Mass kept, entropy, agreement with the labels, and their histograms.
+    """Show the probability mass kept, entropy and agreement with the labels, with histograms.
 
-    The entropy is that of K + 1 outcomes, the kept ids and all others as one: a lower bound.
+    The entropy is a lower bound: that of K + 1 outcomes, the kept ids and all others as one.
     """
     from nemo_kd.cli import render
-    from nemo_kd.store.reader import Store
-    from nemo_kd.store.tools.stats import stats as stats_of
+    from nemo_kd.store import Store
+    from nemo_kd.store import stats as stats_of
 
     value = stats_of(Store(store), samples).to_json()
     if as_json:
@@ -131,7 +130,7 @@ def stats(
     histograms = {k: value.pop(k) for k in list(value) if k.endswith("_histogram")}
     console = render.console()
     rounded = {k: f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for k, v in value.items()}
-    console.print(render.pairs(f"{store}, means over answer tokens", rounded))
+    console.print(render.pairs(f"{store}: means over answer tokens", rounded))
     for name, one in histograms.items():
         title = name.removesuffix("_histogram").replace("_", " ")
         title += EXPLAINED.get(name, "")
@@ -139,7 +138,7 @@ def stats(
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, with dotted keys."""
+    """Nested mappings as one mapping with dotted keys."""
     result: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:

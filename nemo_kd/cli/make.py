@@ -1,4 +1,4 @@
-"""Making stores of stores: convert, merge, split."""
+"""Commands that make stores: convert, merge, average, split."""
 
 from __future__ import annotations
 
@@ -12,134 +12,152 @@ from nemo_kd.cli.app import (
     Overwrite,
     StoreArgument,
     TokenizerPath,
+    Weights,
     app,
+    check_store_target,
+    options_named,
     print_json,
     progress,
     report,
 )
 
+Sources = Annotated[list[Path], typer.Argument(help="Stores to read.")]
+Target = Annotated[Path, typer.Argument(help="Directory of the store to write.")]
+
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A store, or NeMo-Aligner JSONL to make one of.")],
-    target: Annotated[str, typer.Argument(help="A directory, or a .jsonl to write.")],
+    source: Annotated[str, typer.Argument(help="A store, or NeMo-Aligner's JSONL.")],
+    target: Annotated[str, typer.Argument(help="Directory of a store, or a .jsonl file.")],
     profile: Annotated[
         str | None,
-        typer.Option(help="plain, compact or top_p; the store's own, or plain of JSONL."),
+        typer.Option(help="plain, compact or top_p; default: the store's, or plain for JSONL."),
     ] = None,
-    p: Annotated[float | None, typer.Option("--p", help="Mass that top_p keeps.")] = None,
-    top_k: Annotated[int | None, typer.Option(min=1, help="Fewer logits than there are.")] = None,
+    p: Annotated[float | None, typer.Option("--p", help="Probability that top_p keeps.")] = None,
+    top_k: Annotated[int | None, typer.Option(min=1, help="Keep fewer logits per token.")] = None,
     rows_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="The store's own, or 256 of JSONL.")
+        int | None, typer.Option(min=1, help="Default: the store's, or 256 for JSONL.")
     ] = None,
     tokenizer: TokenizerPath = None,
     bad_lines: Annotated[
-        str | None, typer.Option(help="JSONL: stop at one (the default), or skip it.")
+        str | None, typer.Option(help="JSONL source: error (default) or drop.")
     ] = None,
-    renumber: Annotated[bool, typer.Option(help="JSONL: rows are lines, not `index`.")] = False,
+    renumber: Annotated[
+        bool, typer.Option("--renumber", help="JSONL source: number rows by line, not by `index`.")
+    ] = False,
     samples_per_chunk: Annotated[
-        int | None, typer.Option(min=1, help="With CHUNK_ID in a .jsonl target.")
+        int | None, typer.Option(min=1, help="JSONL target with CHUNK_ID in its name.")
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """A store to another profile, or to NeMo-Aligner's JSONL, or from it."""
+    """Convert a store to another profile or to NeMo-Aligner's JSONL, or JSONL to a store."""
     from nemo_kd.cli import conversions
 
-    options = None if p is None else {"p": p}
-    conversions.refuse_idle_options(
-        source,
-        target,
-        {
-            "--profile": profile,
-            "--p": p,
-            "--top-k": top_k,
-            "--rows-per-shard": rows_per_shard,
-            "--tokenizer": tokenizer,
-            "--bad-lines": bad_lines,
-            "--renumber": renumber or None,
-            "--samples-per-chunk": samples_per_chunk,
-        },
-    )
-    if target.endswith(".jsonl"):
-        result = conversions.to_jsonl(source, target, samples_per_chunk, overwrite=overwrite)
-    elif source.endswith(".jsonl"):
-        result = conversions.from_jsonl(
-            source,
-            target,
-            profile=profile,
-            profile_options=options,
-            top_k=top_k,
-            rows_per_shard=rows_per_shard,
-            tokenizer=tokenizer,
-            bad_lines=bad_lines,
-            renumber=renumber,
-            overwrite=overwrite,
-        )
-    else:
-        with progress("convert") as advance:
-            result = conversions.between_stores(
+    options = {
+        "--profile": profile,
+        "--p": p,
+        "--top-k": top_k,
+        "--rows-per-shard": rows_per_shard,
+        "--tokenizer": tokenizer,
+        "--bad-lines": bad_lines,
+        "--renumber": renumber or None,
+        "--samples-per-chunk": samples_per_chunk,
+    }
+    conversions.refuse_idle_options(source, target, options)
+    common: dict[str, Any] = {
+        "profile": profile,
+        "profile_options": None if p is None else {"p": p},
+        "top_k": top_k,
+        "rows_per_shard": rows_per_shard,
+        "overwrite": overwrite,
+    }
+    with options_named():
+        if target.endswith(".jsonl"):
+            result = conversions.to_jsonl(source, target, samples_per_chunk, overwrite=overwrite)
+        elif source.endswith(".jsonl"):
+            check_store_target(Path(target))
+            result = conversions.from_jsonl(
                 source,
                 target,
-                profile=profile,
-                profile_options=options,
-                top_k=top_k,
-                rows_per_shard=rows_per_shard,
-                overwrite=overwrite,
-                advance=advance,
+                tokenizer=tokenizer,
+                bad_lines=bad_lines,
+                renumber=renumber,
+                **common,
             )
+        else:
+            check_store_target(Path(target))
+            with progress("convert") as advance:
+                result = conversions.between_stores(source, target, advance=advance, **common)
     report(result, as_json)
 
 
 @app.command()
 def merge(
-    sources: Annotated[list[Path], typer.Argument(help="Stores of one specification.")],
-    target: Annotated[Path, typer.Argument(help="The store to make.")],
-    average: Annotated[
-        str | None,
-        typer.Option(help="Weights, 0.5,0.5: the mixture of teachers over the same tokens."),
-    ] = None,
+    sources: Sources, target: Target, overwrite: Overwrite = False, as_json: Json = False
+) -> None:
+    """Concatenate stores that have the same specification; rows are renumbered."""
+    from nemo_kd.cli.conversions import summary
+    from nemo_kd.store import Store
+    from nemo_kd.store import merge as merge_stores
+
+    check_store_target(target)
+    stores = [Store(source) for source in sources]
+    total = sum(map(len, stores))
+    with options_named(), progress("merge") as advance:
+        manifest = merge_stores(
+            stores, target, overwrite=overwrite, progress=lambda done: advance(done, total)
+        )
+    report(summary(target, manifest), as_json)
+
+
+@app.command()
+def average(
+    sources: Sources,
+    target: Target,
+    weights: Weights = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """One store of several: their samples in order, rows numbered on from store to store.
+    """Average the teachers of stores over the same samples: the mixture of their probabilities.
 
-    With --average the stores hold the same samples, and the new one the mixture of their teachers.
+    Without --weights all teachers have the same weight.
     """
-    from nemo_kd.cli.conversions import averaged, numbers, summary
-    from nemo_kd.store.reader import Store
-    from nemo_kd.store.tools.transform import merge as merge_stores
+    from nemo_kd.cli.conversions import averaged, numbers
+    from nemo_kd.store import Store
 
+    check_store_target(target)
     stores = [Store(source) for source in sources]
-    total = len(stores[0]) if average else sum(map(len, stores))
-    with progress("merge") as advance:
-        options: dict[str, Any] = {
-            "overwrite": overwrite,
-            "progress": lambda done: advance(done, total),
-        }
-        if average is None:
-            result = summary(target, merge_stores(stores, target, **options))
-        else:
-            result = averaged(stores, target, numbers("--average", average), **options)
+    shares = [1.0] * len(stores) if weights is None else numbers("--weights", weights)
+    with options_named(), progress("average") as advance:
+        result = averaged(
+            stores,
+            target,
+            shares,
+            overwrite=overwrite,
+            progress=lambda done: advance(done, len(stores[0])),
+        )
     report(result, as_json)
 
 
 @app.command()
 def split(
     store: StoreArgument,
-    targets: Annotated[list[Path], typer.Argument(help="The stores to make.")],
-    weights: Annotated[str, typer.Option(help="Their shares: 0.95,0.05.")],
-    seed: Annotated[int, typer.Option(help="Another one gives another split.")] = 0,
+    targets: Annotated[list[Path], typer.Argument(help="Directories of the stores to write.")],
+    weights: Annotated[str, typer.Option(help="Relative sizes of the parts, such as 0.95,0.05.")],
+    seed: Annotated[int, typer.Option(help="Selects the random split.")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Parts of a store, by chance: training and held-out, say. Rows keep their numbers."""
+    """Randomly split a store, for example into train and held-out; rows keep their numbers."""
     from nemo_kd.cli.conversions import numbers, summary
-    from nemo_kd.store.reader import Store
-    from nemo_kd.store.tools.transform import split as split_store
+    from nemo_kd.store import Store
+    from nemo_kd.store import split as split_store
 
+    for target in targets:
+        check_store_target(target)
     opened = Store(store)
-    with progress("split") as advance:
+    with options_named(), progress("split") as advance:
         manifests = split_store(
             opened,
             targets,

@@ -1,4 +1,4 @@
-"""`nemo-kd plan`: disk, time and memory of a dump, before anyone spends a GPU hour."""
+"""`nemo-kd plan`: disk space, time and memory of a dump, before it is run."""
 
 from __future__ import annotations
 
@@ -16,35 +16,37 @@ SAMPLES = Quantity("--samples", "samples", 1, 1e12, "1M")
 TEACHER = Quantity("--teacher", "parameters", 1e6, 1e13, "70B", usual="B")
 TFLOPS = Quantity("--gpu-tflops", "TFLOP/s", 1, 2e4, "989 (H100 SXM; A100: 312)")
 MEMORY = Quantity("--gpu-memory", "GiB", 1, 2e3, "80 (GiB)")
-LONGEST_SAMPLE = 10_000_000  # tokens: beyond any context
-LARGEST_VOCABULARY = 10_000_000
+MAX_SAMPLE_TOKENS = 10_000_000  # beyond any context
+MAX_VOCABULARY = 10_000_000
 
 
 @app.command()
 def plan(
-    tokens: Annotated[str, typer.Option(help="Answer tokens: 300M.")],
-    teacher: Annotated[str, typer.Option(help="The teacher's parameters: 70B.")],
-    vocab_size: Annotated[int, typer.Option(min=1, help="Entries of the vocabulary.")],
-    gpus: Annotated[int, typer.Option(min=1, help="GPUs of the whole dump.")],
+    tokens: Annotated[str, typer.Option(help="Answer tokens, such as 300M.")],
+    teacher: Annotated[str, typer.Option(help="The teacher's parameters, such as 70B.")],
+    vocab_size: Annotated[int, typer.Option(min=1, help="Size of the vocabulary.")],
+    gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
     total_tokens: Annotated[
-        str | None, typer.Option(help="Prompts and answers; default: twice the answers.")
+        str | None, typer.Option(help="Prompt and answer tokens; default: twice --tokens.")
     ] = None,
-    samples: Annotated[str | None, typer.Option(help="Default: one per 300 answer tokens.")] = None,
-    top_k: Annotated[int, typer.Option(min=1, help="K; draws of the profile sampled.")] = 100,
+    samples: Annotated[
+        str | None, typer.Option(help="Samples; default: one per 300 answer tokens.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(min=1, help="K, or draws for the profile sampled.")] = 100,
     profile: Annotated[str, typer.Option(help="plain, compact, top_p or sampled.")] = "plain",
     kept: Annotated[
-        float | None, typer.Option(help="Mean ids per token of top_p or sampled.")
+        float | None, typer.Option(help="Mean ids per token for top_p or sampled.")
     ] = None,
-    temperatures: Annotated[str, typer.Option(help="One log-sum-exp per temperature.")] = "1.0",
-    tensor_parallel: Annotated[int, typer.Option("--tp", min=1)] = 1,
-    pipeline_parallel: Annotated[int, typer.Option("--pp", min=1)] = 1,
-    gpu_tflops: Annotated[str, typer.Option(help="Dense bf16 peak of a GPU.")] = "989",
-    utilisation: Annotated[str, typer.Option(help="Share of the peak: 0.35 or 35%.")] = "0.35",
-    gpu_memory: Annotated[str, typer.Option(help="GiB of one GPU.")] = "80",
+    tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel size.")] = 1,
+    pipeline_parallel: Annotated[
+        int, typer.Option("--pp", min=1, help="Pipeline parallel size.")
+    ] = 1,
+    gpu_tflops: Annotated[str, typer.Option(help="Dense bf16 peak of one GPU.")] = "989",
+    utilisation: Annotated[str, typer.Option(help="Fraction of the peak, 0.35 or 35%.")] = "0.35",
+    gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU in GiB.")] = "80",
     as_json: Json = False,
 ) -> None:
-    """What a dump will cost: disk, dump time, memory per GPU."""
-    from nemo_kd.cli.conversions import numbers
+    """Estimate the disk space, time and GPU memory of a dump."""
     from nemo_kd.store.spec import StoreSpec
     from nemo_kd.teacher.plan import Workload
     from nemo_kd.teacher.plan import plan as plan_of
@@ -76,7 +78,6 @@ def plan(
     spec = StoreSpec(
         top_k=top_k,
         vocab_size=vocab_size,
-        temperatures=_temperatures(numbers("--temperatures", temperatures), profile),
         profile=profile,
         profile_options={"p": 1.0} if profile == "top_p" else {},
     )
@@ -90,51 +91,42 @@ def plan(
 def _check_data(answers: float, total: float, samples: float) -> None:
     if total < answers:
         raise StoreError(
-            f"--total-tokens {total:,.0f} are fewer than the answer tokens among them, --tokens "
+            f"--total-tokens {total:,.0f} are fewer than the answer tokens in them, --tokens "
             f"{answers:,.0f}"
         )
-    if not 1 <= total / samples <= LONGEST_SAMPLE:
+    if not 1 <= total / samples <= MAX_SAMPLE_TOKENS:
         raise StoreError(
-            f"--samples {samples:,.0f} of {total:,.0f} tokens in all would be "
-            f"{total / samples:,.3g} tokens long each; is a unit missing (k, M)?"
+            f"--samples {samples:,.0f} with {total:,.0f} tokens in total would have "
+            f"{total / samples:,.3g} tokens each; is a unit missing (k, M)?"
         )
 
 
 def _check_profile(profile: str, *, top_k: int, vocab_size: int, kept: float | None) -> None:
     from nemo_kd.store.codecs import CODECS
-    from nemo_kd.store.codecs.sampled import MOST_DRAWS
+    from nemo_kd.store.codecs.sampled import MAX_DRAWS
     from nemo_kd.teacher.plan import VARIABLE
 
     if profile not in CODECS:
         raise StoreError(f"--profile must be one of {', '.join(CODECS)}, not {profile!r}")
-    if not 256 <= vocab_size <= LARGEST_VOCABULARY:
+    if not 256 <= vocab_size <= MAX_VOCABULARY:
         raise StoreError(
-            f"--vocab-size {vocab_size} is not a vocabulary's; Llama 3 has --vocab-size 128256"
+            f"--vocab-size {vocab_size} is implausible; Llama 3 has --vocab-size 128256"
         )
     if top_k > vocab_size:
         raise StoreError(f"--top-k {top_k} is more than --vocab-size {vocab_size}")
-    if profile == "sampled" and top_k > MOST_DRAWS:
+    if profile == "sampled" and top_k > MAX_DRAWS:
         raise StoreError(
-            f"--top-k {top_k}: the profile sampled has at most {MOST_DRAWS} draws per token"
+            f"--top-k {top_k}: the profile sampled has at most {MAX_DRAWS} draws per token"
         )
     if kept is None:
         return
     if profile not in VARIABLE:
         raise StoreError(
-            f"--kept is for the profiles {' and '.join(VARIABLE)}; {profile} keeps --top-k ids of "
-            "every token"
+            f"--kept is for the profiles {' and '.join(VARIABLE)}; {profile} keeps --top-k ids per "
+            "token"
         )
     if not 1 <= kept <= top_k:
-        raise StoreError(f"--kept {kept:g} is not from 1 to --top-k {top_k}")
-
-
-def _temperatures(values: list[float], profile: str) -> tuple[float, ...]:
-    plausible = all(0.01 <= value <= 100 for value in values)
-    if not plausible or len(set(values)) < len(values) or 1.0 not in values:
-        raise StoreError(f"--temperatures must differ and include 1.0 (1.0,2.0), not {values}")
-    if profile == "sampled" and len(values) > 1:
-        raise StoreError("--temperatures: the profile sampled holds draws at 1.0 only")
-    return tuple(values)
+        raise StoreError(f"--kept {kept:g} is not between 1 and --top-k {top_k}")
 
 
 def _print(result: dict[str, Any], gpus: int) -> None:

@@ -1,4 +1,4 @@
-"""Numbers on the command line: units, percentages, and refusal of what cannot be meant."""
+"""Numbers on the command line: units, percentages, and refusal of implausible values."""
 
 from __future__ import annotations
 
@@ -14,32 +14,32 @@ NUMBER = re.compile(r"([\d_.]+(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Quantity:
-    """A kind of number: its option, its unit, what is plausible, and an example."""
+    """A kind of number: its option, unit, plausible range and an example."""
 
     option: str
     of: str
-    """What is counted, in the plural: parameters."""
+    """What is counted, in the plural, such as parameters."""
     low: float
     high: float
     example: str
     usual: str = ""
-    """The unit that a bare small number most likely lacks: B for `--teacher 70`."""
+    """The unit that a small number without one probably lacks: B for `--teacher 70`."""
 
     def parse(self, text: str) -> float:
         """`300M` → 3e8; k, M, B (or G) and T. StoreError for anything not in [low, high]."""
         value = number(text)
         if value is None:
-            raise StoreError(f"{self.option} wants a number such as {self.example}, not {text!r}")
+            raise StoreError(f"{self.option} takes a number such as {self.example}, not {text!r}")
         if self.low <= value <= self.high:
             return value
         few = "few" if value < self.low else "many"
         raise StoreError(
-            f"{self.option} {text} is {value:,.15g} {self.of}, too {few} to be meant"
-            f"{self._likely(text)}; give for example {self.option} {self.example}"
+            f"{self.option} {text} is {value:,.15g} {self.of}, implausibly {few}"
+            f"{self._likely(text)}; an example is {self.option} {self.example}"
         )
 
     def _likely(self, text: str) -> str:
-        """` (70B?)`, where another unit makes the number plausible."""
+        """` (70B?)` if a unit would make the number plausible."""
         digits = NUMBER.fullmatch(text.strip())
         if digits is None or not self.usual:
             return ""
@@ -48,7 +48,7 @@ class Quantity:
 
 
 def number(text: str) -> float | None:
-    """A finite number with an optional unit; None where `text` is none."""
+    """A finite number with an optional unit; None if `text` is not one."""
     match = NUMBER.fullmatch(text.strip())
     try:
         value = float(match[1]) * UNITS[match[2].lower()] if match else math.nan
@@ -62,10 +62,10 @@ def share(option: str, text: str) -> float:
     percent = text.strip().endswith("%")
     value = number(text.strip().removesuffix("%"))
     if value is None:
-        raise StoreError(f"{option} wants a share of 1 such as 0.35, or 35%, not {text!r}")
+        raise StoreError(f"{option} takes a fraction such as 0.35, or 35%, not {text!r}")
     found = value / 100 if percent else value
     if 0.01 <= found < 1:
         return found
     likely = next((v for v in (value / 100, value) if 0.01 <= v < 1), None)
     meant = "" if likely is None else f"; for {likely:.0%} give {option} {likely:g}"
-    raise StoreError(f"{option} {text} is {found:g} of the whole, expected from 0.01 to 1{meant}")
+    raise StoreError(f"{option} {text} is {found:g}, expected from 0.01 to 1{meant}")

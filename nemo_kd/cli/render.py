@@ -1,4 +1,4 @@
-"""What the commands print: plain rich tables, no state."""
+"""Tables and figures that the commands print."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from rich.text import Text
 
 from nemo_kd.cli.row import RowView
 
-NARROWEST = 60
+MIN_WIDTH = 60
 BAR = 30  # columns of a histogram's longest bar
 
 
 def console() -> Console:
-    """Standard output; a terminal narrower than the tables' columns wraps them itself."""
+    """Standard output, at least as wide as the tables' columns; narrower terminals wrap lines."""
     found = Console()
-    return found if found.width >= NARROWEST else Console(width=NARROWEST)
+    return found if found.width >= MIN_WIDTH else Console(width=MIN_WIDTH)
 
 
 def can_print(text: str) -> bool:
@@ -33,13 +33,14 @@ def can_print(text: str) -> bool:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that gives one to three digits before the point."""
+    """A number of bytes with a decimal unit, such as `1.5 MB`."""
     units = ("B", "kB", "MB", "GB", "TB", "PB")
     power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
     return f"{count / 1000**power:.{1 if power else 0}f} {units[power]}"
 
 
 def duration(seconds: float) -> str:
+    """Seconds, minutes or hours, such as `12 min`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
@@ -48,33 +49,33 @@ def duration(seconds: float) -> str:
 
 
 def pairs(title: str, values: dict[str, Any]) -> RenderableType:
-    """Two columns: a name and its value."""
+    """A table of names and values."""
     table = Table(show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
         table.add_row(name, Text(str(value)))
-    # A title of the table itself would be broken to the table's width.
+    # The table's own title would be wrapped to the table's width.
     return Group(Text(title, style="bold"), table)
 
 
 def histogram(
     title: str, edges: list[float | None], counts: list[int], not_kept: int | None = None
 ) -> RenderableType:
-    """Shares of all that was counted; `not_kept` is a last line, of those without a value."""
+    """Bars for the fraction in each interval, and last for the `not_kept` without a value."""
     table = Table(show_header=False, box=None)
     spans = [_span(low, high) for low, high in pairwise(edges)]
     if not_kept is not None:
         spans, counts = [*spans, "not kept"], [*counts, not_kept]
-    total, most = max(sum(counts), 1), max([*counts, 1])
+    total, largest = max(sum(counts), 1), max([*counts, 1])
     bar = "█" if can_print("█") else "#"
     for span, count in zip(spans, counts, strict=True):
-        table.add_row(span, f"{count / total:6.1%}", bar * round(BAR * count / most))
+        table.add_row(span, f"{count / total:6.1%}", bar * round(BAR * count / largest))
     return Group(Text(title, style="bold"), table)
 
 
 def _span(low: float | None, high: float | None) -> str:
-    """What lies in [low, high); whole edges are of whole numbers."""
+    """The interval [low, high) in words; integer edges bound integers."""
     if high is None:
         return f"{low:g} and more"
     if isinstance(low, int) and isinstance(high, int):
@@ -83,7 +84,7 @@ def _span(low: float | None, high: float | None) -> str:
 
 
 def row(view: RowView) -> RenderableType:
-    """The text, then a table with a line for each answer token."""
+    """A sample's text and a table with a line for each answer token."""
     text = Text()
     for piece, answer in view.pieces:
         text.append(piece, style="dim" if answer is None else "bold")

@@ -1,4 +1,4 @@
-"""One sample for the eye: each token, and what the teacher thought of it."""
+"""A sample for display: its tokens and the teacher's choices for each answer token."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import numpy as np
 
 from nemo_kd.cli.tokenizers import Tokenizer
 from nemo_kd.store import Store
+from nemo_kd.store.tools.probabilities import log_probabilities
 from nemo_kd.topk import ABSENT_ID
 
 
 @dataclass(frozen=True)
 class Choice:
+    """One of the teacher's choices for a token."""
+
     id: int
     text: str
     probability: float
@@ -21,9 +24,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer token; the target's rank and probability are None where it is not stored.
+    """An answer token and the teacher's view of it.
 
-    Ranks count from 1, the teacher's first choice.
+    Ranks count from 1, the teacher's first choice; rank and probability are None if the store does
+    not have the token.
     """
 
     position: int
@@ -33,43 +37,46 @@ class Answer:
     probability: float | None
     top: list[Choice]
     mass: float
-    """Of all stored ids."""
+    """Probability mass of the stored ids."""
 
 
 @dataclass(frozen=True)
 class RowView:
+    """A sample as `nemo-kd show` displays it."""
+
     row: int
     tokens: list[str]
     answers: list[Answer]
 
     @property
     def pieces(self) -> list[tuple[str, Answer | None]]:
-        """The text token by token, with the teacher's view where it is an answer token."""
+        """Each token's text, with its `Answer` if it is an answer token."""
         by_position = {answer.position: answer for answer in self.answers}
-        return [(text, by_position.get(place)) for place, text in enumerate(self.tokens)]
+        return [(text, by_position.get(i)) for i, text in enumerate(self.tokens)]
 
     def to_json(self) -> dict[str, Any]:
+        """The view for `--json`."""
         return asdict(self)
 
 
 def view_row(store: Store, row: int, tokenizer: Tokenizer, top: int) -> RowView:
-    """The sample of source row `row`, with the `top` most likely ids of each answer token."""
+    """The sample of source row `row`, with the `top` most probable ids of each answer token."""
     sample = store[store.index_of(row)]
-    topk = sample.topk.at(1.0)
-    p = np.exp(topk.logits - topk.logsumexp[:, None], dtype=np.float64)
+    topk = sample.topk
+    p = np.exp(log_probabilities(topk))
     answers = []
     for a, position in enumerate(sample.answer_positions().tolist()):
         ids = topk.ids[a]
         label = int(sample.input_ids[position])
         hits = np.flatnonzero(ids == label)
-        column = int(hits[0]) if hits.size else None
+        found = int(hits[0]) if hits.size else None
         choices = [
-            Choice(int(i), tokenizer.text([int(i)]), float(p[a, place]))
-            for place, i in enumerate(ids[:top])
+            Choice(int(i), tokenizer.text([int(i)]), float(p[a, column]))
+            for column, i in enumerate(ids[:top])
             if i != ABSENT_ID
         ]
-        rank = None if column is None else column + 1
-        probability = None if column is None else float(p[a, column])
+        rank = None if found is None else found + 1
+        probability = None if found is None else float(p[a, found])
         text = tokenizer.text([label])
         answers.append(Answer(position, label, text, rank, probability, choices, float(p[a].sum())))
     tokens = [tokenizer.text([int(i)]) for i in sample.input_ids]

@@ -19,7 +19,7 @@ def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
     """
     if not config.weights[1]:
         return
-    spec = store.manifest.spec
+    spec = store.spec
     if config.support == "topk" and spec.top_k == 1:
         raise StoreError(
             f"store {store.directory} has one id per token (K = 1): on model.kd.support=topk both "

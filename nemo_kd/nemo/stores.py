@@ -103,7 +103,7 @@ def open_store(model: Student, directory: str) -> Store:
             temperature=model.kd_schedule.temperature,
         )
     except StoreError as error:
-        origin = store.manifest.spec.tokenizer
+        origin = store.spec.tokenizer
         if origin.get("fingerprint") == fingerprint:
             raise
         raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error

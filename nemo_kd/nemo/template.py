@@ -61,12 +61,12 @@ def _settled(
     """The value to use; `default` if it is null and no store of the block has one."""
     block = OmegaConf.select(model_cfg, parent) if parent else model_cfg
     where, given = ".".join(filter(None, ("model", parent, key))), block.get(key)
-    known = [store for store in stores if key in store.manifest.spec.template]
+    known = [store for store in stores if key in store.spec.template]
     for store in stores if given is not None else ():
         _compare(store, where, key, given, say)
     if given is not None:
         return given
-    found = [store.manifest.spec.template[key] for store in known]
+    found = [store.spec.template[key] for store in known]
     if any(value != found[0] for value in found):
         both = f"{known[0].directory} and others differ in the template setting {key}"
         if sft_files(block):
@@ -76,7 +76,7 @@ def _settled(
 
 
 def _compare(store: Store, where: str, key: str, given: Any, say: Say) -> None:
-    template = store.manifest.spec.template
+    template = store.spec.template
     if key in template and template[key] != given:
         raise StoreError(
             f"store {store.directory} was made with {key}={template[key]!r}, but {where} is "

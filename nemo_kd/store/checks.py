@@ -1,4 +1,4 @@
-"""What a sample must be: asked by the writer before it is stored, by `verify` after."""
+"""What a sample must be: checked by the writer before it is stored, by `verify` after."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import ABSENT_ID, TopK, t1_index
 
-# A log-probability, or the logarithm of a mass, above 0 by more than rounding means a log-sum-exp
-# of other logits.
+# A log-probability, or the logarithm of a mass, above 0 by more than rounding means that the
+# log-sum-exp is that of other logits.
 MAX_LOG_PROBABILITY = 1e-2
 
 
 class Fault(NamedTuple):
-    """The first place where a teacher breaks one rule: answer token, column, what is wrong."""
+    """The first entry of a `TopK` that breaks a rule."""
 
     token: int
+    """Index of the answer token."""
+
     column: int
     what: str
 
@@ -31,18 +33,18 @@ class Fault(NamedTuple):
 def checked_tokens(
     input_ids: Any, loss_mask: Any, vocab_size: int
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8], int]:
-    """input_ids int32 [S], loss_mask uint8 [S] and A."""
+    """input_ids int32 [S], loss_mask uint8 [S] and the number of answer tokens A."""
     ids, mask = np.asarray(input_ids), np.asarray(loss_mask)
     if ids.ndim != 1 or mask.shape != ids.shape or not ids.size:
         raise StoreError(
             f"input_ids {list(ids.shape)} and loss_mask {list(mask.shape)} must be two vectors "
-            "of one length, at least 1"
+            "of the same length, at least 1"
         )
     if ids.min() < 0 or ids.max() >= vocab_size:
         reach = f"{ids.min()} to {ids.max()}"
-        raise StoreError(f"input_ids reach from {reach}, outside [0, vocab_size={vocab_size})")
+        raise StoreError(f"input_ids range from {reach}, outside [0, vocab_size={vocab_size})")
     if not ((mask == 0) | (mask == 1)).all():
-        raise StoreError("loss_mask must hold only 0 and 1")
+        raise StoreError("loss_mask must contain only 0 and 1")
     binary = np.ascontiguousarray(mask, dtype=np.uint8)
     return np.ascontiguousarray(ids, dtype=np.int32), binary, int(np.count_nonzero(binary[1:]))
 
@@ -52,13 +54,13 @@ def checked_topk(sample: Sample, answers: int, spec: StoreSpec) -> TopK:
     topk = sample.topk
     if topk.temperatures != spec.temperatures:
         raise StoreError(
-            f"the log-sum-exp has temperatures {list(topk.temperatures)}, expected the store's: "
-            f"{list(spec.temperatures)}"
+            f"the log-sum-exp is at temperatures {list(topk.temperatures)}, expected the store's "
+            f"temperatures {list(spec.temperatures)}"
         )
     if topk.draws != (spec.profile == Sampled.name):
         raise StoreError(
-            f"TopK.draws={topk.draws}, but the profile is {spec.profile}: draws are stored with "
-            f"the profile {Sampled.name}, the largest logits with any other"
+            f"TopK.draws={topk.draws}, but the profile is {spec.profile}: store draws with the "
+            f"profile {Sampled.name}, the largest logits with any other"
         )
     shape, temperatures = (answers, spec.top_k), (answers, len(spec.temperatures))
     checked = replace(
@@ -73,35 +75,31 @@ def checked_topk(sample: Sample, answers: int, spec: StoreSpec) -> TopK:
 
 
 def topk_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
-    """What can be seen at little cost; nothing when all is well."""
+    """The broken rules that are cheap to find; nothing for a valid teacher."""
     ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     at_t1 = logsumexp[:, t1_index(spec.temperatures), None]
     if not ids.size or _is_ordinary(topk, at_t1, spec.vocab_size):
         return
     absent = logits == -np.inf
-    # Each rule as: where it is broken, the values to show, what to say.
+    # For each rule: where it is broken, the values to show, what to say.
     yield from _faults(absent[:, :1], logits, "no logit at all")
     yield from _faults(~(logits < np.inf), logits, "a logit that is not a number")
     yield from _faults(~np.isfinite(logsumexp), logsumexp, "a log-sum-exp that is not finite")
-    yield from _faults(
-        logits[:, 1:] > logits[:, :-1], logits[:, 1:], "logits must fall, but one rises to"
-    )
+    rises = logits[:, 1:] > logits[:, :-1]
+    yield from _faults(rises, logits[:, 1:], "logits must be in descending order, but one rises to")
     outside = (ids < 0) | (ids >= spec.vocab_size)
-    outside ^= absent  # an absent place has no id, every other has one
-    yield from _faults(outside | (absent & (ids != ABSENT_ID)), ids, "an id out of place:")
-    with np.errstate(invalid="ignore"):  # what is not finite is reported as that
+    outside ^= absent  # an absent entry has no id, every other one has
+    wrong = outside | (absent & (ids != ABSENT_ID))
+    yield from _faults(wrong, ids, f"an id that is neither in [0, {spec.vocab_size}) nor absent:")
+    with np.errstate(invalid="ignore"):  # what is not finite is reported as such
         above = logits[:, :1] - at_t1 > MAX_LOG_PROBABILITY
-    yield from _faults(
-        above,
-        logits,
-        "a logit above the log-sum-exp of all at T=1:",
-    )
+    yield from _faults(above, logits, "a logit above the log-sum-exp at T = 1:")
 
 
 def _is_ordinary(topk: TopK, at_t1: NDArray[np.float32], vocab_size: int) -> bool:
-    """The ordinary case in a third of the time: no rule is broken, and no place is absent.
+    """Whether no rule is broken and no entry is absent, in a third of the time.
 
-    What falls from a finite logit to a finite one is finite; a comparison with NaN is false.
+    Descending values between two finite ones are finite; a comparison with NaN is false.
     """
     ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     return bool(
@@ -115,7 +113,7 @@ def _is_ordinary(topk: TopK, at_t1: NDArray[np.float32], vocab_size: int) -> boo
 
 
 def deep_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
-    """Ids twice, and masses above 1: what the writer trusts its caller with."""
+    """Repeated ids and masses above 1, which the writer does not check."""
     ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     if not ids.size:
         return
@@ -129,7 +127,7 @@ def deep_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
 
 
 def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[A, K]: where an id stands that stands further left as well."""
+    """[A, K]: whether the same id also stands further left in the row."""
     order = ids.argsort(axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)
     again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)
@@ -146,9 +144,11 @@ def _faults(broken: NDArray[np.bool_], values: NDArray[Any], what: str) -> Itera
 
 def _array(name: str, value: Any, dtype: Any, shape: tuple[int, int]) -> NDArray[Any]:
     array = np.asarray(value)
+    if array.shape == shape[:1] and shape[1] == 1:
+        array = array[:, None]  # the log-sum-exp at a single temperature
     if array.shape != shape:
         raise StoreError(
-            f"topk.{name} is {list(array.shape)}, expected {list(shape)} for its {shape[0]} answer "
-            "tokens (loss_mask[1:].sum())"
+            f"topk.{name} is {list(array.shape)}, expected {list(shape)} for its {shape[0]} "
+            "answer tokens (loss_mask[1:].sum())"
         )
     return np.ascontiguousarray(array, dtype=dtype)

@@ -1,8 +1,8 @@
-"""A store that was begun when its source file had other bytes: shards of equal rows are kept.
+"""Resume a store after its source file has changed: shards whose rows are the same are kept.
 
-A shard's bytes follow from the spec and its rows. Where the rows' tokens and masks are as they
-were, only the spec's fingerprint in `shard.json` is another, and the shard is stamped anew: the
-store is then the one that a dump from the beginning would write.
+A shard's bytes follow from the spec and its rows. Where the rows' tokens and masks are unchanged,
+only the spec's fingerprint in `shard.json` has to be rewritten: the store then equals the one that
+a dump from the beginning would write.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MAY_DIFFER = {"source.sha256", "source.rows"}
 
 
 class EarlierStore:
-    """What is in `directory` of the spec `earlier`, to become part of a store of `spec`.
+    """A store of the spec `earlier` in `directory`, to become one of `spec`.
 
-    One process calls `begin`, then any call `keep`, for different shards, then one calls `finish`.
-    Killed in between, the same can be done again.
+    One process calls `begin`, then any process calls `keep`, for different shards, then one calls
+    `finish`. After a kill in between, the same calls can be made again.
     """
 
     def __init__(self, directory: Path, earlier: StoreSpec, spec: StoreSpec) -> None:
@@ -38,7 +38,7 @@ class EarlierStore:
 
     @classmethod
     def find(cls, directory: str | Path, spec: StoreSpec) -> EarlierStore | None:
-        """The store there, where it is of the same spec but for the bytes of its source."""
+        """The store in `directory` if its spec differs in the bytes of its source file only."""
         path = Path(directory) / SPEC
         if not path.exists():
             return None
@@ -50,38 +50,38 @@ class EarlierStore:
 
     @property
     def shards(self) -> list[int]:
-        """The whole ones."""
+        """The numbers of the complete shards."""
         numbers = (_number(path) for path in shard_directories(self.directory))
-        return sorted(number for number in numbers if self._writer.is_whole(number))
+        return sorted(number for number in numbers if self._writer.is_complete(number))
 
     def begin(self) -> None:
-        """From now on the store is unfinished."""
+        """Mark the store as unfinished."""
         (self.directory / MANIFEST).unlink(missing_ok=True)
 
     def keep(self, number: int, rows: Iterable[Tokens]) -> bool:
-        """Stamp a whole shard anew if it is of exactly these rows; whether it is."""
-        if not self._is_of(number, rows):
+        """Move a complete shard to the new spec if it holds exactly these rows; whether it does."""
+        if not self._holds(number, rows):
             return False
         path = self.directory / shard_name(number) / SHARD
         publish(path, canonical_json({**read_json(path), SPEC_KEY: self.spec.fingerprint}))
         return True
 
     def finish(self, num_shards: int) -> None:
-        """Remove what is beyond the source's end now; the directory is of the new spec."""
+        """Remove the shards beyond the source's new end and write the new spec."""
         for path in shard_directories(self.directory):
             if _number(path) >= num_shards:
                 shutil.rmtree(path)
         publish(self.directory / SPEC, canonical_json(self.spec.to_json()))
 
-    def _is_of(self, number: int, rows: Iterable[Tokens]) -> bool:
-        info = self._writer.whole_shard(number)
+    def _holds(self, number: int, rows: Iterable[Tokens]) -> bool:
+        info = self._writer.complete_shard(number)
         if info is None:
             return False
         try:
             shard = Shard(self.directory, info, self._writer.codec)
             stored = (shard.encoded(index)[0] for index in range(info.samples))
             return all(_same(a, b) for a, b in zip_longest(stored, rows))
-        except StoreError:  # damaged: it is written anew
+        except StoreError:  # damaged: it is written again
             return False
 
 

@@ -1,4 +1,4 @@
-"""Names for what a dump depends on: the teacher's weights."""
+"""A fingerprint of a checkpoint's weights that is cheap to compute."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ BLOCKS = 64
 
 
 def checkpoint_fingerprint(path: Path) -> str:
-    """SHA-256 (hex) over sizes and 64 evenly spaced blocks of 64 KiB of each file of a checkpoint.
+    """Hex SHA-256 over the size and 64 evenly spaced blocks of 64 KiB of each file of a checkpoint.
 
-    Hundreds of gigabytes are not read for it; another training step changes every block.
+    It reads megabytes of hundreds of gigabytes; one more training step changes every block.
     """
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     digest = hashlib.sha256()

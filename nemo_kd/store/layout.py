@@ -1,4 +1,4 @@
-"""The files of a shard and what ties them together: one item a sample in each.
+"""The files of a shard, with one item per sample in each, and the checksums that tie them.
 
 tokens     int32   [S]       input_ids
 loss_mask  uint8   [S]       loss_mask
@@ -23,7 +23,7 @@ SAMPLE_FIELDS: dict[str, type[np.generic]] = {
     "rows": np.int64,
 }
 ROW_ITEM = 3  # values in an item of `rows`
-_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: any other row number shows
+_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: any other row number changes the seal
 
 
 def field_dtypes(codec: Codec) -> dict[str, type[np.generic]]:
@@ -36,35 +36,35 @@ def file_names(codec: Codec) -> list[str]:
 
 
 def token_checksum(input_ids: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> int:
-    """CRC-32 of the tokens' bytes followed by the mask's: does not depend on the profile."""
+    """CRC-32 of the tokens' bytes followed by the mask's, the same for every profile."""
     return zlib.crc32(loss_mask.data, zlib.crc32(input_ids.data))
 
 
 def word_sums(arrays: Iterable[NDArray[Any]]) -> list[int]:
-    """For each array the sum mod 2^16 of its 16-bit words.
+    """The sum mod 2^16 of each array's 16-bit words.
 
-    Any change within one word shows, changes of several but for 1 in 65,536, an exchange of words
-    never: that is for `verify` and SHA-256. Cheap enough to be checked when a sample is read, which
-    SHA-256 and CRC-32 are not.
+    It detects any change within one word and all but 1 in 65,536 changes of several, but no
+    exchange of words, which SHA-256 in `verify` does. Unlike SHA-256 and CRC-32 it is cheap enough
+    to be checked whenever a sample is read.
     """
     return [_word_sum(array) for array in arrays]
 
 
 def seal(row: int, sums: list[int]) -> int:
     """The word sums and the row number in one int64: `sum_j sums[j] 2^16j + row * ODD mod 2^64`."""
-    packed = sum(value << (16 * place) for place, value in enumerate(sums)) + row * _ODD
+    packed = sum(value << (16 * i) for i, value in enumerate(sums)) + row * _ODD
     packed %= 1 << 64
     return packed - (1 << 64) if packed >> 63 else packed
 
 
 def unseal(row: int, sealed: int, fields: int) -> list[int]:
-    """The word sums that `seal` was given: what says which field is damaged."""
+    """The word sums that `seal` was given, which tell the field that is damaged."""
     packed = (sealed - row * _ODD) % (1 << 64)
-    return [packed >> (16 * place) & 0xFFFF for place in range(fields)]
+    return [packed >> (16 * i) & 0xFFFF for i in range(fields)]
 
 
 def _word_sum(array: NDArray[Any]) -> int:
-    if array.itemsize == 1:  # may have odd length and odd address
+    if array.itemsize == 1:  # its length and its address may be odd
         padded = np.zeros((array.size + 1) // 2, dtype=np.uint16)
         padded.view(np.uint8)[: array.size] = array
         array = padded

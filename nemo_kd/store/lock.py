@@ -1,13 +1,13 @@
-"""One writer at a time in a store's directory, on any file system and over any number of hosts.
+"""A lock on a store's directory: one writer at a time, on any file system, across hosts.
 
-The lock is a file that one writer creates (`O_EXCL`) and touches every few seconds. It says who
-has it. A lock is dead when its process is gone, which only its own host can see, or when it has
-not been touched for `STALE` seconds, by the clock of the file system. Nothing depends on `flock`,
-which NFS and Lustre may not carry from host to host.
+The lock is a file that names its holder. The holder creates it (`O_EXCL`) and touches it every few
+seconds. A lock is dead when its process is gone, which only the process's own host can tell, or
+when it has not been touched for `STALE` seconds by the file system's clock. `flock` is not used:
+NFS and Lustre may not propagate it between hosts.
 
-A dead lock is taken over by replacing it: whoever creates the file that is named after it, of
-which there is one, may. A writer that lost its lock nevertheless (it was stopped for minutes, say)
-notices it, at the latest when it asks `check`.
+To take over a dead lock, a process must first create the one file that is named after it. A
+holder that loses its lock all the same (suspended for minutes, say) finds out when it calls
+`check`.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ from nemo_kd.files import full_disk_explained
 
 LOCK = ".lock"
 HEARTBEAT = 10.0
-"""Seconds between two touches."""
+"""Seconds between touches."""
 STALE = 120.0
-"""Seconds without a touch after which a lock is dead. Clients of NFS see one a minute late."""
+"""Seconds without a touch after which a lock is dead. NFS clients may see a touch a minute late."""
 _POLL = 0.5
 
 
 class LockedError(StoreError):
-    """Another process writes to the directory."""
+    """Another process is writing to the directory."""
 
 
 @dataclass(frozen=True)
 class Holder:
-    """Who has a lock."""
+    """The process that holds a lock."""
 
     host: str = "an unknown host"
     pid: int = 0
     since: str = "an unknown time"
     boot: str = ""
-    """The host's boot and the process's namespace: where equal, `pid` can be looked up."""
+    """Boot id of the host and PID namespace of the process: where equal, `pid` can be looked up."""
     started: str = ""
-    """When the process started, in the kernel's own count: a pid is used again."""
+    """Start time of the process in the kernel's ticks, since pids are reused."""
     token: str = ""
 
     @classmethod
@@ -63,7 +63,7 @@ class Holder:
 
     @classmethod
     def read(cls, text: str) -> Holder:
-        """What a lock's file says; of one that is just being written, nothing."""
+        """The holder that a lock's file names; an unknown one while the file is being written."""
         try:
             value = json.loads(text)
             return cls(**{field.name: value[field.name] for field in fields(cls)})
@@ -71,7 +71,7 @@ class Holder:
             return cls()
 
     def is_gone(self) -> bool | None:
-        """Whether its process has ended; None where only its own host could say."""
+        """Whether the process has ended; None if only its own host can tell."""
         if not self.started or self.boot != _boot():
             return None
         return _started(self.pid) != self.started
@@ -81,10 +81,10 @@ class Holder:
 
 
 class DirectoryLock:
-    """A context within which no other process writes to `directory`, which is made if need be.
+    """A context in which no other process writes to `directory`, which is created if missing.
 
-    Errors: LockedError, naming host and process, where another one has it. Of a lock of another
-    host, which cannot be asked, a touch is waited for; if none comes, the lock is taken over.
+    Errors: LockedError, naming host and process, if another process holds the lock. If that
+    process is on another host, waits for a touch and takes the lock over if none comes.
     """
 
     def __init__(
@@ -105,8 +105,7 @@ class DirectoryLock:
                 self._acquire()
         except OSError as error:
             raise StoreError(
-                f"{self.directory} cannot be written to ({error.strerror}); choose another "
-                "directory"
+                f"{self.directory} is not writable ({error.strerror}); choose another directory"
             ) from error
         self._thread.start()
         return self
@@ -119,18 +118,18 @@ class DirectoryLock:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(OSError):  # left behind it is as a killed process's
+        with suppress(OSError):  # a lock left behind is like that of a killed process
             if self._is_mine():
                 self.path.unlink()
 
     def check(self) -> None:
-        """StoreError where another process has taken the lock over, or removed it."""
+        """StoreError if another process has taken the lock over, or removed it."""
         if self.lost or not self._is_mine():
             there = self._read()
             raise StoreError(
                 f"{self.directory}: this process has lost its lock, "
-                f"{f'which {there} has now' if there else 'which was removed'}; it stops, so that "
-                "two do not write there"
+                f"{f'now held by {there}' if there else 'which was removed'}; stopping, so that no "
+                "two processes write to the directory"
             )
 
     def _acquire(self) -> None:
@@ -162,36 +161,36 @@ class DirectoryLock:
     def _is_mine(self) -> bool:
         return self._read() == self.holder
 
-    # --- of another's lock ---------------------------------------------------------------------
+    # --- another process's lock ----------------------------------------------------------------
 
     def _is_dead(self, there: Holder) -> bool:
-        """Whether the lock that `there` has may be taken over. LockedError if it is alive."""
+        """Whether the lock held by `there` may be taken over; LockedError if it is alive."""
         gone = there.is_gone()
         if gone is not None:
             if gone:
                 return True
             raise LockedError(self._refusal(there))
         touched = self._touched()
-        # At least until the next touch is due: hosts may date files by clocks of their own.
+        # At least until the next touch is due: hosts may date files by their own clocks.
         left = max(self.stale - self._age(), 1.5 * self.heartbeat)
-        end, said = time.monotonic() + left, False
+        end, announced = time.monotonic() + left, False
         while time.monotonic() < end:
             time.sleep(min(_POLL, self.heartbeat))
             now = self._touched()
             if now is None or self._read() != there:
-                return False  # released, or another's now: from the beginning
+                return False  # released, or held by another process: start again
             if now != touched:
                 raise LockedError(self._refusal(there))
-            if not said:
+            if not announced:
                 _say(
                     f"{self.directory} is locked by {there}; if that job was killed, this one "
-                    f"takes the lock over in {left:.0f} s"
+                    f"takes over the lock in {left:.0f} s"
                 )
-                said = True
+                announced = True
         return True
 
     def _touched(self) -> int | None:
-        """When the lock was last touched, in ns; opened for it, so that NFS asks its server."""
+        """Time of the last touch in ns. Opening the file makes an NFS client ask its server."""
         try:
             with self.path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
@@ -199,7 +198,7 @@ class DirectoryLock:
             return None
 
     def _age(self, path: Path | None = None) -> float:
-        """Seconds since the last touch, by the clock that dates files there."""
+        """Seconds since the last touch, by the file system's clock."""
         try:
             with tempfile.NamedTemporaryFile(dir=self.directory, prefix=f"{LOCK}.") as file:
                 now = os.fstat(file.fileno()).st_mtime_ns
@@ -208,30 +207,30 @@ class DirectoryLock:
             return 0.0
 
     def _take_over(self, dead: Holder) -> None:
-        """Replace the lock of `dead` by one's own, unless another is doing that already."""
+        """Replace the lock of `dead`, unless another process is already doing so."""
         claim = self.directory / f"{LOCK}.after.{dead.token or 'unknown'}"
         if not self._create(claim):
-            if self._age(claim) > self.stale:  # whoever made it was killed in between
+            if self._age(claim) > self.stale:  # its creator was killed
                 claim.unlink(missing_ok=True)
             time.sleep(min(_POLL, self.heartbeat))
             return
         if self._read() == dead:
-            _say(f"{self.directory}: the lock of {dead} is taken over, it has ended")
+            _say(f"{self.directory}: taking over the lock of {dead}, which has ended")
             os.replace(claim, self.path)
         else:
             claim.unlink(missing_ok=True)
 
     def _refusal(self, there: Holder) -> str:
         return (
-            f"{self.directory} is being written by another job: {there}; wait until it has ended, "
-            "stop it, or choose another directory"
+            f"{self.directory} is being written by another job: {there}; wait until it ends, stop "
+            "it, or choose another directory"
         )
 
-    # --- of one's own --------------------------------------------------------------------------
+    # --- this process's lock -------------------------------------------------------------------
 
     def _beat(self) -> None:
         while not self._stop.wait(self.heartbeat):
-            with suppress(OSError):  # a file system that does not answer for a moment
+            with suppress(OSError):  # the file system may not respond for a moment
                 if not self._is_mine():
                     self.lost = True
                     return
@@ -239,7 +238,7 @@ class DirectoryLock:
 
 
 def _boot() -> str:
-    """What this host's boot and this process's namespace are called; empty where it is unknown."""
+    """Boot id of this host and PID namespace of this process; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -248,7 +247,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process started, in ticks since the boot; empty where there is none, or a zombie."""
+    """Start time of a process in ticks since the boot; empty if it does not run, or is a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

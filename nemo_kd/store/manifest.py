@@ -1,4 +1,4 @@
-"""`manifest.json`: what the store is, and the size and SHA-256 of every file. Written last."""
+"""`manifest.json`: a store's spec and the size and SHA-256 of every file. Written last."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nemo_kd.store.spec import StoreSpec
 FORMAT = "nemo-kd store"
 VERSION = 1
 MANIFEST = "manifest.json"
-SPEC = "spec.json"  # the spec alone, there from a dump's first moment
-SHARD = "shard.json"  # a shard's own entry, in its directory
-EXCHANGE = "topk.jsonl"  # the same as NeMo-Aligner's JSONL, where a dump was asked for it
+SPEC = "spec.json"  # the spec alone, written when a dump begins
+SHARD = "shard.json"  # a shard's entry of the manifest, in its directory
+EXCHANGE = "topk.jsonl"  # the store as NeMo-Aligner's JSONL, if a dump was asked to write it
 SPEC_KEY = "spec_sha256"
 
 
@@ -23,14 +23,14 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-class FileInfo(NamedTuple):  # a million samples have 50,000 files: a tuple is made faster
+class FileInfo(NamedTuple):  # a million samples have 50,000 files: tuples are created faster
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What `shard.json` says of its directory; rows are None in a shard without samples."""
+    """A shard's entry in the manifest; its rows are None if it has no samples."""
 
     name: str
     samples: int
@@ -55,12 +55,12 @@ class ShardInfo:
         counts += [row for row in (shard.first_row, shard.last_row) if row is not None]
         counts += [info.bytes for info in files.values()]
         if any(type(count) is not int or count < 0 for count in counts):
-            raise StoreError(f"{where}: a count of {shard.name} is not a number from 0 up")
+            raise StoreError(f"{where}: a count of {shard.name} is not a non-negative integer")
         return shard
 
 
 def read_shard_info(directory: Path) -> tuple[ShardInfo, str | None]:
-    """What `shard.json` says of the shard in `directory`, and its spec's fingerprint."""
+    """A shard's entry from the `shard.json` in `directory`, and its spec's fingerprint."""
     value = read_json(directory / SHARD)
     spec = value.pop(SPEC_KEY, None) if isinstance(value, dict) else None
     return ShardInfo.from_json(value, directory / SHARD), spec
@@ -68,12 +68,14 @@ def read_shard_info(directory: Path) -> tuple[ShardInfo, str | None]:
 
 @dataclass(frozen=True)
 class Manifest:
+    """A store's spec and its shards."""
+
     spec: StoreSpec
     shards: tuple[ShardInfo, ...]
 
     @property
     def totals(self) -> dict[str, int]:
-        """Sums over the shards: samples, tokens, answer tokens, samples without one, bytes."""
+        """Sums over shards: samples, tokens, answer tokens, samples without answer, bytes."""
         counts = ("samples", "tokens", "answer_tokens", "samples_without_answer")
         sums = {name: sum(getattr(shard, name) for shard in self.shards) for name in counts}
         sums["bytes"] = sum(info.bytes for shard in self.shards for info in shard.files.values())
@@ -81,7 +83,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the manifest; it covers every file, since their hashes stand in it."""
+        """Hex SHA-256 of the manifest, which covers every file through the hashes in it."""
         return sha256_of_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
@@ -94,28 +96,48 @@ class Manifest:
         }
 
     def write(self, directory: Path) -> None:
+        """Write `manifest.json`, which finishes the store."""
         publish(directory / MANIFEST, canonical_json(self.to_json()))
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
+        """The manifest in `directory`; StoreError if it is damaged or of another version."""
         path = directory / MANIFEST
         value = read_json(path)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
-            raise StoreError(f'{path}: not a store\'s manifest (no "format": "{FORMAT}")')
+            raise StoreError(f'{path}: not the manifest of a store (no "format": "{FORMAT}")')
         if value.get("version") != VERSION:
             raise StoreError(
-                f"{path}: format version {value.get('version')}, this nemo-kd reads {VERSION}; "
+                f"{path}: format version {value.get('version')}, but this nemo-kd reads {VERSION}; "
                 "use the nemo-kd that wrote it, or dump again"
             )
         if not isinstance(value.get("shards"), list):
-            raise StoreError(f"{path}: has no list of shards; restore the file")
+            raise StoreError(f"{path}: no list of shards; restore the file")
         shards = tuple(ShardInfo.from_json(shard, path) for shard in value["shards"])
         if [shard.name for shard in shards] != [shard_name(i) for i in range(len(shards))]:
-            raise StoreError(f"{path}: its shards are not {shard_name(0)} and so on in order")
+            raise StoreError(
+                f"{path}: its shards are not {shard_name(0)}, {shard_name(1)}, ... in order"
+            )
         manifest = cls(StoreSpec.from_json(value.get("spec")), shards)
         if manifest.totals != value.get("totals"):
             raise StoreError(
-                f"{path}: totals {value.get('totals')} are not the shards' sums {manifest.totals}; "
-                "restore the file"
+                f"{path}: totals {value.get('totals')} differ from the shards' sums "
+                f"{manifest.totals}; restore the file"
             )
         return manifest
+
+
+def refuse_unfinished(directory: Path) -> None:
+    """StoreError if `directory` holds no finished store."""
+    if (directory / MANIFEST).is_file():
+        return
+    if not directory.is_dir():
+        what = "it is a file" if directory.exists() else "no such directory"
+        raise StoreError(f"no store at {directory}: {what}")
+    complete = len(list(directory.glob(f"shard-*/{SHARD}")))
+    if complete or (directory / SPEC).exists():
+        raise StoreError(
+            f"{directory}: the dump has not finished ({complete} shards complete, no {MANIFEST}); "
+            "run the same dump command again to resume"
+        )
+    raise StoreError(f"no store at {directory}: it has neither {MANIFEST} nor shards")

@@ -1,11 +1,11 @@
-"""Reading a store: memory-mapped, any sample at any time, nothing kept but the open shards."""
+"""Read a store: memory-mapped, with random access; only open shards are kept in memory."""
 
 from __future__ import annotations
 
 import resource
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -18,28 +18,28 @@ from nemo_kd.files import sha256_of, size_of
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.indexed import FieldReader
 from nemo_kd.store.layout import field_dtypes, file_names
-from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo
-from nemo_kd.store.replaced import START_AGAIN, Replacement
+from nemo_kd.store.manifest import MANIFEST, Manifest, ShardInfo, refuse_unfinished
+from nemo_kd.store.replaced import RESTART, Replacement
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Shard
-from nemo_kd.store.verify import Problem, verify
+from nemo_kd.store.spec import StoreSpec
 
 
 class Store:
     """`store[i]` is the i-th sample by row number; `len(store)` counts them.
 
-    Opening reads the manifest and compares every file's size with it. A sample's own checksums
-    are compared when it is first read; `verify` compares everything. A store that is written anew
-    while it is open is refused at the next shard that is opened, and when it is unpickled.
+    Opening reads the manifest and compares every file's size with it. A sample's checksums are
+    compared when it is first read; `verify` compares everything. A store that is rewritten while
+    it is open is refused when the next shard is opened, and when it is unpickled.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         refuse_unfinished(self.directory)
         self.manifest = Manifest.read(self.directory)
-        # The manifest's file is its canonical JSON, or it is not the one that was written.
+        # `verify` finds a manifest that is not the canonical JSON of its values.
         self.fingerprint = sha256_of(self.directory / MANIFEST)
-        self.codec = codec_of(self.manifest.spec)
+        self.codec = codec_of(self.spec)
         self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
         self._replacement = Replacement(self.directory, self.manifest)
         self._open: OrderedDict[int, Shard] = OrderedDict()
@@ -52,12 +52,11 @@ class Store:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Sample:
-        place = index + len(self) if index < 0 else index
-        if not 0 <= place < len(self):
+        i = index + len(self) if index < 0 else index
+        if not 0 <= i < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.directory}")
-        number = bisect_right(self._ends, place)
-        first = self._ends[number - 1] if number else 0
-        return self.shard(number).sample(place - first)
+        number = bisect_right(self._ends, i)
+        return self.shard(number).sample(i - self._first(number))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -69,17 +68,22 @@ class Store:
         try:
             Store.__init__(self, state["directory"])
         except StoreError as error:
-            raise StoreError(f"a store that was opened can no longer be: {error}") from error
+            raise StoreError(f"cannot open a store again: {error}") from error
         if self.fingerprint != state["fingerprint"]:
             raise StoreError(
-                f"{self.directory} was replaced after it was opened: the manifest had the "
-                f"fingerprint {state['fingerprint'][:12]}, now it has {self.fingerprint[:12]}; "
-                f"{START_AGAIN}"
+                f"{self.directory} was replaced after it was opened: the manifest's fingerprint "
+                f"was {state['fingerprint'][:12]}, now it is {self.fingerprint[:12]}; "
+                f"{RESTART}"
             )
 
     @property
+    def spec(self) -> StoreSpec:
+        """What decided the store's bytes."""
+        return self.manifest.spec
+
+    @property
     def lengths(self) -> NDArray[np.int32]:
-        """[samples]: the tokens of each sample, from the indices alone."""
+        """[samples]: the number of tokens of each sample; reads only the indices."""
         parts = [self.shard(number).lengths() for number in self._filled_shards()]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
@@ -95,64 +99,45 @@ class Store:
         tokenizer_fingerprint: str | None = None,
         vocab_size: int | None = None,
         temperature: float | None = None,
-        template: Mapping[str, Any] | None = None,
-        fingerprint: str | None = None,
     ) -> None:
-        """Refuse a store that was not made for this student; what is None is not compared.
-
-        `template` is compared key by key, those that are given. `fingerprint` is the store's own,
-        as a checkpoint remembers it.
-        """
-        spec = self.manifest.spec
+        """Refuse a store that does not fit this student; None is not compared."""
+        spec = self.spec
         if temperature is not None and temperature not in spec.temperatures:
             raise StoreError(
-                f"model.kd.temperature={temperature} was not dumped: {self.directory} has "
-                f"{list(spec.temperatures)}; set model.kd.temperature to one of them, or dump "
-                f"again with model.kd.temperatures={[*spec.temperatures, temperature]}"
+                f"temperature={temperature} was not dumped: {self.directory} has "
+                f"{list(spec.temperatures)}; train at one of them, or dump again with "
+                f"temperatures={[*spec.temperatures, temperature]}"
             )
-        again = "dump again with the student's"
-        compared = [
-            (
-                "tokenizer",
-                tokenizer_fingerprint,
-                spec.tokenizer.get("fingerprint"),
-                f"{again} tokenizer",
-            ),
-            ("vocabulary size", vocab_size, spec.vocab_size, f"{again} tokenizer"),
-            ("fingerprint", fingerprint, self.fingerprint, "resume on the store that was trained"),
-        ]
-        for key, value in (template or {}).items():
-            hint = f"set it to {spec.template.get(key)!r}, or dump again with {value!r}"
-            compared.append((f"template setting {key}", value, spec.template.get(key), hint))
-        for name, expected, there, hint in compared:
-            if expected is not None and expected != there:
+        own_fingerprint = spec.tokenizer.get("fingerprint")
+        for name, expected, found in (
+            ("tokenizer", tokenizer_fingerprint, own_fingerprint),
+            ("vocabulary size", vocab_size, spec.vocab_size),
+        ):
+            if expected is not None and expected != found:
                 raise StoreError(
-                    f"{self.directory}: {name} is {there!r} in the store, {expected!r} here; {hint}"
+                    f"{self.directory}: {name} is {found!r} in the store, expected {expected!r}; "
+                    "dump again with the student's tokenizer"
                 )
 
-    def verify(self) -> list[Problem]:
-        """All that is broken, by every checksum and every rule; empty when the store is whole."""
-        problems = list(verify(self.directory))
-        file = self.directory / MANIFEST
-        if file.is_file() and sha256_of(file) != self.fingerprint:
-            problems.append(Problem(MANIFEST, "not the manifest that this store was opened with"))
-        return problems
+    def index_of(self, row: int) -> int:
+        """The index of a source row's sample; StoreError if the store does not have it."""
+        number = row // self.spec.rows_per_shard
+        if 0 <= number < len(self.manifest.shards) and self.manifest.shards[number].samples:
+            found = np.flatnonzero(self.shard(number).rows() == row)
+            if found.size:
+                return self._first(number) + int(found[0])
+        last = self.manifest.shards[-1].last_row if self.manifest.shards else None
+        raise StoreError(f"{self.directory} has no sample of row {row}; its last row is {last}")
+
+    def _first(self, number: int) -> int:
+        """Index of a shard's first sample."""
+        return self._ends[number - 1] if number else 0
 
     def _filled_shards(self) -> list[int]:
         return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]
 
-    def index_of(self, row: int) -> int:
-        """Where the sample of this source row stands; StoreError if it is not in the store."""
-        number = row // self.manifest.spec.rows_per_shard
-        if 0 <= number < len(self.manifest.shards) and self.manifest.shards[number].samples:
-            found = np.flatnonzero(self.shard(number).rows() == row)
-            if found.size:
-                return (self._ends[number - 1] if number else 0) + int(found[0])
-        last = self.manifest.shards[-1].last_row if self.manifest.shards else None
-        raise StoreError(f"{self.directory} has no sample of row {row}; its last row is {last}")
-
     def shard(self, number: int) -> Shard:
-        """The open files of a shard; those not used for longest are closed."""
+        """The open files of a shard; the least recently used shard is closed to make room."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -163,9 +148,9 @@ class Store:
         return shard
 
     def _opened(self, info: ShardInfo) -> Shard:
-        """The shard, which must be the one of the manifest that was read when the store was opened.
+        """Open a shard and check that it is the one in the manifest.
 
-        Compared once the files are open: a shard that is replaced meanwhile has another entry then.
+        Checked once its files are open, so that a replacement in the meantime is noticed.
         """
         try:
             shard = Shard(self.directory, info, self.codec)
@@ -176,7 +161,7 @@ class Store:
         return shard
 
     def _refuse_other_files(self) -> None:
-        """Names and sizes; without a Path for each file, which would be half of the time."""
+        """Compare names and sizes; a Path per file would take half of the time."""
         expected = file_names(self.codec)
         for shard in self.manifest.shards:
             if sorted(shard.files) != expected:
@@ -190,21 +175,7 @@ class Store:
                 if size != info.bytes:
                     found = "is missing" if size is None else f"has {size} bytes"
                     raise StoreError(
-                        f"{directory}/{name} {found}, the manifest says {info.bytes}; copy it "
+                        f"{directory}/{name} {found}, the manifest lists {info.bytes}; copy it "
                         f"again, or remove {directory} and run the dump again, which writes only "
                         "that shard"
                     )
-
-
-def refuse_unfinished(directory: Path) -> None:
-    if (directory / MANIFEST).is_file():
-        return
-    if not directory.is_dir():
-        raise StoreError(f"no store at {directory}: there is no such directory")
-    whole = len(list(directory.glob(f"shard-*/{SHARD}")))
-    if whole or (directory / SPEC).exists():
-        raise StoreError(
-            f"{directory}: the dump has not finished ({whole} whole shards, no {MANIFEST}); run "
-            "the same dump command again, it goes on where it was"
-        )
-    raise StoreError(f"no store at {directory}: it has neither {MANIFEST} nor shards")

@@ -42,17 +42,18 @@ class Shard:
         self._checked = bytearray(info.samples)
 
     def lengths(self) -> NDArray[np.int32]:
-        """[samples]: their tokens."""
+        """[samples]: the number of tokens of each."""
         return self._tokens.lengths.copy()
 
     def rows(self) -> NDArray[np.int64]:
-        """[samples]: their row numbers."""
+        """[samples]: the row number of each."""
         items = self._rows.values
         if items.size != ROW_ITEM * self.info.samples:
-            raise StoreError(f"{self._rows.prefix}.bin: not {ROW_ITEM} values a sample")
+            raise StoreError(f"{self._rows.prefix}.bin: not {ROW_ITEM} values per sample")
         return items.reshape(-1, ROW_ITEM)[:, 0].copy()
 
     def sample(self, index: int) -> Sample:
+        """The sample, decoded; StoreError if it is damaged."""
         tokens, arrays = self.encoded(index)
         try:
             topk = self._codec.decode(arrays, tokens.answers)

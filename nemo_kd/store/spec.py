@@ -1,4 +1,4 @@
-"""What a store is: everything that decides its bytes, besides the source rows themselves."""
+"""What decides a store's bytes, besides the source rows."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ ROWS_PER_SHARD = 256
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Two stores of equal spec and equal source rows are equal byte for byte."""
+    """Two stores with equal specs and equal source rows are identical byte for byte."""
 
     top_k: int
-    """K: the most logits kept for an answer token."""
+    """K: the number of logits kept per answer token, at most."""
 
     vocab_size: int
     """V: the tokenizer's vocabulary, without the padding that Megatron adds. Ids are in [0, V)."""
 
     temperatures: tuple[float, ...] = (1.0,)
-    """A log-sum-exp `log sum_v exp(z_v / T)` is stored for each T; 1.0 must be among them."""
+    """A log-sum-exp `log Σ_v exp(z_v / T)` is stored for each T; 1.0 must be among them."""
 
     rows_per_shard: int = ROWS_PER_SHARD
     """Shard i holds source rows [i * rows_per_shard, (i + 1) * rows_per_shard)."""
 
     profile: str = "plain"
-    """The codec of the teacher's part."""
+    """How the teacher's top-K is encoded: plain, compact, top_p or sampled."""
 
     profile_options: dict[str, Any] = field(default_factory=dict)
-    """The codec's own settings."""
+    """Options of the profile."""
 
     tokenizer: dict[str, Any] = field(default_factory=dict)
     """`fingerprint`, and how to load it: `library`, `path`."""
@@ -43,15 +43,15 @@ class StoreSpec:
     """Name and fingerprint of the checkpoint."""
 
     template: dict[str, Any] = field(default_factory=dict)
-    """Prompt template and truncation settings: what made token rows of the source rows."""
+    """Prompt template and truncation settings, which turn source rows into tokens."""
 
     source: dict[str, Any] = field(default_factory=dict)
-    """The SFT file: its name, rows and fingerprint."""
+    """The SFT file: its name, number of rows and SHA-256."""
 
     def __post_init__(self) -> None:
         for name in ("top_k", "vocab_size", "rows_per_shard"):
             if type(getattr(self, name)) is not int:
-                raise StoreError(f"{name} must be a whole number, not {getattr(self, name)!r}")
+                raise StoreError(f"{name} must be an integer, not {getattr(self, name)!r}")
         object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
         for name in ("profile_options", "tokenizer", "teacher", "template", "source"):
             object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
@@ -59,8 +59,7 @@ class StoreSpec:
             raise StoreError(f"vocab_size must be in [1, {MAX_VOCABULARY}], not {self.vocab_size}")
         if not 0 < self.top_k <= self.vocab_size:
             raise StoreError(
-                f"top_k must be in [1, vocab_size={self.vocab_size}], not {self.top_k}; "
-                "lower model.kd.top_k"
+                f"top_k must be in [1, vocab_size={self.vocab_size}], not {self.top_k}"
             )
         if self.rows_per_shard < 1:
             raise StoreError(f"rows_per_shard must be at least 1, not {self.rows_per_shard}")
@@ -68,7 +67,7 @@ class StoreSpec:
             raise StoreError(f"temperatures must be positive, not {list(self.temperatures)}")
         if len(set(self.temperatures)) < len(self.temperatures) or 1.0 not in self.temperatures:
             raise StoreError(
-                "temperatures must be different and include 1.0 (stored log-probabilities are "
+                "temperatures must be distinct and include 1.0 (stored log-probabilities are "
                 f"relative to the log-sum-exp at 1.0), not {list(self.temperatures)}"
             )
 
@@ -78,10 +77,12 @@ class StoreSpec:
         return sha256_of_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
+        """The spec as `manifest.json` has it."""
         return {**asdict(self), "temperatures": list(self.temperatures)}
 
     @classmethod
     def from_json(cls, value: Any) -> StoreSpec:
+        """The inverse of `to_json`; StoreError where keys or values are wrong."""
         names = {f.name for f in fields(cls)}
         if not isinstance(value, dict) or set(value) != names:
             got = sorted(value) if isinstance(value, dict) else value
@@ -94,17 +95,17 @@ class StoreSpec:
             raise StoreError(f"a store's spec has a value of the wrong type: {error}") from error
 
     def differences(self, other: StoreSpec) -> list[tuple[str, Any, Any]]:
-        """(dotted field, value here, value there) for each field in which the two differ."""
-        here, there = dict(_leaves("", self.to_json())), dict(_leaves("", other.to_json()))
+        """(dotted field, this value, the other value) for each field in which the two differ."""
+        ours, theirs = dict(_leaves("", self.to_json())), dict(_leaves("", other.to_json()))
         return [
-            (name, here.get(name), there.get(name))
-            for name in sorted(here | there)
-            if here.get(name) != there.get(name)
+            (name, ours.get(name), theirs.get(name))
+            for name in sorted(ours | theirs)
+            if ours.get(name) != theirs.get(name)
         ]
 
 
 def _plain_json(name: str, value: Any) -> Any:
-    """The value as JSON gives it back, so that a spec equals itself after a round trip."""
+    """The value after a round trip through JSON, so that a spec equals itself when read back."""
     if not isinstance(value, dict):
         raise StoreError(f"{name} must be a mapping, not {value!r}")
     try:

@@ -1,8 +1,8 @@
-"""Writing a store: shards in any order by any process, each whole or absent; the manifest last.
+"""Write a store: shards in any order by any process, each complete or absent; the manifest last.
 
-A shard is a directory, made under a temporary name and renamed when every file in it is on disk.
-Its bytes follow from the spec and its rows alone, so any number of processes, and a dump that was
-killed and started again, write the same store.
+A shard is a directory, written under a temporary name and renamed once every file in it is on disk.
+Its bytes follow from the spec and its rows alone, so that any number of processes, or a dump that
+was killed and resumed, write the same store.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ from nemo_kd.store.spec import StoreSpec
 
 
 class StoreWriter:
-    """One store being written; every process of a dump opens it with the same spec.
+    """A store being written; every process of a dump opens it with the same spec.
 
-    With `overwrite` what is there of a store is removed first. That is for one process alone: the
-    others open the store after it, without `overwrite`. Different jobs are kept apart by a
-    `DirectoryLock`, which one process of a job holds.
+    With `overwrite` an existing store is removed first: one process does so, and the others open
+    the store after it, without `overwrite`. A `DirectoryLock`, held by one process of each job,
+    keeps other jobs out.
     """
 
     def __init__(self, directory: str | Path, spec: StoreSpec, overwrite: bool = False) -> None:
@@ -67,28 +67,28 @@ class StoreWriter:
         else:
             publish(self.directory / SPEC, canonical_json(spec.to_json()))
 
-    def is_whole(self, shard_index: int) -> bool:
-        """Whether the shard is there, of this spec, with every file at its full size."""
-        return self.whole_shard(shard_index) is not None
+    def is_complete(self, shard_index: int) -> bool:
+        """Whether the shard exists, has this spec, and every file in it has its full size."""
+        return self.complete_shard(shard_index) is not None
 
     def shard(self, shard_index: int) -> ShardWriter:
-        """A context that writes one shard; one process at a time may write a given shard."""
+        """A context that writes one shard; only one process at a time may write a given shard."""
         return ShardWriter(self, shard_index)
 
     def finish(self, num_shards: int) -> Manifest:
-        """Write the manifest, once every process has left its last shard; for one process."""
-        found = [self.whole_shard(index) for index in range(num_shards)]
+        """Write the manifest; one process calls this once every shard has been written."""
+        found = [self.complete_shard(index) for index in range(num_shards)]
         missing = [str(index) for index, shard in enumerate(found) if shard is None]
         if missing:
             raise StoreError(
-                f"{self.directory}: shards {', '.join(missing[:20])} of {num_shards} are not "
-                "there or not whole; run the same dump command again, it writes only those"
+                f"{self.directory}: shards {', '.join(missing[:20])} of {num_shards} are missing "
+                "or incomplete; run the same dump command again, which writes only those"
             )
         beyond = [path.name for path in shard_directories(self.directory)][num_shards:]
         if beyond:
             raise StoreError(
                 f"{self.directory}: {', '.join(beyond)} beyond the {num_shards} shards of this "
-                "source; it is another dump's, use overwrite=true to start over"
+                "source belong to another dump; use overwrite=true to start over"
             )
         _remove_leftovers(self.directory)
         manifest = Manifest(self.spec, tuple(shard for shard in found if shard is not None))
@@ -96,20 +96,19 @@ class StoreWriter:
         return manifest
 
     def _refuse_other_spec(self) -> None:
-        there = StoreSpec.from_json(read_json(self.directory / SPEC))
-        differences = there.differences(self.spec)
+        existing = StoreSpec.from_json(read_json(self.directory / SPEC))
+        differences = existing.differences(self.spec)
         if differences:
             lines = "\n".join(
-                f"  {name}: {old!r} there, {new!r} now" for name, old, new in differences
+                f"  {name}: {old!r} in the store, {new!r} now" for name, old, new in differences
             )
             raise StoreError(
                 f"{self.directory} holds a store of another configuration:\n{lines}\n"
-                "use overwrite=true (nemo-kd: --overwrite) to drop it and start over, or choose "
-                "another directory"
+                "use overwrite=true to drop it and start over, or choose another directory"
             )
 
-    def whole_shard(self, shard_index: int) -> ShardInfo | None:
-        """The entry of a shard for which `is_whole`."""
+    def complete_shard(self, shard_index: int) -> ShardInfo | None:
+        """The shard's entry if `is_complete`, else None."""
         directory = self.directory / shard_name(shard_index)
         if not (directory / SHARD).exists():
             return None
@@ -119,12 +118,13 @@ class StoreWriter:
             return None
         if spec != self.spec.fingerprint or sorted(shard.files) != file_names(self.codec):
             return None
-        whole = all(size_of(directory / name) == info.bytes for name, info in shard.files.items())
-        return shard if whole else None
+        sizes = {name: size_of(directory / name) for name in shard.files}
+        complete = sizes == {name: info.bytes for name, info in shard.files.items()}
+        return shard if complete else None
 
 
 class ShardWriter:
-    """Takes the samples of one shard in rising row order; published at a clean exit."""
+    """Writes the samples of one shard, in ascending row order; published at a clean exit."""
 
     def __init__(self, store: StoreWriter, shard_index: int) -> None:
         rows = store.spec.rows_per_shard
@@ -147,7 +147,7 @@ class ShardWriter:
         return self
 
     def add(self, sample: Sample) -> None:
-        """Append one sample. StoreError, naming the row, if it is not what the spec says."""
+        """Append one sample; StoreError, naming the row, if it does not conform to the spec."""
         row, spec = int(sample.row), self._store.spec
         try:
             input_ids, loss_mask, answers = checked_tokens(
@@ -193,18 +193,19 @@ class ShardWriter:
     def _check_row(self, row: int) -> None:
         if row not in self._rows:
             raise StoreError(
-                f"row {row} is not of {self._name}, which holds rows {self._rows.start} to "
-                f"{self._rows.stop - 1} (rows_per_shard={self._store.spec.rows_per_shard})"
+                f"row {row} does not belong to {self._name}, which holds rows "
+                f"{self._rows.start} to {self._rows.stop - 1} "
+                f"(rows_per_shard={self._store.spec.rows_per_shard})"
             )
         if self._last_row is not None and row <= self._last_row:
             raise StoreError(
                 f"{self._name}: row {row} after row {self._last_row}; add the rows of a shard in "
-                "rising order, each once"
+                "ascending order, each once"
             )
 
     def _discard(self) -> None:
         for field in self._fields.values():
-            with suppress(OSError):  # closing writes what is left, and the disk may be full
+            with suppress(OSError):  # closing flushes, and the disk may be full
                 field.abandon()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -234,13 +235,13 @@ class ShardWriter:
 
 
 def shard_directories(directory: Path) -> list[Path]:
-    """The shards' directories in their order, whole or not."""
+    """The directories of shards, complete or not, in order."""
     found = [path for path in directory.glob("shard-*[0-9]") if path.is_dir()]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _remove_store(directory: Path) -> None:
-    """The manifest first: a store without it is an unfinished one, never a wrong one."""
+    """Remove the manifest first: a store without it is unfinished, never inconsistent."""
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / SPEC).unlink(missing_ok=True)
     (directory / EXCHANGE).unlink(missing_ok=True)

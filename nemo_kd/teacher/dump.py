@@ -80,7 +80,7 @@ def write_store(
         )
         shards = -(-len(source) // spec.rows_per_shard)
         mine = range(layout.replica, shards, layout.replicas)
-        todo = [shard for shard in mine if not writer.is_whole(shard)]
+        todo = [shard for shard in mine if not writer.is_complete(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
         # Its collective also keeps a rank from writing before others have looked.
         check_rows(source, todo_rows, bad_rows(config), layout)
@@ -116,7 +116,7 @@ def write_store(
 def _finish(config: DumpConfig, writer: StoreWriter, shards: int, stopped: bool) -> None:
     """Write the manifest and the exchange file; of a stopped dump, print how far it is."""
     if stopped:
-        complete = sum(writer.is_whole(shard) for shard in range(shards))
+        complete = sum(writer.is_complete(shard) for shard in range(shards))
         print(
             f"interrupted: {complete} of {shards} shards are complete in {config.output_dir}; run "
             "the same command to resume"

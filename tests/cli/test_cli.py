@@ -50,7 +50,7 @@ def test_inspect(a_store: Path) -> None:
 
 
 def test_verify_says_where_and_fails(a_store: Path, tmp_path: Path) -> None:
-    assert "whole" in nemo_kd("verify", a_store)
+    assert "no problems" in nemo_kd("verify", a_store)
     broken = store(tmp_path / "broken", spec())
     file = broken / "shard-00000" / "topk_logits.bin"
     file.write_bytes(b"\0" + file.read_bytes()[1:])
@@ -68,6 +68,7 @@ def test_show_as_ids_and_as_a_page(a_store: Path, tmp_path: Path) -> None:
 
 
 def test_stats(a_store: Path) -> None:
+    assert as_json("stats", a_store, "--samples", 3)["samples"] == 3
     value = as_json("stats", a_store)
     assert value["answer_tokens"] == Store(a_store).manifest.totals["answer_tokens"]
     assert 0 < value["mass"] < 1
@@ -91,7 +92,42 @@ def test_convert_to_jsonl_and_back_and_to_profiles(a_store: Path, tmp_path: Path
     for was, now in zip(Store(a_store), Store(tmp_path / "fewer"), strict=True):
         assert (now.topk.ids == was.topk.ids[:, :2]).all()
     assert len(Store(tmp_path / "compact")) == 7
-    assert "overwrite" in nemo_kd("convert", a_store, tmp_path / "fewer", fails=True)
+    existing = nemo_kd("convert", a_store, tmp_path / "fewer", fails=True)
+    assert "use --overwrite to replace it" in existing
+    nemo_kd("convert", a_store, tmp_path / "fewer", "--overwrite")
+    assert Store(tmp_path / "fewer").spec.top_k == 5
+
+
+@pytest.mark.parametrize("name", ["x.txt", "x.json", "x.jsonl.gz", "x.JSONL", "FILE"])
+def test_a_store_is_not_written_to_the_name_of_a_file(
+    a_store: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "FILE").touch()
+    target = tmp_path / name
+    for command in (
+        ("convert", a_store, target),
+        ("merge", a_store, a_store, target),
+        ("average", a_store, a_store, target),
+        ("split", a_store, tmp_path / "a", target, "--weights", "1,1"),
+    ):
+        assert "a store is a directory" in nemo_kd(*command, fails=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["FILE"]
+    assert "no store at" in nemo_kd("convert", tmp_path / "FILE", tmp_path / "s", fails=True)
+    nemo_kd("convert", a_store, tmp_path / "run-0.5")
+
+
+def test_errors_name_options(text_store: tuple[Path, Path], tmp_path: Path) -> None:
+    """Not the arguments of Python that they stand for."""
+    directory, tokenizer = text_store
+    file, target = tmp_path / "x.jsonl", tmp_path / "s"
+    nemo_kd("convert", directory, file)
+    file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
+    back = ("convert", file, target, "--tokenizer", tokenizer)
+    assert "number rows by line with --renumber" in nemo_kd(*back, fails=True)
+    other = nemo_kd(*back, "--renumber", "--top-k", 2, fails=True)
+    assert "holds a store of another configuration" in other and "use --overwrite" in other
+    nemo_kd(*back, "--renumber", "--overwrite")
+    assert [one.row for one in Store(target)] == [0, 1, 2, 3]
 
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -106,23 +142,23 @@ def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, pr
     of = spec(top_k=12, temperatures=(1.0, 2.0), **PROFILES[profile])
     source = store(tmp_path / "s", of)
     result = as_json("convert", source, tmp_path / "t", "--top-k", 2)
-    assert Store(tmp_path / "t").manifest.spec == replace(of, top_k=2)
+    assert Store(tmp_path / "t").spec == replace(of, top_k=2)
     assert result["changed"] == "top_k 12 → 2" and result["profile"] == profile
     assert 0 < result["mass_after"] < result["mass_before"] < 1
     result = as_json("convert", source, tmp_path / "u", "--rows-per-shard", 2)
-    assert Store(tmp_path / "u").manifest.spec == replace(of, rows_per_shard=2)
+    assert Store(tmp_path / "u").spec == replace(of, rows_per_shard=2)
     assert result["changed"] == "rows_per_shard 3 → 2" and "mass_before" not in result
     assert as_json("convert", source, tmp_path / "v")["changed"] == "nothing"
     assert Store(tmp_path / "v").fingerprint == Store(source).fingerprint
     result = as_json("convert", source, tmp_path / "w", "--profile", "top_p", "--p", 0.5)
     options = {"profile": "top_p", "profile_options": {"p": 0.5}}
-    assert Store(tmp_path / "w").manifest.spec == replace(of, **options)
+    assert Store(tmp_path / "w").spec == replace(of, **options)
     assert "profile_options.p " in result["changed"] and "→ 0.5" in result["changed"]
     if profile == "top_p":  # options belong to their profile
         nemo_kd("convert", source, tmp_path / "x", "--profile", "plain")
-        assert Store(tmp_path / "x").manifest.spec.profile_options == {}
+        assert Store(tmp_path / "x").spec.profile_options == {}
     else:
-        assert "wants the option p" in nemo_kd(
+        assert "needs the option p" in nemo_kd(
             "convert", source, tmp_path / "x", "--profile", "top_p", fails=True
         )
 
@@ -133,7 +169,7 @@ def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, pr
         ("S", "x.jsonl", "--top-k=2"),
         ("S", "x.jsonl", "--profile=compact"),
         ("S", "x.jsonl", "--tokenizer=t"),
-        ("S", "t", "--bad-lines=skip"),
+        ("S", "t", "--bad-lines=drop"),
         ("S", "t", "--renumber"),
         ("S", "t", "--samples-per-chunk=3"),
         ("x.jsonl", "t", "--samples-per-chunk=3"),
@@ -155,17 +191,17 @@ def test_a_source_is_not_written_over(a_store: Path, tmp_path: Path) -> None:
         ("convert", one, one, "--top-k", 2),
         ("convert", one, tmp_path / "link", "--top-k", 2),
         ("merge", one, two, two),
-        ("merge", "--average", "1,1", one, two, one),
+        ("average", one, two, one),
         ("split", one, tmp_path / "a", one, "--weights", "1,1"),
     ):
         for more in ((), ("--overwrite",)):
-            assert "is read and would be written over" in nemo_kd(*command, *more, fails=True)
+            assert "is a source and would be overwritten" in nemo_kd(*command, *more, fails=True)
     twice = ("split", one, tmp_path / "a", tmp_path / "a", "--weights", "1,1", "--overwrite")
     assert "given twice" in nemo_kd(*twice, fails=True)
-    assert "whole" in nemo_kd("verify", one) and "whole" in nemo_kd("verify", two)
+    assert "no problems" in nemo_kd("verify", one) and "no problems" in nemo_kd("verify", two)
     merged = ("merge", one, two, tmp_path / "both")
     nemo_kd(*merged)
-    assert "holds a whole store already" in nemo_kd(*merged, fails=True)
+    assert "already holds a store" in nemo_kd(*merged, fails=True)
     nemo_kd(*merged, "--overwrite")
 
 
@@ -174,7 +210,7 @@ def test_split_and_merge(a_store: Path, tmp_path: Path) -> None:
     parts = as_json("split", a_store, a, b, "--weights", "0.5,0.5")
     assert [Path(part["written"]) for part in parts] == [a, b]
     wrong = nemo_kd("split", a_store, a, b, "--weights", "0.5", fails=True)
-    assert "2 directories need as many weights" in wrong
+    assert "weights must be 2 non-negative numbers, one per directory" in wrong
     rows = [{one.row for one in Store(part)} for part in (a, b)]
     assert rows[0] | rows[1] == set(range(7)) and not rows[0] & rows[1]
     nemo_kd("merge", a, b, tmp_path / "both")
@@ -184,12 +220,14 @@ def test_split_and_merge(a_store: Path, tmp_path: Path) -> None:
 def test_average_of_two_teachers(a_store: Path, tmp_path: Path) -> None:
     warm = spec(temperatures=(1.0, 2.0), teacher={"name": "other.nemo"})
     other, target = store(tmp_path / "other", warm), tmp_path / "mixed"
-    result = as_json("merge", "--average", "1,3", a_store, other, target)
+    result = as_json("average", a_store, other, target, "--weights", "1,3")
     assert result["samples"] == 7 and result["temperatures_left_out"] == [2.0]
     assert "0.25 teacher.nemo + 0.75 other.nemo" in nemo_kd("inspect", target)
-    assert "whole" in nemo_kd("verify", target)
-    wrong = nemo_kd("merge", "--average", "1", a_store, other, tmp_path / "x", fails=True)
+    assert "no problems" in nemo_kd("verify", target)
+    wrong = nemo_kd("average", a_store, other, tmp_path / "x", "--weights", "1", fails=True)
     assert "1 weights for 2 stores" in wrong and not (tmp_path / "x").exists()
+    nemo_kd("average", a_store, other, tmp_path / "equal")
+    assert "0.5 teacher.nemo + 0.5 other.nemo" in nemo_kd("inspect", tmp_path / "equal")
 
 
 PLAN = ("plan", "--tokens", "300M", "--teacher", "70B", "--vocab-size", 128_256, "--gpus", 8)
@@ -208,38 +246,35 @@ def test_plan() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--teacher 70", "--teacher 70 is 70 parameters, too few to be meant (70B?)"),
+        ("--teacher 70", "--teacher 70 is 70 parameters, implausibly few (70B?)"),
         ("--teacher 70k", "(70B?)"),
-        ("--teacher 70T", "too many to be meant (70B?)"),
-        ("--teacher -70B", "--teacher wants a number such as 70B"),
+        ("--teacher 70T", "implausibly many (70B?)"),
+        ("--teacher -70B", "--teacher takes a number such as 70B"),
         ("--teacher 0B", "--teacher 0B is 0 parameters"),
-        ("--tokens nan", "--tokens wants a number such as 300M"),
-        ("--tokens 300", "--tokens 300 is 300 tokens, too few to be meant (300M?)"),
-        ("--tokens 1e999", "--tokens wants"),
-        ("--total-tokens x", "--total-tokens wants a number such as 600M"),
+        ("--tokens nan", "--tokens takes a number such as 300M"),
+        ("--tokens 300", "--tokens 300 is 300 tokens, implausibly few (300M?)"),
+        ("--tokens 1e999", "--tokens takes"),
+        ("--total-tokens x", "--total-tokens takes a number such as 600M"),
         ("--total-tokens 3M", "--total-tokens 3,000,000 are fewer than"),
         ("--samples 56.44", "is a unit missing (k, M)?"),
         ("--samples 1T", "--samples 1,000,000,000,000 of"),
         ("--utilisation 35", "for 35% give --utilisation 0.35"),
         ("--utilisation 0.35%", "for 35% give --utilisation 0.35"),
         ("--utilisation 0", "expected from 0.01 to 1"),
-        ("--utilisation nan", "--utilisation wants a share of 1"),
+        ("--utilisation nan", "--utilisation takes a fraction"),
         ("--utilisation 135%", "expected from 0.01 to 1"),
-        ("--gpu-tflops H100", "--gpu-tflops wants a number such as 989"),
-        ("--gpu-tflops nan", "--gpu-tflops wants"),
+        ("--gpu-tflops H100", "--gpu-tflops takes a number such as 989"),
+        ("--gpu-tflops nan", "--gpu-tflops takes"),
         ("--gpu-tflops 989T", "--gpu-tflops 989T is"),
-        ("--gpu-memory 81920", "--gpu-memory 81920 is 81,920 GiB, too many"),
+        ("--gpu-memory 81920", "--gpu-memory 81920 is 81,920 GiB, implausibly many"),
         ("--tp 3", "--gpus 8 is not a multiple of --tp 3 × --pp 1"),
-        ("--temperatures 2.0", "--temperatures must differ and include 1.0"),
-        ("--temperatures 1.0,nan", "--temperatures must"),
-        ("--temperatures 1,2 --profile sampled", "--temperatures: the profile sampled"),
-        ("--vocab-size 128", "--vocab-size 128 is not a vocabulary's"),
+        ("--vocab-size 128", "--vocab-size 128 is implausible"),
         ("--top-k 200000", "--top-k 200000 is more than --vocab-size 128256"),
         ("--top-k 300 --profile sampled", "--top-k 300: the profile sampled has at most 255"),
         ("--profile best", "--profile must be one of plain, compact, sampled, top_p"),
         ("--kept 5", "--kept is for the profiles sampled and top_p"),
-        ("--kept nan --profile sampled", "--kept nan is not from 1 to --top-k 100"),
-        ("--kept 101 --profile top_p", "--kept 101 is not from 1 to --top-k 100"),
+        ("--kept nan --profile sampled", "--kept nan is not between 1 and --top-k 100"),
+        ("--kept 101 --profile top_p", "--kept 101 is not between 1 and --top-k 100"),
     ],
 )
 def test_plan_refuses_what_cannot_be_meant(options: str, message: str) -> None:
@@ -265,7 +300,7 @@ def test_the_installed_program_fails_with_one_line_and_status_1() -> None:
     program = Path(sys.executable).parent / "nemo-kd"
     done = subprocess.run([program, "inspect", "/nowhere"], capture_output=True, text=True)
     assert done.returncode == 1 and not done.stdout
-    assert done.stderr == "error: no store at /nowhere: there is no such directory\n"
+    assert done.stderr == "error: no store at /nowhere: no such directory\n"
 
 
 PROGRAM = Path(sys.executable).parent / "nemo-kd"
@@ -385,7 +420,7 @@ def test_ranks_count_from_one_everywhere(text_store: tuple[Path, Path], tmp_path
 
 
 WITHOUT_A_TOKENIZER = {
-    "gpt2": "there is no such file or directory (nothing is downloaded)",
+    "gpt2": "no such file or directory (nothing is downloaded)",
     "meta-llama/Llama-3.1-8B": "(nothing is downloaded)",
     "/no/where/tokenizer.model": "(nothing is downloaded)",
     "FILE": "is a file; give a Hugging Face tokenizer's directory",
@@ -417,7 +452,7 @@ def test_a_tokenizer_is_a_local_path_or_an_error(
     assert "some/model-on-a-hub, is not on this machine" in nemo_kd("show", named, 3, fails=True)
     assert "no sample of row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
     wrong = nemo_kd("show", a_store, 3, "--html", tmp_path / "no/x.html", fails=True)
-    assert "--html" in wrong and "there is no directory" in wrong
+    assert "--html" in wrong and "no such directory" in wrong
 
 
 def test_jsonl_both_ways_is_the_same_store_to_float16(
@@ -440,7 +475,7 @@ def test_jsonl_both_ways_is_the_same_store_to_float16(
         # Five decimals, then float16 again: at most one of its steps, 2^-10 of the size.
         size = np.abs(was.topk.logits - was.topk.logsumexp)
         assert (np.abs(now.topk.logits - was.topk.logits) <= size * 2.0**-10 + 3e-5).all()
-    assert "whole" in nemo_kd("verify", back)
+    assert "no problems" in nemo_kd("verify", back)
 
 
 def test_chunks_of_a_longer_set_do_not_survive(
@@ -451,7 +486,7 @@ def test_chunks_of_a_longer_set_do_not_survive(
     nemo_kd("convert", directory, chunks, "--samples-per-chunk", 1)
     (tmp_path / "part-0.jsonl").unlink()
     more = ("convert", directory, chunks, "--samples-per-chunk", 3)
-    assert "part-1.jsonl is there already; give --overwrite" in nemo_kd(*more, fails=True)
+    assert "part-1.jsonl already exists; use --overwrite" in nemo_kd(*more, fails=True)
     assert "part-0.jsonl is missing" in nemo_kd(
         "convert", chunks, tmp_path / "x", "--tokenizer", tokenizer, fails=True
     )
@@ -490,12 +525,13 @@ def test_a_converted_teacher_that_is_shifted_is_warned_of(tmp_path: Path) -> Non
             "--tokenizer",
             tmp_path / "tokenizer",
         )
-        assert "whole" in nemo_kd("verify", tmp_path / f"s{by}")
+        assert "no problems" in nemo_kd("verify", tmp_path / f"s{by}")
     share = str(round(float(right.mean()), 4))
     assert "WARNING" not in printed[0] and "agreement expected" in printed[0]
     assert "perplexity of labels" in printed[0] and share in printed[0]
     assert "y.jsonl: the teacher's rows look shifted" in printed[1]
-    assert "that of the token before" in printed[1] and "that of the token after" in printed[-1]
+    assert "predicts the token before its label" in printed[1]
+    assert "predicts the token after its label" in printed[-1]
     value = as_json("stats", tmp_path / "s1")
     assert value["agreement"] < 0.1 < 0.5 < value["agreement_one_earlier"]
 
@@ -514,10 +550,12 @@ def test_padding_of_the_vocabulary_is_left_out(tmp_path: Path) -> None:
     result = nemo_kd(*common, tmp_path / "s", "--tokenizer", tmp_path / "tokenizer")
     dropped = len(made.topk.ids[::2])
     assert f"padding ids dropped {dropped}" in " ".join(result.split())
-    assert "is " + str(tmp_path / "tokenizer") + " its tokenizer?" in " ".join(result.split())
+    assert "check that " + str(tmp_path / "tokenizer") + " is its tokenizer" in " ".join(
+        result.split()
+    )
     one = Store(tmp_path / "s")[0]
     assert one.topk.ids[:2].tolist() == [[0, 1, 3, 4, -1], [0, 1, 2, 3, 4]]
-    assert "whole" in nemo_kd("verify", tmp_path / "s")
+    assert "no problems" in nemo_kd("verify", tmp_path / "s")
 
 
 def test_a_vocabulary_with_a_gap_reaches_to_its_largest_id(tmp_path: Path) -> None:
@@ -549,14 +587,14 @@ def test_a_bad_line_stops_or_is_skipped(text_store: tuple[Path, Path], tmp_path:
     file.write_text("\n".join([lines[0], lines[1][:50], *lines[2:]]) + "\n")
     common = ("convert", file, tmp_path / "s", "--tokenizer", tokenizer)
     assert "x.jsonl, line 2: not JSON" in nemo_kd(*common, fails=True)
-    printed = nemo_kd(*common, "--overwrite", "--bad-lines", "skip")
-    assert "skipped: " in printed and "x.jsonl, line 2" in printed
+    printed = nemo_kd(*common, "--overwrite", "--bad-lines", "drop")
+    assert "dropped: " in printed and "x.jsonl, line 2" in printed
     assert [one.row for one in Store(tmp_path / "s")] == [0, 2, 3]
 
 
 def test_draws_are_not_made_of_a_top_k_store(a_store: Path, tmp_path: Path) -> None:
     target = tmp_path / "s"
-    assert "at the dump or not at all" in nemo_kd(
+    assert "draws from the full distribution are made at the dump" in nemo_kd(
         "convert", a_store, target, "--profile", "sampled", fails=True
     )
     assert not target.exists()

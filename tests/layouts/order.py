@@ -136,7 +136,7 @@ def shifted(directory: str, target: Path) -> str:
     """The store with each token's row moved to the next answer token."""
     source = Store(directory)
     samples = (each_array(one, lambda rows: np.roll(rows, 1, 0)) for one in source)
-    write_samples(samples, target, source.manifest.spec, overwrite=True)
+    write_samples(samples, target, source.spec, overwrite=True)
     return str(target)
 
 

@@ -116,7 +116,7 @@ def test_a_teacher_that_never_agrees_with_the_labels_is_warned_of(
     untrained = f"model.restore_from_path={tiny}/student.nemo"
     done = run_script("dump_teacher_topk.py", untrained, *overrides)
     assert "this run: 10 rows" in done.stdout
-    assert "WARNING: below 10%: is data.prompt_template" in done.stdout
+    assert "WARNING: agreement is below 10%: check that data.prompt_template" in done.stdout
 
 
 def test_ranks_show_one_job(dump: Callable[..., Path]) -> None:

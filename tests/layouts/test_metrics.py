@@ -33,8 +33,8 @@ def without_answer(sample: Sample) -> Sample:
 def silent(dump: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The store, of whose rows 1 and 4 to 7 have no answer token."""
     source = Store(dump())
-    writer = StoreWriter(tmp_path_factory.mktemp("silent") / "store", source.manifest.spec)
-    per_shard = source.manifest.spec.rows_per_shard
+    writer = StoreWriter(tmp_path_factory.mktemp("silent") / "store", source.spec)
+    per_shard = source.spec.rows_per_shard
     for number in range(len(source.manifest.shards)):
         with writer.shard(number) as shard:
             for sample in source:

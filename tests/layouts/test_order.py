@@ -116,4 +116,4 @@ def test_a_store_whose_rows_are_shifted_is_warned_of(order: dict[str, Any]) -> N
 def test_a_store_that_is_written_anew_under_a_run_ends_it(order: dict[str, Any]) -> None:
     """Same specification, same teacher by name, other rows; read by workers of a data loader."""
     assert "was replaced after the store was opened" in order["replaced"]
-    assert "topk_logits.bin" in order["replaced"] and "start the run again" in order["replaced"]
+    assert "topk_logits.bin" in order["replaced"] and "restart the run" in order["replaced"]

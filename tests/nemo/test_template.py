@@ -59,7 +59,7 @@ def test_null_is_the_stores_and_a_given_value_is_compared_both_ways(
     for made, given in ((others, NEMO_TEMPLATE[key]), (nemos, other)):
         with pytest.raises(StoreError) as refused:
             settled(configuration(**{f"data__train_ds__{key}": given}), [made])
-        there = made.manifest.spec.template[key]
+        there = made.spec.template[key]
         assert f"was made with {key}={there!r}, but model.data.train_ds.{key}" in str(refused.value)
         assert f"is {given!r}; set it to null" in str(refused.value)
 

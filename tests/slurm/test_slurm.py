@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.store import Store
-from nemo_kd.store.verify import verify
+from nemo_kd.store.tools.verify import verify
 from tests.slurm.conftest import Cluster
 from tests.teacher.test_hf import same_files
 from tests.teacher.typist import write_typist

@@ -60,8 +60,7 @@ def with_topk(one: Sample, **arrays: Any) -> Sample:
 
 def each_array(one: Sample, change: Callable[[NDArray[Any]], NDArray[Any]]) -> Sample:
     """The sample with each array of its `TopK` changed alike."""
-    names = ("ids", "logits", "logsumexp")
-    return with_topk(one, **{name: change(getattr(one.topk, name)) for name in names})
+    return replace(one, topk=one.topk.map(change))
 
 
 def write(directory: Path, of: StoreSpec, samples: Sequence[Sample]) -> Path:

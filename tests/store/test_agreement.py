@@ -145,13 +145,13 @@ def test_ordinary_teachers_are_not_warned_of_but_shifted_ones_are(kind: str, pro
     assert agreement(one, of=of).warning() == ""
     for by, where in ((1, "before"), (-1, "after")):
         warning = agreement(shifted(one, by), of=of).warning()
-        assert f"shifted by one position: each is that of the token {where}" in warning
-        assert "the label for" in warning and "if labels were its own draws" in warning
+        assert f"shifted by one position: each predicts the token {where} its label" in warning
+        assert "the label for" in warning and "% expected)" in warning
 
 
 BAD: dict[str, tuple[float, Callable[[Dense], NDArray[np.int64]], str]] = {
-    "another row's labels": (3.0, unrelated, "below 10%: is data.prompt_template"),
-    "sure and often wrong": (30.0, one_in_five_wrong, "the labels are not what this teacher says"),
+    "another row's labels": (3.0, unrelated, "below 10%: check that data.prompt_template"),
+    "sure and often wrong": (30.0, one_in_five_wrong, "the teacher does not predict these labels"),
     "an untrained teacher": (0.05, labels_of, "below 10%"),
 }
 
@@ -168,7 +168,7 @@ def test_a_teacher_of_other_tokens_is_warned_of_though_it_agrees_at_times() -> N
     p = distributions(600, 0.05)
     labels = unrelated(p)
     labels[::6] = p[::6].argmax(1)
-    assert "its own perplexity is above 100" in agreement(sample(p, labels)).warning()
+    assert "own perplexity is above 100" in agreement(sample(p, labels)).warning()
 
 
 def test_rows_of_which_a_third_are_shifted_surprise() -> None:
@@ -181,7 +181,7 @@ def test_rows_of_which_a_third_are_shifted_surprise() -> None:
         logits=np.where(third[:, None], moved.topk.logits, one.topk.logits),
     )
     assert agreement(one).warning() == ""
-    assert "the labels are not what this teacher says" in agreement(mixed).warning()
+    assert "the teacher does not predict these labels" in agreement(mixed).warning()
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 3, 6])

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nemo_kd.store import Sample, Store, StoreError, StoreSpec
+from nemo_kd.store import Sample, Store, StoreError, StoreSpec, verify
 from nemo_kd.store.tools.average import average, mix
 from nemo_kd.topk import ABSENT_ID, TopK
 from tests.store.samples import sample, spec, store, with_topk, write
@@ -137,7 +137,7 @@ def test_store_of_the_mixture(tmp_path: Path, first: str, second: str) -> None:
     b = Store(write(tmp_path / "b", there, [other_teacher(one, there) for one in narrow]))
     manifest = average([a, b], tmp_path / "m", [1, 3])
     mixed = Store(tmp_path / "m")
-    assert mixed.verify() == [] and mixed.rows.tolist() == [0, 1, 2, 3, 7]
+    assert list(verify(mixed)) == [] and mixed.rows.tolist() == [0, 1, 2, 3, 7]
     assert replace(manifest.spec, teacher=of.teacher) == replace(of, temperatures=(1.0,))
     parts = manifest.spec.teacher["average"]
     assert [(part["weight"], part["store"]) for part in parts] == [
@@ -180,7 +180,7 @@ def test_stores_over_other_tokens_are_refused(tmp_path: Path) -> None:
     refused(r"row 6 is only in .*/a;", store(tmp_path / "d", spec(), rows=6))
     draws = spec(profile="sampled", top_k=4)
     counts = with_topk(sample(0, draws, answers=0), draws=True)
-    refused("draws that have no top-K", write(tmp_path / "e", draws, [counts]))
+    refused("whose draws have no top-K", write(tmp_path / "e", draws, [counts]))
     refused("weights must be above 0", tmp_path / "a", (1, 0))
     refused("3 weights for 2 stores", tmp_path / "a", (1, 1, 1))
     samples = [sample(row, spec(), answers=1 + row % 4) for row in range(7)]

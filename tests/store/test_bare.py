@@ -14,13 +14,10 @@ from tests.store.samples import spec, store
 READ = """
 import sys
 sys.path.insert(0, sys.argv[1])
-from nemo_kd.store import Store
-from nemo_kd.store.tools.jsonl import write_jsonl
-from nemo_kd.store.tools.stats import stats
-from nemo_kd.store.tools.transform import convert
+from nemo_kd.store import Store, convert, stats, verify, write_jsonl
 for directory in sys.argv[2:]:
     store = Store(directory)
-    assert store.verify() == []
+    assert list(verify(store)) == []
     convert(store, directory + "-plain", profile="plain")
     write_jsonl(directory + ".jsonl", store)
     print(sum(float(one.topk.logits.sum()) for one in store), stats(store).tokens)

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import Store, StoreError
-from nemo_kd.store.verify import verify
+from nemo_kd.store.tools.verify import verify
 from tests.store.samples import spec, store
 
 PROFILES = {
@@ -107,17 +107,16 @@ def test_a_student_of_another_kind_is_refused(tmp_path: Path) -> None:
     opened = Store(store(tmp_path / "s", spec(temperatures=(1.0, 2.0))))
     opened.check(tokenizer_fingerprint="a" * 64, vocab_size=500, temperature=2.0)
     for key, value, message in (
-        ("tokenizer_fingerprint", "c" * 64, "tokenizer is 'aaaa.* in the store, 'cccc.* here"),
-        ("vocab_size", 501, "vocabulary size is 500 in the store, 501 here"),
+        ("tokenizer_fingerprint", "c" * 64, "tokenizer is 'aaaa.* in the store, expected 'cccc"),
+        ("vocab_size", 501, "vocabulary size is 500 in the store, expected 501"),
         ("temperature", 4.0, r"has \[1.0, 2.0\]"),
-        ("template", {"max_seq_length": 64}, "max_seq_length is 128 in the store, 64 here"),
     ):
         with pytest.raises(StoreError, match=message):
             opened.check(**{key: value})  # type: ignore[arg-type]
 
 
 def test_a_store_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(StoreError, match="there is no such directory"):
+    with pytest.raises(StoreError, match="no such directory"):
         Store(tmp_path / "nothing")
     with pytest.raises(StoreError, match=r"neither manifest\.json nor shards"):
         Store(tmp_path)

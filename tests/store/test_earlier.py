@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kd.store import Sample, Store, StoreError, StoreSpec, StoreWriter
+from nemo_kd.store import Sample, Store, StoreError, StoreSpec, StoreWriter, verify
 from nemo_kd.store.earlier import EarlierStore
 from nemo_kd.store.sample import Tokens
 from tests.store.samples import each_array, sample, spec
@@ -29,7 +29,7 @@ def shards_of(samples: Sequence[Sample]) -> int:
 def write(directory: Path, samples: Sequence[Sample], of: StoreSpec, shards: Sequence[int]) -> None:
     writer = StoreWriter(directory, of)
     for shard in shards:
-        if not writer.is_whole(shard):
+        if not writer.is_complete(shard):
             with writer.shard(shard) as out:
                 for one in samples[3 * shard : 3 * shard + 3]:
                     out.add(one)
@@ -49,7 +49,7 @@ def go_on(directory: Path, samples: Sequence[Sample], of: StoreSpec) -> list[int
     kept = {shard for shard in shards if earlier.keep(shard, tokens(samples, shard))}
     earlier.finish(shards_of(samples))
     writer = StoreWriter(directory, of)
-    whole = [shard for shard in range(shards_of(samples)) if writer.is_whole(shard)]
+    whole = [shard for shard in range(shards_of(samples)) if writer.is_complete(shard)]
     assert kept <= set(whole)
     write(directory, samples, of, range(shards_of(samples)))
     writer.finish(shards_of(samples))
@@ -97,7 +97,7 @@ def test_it_becomes_the_store_of_the_file_as_it_is_now(
     write(tmp_path / "fresh", samples, now, range(shards_of(samples)))
     StoreWriter(tmp_path / "fresh", now).finish(shards_of(samples))
     assert contents(tmp_path / "s") == contents(tmp_path / "fresh")
-    assert not Store(tmp_path / "s").verify()
+    assert not list(verify(Store(tmp_path / "s")))
 
 
 def test_shards_with_gaps_and_one_that_is_damaged(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from nemo_kd.store import StoreError, read_jsonl, write_jsonl
 from nemo_kd.store.tools.chunks import chunk_paths
-from nemo_kd.store.tools.jsonl import MOST_PADDING, Padding
+from nemo_kd.store.tools.jsonl import MAX_PADDING, Padding
 from nemo_kd.topk import ABSENT_ID
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec
@@ -97,28 +97,34 @@ def test_absent_places_survive(tmp_path: Path) -> None:
 
 BROKEN: dict[str, tuple[Any, str]] = {
     "cut off": (json.dumps(record())[:70], "not JSON"),
-    "a list": ([1, 2], "a JSON object is expected, not a list"),
+    "a list": ([1, 2], "expected a JSON object, not a list"),
     "missing key": ({k: v for k, v in record().items() if k != "labels"}, "no labels among"),
-    "ids as strings": (record(topk_token_ids=[["0", "0"], ["9", "4"], ["4", "2"]]), "whole ones"),
-    "ids with a point": (record(topk_token_ids=[[0, 0], [9.5, 4], [4, 2]]), "whole ones"),
-    "ragged": (record(topk_logits=[[0, 0], [3], [5, 4]]), "unequal length"),
+    "ids as strings": (
+        record(topk_token_ids=[["0", "0"], ["9", "4"], ["4", "2"]]),
+        r"numbers \(integers\)",
+    ),
+    "ids with a point": (
+        record(topk_token_ids=[[0, 0], [9.5, 4], [4, 2]]),
+        r"numbers \(integers\)",
+    ),
+    "ragged": (record(topk_logits=[[0, 0], [3], [5, 4]]), "different lengths"),
     "one row fewer": (record(topk_logits=[[3, 2], [5, 4]]), "2 rows for 3 tokens"),
     "NaN": (record(topk_logits=[[0, 0], [3, NAN], [5, 4]]), "not a number"),
     "infinite log-sum-exp": (record(log_sum_exp_logits=[0, 3.5, float("inf")]), "log-sum-exp"),
-    "unsorted": (record(topk_logits=[[0, 0], [2, 3], [5, 4]]), "logits must fall"),
+    "unsorted": (record(topk_logits=[[0, 0], [2, 3], [5, 4]]), "descending order"),
     "above the sum": (record(log_sum_exp_logits=[0, 2.5, 5.5]), "above the log-sum-exp"),
     "one id twice": (record(topk_token_ids=[[0, 0], [9, 9], [4, 2]]), "the same id twice"),
     "id out of range": (
-        record(topk_token_ids=[[0, 0], [500 + MOST_PADDING, 4], [4, 2]]),
-        "an id out of place",
+        record(topk_token_ids=[[0, 0], [500 + MAX_PADDING, 4], [4, 2]]),
+        "an id that is neither in",
     ),
-    "id below 0": (record(topk_token_ids=[[0, 0], [-7, 4], [4, 2]]), "an id out of place"),
+    "id below 0": (record(topk_token_ids=[[0, 0], [-7, 4], [4, 2]]), "an id that is neither in"),
     "padding as a token": (record(tokens=[7, 500, 9], labels=[500, 9, 2]), "outside \\[0"),
     "padding as the last label": (record(labels=[8, 9, 500]), "outside \\[0"),
     "nothing but padding": (record(topk_token_ids=[[0, 0], [9, 4], [501, 500]]), "no logit at all"),
     "fewer ids than logits": (
         record(topk_logits=[[0, 0, 0], [3, 2, 1], [5, 4, 3]]),
-        "topk_token_ids has 2 values a token, topk_logits 3",
+        "topk_token_ids has 2 values per token, topk_logits 3",
     ),
     "token out of range": (record(tokens=[7, 8, -9], labels=[8, -9, 2]), "outside \\[0"),
     "not shifted": (record(labels=[8, 8, 2]), "not the tokens shifted"),
@@ -127,11 +133,11 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no tokens": (record(tokens=[], labels=[], loss_mask=[]), "at least 1|must be"),
     "fewer logits than K": (
         record(topk_logits=[[0], [3], [5]], topk_token_ids=[[0], [9], [4]]),
-        "1 values a token, top_k is 2; lower it to 1",
+        "1 values per token, top_k is 2; lower it to 1",
     ),
     "no row number": (record("three"), "index must be a row number"),
-    "falling row numbers": (record(0), "rows must rise"),
-    "huge number": (record(topk_token_ids=[[0, 0], [10**30, 4], [4, 2]]), "whole ones|out of"),
+    "falling row numbers": (record(0), "rows must ascend"),
+    "huge number": (record(topk_token_ids=[[0, 0], [10**30, 4], [4, 2]]), "integers|out of"),
     "deep": ("[" * 100_000, "not JSON"),
 }
 
@@ -164,7 +170,7 @@ def test_ids_of_the_padding_are_dropped_and_counted(tmp_path: Path) -> None:
     assert padding.mass == pytest.approx(np.exp([-1.5, -3.5, -0.5]).sum())
     (cut,) = read_jsonl(path, spec(top_k=2), padding=Padding())
     assert cut.topk.ids.tolist() == [[9, 4], [4, 2]]
-    with pytest.warns(UserWarning, match="x.jsonl: 3 ids of the vocabulary's padding were dropped"):
+    with pytest.warns(UserWarning, match="x.jsonl: dropped 3 padding ids of the vocabulary"):
         list(read_jsonl(path, spec(top_k=4)))
 
 
@@ -177,17 +183,17 @@ def test_rows_can_be_numbered_anew_over_chunks(tmp_path: Path) -> None:
 
 
 CHUNKS: dict[str, tuple[list[str], str]] = {
-    "one missing": (["0", "2", "3"], r"x-1.jsonl is missing, but there is .*x-2.jsonl, .*x-3"),
-    "from 1": (["1", "2"], r"x-0.jsonl is missing, but there is .*x-1.jsonl, .*x-2"),
-    "more than ten": ([*map(str, range(9)), "10"], r"x-9.jsonl is missing, but .*x-10.jsonl:"),
+    "one missing": (["0", "2", "3"], r"x-1.jsonl is missing before .*x-2.jsonl, .*x-3"),
+    "from 1": (["1", "2"], r"x-0.jsonl is missing before .*x-1.jsonl, .*x-2"),
+    "more than ten": ([*map(str, range(9)), "10"], r"x-9.jsonl is missing before .*x-10.jsonl:"),
     "many beyond": (["0", *map(str, range(2, 12))], r"x-6.jsonl and 5 more: chunks"),
     "leading zeros": (
         ["00", "01"],
         r"x-0\d.jsonl: .* without leading zeros; rename it to .*x-\d.j",
     ),
     "zeros beside": (["0", "1", "01"], r"x-01.jsonl: .* without leading zeros"),
-    "a directory": (["0", "1/", "2"], r"x-1.jsonl has the name of a chunk but is no file"),
-    "a link to nothing": (["0", "1>"], r"x-1.jsonl has the name of a chunk but is no file"),
+    "a directory": (["0", "1/", "2"], r"x-1.jsonl is named like a chunk but is not a file"),
+    "a link to nothing": (["0", "1>"], r"x-1.jsonl is named like a chunk but is not a file"),
 }
 
 
@@ -284,9 +290,9 @@ publish_chunks(target, [target.parent / f".new-{i}" for i in range(3)])
 def test_what_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"nothing.jsonl: cannot be read"):
         list(read_jsonl(tmp_path / "nothing.jsonl", spec()))
-    with pytest.raises(StoreError, match=r"no file .*x-0.jsonl"):
+    with pytest.raises(StoreError, match=r"x-0.jsonl does not exist"):
         list(read_jsonl(tmp_path / "x-CHUNK_ID.jsonl", spec()))
-    with pytest.raises(StoreError, match=r"temperature 1.0 alone"):
+    with pytest.raises(StoreError, match=r"temperature 1.0 only"):
         list(read_jsonl(tmp_path / "nothing.jsonl", spec(temperatures=(1.0, 2.0))))
 
 

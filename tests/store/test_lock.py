@@ -85,7 +85,7 @@ def test_a_second_process_is_refused_by_host_and_pid_and_a_killed_one_is_not_wai
         with pytest.raises(LockedError) as refused, DirectoryLock(tmp_path):
             pass
         assert f"host {os.uname().nodename}, process {process.pid}, since 20" in str(refused.value)
-        assert "wait until it has ended, stop it, or choose another directory" in str(refused.value)
+        assert "wait until it ends, stop it, or choose another directory" in str(refused.value)
         process.kill()
         process.wait()
         begin = time.monotonic()
@@ -120,7 +120,7 @@ def test_a_dead_lock_of_another_host_is_taken_over_in_bounded_time(
             assert least < time.monotonic() - begin < most
         errors = capsys.readouterr().err
         assert (
-            "is locked by host node7, process 12" in errors and "takes the lock over in" in errors
+            "is locked by host node7, process 12" in errors and "takes over the lock in" in errors
         )
         assert "the lock of host node7, process 12" in errors
     assert files(tmp_path / "s") == []
@@ -178,7 +178,7 @@ def test_a_writer_that_lost_its_lock_notices_it(tmp_path: Path) -> None:
     with DirectoryLock(tmp_path, heartbeat=0.1) as lock:
         lock.check()
         elsewhere(tmp_path, 0)
-        with pytest.raises(StoreError, match="lost its lock, which host node7, process 12"):
+        with pytest.raises(StoreError, match="lost its lock, now held by host node7, process 12"):
             lock.check()
         time.sleep(0.3)
         assert lock.lost

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from nemo_kd.store import Sample, Store, StoreError, StoreSpec
+from nemo_kd.store import Sample, Store, StoreError, StoreSpec, verify
 from nemo_kd.topk import TopK, t1_index
 from tests.store.samples import sample, spec, store, with_topk, write
 
@@ -105,7 +105,7 @@ def test_compact_knows_how_many_ids_are_absent(tmp_path: Path, vocab_size: int, 
     assert (
         np.abs(q.sum(1) - 1).max() < 1e-3
         and kl.mean() < 2e-4
-        and not Store(tmp_path / "s").verify()
+        and not list(verify(Store(tmp_path / "s")))
     )
 
 
@@ -221,13 +221,26 @@ def test_what_cannot_be_a_teacher_is_refused(tmp_path: Path) -> None:
     of = spec()
     good = sample(0, of, 3)
     broken = {
-        "logits must fall": {"logits": good.topk.logits[:, ::-1]},
-        "an id out of place: ": {"ids": good.topk.ids + 500},
+        "descending order": {"logits": good.topk.logits[:, ::-1]},
+        "an id that is neither in": {"ids": good.topk.ids + 500},
         "a logit that is not a number": {"logits": good.topk.logits * np.nan},
-        r"topk\.ids is": {"ids": good.topk.ids[:2]},
-        "log-sum-exp has temperatures": {"temperatures": (2.0,)},
+        "log-sum-exp is at temperatures": {"temperatures": (2.0,)},
         "TopK.draws=True, but the profile is plain": {"draws": True},
     }
     for message, change in broken.items():
         with pytest.raises(StoreError, match=f"row 0: .*{message}"):
             write(tmp_path / message.replace(" ", "-"), of, [with_topk(good, **change)])
+    fewer = replace(good, topk=good.topk[:2])
+    with pytest.raises(StoreError, match=r"row 0: topk\.ids is \[2, 5\], expected \[3, 5\]"):
+        write(tmp_path / "fewer", of, [fewer])
+    unknown = with_topk(good, logsumexp=None)
+    with pytest.raises(StoreError, match=r"row 0: topk\.logsumexp is \[\], expected \[3, 1\]"):
+        write(tmp_path / "unknown", of, [unknown])
+
+
+def test_a_single_log_sum_exp_may_be_a_vector(tmp_path: Path) -> None:
+    one = sample(0, spec(), 3)
+    vector = replace(one, topk=one.topk.at(1.0))
+    assert vector.topk.logsumexp.shape == (3,)
+    (now,) = Store(write(tmp_path / "s", spec(), [vector]))
+    assert np.array_equal(now.topk.logsumexp, one.topk.logsumexp)

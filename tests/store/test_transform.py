@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_kd.store import Store, StoreError
+from nemo_kd.store import Store, StoreError, verify
 from nemo_kd.store.tools.stats import stats
 from nemo_kd.store.tools.transform import convert, merge, split
 from nemo_kd.teacher.plan import Workload, plan
@@ -44,8 +44,8 @@ def test_a_split_and_merged_store_has_the_same_bits(tmp_path: Path, profile: str
         expected |= bits(part, offset)
         offset += int(part.rows[-1]) + 1
     assert bits(merged) == expected
-    assert merged.verify() == []
-    assert [one["store"] for one in merged.manifest.spec.source["merged"]] == [
+    assert list(verify(merged)) == []
+    assert [one["store"] for one in merged.spec.source["merged"]] == [
         part.fingerprint for part in parts
     ]
 
@@ -68,13 +68,13 @@ def test_converting_to_the_same_profile_changes_nothing(tmp_path: Path, profile:
     convert(opened, tmp_path / "v", rows_per_shard=2)
     assert bits(Store(tmp_path / "v")) == bits(opened) and len(Store(tmp_path / "v").rows) == 7
     assert len(list((tmp_path / "v").glob("shard-*"))) == 4
-    with pytest.raises(StoreError, match="holds 5 logits a token, top_k is 6"):
+    with pytest.raises(StoreError, match="holds 5 logits per token, top_k is 6"):
         convert(opened, tmp_path / "u", top_k=6)
 
 
 def test_unlike_stores_are_not_merged(tmp_path: Path) -> None:
     one = Store(store(tmp_path / "a", spec()))
-    tokenizer = {**one.manifest.spec.tokenizer, "path": "elsewhere"}
+    tokenizer = {**one.spec.tokenizer, "path": "elsewhere"}
     moved = Store(store(tmp_path / "b", spec(tokenizer=tokenizer)))
     merge([one, moved], tmp_path / "fine")
     other = Store(store(tmp_path / "c", spec(teacher={"name": "other.nemo"})))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_kd.store import Store, StoreError
+from nemo_kd.store import Store, StoreError, verify
 from nemo_kd.store.layout import seal, token_checksum, word_sums
 from tests.store.samples import spec, store
 
@@ -34,8 +34,8 @@ def swap(values: Any, i: int) -> None:
 
 TEACHER_DAMAGE: dict[str, tuple[str, str, Callable[[Any, int], None], str]] = {
     "an id twice": ("topk_ids", "<u2", lambda v, i: v.__setitem__(i + 1, v[i]), "same id twice"),
-    "an id too large": ("topk_ids", "<u2", lambda v, i: v.__setitem__(i, 500), "out of place: 500"),
-    "rising": ("topk_logits", "<f2", swap, "logits must fall"),
+    "an id too large": ("topk_ids", "<u2", lambda v, i: v.__setitem__(i, 500), "nor absent: 500"),
+    "rising": ("topk_logits", "<f2", swap, "descending order"),
     "NaN": ("topk_logits", "<f2", lambda v, i: v.__setitem__(i, np.nan), "not a number"),
     "mass": (
         "topk_logits",
@@ -54,7 +54,7 @@ def test_a_broken_rule_is_named_with_row_and_position(tmp_path: Path, kind: str)
     directory = store(tmp_path / "s", spec())
     start = place(directory)
     edit(directory / "shard-00001" / f"{file}.bin", dtype, lambda values: change(values, start))
-    found = Store(directory).verify()
+    found = list(verify(Store(directory)))
     assert any(
         f"shard-00001/{file}.bin" == problem.file and "SHA-256" in problem.what for problem in found
     )
@@ -99,17 +99,17 @@ STORE_DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "spec": (
         lambda d: rewrite(d / "spec.json", lambda v: v.update(top_k=4)),
         "spec.json",
-        "not the spec",
+        "differs from the spec",
     ),
     "shard's entry": (
         lambda d: rewrite(d / "shard-00001/shard.json", lambda v: v.update(tokens=1)),
         "shard-00001/shard.json",
-        "not what manifest.json says",
+        "differs from the shard's entry",
     ),
     "manifest's version": (
         lambda d: rewrite(d / "manifest.json", lambda v: v.update(version=2)),
         "manifest.json",
-        "version 2, this nemo-kd reads 1",
+        "version 2, but this nemo-kd reads 1",
     ),
     "manifest's totals": (
         lambda d: rewrite(d / "manifest.json", lambda v: v["totals"].update(tokens=1)),
@@ -136,8 +136,8 @@ def test_damage_of_the_store_is_named_by_file(tmp_path: Path, kind: str) -> None
     directory = store(tmp_path / "s", spec())
     opened = Store(directory)
     damage(directory)
-    found = [problem for problem in opened.verify() if problem.file == file]
-    assert found and any(message in problem.what for problem in found), opened.verify()
+    found = [problem for problem in verify(opened) if problem.file == file]
+    assert found and any(message in problem.what for problem in found), list(verify(opened))
 
 
 def test_samples_out_of_order_are_found_though_their_checksums_fit(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_samples_out_of_order_are_found_though_their_checksums_fit(tmp_path: Pat
         "<i8",
         lambda values: values.__setitem__(slice(None), np.roll(values, 3)),
     )
-    found = [str(problem) for problem in Store(directory).verify()]
+    found = [str(problem) for problem in verify(directory)]
     assert any("shard-00001/rows.bin" in line and "out of order" in line for line in found)
 
 

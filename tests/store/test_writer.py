@@ -40,9 +40,9 @@ def test_a_failing_shard_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError), writer.shard(0) as out:
         out.add(sample(0, spec(), 2))
         raise RuntimeError
-    assert not writer.is_whole(0)
+    assert not writer.is_complete(0)
     assert not list((tmp_path / "s").glob("shard-*"))
-    with pytest.raises(StoreError, match="shards 0 of 1 are not there"):
+    with pytest.raises(StoreError, match="shards 0 of 1 are missing"):
         writer.finish(1)
     with pytest.raises(StoreError, match="the dump has not finished"):
         Store(tmp_path / "s")
@@ -56,7 +56,7 @@ def test_a_full_disk_keeps_what_is_whole(tmp_path: Path) -> None:
     def write(directory: Path) -> None:
         writer = StoreWriter(directory, of)
         for shard in range(3):
-            if not writer.is_whole(shard):
+            if not writer.is_complete(shard):
                 with writer.shard(shard) as out:
                     for one in samples[2 * shard : 2 * shard + 2]:
                         out.add(one)
@@ -85,8 +85,8 @@ def test_another_specification_is_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(StoreError) as refused:
         StoreWriter(tmp_path / "s", spec(top_k=4, teacher=teacher))
     message = str(refused.value)
-    assert "top_k: 5 there, 4 now" in message and "overwrite=true" in message
-    assert "teacher.name: 'teacher.nemo' there, 'other.nemo' now" in message
+    assert "top_k: 5 in the store, 4 now" in message and "overwrite=true" in message
+    assert "teacher.name: 'teacher.nemo' in the store, 'other.nemo' now" in message
     (tmp_path / "s" / "topk.jsonl").write_text("the same teacher's, for NeMo-Aligner")
     assert StoreWriter(tmp_path / "s", spec(top_k=4), overwrite=True).spec.top_k == 4
     assert [path.name for path in (tmp_path / "s").iterdir()] == ["spec.json"]
@@ -100,7 +100,7 @@ WRITER = """
     of = spec(rows_per_shard=2)
     writer = StoreWriter(Path(sys.argv[1]), of)
     for shard in range(60):
-        if not writer.is_whole(shard):
+        if not writer.is_complete(shard):
             with writer.shard(shard) as out:
                 for row in (2 * shard, 2 * shard + 1):
                     out.add(sample(row, of, 1 + row % 4))

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_kd.store import Store
+from nemo_kd.store import Store, verify
 from tests.conftest import Shared, program
 from tests.teacher.test_hf import same_files
 
@@ -32,7 +32,7 @@ def said(world: Path) -> dict[str, list[str]]:
 def test_a_logit_of_minus_infinity_is_an_absent_id(world: Path, profile: str) -> None:
     """The teacher has six ids, the store asks for 20, or for all 299."""
     store = Store(world / f"store-{profile}")
-    assert len(store) == 9 and not store.verify()
+    assert len(store) == 9 and not list(verify(store))
     for sample in store:
         present = sample.topk.ids >= 0
         assert np.array_equal(present, np.isfinite(sample.topk.logits))
@@ -83,7 +83,7 @@ def test_a_corrected_file_resumes_to_the_store_of_a_new_dump(
     world: Path, said: dict[str, list[str]], name: str
 ) -> None:
     same_files(world / name, world / f"{name}-fresh")
-    assert not Store(world / name).verify()
+    assert not list(verify(Store(world / name)))
     counts = {
         "mended": (2, 2, 3),
         "longer": (2, 3, 5),

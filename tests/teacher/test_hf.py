@@ -16,7 +16,7 @@ from hydra import compose, initialize_config_dir
 from nemo_kd.cli.teacher import check_kind
 from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.store import Store
-from nemo_kd.store.verify import verify
+from nemo_kd.store.tools.verify import verify
 from tests.conftest import ROOT, Script, metrics
 from tests.teacher.conftest import SETTINGS
 

@@ -93,13 +93,13 @@ def test_summary_names_mass_truncation_and_worst_rows() -> None:
     assert f"hold {held[1]:.3f} of the teacher's mass ({held[0]:.3f} at T = 2)" in text
     assert "truncated at data.max_seq_length=12: 1 of 1 rows" in text
     assert f"highest teacher loss (nats per token): 8 ({tally.worst[0].nll:.2f})" in text
-    assert "its best token is the label for 0.0% (" in text
+    assert "the teacher's best token is the label for 0.0% of tokens (" in text
     assert "the token before it for " in text and "perplexity of the labels " in text
     assert "WARNING" not in text  # of four tokens: chance
     for other in range(60):
         row, topk, _ = sample(other, spread=6.0)
         tally.add(row, replace(topk, ids=(topk.ids + 1) % V))
-    assert "WARNING: below 10%: is data.prompt_template" in tally.summary()
+    assert "WARNING: agreement is below 10%: check that data.prompt_template" in tally.summary()
 
 
 def test_absent_ids_do_not_count() -> None:

@@ -1,4 +1,4 @@
-"""Profiles: how the teacher's part of a sample is laid out on disk."""
+"""Profiles: how a sample's `TopK` is encoded on disk."""
 
 from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs.base import Codec

@@ -1,4 +1,4 @@
-"""What a profile must do: the teacher's part of a sample to arrays on disk, and back.
+"""The interface of a profile: a `TopK` to arrays on disk, and back.
 
 Entries of a row [K] beyond the ids that a teacher has, or that the profile keeps, are *absent*:
 id -1 and logit -inf, last in their row.
@@ -24,13 +24,13 @@ class Codec(ABC):
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
-    """The keys of `StoreSpec.profile_options` that the profile knows."""
+    """The keys of `StoreSpec.profile_options` that the profile has."""
 
     def __init__(self, spec: StoreSpec) -> None:
         unknown = sorted(set(spec.profile_options) - set(self.options))
         if unknown:
             known = ", ".join(self.options) or "none"
-            raise StoreError(f"profile {self.name} has no option {unknown}; it knows: {known}")
+            raise StoreError(f"profile {self.name} has no option {unknown}; its options: {known}")
         self.spec = spec
         self.temperatures = len(spec.temperatures)
         self.t1 = t1_index(spec.temperatures)
@@ -38,15 +38,15 @@ class Codec(ABC):
     @property
     @abstractmethod
     def dtypes(self) -> dict[str, type[np.generic]]:
-        """Field → dtype of its `.bin` file, in the order of the checksum; at most four."""
+        """Field → dtype of its `.bin` file, in the order of the seal's word sums; at most four."""
 
     @abstractmethod
     def encode(self, topk: TopK) -> Arrays:
-        """One flat array for each field. StoreError where the profile cannot hold the teacher."""
+        """One flat array for each field; StoreError if the profile cannot represent the teacher."""
 
     @abstractmethod
     def decode(self, arrays: Arrays, answers: int) -> TopK:
-        """Raises ValueError when the arrays cannot be those of A = `answers` tokens."""
+        """The teacher of A = `answers` tokens; ValueError if the arrays do not fit."""
 
     def topk(self, ids: Any, logits: Any, logsumexp: Any) -> TopK:
         """What `decode` returns, with the spec's temperatures."""
@@ -56,19 +56,19 @@ class Codec(ABC):
 
     @abstractmethod
     def bytes_per_token(self, kept: float) -> float:
-        """Of an answer token with `kept` ids, its tokens and indices left out."""
+        """Encoded bytes per answer token with `kept` ids, excluding tokens and indices."""
 
 
 def relative_logits(topk: TopK, t1: int) -> NDArray[np.float32]:
-    """`z - L` [A, K] float32, at most 0: rounding may put a probability a hair above 1."""
+    """`z - L` [A, K] float32, at most 0: rounding may put a probability slightly above 1."""
     relative: NDArray[np.float32] = topk.logits - topk.logsumexp[:, t1, None]
     return np.minimum(relative, np.float32(0), out=relative)
 
 
 def ragged(counts: NDArray[Any], width: int, filler: Any, values: NDArray[Any]) -> NDArray[Any]:
-    """[A, width] whose row a begins with the next `counts[a]` of `values`; the rest is filler.
+    """[A, width]: row a is the next `counts[a]` of `values`, followed by filler.
 
-    Raises ValueError when `counts` is not within [1, width] or does not sum to the values.
+    Raises ValueError if a count is outside [1, width] or the counts do not sum to `len(values)`.
     """
     counts = counts.astype(np.int64)
     if counts.size and (counts.min() < 1 or counts.max() > width):

@@ -1,4 +1,4 @@
-"""Rows of bits, all laid out alike: fields of any width, and rising numbers in unary.
+"""Bit-packed rows of one layout: fields of any width, and ascending numbers in unary.
 
 Bit j of a row is bit j % 8 (from the low end) of its byte j // 8; a field's low bit comes first.
 """
@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SPARE = 8  # bytes that a window may reach beyond the last row
-_NARROW = 25  # bits of a field that a window of 4 bytes holds wherever it begins
+SPARE = 8  # bytes that a window may extend beyond the last row
+_NARROW = 25  # widest field that a window of 4 bytes contains at any bit offset
 
 
 def put(bits: NDArray[np.uint8], offset: int, width: int, values: NDArray[Any]) -> None:
@@ -26,47 +26,47 @@ def put(bits: NDArray[np.uint8], offset: int, width: int, values: NDArray[Any]) 
 def get(
     padded: NDArray[np.uint8], stride: int, offset: int, width: int, count: int
 ) -> NDArray[Any]:
-    """[A, count] uint32 (uint64 from 26 bits on): the fields that `put` wrote.
+    """[A, count] uint32 (uint64 above 25 bits): the fields that `put` wrote.
 
     `padded` holds A rows of `stride` bytes, and `SPARE` bytes after them.
     """
     dtype = np.dtype("<u4" if width <= _NARROW else "<u8")
     rows = (len(padded) - SPARE) // stride
-    if width == 8 and offset % 8 == 0:  # bytes as they are: a vocabulary of about 256 K ids
+    if width == 8 and offset % 8 == 0:  # whole bytes: a vocabulary of about 256 K ids
         octets = padded[: rows * stride].reshape(rows, stride)
         return octets[:, offset // 8 : offset // 8 + count].astype(dtype)
-    places = offset + np.arange(count) * width
-    # Every byte begins a window of its own; picking windows costs a third of picking bytes.
+    starts = offset + np.arange(count) * width
+    # A window begins at every byte: picking windows takes a third of the time of picking bytes.
     windows: NDArray[Any] = np.ndarray((rows, stride), dtype, padded.data, strides=(stride, 1))
-    fields = windows[:, places >> 3]
-    fields >>= (places & 7).astype(dtype)
+    fields = windows[:, starts >> 3]
+    fields >>= (starts & 7).astype(dtype)
     fields &= dtype.type((1 << width) - 1)
     return fields
 
 
 def put_unary(bits: NDArray[np.uint8], offset: int, values: NDArray[np.int64]) -> None:
-    """For the i-th of `values` [A, n], rising in each row, set bit `offset + i + value`."""
+    """Set bit `offset + i + value` for the i-th of `values` [A, n], ascending in each row."""
     rows, count = values.shape
-    places = values + (offset + np.arange(count))
-    places += np.arange(rows)[:, None] * bits.shape[1]
-    bits.reshape(-1)[places] = 1
+    positions = values + (offset + np.arange(count))
+    positions += np.arange(rows)[:, None] * bits.shape[1]
+    bits.reshape(-1)[positions] = 1
 
 
-def get_unary(rows: NDArray[np.uint8], offset: int, count: int, most: int) -> NDArray[np.int64]:
-    """[A, count]: what `put_unary` wrote, values at most `most`, in `rows` [A, bytes].
+def get_unary(rows: NDArray[np.uint8], offset: int, count: int, largest: int) -> NDArray[np.int64]:
+    """[A, count]: what `put_unary` wrote to `rows` [A, bytes], values up to `largest`.
 
-    Raises ValueError where a row has not `count` bits set.
+    Raises ValueError if a row does not have `count` bits set.
     """
     first, skip = divmod(offset, 8)
     bits = np.unpackbits(rows[:, first:], axis=1, bitorder="little")
     bits[:, :skip] = 0
-    bits[:, skip + count + most :] = 0
+    bits[:, skip + count + largest :] = 0
     values = np.flatnonzero(bits.view(np.bool_))
     if values.size != len(rows) * count:
         raise ValueError(f"{values.size} numbers in {len(rows)} rows of {count}")
     values = values.reshape(len(rows), count)
     values -= np.arange(len(rows))[:, None] * bits.shape[1]
     values -= skip + np.arange(count)
-    if values.view(np.uint64).max(initial=0) > most:  # a negative one is a large one
-        raise ValueError(f"a row has not {count} numbers")
+    if values.view(np.uint64).max(initial=0) > largest:  # as unsigned, negative values are large
+        raise ValueError(f"a row does not have {count} numbers")
     return values

@@ -1,24 +1,24 @@
-"""Sorted ids in Elias–Fano code, 6 to 8-bit log-probabilities: a fixed number of bytes a token.
+"""Elias–Fano coded ids and 6 to 8-bit log-probabilities: a fixed number of bytes per token.
 
 At most 250 bytes for K = 100 and any vocabulary up to 262,144. A record, in bits:
 
     16         float16 of log(1 - mass), mass the K ids' probability
     16         float16 of R = max_i z_i - min_i z_i; its sign is set where ids are absent
-    K * l      the low l bits of each id, ids rising; l = floor(log2(V / K))
+    K * l      the low l bits of each id, ids ascending; l = floor(log2(V / K))
     K * c      a level for each id, in the same order
     m * 2      two more bits of level for the m = floor(K / 5) ids of the lowest levels
     K + H      bit i + (id_i >> l) is set for the i-th id; H = (V - 1) >> l
 
 with c the largest of 8, 7, 6 whose record has at most 2.5 K bytes, else 6. The level is
-`floor(2^c * ((max z - z) / R)^(2/3))`: steps are finer where the probability is. The two more
-bits go by rising level, ties by the lower id. Read, an id has the middle of its step, and all are
-scaled to `mass`, so that the rest beyond K is as exact as its float16. KL(stored || true) over
-the K and the rest is below 1e-4 nats on average (docs/store.md has it measured).
+`floor(2^c * ((max z - z) / R)^(2/3))`: steps are finer for more probable ids. The two further bits
+are in order of ascending level, then ascending id. The reader gives each id the middle of its step
+and scales all to `mass`, so that the tail beyond K is as exact as its float16. KL(stored || true)
+over the K ids and the tail is below 1e-4 nats on average (measured in docs/store.md).
 
-Where the teacher has fewer than K ids, the others are of the highest level, which is theirs alone:
-R is larger by `(2^c / (2^c - 1))^(3/2)`, so that the ids that are there stay below it.
+Absent entries have the highest level, which no other id has then: R is enlarged by
+`(2^c / (2^c - 1))^(3/2)`, so that the levels of present ids stay below it.
 
-The log-sum-exp at T = 1 is read as 0, the others are stored, float32, relative to it.
+The log-sum-exp at T = 1 reads as 0; the others are stored as float32, relative to it.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from nemo_kd.topk import ABSENT_ID, TopK
 FINER_SHARE = 5  # one id in five has a finer level
 FINER_BITS = 2
 BYTES_PER_ID = 2.5
-_HALVES = 32  # bits of the two float16 in front
+_HALVES = 32  # bits of the two leading float16
 
 
 class Compact(Codec):
@@ -46,7 +46,7 @@ class Compact(Codec):
         super().__init__(spec)
         self.k, self.finer = spec.top_k, spec.top_k // FINER_SHARE
         self.low_bits = (spec.vocab_size // spec.top_k).bit_length() - 1
-        self.most_high = (spec.vocab_size - 1) >> self.low_bits
+        self.max_high = (spec.vocab_size - 1) >> self.low_bits
         fits = [c for c in (8, 7) if self._bytes(c) <= BYTES_PER_ID * self.k]
         self.level_bits = max(fits, default=6)
         self.highest = (1 << self.level_bits) - 1
@@ -54,7 +54,7 @@ class Compact(Codec):
         self.levels_at = _HALVES + self.k * self.low_bits
         self.finer_at = self.levels_at + self.k * self.level_bits
         self.high_at = self.finer_at + self.finer * FINER_BITS
-        # Read, levels are in halves of a finest step: the middle of any step is a whole number.
+        # The reader counts in halves of a finest step: the middle of any step is an integer.
         self.unit_bits = self.level_bits + FINER_BITS + 1
         self.id_bits = (spec.vocab_size - 1).bit_length()
         narrow = self.unit_bits + self.id_bits <= 32
@@ -62,7 +62,7 @@ class Compact(Codec):
 
     def _bytes(self, level_bits: int) -> int:
         bits = _HALVES + self.k * (self.low_bits + level_bits) + self.finer * FINER_BITS
-        return -(-(bits + self.k + self.most_high) // 8)
+        return -(-(bits + self.k + self.max_high) // 8)
 
     @property
     def dtypes(self) -> dict[str, type[np.generic]]:
@@ -71,10 +71,10 @@ class Compact(Codec):
     def encode(self, topk: TopK) -> Arrays:
         relative = relative_logits(topk, self.t1)
         levels, ranges = self._finest_levels(relative)
-        ids = np.maximum(topk.ids, 0)  # of absent places any, and any number of times
+        ids = np.maximum(topk.ids, 0)  # absent entries may have any id, any number of times
         ids, levels = sort_pairs(ids, levels, self.level_bits + FINER_BITS)
         coarse = levels >> FINER_BITS
-        # No two have level and id alike: what is sorted along with them never decides.
+        # No two entries share level and id, so the finer bits never decide the order.
         by_level = coarse << self.id_bits | ids
         _, finer = sort_pairs(by_level, levels & ((1 << FINER_BITS) - 1), FINER_BITS)
         bits = np.zeros((len(ids), self.record_bytes * 8), np.uint8)
@@ -95,7 +95,7 @@ class Compact(Codec):
             raise ValueError(f"{len(arrays['records'])} bytes of records, expected {size}")
         padded = np.concatenate([arrays["records"], np.zeros(SPARE, np.uint8)])
         records = padded[:size].reshape(answers, self.record_bytes)
-        high = get_unary(records, self.high_at, self.k, self.most_high)
+        high = get_unary(records, self.high_at, self.k, self.max_high)
         low = self._get(padded, _HALVES, self.low_bits, self.k)
         ids = high.astype(self.dtype) << self.dtype.type(self.low_bits) | low
         units, ids = self._units(padded, ids)
@@ -116,8 +116,7 @@ class Compact(Codec):
     def _finest_levels(
         self, relative: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """([A, K] levels of c + 2 bits, [A] R, below 0 where ids are absent); R is what its
-        float16 holds."""
+        """Levels of c + 2 bits [A, K], and R [A] rounded to float16, negative if ids are absent."""
         below = relative.max(axis=1, keepdims=True) - relative
         absent = np.isinf(below)
         some = absent.any(axis=1)
@@ -135,14 +134,14 @@ class Compact(Codec):
     def _units(
         self, padded: NDArray[np.uint8], ids: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """(levels in half finest steps, ids), both [A, K], by rising level, ties by lower id."""
+        """Levels in half finest steps and ids [A, K], by ascending level, then ascending id."""
         one, middle = self.dtype.type(1), self.dtype.type(1 << FINER_BITS)
         coarse = self._get(padded, self.levels_at, self.level_bits, self.k)
         coarse, ids = sort_pairs(coarse, ids, self.id_bits)
         units = (coarse << self.dtype.type(FINER_BITS + 1)) + middle
         finer = self._get(padded, self.finer_at, FINER_BITS, self.finer)
         units[:, : self.finer] += finer + finer + one - middle
-        # Only what shares a level with the last finer one, or lies before it, changes places.
+        # Only entries up to the last that shares a level with the last finer one can move.
         end = self.finer
         while 0 < end < self.k and (coarse[:, end] == coarse[:, self.finer - 1]).any():
             end += 1
@@ -156,7 +155,7 @@ class Compact(Codec):
         ranges: NDArray[np.float32],
         absent: NDArray[np.bool_] | None,
     ) -> NDArray[np.float32]:
-        """[A, K]: `max z - z = R u^(3/2)`, u the place among the levels, scaled to the mass; -inf
+        """[A, K]: z from `max z - z = R u^(3/2)`, u the level in [0, 1), scaled to the mass; -inf
         where `absent`."""
         u = units.astype(np.float32) * np.float32(0.5**self.unit_bits)
         logits: NDArray[np.float32] = u * np.sqrt(u) * -ranges
@@ -166,7 +165,7 @@ class Compact(Codec):
         return logits
 
     def _relative_logsumexp(self, logsumexp: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[A, T - 1]: `L_T - L / T`, that of the log-probabilities, for each T but 1."""
+        """[A, T - 1]: `L_T - L / T`, the log-sum-exp of the log-probabilities, for each T but 1."""
         unit = logsumexp[:, self.t1, None]
         relative = logsumexp - unit / np.array(self.spec.temperatures, np.float32)
         return np.delete(relative, self.t1, axis=1)
@@ -179,9 +178,9 @@ class Compact(Codec):
 def sort_pairs(
     major: NDArray[Any], minor: NDArray[Any], minor_bits: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Each row of both by rising (major, minor): one sort of numbers, with no index to follow.
+    """Both arrays with each row in ascending order of (major, minor), by one sort without indices.
 
-    Integers of one dtype, wide enough for both.
+    The arrays are integers of one dtype, wide enough for the bits of both.
     """
     shift = major.dtype.type(minor_bits)
     joined = major << shift | minor
@@ -190,7 +189,7 @@ def sort_pairs(
 
 
 def _log_rest(relative: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[A]: log(1 - sum_i exp(z_i - L)); -inf where rounding leaves nothing."""
+    """[A]: log(1 - Σ_i exp(z_i - L)); -inf where rounding leaves nothing."""
     rest = 1 - np.exp(relative, dtype=np.float64).sum(axis=1)
     logs = np.full(len(rest), -np.inf, np.float32)
     np.log(rest, out=logs, where=rest > 0, casting="same_kind")

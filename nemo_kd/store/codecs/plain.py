@@ -1,11 +1,11 @@
-"""ids as they are, float16 log-probabilities, float32 log-sum-exp: 4 K + 4 T bytes a token.
+"""Unencoded ids, float16 log-probabilities, float32 log-sum-exp: 4 K + 4 T bytes per token.
 
     stored = float16(z - L)        L = log sum_v exp(z_v), at T = 1
     z      = float32(stored) + L
 
-Error of a log-probability: half a float16 step, 2^-11 of its size; below 0.004 nats down to
-p = exp(-16). With more than 65,536 ids an id takes 4 bytes: 6 K + 4 T bytes a token.
-Absent places are held, as float16 -inf.
+A log-probability's error is at most half a float16 step, 2^-11 of its size: below 0.004 nats down
+to p = exp(-16). In a vocabulary of more than 65,536 an id takes 4 bytes: 6 K + 4 T bytes per token.
+Absent entries are stored as float16 -inf.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Plain(Codec):
         logsumexp = arrays["lse"].reshape(answers, self.temperatures).copy()
         half = arrays["topk_logits"].reshape(shape)
         logits = from_half(half, logsumexp[:, self.t1, None])
-        if np.maximum.reduce(half[:, -1], initial=0) >= HALF_MINUS_INFINITY:  # the largest uint16
+        if np.maximum.reduce(half[:, -1], initial=0) >= HALF_MINUS_INFINITY:
             ids[half == HALF_MINUS_INFINITY] = ABSENT_ID
         return self.topk(ids, logits, logsumexp)
 
@@ -59,7 +59,7 @@ def id_dtype(spec: StoreSpec) -> type[np.generic]:
 
 
 def pack_ids(ids: NDArray[np.int64], dtype: type[np.generic]) -> NDArray[Any]:
-    """An id of 2^31 or more keeps its 32 bits under the sign of int32; absent becomes all ones."""
+    """Ids as uint16, or their low 32 bits as int32; an absent id becomes all ones."""
     if dtype == np.int32:
         return ids.astype(np.uint32).view(np.int32)
     return ids.astype(dtype)
@@ -71,7 +71,7 @@ def unpack_ids(packed: NDArray[Any]) -> NDArray[np.int64]:
 
 def to_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
     """float16 bits, rounded to nearest even; torch's conversion is vectorised, numpy's is not."""
-    import torch  # takes a second, and not every command of `nemo-kd` reads samples
+    import torch  # takes a second, and not every command of `nemo-kd` needs it
 
     bits: NDArray[np.uint16] = torch.from_numpy(values).half().numpy().view(np.uint16)
     return bits
@@ -81,6 +81,6 @@ def from_half(bits: NDArray[np.uint16], added: NDArray[np.float32]) -> NDArray[n
     """float32(bits) + added, `added` broadcast."""
     import torch
 
-    half = torch.from_numpy(bits.view(np.float16).copy())  # torch wants memory it may write
+    half = torch.from_numpy(bits.view(np.float16).copy())  # torch warns of read-only memory
     sums: NDArray[np.float32] = torch.add(half, torch.from_numpy(added)).numpy()
     return sums

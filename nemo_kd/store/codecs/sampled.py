@@ -1,12 +1,12 @@
-"""K draws from the teacher's whole distribution: the ids that came up, and how often.
+"""K draws from the teacher's full distribution: the distinct ids and how often each was drawn.
 
-    p_hat(v) = count_v / K,   E[p_hat(v)] = p(v);   1 + 3 distinct bytes a token
+    p_hat(v) = count_v / K,   E[p_hat(v)] = p(v);   1 + 3 · distinct bytes per token
 
 After *Sparse Logit Sampling* (Anshumann et al. 2025, arXiv 2503.16870): top-K keeps a biased
-distribution, this one is right on average, and so is the gradient of a forward KL, in which the
-teacher enters linearly. `top_k` is the number of draws. The teacher handed in has logits
-`log(count / K)`, falling, and log-sum-exp 0; ids that did not come up are absent. An entry is
-the number `id * K + count - 1` in the fewest bytes: 3 where vocab_size * K is at most 2^24.
+distribution; draws are unbiased, and so is the gradient of a forward KL, which is linear in the
+teacher. `top_k` is the number of draws. The encoded `TopK` has logits `log(count / K)` and
+log-sum-exp 0; entries beyond the distinct ids are absent. An id is stored as the number
+`id * K + count - 1` in the fewest bytes: 3 if vocab_size * K is at most 2^24.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_kd.store.codecs.base import Arrays, Codec, ragged
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import ABSENT_ID, TopK
 
-MOST_DRAWS = 255
+MAX_DRAWS = 255
 
 
 class Sampled(Codec):
@@ -30,14 +30,14 @@ class Sampled(Codec):
 
     def __init__(self, spec: StoreSpec) -> None:
         super().__init__(spec)
-        if spec.top_k > MOST_DRAWS:
+        if spec.top_k > MAX_DRAWS:
             raise StoreError(
-                f"profile sampled has at most {MOST_DRAWS} draws a token, top_k is {spec.top_k}"
+                f"profile sampled has at most {MAX_DRAWS} draws per token, top_k is {spec.top_k}"
             )
         if spec.temperatures != (1.0,):
             raise StoreError(
-                "profile sampled holds draws at temperature 1.0 alone; leave temperatures at "
-                f"[1.0], not {list(spec.temperatures)}"
+                "profile sampled holds draws at temperature 1.0 only; leave temperatures at [1.0], "
+                f"not {list(spec.temperatures)}"
             )
         self.width = -(-(spec.vocab_size * spec.top_k - 1).bit_length() // 8)
 
@@ -51,8 +51,8 @@ class Sampled(Codec):
         counts = np.rint(shares * draws).astype(np.int64)
         if (counts.sum(axis=1) != draws).any() or topk.logsumexp.any():
             raise StoreError(
-                f"profile sampled takes counts of {draws} draws, as logits log(count / {draws}) "
-                "and log-sum-exp 0; a top-K teacher cannot be turned into draws"
+                f"profile sampled takes the counts of {draws} draws, as logits "
+                f"log(count / {draws}) with log-sum-exp 0; a top-K teacher cannot become draws"
             )
         drawn = counts > 0
         numbers = (topk.ids[drawn] * draws + counts[drawn] - 1).astype("<u8")

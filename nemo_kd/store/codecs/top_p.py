@@ -1,9 +1,10 @@
-"""As `plain`, but of each token only the fewest ids that hold probability `p`, at most K.
+"""Like `plain`, with only the fewest ids per token that hold probability `p`, at most K.
 
-    kept = min { k : sum_{i<k} exp(z_i - L) >= p }, at most K;  2 + 4 kept + 4 T bytes a token
+    kept = min { k : Σ_{i<k} exp(z_i - L) >= p }, at most K;  2 + 4 kept + 4 T bytes per token
 
-The option `p` is in (0, 1]. What is not kept belongs to the rest, as what is beyond K does; the
-places are absent when read. With more than 65,536 ids: 2 + 6 kept + 4 T bytes.
+The option `p` is in (0, 1]. The ids that are not kept count towards the tail, as those beyond K
+do; the reader returns absent entries for them. In a vocabulary of more than 65,536:
+2 + 6 kept + 4 T bytes.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from nemo_kd.store.codecs.plain import (
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import ABSENT_ID, TopK
 
-MOST_KEPT = (1 << 16) - 1
+MAX_KEPT = (1 << 16) - 1
 
 
 class TopP(Codec):
@@ -34,9 +35,9 @@ class TopP(Codec):
         super().__init__(spec)
         p = spec.profile_options.get("p")
         if not isinstance(p, int | float) or not 0 < p <= 1:
-            raise StoreError(f"profile top_p wants the option p in (0, 1], not {p!r}")
-        if spec.top_k > MOST_KEPT:
-            raise StoreError(f"profile top_p keeps at most {MOST_KEPT} ids, top_k is {spec.top_k}")
+            raise StoreError(f"profile top_p needs the option p in (0, 1], not {p!r}")
+        if spec.top_k > MAX_KEPT:
+            raise StoreError(f"profile top_p keeps at most {MAX_KEPT} ids, top_k is {spec.top_k}")
         self.p = float(p)
 
     @property
@@ -52,7 +53,7 @@ class TopP(Codec):
         relative = relative_logits(topk, self.t1)
         mass = np.exp(relative, dtype=np.float64).cumsum(axis=1)
         present = np.isfinite(relative)
-        # One more than those before which p is not yet reached; what is absent cannot be kept.
+        # The ids before p is reached and the one that reaches it; absent entries are never kept.
         kept = np.minimum((mass < self.p).sum(axis=1) + 1, present.sum(axis=1))
         chosen = np.arange(self.spec.top_k) < kept[:, None]
         return {

@@ -1,18 +1,17 @@
-"""Whether the labels are what the teacher says: measured, and expected of the teacher's own draws.
+"""Agreement of the labels with the teacher: measured, and expected if the teacher drew the labels.
 
     agreement   mean of 1[top1_t = y_t]     expected   mean of p_t(top1_t)
     surprise    mean of f_t(y_t)            expected   mean of E_{v ~ p_t} f_t(v)
 
-    f_t(v) = -log p_t(v) of a kept id, -log min(p_t(last kept), rest_t) of another: the least that
-             it can be
+    f_t(v) = -log p_t(v) for a kept id, its lower bound -log min(p_t(last kept), rest_t) for others
 
 over answer tokens t with labels y_t. If each label were drawn from the teacher, measured and
-expected would differ by chance alone, with a variance that p_t gives: so a weak teacher is judged
-by what it claims, as a strong one is. Agreement with the token before the label and after it shows
-rows that are shifted.
+expected values would differ only by chance, with a variance that follows from p_t. A weak teacher
+is therefore judged by its own confidence, as a strong one is. Agreement with the token before or
+after the label reveals rows that are shifted.
 
-Of draws (profile `sampled`) the share of a token's K draws that are the label takes the place of
-1[...]; expected of it is `Σ_v c_v (c_v - 1) / K^2`, c_v the draws of v, which is at most
+For draws (profile `sampled`) the fraction of a token's K draws that equal the label replaces
+1[...]; its expected value is `Σ_v c_v (c_v - 1) / K^2`, c_v the draws of v, which is at most
 `Σ_v p_v^2` on average. Their surprise is not measured: most labels are not among the draws.
 """
 
@@ -28,63 +27,63 @@ from numpy.typing import NDArray
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.tools.probabilities import Rows, log_probabilities, rest_of
 
 ROUNDING = 1e-3
-"""Of the kept ids' probability; a rest below it is not known."""
+"""Of the kept ids' total probability; a smaller rest is noise."""
 
 ERRORS = 3.0
-"""Standard errors that chance is not taken to explain."""
+"""Differences beyond this many standard errors are not attributed to chance."""
 
 SHIFT = 2.0
-"""Shifted: so many times the labels' agreement is that with the token beside them."""
+"""Rows count as shifted if agreement with an adjacent token is this many times as high."""
 
 LOW_AGREEMENT = 0.1
 HIGH_PERPLEXITY = 100.0
-"""Of its own: whoever knows the language is surer, however weak. Untrained, or of other tokens."""
-FEW_TOKENS = 30
-"""Fewer may all be hard ones."""
+"""Of the teacher's own draws. Even a weak model of the language is below it; one that is untrained,
+or has another tokenizer, is not."""
+MIN_TOKENS = 30
+"""Fewer tokens may all be hard ones."""
 
 FAR_BELOW = 0.1
 WRONG = 2.0
 RIGHT = 3.0
-"""Far below what is expected: by 10 points at least, and twice as often wrong or a third as often
-right as the teacher claims."""
+"""Agreement is far below its expected value if it is lower by at least 10 points, and the teacher
+is wrong twice as often, or right a third as often, as expected."""
 
 EXCESS = 2.0
-"""Nats a token by which labels surprise more than the teacher's own draws would."""
+"""Nats per token by which the labels' surprise exceeds that of the teacher's own draws."""
 
 ASK = (
-    "is data.prompt_template the one that the teacher was trained on, and is this its tokenizer? "
-    "`nemo-kd show` shows rows"
+    "check that data.prompt_template is the one the teacher was trained on and that this is its "
+    "tokenizer; `nemo-kd show` displays rows"
 )
-
-Rows = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """Sums over answer tokens; those of other samples are added with `+`."""
+    """Sums over answer tokens; `+` adds those of other samples."""
 
     tokens: float = 0.0
     agreed: float = 0.0
     expected: float = 0.0
     variance: float = 0.0
-    """Of `agreed` about `expected`, were the labels the teacher's draws."""
+    """Variance of `agreed` if the labels were the teacher's draws."""
 
     surprise_tokens: float = 0.0
-    """Those of `surprise` and `entropy`: none of draws."""
+    """Tokens in `surprise` and `entropy`: none for draws."""
     surprise: float = 0.0
-    """Of the labels; nats."""
+    """Surprise of the labels, in nats."""
     surprise_squares: float = 0.0
     entropy: float = 0.0
-    """What is expected of it: at most the teacher's entropy."""
+    """Expected surprise, at most the teacher's entropy."""
 
     earlier: float = 0.0
     """Agreement with the token before the label."""
     earlier_gain: float = 0.0
-    """`earlier` less the agreement with the labels."""
+    """`earlier` minus the agreement with the labels."""
     earlier_squares: float = 0.0
-    """Squares of what `earlier_gain` sums."""
+    """Squares of the terms of `earlier_gain`."""
 
     later: float = 0.0
     later_gain: float = 0.0
@@ -96,10 +95,10 @@ class Agreement:
 
     @classmethod
     def of_sample(cls, sample: Sample, spec: StoreSpec) -> Agreement:
-        """One sample's answer tokens."""
-        topk = sample.topk
-        log_p = topk.logits.astype(np.float64) - topk.at(1.0).logsumexp[:, None]
-        return cls.of_row(sample.input_ids, sample.answer_positions(), topk.ids, log_p, spec)
+        """The sums of one sample."""
+        log_p = log_probabilities(sample.topk)
+        ids = sample.topk.ids
+        return cls.of_row(sample.input_ids, sample.answer_positions(), ids, log_p, spec)
 
     @classmethod
     def of_row(
@@ -110,23 +109,23 @@ class Agreement:
         log_p: Rows,
         spec: StoreSpec,
     ) -> Agreement:
-        """input_ids [S], positions [A] of the answer tokens, ids and log-probabilities [A, K]."""
+        """input_ids [S], positions [A] of the answer tokens, ids and log_p [A, K] → their sums."""
         if not positions.size:
             return cls()
         p = np.exp(log_p)
         draws = spec.profile == Sampled.name
-        after = np.append(input_ids, -2)  # no token follows the last one
-        here, earlier, later = (
-            _agreed(ids, p, after[positions + shift], draws) for shift in (0, -1, 1)
+        padded = np.append(input_ids, -2)  # no token follows the last one
+        agreed, earlier, later = (
+            _agreed(ids, p, padded[positions + shift], draws) for shift in (0, -1, 1)
         )
         expected = (p * (p - 1 / spec.top_k)).sum(1) if draws else p[:, 0]
         of_labels, own = (
             (np.zeros(0), np.zeros(0)) if draws else _surprise(ids, log_p, input_ids[positions])
         )
-        before, behind = earlier - here, later - here
+        earlier_gain, later_gain = earlier - agreed, later - agreed
         return cls(
             tokens=len(positions),
-            agreed=here.sum(),
+            agreed=agreed.sum(),
             expected=expected.sum(),
             variance=(expected * (1 - expected)).sum(),
             surprise_tokens=len(of_labels),
@@ -134,32 +133,32 @@ class Agreement:
             surprise_squares=(of_labels**2).sum(),
             entropy=own.sum(),
             earlier=earlier.sum(),
-            earlier_gain=before.sum(),
-            earlier_squares=(before**2).sum(),
+            earlier_gain=earlier_gain.sum(),
+            earlier_squares=(earlier_gain**2).sum(),
             later=later.sum(),
-            later_gain=behind.sum(),
-            later_squares=(behind**2).sum(),
+            later_gain=later_gain.sum(),
+            later_squares=(later_gain**2).sum(),
         )
 
     def __str__(self) -> str:
-        """All that is measured, in one clause."""
+        """The measured and expected values, in one clause."""
         n = max(self.tokens, 1.0)
         text = (
-            f"{self._subject} the label for {self.agreed / n:.1%} ({self.expected / n:.1%} if "
-            f"labels were its own draws), the token before it for {self.earlier / n:.1%}, the "
-            f"token after it for {self.later / n:.1%}"
+            f"{self._subject} the label for {self.agreed / n:.1%} of tokens "
+            f"({self.expected / n:.1%} expected), the token before it for "
+            f"{self.earlier / n:.1%}, the token after it for {self.later / n:.1%}"
         )
         if not self.surprise_tokens:
             return text
         labels, own = (math.exp(x / self.surprise_tokens) for x in (self.surprise, self.entropy))
-        return f"{text}; perplexity of the labels {labels:.2f} ({own:.2f} of its own draws)"
+        return f"{text}; perplexity of the labels {labels:.2f} ({own:.2f} expected)"
 
     @property
     def _subject(self) -> str:
-        return "its best token is" if self.surprise_tokens else "its draws are"
+        return "the teacher's best token is" if self.surprise_tokens else "the teacher's draws are"
 
     def to_json(self) -> dict[str, float]:
-        """Means; perplexities where they are measured."""
+        """Means over tokens; perplexities if they are measured."""
         n = max(self.tokens, 1.0)
         values = {
             "agreement": self.agreed / n,
@@ -173,20 +172,20 @@ class Agreement:
         return {name: round(float(value), 4) for name, value in values.items()}
 
     def warning(self) -> str:
-        """What these labels say against the teacher's rows; empty when all is well."""
+        """The reason to doubt the teacher's rows; empty if there is none."""
         for where, found in (("before", self._is_earlier()), ("after", self._is_later())):
             if found and not self._knows_nothing():
                 return (
-                    "the teacher's rows look shifted by one position: each is that of the token "
-                    f"{where}: {self}. The row of a token must be what the teacher says before it "
-                    "has seen that token"
+                    "the teacher's rows look shifted by one position: each predicts the token "
+                    f"{where} its label: {self}. A token's row must be the teacher's prediction "
+                    "of that token"
                 )
         if self._agreement_is_low():
-            return f"below {LOW_AGREEMENT:.0%}: {ASK} ({self})"
+            return f"agreement is below {LOW_AGREEMENT:.0%}: {ASK} ({self})"
         if self._knows_nothing():
-            return f"its own perplexity is above {HIGH_PERPLEXITY:.0f}: {ASK} ({self})"
+            return f"the teacher's own perplexity is above {HIGH_PERPLEXITY:.0f}: {ASK} ({self})"
         if self._is_far_below() or self._surprises_far_more():
-            return f"the labels are not what this teacher says: {ASK} ({self})"
+            return f"the teacher does not predict these labels: {ASK} ({self})"
         return ""
 
     def _is_earlier(self) -> bool:
@@ -196,17 +195,17 @@ class Agreement:
         return self._is_beside(self.later, self.later_gain, self.later_squares)
 
     def _is_beside(self, agreed: float, gain: float, squares: float) -> bool:
-        """Whether the token beside the label is the one that the teacher means."""
-        surely = gain > ERRORS * math.sqrt(squares)
-        return surely and agreed > max(SHIFT * self.agreed, LOW_AGREEMENT * self.tokens)
+        """Whether the teacher predicts the token beside the label instead."""
+        significant = gain > ERRORS * math.sqrt(squares)
+        return significant and agreed > max(SHIFT * self.agreed, LOW_AGREEMENT * self.tokens)
 
     def _agreement_is_low(self) -> bool:
         count = LOW_AGREEMENT * self.tokens
         return self.agreed + ERRORS * math.sqrt(count * (1 - LOW_AGREEMENT)) < count
 
     def _knows_nothing(self) -> bool:
-        many = self.surprise_tokens >= FEW_TOKENS
-        return many and self.entropy > math.log(HIGH_PERPLEXITY) * self.surprise_tokens
+        enough = self.surprise_tokens >= MIN_TOKENS
+        return enough and self.entropy > math.log(HIGH_PERPLEXITY) * self.surprise_tokens
 
     def _is_far_below(self) -> bool:
         below = self.expected - self.agreed
@@ -219,12 +218,12 @@ class Agreement:
         )
 
     def _surprises_far_more(self) -> bool:
-        least = self.surprise - self.entropy - ERRORS * math.sqrt(self.surprise_squares)
-        return least > 0 and self.surprise - self.entropy > EXCESS * self.surprise_tokens
+        lower_bound = self.surprise - self.entropy - ERRORS * math.sqrt(self.surprise_squares)
+        return lower_bound > 0 and self.surprise - self.entropy > EXCESS * self.surprise_tokens
 
 
 def _agreed(ids: NDArray[np.int64], p: Rows, labels: NDArray[Any], draws: bool) -> Rows:
-    """[A]: 1 where the first id is the label; of draws the share of them that is."""
+    """[A]: 1 where the first id is the label; for draws, the fraction of them that are."""
     if draws:
         return np.where(ids == labels[:, None], p, 0.0).sum(1)
     return (ids[:, 0] == labels).astype(np.float64)
@@ -234,7 +233,7 @@ def _surprise(ids: NDArray[np.int64], log_p: Rows, labels: NDArray[Any]) -> tupl
     """(f_t(y_t), E f_t) [A], nats."""
     present = np.isfinite(log_p)
     p, f = np.exp(log_p), -np.where(present, log_p, 0.0)
-    rest = np.clip(1 - p.sum(1), 0, None)
+    rest = rest_of(p)
     last = np.where(present, p, np.inf).min(1)
     other = -np.log(np.minimum(last, np.maximum(rest, ROUNDING)))
     hit = ids == labels[:, None]

@@ -1,15 +1,15 @@
-"""One teacher out of several: the mixture of their probabilities over the same tokens.
+"""Average several teachers: the mixture of their probabilities over the same tokens.
 
-    m(v) = Σ_a w_a p_a(v),    p_a(v) = exp(z_a(v) - L_a) where teacher a kept v, else 0
+    m(v) = Σ_a w_a p_a(v),    p_a(v) = exp(z_a(v) - L_a) if teacher a kept v, else 0
 
-Of an id that a teacher did not keep, nothing is known but that it is at most as likely as the last
-one kept. So it adds nothing to m(v): its probability stays where the teacher's store has it, in
-the rest, and the rest of the mixture `1 - Σ m(v)` is never less than the weighted rests. Hence
+An id that a teacher did not keep is known only to be no more likely than the last one kept. It adds
+nothing to m(v): its probability remains in that teacher's rest, and the rest of the mixture
+`1 - Σ m(v)` is never less than the weighted rests. Hence
 
     m(v) <= Σ_a w_a (p_a(v) over all V) <= m(v) + Σ_{a without v} w_a p_a(last kept)
 
-with equality on the left for ids that every teacher kept, and so everywhere at K = V. Logits are
-`log m`, the log-sum-exp is 0: `exp(logit - lse)` is the mixture's probability.
+with equality on the left for ids that every teacher kept, and so for all ids at K = V. Logits are
+`log m` and the log-sum-exp is 0: `exp(logit - lse)` is the mixture's probability.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
+from nemo_kd.store.tools.probabilities import log_probabilities
 from nemo_kd.store.tools.transform import Progress, refuse_own_source, write_samples
 from nemo_kd.topk import ABSENT_ID, TopK
 
@@ -40,30 +41,30 @@ def average(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """One store of the teachers' mixture, the K largest of each token, sample by sample.
+    """Write the mixture of several stores' teachers over the same samples.
 
-    K, profile, shards, template and source are the first store's; `spec.teacher` says what was
-    averaged. Weights count as shares of their sum. The temperature is 1.0 alone: the log-sum-exp
-    of a mixture at another one does not follow from the teachers' own.
+    K, profile, shards, template and source are the first store's; `spec.teacher` records the
+    stores and their weights, which are normalised by their sum. The temperature is 1.0 only: the
+    mixture's log-sum-exp at another one does not follow from the teachers'.
 
-    StoreError where tokens, rows, tokenizer or vocabulary differ: it names the row or the field.
+    Errors: StoreError that names the row or field in which the stores differ.
     """
     refuse_own_source(stores, [directory])
     shares = _shares(weights, stores)
     for other in stores[1:]:
         _refuse_other_rows(stores[0], other)
-    first = stores[0].manifest.spec
+    first = stores[0].spec
     spec = replace(first, temperatures=(1.0,), teacher=_description(stores, shares))
     samples = _averaged(stores, shares, first.top_k)
     return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
 
 
 def mix(teachers: Sequence[TopK], weights: Sequence[float], top_k: int) -> TopK:
-    """The `top_k` likeliest ids of the mixture; weights sum to 1.
+    """The `top_k` most probable ids of the mixture; weights sum to 1.
 
-    Each teacher: ids and logits [A, K_a], log-sum-exp [A, T] with T = 1 among its temperatures.
-    Returns ids [A, K], logits `log m` [A, K] by falling value, ties by the lower id, and the
-    log-sum-exp 0 [A, 1]. At least one teacher has `K_a >= top_k`.
+    Teachers have ids and logits [A, K_a], and a log-sum-exp at T = 1. Returns ids [A, K], logits
+    `log m` [A, K] in descending order, ties by ascending id, and the log-sum-exp 0 [A, 1]. At
+    least one teacher has `K_a >= top_k`.
     """
     parts = [math.log(w) + _log_p(one) for one, w in zip(teachers, weights, strict=True)]
     ids = np.concatenate([one.ids for one in teachers], axis=1)  # [A, M]
@@ -80,17 +81,17 @@ def mix(teachers: Sequence[TopK], weights: Sequence[float], top_k: int) -> TopK:
 
 
 def _log_p(topk: TopK) -> NDArray[np.float64]:
-    """[A, K]: log-probabilities; those that rounding lets sum to more than 1 are scaled to 1."""
-    log_p: NDArray[np.float64] = topk.logits.astype(np.float64) - topk.at(1.0).logsumexp[:, None]
+    """[A, K]: log-probabilities, scaled to sum to 1 where rounding makes them sum to more."""
+    log_p = log_probabilities(topk)
     return log_p - np.maximum(np.logaddexp.reduce(log_p, axis=1, keepdims=True), 0)
 
 
 def _add_equal(
     ids: NDArray[np.int64], log_p: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Rows of rising ids [A, M]: the probabilities of equal ids added, in the first's place.
+    """Rows of ascending ids [A, M] with the probabilities of equal ids added into the first.
 
-    The places of the others are absent.
+    The other entries of that id become absent.
     """
     first = np.ones(ids.shape, np.bool_)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -108,8 +109,8 @@ def _averaged(stores: Sequence[Store], weights: Sequence[float], top_k: int) -> 
                 if not np.array_equal(getattr(first, name), getattr(other, name)):
                     raise StoreError(
                         f"row {first.row}: {name} in {stores[0].directory} and in "
-                        f"{store.directory} differ; only stores over the same tokens can be "
-                        "averaged: dump both with one tokenizer, template and length limit"
+                        f"{store.directory} differ; dump both with the same tokenizer, template "
+                        "and length limit to average them"
                     )
         yield replace(first, topk=mix([one.topk for one in samples], weights, top_k))
 
@@ -117,47 +118,47 @@ def _averaged(stores: Sequence[Store], weights: Sequence[float], top_k: int) -> 
 def _shares(weights: Sequence[float], stores: Sequence[Store]) -> list[float]:
     if len(stores) < 2 or len(weights) != len(stores):
         raise StoreError(
-            f"{len(weights)} weights for {len(stores)} stores: give two stores or more, and a "
+            f"{len(weights)} weights for {len(stores)} stores; give two or more stores and one "
             "weight for each"
         )
     if not all(0 < weight < math.inf for weight in weights):
-        raise StoreError(f"weights must be above 0, not {list(weights)}; leave such a store out")
+        raise StoreError(f"weights must be above 0, not {list(weights)}; omit such a store")
     return [weight / sum(weights) for weight in weights]
 
 
 def _refuse_other_rows(first: Store, other: Store) -> None:
-    here, there = first.manifest.spec, other.manifest.spec
+    ours, theirs = first.spec, other.spec
     for store in (first, other):
-        if store.manifest.spec.profile == Sampled.name:
+        if store.spec.profile == Sampled.name:
             raise StoreError(
-                f"{store.directory} has the profile sampled, draws that have no top-K; average "
-                "stores of the profiles plain, compact or top_p"
+                f"{store.directory} has the profile sampled, whose draws have no top-K; only the "
+                "profiles plain, compact and top_p can be averaged"
             )
     for name, a, b in (
-        ("vocab_size", here.vocab_size, there.vocab_size),
+        ("vocab_size", ours.vocab_size, theirs.vocab_size),
         (
             "tokenizer.fingerprint",
-            here.tokenizer.get("fingerprint"),
-            there.tokenizer.get("fingerprint"),
+            ours.tokenizer.get("fingerprint"),
+            theirs.tokenizer.get("fingerprint"),
         ),
     ):
         if a != b:
             raise StoreError(
                 f"{first.directory} and {other.directory} cannot be averaged: {name} is {a!r} "
-                f"and {b!r}; the same id must be the same token in both"
+                f"and {b!r}; an id must stand for the same token in both"
             )
-    alone = np.setxor1d(first.rows, other.rows)
-    if alone.size:
-        has = first if alone[0] in first.rows else other
+    unshared = np.setxor1d(first.rows, other.rows)
+    if unshared.size:
+        has = first if unshared[0] in first.rows else other
         raise StoreError(
-            f"{first.directory} and {other.directory} cannot be averaged: row {alone[0]} is only "
-            f"in {has.directory}; dump both over the same file"
+            f"{first.directory} and {other.directory} cannot be averaged: row {unshared[0]} is "
+            f"only in {has.directory}; dump both from the same file"
         )
 
 
 def _description(stores: Sequence[Store], shares: Sequence[float]) -> dict[str, Any]:
-    """What takes the teacher's place in the spec."""
-    teachers = [store.manifest.spec.teacher for store in stores]
+    """`spec.teacher` of the mixture."""
+    teachers = [store.spec.teacher for store in stores]
     names = (
         f"{share:.4g} {teacher.get('name') or store.directory.name}"
         for store, teacher, share in zip(stores, teachers, shares, strict=True)

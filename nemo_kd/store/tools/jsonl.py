@@ -1,15 +1,15 @@
-"""NeMo-Aligner's JSONL, one sample a line, read and written as a stream.
+"""Read and write NeMo-Aligner's JSONL, one sample per line, as a stream.
 
     tokens             [S-1]      input_ids[:-1]
     labels             [S-1]      input_ids[1:]
     loss_mask          [S-1]      1 where the label is an answer token
-    topk_logits        [S-1][K]   falling; of answer tokens only the rest is read
+    topk_logits        [S-1][K]   in descending order; read at answer tokens only
     topk_token_ids     [S-1][K]
-    log_sum_exp_logits [S-1]      log sum_v exp(z_v)
-    index              row number in the source (its line number where the key is missing)
+    log_sum_exp_logits [S-1]      log Σ_v exp(z_v)
+    index              row number in the source (the line number if the key is missing)
 
-NeMo-Aligner subtracts the largest logit first; log-probabilities are the same. In a path
-`CHUNK_ID` stands for 0, 1, 2, ...: the chunked form. Written logits have five decimals.
+NeMo-Aligner subtracts the largest logit first, which changes no log-probability. `CHUNK_ID` in a
+path stands for 0, 1, 2, ...: the chunked form. Logits are written with five decimals.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from nemo_kd.store.tools.chunks import (
 from nemo_kd.topk import ABSENT_ID, TopK
 
 DECIMALS = 5
-ABSENT_LOG_PROBABILITY = -10_000.0  # NeMo-Aligner has no absent places: id 0 and this for one
-MOST_PADDING = 64 * 128
-"""Ids that padding adds at most: Megatron rounds a vocabulary up to a multiple of 128 times TP."""
+ABSENT_LOG_PROBABILITY = -10_000.0  # stands, with id 0, for an absent entry
+MAX_PADDING = 64 * 128
+"""Ids that padding can add: Megatron rounds a vocabulary up to a multiple of 128 times TP."""
 KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 
 
 @dataclass
 class Padding:
-    """Ids of the vocabulary's padding that were dropped from teachers' rows."""
+    """Counts of padding ids of the vocabulary that were dropped from the top-K."""
 
     ids: int = 0
     tokens: int = 0
     """Answer tokens that had any."""
     mass: float = 0.0
-    """Sum of the probability that those ids had."""
+    """Their total probability."""
 
 
 def read_jsonl(
@@ -65,19 +65,19 @@ def read_jsonl(
     on_bad_line: Callable[[StoreError], None] | None = None,
     padding: Padding | None = None,
 ) -> Iterator[Sample]:
-    """The samples of `path`, cut to `spec.top_k` logits; their log-sum-exp is that of T = 1.
+    """The samples of `path`, cut to the first `spec.top_k` logits, at T = 1.
 
-    A line that is not such a sample raises StoreError with file and line, or goes to
-    `on_bad_line` and is left out. With `renumber` rows are lines counted from 0 over all chunks.
+    An invalid line raises StoreError with file and line, or is skipped and passed to
+    `on_bad_line`. With `renumber` the row is the line's number, from 0 over all chunks.
 
-    NeMo-Aligner's teachers keep ids of the padding that Megatron adds to the vocabulary. They are
-    dropped, the ids after them move up, and `padding` counts them; where it is None, a warning at
-    the end does. The log-sum-exp stays: their probability belongs to the rest.
+    NeMo-Aligner's teachers keep ids of the padding that Megatron adds to the vocabulary. These are
+    dropped, and counted in `padding`, or in a warning at the end if it is None. The log-sum-exp is
+    unchanged, so that their probability counts towards the rest.
     """
     if spec.temperatures != (1.0,):
         raise StoreError(
-            "NeMo-Aligner's JSONL has a log-sum-exp for temperature 1.0 alone, the store is to "
-            f"have {list(spec.temperatures)}; leave temperatures at [1.0]"
+            "NeMo-Aligner's JSONL has a log-sum-exp at temperature 1.0 only, the store would have "
+            f"{list(spec.temperatures)}; leave temperatures at [1.0]"
         )
     lines, last_row = count(), -1
     dropped = Padding() if padding is None else padding
@@ -88,8 +88,8 @@ def read_jsonl(
                 sample = _sample(line, row, renumber, spec, dropped)
                 if sample.row <= last_row:
                     raise StoreError(
-                        f"index {sample.row} after {last_row}: rows must rise; sort the lines, "
-                        "or number them anew (renumber)"
+                        f"index {sample.row} after {last_row}: rows must ascend; sort the lines, "
+                        "or number rows by line with renumber=true"
                     )
             except StoreError as error:
                 bad = StoreError(f"{file_path}, line {number}: {error}")
@@ -100,9 +100,7 @@ def read_jsonl(
             last_row = sample.row
             yield sample
     if padding is None and dropped.ids:
-        warnings.warn(
-            f"{path}: {dropped.ids} ids of the vocabulary's padding were dropped", stacklevel=2
-        )
+        warnings.warn(f"{path}: dropped {dropped.ids} padding ids of the vocabulary", stacklevel=2)
 
 
 def write_jsonl(
@@ -111,27 +109,26 @@ def write_jsonl(
     *,
     samples_per_chunk: int | None = None,
 ) -> int:
-    """Write samples (a `Store`, say) to `path`, whole or not at all; returns how many.
+    """Write samples, such as a `Store`, to `path`, completely or not at all; return their number.
 
-    Positions that are no answer token have zeros for a teacher: NeMo-Aligner needs a row for each
-    position and masks these.
-    With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples, and all chunks that were
-    there before are removed.
+    Positions without an answer token get zeros: NeMo-Aligner needs a row for each position and
+    masks these. With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples, and existing
+    chunks are removed.
     """
     name = str(path)
     if (CHUNK_ID in name) != (samples_per_chunk is not None):
         raise StoreError(
-            f"{name}: {CHUNK_ID} in the path and a number of samples per chunk go together, "
-            f"the number is {samples_per_chunk}"
+            f"{name}: give both {CHUNK_ID} in the path and a number of samples per chunk, or "
+            f"neither; the number is {samples_per_chunk}"
         )
     if samples_per_chunk is not None and samples_per_chunk < 1:
-        raise StoreError(f"a chunk has at least 1 sample, not {samples_per_chunk}")
+        raise StoreError(f"samples per chunk must be at least 1, not {samples_per_chunk}")
     records = (_record(sample) for sample in samples)
     if samples_per_chunk is None:
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         with published(Path(name)) as temporary:
             return _write_file(temporary, records)
-    existing_chunks(name)  # what cannot be replaced is an error before the work, not after it
+    existing_chunks(name)  # fails before the work where a chunk cannot be replaced
     written, chunks = 0, list[Path]()
     try:
         for number, first in enumerate(records):
@@ -197,7 +194,7 @@ def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Pad
     except (ValueError, RecursionError) as error:
         raise StoreError(f"not JSON ({error})") from error
     if not isinstance(record, dict):
-        raise StoreError(f"a JSON object is expected, not a {type(record).__name__}")
+        raise StoreError(f"expected a JSON object, not a {type(record).__name__}")
     missing = [key for key in KEYS if key not in record]
     if missing:
         raise StoreError(f"no {', '.join(missing)} among the keys {sorted(map(str, record))}")
@@ -210,27 +207,27 @@ def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Pad
 def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding) -> Sample:
     tokens, labels = _array(record, "tokens", "iu", 1), _array(record, "labels", "iu", 1)
     mask = _array(record, "loss_mask", "iufb", 1)
-    places = len(tokens)
-    if not len(labels) == len(mask) == places >= 1:
+    length = len(tokens)
+    if not len(labels) == len(mask) == length >= 1:
         raise StoreError(
-            f"tokens, labels and loss_mask have {places}, {len(labels)} and {len(mask)} values; "
+            f"tokens, labels and loss_mask have {length}, {len(labels)} and {len(mask)} values; "
             "they must have the same number, at least 1"
         )
     checked_tokens(tokens, mask, spec.vocab_size)
     answers = np.flatnonzero(mask)
-    # What follows the last answer token is padding; nothing is learnt from or through it.
-    end = int(answers[-1]) + 1 if answers.size else places
+    # What follows the last answer token is padding.
+    end = int(answers[-1]) + 1 if answers.size else length
     if (labels[: end - 1] != tokens[1:end]).any():
         raise StoreError("labels are not the tokens shifted by one")
     input_ids, loss_mask, _ = checked_tokens(
         np.append(tokens[:end], labels[end - 1]), np.append(0, mask[:end]), spec.vocab_size
     )
-    logsumexp = _array(record, "log_sum_exp_logits", "iuf", 1, places)[answers, None]
-    logits = _teacher_rows(record, "topk_logits", "iuf", answers, places, spec.top_k)
-    ids = _teacher_rows(record, "topk_token_ids", "iu", answers, places, spec.top_k)
+    logsumexp = _array(record, "log_sum_exp_logits", "iuf", 1, length)[answers, None]
+    logits = _teacher_rows(record, "topk_logits", "iuf", answers, length, spec.top_k)
+    ids = _teacher_rows(record, "topk_token_ids", "iu", answers, length, spec.top_k)
     if ids.shape != logits.shape:
         raise StoreError(
-            f"topk_token_ids has {ids.shape[1]} values a token, topk_logits {logits.shape[1]}"
+            f"topk_token_ids has {ids.shape[1]} values per token, topk_logits {logits.shape[1]}"
         )
     absent = np.isfinite(logsumexp) & (logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2)
     ids, logits = np.where(absent, ABSENT_ID, ids), np.where(absent, -np.inf, logits)
@@ -249,14 +246,14 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
 def _without_padding(
     ids: NDArray[Any], logits: NDArray[Any], logsumexp: NDArray[Any], vocab_size: int
 ) -> tuple[NDArray[Any], NDArray[Any], Padding]:
-    """ids and logits [A, K] without ids of the padding, absent places at the end; what was dropped.
+    """ids and logits [A, K] without padding ids, and their counts.
 
-    Order and number of the others stay.
+    The other entries keep their order; absent ones fill the end of the row.
     """
-    padding = (ids >= vocab_size) & (ids < vocab_size + MOST_PADDING)
+    padding = (ids >= vocab_size) & (ids < vocab_size + MAX_PADDING)
     if not padding.any():
         return ids, logits, Padding()
-    with np.errstate(all="ignore"):  # logits that are no numbers are refused later
+    with np.errstate(all="ignore"):  # logits that are not numbers are refused later
         mass = float(np.exp(np.where(padding, logits - logsumexp, -np.inf)).sum())
     order = padding.argsort(axis=1, kind="stable")
     ids, logits = np.where(padding, ABSENT_ID, ids), np.where(padding, -np.inf, logits)
@@ -265,14 +262,14 @@ def _without_padding(
 
 
 def _teacher_rows(
-    record: dict[str, Any], key: str, kinds: str, answers: NDArray[Any], places: int, top_k: int
+    record: dict[str, Any], key: str, kinds: str, answers: NDArray[Any], length: int, top_k: int
 ) -> NDArray[Any]:
-    """The answer tokens' rows of a [S-1][at least K] list, all that it has."""
-    values = _array(record, key, kinds, 2, places)
+    """The rows of answer tokens [A, at least K] from a list of S - 1 rows."""
+    values = _array(record, key, kinds, 2, length)
     if values.shape[1] < top_k:
         raise StoreError(
-            f"{key} has {values.shape[1]} values a token, top_k is {top_k}; "
-            f"lower it to {values.shape[1]}"
+            f"{key} has {values.shape[1]} values per token, top_k is {top_k}; lower it to "
+            f"{values.shape[1]}"
         )
     rows: NDArray[Any] = values[answers]
     return rows
@@ -281,13 +278,13 @@ def _teacher_rows(
 def _array(
     record: dict[str, Any], key: str, kinds: str, dimensions: int, length: int | None = None
 ) -> NDArray[Any]:
-    """The list under `key` as an array whose dtype is of one of numpy's `kinds`."""
+    """The list under `key` as an array whose dtype is one of numpy's `kinds`."""
     try:
         values = np.asarray(record[key])
     except (ValueError, OverflowError) as error:
-        raise StoreError(f"{key}: its lists are of unequal length") from error
+        raise StoreError(f"{key}: its lists have different lengths") from error
     if values.ndim != dimensions or (values.dtype.kind not in kinds and values.size):
-        shape = "a list" if dimensions == 1 else "a list of equally long lists"
+        shape = "a list" if dimensions == 1 else "a list of lists of the same length"
         raise StoreError(f"{key} must be {shape} of numbers ({_KINDS[kinds]})")
     if length is not None and len(values) != length:
         raise StoreError(f"{key} has {len(values)} rows for {length} tokens")
@@ -295,7 +292,7 @@ def _array(
 
 
 _KINDS = {
-    "iu": "whole ones, ids",
+    "iu": "integers",
     "iufb": "0 and 1",
-    "iuf": "logits",
+    "iuf": "real",
 }

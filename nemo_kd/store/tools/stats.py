@@ -1,4 +1,4 @@
-"""What a store says of its teacher, over all answer tokens: mass kept, entropy, agreement."""
+"""Statistics of a store's teacher over all answer tokens: mass, entropy, agreement with labels."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.agreement import Agreement
+from nemo_kd.store.tools.probabilities import entropy_with_rest, log_probabilities
 from nemo_kd.topk import ABSENT_ID
 
 MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
@@ -22,7 +23,7 @@ ANSWER_EDGES = (0, 1, 16, 32, 64, 128, 256, 512, 1024, 2048, np.inf)
 
 @dataclass
 class Histogram:
-    """Counts in [edge i, edge i + 1), the last one closed."""
+    """Counts of values in [edge i, edge i + 1); the last interval is closed."""
 
     edges: tuple[float, ...]
     counts: NDArray[np.int64] = field(init=False)
@@ -31,25 +32,27 @@ class Histogram:
         self.counts = np.zeros(len(self.edges) - 1, np.int64)
 
     def add(self, values: NDArray[Any]) -> None:
-        places = np.searchsorted(self.edges[1:-1], values, side="right")
-        self.counts += np.bincount(places, minlength=len(self.counts))
+        """Count each of the values."""
+        bins = np.searchsorted(self.edges[1:-1], values, side="right")
+        self.counts += np.bincount(bins, minlength=len(self.counts))
 
     def to_json(self) -> dict[str, Any]:
+        """Edges and counts; an infinite edge is null."""
         edges = [None if np.isinf(edge) else edge for edge in self.edges]
         return {"edges": edges, "counts": self.counts.tolist()}
 
 
 @dataclass
 class Stats:
-    """Sums over samples; probabilities at T = 1, in nats a token."""
+    """Sums over samples; probabilities at T = 1, entropies and losses in nats."""
 
     samples: int = 0
     tokens: int = 0
+    """Answer tokens."""
     mass: float = 0.0
-    """Sum of the probability that the stored ids hold."""
+    """Probability of the stored ids."""
     entropy: float = 0.0
-    """Sum of the entropy of K + 1 outcomes, the stored ids and the rest as one: a lower bound of
-    the teacher's own."""
+    """Entropy of K + 1 outcomes, the stored ids and the rest: a lower bound of the teacher's."""
     kept: int = 0
     """Stored ids."""
     label_first: int = 0
@@ -57,7 +60,7 @@ class Stats:
     label_kept: int = 0
     """Tokens whose label is among the stored ids."""
     label_nll: float = 0.0
-    """Sum of -log p(label) where it is among them."""
+    """-log p(label) where the label is stored."""
     agreement: Agreement = field(default_factory=Agreement)
     masses: Histogram = field(default_factory=lambda: Histogram(MASS_EDGES))
     entropies: Histogram = field(default_factory=lambda: Histogram(ENTROPY_EDGES))
@@ -65,13 +68,11 @@ class Stats:
     answers: Histogram = field(default_factory=lambda: Histogram(ANSWER_EDGES))
 
     def add(self, sample: Sample, spec: StoreSpec) -> None:
-        ids = sample.topk.ids
+        """Add the answer tokens of one sample."""
+        ids, log_p = sample.topk.ids, log_probabilities(sample.topk)
         labels = sample.input_ids[sample.answer_positions(), None]
-        log_p = sample.topk.logits - sample.topk.at(1.0).logsumexp[:, None]
-        p = np.exp(log_p, dtype=np.float64)
-        mass = p.sum(axis=1)
-        rest = np.clip(1 - mass, 0, None)
-        entropy = -_x_log_x(p).sum(axis=1) - _x_log_x(rest)
+        p = np.exp(log_p)
+        mass, entropy = p.sum(axis=1), entropy_with_rest(p)
         hit = ids == labels
         rank = 1 + hit.argmax(axis=1)[hit.any(axis=1)]
         self.agreement += Agreement.of_sample(sample, spec)
@@ -89,6 +90,7 @@ class Stats:
         self.answers.add(np.array([len(labels)]))
 
     def to_json(self) -> dict[str, Any]:
+        """Means over answer tokens, and histograms."""
         tokens, kept = max(self.tokens, 1), max(self.label_kept, 1)
         return {
             "samples": self.samples,
@@ -110,16 +112,10 @@ class Stats:
         }
 
 
-def stats(store: Store, most_samples: int | None = None) -> Stats:
-    """Over the whole store, or over `most_samples` evenly spaced samples."""
-    count = len(store) if most_samples is None else min(most_samples, len(store))
+def stats(store: Store, max_samples: int | None = None) -> Stats:
+    """Statistics of all samples, or of `max_samples` evenly spaced ones."""
+    count = len(store) if max_samples is None else min(max_samples, len(store))
     result = Stats()
     for i in range(count):
-        result.add(store[i * len(store) // count], store.manifest.spec)
+        result.add(store[i * len(store) // count], store.spec)
     return result
-
-
-def _x_log_x(x: NDArray[np.float64]) -> NDArray[np.float64]:
-    logs = np.zeros_like(x)
-    np.log(x, out=logs, where=x > 0)
-    return x * logs

@@ -1,7 +1,7 @@
-"""Stores from stores: another profile or fewer logits, several in one, one in parts.
+"""Make stores from stores: convert to another profile or fewer logits, merge, split.
 
-Merging and splitting copy the profile's own arrays, so not a bit of the teacher changes; only row
-numbers do in a merge. Converting to another profile or K reads and writes, with the error of both.
+Merging and splitting copy the encoded arrays, so the teacher is unchanged to the bit; a merge only
+renumbers rows. Converting to another profile or K decodes and encodes, with the error of both.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from nemo_kd.store.writer import ShardWriter, StoreWriter
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
-"""Called with the number of samples that are done."""
+"""Called with the number of samples done so far."""
 
-# Between stores that are merged; a tokenizer's place is for `nemo-kd show`, not what it is.
+# Spec fields in which merged stores may differ; a tokenizer is known by its fingerprint.
 MAY_DIFFER = ("source", "rows_per_shard", "tokenizer.path")
 
 
@@ -40,7 +40,7 @@ def write_samples(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """A store of samples that come in rising row order; a shard is begun when a row needs it."""
+    """Write a store of samples that come in ascending row order."""
     with DirectoryLock(directory):
         writer = _open_writer(directory, spec, overwrite)
         return _write(writer, ((s.row, s) for s in samples), _add_sample, progress)
@@ -57,35 +57,35 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """The same samples in another profile, with the first `top_k` logits of each token.
+    """Write the same samples in another profile, with the first `top_k` logits per token.
 
-    What is None stays as it is in `store`; of another profile no options are kept. Where profile,
-    options and K stay, not a bit of a sample changes.
+    None keeps the value of `store`, except that another profile starts without options. If
+    profile, options and K stay, samples are copied bit for bit.
     """
     refuse_own_source([store], [directory])
-    there = store.manifest.spec
-    profile = there.profile if profile is None else profile
+    old = store.spec
+    profile = old.profile if profile is None else profile
     if profile_options is None:
-        profile_options = there.profile_options if profile == there.profile else {}
-    k = there.top_k if top_k is None else top_k
-    if k > there.top_k:
+        profile_options = old.profile_options if profile == old.profile else {}
+    k = old.top_k if top_k is None else top_k
+    if k > old.top_k:
         raise StoreError(
-            f"{store.directory} holds {there.top_k} logits a token, top_k is {k}; lower it, or "
+            f"{store.directory} holds {old.top_k} logits per token, top_k is {k}; lower it, or "
             "dump again"
         )
-    if (profile == Sampled.name) != (there.profile == Sampled.name):
+    if (profile == Sampled.name) != (old.profile == Sampled.name):
         raise StoreError(
-            f"{store.directory} has the profile {there.profile}, which cannot become {profile}: "
-            "draws from the whole distribution are made at the dump or not at all"
+            f"{store.directory} has the profile {old.profile}, which cannot become {profile}: "
+            "draws from the full distribution are made at the dump"
         )
     spec = replace(
-        there,
+        old,
         top_k=k,
         profile=profile,
         profile_options=profile_options,
-        rows_per_shard=there.rows_per_shard if rows_per_shard is None else rows_per_shard,
+        rows_per_shard=old.rows_per_shard if rows_per_shard is None else rows_per_shard,
     )
-    if replace(spec, rows_per_shard=there.rows_per_shard) == there:
+    if replace(spec, rows_per_shard=old.rows_per_shard) == old:
         with DirectoryLock(directory):
             writer = _open_writer(directory, spec, overwrite)
             encoded = ((one[0].row, one) for one in _encoded(store))
@@ -101,10 +101,10 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """One store with the samples of several, in their order.
+    """Write one store with the samples of several, in their order.
 
-    Rows are numbered on: a store's row r becomes `r + offset`, the offset being where the rows of
-    those before it end. `spec.source` keeps each store's own source and its offset.
+    Row r of a store becomes `r + offset`, where the offset is the end of the previous store's
+    rows. `spec.source` records each store's source and offset.
     """
     refuse_own_source(stores, [directory])
     first = stores[0]
@@ -113,10 +113,10 @@ def merge(
     ends = [int(store.rows[-1]) + 1 if len(store) else 0 for store in stores]
     offsets = [0, *accumulate(ends)][:-1]
     parts = [
-        {"offset": offset, "store": store.fingerprint, "source": store.manifest.spec.source}
+        {"offset": offset, "store": store.fingerprint, "source": store.spec.source}
         for store, offset in zip(stores, offsets, strict=True)
     ]
-    spec = replace(first.manifest.spec, source={"merged": parts})
+    spec = replace(first.spec, source={"merged": parts})
     rows = (
         (tokens.row + offset, (tokens, arrays))
         for store, offset in zip(stores, offsets, strict=True)
@@ -136,28 +136,28 @@ def split(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> list[Manifest]:
-    """Parts of a store, a sample in one of them with the chance that its weight gives.
+    """Randomly split a store into parts with the given relative weights.
 
-    Which one follows from the seed and the row number alone, so two stores of the same rows are
-    split alike. Rows keep their numbers.
+    A sample's part follows from the seed and its row number alone, so that stores with the same
+    rows are split alike. Rows keep their numbers.
     """
     if len(weights) != len(directories) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise StoreError(
-            f"{len(directories)} directories need as many weights, none below 0 and one above: "
-            f"{list(weights)}"
+            f"weights must be {len(directories)} non-negative numbers, one per directory, with a "
+            f"positive sum, not {list(weights)}"
         )
     refuse_own_source([store], directories)
     bounds = [end / sum(weights) for end in accumulate(weights)]
     manifests = []
     for part, directory in enumerate(directories):
         note = {"part": part, "weights": list(weights), "seed": seed, "store": store.fingerprint}
-        source = {**store.manifest.spec.source, "split": note}
+        source = {**store.spec.source, "split": note}
         rows = (
             (tokens.row, (tokens, arrays))
             for tokens, arrays in _encoded(store)
             if _part(seed, tokens.row, bounds) == part
         )
-        spec = replace(store.manifest.spec, source=source)
+        spec = replace(store.spec, source=source)
         with DirectoryLock(directory):
             writer = _open_writer(directory, spec, overwrite)
             manifests.append(_write(writer, rows, _add_encoded, progress))
@@ -165,24 +165,22 @@ def split(
 
 
 def refuse_own_source(stores: Sequence[Store], directories: Sequence[str | Path]) -> None:
-    """Refuse to write a store over one that is read for it, or two stores to one place."""
+    """Refuse to overwrite a store that is being read, or to write two stores to one directory."""
     sources = {store.directory.resolve() for store in stores}
     targets = [Path(directory).resolve() for directory in directories]
-    for place, target in enumerate(targets):
+    for i, target in enumerate(targets):
         if target in sources:
-            raise StoreError(
-                f"{target} is read and would be written over; give another directory as the target"
-            )
-        if target in targets[:place]:
-            raise StoreError(f"{target} is given twice; each part needs a directory of its own")
+            raise StoreError(f"{target} is a source and would be overwritten; give another target")
+        if target in targets[:i]:
+            raise StoreError(f"{target} is given twice; each part needs its own directory")
 
 
 def _open_writer(directory: str | Path, spec: StoreSpec, overwrite: bool) -> StoreWriter:
-    """A writer of a store that is not there yet, or not whole."""
+    """A writer for a directory that does not hold a finished store."""
     if (Path(directory) / MANIFEST).exists() and not overwrite:
         raise StoreError(
-            f"{directory} holds a whole store already; use overwrite=True (nemo-kd: --overwrite) "
-            "to replace it, or choose another directory"
+            f"{directory} already holds a store; use overwrite=true to replace it, or choose "
+            "another directory"
         )
     return StoreWriter(directory, spec, overwrite=overwrite)
 
@@ -193,7 +191,7 @@ def _write(
     add: Callable[[ShardWriter, int, Item], None],
     progress: Progress | None,
 ) -> Manifest:
-    """Every (row, item) into the shard of its row; shards that no row needs are empty."""
+    """Write every (row, item) to the shard of its row; shards without rows are empty."""
     stream = iter(rows)
     pending = next(stream, None)
     done = shard_index = 0
@@ -233,12 +231,12 @@ def _cut(sample: Sample, top_k: int) -> Sample:
 
 
 def _refuse_unlike(first: Store, other: Store) -> None:
-    found = first.manifest.spec.differences(other.manifest.spec)
+    found = first.spec.differences(other.spec)
     unlike = [d for d in found if not {d[0], d[0].split(".")[0]} & {*MAY_DIFFER}]
     if unlike:
         lines = "\n".join(f"  {name}: {a!r} and {b!r}" for name, a, b in unlike)
         raise StoreError(
-            f"{first.directory} and {other.directory} cannot be one store, they differ in\n{lines}"
+            f"{first.directory} and {other.directory} cannot be merged, they differ in\n{lines}"
         )
 
 

@@ -1,6 +1,6 @@
-"""Every checksum and every rule of a store; what is broken, by file, row and position.
+"""Check every checksum and every rule of a store; report problems by file, row and position.
 
-Works on what opening refuses, too: nothing that is on disk makes it raise.
+It also works on stores that cannot be opened: no content of the files makes it raise.
 """
 
 from __future__ import annotations
@@ -25,16 +25,17 @@ from nemo_kd.store.manifest import (
     ShardInfo,
     read_shard_info,
 )
+from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Tokens
 from nemo_kd.store.shard import Shard
 
 
 @dataclass(frozen=True)
 class Problem:
-    """One broken thing."""
+    """One thing that is wrong with a store."""
 
     file: str
-    """Relative to the store."""
+    """Path relative to the store."""
 
     what: str
 
@@ -42,20 +43,23 @@ class Problem:
     """Source row."""
 
     position: int | None = None
-    """Token of the row."""
+    """Index of the token in the row."""
 
     def __str__(self) -> str:
-        place = [self.file]
-        place += [f"row {self.row}"] if self.row is not None else []
-        place += [f"position {self.position}"] if self.position is not None else []
-        return f"{', '.join(place)}: {self.what}"
+        where = [self.file]
+        where += [f"row {self.row}"] if self.row is not None else []
+        where += [f"position {self.position}"] if self.position is not None else []
+        return f"{', '.join(where)}: {self.what}"
 
 
 def verify(
-    directory: str | Path, on_shard: Callable[[int, int], None] | None = None
+    store: Store | str | Path, on_shard: Callable[[int, int], None] | None = None
 ) -> Iterator[Problem]:
-    """The problems of the store, in the order of its files; `on_shard(done, of)` as it goes on."""
-    root = Path(directory)
+    """The problems of a store, open or in a directory; nothing for a sound one.
+
+    `on_shard(done, total)` is called before each shard.
+    """
+    root = store.directory if isinstance(store, Store) else Path(store)
     try:
         manifest = Manifest.read(root)
         codec = codec_of(manifest.spec)
@@ -63,6 +67,8 @@ def verify(
         yield Problem(MANIFEST, str(error))
         return
     yield from _verify_head(root, manifest)
+    if isinstance(store, Store) and sha256_of(root / MANIFEST) != store.fingerprint:
+        yield Problem(MANIFEST, "differs from the manifest that this store was opened with")
     last_row = -1
     for number, info in enumerate(manifest.shards):
         if on_shard is not None:
@@ -77,32 +83,34 @@ def verify(
 def _verify_head(root: Path, manifest: Manifest) -> Iterator[Problem]:
     text = (root / MANIFEST).read_bytes()
     if text != canonical_json(manifest.to_json()).encode():
-        yield Problem(MANIFEST, "altered since it was written: not the text of its own values")
+        yield Problem(
+            MANIFEST, "altered since it was written: not the canonical JSON of its values"
+        )
     try:
         spec = read_json(root / SPEC)
     except StoreError as error:
         yield Problem(SPEC, str(error))
         return
     if spec != manifest.spec.to_json():
-        yield Problem(SPEC, f"not the spec that {MANIFEST} has")
+        yield Problem(SPEC, f"differs from the spec in {MANIFEST}")
 
 
 def _verify_entry(root: Path, info: ShardInfo, spec: str) -> Iterator[Problem]:
-    """The shard's own description of itself."""
+    """Compare `shard.json` with the manifest."""
     try:
         if read_shard_info(root / info.name) != (info, spec):
-            yield Problem(f"{info.name}/{SHARD}", f"not what {MANIFEST} says of this shard")
+            yield Problem(f"{info.name}/{SHARD}", f"differs from the shard's entry in {MANIFEST}")
     except StoreError as error:
         yield Problem(f"{info.name}/{SHARD}", str(error))
 
 
 def _verify_files(root: Path, info: ShardInfo, codec: Codec) -> Iterator[Problem]:
-    """Names, sizes and SHA-256."""
+    """Compare names, sizes and SHA-256 of a shard's files."""
     directory = root / info.name
     expected = file_names(codec)
     if sorted(info.files) != expected:
         yield Problem(MANIFEST, f"{info.name} has the files {sorted(info.files)}")
-    for name in expected:  # never a name of the manifest's own, which may lead anywhere
+    for name in expected:  # not the manifest's names, which may be paths to anywhere
         if name not in info.files:
             continue
         file, size = info.files[name], size_of(directory / name)
@@ -110,14 +118,14 @@ def _verify_files(root: Path, info: ShardInfo, codec: Codec) -> Iterator[Problem
             found = "missing" if size is None else f"{size} bytes"
             yield Problem(f"{info.name}/{name}", f"{found}, expected {file.bytes} bytes")
         elif sha256_of(directory / name) != file.sha256:
-            yield Problem(f"{info.name}/{name}", "its SHA-256 is not the manifest's")
+            yield Problem(f"{info.name}/{name}", f"its SHA-256 differs from that in {MANIFEST}")
     present = {path.name for path in directory.iterdir()} if directory.is_dir() else set()
     for name in sorted(present - {*expected, SHARD}):
         yield Problem(f"{info.name}/{name}", "does not belong to a shard")
 
 
 def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
-    """Whether all files are there with their sizes: without that no sample can be looked at."""
+    """Whether all files have their sizes, without which no sample can be read."""
     sizes = {name: size_of(root / info.name / name) for name in file_names(codec)}
     return sizes == {name: file.bytes for name, file in info.files.items()}
 
@@ -125,7 +133,7 @@ def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
 def _verify_samples(
     root: Path, info: ShardInfo, codec: Codec, number: int, last_row: int
 ) -> Iterator[Problem]:
-    """Each sample of a shard by itself, their order, and the counts."""
+    """Check each sample of a shard, their order, and the counts."""
     try:
         shard = Shard(root, info, codec)
     except StoreError as error:
@@ -147,25 +155,26 @@ def _verify_samples(
         last_row = tokens.row
         found.append((tokens.row, tokens.input_ids.size, tokens.answers))
         yield from _verify_sample(info.name, tokens, arrays, codec)
-    if len(found) == info.samples and _counts(found) != _stated(info):
-        what = f"{_counts(found)} found, {MANIFEST} says {_stated(info)}"
+    if len(found) == info.samples and _counts(found) != _listed(info):
+        what = f"{_counts(found)} found, {MANIFEST} lists {_listed(info)}"
         yield Problem(info.name, f"samples, tokens, answers, without, first, last row: {what}")
 
 
 def _verify_sample(shard: str, tokens: Tokens, arrays: Arrays, codec: Codec) -> Iterator[Problem]:
+    """Check the values of one sample."""
     ids, mask, row = tokens.input_ids, tokens.loss_mask, tokens.row
     outside = (ids < 0) | (ids >= codec.spec.vocab_size)
     if not ids.size or ids.size != mask.size or (mask > 1).any():
-        what = f"{ids.size} tokens, {mask.size} of the mask, which must be 0 or 1"
+        what = f"{ids.size} tokens, {mask.size} values of the mask, which must be 0 or 1"
         yield Problem(f"{shard}/loss_mask.bin", what, row)
         return
     if outside.any():
-        place = int(outside.argmax())
-        what = f"token {ids[place]} outside [0, {codec.spec.vocab_size})"
-        yield Problem(f"{shard}/tokens.bin", what, row, place)
+        position = int(outside.argmax())
+        what = f"token {ids[position]} outside [0, {codec.spec.vocab_size})"
+        yield Problem(f"{shard}/tokens.bin", what, row, position)
     fields = ", ".join(f"{name}.bin" for name in codec.dtypes)
     try:
-        with np.errstate(all="ignore"):  # damage may be any numbers
+        with np.errstate(all="ignore"):  # damaged values may be any numbers
             topk = codec.decode(arrays, tokens.answers)
             faults = [*topk_faults(topk, codec.spec), *deep_faults(topk, codec.spec)]
     except ValueError as error:
@@ -188,7 +197,7 @@ def _counts(found: list[tuple[int, int, int]]) -> Counts:
     return (len(found), tokens, answers, without, *ends)
 
 
-def _stated(info: ShardInfo) -> Counts:
+def _listed(info: ShardInfo) -> Counts:
     return (
         info.samples,
         info.tokens,
