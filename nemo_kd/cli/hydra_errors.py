@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
-
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.spelling import did_you_mean
 
 
 def explain(error: BaseException) -> str:
@@ -52,6 +51,5 @@ def _of_grammar(override: str) -> str:
 def _nearest(cause: OmegaConfBaseException, key: str) -> str:
     """The nearest key of the block in which Hydra did not find `key`."""
     known = map(str, cause.parent_node) if isinstance(cause.parent_node, DictConfig) else ()
-    near = difflib.get_close_matches(str(cause.key), list(known), n=1)
     block = key.rpartition(".")[0]
-    return f"; did you mean {block + '.' if block else ''}{near[0]}?" if near else ""
+    return did_you_mean(str(cause.key), known, prefix=f"{block}." if block else "")

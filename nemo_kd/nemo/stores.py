@@ -126,7 +126,7 @@ def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> N
     kd = model.kd_schedule
     if not (kd.distils if alpha is None else alpha > 0):
         _log(model, store, "the distillation has weight 0: only the labels are learned from it")
-    elif kd.support == "topk" and store.manifest.spec.profile == TopP.name:
+    elif kd.support == "topk" and store.spec.profile == TopP.name:
         _log(
             model,
             store,
