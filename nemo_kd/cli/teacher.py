@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -87,6 +88,7 @@ def load(config: DumpConfig, cfg: DictConfig) -> Teacher:
         from nemo_kd.hf.teacher import load_teacher as load_hf
 
         return load_hf(config)
+    cfg = copy.deepcopy(cfg)  # for the keys that NeMo needs besides
     start.prepare(cfg)  # on a CPU, its patches come before NeMo and Megatron
     from nemo_kd.nemo.teacher import load_teacher as load_nemo
 
