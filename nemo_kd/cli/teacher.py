@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.cli import dump_settings as settings
 from nemo_kd.cli.overrides import given_keys
 from nemo_kd.nemo import start
 from nemo_kd.nemo.settings import dump as nemo
@@ -16,7 +17,6 @@ from nemo_kd.settings.values import shown
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.spec import MAX_VOCABULARY
-from nemo_kd.teacher import settings
 from nemo_kd.teacher.config import DumpConfig, GenerateConfig, TeacherModelConfig
 from nemo_kd.teacher.layout import LayoutError
 

@@ -1,6 +1,6 @@
 """The configuration of a dump and of a generation: `conf/dump_teacher_topk.yaml` as dataclasses.
 
-`nemo_kd.teacher.settings` makes them from Hydra's configuration and checks it.
+`nemo_kd.cli.dump_settings` makes them from Hydra's configuration and checks it.
 """
 
 from __future__ import annotations

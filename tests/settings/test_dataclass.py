@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.cli import dump_settings as settings
 from nemo_kd.cli.teacher import read
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import KDTrainingConfig
@@ -18,7 +19,6 @@ from nemo_kd.nemo.resumed_settings import flatten
 from nemo_kd.nemo.settings import training
 from nemo_kd.settings.blocks import all_keys
 from nemo_kd.settings.dataclass import block_of, settings_of
-from nemo_kd.teacher import settings
 from nemo_kd.teacher.config import DumpConfig, GenerateConfig, TopKConfig
 from tests.conftest import ROOT
 

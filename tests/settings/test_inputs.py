@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 from omegaconf import OmegaConf
 
+from nemo_kd.cli import dump_settings as settings
 from nemo_kd.cli.teacher import read
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.settings import training
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes, data_parallel_size
 from nemo_kd.settings.templates import check_template
-from nemo_kd.teacher import settings
 from tests.settings.test_keys import TRAIN, configuration
 
 
