@@ -1,8 +1,8 @@
-"""The store: a teacher's top-K logits on disk, small, verified and never half-written.
+"""On-disk store of a teacher's top-K logits: compact, checksummed and written atomically.
 
-`StoreWriter` writes a directory of shards from `Sample`s, `Store` reads them in any order.
-`StoreSpec` decides a store's bytes, `Manifest` lists them. The other functions do what the
-commands of `nemo-kd` do. The format: docs/store.md.
+`StoreWriter` writes `Sample`s to a directory of shards; `Store` reads them back in any order.
+`StoreSpec` holds the settings that determine a store's bytes, `Manifest` lists its files. The
+functions implement the `nemo-kd` commands of the same purpose. docs/store.md specifies the format.
 """
 
 from nemo_kd.errors import StoreError

@@ -1,4 +1,4 @@
-"""What a sample must be: checked by the writer before it is stored, by `verify` after."""
+"""Validity rules for samples, applied by the writer before storing and by `verify` afterwards."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import ABSENT_ID, TopK, t1_index
 
-# A log-probability, or the logarithm of a mass, above 0 by more than rounding means that the
-# log-sum-exp is that of other logits.
+# A log-probability, or the log of a probability mass, that exceeds 0 by more than rounding error
+# means that the log-sum-exp was computed from different logits.
 MAX_LOG_PROBABILITY = 1e-2
 
 
@@ -33,7 +33,10 @@ class Fault(NamedTuple):
 def checked_tokens(
     input_ids: Any, loss_mask: Any, vocab_size: int
 ) -> tuple[NDArray[np.int32], NDArray[np.uint8], int]:
-    """input_ids int32 [S], loss_mask uint8 [S] and the number of answer tokens A."""
+    """Validate tokens and mask; return input_ids int32 [S], loss_mask uint8 [S] and A.
+
+    A is the number of answer tokens. Raises StoreError for invalid shapes or values.
+    """
     ids, mask = np.asarray(input_ids), np.asarray(loss_mask)
     if ids.ndim != 1 or mask.shape != ids.shape or not ids.size:
         raise StoreError(
@@ -50,7 +53,10 @@ def checked_tokens(
 
 
 def checked_topk(sample: Sample, answers: int, spec: StoreSpec) -> TopK:
-    """The teacher's arrays in their dtypes; StoreError names the answer token."""
+    """Validate a sample's `TopK` against the spec and return it with the store's dtypes.
+
+    Raises StoreError, naming the answer token and column where a value is invalid.
+    """
     topk = sample.topk
     if topk.temperatures != spec.temperatures:
         raise StoreError(
@@ -75,31 +81,32 @@ def checked_topk(sample: Sample, answers: int, spec: StoreSpec) -> TopK:
 
 
 def topk_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
-    """The broken rules that are cheap to find; nothing for a valid teacher."""
+    """Yield violations of the rules that are cheap to check; nothing for a valid `TopK`."""
     ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     at_t1 = logsumexp[:, t1_index(spec.temperatures), None]
     if not ids.size or _is_ordinary(topk, at_t1, spec.vocab_size):
         return
     absent = logits == -np.inf
-    # For each rule: where it is broken, the values to show, what to say.
+    # For each rule: the mask of violations, the values to report, the message.
     yield from _faults(absent[:, :1], logits, "no logit at all")
     yield from _faults(~(logits < np.inf), logits, "a logit that is not a number")
     yield from _faults(~np.isfinite(logsumexp), logsumexp, "a log-sum-exp that is not finite")
     rises = logits[:, 1:] > logits[:, :-1]
     yield from _faults(rises, logits[:, 1:], "logits must be in descending order, but one rises to")
     outside = (ids < 0) | (ids >= spec.vocab_size)
-    outside ^= absent  # an absent entry has no id, every other one has
+    outside ^= absent  # absent entries must have no id, all others a valid one
     wrong = outside | (absent & (ids != ABSENT_ID))
     yield from _faults(wrong, ids, f"an id that is neither in [0, {spec.vocab_size}) nor absent:")
-    with np.errstate(invalid="ignore"):  # what is not finite is reported as such
+    with np.errstate(invalid="ignore"):  # non-finite values are reported by the rules above
         above = logits[:, :1] - at_t1 > MAX_LOG_PROBABILITY
     yield from _faults(above, logits, "a logit above the log-sum-exp at T = 1:")
 
 
 def _is_ordinary(topk: TopK, at_t1: NDArray[np.float32], vocab_size: int) -> bool:
-    """Whether no rule is broken and no entry is absent, in a third of the time.
+    """Return whether all rules hold and no entry is absent; takes a third of the full check's time.
 
-    Descending values between two finite ones are finite; a comparison with NaN is false.
+    Checking the first and last logit for finiteness suffices: descending values between two finite
+    ones are finite, and a comparison with NaN is false.
     """
     ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     return bool(
@@ -113,7 +120,7 @@ def _is_ordinary(topk: TopK, at_t1: NDArray[np.float32], vocab_size: int) -> boo
 
 
 def deep_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
-    """Repeated ids and masses above 1, which the writer does not check."""
+    """Yield repeated ids and probability masses above 1, which the writer does not check."""
     ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     if not ids.size:
         return
@@ -127,7 +134,7 @@ def deep_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
 
 
 def _repeated(ids: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """[A, K]: whether the same id also stands further left in the row."""
+    """Return a mask [A, K] of ids that already occurred further left in their row."""
     order = ids.argsort(axis=1, kind="stable")
     ordered = np.take_along_axis(ids, order, axis=1)
     again = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)

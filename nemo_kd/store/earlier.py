@@ -1,8 +1,8 @@
-"""Resume a store after its source file has changed: shards whose rows are the same are kept.
+"""Resume a store after its source file has changed, keeping shards whose rows are unchanged.
 
-A shard's bytes follow from the spec and its rows. Where the rows' tokens and masks are unchanged,
-only the spec's fingerprint in `shard.json` has to be rewritten: the store then equals the one that
-a dump from the beginning would write.
+A shard's bytes are determined by the spec and its rows. If the tokens and masks of its rows are
+unchanged, only the spec's fingerprint in `shard.json` needs to be rewritten; the resulting store is
+identical to one dumped from scratch.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ MAY_DIFFER = {"source.sha256", "source.rows"}
 
 
 class EarlierStore:
-    """A store of the spec `earlier` in `directory`, to become one of `spec`.
+    """Conversion of the store in `directory` from the spec `earlier` to `spec`.
 
-    One process calls `begin`, then any process calls `keep`, for different shards, then one calls
-    `finish`. After a kill in between, the same calls can be made again.
+    One process calls `begin`, then any processes call `keep` for different shards, then one process
+    calls `finish`. If the job is killed in between, the same calls can be repeated.
     """
 
     def __init__(self, directory: Path, earlier: StoreSpec, spec: StoreSpec) -> None:
@@ -38,7 +38,10 @@ class EarlierStore:
 
     @classmethod
     def find(cls, directory: str | Path, spec: StoreSpec) -> EarlierStore | None:
-        """The store in `directory` if its spec differs in the bytes of its source file only."""
+        """Return the store in `directory` if its spec differs only in the source file's content.
+
+        Returns None if there is no store, if the specs are equal, or if they differ elsewhere.
+        """
         path = Path(directory) / SPEC
         if not path.exists():
             return None
@@ -50,16 +53,19 @@ class EarlierStore:
 
     @property
     def shards(self) -> list[int]:
-        """The numbers of the complete shards."""
+        """The indices of the complete shards, ascending."""
         numbers = (_number(path) for path in shard_directories(self.directory))
         return sorted(number for number in numbers if self._writer.is_complete(number))
 
     def begin(self) -> None:
-        """Mark the store as unfinished."""
+        """Mark the store as unfinished by removing its manifest."""
         (self.directory / MANIFEST).unlink(missing_ok=True)
 
     def keep(self, number: int, rows: Iterable[Tokens]) -> bool:
-        """Move a complete shard to the new spec if it holds exactly these rows; whether it does."""
+        """Assign a complete shard to the new spec if it holds exactly these rows.
+
+        Returns whether the shard was kept.
+        """
         if not self._holds(number, rows):
             return False
         path = self.directory / shard_name(number) / SHARD
@@ -67,7 +73,7 @@ class EarlierStore:
         return True
 
     def finish(self, num_shards: int) -> None:
-        """Remove the shards beyond the source's new end and write the new spec."""
+        """Remove the shards past the end of the new source and write the new spec."""
         for path in shard_directories(self.directory):
             if _number(path) >= num_shards:
                 shutil.rmtree(path)
@@ -81,7 +87,7 @@ class EarlierStore:
             shard = Shard(self.directory, info, self._writer.codec)
             stored = (shard.encoded(index)[0] for index in range(info.samples))
             return all(_same(a, b) for a, b in zip_longest(stored, rows))
-        except StoreError:  # damaged: it is written again
+        except StoreError:  # damaged shards are written again
             return False
 
 

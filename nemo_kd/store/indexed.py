@@ -1,12 +1,12 @@
-"""One array per sample in a `.bin/.idx` pair: Megatron's indexed data set, in numpy alone.
+"""Megatron's indexed data set in pure numpy: a `.bin/.idx` pair that holds one array per sample.
 
-    x.bin    the arrays, one after another
+    x.bin    the n arrays, concatenated
     x.idx    9s  b"MMIDIDX\\0\\0"      u64  version 1        u8   code of the dtype
-             u64 n, the arrays        u64  n + 1, the document boundaries
-             i32 [n] values in each   i64 [n] byte offset of each in x.bin   i64 [n + 1] 0 ... n
+             u64 n, arrays            u64  n + 1, document boundaries
+             i32 [n] array lengths    i64 [n] byte offsets in x.bin      i64 [n + 1] 0 ... n
 
 All numbers are little-endian. `megatron.core.datasets.indexed_dataset` reads and writes the same
-bytes, each array a document.
+bytes, with each array as a document.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from nemo_kd.errors import StoreError
 
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
-"""The dtype of each code, which count from 1."""
+"""Names of the dtypes in the order of their codes, which start at 1."""
 _HEADER = struct.Struct("<9sQBQQ")
 
 
@@ -63,7 +63,7 @@ class FieldReader:
     """`field[i]` is sample i's array, a read-only view into the memory-mapped `<prefix>.bin`."""
 
     descriptors = 2
-    """Open files of a reader: each of the two mappings keeps one."""
+    """Number of file descriptors a reader holds open: one per memory mapping (.idx and .bin)."""
 
     def __init__(self, prefix: Path, dtype: type[np.generic], samples: int) -> None:
         self.prefix = prefix
@@ -72,7 +72,7 @@ class FieldReader:
         head = _header(self._dtype, samples)
         lengths, offsets, documents = (
             len(head) + samples * width for width in (0, 4, 4 + 8)
-        )  # where each part of the index begins
+        )  # byte offset of each part of the index
         boundaries = np.arange(samples + 1, dtype="<i8").tobytes()
         if index[:lengths].tobytes() != head or index[documents:].tobytes() != boundaries:
             raise StoreError(
@@ -82,10 +82,10 @@ class FieldReader:
         self.lengths: NDArray[np.int32] = index[lengths:offsets].view("<i4")
         self._offsets: NDArray[np.int64] = index[offsets:documents].view("<i8")
         octets = _mapped(Path(f"{prefix}.bin"))
-        # One view of the file: slicing it is cheaper than making an array for each sample.
+        # One view of the file: slicing it is cheaper than creating an array per sample.
         whole = octets.size - octets.size % self._dtype.itemsize
         self.values: NDArray[Any] = octets[:whole].view(self._dtype)
-        """All samples' arrays as one: they lie in the file one after another."""
+        """The concatenated arrays of all samples, as stored in the `.bin` file."""
 
     def __getitem__(self, index: int) -> NDArray[Any]:
         length, offset = self.lengths.item(index), self._offsets.item(index)
@@ -100,7 +100,7 @@ class FieldReader:
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:
-    """A file's bytes, memory-mapped and read-only."""
+    """Memory-map a file and return its bytes, read-only."""
     with path.open("rb") as file:
         if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
             return np.zeros(0, np.uint8)

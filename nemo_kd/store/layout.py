@@ -1,4 +1,4 @@
-"""The files of a shard, with one item per sample in each, and the checksums that tie them.
+"""The files of a shard, each with one item per sample, and the per-sample checksums.
 
 tokens     int32   [S]       input_ids
 loss_mask  uint8   [S]       loss_mask
@@ -27,7 +27,7 @@ _ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: any other row number ch
 
 
 def field_dtypes(codec: Codec) -> dict[str, type[np.generic]]:
-    """All files of a shard, by name without `.bin` or `.idx`."""
+    """Return the dtype of each field of a shard, by file name without `.bin` or `.idx`."""
     return {**SAMPLE_FIELDS, **codec.dtypes}
 
 
@@ -36,35 +36,35 @@ def file_names(codec: Codec) -> list[str]:
 
 
 def token_checksum(input_ids: NDArray[np.int32], loss_mask: NDArray[np.uint8]) -> int:
-    """CRC-32 of the tokens' bytes followed by the mask's, the same for every profile."""
+    """CRC-32 of the token bytes followed by the mask bytes, the same in every profile."""
     return zlib.crc32(loss_mask.data, zlib.crc32(input_ids.data))
 
 
 def word_sums(arrays: Iterable[NDArray[Any]]) -> list[int]:
     """The sum mod 2^16 of each array's 16-bit words.
 
-    It detects any change within one word and all but 1 in 65,536 changes of several, but no
-    exchange of words, which SHA-256 in `verify` does. Unlike SHA-256 and CRC-32 it is cheap enough
-    to be checked whenever a sample is read.
+    It detects any change within one word and all but 1 in 65,536 changes of several, but not
+    swapped words; the SHA-256 in `verify` detects those. Unlike SHA-256 and CRC-32 it is cheap
+    enough to check whenever a sample is read.
     """
     return [_word_sum(array) for array in arrays]
 
 
 def seal(row: int, sums: list[int]) -> int:
-    """The word sums and the row number in one int64: `sum_j sums[j] 2^16j + row * ODD mod 2^64`."""
+    """Combine word sums and row number in an int64: `sum_j sums[j] 2^16j + row * ODD mod 2^64`."""
     packed = sum(value << (16 * i) for i, value in enumerate(sums)) + row * _ODD
     packed %= 1 << 64
     return packed - (1 << 64) if packed >> 63 else packed
 
 
 def unseal(row: int, sealed: int, fields: int) -> list[int]:
-    """The word sums that `seal` was given, which tell the field that is damaged."""
+    """Recover the word sums passed to `seal`; they identify the damaged field."""
     packed = (sealed - row * _ODD) % (1 << 64)
     return [packed >> (16 * i) & 0xFFFF for i in range(fields)]
 
 
 def _word_sum(array: NDArray[Any]) -> int:
-    if array.itemsize == 1:  # its length and its address may be odd
+    if array.itemsize == 1:  # length and address may be odd
         padded = np.zeros((array.size + 1) // 2, dtype=np.uint16)
         padded.view(np.uint8)[: array.size] = array
         array = padded

@@ -1,13 +1,13 @@
 """A lock on a store's directory: one writer at a time, on any file system, across hosts.
 
 The lock is a file that names its holder. The holder creates it (`O_EXCL`) and touches it every few
-seconds. A lock is dead when its process is gone, which only the process's own host can tell, or
-when it has not been touched for `STALE` seconds by the file system's clock. `flock` is not used:
-NFS and Lustre may not propagate it between hosts.
+seconds. A lock is dead if its process has ended, which can be determined only on the same host, or
+if it has not been touched for `STALE` seconds by the file system's clock. `flock` is not used: NFS
+and Lustre may not propagate it between hosts.
 
-To take over a dead lock, a process must first create the one file that is named after it. A
-holder that loses its lock all the same (suspended for minutes, say) finds out when it calls
-`check`.
+To take over a dead lock, a process must first create a claim file named after that lock, which only
+one process can do. A holder that nevertheless loses its lock, for example because it was suspended
+for minutes, finds out when it calls `check`.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ LOCK = ".lock"
 HEARTBEAT = 10.0
 """Seconds between touches."""
 STALE = 120.0
-"""Seconds without a touch after which a lock is dead. NFS clients may see a touch a minute late."""
+"""Seconds without a touch after which a lock is dead; NFS clients may see touches a minute late."""
 _POLL = 0.5
 
 
 class LockedError(StoreError):
-    """Another process is writing to the directory."""
+    """Error raised when another process is writing to the directory."""
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Holder:
     pid: int = 0
     since: str = "an unknown time"
     boot: str = ""
-    """Boot id of the host and PID namespace of the process: where equal, `pid` can be looked up."""
+    """Boot id of the host and PID namespace; `pid` can be looked up only where both match."""
     started: str = ""
-    """Start time of the process in the kernel's ticks, since pids are reused."""
+    """Start time of the process in kernel ticks; distinguishes it from a later one with its pid."""
     token: str = ""
 
     @classmethod
@@ -63,7 +63,7 @@ class Holder:
 
     @classmethod
     def read(cls, text: str) -> Holder:
-        """The holder that a lock's file names; an unknown one while the file is being written."""
+        """Parse a lock file; return a `Holder` with empty fields while it is being written."""
         try:
             value = json.loads(text)
             return cls(**{field.name: value[field.name] for field in fields(cls)})
@@ -71,7 +71,7 @@ class Holder:
             return cls()
 
     def is_gone(self) -> bool | None:
-        """Whether the process has ended; None if only its own host can tell."""
+        """Return whether the process has ended; None if it runs on another host or namespace."""
         if not self.started or self.boot != _boot():
             return None
         return _started(self.pid) != self.started
@@ -81,10 +81,11 @@ class Holder:
 
 
 class DirectoryLock:
-    """A context in which no other process writes to `directory`, which is created if missing.
+    """Context manager that keeps other processes from writing to `directory`.
 
-    Errors: LockedError, naming host and process, if another process holds the lock. If that
-    process is on another host, waits for a touch and takes the lock over if none comes.
+    Creates the directory if it is missing. If another process holds the lock, raises LockedError
+    with its host and pid. If that process is on another host, first waits for it to touch the lock,
+    and takes the lock over if it does not.
     """
 
     def __init__(
@@ -118,12 +119,12 @@ class DirectoryLock:
     ) -> None:
         self._stop.set()
         self._thread.join()
-        with suppress(OSError):  # a lock left behind is like that of a killed process
+        with suppress(OSError):  # a leftover lock is treated like that of a killed process
             if self._is_mine():
                 self.path.unlink()
 
     def check(self) -> None:
-        """StoreError if another process has taken the lock over, or removed it."""
+        """Raise StoreError if another process has taken over or removed the lock."""
         if self.lost or not self._is_mine():
             there = self._read()
             raise StoreError(
@@ -164,21 +165,24 @@ class DirectoryLock:
     # --- another process's lock ----------------------------------------------------------------
 
     def _is_dead(self, there: Holder) -> bool:
-        """Whether the lock held by `there` may be taken over; LockedError if it is alive."""
+        """Return whether the lock held by `there` may be taken over.
+
+        Returns False if the lock has changed meanwhile. Raises LockedError if the holder is alive.
+        """
         gone = there.is_gone()
         if gone is not None:
             if gone:
                 return True
             raise LockedError(self._refusal(there))
         touched = self._touched()
-        # At least until the next touch is due: hosts may date files by their own clocks.
+        # Wait at least until the next touch is due: hosts may timestamp files by their own clocks.
         left = max(self.stale - self._age(), 1.5 * self.heartbeat)
         end, announced = time.monotonic() + left, False
         while time.monotonic() < end:
             time.sleep(min(_POLL, self.heartbeat))
             now = self._touched()
             if now is None or self._read() != there:
-                return False  # released, or held by another process: start again
+                return False  # released, or held by another process: try again
             if now != touched:
                 raise LockedError(self._refusal(there))
             if not announced:
@@ -190,7 +194,10 @@ class DirectoryLock:
         return True
 
     def _touched(self) -> int | None:
-        """Time of the last touch in ns. Opening the file makes an NFS client ask its server."""
+        """Return the time of the last touch in ns; None if there is no lock.
+
+        Opening the file makes an NFS client query its server instead of its cache.
+        """
         try:
             with self.path.open("rb") as file:
                 return os.fstat(file.fileno()).st_mtime_ns
@@ -198,7 +205,7 @@ class DirectoryLock:
             return None
 
     def _age(self, path: Path | None = None) -> float:
-        """Seconds since the last touch, by the file system's clock."""
+        """Return the seconds since the last touch, by the file system's clock."""
         try:
             with tempfile.NamedTemporaryFile(dir=self.directory, prefix=f"{LOCK}.") as file:
                 now = os.fstat(file.fileno()).st_mtime_ns
@@ -238,7 +245,7 @@ class DirectoryLock:
 
 
 def _boot() -> str:
-    """Boot id of this host and PID namespace of this process; empty if unknown."""
+    """Return the host's boot id and this process's PID namespace; empty if unknown."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"
@@ -247,7 +254,7 @@ def _boot() -> str:
 
 
 def _started(pid: int) -> str:
-    """Start time of a process in ticks since the boot; empty if it does not run, or is a zombie."""
+    """Return a process's start time in ticks since boot; empty if not running or a zombie."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

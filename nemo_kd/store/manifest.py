@@ -1,4 +1,4 @@
-"""`manifest.json`: a store's spec and the size and SHA-256 of every file. Written last."""
+"""`manifest.json`: a store's spec and the size and SHA-256 of every file; written last."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nemo_kd.store.spec import StoreSpec
 FORMAT = "nemo-kd store"
 VERSION = 1
 MANIFEST = "manifest.json"
-SPEC = "spec.json"  # the spec alone, written when a dump begins
-SHARD = "shard.json"  # a shard's entry of the manifest, in its directory
-EXCHANGE = "topk.jsonl"  # the store as NeMo-Aligner's JSONL, if a dump was asked to write it
+SPEC = "spec.json"  # the spec, written when a dump starts
+SHARD = "shard.json"  # a shard's manifest entry, in the shard's directory
+EXCHANGE = "topk.jsonl"  # the store as NeMo-Aligner's JSONL, written if `jsonl=true`
 SPEC_KEY = "spec_sha256"
 
 
@@ -23,14 +23,14 @@ def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
 
 
-class FileInfo(NamedTuple):  # a million samples have 50,000 files: tuples are created faster
+class FileInfo(NamedTuple):  # a tuple for speed: a store of a million samples has 50,000 files
     bytes: int
     sha256: str
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A shard's entry in the manifest; its rows are None if it has no samples."""
+    """A shard's entry in the manifest; `first_row` and `last_row` are None without samples."""
 
     name: str
     samples: int
@@ -60,7 +60,7 @@ class ShardInfo:
 
 
 def read_shard_info(directory: Path) -> tuple[ShardInfo, str | None]:
-    """A shard's entry from the `shard.json` in `directory`, and its spec's fingerprint."""
+    """Read `shard.json` in `directory`; return the shard's entry and its spec's fingerprint."""
     value = read_json(directory / SHARD)
     spec = value.pop(SPEC_KEY, None) if isinstance(value, dict) else None
     return ShardInfo.from_json(value, directory / SHARD), spec
@@ -68,7 +68,7 @@ def read_shard_info(directory: Path) -> tuple[ShardInfo, str | None]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A store's spec and its shards."""
+    """The spec of a store and the entries of its shards."""
 
     spec: StoreSpec
     shards: tuple[ShardInfo, ...]
@@ -83,7 +83,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hex SHA-256 of the manifest, which covers every file through the hashes in it."""
+        """Hex SHA-256 of the manifest; covers every file through the hashes it contains."""
         return sha256_of_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
@@ -101,7 +101,7 @@ class Manifest:
 
     @classmethod
     def read(cls, directory: Path) -> Manifest:
-        """The manifest in `directory`; StoreError if it is damaged or of another version."""
+        """Read the manifest in `directory`; raise StoreError if damaged or of another version."""
         path = directory / MANIFEST
         value = read_json(path)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
@@ -128,7 +128,7 @@ class Manifest:
 
 
 def refuse_unfinished(directory: Path) -> None:
-    """StoreError if `directory` holds no finished store."""
+    """Raise StoreError if `directory` holds no finished store."""
     if (directory / MANIFEST).is_file():
         return
     if not directory.is_dir():

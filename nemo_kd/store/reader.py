@@ -1,4 +1,4 @@
-"""Read a store: memory-mapped, with random access; only open shards are kept in memory."""
+"""Memory-mapped random access to a store; a limited number of shards is open at a time."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from nemo_kd.store.spec import StoreSpec
 
 
 class Store:
-    """`store[i]` is the i-th sample by row number; `len(store)` counts them.
+    """Sequence of a store's samples: `store[i]` is the i-th sample in row order.
 
     Opening reads the manifest and compares every file's size with it. A sample's checksums are
-    compared when it is first read; `verify` compares everything. A store that is rewritten while
-    it is open is refused when the next shard is opened, and when it is unpickled.
+    verified when it is first read; `verify` checks everything. If the store is rewritten while it
+    is open, opening the next shard or unpickling raises StoreError.
     """
 
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         refuse_unfinished(self.directory)
         self.manifest = Manifest.read(self.directory)
-        # `verify` finds a manifest that is not the canonical JSON of its values.
+        # Hash the file itself; `verify` checks that it is the canonical JSON of its values.
         self.fingerprint = sha256_of(self.directory / MANIFEST)
         self.codec = codec_of(self.spec)
         self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
@@ -78,18 +78,18 @@ class Store:
 
     @property
     def spec(self) -> StoreSpec:
-        """What decided the store's bytes."""
+        """The settings that determine the store's bytes."""
         return self.manifest.spec
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """[samples]: the number of tokens of each sample; reads only the indices."""
+        """Number of tokens of each sample [samples]; reads only the index files."""
         parts = [self.shard(number).lengths() for number in self._filled_shards()]
         return np.concatenate([np.zeros(0, np.int32), *parts])
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """[samples]: the row number of each sample."""
+        """Source row number of each sample [samples]."""
         parts = [self.shard(number).rows() for number in self._filled_shards()]
         return np.concatenate([np.zeros(0, np.int64), *parts])
 
@@ -100,7 +100,7 @@ class Store:
         vocab_size: int | None = None,
         temperature: float | None = None,
     ) -> None:
-        """Refuse a store that does not fit this student; None is not compared."""
+        """Raise StoreError if the store does not match the student; None skips a comparison."""
         spec = self.spec
         if temperature is not None and temperature not in spec.temperatures:
             raise StoreError(
@@ -120,7 +120,7 @@ class Store:
                 )
 
     def index_of(self, row: int) -> int:
-        """The index of a source row's sample; StoreError if the store does not have it."""
+        """Return the index of a source row's sample; raise StoreError if the row is not stored."""
         number = row // self.spec.rows_per_shard
         if 0 <= number < len(self.manifest.shards) and self.manifest.shards[number].samples:
             found = np.flatnonzero(self.shard(number).rows() == row)
@@ -130,14 +130,14 @@ class Store:
         raise StoreError(f"{self.directory} has no sample of row {row}; its last row is {last}")
 
     def _first(self, number: int) -> int:
-        """Index of a shard's first sample."""
+        """Return the index of a shard's first sample."""
         return self._ends[number - 1] if number else 0
 
     def _filled_shards(self) -> list[int]:
         return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]
 
     def shard(self, number: int) -> Shard:
-        """The open files of a shard; the least recently used shard is closed to make room."""
+        """Return an open shard; closes the least recently used one if too many are open."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number]
@@ -150,7 +150,7 @@ class Store:
     def _opened(self, info: ShardInfo) -> Shard:
         """Open a shard and check that it is the one in the manifest.
 
-        Checked once its files are open, so that a replacement in the meantime is noticed.
+        The check follows the opening of the files, so that a concurrent replacement is detected.
         """
         try:
             shard = Shard(self.directory, info, self.codec)
@@ -161,7 +161,10 @@ class Store:
         return shard
 
     def _refuse_other_files(self) -> None:
-        """Compare names and sizes; a Path per file would take half of the time."""
+        """Raise StoreError if names or sizes of the files differ from the manifest.
+
+        Uses strings because creating a Path per file would take half of the time.
+        """
         expected = file_names(self.codec)
         for shard in self.manifest.shards:
             if sorted(shard.files) != expected:

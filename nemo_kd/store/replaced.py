@@ -1,7 +1,8 @@
 """Detect shards that were replaced after their store was opened.
 
-`shard.json` has the size and SHA-256 of each file of its shard and the fingerprint of its spec, and
-is published together with them, so that one small file is read per shard and nothing is hashed.
+`shard.json` contains the size and SHA-256 of each file of its shard and the fingerprint of its spec
+and is published together with the files. Reading this small file therefore suffices to detect a
+replacement; nothing needs to be hashed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ RESTART = (
 
 
 def refuse_other_ranks(directory: Path, fingerprints: Sequence[str]) -> None:
-    """StoreError if the ranks of a job opened different stores at `directory`."""
+    """Raise StoreError if the ranks of a job opened different stores at `directory`."""
     other = next((i for i, one in enumerate(fingerprints) if one != fingerprints[0]), None)
     if other is not None:
         raise StoreError(
@@ -32,14 +33,14 @@ def refuse_other_ranks(directory: Path, fingerprints: Sequence[str]) -> None:
 
 
 class Replacement:
-    """Refuses shards of `directory` that differ from those of `manifest`."""
+    """Detector of shards in `directory` that differ from their entries in `manifest`."""
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory, self._manifest = directory, manifest
         self._spec = manifest.spec.fingerprint
 
     def refuse(self, info: ShardInfo) -> None:
-        """StoreError if the shard's entry on disk differs from `info`, or the shard is gone."""
+        """Raise StoreError if the shard's `shard.json` differs from `info` or is missing."""
         shard = self._directory / info.name
         if not (shard / SHARD).is_file():
             raise StoreError(
@@ -54,11 +55,11 @@ class Replacement:
             )
 
     def _difference(self, info: ShardInfo, found: ShardInfo, spec: str | None) -> str:
-        """What differs, the spec first, since it tells where the rows come from."""
+        """Describe the difference; the spec comes first since it identifies the rows' origin."""
         if spec != self._spec:
             try:
                 now = StoreSpec.from_json(read_json(self._directory / SPEC))
-            except StoreError:  # being rewritten
+            except StoreError:  # the store is being rewritten
                 return f"its {SHARD} is of another spec"
             changes = self._manifest.spec.differences(now)
             if changes:

@@ -1,4 +1,4 @@
-"""One source row: its tokens, which of them are answers, and the teacher at each answer."""
+"""One source row: its tokens, its loss mask and the teacher's top-K for each answer token."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from nemo_kd.topk import TopK
 class Tokens:
     """A row's tokens and loss mask, without a teacher.
 
-    Position t is an answer token when `loss_mask[t] = 1` and t > 0: the token at position 0 is
-    predicted from nothing. A row has `A = loss_mask[1:].sum()` answer tokens.
+    Position t is an answer token if `loss_mask[t] = 1` and t > 0: the token at position 0 has no
+    context to be predicted from. A row has `A = loss_mask[1:].sum()` answer tokens.
     """
 
     row: int
     """Row number in the source."""
 
     input_ids: NDArray[np.int32]
-    """[S]: prompt, answer and end-of-sequence."""
+    """Tokens of prompt, answer and end of sequence [S]."""
 
     loss_mask: NDArray[np.uint8]
-    """[S]: 1 where the token is an answer token, else 0."""
+    """Mask [S]: 1 for answer tokens, else 0."""
 
     @property
     def answers(self) -> int:
-        """A, the number of answer tokens."""
+        """Number of answer tokens, A."""
         return int(np.count_nonzero(self.loss_mask[1:]))
 
     def answer_positions(self) -> NDArray[np.int64]:
-        """[A]: the position t of each answer token, ascending; `input_ids[t]` is its label."""
+        """Return the positions t of the answer tokens [A], ascending; `input_ids[t]` is a label."""
         return np.flatnonzero(self.loss_mask[1:]) + 1
 
 
@@ -41,9 +41,9 @@ class Tokens:
 class Sample(Tokens):
     """An entry of a store: a row's tokens and the teacher's top-K at each answer token.
 
-    The writer takes numpy arrays and CPU tensors alike; the reader returns numpy arrays.
+    The writer accepts numpy arrays and CPU tensors; the reader returns numpy arrays.
     """
 
     topk: TopK
-    """A rows: row a is the teacher's p(. | input_ids[:t]) at the a-th answer position t, with the
-    log-sum-exp [A, T] at the spec's temperatures."""
+    """The teacher's top-K, A rows: row a describes p(. | input_ids[:t]) at the a-th answer position
+    t; the log-sum-exp [A, T] is at the spec's temperatures."""

@@ -1,4 +1,4 @@
-"""The open files of one shard, memory-mapped."""
+"""Memory-mapped access to the files of one shard."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_kd.store.manifest import ShardInfo
 from nemo_kd.store.sample import Sample, Tokens
 
 Encoded = tuple[Tokens, Arrays]
-"""A sample as the files hold it: read-only views of its tokens and of the profile's arrays."""
+"""A sample in encoded form: read-only views of its tokens and of the profile's arrays."""
 
 
 class Shard:
@@ -42,18 +42,18 @@ class Shard:
         self._checked = bytearray(info.samples)
 
     def lengths(self) -> NDArray[np.int32]:
-        """[samples]: the number of tokens of each."""
+        """Return the number of tokens of each sample [samples]."""
         return self._tokens.lengths.copy()
 
     def rows(self) -> NDArray[np.int64]:
-        """[samples]: the row number of each."""
+        """Return the source row number of each sample [samples]."""
         items = self._rows.values
         if items.size != ROW_ITEM * self.info.samples:
             raise StoreError(f"{self._rows.prefix}.bin: not {ROW_ITEM} values per sample")
         return items.reshape(-1, ROW_ITEM)[:, 0].copy()
 
     def sample(self, index: int) -> Sample:
-        """The sample, decoded; StoreError if it is damaged."""
+        """Return the decoded sample; raise StoreError if it is damaged."""
         tokens, arrays = self.encoded(index)
         try:
             topk = self._codec.decode(arrays, tokens.answers)
@@ -62,9 +62,9 @@ class Shard:
         return Sample(tokens.row, tokens.input_ids.copy(), tokens.loss_mask.copy(), topk)
 
     def encoded(self, index: int) -> Encoded:
-        """The sample's arrays; StoreError where they do not match its checksums.
+        """Return the sample's encoded arrays; raise StoreError if they fail its checksums.
 
-        Compared when a sample is first read: the files do not change under an open store.
+        Checked only when a sample is first read, since the files of an open shard do not change.
         """
         tokens, arrays = self.unchecked(index)
         if not self._checked[index]:
@@ -74,7 +74,10 @@ class Shard:
         return tokens, arrays
 
     def unchecked(self, index: int) -> Encoded:
-        """The sample's arrays as they are; StoreError where an index points outside its file."""
+        """Return the sample's encoded arrays without verifying checksums.
+
+        Raises StoreError if an index points outside its file.
+        """
         item = self._rows[index]
         if item.size != ROW_ITEM:
             raise StoreError(f"{self._rows.prefix}.idx: sample {index} has {item.size} values")
@@ -82,7 +85,7 @@ class Shard:
         return tokens, {name: field[index] for name, field in self._teacher}
 
     def damage(self, index: int, tokens: Tokens, arrays: Arrays) -> list[str]:
-        """Which files differ from the sample's checksums; empty when none does."""
+        """Describe the files that do not match the sample's checksums; empty if all match."""
         row, checksum, sealed = self._rows[index].tolist()
         found = []
         if token_checksum(tokens.input_ids, tokens.loss_mask) != checksum:

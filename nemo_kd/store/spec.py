@@ -1,4 +1,4 @@
-"""What decides a store's bytes, besides the source rows."""
+"""The settings that, together with the source rows, determine a store's bytes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ ROWS_PER_SHARD = 256
 
 @dataclass(frozen=True)
 class StoreSpec:
-    """Two stores with equal specs and equal source rows are identical byte for byte."""
+    """Settings of a store; equal specs and equal source rows give byte-identical stores."""
 
     top_k: int
-    """K: the number of logits kept per answer token, at most."""
+    """K: the maximum number of logits kept per answer token."""
 
     vocab_size: int
     """V: the tokenizer's vocabulary, without the padding that Megatron adds. Ids are in [0, V)."""
@@ -37,13 +37,13 @@ class StoreSpec:
     """Options of the profile."""
 
     tokenizer: dict[str, Any] = field(default_factory=dict)
-    """`fingerprint`, and how to load it: `library`, `path`."""
+    """The tokenizer's `fingerprint`, and the `library` and `path` to load it."""
 
     teacher: dict[str, Any] = field(default_factory=dict)
     """Name and fingerprint of the checkpoint."""
 
     template: dict[str, Any] = field(default_factory=dict)
-    """Prompt template and truncation settings, which turn source rows into tokens."""
+    """Prompt template and truncation settings that determine a row's tokens."""
 
     source: dict[str, Any] = field(default_factory=dict)
     """The SFT file: its name, number of rows and SHA-256."""
@@ -77,12 +77,12 @@ class StoreSpec:
         return sha256_of_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """The spec as `manifest.json` has it."""
+        """Return the spec as stored in `manifest.json`."""
         return {**asdict(self), "temperatures": list(self.temperatures)}
 
     @classmethod
     def from_json(cls, value: Any) -> StoreSpec:
-        """The inverse of `to_json`; StoreError where keys or values are wrong."""
+        """Inverse of `to_json`; raises StoreError if keys or values are invalid."""
         names = {f.name for f in fields(cls)}
         if not isinstance(value, dict) or set(value) != names:
             got = sorted(value) if isinstance(value, dict) else value
@@ -95,7 +95,7 @@ class StoreSpec:
             raise StoreError(f"a store's spec has a value of the wrong type: {error}") from error
 
     def differences(self, other: StoreSpec) -> list[tuple[str, Any, Any]]:
-        """(dotted field, this value, the other value) for each field in which the two differ."""
+        """Return (dotted field, own value, other value) for each field that differs."""
         ours, theirs = dict(_leaves("", self.to_json())), dict(_leaves("", other.to_json()))
         return [
             (name, ours.get(name), theirs.get(name))
@@ -105,7 +105,7 @@ class StoreSpec:
 
 
 def _plain_json(name: str, value: Any) -> Any:
-    """The value after a round trip through JSON, so that a spec equals itself when read back."""
+    """Round-trip the value through JSON, so that a spec equals itself when read back."""
     if not isinstance(value, dict):
         raise StoreError(f"{name} must be a mapping, not {value!r}")
     try:

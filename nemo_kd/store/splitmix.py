@@ -1,4 +1,4 @@
-"""Random numbers that depend on nothing but a seed and a row, on any machine.
+"""Random numbers that depend only on a seed and a row number, identical on every machine.
 
 The output function of splitmix64 (Steele et al. 2014) on 64-bit counters.
 """
@@ -12,17 +12,17 @@ GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
 
 
 def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """splitmix64's bijection of 64-bit integers, elementwise; products wrap."""
+    """Apply splitmix64's bijection of 64-bit integers elementwise, modulo 2^64."""
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
     return x ^ x >> np.uint64(31)
 
 
 def unit(x: NDArray[np.uint64]) -> NDArray[np.float64]:
-    """`mixed(x)` as numbers in [0, 1), of its 53 high bits."""
+    """Convert the 53 high bits of `mixed(x)` to float64 numbers in [0, 1)."""
     return (mixed(x) >> np.uint64(11)) / float(1 << 53)
 
 
 def counter(*values: int) -> NDArray[np.uint64]:
-    """[len(values)]: integers modulo 2^64."""
+    """Return the integers modulo 2^64 as an array [len(values)]."""
     return np.array([value % (1 << 64) for value in values], dtype=np.uint64)

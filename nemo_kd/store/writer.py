@@ -1,8 +1,8 @@
-"""Write a store: shards in any order by any process, each complete or absent; the manifest last.
+"""Write a store: any process may write any shard, in any order; the manifest is written last.
 
-A shard is a directory, written under a temporary name and renamed once every file in it is on disk.
-Its bytes follow from the spec and its rows alone, so that any number of processes, or a dump that
-was killed and resumed, write the same store.
+A shard is a directory that is written under a temporary name and renamed once all its files are on
+disk, so it is either complete or absent. Its bytes depend only on the spec and its rows: the store
+is the same for any number of processes and for a dump that was killed and resumed.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ from nemo_kd.store.spec import StoreSpec
 class StoreWriter:
     """A store being written; every process of a dump opens it with the same spec.
 
-    With `overwrite` an existing store is removed first: one process does so, and the others open
-    the store after it, without `overwrite`. A `DirectoryLock`, held by one process of each job,
-    keeps other jobs out.
+    With `overwrite` an existing store is removed first. Only one process may do this; the others
+    then open the store without `overwrite`. The caller excludes other jobs with a `DirectoryLock`,
+    held by one process of the job.
     """
 
     def __init__(self, directory: str | Path, spec: StoreSpec, overwrite: bool = False) -> None:
@@ -68,11 +68,11 @@ class StoreWriter:
             publish(self.directory / SPEC, canonical_json(spec.to_json()))
 
     def is_complete(self, shard_index: int) -> bool:
-        """Whether the shard exists, has this spec, and every file in it has its full size."""
+        """Return whether the shard exists, has this spec and all its files have their full size."""
         return self.complete_shard(shard_index) is not None
 
     def shard(self, shard_index: int) -> ShardWriter:
-        """A context that writes one shard; only one process at a time may write a given shard."""
+        """Return a context manager that writes one shard; at most one process may write a shard."""
         return ShardWriter(self, shard_index)
 
     def finish(self, num_shards: int) -> Manifest:
@@ -108,7 +108,7 @@ class StoreWriter:
             )
 
     def complete_shard(self, shard_index: int) -> ShardInfo | None:
-        """The shard's entry if `is_complete`, else None."""
+        """Return the shard's entry if `is_complete`, else None."""
         directory = self.directory / shard_name(shard_index)
         if not (directory / SHARD).exists():
             return None
@@ -124,7 +124,7 @@ class StoreWriter:
 
 
 class ShardWriter:
-    """Writes the samples of one shard, in ascending row order; published at a clean exit."""
+    """Context manager that writes one shard, row by row, and publishes it on a clean exit."""
 
     def __init__(self, store: StoreWriter, shard_index: int) -> None:
         rows = store.spec.rows_per_shard
@@ -147,7 +147,10 @@ class ShardWriter:
         return self
 
     def add(self, sample: Sample) -> None:
-        """Append one sample; StoreError, naming the row, if it does not conform to the spec."""
+        """Append one sample; raise StoreError, naming the row, if it does not match the spec.
+
+        Samples must be added in ascending row order.
+        """
         row, spec = int(sample.row), self._store.spec
         try:
             input_ids, loss_mask, answers = checked_tokens(
@@ -159,7 +162,7 @@ class ShardWriter:
         self.add_encoded(Tokens(row, input_ids, loss_mask), arrays)
 
     def add_encoded(self, tokens: Tokens, arrays: Arrays) -> None:
-        """Append a sample whose teacher is already in the arrays of the store's profile."""
+        """Append a sample that is already encoded in the store's profile."""
         row, input_ids, loss_mask = tokens.row, tokens.input_ids, tokens.loss_mask
         self._check_row(row)
         sealed = seal(row, word_sums(arrays[name] for name in self._store.codec.dtypes))
@@ -215,7 +218,7 @@ class ShardWriter:
         (self._directory / SHARD).write_text(canonical_json(self._description()), encoding="utf-8")
         target = self._store.directory / self._name
         if target.exists():
-            shutil.rmtree(target)  # incomplete, or it would not have been written again
+            shutil.rmtree(target)  # incomplete: complete shards are not written again
         commit(self._directory, target)
 
     def _description(self) -> dict[str, Any]:
@@ -235,13 +238,13 @@ class ShardWriter:
 
 
 def shard_directories(directory: Path) -> list[Path]:
-    """The directories of shards, complete or not, in order."""
+    """Return the shard directories in order, including incomplete ones."""
     found = [path for path in directory.glob("shard-*[0-9]") if path.is_dir()]
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
 def _remove_store(directory: Path) -> None:
-    """Remove the manifest first: a store without it is unfinished, never inconsistent."""
+    """Remove a store, its manifest first, so that an interruption leaves an unfinished store."""
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / SPEC).unlink(missing_ok=True)
     (directory / EXCHANGE).unlink(missing_ok=True)
@@ -251,7 +254,7 @@ def _remove_store(directory: Path) -> None:
 
 
 def _remove_leftovers(directory: Path) -> None:
-    """Remove what processes that were killed had not yet renamed."""
+    """Remove temporary files and directories left by killed processes."""
     for path in directory.glob(".shard-*.tmp"):
         shutil.rmtree(path)
     for pattern in (".*.json.*.tmp", ".*.jsonl.*.tmp", f"shard-*/.{SHARD}.*.tmp"):

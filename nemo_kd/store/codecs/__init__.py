@@ -12,7 +12,7 @@ CODECS: dict[str, type[Codec]] = {codec.name: codec for codec in (Plain, Compact
 
 
 def codec_of(spec: StoreSpec) -> Codec:
-    """The codec of the spec's profile."""
+    """Return the codec for the spec's profile; raise StoreError if the profile is unknown."""
     if spec.profile not in CODECS:
         raise StoreError(f"profile must be one of {', '.join(CODECS)}, not {spec.profile!r}")
     return CODECS[spec.profile](spec)

@@ -1,7 +1,7 @@
-"""The interface of a profile: a `TopK` to arrays on disk, and back.
+"""Interface of the profiles, which convert a `TopK` to arrays on disk and back.
 
-Entries of a row [K] beyond the ids that a teacher has, or that the profile keeps, are *absent*:
-id -1 and logit -inf, last in their row.
+If a teacher has, or a profile keeps, fewer than K ids, the remaining entries of the row [K] are
+*absent*: id -1 and logit -inf, at the end of the row.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Arrays = dict[str, NDArray[Any]]
 
 
 class Codec(ABC):
-    """`decode(encode(topk), A)` equals topk up to the profile's stated error."""
+    """Encoder and decoder of a profile: `decode(encode(topk), A) = topk` up to a stated error."""
 
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
-    """The keys of `StoreSpec.profile_options` that the profile has."""
+    """The keys of `StoreSpec.profile_options` that the profile accepts."""
 
     def __init__(self, spec: StoreSpec) -> None:
         unknown = sorted(set(spec.profile_options) - set(self.options))
@@ -38,18 +38,21 @@ class Codec(ABC):
     @property
     @abstractmethod
     def dtypes(self) -> dict[str, type[np.generic]]:
-        """Field → dtype of its `.bin` file, in the order of the seal's word sums; at most four."""
+        """Dtype of each field's `.bin` file, in the order of the seal's word sums; at most four."""
 
     @abstractmethod
     def encode(self, topk: TopK) -> Arrays:
-        """One flat array for each field; StoreError if the profile cannot represent the teacher."""
+        """Encode a `TopK` as one flat array per field.
+
+        Raises StoreError if the profile cannot represent it.
+        """
 
     @abstractmethod
     def decode(self, arrays: Arrays, answers: int) -> TopK:
-        """The teacher of A = `answers` tokens; ValueError if the arrays do not fit."""
+        """Decode the `TopK` of A = `answers` tokens; raise ValueError if the arrays do not fit."""
 
     def topk(self, ids: Any, logits: Any, logsumexp: Any) -> TopK:
-        """What `decode` returns, with the spec's temperatures."""
+        """Build a `TopK` with the spec's temperatures."""
         return TopK(
             ids=ids, logits=logits, logsumexp=logsumexp, temperatures=self.spec.temperatures
         )
@@ -60,13 +63,13 @@ class Codec(ABC):
 
 
 def relative_logits(topk: TopK, t1: int) -> NDArray[np.float32]:
-    """`z - L` [A, K] float32, at most 0: rounding may put a probability slightly above 1."""
+    """Return `z - L` [A, K] float32, clipped to 0: rounding may put a probability above 1."""
     relative: NDArray[np.float32] = topk.logits - topk.logsumexp[:, t1, None]
     return np.minimum(relative, np.float32(0), out=relative)
 
 
 def ragged(counts: NDArray[Any], width: int, filler: Any, values: NDArray[Any]) -> NDArray[Any]:
-    """[A, width]: row a is the next `counts[a]` of `values`, followed by filler.
+    """Split `values` into rows [A, width]: row a takes the next `counts[a]`, then filler.
 
     Raises ValueError if a count is outside [1, width] or the counts do not sum to `len(values)`.
     """

@@ -1,6 +1,7 @@
-"""Bit-packed rows of one layout: fields of any width, and ascending numbers in unary.
+"""Bit-packed rows of a common layout: fields of any width, and ascending numbers in unary.
 
-Bit j of a row is bit j % 8 (from the low end) of its byte j // 8; a field's low bit comes first.
+Bit j of a row is bit j % 8 (counted from the least significant) of byte j // 8; the least
+significant bit of a field comes first.
 """
 
 from __future__ import annotations
@@ -10,12 +11,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-SPARE = 8  # bytes that a window may extend beyond the last row
-_NARROW = 25  # widest field that a window of 4 bytes contains at any bit offset
+SPARE = 8  # bytes by which a window may extend past the last row
+_NARROW = 25  # widest field that fits a window of 4 bytes at any bit offset
 
 
 def put(bits: NDArray[np.uint8], offset: int, width: int, values: NDArray[Any]) -> None:
-    """Write the low `width` bits of `values` [A, n] from bit `offset` of `bits` [A, all]."""
+    """Write the low `width` bits of `values` [A, n] to `bits` [A, bits], starting at `offset`."""
     rows, count = values.shape
     octets = np.ascontiguousarray(values, dtype="<u8").view(np.uint8).reshape(rows, count, 8)
     used = octets[:, :, : -(-width // 8)]
@@ -26,17 +27,17 @@ def put(bits: NDArray[np.uint8], offset: int, width: int, values: NDArray[Any]) 
 def get(
     padded: NDArray[np.uint8], stride: int, offset: int, width: int, count: int
 ) -> NDArray[Any]:
-    """[A, count] uint32 (uint64 above 25 bits): the fields that `put` wrote.
+    """Read the fields written by `put`: [A, count] uint32, or uint64 above 25 bits.
 
-    `padded` holds A rows of `stride` bytes, and `SPARE` bytes after them.
+    `padded` holds A rows of `stride` bytes, followed by `SPARE` bytes.
     """
     dtype = np.dtype("<u4" if width <= _NARROW else "<u8")
     rows = (len(padded) - SPARE) // stride
-    if width == 8 and offset % 8 == 0:  # whole bytes: a vocabulary of about 256 K ids
+    if width == 8 and offset % 8 == 0:  # byte-aligned: a vocabulary of about 256 K ids
         octets = padded[: rows * stride].reshape(rows, stride)
         return octets[:, offset // 8 : offset // 8 + count].astype(dtype)
     starts = offset + np.arange(count) * width
-    # A window begins at every byte: picking windows takes a third of the time of picking bytes.
+    # Overlapping windows, one per byte: gathering windows takes a third of the time of bytes.
     windows: NDArray[Any] = np.ndarray((rows, stride), dtype, padded.data, strides=(stride, 1))
     fields = windows[:, starts >> 3]
     fields >>= (starts & 7).astype(dtype)
@@ -53,7 +54,7 @@ def put_unary(bits: NDArray[np.uint8], offset: int, values: NDArray[np.int64]) -
 
 
 def get_unary(rows: NDArray[np.uint8], offset: int, count: int, largest: int) -> NDArray[np.int64]:
-    """[A, count]: what `put_unary` wrote to `rows` [A, bytes], values up to `largest`.
+    """Read the numbers [A, count], at most `largest`, that `put_unary` wrote to `rows` [A, bytes].
 
     Raises ValueError if a row does not have `count` bits set.
     """

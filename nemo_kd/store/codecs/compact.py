@@ -2,23 +2,23 @@
 
 At most 250 bytes for K = 100 and any vocabulary up to 262,144. A record, in bits:
 
-    16         float16 of log(1 - mass), mass the K ids' probability
-    16         float16 of R = max_i z_i - min_i z_i; its sign is set where ids are absent
+    16         float16 of log(1 - mass), where mass is the total probability of the K ids
+    16         float16 of R = max_i z_i - min_i z_i; its sign bit is set if ids are absent
     K * l      the low l bits of each id, ids ascending; l = floor(log2(V / K))
-    K * c      a level for each id, in the same order
-    m * 2      two more bits of level for the m = floor(K / 5) ids of the lowest levels
+    K * c      the level of each id, in the same order
+    m * 2      two additional level bits for the m = floor(K / 5) ids with the lowest levels
     K + H      bit i + (id_i >> l) is set for the i-th id; H = (V - 1) >> l
 
-with c the largest of 8, 7, 6 whose record has at most 2.5 K bytes, else 6. The level is
-`floor(2^c * ((max z - z) / R)^(2/3))`: steps are finer for more probable ids. The two further bits
-are in order of ascending level, then ascending id. The reader gives each id the middle of its step
-and scales all to `mass`, so that the tail beyond K is as exact as its float16. KL(stored || true)
-over the K ids and the tail is below 1e-4 nats on average (measured in docs/store.md).
+where c is the largest of 8, 7, 6 whose record has at most 2.5 K bytes, else 6. The level is
+`floor(2^c * ((max z - z) / R)^(2/3))`: steps are finer for more probable ids. The additional bits
+are in order of ascending level, then ascending id. The decoder sets each id to the middle of its
+step and scales the ids to `mass`, so that the tail beyond K has float16 accuracy. KL(stored ||
+true) over the K ids and the tail is below 1e-4 nats on average (measured in docs/store.md).
 
-Absent entries have the highest level, which no other id has then: R is enlarged by
-`(2^c / (2^c - 1))^(3/2)`, so that the levels of present ids stay below it.
+Absent entries get the highest level. To keep present ids below it, R is then enlarged by
+`(2^c / (2^c - 1))^(3/2)`.
 
-The log-sum-exp at T = 1 reads as 0; the others are stored as float32, relative to it.
+The log-sum-exp at T = 1 decodes as 0; the others are stored as float32, relative to it.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from nemo_kd.store.codecs.bits import SPARE, get, get_unary, put, put_unary
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import ABSENT_ID, TopK
 
-FINER_SHARE = 5  # one id in five has a finer level
+FINER_SHARE = 5  # one id in five gets a finer level
 FINER_BITS = 2
 BYTES_PER_ID = 2.5
-_HALVES = 32  # bits of the two leading float16
+_HALVES = 32  # bits of the two leading float16 numbers
 
 
 class Compact(Codec):
@@ -54,7 +54,7 @@ class Compact(Codec):
         self.levels_at = _HALVES + self.k * self.low_bits
         self.finer_at = self.levels_at + self.k * self.level_bits
         self.high_at = self.finer_at + self.finer * FINER_BITS
-        # The reader counts in halves of a finest step: the middle of any step is an integer.
+        # The decoder counts in half finest steps, so that the middle of any step is an integer.
         self.unit_bits = self.level_bits + FINER_BITS + 1
         self.id_bits = (spec.vocab_size - 1).bit_length()
         narrow = self.unit_bits + self.id_bits <= 32
@@ -71,7 +71,7 @@ class Compact(Codec):
     def encode(self, topk: TopK) -> Arrays:
         relative = relative_logits(topk, self.t1)
         levels, ranges = self._finest_levels(relative)
-        ids = np.maximum(topk.ids, 0)  # absent entries may have any id, any number of times
+        ids = np.maximum(topk.ids, 0)  # the encoded id of an absent entry is arbitrary
         ids, levels = sort_pairs(ids, levels, self.level_bits + FINER_BITS)
         coarse = levels >> FINER_BITS
         # No two entries share level and id, so the finer bits never decide the order.
@@ -116,7 +116,10 @@ class Compact(Codec):
     def _finest_levels(
         self, relative: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Levels of c + 2 bits [A, K], and R [A] rounded to float16, negative if ids are absent."""
+        """Return levels of c + 2 bits [A, K] and R [A], rounded to float16.
+
+        R is negative in rows with absent ids.
+        """
         below = relative.max(axis=1, keepdims=True) - relative
         absent = np.isinf(below)
         some = absent.any(axis=1)
@@ -134,14 +137,14 @@ class Compact(Codec):
     def _units(
         self, padded: NDArray[np.uint8], ids: NDArray[Any]
     ) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Levels in half finest steps and ids [A, K], by ascending level, then ascending id."""
+        """Return levels, in half finest steps, and ids [A, K], sorted by level, then by id."""
         one, middle = self.dtype.type(1), self.dtype.type(1 << FINER_BITS)
         coarse = self._get(padded, self.levels_at, self.level_bits, self.k)
         coarse, ids = sort_pairs(coarse, ids, self.id_bits)
         units = (coarse << self.dtype.type(FINER_BITS + 1)) + middle
         finer = self._get(padded, self.finer_at, FINER_BITS, self.finer)
         units[:, : self.finer] += finer + finer + one - middle
-        # Only entries up to the last that shares a level with the last finer one can move.
+        # Finer bits can move only entries up to the last one on the last finer entry's level.
         end = self.finer
         while 0 < end < self.k and (coarse[:, end] == coarse[:, self.finer - 1]).any():
             end += 1
@@ -155,8 +158,10 @@ class Compact(Codec):
         ranges: NDArray[np.float32],
         absent: NDArray[np.bool_] | None,
     ) -> NDArray[np.float32]:
-        """[A, K]: z from `max z - z = R u^(3/2)`, u the level in [0, 1), scaled to the mass; -inf
-        where `absent`."""
+        """Return log-probabilities [A, K] from `max z - z = R u^(3/2)`, scaled to the mass.
+
+        u is the level in [0, 1); entries that are `absent` become -inf.
+        """
         u = units.astype(np.float32) * np.float32(0.5**self.unit_bits)
         logits: NDArray[np.float32] = u * np.sqrt(u) * -ranges
         if absent is not None:
@@ -165,7 +170,7 @@ class Compact(Codec):
         return logits
 
     def _relative_logsumexp(self, logsumexp: NDArray[np.float32]) -> NDArray[np.float32]:
-        """[A, T - 1]: `L_T - L / T`, the log-sum-exp of the log-probabilities, for each T but 1."""
+        """Return the log-sum-exp of the log-probabilities, `L_T - L / T` [A, T - 1], for T != 1."""
         unit = logsumexp[:, self.t1, None]
         relative = logsumexp - unit / np.array(self.spec.temperatures, np.float32)
         return np.delete(relative, self.t1, axis=1)
@@ -178,9 +183,9 @@ class Compact(Codec):
 def sort_pairs(
     major: NDArray[Any], minor: NDArray[Any], minor_bits: int
 ) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Both arrays with each row in ascending order of (major, minor), by one sort without indices.
+    """Sort each row of both arrays by (major, minor), with a single sort and no index array.
 
-    The arrays are integers of one dtype, wide enough for the bits of both.
+    The arrays are integers of one dtype, wide enough for the combined bits of both.
     """
     shift = major.dtype.type(minor_bits)
     joined = major << shift | minor
@@ -189,7 +194,7 @@ def sort_pairs(
 
 
 def _log_rest(relative: NDArray[np.float32]) -> NDArray[np.float32]:
-    """[A]: log(1 - Σ_i exp(z_i - L)); -inf where rounding leaves nothing."""
+    """Return log(1 - Σ_i exp(z_i - L)) [A]; -inf where rounding makes the difference <= 0."""
     rest = 1 - np.exp(relative, dtype=np.float64).sum(axis=1)
     logs = np.full(len(rest), -np.inf, np.float32)
     np.log(rest, out=logs, where=rest > 0, casting="same_kind")

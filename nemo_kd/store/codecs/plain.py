@@ -1,11 +1,11 @@
-"""Unencoded ids, float16 log-probabilities, float32 log-sum-exp: 4 K + 4 T bytes per token.
+"""Plain ids, float16 log-probabilities and float32 log-sum-exp: 4 K + 4 T bytes per token.
 
     stored = float16(z - L)        L = log sum_v exp(z_v), at T = 1
     z      = float32(stored) + L
 
-A log-probability's error is at most half a float16 step, 2^-11 of its size: below 0.004 nats down
-to p = exp(-16). In a vocabulary of more than 65,536 an id takes 4 bytes: 6 K + 4 T bytes per token.
-Absent entries are stored as float16 -inf.
+The error of a log-probability is at most half a float16 step, a relative error of 2^-11: below
+0.004 nats for p >= exp(-16). If the vocabulary exceeds 65,536, an id takes 4 bytes: 6 K + 4 T bytes
+per token. Absent entries are stored as float16 -inf.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def id_dtype(spec: StoreSpec) -> type[np.generic]:
 
 
 def pack_ids(ids: NDArray[np.int64], dtype: type[np.generic]) -> NDArray[Any]:
-    """Ids as uint16, or their low 32 bits as int32; an absent id becomes all ones."""
+    """Convert ids to uint16, or to their low 32 bits as int32; an absent id becomes all ones."""
     if dtype == np.int32:
         return ids.astype(np.uint32).view(np.int32)
     return ids.astype(dtype)
@@ -70,17 +70,20 @@ def unpack_ids(packed: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def to_half(values: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """float16 bits, rounded to nearest even; torch's conversion is vectorised, numpy's is not."""
-    import torch  # takes a second, and not every command of `nemo-kd` needs it
+    """Return the float16 bits of values, rounded to nearest even.
+
+    Uses torch, whose conversion is vectorised; numpy's is not.
+    """
+    import torch  # imported late: it takes a second, and not every `nemo-kd` command needs it
 
     bits: NDArray[np.uint16] = torch.from_numpy(values).half().numpy().view(np.uint16)
     return bits
 
 
 def from_half(bits: NDArray[np.uint16], added: NDArray[np.float32]) -> NDArray[np.float32]:
-    """float32(bits) + added, `added` broadcast."""
+    """Return float32(bits) + added, with `added` broadcast."""
     import torch
 
-    half = torch.from_numpy(bits.view(np.float16).copy())  # torch warns of read-only memory
+    half = torch.from_numpy(bits.view(np.float16).copy())  # torch warns about read-only memory
     sums: NDArray[np.float32] = torch.add(half, torch.from_numpy(added)).numpy()
     return sums

@@ -1,12 +1,12 @@
-"""K draws from the teacher's full distribution: the distinct ids and how often each was drawn.
+"""K draws from the teacher's full distribution, stored as distinct ids and their counts.
 
     p_hat(v) = count_v / K,   E[p_hat(v)] = p(v);   1 + 3 · distinct bytes per token
 
-After *Sparse Logit Sampling* (Anshumann et al. 2025, arXiv 2503.16870): top-K keeps a biased
-distribution; draws are unbiased, and so is the gradient of a forward KL, which is linear in the
-teacher. `top_k` is the number of draws. The encoded `TopK` has logits `log(count / K)` and
+After *Sparse Logit Sampling* (Anshumann et al. 2025, arXiv 2503.16870): a top-K distribution is
+biased; draws are unbiased, and so is the gradient of a forward KL, which is linear in the teacher's
+probabilities. `top_k` is the number of draws. The `TopK` has logits `log(count / K)` and
 log-sum-exp 0; entries beyond the distinct ids are absent. An id is stored as the number
-`id * K + count - 1` in the fewest bytes: 3 if vocab_size * K is at most 2^24.
+`id * K + count - 1` in as few bytes as possible: 3 if vocab_size * K is at most 2^24.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class Sampled(Codec):
 
 
 def log_frequency(counts: NDArray[Any], draws: int) -> NDArray[np.float32]:
-    """log(count / draws) float32, -inf for 0."""
+    """Return log(count / draws) as float32; -inf for a count of 0."""
     table = np.full(draws + 1, -np.inf, np.float32)
     table[1:] = np.log(np.arange(1, draws + 1) / draws)
     logs: NDArray[np.float32] = table[counts]

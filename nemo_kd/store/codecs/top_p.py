@@ -1,10 +1,9 @@
-"""Like `plain`, with only the fewest ids per token that hold probability `p`, at most K.
+"""Like `plain`, but keeps only as many ids per token as needed to reach probability `p`.
 
     kept = min { k : Σ_{i<k} exp(z_i - L) >= p }, at most K;  2 + 4 kept + 4 T bytes per token
 
-The option `p` is in (0, 1]. The ids that are not kept count towards the tail, as those beyond K
-do; the reader returns absent entries for them. In a vocabulary of more than 65,536:
-2 + 6 kept + 4 T bytes.
+The option `p` is in (0, 1]. Ids that are not kept count towards the tail, like those beyond K, and
+are decoded as absent entries. If the vocabulary exceeds 65,536: 2 + 6 kept + 4 T bytes per token.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ class TopP(Codec):
         relative = relative_logits(topk, self.t1)
         mass = np.exp(relative, dtype=np.float64).cumsum(axis=1)
         present = np.isfinite(relative)
-        # The ids before p is reached and the one that reaches it; absent entries are never kept.
+        # Keep ids up to and including the one that reaches p; absent entries are never kept.
         kept = np.minimum((mass < self.p).sum(axis=1) + 1, present.sum(axis=1))
         chosen = np.arange(self.spec.top_k) < kept[:, None]
         return {

@@ -1,1 +1,1 @@
-"""Work on finished stores: measure, convert, merge, split and average them."""
+"""Operations on finished stores: verify, measure, convert, merge, split and average."""

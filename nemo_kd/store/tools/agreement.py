@@ -1,4 +1,4 @@
-"""Agreement of the labels with the teacher: measured, and expected if the teacher drew the labels.
+"""Agreement of teacher and labels, compared with its expected value for labels the teacher drew.
 
     agreement   mean of 1[top1_t = y_t]     expected   mean of p_t(top1_t)
     surprise    mean of f_t(y_t)            expected   mean of E_{v ~ p_t} f_t(v)
@@ -6,13 +6,13 @@
     f_t(v) = -log p_t(v) for a kept id, its lower bound -log min(p_t(last kept), rest_t) for others
 
 over answer tokens t with labels y_t. If each label were drawn from the teacher, measured and
-expected values would differ only by chance, with a variance that follows from p_t. A weak teacher
-is therefore judged by its own confidence, as a strong one is. Agreement with the token before or
-after the label reveals rows that are shifted.
+expected values would differ only by chance, with a variance determined by p_t. Every teacher, weak
+or strong, is thus judged relative to its own confidence. Agreement with the token before or after
+the label reveals shifted rows.
 
-For draws (profile `sampled`) the fraction of a token's K draws that equal the label replaces
-1[...]; its expected value is `Σ_v c_v (c_v - 1) / K^2`, c_v the draws of v, which is at most
-`Σ_v p_v^2` on average. Their surprise is not measured: most labels are not among the draws.
+For draws (profile `sampled`), 1[...] is replaced by the fraction of a token's K draws that equal
+the label; its expected value is `Σ_v c_v (c_v - 1) / K^2`, where c_v counts the draws of v, which
+is at most `Σ_v p_v^2` on average. Surprise is not measured for draws: most labels are not drawn.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.probabilities import Rows, log_probabilities, rest_of
 
 ROUNDING = 1e-3
-"""Of the kept ids' total probability; a smaller rest is noise."""
+"""Rounding error of the kept ids' total probability; a tail mass below it is noise."""
 
 ERRORS = 3.0
 """Differences beyond this many standard errors are not attributed to chance."""
@@ -40,16 +40,16 @@ SHIFT = 2.0
 
 LOW_AGREEMENT = 0.1
 HIGH_PERPLEXITY = 100.0
-"""Of the teacher's own draws. Even a weak model of the language is below it; one that is untrained,
-or has another tokenizer, is not."""
+"""Limit for the perplexity of the teacher's own draws. Even a weak model of the language is below
+it; an untrained model, or one with another tokenizer, is not."""
 MIN_TOKENS = 30
-"""Fewer tokens may all be hard ones."""
+"""Tokens needed to judge the perplexity: fewer may all happen to be hard ones."""
 
 FAR_BELOW = 0.1
 WRONG = 2.0
 RIGHT = 3.0
-"""Agreement is far below its expected value if it is lower by at least 10 points, and the teacher
-is wrong twice as often, or right a third as often, as expected."""
+"""Agreement is far below its expected value if it is lower by more than 10 percentage points and
+the teacher is wrong more than twice as often, or right less than a third as often, as expected."""
 
 EXCESS = 2.0
 """Nats per token by which the labels' surprise exceeds that of the teacher's own draws."""
@@ -62,7 +62,7 @@ ASK = (
 
 @dataclass(frozen=True)
 class Agreement:
-    """Sums over answer tokens; `+` adds those of other samples."""
+    """Sums over answer tokens; `+` combines the sums of two sets of samples."""
 
     tokens: float = 0.0
     agreed: float = 0.0
@@ -71,19 +71,19 @@ class Agreement:
     """Variance of `agreed` if the labels were the teacher's draws."""
 
     surprise_tokens: float = 0.0
-    """Tokens in `surprise` and `entropy`: none for draws."""
+    """Number of tokens counted in `surprise` and `entropy`: 0 for draws."""
     surprise: float = 0.0
     """Surprise of the labels, in nats."""
     surprise_squares: float = 0.0
     entropy: float = 0.0
-    """Expected surprise, at most the teacher's entropy."""
+    """Expected surprise in nats, at most the teacher's entropy."""
 
     earlier: float = 0.0
     """Agreement with the token before the label."""
     earlier_gain: float = 0.0
     """`earlier` minus the agreement with the labels."""
     earlier_squares: float = 0.0
-    """Squares of the terms of `earlier_gain`."""
+    """Sum of squares of the per-token terms of `earlier_gain`."""
 
     later: float = 0.0
     later_gain: float = 0.0
@@ -95,7 +95,7 @@ class Agreement:
 
     @classmethod
     def of_sample(cls, sample: Sample, spec: StoreSpec) -> Agreement:
-        """The sums of one sample."""
+        """Compute the sums over the answer tokens of one sample."""
         log_p = log_probabilities(sample.topk)
         ids = sample.topk.ids
         return cls.of_row(sample.input_ids, sample.answer_positions(), ids, log_p, spec)
@@ -109,7 +109,7 @@ class Agreement:
         log_p: Rows,
         spec: StoreSpec,
     ) -> Agreement:
-        """input_ids [S], positions [A] of the answer tokens, ids and log_p [A, K] → their sums."""
+        """Compute the sums from input_ids [S], answer positions [A], ids and log_p [A, K]."""
         if not positions.size:
             return cls()
         p = np.exp(log_p)
@@ -141,7 +141,7 @@ class Agreement:
         )
 
     def __str__(self) -> str:
-        """The measured and expected values, in one clause."""
+        """Describe the measured and expected values in one clause."""
         n = max(self.tokens, 1.0)
         text = (
             f"{self._subject} the label for {self.agreed / n:.1%} of tokens "
@@ -158,7 +158,7 @@ class Agreement:
         return "the teacher's best token is" if self.surprise_tokens else "the teacher's draws are"
 
     def to_json(self) -> dict[str, float]:
-        """Means over tokens; perplexities if they are measured."""
+        """Return means over tokens, and perplexities if surprise was measured."""
         n = max(self.tokens, 1.0)
         values = {
             "agreement": self.agreed / n,
@@ -172,7 +172,7 @@ class Agreement:
         return {name: round(float(value), 4) for name, value in values.items()}
 
     def warning(self) -> str:
-        """The reason to doubt the teacher's rows; empty if there is none."""
+        """Return the reason to doubt that the teacher's rows are correct; empty if none."""
         for where, found in (("before", self._is_earlier()), ("after", self._is_later())):
             if found and not self._knows_nothing():
                 return (
@@ -195,7 +195,7 @@ class Agreement:
         return self._is_beside(self.later, self.later_gain, self.later_squares)
 
     def _is_beside(self, agreed: float, gain: float, squares: float) -> bool:
-        """Whether the teacher predicts the token beside the label instead."""
+        """Return whether the teacher predicts a neighbour of the label rather than the label."""
         significant = gain > ERRORS * math.sqrt(squares)
         return significant and agreed > max(SHIFT * self.agreed, LOW_AGREEMENT * self.tokens)
 
@@ -223,14 +223,17 @@ class Agreement:
 
 
 def _agreed(ids: NDArray[np.int64], p: Rows, labels: NDArray[Any], draws: bool) -> Rows:
-    """[A]: 1 where the first id is the label; for draws, the fraction of them that are."""
+    """Return 1 per token [A] if the first id is the label, else 0.
+
+    For draws, return the fraction of a token's draws that equal the label.
+    """
     if draws:
         return np.where(ids == labels[:, None], p, 0.0).sum(1)
     return (ids[:, 0] == labels).astype(np.float64)
 
 
 def _surprise(ids: NDArray[np.int64], log_p: Rows, labels: NDArray[Any]) -> tuple[Rows, Rows]:
-    """(f_t(y_t), E f_t) [A], nats."""
+    """Return the labels' surprise f_t(y_t) and its expected value E f_t, both [A] in nats."""
     present = np.isfinite(log_p)
     p, f = np.exp(log_p), -np.where(present, log_p, 0.0)
     rest = rest_of(p)

@@ -2,13 +2,13 @@
 
     m(v) = Σ_a w_a p_a(v),    p_a(v) = exp(z_a(v) - L_a) if teacher a kept v, else 0
 
-An id that a teacher did not keep is known only to be no more likely than the last one kept. It adds
-nothing to m(v): its probability remains in that teacher's rest, and the rest of the mixture
-`1 - Σ m(v)` is never less than the weighted rests. Hence
+An id that a teacher did not keep is known only to be no more likely than that teacher's last kept
+id. It adds nothing to m(v): its probability remains in the teacher's tail mass, and the tail mass
+of the mixture, `1 - Σ m(v)`, is never less than the weighted tail masses. Hence
 
     m(v) <= Σ_a w_a (p_a(v) over all V) <= m(v) + Σ_{a without v} w_a p_a(last kept)
 
-with equality on the left for ids that every teacher kept, and so for all ids at K = V. Logits are
+with equality on the left for ids kept by every teacher, hence for all ids at K = V. Logits are
 `log m` and the log-sum-exp is 0: `exp(logit - lse)` is the mixture's probability.
 """
 
@@ -44,10 +44,10 @@ def average(
     """Write the mixture of several stores' teachers over the same samples.
 
     K, profile, shards, template and source are the first store's; `spec.teacher` records the
-    stores and their weights, which are normalised by their sum. The temperature is 1.0 only: the
-    mixture's log-sum-exp at another one does not follow from the teachers'.
+    stores and their weights, normalised to sum 1. The result has temperature 1.0 only: the
+    mixture's log-sum-exp at other temperatures cannot be computed from those of the teachers.
 
-    Errors: StoreError that names the row or field in which the stores differ.
+    Raises StoreError, naming the row or field, if the stores do not hold the same samples.
     """
     refuse_own_source(stores, [directory])
     shares = _shares(weights, stores)
@@ -60,11 +60,11 @@ def average(
 
 
 def mix(teachers: Sequence[TopK], weights: Sequence[float], top_k: int) -> TopK:
-    """The `top_k` most probable ids of the mixture; weights sum to 1.
+    """Return the `top_k` most probable ids of the mixture; weights must sum to 1.
 
-    Teachers have ids and logits [A, K_a], and a log-sum-exp at T = 1. Returns ids [A, K], logits
-    `log m` [A, K] in descending order, ties by ascending id, and the log-sum-exp 0 [A, 1]. At
-    least one teacher has `K_a >= top_k`.
+    Teachers have ids and logits [A, K_a], and a log-sum-exp at T = 1. At least one must have
+    `K_a >= top_k`. Returns ids [A, K], logits `log m` [A, K] in descending order (ties by ascending
+    id), and log-sum-exp 0 [A, 1].
     """
     parts = [math.log(w) + _log_p(one) for one, w in zip(teachers, weights, strict=True)]
     ids = np.concatenate([one.ids for one in teachers], axis=1)  # [A, M]
@@ -81,7 +81,7 @@ def mix(teachers: Sequence[TopK], weights: Sequence[float], top_k: int) -> TopK:
 
 
 def _log_p(topk: TopK) -> NDArray[np.float64]:
-    """[A, K]: log-probabilities, scaled to sum to 1 where rounding makes them sum to more."""
+    """Return log-probabilities [A, K], normalised in rows where rounding gives a sum above 1."""
     log_p = log_probabilities(topk)
     return log_p - np.maximum(np.logaddexp.reduce(log_p, axis=1, keepdims=True), 0)
 
@@ -89,9 +89,9 @@ def _log_p(topk: TopK) -> NDArray[np.float64]:
 def _add_equal(
     ids: NDArray[np.int64], log_p: NDArray[np.float64]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Rows of ascending ids [A, M] with the probabilities of equal ids added into the first.
+    """Sum the probabilities of equal ids in rows of ascending ids [A, M] into the first of them.
 
-    The other entries of that id become absent.
+    The other entries of the same id become absent.
     """
     first = np.ones(ids.shape, np.bool_)
     first[:, 1:] = ids[:, 1:] != ids[:, :-1]
@@ -157,7 +157,7 @@ def _refuse_other_rows(first: Store, other: Store) -> None:
 
 
 def _description(stores: Sequence[Store], shares: Sequence[float]) -> dict[str, Any]:
-    """`spec.teacher` of the mixture."""
+    """Build the mixture's `spec.teacher`."""
     teachers = [store.spec.teacher for store in stores]
     names = (
         f"{share:.4g} {teacher.get('name') or store.directory.name}"

@@ -1,7 +1,7 @@
-"""Chunked files: a path with CHUNK_ID stands for the files numbered 0, 1, 2, ... without a gap.
+"""Chunked files: CHUNK_ID in a path stands for the numbers 0, 1, 2, ... of consecutive files.
 
-A gap is an error. That also reveals a set that was only partly replaced: `publish_chunks` removes
-and renames files so that file 0 is missing until the end.
+A gap in the numbers is an error. This also detects a partly replaced set of files:
+`publish_chunks` removes file 0 first and writes it last.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from nemo_kd.errors import StoreError
 from nemo_kd.files import commit
 
 CHUNK_ID = "CHUNK_ID"
-SHOWN = 5  # file names in a message
+SHOWN = 5  # maximum number of file names in a message
 
 
 def chunk_path(path: str | Path, number: int) -> Path:
-    """The file of one chunk."""
+    """Return the path of one chunk."""
     return Path(str(path).replace(CHUNK_ID, str(number)))
 
 
 def chunk_paths(path: str | Path) -> list[Path]:
-    """The files that `path` names: itself, or with CHUNK_ID all its chunks in order.
+    """Return the files that `path` names: itself, or with CHUNK_ID all its chunks in order.
 
-    Errors: StoreError if there is no chunk, or one before the last is missing.
+    Raises StoreError if there is no chunk or a chunk before the last is missing.
     """
     if CHUNK_ID not in str(path):
         return [Path(path)]
@@ -44,9 +44,9 @@ def chunk_paths(path: str | Path) -> list[Path]:
 
 
 def existing_chunks(path: str | Path) -> dict[int, Path]:
-    """The existing chunks of `path` by number; there may be gaps.
+    """Return the existing chunks of `path` by number, possibly with gaps.
 
-    Errors: StoreError if a chunk's name is a directory's, or its number has leading zeros.
+    Raises StoreError if a chunk is not a file or its number has leading zeros.
     """
     parts = str(Path(path)).split(CHUNK_ID)
     number, same_number = r"(?P<number>[0-9]+)", r"(?P=number)"
@@ -69,7 +69,7 @@ def existing_chunks(path: str | Path) -> dict[int, Path]:
 
 
 def publish_chunks(path: str | Path, written: Sequence[Path]) -> None:
-    """Rename the files `written` to the chunks of `path`, after removing existing chunks."""
+    """Replace the existing chunks of `path` by the files `written`, which are renamed."""
     for _, old in sorted(existing_chunks(path).items()):
         old.unlink()
     for number in reversed(range(len(written))):

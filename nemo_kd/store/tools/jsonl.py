@@ -1,4 +1,4 @@
-"""Read and write NeMo-Aligner's JSONL, one sample per line, as a stream.
+"""Stream samples from and to NeMo-Aligner's JSONL, one sample per line.
 
     tokens             [S-1]      input_ids[:-1]
     labels             [S-1]      input_ids[1:]
@@ -8,8 +8,8 @@
     log_sum_exp_logits [S-1]      log Σ_v exp(z_v)
     index              row number in the source (the line number if the key is missing)
 
-NeMo-Aligner subtracts the largest logit first, which changes no log-probability. `CHUNK_ID` in a
-path stands for 0, 1, 2, ...: the chunked form. Logits are written with five decimals.
+NeMo-Aligner subtracts the largest logit first, which does not change the log-probabilities. In a
+path, `CHUNK_ID` stands for the chunk numbers 0, 1, 2, ... Logits are written with five decimals.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from nemo_kd.store.tools.chunks import (
 from nemo_kd.topk import ABSENT_ID, TopK
 
 DECIMALS = 5
-ABSENT_LOG_PROBABILITY = -10_000.0  # stands, with id 0, for an absent entry
+ABSENT_LOG_PROBABILITY = -10_000.0  # together with id 0 marks an absent entry
 MAX_PADDING = 64 * 128
-"""Ids that padding can add: Megatron rounds a vocabulary up to a multiple of 128 times TP."""
+"""Largest number of padding ids: Megatron pads a vocabulary to a multiple of 128 times TP."""
 KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 
 
 @dataclass
 class Padding:
-    """Counts of padding ids of the vocabulary that were dropped from the top-K."""
+    """Counts of vocabulary padding ids that were dropped from the top-K."""
 
     ids: int = 0
     tokens: int = 0
-    """Answer tokens that had any."""
+    """Number of answer tokens whose top-K contained padding ids."""
     mass: float = 0.0
-    """Their total probability."""
+    """Total probability of the dropped ids, summed over answer tokens."""
 
 
 def read_jsonl(
@@ -65,14 +65,15 @@ def read_jsonl(
     on_bad_line: Callable[[StoreError], None] | None = None,
     padding: Padding | None = None,
 ) -> Iterator[Sample]:
-    """The samples of `path`, cut to the first `spec.top_k` logits, at T = 1.
+    """Yield the samples of `path` at T = 1, cut to the first `spec.top_k` logits.
 
-    An invalid line raises StoreError with file and line, or is skipped and passed to
-    `on_bad_line`. With `renumber` the row is the line's number, from 0 over all chunks.
+    An invalid line raises StoreError with file and line number; with `on_bad_line` it is skipped
+    and the error is passed to that function. With `renumber` a sample's row is its line number,
+    counted from 0 across all chunks.
 
-    NeMo-Aligner's teachers keep ids of the padding that Megatron adds to the vocabulary. These are
-    dropped, and counted in `padding`, or in a warning at the end if it is None. The log-sum-exp is
-    unchanged, so that their probability counts towards the rest.
+    NeMo-Aligner's top-K may include ids of Megatron's vocabulary padding. These ids are dropped and
+    counted in `padding`; if that is None, a warning at the end reports their number. The
+    log-sum-exp is unchanged, so that their probability counts towards the tail mass.
     """
     if spec.temperatures != (1.0,):
         raise StoreError(
@@ -109,11 +110,11 @@ def write_jsonl(
     *,
     samples_per_chunk: int | None = None,
 ) -> int:
-    """Write samples, such as a `Store`, to `path`, completely or not at all; return their number.
+    """Write samples, such as those of a `Store`, atomically to `path`; return their number.
 
-    Positions without an answer token get zeros: NeMo-Aligner needs a row for each position and
-    masks these. With CHUNK_ID in `path` each chunk has `samples_per_chunk` samples, and existing
-    chunks are removed.
+    Positions without an answer token are filled with zeros: NeMo-Aligner needs a row for each
+    position and masks these. With CHUNK_ID in `path`, each chunk has `samples_per_chunk` samples,
+    and existing chunks are replaced.
     """
     name = str(path)
     if (CHUNK_ID in name) != (samples_per_chunk is not None):
@@ -128,7 +129,7 @@ def write_jsonl(
         Path(name).parent.mkdir(parents=True, exist_ok=True)
         with published(Path(name)) as temporary:
             return _write_file(temporary, records)
-    existing_chunks(name)  # fails before the work where a chunk cannot be replaced
+    existing_chunks(name)  # fail before the work if a chunk cannot be replaced
     written, chunks = 0, list[Path]()
     try:
         for number, first in enumerate(records):
@@ -178,7 +179,7 @@ def _record(sample: Sample) -> dict[str, Any]:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """(number from 1, line) for each line that is not blank."""
+    """Yield (line number from 1, line) for each non-blank line."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
@@ -215,7 +216,7 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
         )
     checked_tokens(tokens, mask, spec.vocab_size)
     answers = np.flatnonzero(mask)
-    # What follows the last answer token is padding.
+    # Everything after the last answer token is padding.
     end = int(answers[-1]) + 1 if answers.size else length
     if (labels[: end - 1] != tokens[1:end]).any():
         raise StoreError("labels are not the tokens shifted by one")
@@ -246,14 +247,14 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
 def _without_padding(
     ids: NDArray[Any], logits: NDArray[Any], logsumexp: NDArray[Any], vocab_size: int
 ) -> tuple[NDArray[Any], NDArray[Any], Padding]:
-    """ids and logits [A, K] without padding ids, and their counts.
+    """Remove padding ids from ids and logits [A, K]; return both and the counts of padding ids.
 
-    The other entries keep their order; absent ones fill the end of the row.
+    The other entries keep their order; absent entries fill the end of the row.
     """
     padding = (ids >= vocab_size) & (ids < vocab_size + MAX_PADDING)
     if not padding.any():
         return ids, logits, Padding()
-    with np.errstate(all="ignore"):  # logits that are not numbers are refused later
+    with np.errstate(all="ignore"):  # NaN logits are refused later
         mass = float(np.exp(np.where(padding, logits - logsumexp, -np.inf)).sum())
     order = padding.argsort(axis=1, kind="stable")
     ids, logits = np.where(padding, ABSENT_ID, ids), np.where(padding, -np.inf, logits)
@@ -264,7 +265,7 @@ def _without_padding(
 def _teacher_rows(
     record: dict[str, Any], key: str, kinds: str, answers: NDArray[Any], length: int, top_k: int
 ) -> NDArray[Any]:
-    """The rows of answer tokens [A, at least K] from a list of S - 1 rows."""
+    """Return the answer tokens' rows [A, >= K] of the list of S - 1 rows under `key`."""
     values = _array(record, key, kinds, 2, length)
     if values.shape[1] < top_k:
         raise StoreError(
@@ -278,7 +279,7 @@ def _teacher_rows(
 def _array(
     record: dict[str, Any], key: str, kinds: str, dimensions: int, length: int | None = None
 ) -> NDArray[Any]:
-    """The list under `key` as an array whose dtype is one of numpy's `kinds`."""
+    """Return the list under `key` as an array whose dtype is one of numpy's `kinds`."""
     try:
         values = np.asarray(record[key])
     except (ValueError, OverflowError) as error:

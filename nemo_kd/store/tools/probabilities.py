@@ -1,4 +1,4 @@
-"""A store's top-K as probabilities: of the K ids, and of all other ids as one outcome, the rest."""
+"""Probabilities of a store's K ids and of all other ids combined, the rest (tail mass)."""
 
 from __future__ import annotations
 
@@ -11,18 +11,21 @@ Rows = NDArray[np.float64]
 
 
 def log_probabilities(topk: TopK) -> Rows:
-    """[A, K]: `z - L` at T = 1, in nats; -inf for absent ids."""
+    """Return the log-probabilities `z - L` [A, K] at T = 1, in nats; -inf for absent ids."""
     log_p: Rows = topk.logits.astype(np.float64) - topk.at(1.0).logsumexp[:, None]
     return log_p
 
 
 def rest_of(p: Rows) -> Rows:
-    """[A]: the probability of the ids beyond the K of p [A, K]."""
+    """Return the total probability [A] of all ids other than the K of p [A, K]."""
     return np.clip(1 - p.sum(axis=1), 0, None)
 
 
 def entropy_with_rest(p: Rows) -> Rows:
-    """[A]: the entropy of K + 1 outcomes, a lower bound of the teacher's; p [A, K]."""
+    """Return the entropy [A] of K + 1 outcomes, the K ids of p [A, K] and the rest, in nats.
+
+    It is a lower bound of the teacher's entropy.
+    """
     return -_x_log_x(p).sum(axis=1) - _x_log_x(rest_of(p))
 
 

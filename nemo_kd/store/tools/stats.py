@@ -1,4 +1,4 @@
-"""Statistics of a store's teacher over all answer tokens: mass, entropy, agreement with labels."""
+"""Statistics of a store over its answer tokens: top-K mass, entropy, agreement with labels."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ class Histogram:
         self.counts = np.zeros(len(self.edges) - 1, np.int64)
 
     def add(self, values: NDArray[Any]) -> None:
-        """Count each of the values."""
+        """Add values to the counts."""
         bins = np.searchsorted(self.edges[1:-1], values, side="right")
         self.counts += np.bincount(bins, minlength=len(self.counts))
 
     def to_json(self) -> dict[str, Any]:
-        """Edges and counts; an infinite edge is null."""
+        """Return edges and counts; infinite edges become None."""
         edges = [None if np.isinf(edge) else edge for edge in self.edges]
         return {"edges": edges, "counts": self.counts.tolist()}
 
@@ -48,19 +48,19 @@ class Stats:
 
     samples: int = 0
     tokens: int = 0
-    """Answer tokens."""
+    """Number of answer tokens."""
     mass: float = 0.0
-    """Probability of the stored ids."""
+    """Total probability of the stored ids."""
     entropy: float = 0.0
     """Entropy of K + 1 outcomes, the stored ids and the rest: a lower bound of the teacher's."""
     kept: int = 0
-    """Stored ids."""
+    """Number of stored ids."""
     label_first: int = 0
-    """Tokens whose label is the teacher's first choice."""
+    """Number of tokens whose label is the teacher's most probable id."""
     label_kept: int = 0
-    """Tokens whose label is among the stored ids."""
+    """Number of tokens whose label is among the stored ids."""
     label_nll: float = 0.0
-    """-log p(label) where the label is stored."""
+    """Sum of -log p(label) over tokens whose label is among the stored ids."""
     agreement: Agreement = field(default_factory=Agreement)
     masses: Histogram = field(default_factory=lambda: Histogram(MASS_EDGES))
     entropies: Histogram = field(default_factory=lambda: Histogram(ENTROPY_EDGES))
@@ -90,7 +90,7 @@ class Stats:
         self.answers.add(np.array([len(labels)]))
 
     def to_json(self) -> dict[str, Any]:
-        """Means over answer tokens, and histograms."""
+        """Return means over answer tokens, and histograms."""
         tokens, kept = max(self.tokens, 1), max(self.label_kept, 1)
         return {
             "samples": self.samples,
@@ -113,7 +113,7 @@ class Stats:
 
 
 def stats(store: Store, max_samples: int | None = None) -> Stats:
-    """Statistics of all samples, or of `max_samples` evenly spaced ones."""
+    """Compute statistics of all samples, or of `max_samples` evenly spaced ones."""
     count = len(store) if max_samples is None else min(max_samples, len(store))
     result = Stats()
     for i in range(count):

@@ -1,7 +1,7 @@
-"""Make stores from stores: convert to another profile or fewer logits, merge, split.
+"""Derive stores from stores: convert to another profile or a smaller K, merge, split.
 
-Merging and splitting copy the encoded arrays, so the teacher is unchanged to the bit; a merge only
-renumbers rows. Converting to another profile or K decodes and encodes, with the error of both.
+Merging and splitting copy the encoded arrays bit for bit; merging also renumbers rows. Converting
+to another profile or K decodes and re-encodes, which incurs the quantization errors of both.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from nemo_kd.store.writer import ShardWriter, StoreWriter
 
 Item = TypeVar("Item")
 Progress = Callable[[int], None]
-"""Called with the number of samples done so far."""
+"""Callback that receives the number of samples written so far."""
 
-# Spec fields in which merged stores may differ; a tokenizer is known by its fingerprint.
+# Spec fields in which merged stores may differ; a tokenizer is identified by its fingerprint.
 MAY_DIFFER = ("source", "rows_per_shard", "tokenizer.path")
 
 
@@ -40,7 +40,7 @@ def write_samples(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write a store of samples that come in ascending row order."""
+    """Write samples, given in ascending row order, to a new store."""
     with DirectoryLock(directory):
         writer = _open_writer(directory, spec, overwrite)
         return _write(writer, ((s.row, s) for s in samples), _add_sample, progress)
@@ -57,10 +57,10 @@ def convert(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write the same samples in another profile, with the first `top_k` logits per token.
+    """Write the samples of a store in another profile, with the first `top_k` logits per token.
 
-    None keeps the value of `store`, except that another profile starts without options. If
-    profile, options and K stay, samples are copied bit for bit.
+    None keeps the store's value; a new profile, however, starts without options. If profile,
+    options and K are unchanged, samples are copied bit for bit.
     """
     refuse_own_source([store], [directory])
     old = store.spec
@@ -101,10 +101,10 @@ def merge(
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write one store with the samples of several, in their order.
+    """Concatenate the samples of several stores into one store.
 
-    Row r of a store becomes `r + offset`, where the offset is the end of the previous store's
-    rows. `spec.source` records each store's source and offset.
+    Row r of a store becomes row `r + offset`; the offset is the sum of (last row + 1) over the
+    preceding stores. `spec.source` records each store's source and offset.
     """
     refuse_own_source(stores, [directory])
     first = stores[0]
@@ -138,8 +138,8 @@ def split(
 ) -> list[Manifest]:
     """Randomly split a store into parts with the given relative weights.
 
-    A sample's part follows from the seed and its row number alone, so that stores with the same
-    rows are split alike. Rows keep their numbers.
+    A sample's part depends only on the seed and its row number, so that stores with the same rows
+    are split identically. Rows keep their numbers.
     """
     if len(weights) != len(directories) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise StoreError(
@@ -176,7 +176,7 @@ def refuse_own_source(stores: Sequence[Store], directories: Sequence[str | Path]
 
 
 def _open_writer(directory: str | Path, spec: StoreSpec, overwrite: bool) -> StoreWriter:
-    """A writer for a directory that does not hold a finished store."""
+    """Open a writer; raise StoreError if a finished store exists and `overwrite` is false."""
     if (Path(directory) / MANIFEST).exists() and not overwrite:
         raise StoreError(
             f"{directory} already holds a store; use overwrite=true to replace it, or choose "
@@ -191,7 +191,7 @@ def _write(
     add: Callable[[ShardWriter, int, Item], None],
     progress: Progress | None,
 ) -> Manifest:
-    """Write every (row, item) to the shard of its row; shards without rows are empty."""
+    """Write each (row, item) to the shard of its row, and an empty shard where no row falls."""
     stream = iter(rows)
     pending = next(stream, None)
     done = shard_index = 0

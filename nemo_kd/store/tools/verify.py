@@ -1,6 +1,6 @@
-"""Check every checksum and every rule of a store; report problems by file, row and position.
+"""Check every checksum and rule of a store; report problems by file, row and position.
 
-It also works on stores that cannot be opened: no content of the files makes it raise.
+This also works for stores that cannot be opened: it never raises because of a file's content.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from nemo_kd.store.shard import Shard
 
 @dataclass(frozen=True)
 class Problem:
-    """One thing that is wrong with a store."""
+    """A defect found in a store."""
 
     file: str
     """Path relative to the store."""
@@ -55,7 +55,7 @@ class Problem:
 def verify(
     store: Store | str | Path, on_shard: Callable[[int, int], None] | None = None
 ) -> Iterator[Problem]:
-    """The problems of a store, open or in a directory; nothing for a sound one.
+    """Yield the problems of a store, given open or as a directory; nothing for an intact store.
 
     `on_shard(done, total)` is called before each shard.
     """
@@ -96,7 +96,7 @@ def _verify_head(root: Path, manifest: Manifest) -> Iterator[Problem]:
 
 
 def _verify_entry(root: Path, info: ShardInfo, spec: str) -> Iterator[Problem]:
-    """Compare `shard.json` with the manifest."""
+    """Compare a shard's `shard.json` with its entry in the manifest."""
     try:
         if read_shard_info(root / info.name) != (info, spec):
             yield Problem(f"{info.name}/{SHARD}", f"differs from the shard's entry in {MANIFEST}")
@@ -105,12 +105,12 @@ def _verify_entry(root: Path, info: ShardInfo, spec: str) -> Iterator[Problem]:
 
 
 def _verify_files(root: Path, info: ShardInfo, codec: Codec) -> Iterator[Problem]:
-    """Compare names, sizes and SHA-256 of a shard's files."""
+    """Compare names, sizes and SHA-256 of a shard's files with the manifest."""
     directory = root / info.name
     expected = file_names(codec)
     if sorted(info.files) != expected:
         yield Problem(MANIFEST, f"{info.name} has the files {sorted(info.files)}")
-    for name in expected:  # not the manifest's names, which may be paths to anywhere
+    for name in expected:  # not the names in the manifest, which may be paths to anywhere
         if name not in info.files:
             continue
         file, size = info.files[name], size_of(directory / name)
@@ -125,7 +125,7 @@ def _verify_files(root: Path, info: ShardInfo, codec: Codec) -> Iterator[Problem
 
 
 def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
-    """Whether all files have their sizes, without which no sample can be read."""
+    """Return whether all files have their listed sizes; otherwise no sample can be read."""
     sizes = {name: size_of(root / info.name / name) for name in file_names(codec)}
     return sizes == {name: file.bytes for name, file in info.files.items()}
 
@@ -133,7 +133,7 @@ def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
 def _verify_samples(
     root: Path, info: ShardInfo, codec: Codec, number: int, last_row: int
 ) -> Iterator[Problem]:
-    """Check each sample of a shard, their order, and the counts."""
+    """Check each sample of a shard, the order of rows, and the counts in the manifest."""
     try:
         shard = Shard(root, info, codec)
     except StoreError as error:
@@ -161,7 +161,7 @@ def _verify_samples(
 
 
 def _verify_sample(shard: str, tokens: Tokens, arrays: Arrays, codec: Codec) -> Iterator[Problem]:
-    """Check the values of one sample."""
+    """Check the tokens, mask and top-K of one sample."""
     ids, mask, row = tokens.input_ids, tokens.loss_mask, tokens.row
     outside = (ids < 0) | (ids >= codec.spec.vocab_size)
     if not ids.size or ids.size != mask.size or (mask > 1).any():
@@ -174,7 +174,7 @@ def _verify_sample(shard: str, tokens: Tokens, arrays: Arrays, codec: Codec) -> 
         yield Problem(f"{shard}/tokens.bin", what, row, position)
     fields = ", ".join(f"{name}.bin" for name in codec.dtypes)
     try:
-        with np.errstate(all="ignore"):  # damaged values may be any numbers
+        with np.errstate(all="ignore"):  # damaged values may be arbitrary numbers
             topk = codec.decode(arrays, tokens.answers)
             faults = [*topk_faults(topk, codec.spec), *deep_faults(topk, codec.spec)]
     except ValueError as error:
