@@ -1,10 +1,10 @@
-"""The base of every error that the user of nemo-kd can put right."""
+"""Base classes of the errors that a user of nemo-kd can fix."""
 
 from __future__ import annotations
 
 
 class NemoKDError(ValueError):
-    """A mistake in settings, data or files; the message names it and says what to change."""
+    """A mistake in settings, data or files; the message names it and how to fix it."""
 
 
 class StoreError(NemoKDError):

@@ -1,7 +1,7 @@
-"""Files that are either complete or absent: write under a temporary name, fsync, rename.
+"""Atomic file writes: write under a temporary name, fsync, rename.
 
-A rename within a directory is atomic on POSIX file systems; the fsync before it puts the bytes on
-disk first, and the fsync of the directory after it makes the new name survive a power cut.
+A rename within a directory is atomic on POSIX file systems. The fsync before it ensures that the
+bytes are on disk, and the fsync of the directory after it that the new name survives a power cut.
 """
 
 from __future__ import annotations
@@ -22,11 +22,12 @@ from nemo_kd.errors import NemoKDError, StoreError
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`, for a file that replaces `path` at a clean exit.
+    """Context manager yielding a temporary path for a file that replaces `path` on a clean exit.
 
-    At any other exit it is removed and `path` stays as it was. Errors: NemoKDError on a full disk.
+    On an exception the temporary file is removed and `path` is unchanged. Raises NemoKDError on a
+    full disk.
     """
-    # The name is random: two hosts may publish the same file at once.
+    # The name is random because two hosts may publish the same file at the same time.
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with full_disk_explained(path.parent):
         try:
@@ -38,13 +39,13 @@ def published(path: Path) -> Iterator[Path]:
 
 
 def publish(path: Path, text: str) -> None:
-    """Write `text` so that `path` holds all of it or what it held before."""
+    """Write `text` to `path` atomically."""
     with published(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
 
 def commit(temporary: Path, path: Path) -> None:
-    """Rename `temporary`, a file or a directory of files, to `path`, once it is on disk."""
+    """Flush `temporary`, a file or a directory of files, to disk, then rename it to `path`."""
     if temporary.is_dir():
         for file in temporary.iterdir():
             _fsync(file)
@@ -54,7 +55,7 @@ def commit(temporary: Path, path: Path) -> None:
 
 
 def _fsync(path: Path) -> None:
-    """Put a file's bytes, or a directory's names, on disk."""
+    """Flush a file's content, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -64,7 +65,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def full_disk_explained(directory: Path) -> Iterator[None]:
-    """Turn the OSError of a full disk, or of a quota reached, into an error with a remedy."""
+    """Convert the OSError of a full disk or an exceeded quota into an error with a remedy."""
     try:
         yield
     except OSError as error:
@@ -77,13 +78,13 @@ def full_disk_explained(directory: Path) -> Iterator[None]:
 
 
 def sha256_of(path: Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Return the hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def size_of(path: str | Path) -> int | None:
-    """Size of a file in bytes; None where no file exists."""
+    """Return the size of a file in bytes; None if no regular file exists at `path`."""
     try:
         status = os.stat(path)
     except (FileNotFoundError, NotADirectoryError):
@@ -92,17 +93,17 @@ def size_of(path: str | Path) -> int | None:
 
 
 def canonical_json(value: Any) -> str:
-    """The one text of a value that is stored and hashed: sorted keys, no NaN."""
+    """Serialize a value to the unique text that is stored and hashed: sorted keys, no NaN."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False, indent=1) + "\n"
 
 
 def sha256_of_json(value: Any) -> str:
-    """Hex SHA-256 of a value's canonical JSON."""
+    """Return the hex SHA-256 of a value's canonical JSON."""
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
 def read_json(path: Path) -> Any:
-    """The value in a JSON file; StoreError where it cannot be read as JSON."""
+    """Read a JSON file; raise StoreError if it cannot be read or parsed."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:

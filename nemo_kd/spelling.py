@@ -1,4 +1,4 @@
-"""The known name that a misspelled one resembles."""
+"""Suggestions for misspelled names."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str | None:
-    """The most similar of the known names, from a similarity of `cutoff` on (1 is equality)."""
+    """Return the most similar known name, or None below the similarity `cutoff` (1 is equal)."""
     return next(iter(difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)), None)
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
-    """`; did you mean PREFIXname?`, or nothing where no known name is similar."""
+    """Return `; did you mean PREFIXname?`, or an empty string if no known name is similar."""
     near = nearest(name, known)
     return f"; did you mean {prefix}{near}?" if near else ""

@@ -1,1 +1,1 @@
-"""`nemo-kd`: stores on the command line."""
+"""The `nemo-kd` command line."""

@@ -1,4 +1,4 @@
-"""The `nemo-kd` application and what its commands share."""
+"""The typer application `nemo-kd` and helpers shared by its commands."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ TokenizerPath = Annotated[
 
 @contextmanager
 def progress(name: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar, if standard error is a terminal; call the result with done and total."""
+    """Show a progress bar if stderr is a terminal; yield a function that takes (done, total)."""
     from rich.progress import Progress
 
     console = Console(stderr=True)
@@ -59,7 +59,7 @@ def progress(name: str) -> Iterator[Callable[[int, int], None]]:
 
 
 def check_parent(option: str, path: Path) -> None:
-    """StoreError if the file `path`, the value of `option`, cannot be created."""
+    """Raise StoreError if the file `path`, the value of `option`, cannot be created."""
     from nemo_kd.errors import StoreError
 
     if path.is_dir():
@@ -69,7 +69,7 @@ def check_parent(option: str, path: Path) -> None:
 
 
 def check_store_target(path: Path) -> None:
-    """StoreError if `path` looks like a file: a store is a directory."""
+    """Raise StoreError if `path` looks like a file: a store is a directory."""
     from nemo_kd.errors import StoreError
 
     if path.is_file() or (path.suffix[1:].isalpha() and not path.is_dir()):
@@ -80,12 +80,12 @@ def check_store_target(path: Path) -> None:
 
 
 ARGUMENT = re.compile(r"\b(overwrite|renumber)=true\b")
-"""An argument of a Python function, or of a dump, as error messages name it."""
+"""Matches arguments in the spelling that errors of Python functions and dumps use."""
 
 
 @contextmanager
 def options_named() -> Iterator[None]:
-    """Name the options of `nemo-kd` in errors of functions that name their arguments."""
+    """Replace function arguments in error messages by `nemo-kd` options: `--overwrite`."""
     from nemo_kd.errors import StoreError
 
     try:
@@ -95,12 +95,12 @@ def options_named() -> Iterator[None]:
 
 
 def print_json(value: Any) -> None:
-    """Print a result for scripts."""
+    """Print a result as JSON, for scripts."""
     typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:
-    """Print what a command wrote."""
+    """Print a command's summary of what it wrote, as a table or as JSON."""
     from nemo_kd.cli import render
 
     if as_json:

@@ -1,4 +1,4 @@
-"""`nemo-kd convert` in its three directions, and `nemo-kd average`."""
+"""Implementation of `nemo-kd convert`, in its three directions, and `nemo-kd average`."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from nemo_kd.store.tools.jsonl import Padding
 
 ON_BAD_LINES = ("error", "drop")
 MAX_PADDING_MASS = 0.01
-"""Mean probability per answer token that a trained teacher may give to padding."""
-MASS_SAMPLES = 64  # evenly spaced, read to report what a conversion lost
+"""Highest plausible mean probability per answer token of padding ids for a trained teacher."""
+MASS_SAMPLES = 64  # evenly spaced samples read to measure the mass that a conversion lost
 _PROFILE = ("--profile", "--p", "--top-k", "--rows-per-shard")
 OPTIONS = {
     "from a store to JSONL": ("--samples-per-chunk",),
@@ -41,7 +41,7 @@ OPTIONS = {
 
 
 def refuse_idle_options(source: str, target: str, given: Mapping[str, Any]) -> None:
-    """Refuse options that have no effect in the direction of the conversion."""
+    """Raise StoreError for options that have no effect in this direction of conversion."""
     if source.endswith(".jsonl") and target.endswith(".jsonl"):
         raise StoreError(f"{source} and {target} are both JSONL; convert to a store first")
     to_jsonl, from_jsonl = target.endswith(".jsonl"), source.endswith(".jsonl")
@@ -73,7 +73,7 @@ def to_jsonl(
 def between_stores(
     source: str, target: str, *, advance: Callable[[int, int], None], **changes: Any
 ) -> dict[str, Any]:
-    """Convert a store to a store; report changes and the probability mass before and after."""
+    """Convert a store to a store; report changed fields and the mass before and after."""
     store = Store(source)
     manifest = convert(store, target, progress=lambda done: advance(done, len(store)), **changes)
     differences = store.spec.differences(manifest.spec)
@@ -86,7 +86,7 @@ def between_stores(
 
 
 def _mass(store: Store) -> float:
-    """Mean probability mass per answer token, over samples from all parts of the store."""
+    """Return the mean top-K mass per answer token over evenly spaced samples of the store."""
     value = stats(store, MASS_SAMPLES)
     return round(value.mass / max(value.tokens, 1), 4)
 
@@ -94,7 +94,7 @@ def _mass(store: Store) -> float:
 def averaged(
     stores: Sequence[Store], target: Path, weights: list[float], **options: Any
 ) -> dict[str, Any]:
-    """Write the mixture of several teachers; report what differs between their stores."""
+    """Write the mixture of several teachers; report fields in which their stores differ."""
     manifest = average(stores, target, weights, **options)
     unlike = {name for store in stores for name in _unlike_profile(stores[0], store)}
     of_first = {"as_in_the_first_store": ", ".join(sorted(unlike))} if unlike else {}
@@ -104,7 +104,7 @@ def averaged(
 
 
 def _unlike_profile(first: Store, other: Store) -> list[str]:
-    """The fields of profile and size in which two stores differ."""
+    """Return the fields of profile, K and shard size in which two stores differ."""
     differences = first.spec.differences(other.spec)
     of_profile = ("profile", "profile_options", "top_k", "rows_per_shard")
     return [name for name, _, _ in differences if name.split(".")[0] in of_profile]
@@ -123,7 +123,11 @@ def from_jsonl(
     renumber: bool,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Convert NeMo-Aligner's JSONL to a store; the tokenizer is needed to check the student's."""
+    """Convert NeMo-Aligner's JSONL to a store.
+
+    The tokenizer is required because the store records its fingerprint, which training compares
+    with that of the student's tokenizer.
+    """
     if bad_lines not in (None, *ON_BAD_LINES):
         raise StoreError(f"--bad-lines must be {' or '.join(ON_BAD_LINES)}, not {bad_lines!r}")
     for path in chunk_paths(source):
@@ -184,7 +188,7 @@ def _padding_warning(padding: Padding, tokens: float, tokenizer: str) -> str:
 
 
 def first_top_k(source: str) -> int:
-    """K in the first line that has a top-K."""
+    """Return the K of the first line that contains a top-K."""
     for path in chunk_paths(source):
         try:
             with path.open("rb") as file:
@@ -205,7 +209,7 @@ def _top_k(line: bytes) -> int:
 
 
 def summary(target: str | Path, manifest: Manifest) -> dict[str, Any]:
-    """What a command reports of a store that it wrote."""
+    """Return the values that a command reports about a store it wrote."""
     spec = manifest.spec
     kept = {"profile": spec.profile, "top_k": spec.top_k}
     return {
@@ -217,7 +221,7 @@ def summary(target: str | Path, manifest: Manifest) -> dict[str, Any]:
 
 
 def numbers(option: str, text: str) -> list[float]:
-    """A comma-separated list of numbers."""
+    """Parse a comma-separated list of numbers."""
     try:
         return [float(part) for part in text.split(",")]
     except ValueError as error:

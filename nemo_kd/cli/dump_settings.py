@@ -1,4 +1,4 @@
-"""A dump's configuration from Hydra: its keys, values and paths checked, then as dataclasses."""
+"""Check a dump's Hydra configuration (keys, values, paths) and convert it to dataclasses."""
 
 from __future__ import annotations
 
@@ -25,18 +25,19 @@ from nemo_kd.settings.values import shown
 from nemo_kd.teacher.config import DumpConfig, GenerateConfig, TopKConfig
 
 EARLIER = "model.kd"
-"""Where the block `dump` may stand too."""
+"""Earlier location of the block `dump`, still accepted."""
 
 
 def read(
     cfg: DictConfig, frameworks: Mapping[str, Block] | None = None, given: Collection[str] = ()
 ) -> DumpConfig:
-    """Check the keys and values of a dump, or of a generation, and convert it.
+    """Check the keys and values of a dump or generation and convert them to dataclasses.
 
-    `frameworks`: block (`trainer`, `model`) → the further keys that the teacher's framework reads
-    there; `given`: keys that the command line sets. Moves `model.kd` to `dump` in `cfg`.
+    `frameworks` maps a block (`trainer`, `model`) to the additional keys that the teacher's
+    framework reads in it; `given` are the keys set on the command line. Moves `model.kd` to `dump`
+    in `cfg`.
 
-    Errors: NemoKDError for an unknown key or a value of the wrong kind.
+    Raises NemoKDError for an unknown key or a value of the wrong type.
     """
     cls = GenerateConfig if "generation" in cfg else DumpConfig
     check(cfg, _block(cls, frameworks or {}))
@@ -60,7 +61,7 @@ def _with(own: object, more: Block) -> Block:
 def _settle(cfg: DictConfig, given: Collection[str]) -> None:
     """Move the keys of `model.kd` to `dump`.
 
-    Errors: NemoKDError for one that has another value in `dump`, unless that is a default.
+    Raises NemoKDError if `dump` sets a key to a different, non-default value.
     """
     earlier, defaults = OmegaConf.select(cfg, EARLIER), TopKConfig()
     with open_dict(cfg):
@@ -83,7 +84,7 @@ def _plain(value: object) -> object:
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Errors: NemoKDError for a path that does not exist, a template or sizes that cannot work."""
+    """Raise NemoKDError for missing paths, an invalid template or inconsistent process counts."""
     check_files(
         cfg,
         [
@@ -101,7 +102,7 @@ def check_inputs(cfg: DictConfig) -> None:
 TEACHERS: dict[str, Problem] = {
     "nemo": file_or_directory(
         "checkpoint",
-        ("model_config.yaml", "config.json"),  # a Hugging Face directory is refused by name later
+        ("model_config.yaml", "config.json"),  # a later check rejects Hugging Face directories
         "; set model.restore_from_path to a .nemo file (examples/convert_hf_to_nemo.py makes one "
         "from a Hugging Face checkpoint)",
     ),

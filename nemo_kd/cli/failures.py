@@ -1,7 +1,7 @@
-"""Report a user's mistake as one line, the last on the screen; other errors keep their traceback.
+"""Report user errors in one line, the last on the screen; other errors keep their traceback.
 
-Under torchrun one rank of a node writes the line. torchrun prints a traceback of its own once its
-processes have failed, so a small process waits for it to end and writes the line then.
+Under torchrun, one rank per node reports. Because torchrun prints its own traceback after its
+processes have failed, a small helper process waits for torchrun to exit and then writes the line.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ PATH_ERRORS = (
 )
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 NEMOS_ERRORS = {"MisconfigurationException", "NeMoBaseException"}
-INTERRUPTED = 130  # 128 + SIGINT, the status that shells expect
+INTERRUPTED = 130  # 128 + SIGINT, the exit status that shells expect
 WRITER = """
 import os, select, sys
 try:
@@ -37,15 +37,15 @@ except OSError:
     pass
 os.write(2, sys.argv[2].encode(errors="replace"))
 """
-"""Waits for the process of the first argument to end, then writes the second to stderr."""
+"""Program that waits for the process with pid argv[1] to end, then writes argv[2] to stderr."""
 
 
 @contextmanager
 def reported(resume: str = "") -> Iterator[None]:
-    """End the process with one line for a user's error (status 1) or Ctrl-C (status 130).
+    """Exit with a one-line message on a user error (status 1) or Ctrl-C (status 130).
 
-    `resume` says what the same command does after Ctrl-C. All other errors pass through, and so do
-    all errors with NEMO_KD_TRACEBACK=1.
+    `resume` is appended to the message after Ctrl-C and describes what rerunning the command does.
+    All other errors propagate, and with NEMO_KD_TRACEBACK=1 every error does.
     """
     try:
         yield
@@ -53,7 +53,7 @@ def reported(resume: str = "") -> Iterator[None]:
         if os.environ.get(TRACEBACK):
             raise
         if is_interrupt(error):
-            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends another one
+            signal.signal(signal.SIGINT, signal.SIG_IGN)  # torchrun sends a second SIGINT
             write_last(f"interrupted: {resume}" if resume else "interrupted")
             sys.exit(INTERRUPTED)
         line = explain(error)
@@ -64,7 +64,7 @@ def reported(resume: str = "") -> Iterator[None]:
 
 
 def explain(error: BaseException) -> str | None:
-    """The message for a user's error; None for an error that is not the user's."""
+    """Return the message of a user error; None for any other error."""
     if isinstance(error, NemoKDError):
         return str(error)
     classes = type(error).__mro__
@@ -87,9 +87,9 @@ def _of_a_path(error: OSError) -> str | None:
 
 
 def is_interrupt(error: BaseException | None) -> bool:
-    """Whether this is Ctrl-C, or the SystemExit that Lightning makes of it during a training.
+    """Return whether an error is Ctrl-C or the SystemExit into which Lightning converts it.
 
-    An exit with the status of an interrupt has been reported already.
+    A SystemExit with status 130 does not count: it has been reported already.
     """
     while isinstance(error, SystemExit) and error.code != INTERRUPTED:
         error = error.__context__
@@ -97,15 +97,15 @@ def is_interrupt(error: BaseException | None) -> bool:
 
 
 def write_last(line: str) -> None:
-    """Write a line to stderr, from one rank of a node and after the output of torchrun."""
+    """Write a line to stderr; under torchrun, from one rank per node and after its output."""
     text = " ".join(line.split("\n")) + "\n"
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     launcher = os.getppid()
     if error_file is None:
         sys.stderr.write(text)
     elif _is_first(Path(error_file).parent.parent / "nemo_kd_said"):
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, when another rank ends first
-        if launcher == 1:  # torchrun is the container's first process: nothing outlives it
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # sent by torchrun if another rank ends first
+        if launcher == 1:  # torchrun is the container's init process: nothing outlives it
             sys.stderr.write(text)
         else:
             subprocess.Popen(
@@ -118,7 +118,7 @@ def write_last(line: str) -> None:
 
 
 def _is_first(marker: Path) -> bool:
-    """Make the file; whether no other rank of this start has made it."""
+    """Create the marker file; return whether this rank is the first of the launch to do so."""
     try:
         os.close(os.open(marker, os.O_CREAT | os.O_EXCL))
     except FileExistsError:

@@ -1,4 +1,4 @@
-"""A sample as a self-contained HTML page that shows the teacher's choices when hovering a token."""
+"""Self-contained HTML page of a sample; hovering over a token shows the teacher's choices."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ _SHADES = (
 
 
 def render_html(view: RowView, store_name: str) -> str:
-    """The page, which loads nothing from elsewhere."""
+    """Render a sample as an HTML page without external resources."""
     count = len(view.answers)
     first = sum(answer.rank == 1 for answer in view.answers)
     mass = sum(answer.mass for answer in view.answers) / max(count, 1)

@@ -1,4 +1,4 @@
-"""Hydra's and OmegaConf's errors in one line."""
+"""One-line messages for errors raised by Hydra and OmegaConf."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from nemo_kd.spelling import did_you_mean
 
 
 def explain(error: BaseException) -> str:
-    """The message of an error of Hydra's or OmegaConf's."""
+    """Return a one-line message for an error raised by Hydra or OmegaConf."""
     cause = error.__cause__
     if isinstance(error, OverrideParseException):
         return _of_grammar(error.override)
@@ -27,8 +27,9 @@ def explain(error: BaseException) -> str:
 
 
 def check_overrides(overrides: list[str]) -> None:
-    """Errors: NemoKDError for a value with commas that is no list, which Hydra takes for a sweep;
-    Hydra's own for an argument that its grammar cannot read.
+    """Raise NemoKDError for a comma-separated value that Hydra would interpret as a sweep.
+
+    An argument that does not match Hydra's grammar raises Hydra's own error.
     """
     for override in OverridesParser.create().parse_overrides(overrides):
         if override.is_sweep_override():
@@ -49,7 +50,7 @@ def _of_grammar(override: str) -> str:
 
 
 def _nearest(cause: OmegaConfBaseException, key: str) -> str:
-    """The nearest key of the block in which Hydra did not find `key`."""
+    """Suggest the most similar key of the block in which Hydra did not find `key`."""
     known = map(str, cause.parent_node) if isinstance(cause.parent_node, DictConfig) else ()
     block = key.rpartition(".")[0]
     return did_you_mean(str(cause.key), known, prefix=f"{block}." if block else "")

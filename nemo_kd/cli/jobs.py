@@ -1,4 +1,4 @@
-"""The jobs that Hydra configures: `nemo-kd dump | generate | train | evaluate | merge-lora`.
+"""The jobs configured through Hydra: `nemo-kd dump | generate | train | evaluate | merge-lora`.
 
 The scripts in `examples/` start the same jobs with the configurations of their checkout.
 """
@@ -19,17 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Job:
-    """A function of one configuration, and the file in `conf/` that configures it."""
+    """A function that takes a configuration, and the file in `conf/` with its defaults."""
 
     summary: str
     config_name: str
     module: str
     function: str
     resume: str
-    """What the same command does after an interruption."""
+    """Description of what rerunning the command does after an interruption."""
 
     def start(self, conf: Path | None = None) -> None:
-        """Run with the arguments in `sys.argv`; `conf` is the package's own by default."""
+        """Run with the arguments in `sys.argv`; `conf` defaults to the package's configurations."""
         from nemo_kd.cli.scripts import script
 
         def job(cfg: DictConfig) -> None:
@@ -80,7 +80,7 @@ JOBS = {
 
 
 def packaged_conf() -> Path:
-    """`nemo_kd/conf` of an installed package, `conf/` of a checkout."""
+    """Return the configuration directory: `nemo_kd/conf` if installed, `conf/` in a checkout."""
     package = Path(nemo_kd.__file__).parent
     for conf in (package / "conf", package.parent / "conf"):
         if conf.is_dir():

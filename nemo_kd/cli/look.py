@@ -75,7 +75,7 @@ def show(
     spec = opened.spec
     if not ids:
         check_store_tokenizer(spec, tokenizer)
-    opened.index_of(row)  # fails before a tokenizer is imported, which takes seconds
+    opened.index_of(row)  # fail before importing a tokenizer, which takes seconds
     view = view_row(opened, row, Ids() if ids else store_tokenizer(spec, tokenizer), top)
     if html is not None:
         publish(html, render_html(view, store.name))
@@ -138,7 +138,7 @@ def stats(
 
 
 def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one mapping with dotted keys."""
+    """Flatten nested mappings into one mapping with dotted keys."""
     result: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict) and item:

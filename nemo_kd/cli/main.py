@@ -1,8 +1,8 @@
-"""`nemo-kd`: inspect, check and transform stores, size a dump, examine the environment.
+"""Entry point of `nemo-kd`: inspect and transform stores, plan and run jobs, check the environment.
 
-Commands import what they need when they run: `--help` and `inspect` answer at once. Results go to
-standard output, progress and errors to standard error. Exit status: 0 success, 1 an error or
-problems found, 2 a wrong command line, 130 interrupted.
+Commands import their dependencies only when they run, so that `--help` and `inspect` respond
+immediately. Results go to standard output, progress and errors to standard error. Exit status: 0
+success, 1 an error or problems found, 2 an invalid command line, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -16,7 +16,11 @@ from nemo_kd.cli.failures import INTERRUPTED, reported
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point; None takes the process's own arguments. Users' errors are one line."""
+    """Run `nemo-kd` with `arguments`, by default those in `sys.argv`.
+
+    User errors are reported in one line. Without `arguments`, also sets the process's signal
+    handlers and environment.
+    """
     if arguments is None:
         _own_the_process()
     try:
@@ -31,9 +35,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _own_the_process() -> None:
-    """Settings of a process that is nemo-kd's alone: signals, encoding, no hub."""
+    """Set up a dedicated process: signal handlers, output encoding, no Hugging Face hub access."""
     if hasattr(signal, "SIGPIPE"):
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program, as it ends cat
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     signal.signal(signal.SIGINT, _interrupted)
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]

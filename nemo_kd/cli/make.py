@@ -1,4 +1,4 @@
-"""Commands that make stores: convert, merge, average, split."""
+"""Commands that create stores: convert, merge, average, split."""
 
 from __future__ import annotations
 

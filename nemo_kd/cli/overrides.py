@@ -1,4 +1,4 @@
-"""Arguments `key=value` of a Hydra script, for users who do not know Hydra's grammar."""
+"""Rewrite `key=value` arguments, so that users need not know Hydra's override grammar."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ AS_OURS = [
     "hydra/job_logging=disabled",
     "hydra/hydra_logging=disabled",
 ]
-"""Hydra's own settings in the YAML files of conf/: no directory and no log of its own."""
+"""Hydra's settings in the YAML files of conf/: Hydra creates no directory and no log file."""
 SINGLE = {"output", "output_dir", "name", "jsonl", "overwrite"}
-"""Keys outside any block that a configuration of NeMo's own may lack."""
+"""Top-level keys that a NeMo configuration given by the user may lack."""
 PATHS = {
     "restore_from_path",
     "file_path",
@@ -37,12 +37,12 @@ TEXTS = {"prompt_template", "pattern", "label_key", "truncation_field"}
 
 
 def accept_every_spelling(arguments: list[str]) -> list[str]:
-    """Rewrite the arguments so that Hydra reads them as they were meant.
+    """Rewrite arguments so that Hydra accepts every spelling of an override.
 
-    `+a.b=x`, `a.b=x` and `++a.b=x` all become the last: Hydra refuses `+` for a key that the YAML
-    has and the bare form for one that it lacks. The checks of the configuration name unknown keys.
+    `+a.b=x`, `a.b=x` and `++a.b=x` all become `++a.b=x`: Hydra rejects `+` for keys in the YAML and
+    the bare form for keys not in it. Unknown keys are reported later, by the configuration checks.
     Paths and texts with characters outside Hydra's grammar are quoted. Groups (`hydra/x=`),
-    `hydra.x=`, `~x` and options stay as they are.
+    `hydra.x=`, `~x` and options are unchanged.
     """
     sweeps = bool({"-m", "--multirun"} & set(arguments))
     arguments = [_override(argument, sweeps) for argument in _with_config_path(arguments)]
@@ -50,7 +50,7 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
         return arguments
     given = {argument.lstrip("+").partition("=")[0] for argument in arguments}
     added = [each for each in AS_OURS if each.partition("=")[0] not in given]
-    # Beside the overrides: Hydra's options may not stand between two of them.
+    # Insert next to the overrides: Hydra does not allow options between two overrides.
     first = (i for i, each in enumerate(arguments) if _key(each) is not None)
     at = next(first, len(arguments))
     return [*arguments[:at], *added, *arguments[at:]]
@@ -68,7 +68,7 @@ def _override(argument: str, sweeps: bool) -> str:
 
 
 def _key(argument: str) -> Override | None:
-    """What Hydra reads before the `=`; None for options, groups, packages and deletions."""
+    """Parse the part before `=`; return None for options, groups, packages and deletions."""
     before, equals, _ = argument.partition("=")
     try:
         key = OverridesParser.create().parse_override(f"{before}=x")
@@ -79,7 +79,7 @@ def _key(argument: str) -> Override | None:
 
 
 def given_keys() -> set[str]:
-    """The keys that the running script's command line sets."""
+    """Return the keys set on the command line of the running Hydra script."""
     if not HydraConfig.initialized():
         return set()
     overrides = HydraConfig.get().overrides.task
@@ -87,7 +87,7 @@ def given_keys() -> set[str]:
 
 
 def readable(key: str, value: str) -> str:
-    """The value, quoted if Hydra's grammar would not read it as the text that it is."""
+    """Return the value, quoted if Hydra would otherwise not parse it as the literal text."""
     name = key.rpartition(".")[2]
     is_path = name in PATHS or name in PATH_LISTS
     if is_path and value.startswith("~/"):
@@ -97,18 +97,18 @@ def readable(key: str, value: str) -> str:
     if value.startswith("[") and value.endswith("]"):
         return value if _parses(value) else _quoted_list(value)
     is_text = name in PATHS or name in TEXTS or (name in PATH_LISTS and _is_one_path(value))
-    if is_text and not ("\\" in value and _parses(value)):  # escaped by Hydra's rules already
+    if is_text and not ("\\" in value and _parses(value)):  # already escaped for Hydra
         return quoted(value)
     return value if value.startswith("{") or _parses(value) else quoted(value)
 
 
 def quoted(text: str) -> str:
-    """The text in Hydra's quotes."""
+    """Quote a text for Hydra."""
     return QuotedString(text, Quote.single).with_quotes()
 
 
 def _is_one_path(value: str) -> bool:
-    """Whether it has no comma, or one that is part of a file's name."""
+    """Return whether the value is a single path: it has no comma, or such a path exists."""
     return "," not in value or os.path.exists(value)
 
 
@@ -125,13 +125,13 @@ def _parses(value: str) -> bool:
 
 
 def _quoted_list(value: str) -> str:
-    """Quote the entries of `[a b,c]`, separated by commas, that have no quotes yet."""
+    """Quote the unquoted entries of a comma-separated list such as `[a b,c]`."""
     entries = [entry.strip() for entry in value[1:-1].split(",")]
     return f"[{','.join(each if _is_quoted(each) else quoted(each) for each in entries)}]"
 
 
 def _with_config_path(arguments: list[str]) -> Iterator[str]:
-    """Resolve `--config-path DIR` against the working directory; Hydra takes the script's."""
+    """Resolve `--config-path DIR` against the working directory, not the script's directory."""
     before = ""
     for argument in arguments:
         if before in ("--config-path", "-cp") and os.path.isdir(argument):

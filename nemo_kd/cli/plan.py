@@ -1,4 +1,4 @@
-"""`nemo-kd plan`: disk space, time and memory of a dump, before it is run."""
+"""`nemo-kd plan`: estimate the disk space, time and memory of a dump."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SAMPLES = Quantity("--samples", "samples", 1, 1e12, "1M")
 TEACHER = Quantity("--teacher", "parameters", 1e6, 1e13, "70B", usual="B")
 TFLOPS = Quantity("--gpu-tflops", "TFLOP/s", 1, 2e4, "989 (H100 SXM; A100: 312)")
 MEMORY = Quantity("--gpu-memory", "GiB", 1, 2e3, "80 (GiB)")
-MAX_SAMPLE_TOKENS = 10_000_000  # beyond any context
+MAX_SAMPLE_TOKENS = 10_000_000  # longer than any model's context
 MAX_VOCABULARY = 10_000_000
 
 

@@ -1,4 +1,4 @@
-"""Numbers on the command line: units, percentages, and refusal of implausible values."""
+"""Parse numbers on the command line: units, percentages, and rejection of implausible values."""
 
 from __future__ import annotations
 
@@ -14,19 +14,22 @@ NUMBER = re.compile(r"([\d_.]+(?:e[+-]?\d+)?)\s*([kmbgt]?)", re.IGNORECASE)
 
 @dataclass(frozen=True)
 class Quantity:
-    """A kind of number: its option, unit, plausible range and an example."""
+    """A numeric command-line option: its name, unit, plausible range and an example."""
 
     option: str
     of: str
-    """What is counted, in the plural, such as parameters."""
+    """The counted thing, in the plural, such as parameters."""
     low: float
     high: float
     example: str
     usual: str = ""
-    """The unit that a small number without one probably lacks: B for `--teacher 70`."""
+    """The unit probably omitted from a small number: B for `--teacher 70`."""
 
     def parse(self, text: str) -> float:
-        """`300M` → 3e8; k, M, B (or G) and T. StoreError for anything not in [low, high]."""
+        """Parse a number with an optional unit k, M, B (or G) or T, such as `300M`.
+
+        Raises StoreError if it is not a number or not in [low, high].
+        """
         value = number(text)
         if value is None:
             raise StoreError(f"{self.option} takes a number such as {self.example}, not {text!r}")
@@ -39,7 +42,7 @@ class Quantity:
         )
 
     def _likely(self, text: str) -> str:
-        """` (70B?)` if a unit would make the number plausible."""
+        """Suggest the number with its usual unit, such as ` (70B?)`, if that is plausible."""
         digits = NUMBER.fullmatch(text.strip())
         if digits is None or not self.usual:
             return ""
@@ -48,7 +51,7 @@ class Quantity:
 
 
 def number(text: str) -> float | None:
-    """A finite number with an optional unit; None if `text` is not one."""
+    """Parse a finite number with an optional unit; return None if `text` is not one."""
     match = NUMBER.fullmatch(text.strip())
     try:
         value = float(match[1]) * UNITS[match[2].lower()] if match else math.nan
@@ -58,7 +61,10 @@ def number(text: str) -> float | None:
 
 
 def share(option: str, text: str) -> float:
-    """`0.35` or `35%` → 0.35. StoreError outside [0.01, 1): a percentage without its sign."""
+    """Parse a fraction given as `0.35` or `35%`.
+
+    Raises StoreError outside [0.01, 1), which suggests a percentage without its sign.
+    """
     percent = text.strip().endswith("%")
     value = number(text.strip().removesuffix("%"))
     if value is None:

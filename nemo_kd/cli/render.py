@@ -1,4 +1,4 @@
-"""Tables and figures that the commands print."""
+"""Tables, histograms and formatted numbers that the commands print."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ BAR = 30  # columns of a histogram's longest bar
 
 
 def console() -> Console:
-    """Standard output, at least as wide as the tables' columns; narrower terminals wrap lines."""
+    """Return a console for standard output that is at least MIN_WIDTH wide, to fit the tables."""
     found = Console()
     return found if found.width >= MIN_WIDTH else Console(width=MIN_WIDTH)
 
 
 def can_print(text: str) -> bool:
-    """Whether standard output's encoding has these characters."""
+    """Return whether standard output's encoding can represent the text."""
     try:
         text.encode(sys.stdout.encoding or "utf-8")
     except UnicodeEncodeError:
@@ -33,14 +33,14 @@ def can_print(text: str) -> bool:
 
 
 def size(count: float) -> str:
-    """A number of bytes with a decimal unit, such as `1.5 MB`."""
+    """Format a number of bytes with a decimal unit, such as `1.5 MB`."""
     units = ("B", "kB", "MB", "GB", "TB", "PB")
     power = min(int(math.log(max(count, 1), 1000)), len(units) - 1)
     return f"{count / 1000**power:.{1 if power else 0}f} {units[power]}"
 
 
 def duration(seconds: float) -> str:
-    """Seconds, minutes or hours, such as `12 min`."""
+    """Format a duration in seconds, minutes or hours, such as `12 min`."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     if seconds < 7200:
@@ -49,20 +49,20 @@ def duration(seconds: float) -> str:
 
 
 def pairs(title: str, values: dict[str, Any]) -> RenderableType:
-    """A table of names and values."""
+    """Lay out names and values as a two-column table with a title."""
     table = Table(show_header=False, box=None)
     table.add_column(style="cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for name, value in values.items():
         table.add_row(name, Text(str(value)))
-    # The table's own title would be wrapped to the table's width.
+    # rich would wrap the table's own title to the table's width.
     return Group(Text(title, style="bold"), table)
 
 
 def histogram(
     title: str, edges: list[float | None], counts: list[int], not_kept: int | None = None
 ) -> RenderableType:
-    """Bars for the fraction in each interval, and last for the `not_kept` without a value."""
+    """Draw a bar for the fraction in each interval, and one for `not_kept` values if given."""
     table = Table(show_header=False, box=None)
     spans = [_span(low, high) for low, high in pairwise(edges)]
     if not_kept is not None:
@@ -75,7 +75,7 @@ def histogram(
 
 
 def _span(low: float | None, high: float | None) -> str:
-    """The interval [low, high) in words; integer edges bound integers."""
+    """Describe the interval [low, high) in words, such as `5 to 8` for the integers of [5, 9)."""
     if high is None:
         return f"{low:g} and more"
     if isinstance(low, int) and isinstance(high, int):
@@ -84,7 +84,7 @@ def _span(low: float | None, high: float | None) -> str:
 
 
 def row(view: RowView) -> RenderableType:
-    """A sample's text and a table with a line for each answer token."""
+    """Lay out a sample's text, followed by a table with one line per answer token."""
     text = Text()
     for piece, answer in view.pieces:
         text.append(piece, style="dim" if answer is None else "bold")

@@ -1,4 +1,4 @@
-"""A sample for display: its tokens and the teacher's choices for each answer token."""
+"""Data for displaying a sample: its tokens and the teacher's choices for each answer token."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from nemo_kd.topk import ABSENT_ID
 
 @dataclass(frozen=True)
 class Choice:
-    """One of the teacher's choices for a token."""
+    """One of the teacher's most probable ids for a token."""
 
     id: int
     text: str
@@ -24,10 +24,10 @@ class Choice:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer token and the teacher's view of it.
+    """An answer token and the teacher's prediction for it.
 
-    Ranks count from 1, the teacher's first choice; rank and probability are None if the store does
-    not have the token.
+    Rank 1 is the teacher's first choice; rank and probability are None if the token is not among
+    the stored ids.
     """
 
     position: int
@@ -37,7 +37,7 @@ class Answer:
     probability: float | None
     top: list[Choice]
     mass: float
-    """Probability mass of the stored ids."""
+    """Total probability of the stored ids."""
 
 
 @dataclass(frozen=True)
@@ -50,17 +50,17 @@ class RowView:
 
     @property
     def pieces(self) -> list[tuple[str, Answer | None]]:
-        """Each token's text, with its `Answer` if it is an answer token."""
+        """The text of each token, paired with its `Answer`, or None for other tokens."""
         by_position = {answer.position: answer for answer in self.answers}
         return [(text, by_position.get(i)) for i, text in enumerate(self.tokens)]
 
     def to_json(self) -> dict[str, Any]:
-        """The view for `--json`."""
+        """Return the view as plain values for `--json`."""
         return asdict(self)
 
 
 def view_row(store: Store, row: int, tokenizer: Tokenizer, top: int) -> RowView:
-    """The sample of source row `row`, with the `top` most probable ids of each answer token."""
+    """Read the sample of source row `row`, with the `top` most probable ids per answer token."""
     sample = store[store.index_of(row)]
     topk = sample.topk
     p = np.exp(log_probabilities(topk))

@@ -1,4 +1,4 @@
-"""`nemo-kd dump | generate | train | evaluate | merge-lora`, with arguments as Hydra takes them."""
+"""The commands `nemo-kd dump | generate | train | evaluate | merge-lora` with Hydra overrides."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the jobs that Hydra configures share: arguments, help, quiet logs, errors in one line."""
+"""Shared start-up of the Hydra jobs: overrides, help, quiet logs and one-line errors."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import hydra
-from hydra._internal.utils import get_args_parser  # the one that hydra.main parses with
+from hydra._internal.utils import get_args_parser  # the parser that hydra.main uses
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.cli.failures import reported
@@ -27,27 +27,27 @@ NOT_COMPOSED = (
     "shell_completion",
     "experimental_rerun",
 )
-"""Options of Hydra's without which there is one configuration to compose."""
+"""Hydra options with which the configuration is not composed in advance."""
 
 
 def commented(conf: Path, *names: str) -> str:
-    """The files `conf/NAME.yaml` for a script's help: with comments, without Hydra's settings."""
+    """Return the commented files `conf/NAME.yaml`, without the block `hydra`, for --help."""
     texts = {name: (conf / f"{name}.yaml").read_text().partition("\nhydra:\n")[0] for name in names}
     shown = "\n\n".join(f"# --- conf/{name}.yaml\n{text}" for name, text in texts.items())
-    return shown.replace("$", "$$")  # Hydra's template gives one of them back
+    return shown.replace("$", "$$")  # Hydra's help template reduces `$$` to `$`
 
 
 def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str) -> None:
     """Run `job` with the configuration `conf`/`name`.yaml and the overrides in `sys.argv`.
 
-    A user's error is one line without a traceback. `resume` says what the same command does after
-    Ctrl-C, whose exit status is 130.
+    User errors are reported in one line, without a traceback. After Ctrl-C the exit status is 130
+    and the message includes `resume`, which describes what rerunning the command does.
     """
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
     OmegaConf.register_new_resolver("commented", functools.partial(commented, conf), replace=True)
-    # NeMo's own, which its configurations use before NeMo is imported.
+    # Defined by NeMo and used in its configurations, but needed here before NeMo is imported.
     OmegaConf.register_new_resolver("multiply", lambda x, y: x * y, replace=True)
 
     def run(cfg: DictConfig) -> None:
@@ -55,7 +55,7 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
             with reported(resume):
                 job(cfg)
         except Exception:
-            traceback.print_exc()  # all of it: Hydra would leave frames out
+            traceback.print_exc()  # in full: Hydra would omit frames
             sys.exit(1)
 
     with reported(resume):
@@ -64,9 +64,9 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
 
 
 def check_composition(conf: Path, name: str, arguments: list[str]) -> None:
-    """Compose the configuration that `hydra.main` will compose, which reports errors its own way.
+    """Compose the configuration in advance, because `hydra.main` reports errors in its own way.
 
-    Errors: Hydra's and OmegaConf's; NemoKDError for a value that would be a sweep.
+    Raises the errors of Hydra and OmegaConf, and NemoKDError for a value that would be a sweep.
     """
     given = get_args_parser().parse_args(arguments)
     if any(getattr(given, option) for option in NOT_COMPOSED):
@@ -81,7 +81,7 @@ def check_composition(conf: Path, name: str, arguments: list[str]) -> None:
 
 
 def _quiet() -> None:
-    """Ask no hub, and silence imports' warnings about what a run does not use."""
+    """Disable Hugging Face hub access, and silence import-time warnings about unused features."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore")

@@ -1,4 +1,4 @@
-"""The teacher's scripts after Hydra, dump and generation: from a configuration to a store."""
+"""The jobs dump and generate: from a Hydra configuration to a store."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ NEMO_ONLY = (
     "sequence_parallel",
     "megatron_amp_O2",
 )
-"""Keys of `model` that a Hugging Face teacher has no use for."""
+"""Keys of `model` that apply to NeMo teachers only."""
 
 
 def run(cfg: DictConfig) -> None:
-    """Load the teacher, dump, and print what the store holds."""
+    """Load the teacher, dump its top-K, and print a summary of the store."""
     config = read(cfg)
     teacher = load(config, cfg)
     from nemo_kd.teacher.dump import dump
@@ -44,7 +44,7 @@ def run(cfg: DictConfig) -> None:
 
 
 def run_generation(cfg: DictConfig) -> None:
-    """Load the teacher, generate answers, and print what the store holds."""
+    """Load the teacher, generate answers, and print a summary of the store."""
     config = read(cfg)
     assert isinstance(config, GenerateConfig)
     teacher = load(config, cfg)
@@ -54,7 +54,7 @@ def run_generation(cfg: DictConfig) -> None:
 
 
 def report(config: DumpConfig, teacher: Teacher, manifest: Manifest | None) -> None:
-    """Print on rank 0 a line about a finished store."""
+    """Print a one-line summary of a finished store, on rank 0."""
     if manifest is None or teacher.layout.rank:
         return
     totals = manifest.totals
@@ -69,15 +69,18 @@ def report(config: DumpConfig, teacher: Teacher, manifest: Manifest | None) -> N
 
 
 def read(cfg: DictConfig) -> DumpConfig:
-    """The configuration as dataclasses, with NeMo's keys checked for a NeMo teacher only."""
+    """Check the configuration and convert it to dataclasses.
+
+    Keys of NeMo itself are accepted only for a NeMo teacher.
+    """
     is_nemo = OmegaConf.select(cfg, "teacher.kind") == "nemo"
     return settings.read(cfg, nemo.BLOCKS if is_nemo else {}, given_keys())
 
 
 def load(config: DumpConfig, cfg: DictConfig) -> Teacher:
-    """The teacher of `teacher.kind`, with the processes of its layout started.
+    """Check the configuration, start the job's processes and load the teacher of `teacher.kind`.
 
-    NeMo is imported for `nemo` only; its model is built from `cfg`, which has NeMo's keys.
+    NeMo is imported only for kind `nemo`, whose model is built from `cfg` with NeMo's keys.
     """
     check_store_settings(config)
     check_kind(config)
@@ -88,15 +91,15 @@ def load(config: DumpConfig, cfg: DictConfig) -> Teacher:
         from nemo_kd.hf.teacher import load_teacher as load_hf
 
         return load_hf(config)
-    cfg = copy.deepcopy(cfg)  # for the keys that NeMo needs besides
-    start.prepare(cfg)  # on a CPU, its patches come before NeMo and Megatron
+    cfg = copy.deepcopy(cfg)  # `prepare` adds keys that NeMo needs
+    start.prepare(cfg)  # on a CPU, its patches must precede the imports of NeMo and Megatron
     from nemo_kd.nemo.teacher import load_teacher as load_nemo
 
     return load_nemo(cfg)
 
 
 def rows_of(config: DumpConfig, teacher: Teacher) -> SFTRows:
-    """The rows of `data.file_path`; conversations are read by NeMo, whatever the teacher is."""
+    """Open the rows of `data.file_path`; NeMo reads conversations, whatever the teacher's kind."""
     from nemo_kd.teacher.rows import max_seq_length, sft_rows
 
     if not config.data.chat:
@@ -114,11 +117,11 @@ def rows_of(config: DumpConfig, teacher: Teacher) -> SFTRows:
 
 
 def check_store_settings(config: DumpConfig) -> None:
-    """Refuse what no store can hold before the teacher is loaded, which may take minutes."""
+    """Raise StoreError for invalid store settings before the teacher loads, which takes minutes."""
     dump = config.dump
     spec = StoreSpec(
         top_k=dump.top_k,
-        vocab_size=MAX_VOCABULARY,  # the teacher's is not known yet
+        vocab_size=MAX_VOCABULARY,  # the actual size is not known yet
         temperatures=dump.temperatures,
         rows_per_shard=config.rows_per_shard,
         profile=dump.profile,
@@ -128,7 +131,10 @@ def check_store_settings(config: DumpConfig) -> None:
 
 
 def check_kind(config: DumpConfig) -> None:
-    """Refuse a teacher of the wrong kind before the slow imports."""
+    """Raise LayoutError if the checkpoint does not match `teacher.kind`, before slow imports.
+
+    Also rejects NeMo-only keys of `model` for a Hugging Face teacher.
+    """
     path = Path(config.model.restore_from_path)
     if config.teacher.kind == "nemo":
         if (path / "config.json").is_file() or path.suffix == ".gguf":

@@ -1,4 +1,4 @@
-"""Tokenizers that turn ids into text, from a path or as recorded in a store."""
+"""Tokenizers that convert ids to text, loaded from a path or as recorded in a store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_kd.store.spec import StoreSpec
 
 
 class Tokenizer(Protocol):
-    """What a tokenizer's fingerprint needs, and ids to text."""
+    """Interface of a tokenizer that can be fingerprinted and can convert ids to text."""
 
     vocab_size: int
 
@@ -31,7 +31,7 @@ class HuggingFaceTokenizer:
         self._tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-        # Not the number of entries: ids may have gaps.
+        # The largest id plus 1, not the number of entries: ids may have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
@@ -61,7 +61,7 @@ class SentencePieceTokenizer:
 
 
 class Ids:
-    """Shows ids themselves, as `⟨17⟩`, without a tokenizer."""
+    """Stand-in for a tokenizer that shows ids as `⟨17⟩`."""
 
     vocab_size = 0
 
@@ -81,10 +81,10 @@ LOADERS: dict[str, Any] = {
 
 
 def check_tokenizer_path(path: str, library: str | None = None) -> str:
-    """The library that loads `path`, from file names alone, without a slow import.
+    """Determine the library that loads `path` from file names, without a slow import.
 
-    A `.model` file is SentencePiece's, a directory Hugging Face's. Nothing is downloaded: the name
-    of a model on a hub is refused like any path that does not exist.
+    A `.model` file is loaded by SentencePiece, a directory by Hugging Face. Nothing is downloaded:
+    the name of a model on the hub is rejected like any path that does not exist.
     """
     kind = library or ("sentencepiece" if path.endswith(".model") else "huggingface")
     if kind not in LOADERS:
@@ -118,7 +118,7 @@ def load_tokenizer(path: str, library: str | None = None) -> Tokenizer:
     except ImportError as error:
         package = "transformers" if kind == "huggingface" else kind
         raise StoreError(f"{error}; a {kind} tokenizer needs pip install {package}") from error
-    except Exception as error:  # libraries raise anything for a path that they cannot load
+    except Exception as error:  # libraries raise errors of any type for a bad path
         reason = (str(error).strip() or repr(error)).splitlines()[0][:MAX_REASON]
         raise StoreError(
             f"no {kind} tokenizer at {path} ({reason}); give another with --tokenizer"
@@ -127,7 +127,10 @@ def load_tokenizer(path: str, library: str | None = None) -> Tokenizer:
 
 
 def check_store_tokenizer(spec: StoreSpec, path: str | None) -> tuple[str, str]:
-    """Path and library of the tokenizer at `path`, or of the store's if None, without loading."""
+    """Return path and library of the tokenizer at `path`, or of the store's if None.
+
+    Checks that the path can be loaded, but does not load it.
+    """
     library, own = spec.tokenizer.get("library"), spec.tokenizer.get("path")
     if path is not None:
         return path, check_tokenizer_path(path)
@@ -145,7 +148,10 @@ def check_store_tokenizer(spec: StoreSpec, path: str | None) -> tuple[str, str]:
 
 
 def store_tokenizer(spec: StoreSpec, path: str | None) -> Tokenizer:
-    """The tokenizer at `path`, or the store's if None; StoreError if its size differs."""
+    """Load the tokenizer at `path`, or the store's if None.
+
+    Raises StoreError if its vocabulary size differs from the store's.
+    """
     path, library = check_store_tokenizer(spec, path)
     tokenizer = load_tokenizer(path, library)
     if tokenizer.vocab_size != spec.vocab_size:
