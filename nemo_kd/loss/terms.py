@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.divergences import DIVERGENCES
 from nemo_kd.loss.metrics import token_metrics
@@ -109,7 +110,7 @@ def _divergence(
         else:
             log_p = with_empty_rest(log_p)
     elif log_p is None:
-        raise ValueError(
+        raise NemoKDError(
             "Support 'bucket' needs the teacher's log-sum-exp at temperature "
             f"{config.temperature:g}, and the teacher has none: dump it at that temperature, or "
             "use support 'vocab' or 'topk'."

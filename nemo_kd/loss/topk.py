@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.rows import Rows, row_chunks
 from nemo_kd.loss.shard import VocabShard
@@ -44,13 +45,13 @@ def vocab_parallel_topk(
     are padding: never chosen, never counted. A logit of -inf is an absent place. K may be larger
     than Vp. Collectives: one all-gather of K int64 a row and rank, one all-reduce of [N, T].
 
-    Errors: ValueError for K outside 1 ... vocab_size, or a temperature that is not positive.
+    Errors: NemoKDError for K outside 1 ... vocab_size, or a temperature that is not positive.
     """
     shard = VocabShard.of(logits.shape[-1], group, vocab_size)
     if not 1 <= k <= shard.size:
-        raise ValueError(f"k is {k}: expected 1 to {shard.size}, the vocabulary's size.")
+        raise NemoKDError(f"k is {k}: expected 1 to {shard.size}, the vocabulary's size.")
     if not temperatures or min(temperatures) <= 0:
-        raise ValueError(f"temperatures are {list(temperatures)}: expected one or more, all > 0.")
+        raise NemoKDError(f"temperatures are {list(temperatures)}: expected one or more, all > 0.")
     rows = Rows.of(logits)
     keys = torch.empty(len(rows), k, dtype=torch.int64, device=logits.device)
     sums = torch.empty(len(rows), len(temperatures), device=logits.device)
@@ -79,13 +80,13 @@ def vocab_parallel_topk(
 def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -> None:
     """Refuse teacher rows that no loss can be right on: meant for the data loader, on the CPU.
 
-    Errors: ValueError that names the first row with an id outside [0, vocab_size), an id twice,
+    Errors: NemoKDError that names the first row with an id outside [0, vocab_size), an id twice,
     no id at all (unless a token's teacher `may_be_absent`), an absent id with a logit, or a logit
     or log-sum-exp that is NaN.
     """
     ids, logits, logsumexp = teacher.ids, teacher.logits, teacher.logsumexp
     if ids.shape[1] > vocab_size:
-        raise ValueError(f"The teacher has K = {ids.shape[1]} of a vocabulary of {vocab_size}.")
+        raise NemoKDError(f"The teacher has K = {ids.shape[1]} of a vocabulary of {vocab_size}.")
     ordered = _sorted(ids)  # [N, K]
     again = ordered[:, 1:] == ordered[:, :-1]
     outside = (ordered[:, -1:] >= vocab_size).any(-1)
@@ -105,7 +106,7 @@ def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -
     ):
         if bad.any():
             row = int(bad.nonzero()[0])
-            raise ValueError(
+            raise NemoKDError(
                 f"Teacher row {row} has {what} (ids {ids[row, :8].tolist()} ...). The teacher's "
                 "data does not fit this student's vocabulary, or is damaged: verify the store."
             )

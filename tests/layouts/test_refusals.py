@@ -21,7 +21,7 @@ from tests.processes import error_of
         ("model.restore_from_path=/nowhere.nemo", "no checkpoint at /nowhere.nemo"),
         ("model.pipeline_model_parallel_size=2", "does not work over pipeline stages on a CPU"),
         ("+model.virtual_pipeline_model_parallel_size=2", "NeMo 2.4 builds no virtual pipelines"),
-        ("trainer.precision=32 model.context_parallel_size=2", "TransformerEngine's alone"),
+        ("trainer.precision=32 model.context_parallel_size=2", "needs TransformerEngine"),
         ("trainer.precision=32 model.optim.name=distributed_fused_adam", "is apex's"),
         ("+model.data.train_ds.overlong=drop", "did you mean model.data.train_ds.over_long?"),
     ],

@@ -68,7 +68,11 @@ SFT = "model.data.train_ds.file_names=[x.jsonl] model.kd.alpha=0"
             "did you mean model.data.valid",
         ),
         (MERGE, "", "nothing to merge: set model.peft.restore_from_path"),
-        (MERGE, f"{ADAPTERS} output=x.jsonl", "output: x.jsonl exists already; remove it or name"),
+        (
+            MERGE,
+            f"{ADAPTERS} output=x.jsonl",
+            "x.jsonl exists already; remove it or choose",
+        ),
         (MERGE, f"{ADAPTERS} output=store", "output: store exists already"),
         (MERGE, f"{ADAPTERS} output=x.jsonl/merged.nemo", "x.jsonl is a file"),
         (MERGE, "model.peft.restore_from_path=no.nemo", "no file of adapters at no.nemo"),

@@ -116,7 +116,7 @@ def test_blocks_that_are_missing_are_made(world: Path) -> None:
 
 def test_outputs_that_exist_or_cannot_be_made(world: Path) -> None:
     rows = str(world / "rows.jsonl")
-    assert files.new_file(rows) == f"{rows} exists already; remove it or name another"
+    assert files.new_file(rows) == f"{rows} exists already; remove it or choose another name"
     assert not files.new_file(str(world / "new/merged.nemo"))
     assert "is a directory" in files.output_file(str(world / "store"))
     assert not files.output_file(rows)
@@ -144,9 +144,9 @@ ROW = {"input": "a", "question": "b", "output": "c"}
         ({"prompt_template": "Q: {input}\nA:"}, "has no {output}, the answer's field"),
         ({"prompt_template": ""}, "has no {output}"),
         ({"label_key": "answer"}, "has no {answer}"),
-        ({"prompt_template": "{output} {input}"}, "{output} must stand at its end"),
-        ({"prompt_template": "{input} {output}."}, "{output} must stand at its end"),
-        ({"prompt_template": "{output} {output}"}, "at its end, and once"),
+        ({"prompt_template": "{output} {input}"}, "{output} must appear once, at the end"),
+        ({"prompt_template": "{input} {output}."}, "{output} must appear once, at the end"),
+        ({"prompt_template": "{output} {output}"}, "must appear once, at the end"),
         ({"prompt_template": "{input {output}"}, "a brace without its pair"),
         ({"truncation_field": "context"}, None),  # NeMo's old name of `input`
         ({"truncation_field": "question"}, "data.truncation_field=question is no field of"),

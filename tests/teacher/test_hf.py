@@ -13,7 +13,7 @@ import torch
 import transformers
 from hydra import compose, initialize_config_dir
 
-from nemo_kd.cli.teacher import check_kind
+from nemo_kd.cli.teacher import check_kind, read
 from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.store import Store
 from nemo_kd.store.tools.verify import verify
@@ -176,14 +176,15 @@ def configuration(*overrides: str) -> Any:
         ("teacher.kind=huggingface", "expected one of nemo, hf"),
         ("teacher.kind=hf model.tensor_model_parallel_size=2", "only data parallelism works"),
         ("teacher.kind=hf model.pipeline_model_parallel_size=4", "only data parallelism works"),
-        ("teacher.kind=hf model.context_parallel_size=2", "only data parallelism works"),
+        ("teacher.kind=hf model.sequence_parallel=true", "only data parallelism works"),
+        ("+model.context_parallel_size=2", "needs no context parallelism"),
         ("teacher.kind=hf model.restore_from_path=a.nemo", "set teacher.kind=nemo"),
         ("model.restore_from_path=a.gguf", "set teacher.kind=hf"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        check_kind(configuration("model.restore_from_path=llama", *overrides.split()))
+        check_kind(read(configuration("model.restore_from_path=llama", *overrides.split())))
 
 
 def test_unusable_checkpoints_are_refused(world: Path) -> None:

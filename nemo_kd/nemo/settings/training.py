@@ -174,6 +174,9 @@ DEFAULTS: dict[str, Any] = {
     "model.data.validation_ds.store": None,
     "model.data.validation_ds.names": None,
     "model.data.validation_ds.metric.name": "loss",
+    "model.data.validation_ds.metric.average": None,
+    "model.data.validation_ds.metric.num_classes": None,
+    "model.data.test_ds.file_names": None,
     "model.data.test_ds.metric.name": "loss",
     **{
         f"model.data.{split}.{key}": default
