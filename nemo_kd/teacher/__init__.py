@@ -1,1 +1,1 @@
-"""A teacher's pass over SFT data: from rows to a store of top-K logits."""
+"""Run a teacher over SFT data and write its top-K logits to a store."""

@@ -1,4 +1,4 @@
-"""Before a teacher's first pass: lock the directory, keep finished shards, check the rows."""
+"""Preparation of a dump: lock the store's directory, keep finished shards, check the rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from nemo_kd.store.sample import Tokens
 from nemo_kd.teacher.layout import Layout
 
 SHOWN = 5
-"""Bad rows that a message names."""
+"""Maximum number of bad rows listed in a message."""
 
 SECONDS_BETWEEN_LINES = 10.0
 REMEDY = (
@@ -28,16 +28,16 @@ REMEDY = (
 
 
 class Source(Protocol):
-    """What store rows are made of."""
+    """The rows of an SFT file from which the rows of a store are made."""
 
     file: JsonlFile
     samples_per_row: int
-    """Store rows that one row of the file makes."""
+    """Number of store rows per row of the file."""
 
     def __len__(self) -> int: ...
 
     def check(self, row: int) -> None:
-        """Errors: RowError for a row that nothing can be made of."""
+        """Raise RowError if the given store row cannot be made."""
 
 
 TokensOf = Callable[[Sequence[int]], Iterable[Tokens]]
@@ -45,9 +45,9 @@ TokensOf = Callable[[Sequence[int]], Iterable[Tokens]]
 
 @contextmanager
 def locked(directory: str, layout: Layout) -> Iterator[Callable[[], None]]:
-    """Keep other jobs from writing to `directory`; yield a check that the lock is still held.
+    """Lock `directory` against other jobs; yield a function that checks that the lock is held.
 
-    Rank 0 holds the lock. Errors, on every rank: LockedError if another job holds it.
+    Rank 0 holds the lock. Raises LockedError on every rank if another job holds it.
     """
     lock, refusal = DirectoryLock(directory), ""
     if layout.rank == 0:
@@ -76,10 +76,11 @@ def open_writer(
     tokens_of: TokensOf | None,
     overwrite: bool,
 ) -> StoreWriter:
-    """The writer of the store; rank 0 prepares its directory before the others open it.
+    """Open the store's writer on every rank, after rank 0 has prepared the directory.
 
-    If the source file has changed since the store was begun, those shards are kept whose rows,
-    `tokens_of(their numbers)`, are unchanged; without `tokens_of` such a store is refused.
+    If the source file has changed since the store was started, shards are kept if their rows,
+    `tokens_of(row numbers)`, are unchanged. Without `tokens_of` such a store is rejected, unless it
+    has no complete shard.
     """
     if layout.rank == 0 and overwrite:
         StoreWriter(directory, spec, overwrite=True)
@@ -101,9 +102,9 @@ def _keep_unchanged(
     tokens_of: TokensOf | None,
     layout: Layout,
 ) -> None:
-    """Compare shard i on rank `i % ranks`."""
+    """Keep the shards whose rows are unchanged; the ranks share the comparisons."""
     shards = earlier.shards
-    layout.barrier()  # every rank has to list them before one changes anything
+    layout.barrier()  # every rank must list the shards before any rank changes them
     if layout.rank == 0:
         earlier.begin()
     layout.barrier()
@@ -125,11 +126,11 @@ def _keep_unchanged(
 
 
 def check_rows(source: Source, todo: Sequence[int], bad: BadRows, layout: Layout) -> None:
-    """Read the rows `todo` of this replica, divided among its ranks, before the first pass.
+    """Check the rows `todo` of this replica, divided among its ranks, before the first pass.
 
-    Errors, on every rank: RowError that names the first bad rows of all replicas, unless `bad`
-    drops them; also if no row of the source is left. Collectives over all ranks: an all-gather of
-    a few strings.
+    Raises RowError on every rank, naming the first bad rows of all replicas, if there are any that
+    `bad` does not drop, or if no row of the source is left. Collectives over all ranks: an
+    all-gather of a few strings.
     """
     share = layout.share([row for row in todo if row % source.samples_per_row == 0])
     refused, dropped = _Found(), _Found()
@@ -167,7 +168,7 @@ class _Found:
 
     @classmethod
     def of(cls, parts: Iterable[_Found]) -> _Found:
-        """Those of several ranks."""
+        """Combine the bad rows of several ranks."""
         found = cls()
         for part in parts:
             found.count += part.count

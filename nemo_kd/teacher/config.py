@@ -1,6 +1,6 @@
-"""The configuration of a dump and of a generation: `conf/dump_teacher_topk.yaml` as dataclasses.
+"""Dataclasses for the configuration of a dump (`conf/dump_teacher_topk.yaml`) and of a generation.
 
-`nemo_kd.cli.dump_settings` makes them from Hydra's configuration and checks it.
+`nemo_kd.cli.dump_settings` checks the Hydra configuration and converts it to these dataclasses.
 """
 
 from __future__ import annotations
@@ -43,9 +43,9 @@ class TrainerConfig:
     """The block `trainer`: processes and precision."""
 
     devices: Annotated[Any, DEVICES] = 1
-    """Processes on each node; by default as many as torchrun started, 1 without it."""
+    """Processes per node; the YAML files default to as many as torchrun started, or 1."""
     num_nodes: Count = 1
-    """Nodes."""
+    """Number of nodes."""
     accelerator: Annotated[str, ACCELERATOR] = "gpu"
     """`gpu` or `cpu`; a machine without CUDA uses the CPU in either case."""
     precision: Annotated[Any, PRECISION] = "bf16"
@@ -54,22 +54,22 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The block `teacher`."""
+    """The block `teacher`: the kind of checkpoint."""
 
     kind: Kind = "nemo"
-    """`nemo`: a .nemo; `hf`: a Hugging Face directory or a .gguf, through transformers."""
+    """`nemo`: a .nemo checkpoint; `hf`: a Hugging Face directory or .gguf, run by transformers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherModelConfig:
-    """The block `model`: the teacher and its layout. A NeMo teacher takes NeMo's keys as well."""
+    """The block `model`: the teacher and its layout; a NeMo teacher also accepts NeMo's keys."""
 
     restore_from_path: PathText
-    """The teacher: a .nemo, or what `teacher.kind` says."""
+    """Path of the teacher's checkpoint, of the kind `teacher.kind`."""
     tensor_model_parallel_size: Count = 1
-    """Ranks that share each layer."""
+    """Number of ranks that each layer is split across."""
     pipeline_model_parallel_size: Count = 1
-    """Ranks that share the layers."""
+    """Number of ranks that the layers are distributed over."""
     sequence_parallel: bool = False
     """Megatron's sequence parallelism; needs a tensor-parallel size above 1."""
     micro_batch_size: Count = 8
@@ -77,19 +77,19 @@ class TeacherModelConfig:
     megatron_amp_O2: bool = False
     """Hold the weights in `trainer.precision` instead of float32."""
     answer_only_loss: bool = True
-    """`false`: store the teacher at all positions, the prompts' included."""
+    """`false`: store the teacher's top-K for prompt tokens too, not only for answers."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TemplateConfig:
-    """Keys of `data` that decide a sample's tokens: the store records them as its template."""
+    """Keys of `data` that determine a sample's tokens; the store records them as its template."""
 
     chat: bool = False
-    """`true`: conversations, as NeMo's GPTSFTChatDataset reads them."""
+    """`true`: the rows are conversations in the format of NeMo's GPTSFTChatDataset."""
     max_seq_length: Count = 2048
     """Longer samples are truncated to this many tokens."""
     label_key: str = "output"
-    """The field of the answer."""
+    """Name of the row's field that holds the answer."""
     add_eos: bool = True
     """End each sample with the end-of-sequence token."""
     add_sep: bool = False
@@ -97,11 +97,11 @@ class TemplateConfig:
     add_bos: bool = False
     """Begin each sample with the beginning-of-sequence token."""
     truncation_field: str | None = "input"
-    """The fields, separated by commas, from which the tokens beyond `max_seq_length` are cut."""
+    """Comma-separated fields to shorten if a sample exceeds `max_seq_length`."""
     truncation_method: Side = "right"
-    """The end at which a field is cut."""
+    """The end at which a field is truncated."""
     prompt_template: str | None = "{input} {output}"
-    """The text of a sample, with its fields in braces; it ends with the answer's."""
+    """Text of a sample with fields in braces; it must end with the answer's field."""
 
     def __post_init__(self) -> None:
         if self.prompt_template is None and not self.chat:
@@ -111,40 +111,40 @@ class TemplateConfig:
             )
 
     def template(self) -> dict[str, Any]:
-        """The keys of this class and their values."""
+        """Return the keys of this class and their values."""
         return {each.name: getattr(self, each.name) for each in fields(TemplateConfig)}
 
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(TemplateConfig):
-    """The block `data`: the SFT rows, as NeMo's SFT makes tokens of them."""
+    """The block `data`: the SFT file and how its rows are tokenized, as in NeMo's SFT."""
 
     file_path: PathText
-    """The SFT file, JSONL."""
+    """Path of the SFT file (JSONL)."""
     no_answer: ErrorOrDrop = "error"
-    """`drop`: leave out rows that have no answer token within `max_seq_length`."""
+    """`drop`: skip rows that have no answer token within `max_seq_length`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TopKConfig:
-    """The block `dump`: what is stored of the teacher. `StoreSpec` checks the values."""
+    """The block `dump`: which logits are stored and how. `StoreSpec` checks the values."""
 
     top_k: Count = 100
-    """Logits kept for each answer token, with their ids; for `sampled`, the number of draws."""
+    """Number of logits and ids stored per answer token; for `sampled`, the number of draws."""
     temperatures: tuple[float, ...] = (1.0,)
-    """A log-sum-exp is stored for each; 1 must be among them. `model.kd.temperature` of the
-    training is one of them."""
+    """Temperatures at which a log-sum-exp is stored. They must include 1, and training's
+    `model.kd.temperature` must be one of them."""
     profile: Profile = "plain"
-    """How the store encodes them: `plain` (at most 404 bytes per answer token at K = 100),
-    `compact` (at most 250), `top_p` (as many as hold a given mass), `sampled` (draws, at most
-    40)."""
+    """How the logits are encoded: `plain` (at most 404 bytes per answer token at K = 100),
+    `compact` (at most 250), `top_p` (only the ids that hold a given mass), `sampled` (random
+    draws, at most 40)."""
     profile_options: dict[str, Any] = field(default_factory=dict)
-    """Options of the profile: `{p: 0.95}` of `top_p`, `{seed: 0}` of `sampled`."""
+    """Options of the profile: `{p: 0.95}` for `top_p`, `{seed: 0}` for `sampled`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig:
-    """The configuration of `examples/dump_teacher_topk.py`."""
+    """The configuration of a dump: `nemo-kd dump` or `examples/dump_teacher_topk.py`."""
 
     trainer: TrainerConfig
     teacher: TeacherConfig
@@ -154,17 +154,17 @@ class DumpConfig:
     output_dir: PathText
     """The directory of the store."""
     rows_per_shard: Count = 256
-    """Rows of a shard, the unit of work and of resuming."""
+    """Rows per shard, the unit of work and of resuming."""
     max_tokens_per_micro_batch: Count | None = None
-    """Limit of rows × longest row of a micro-batch: fewer long samples go through together."""
+    """Limit on rows × longest row of a micro-batch; it makes micro-batches of long rows smaller."""
     rows_per_lm_head: Count = 256
-    """Answer tokens that go through the LM head at a time."""
+    """Number of answer tokens passed through the LM head at a time."""
     on_bad_row: ErrorOrDrop = "error"
-    """`drop`: leave out rows that cannot be read or whose logits are NaN."""
+    """`drop`: skip rows that cannot be read or whose logits are NaN."""
     jsonl: bool = False
-    """Also write `topk.jsonl` into the store, with NeMo-Aligner's keys."""
+    """Also write the store's content to `topk.jsonl` in NeMo-Aligner's format."""
     overwrite: bool = False
-    """Replace a store that another teacher, K or template wrote."""
+    """Replace an existing store written with other settings."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,9 +172,9 @@ class FilterConfig:
     """The block `generation.filter`: which answers are kept."""
 
     pattern: str | None = None
-    """A regular expression that the answer must contain."""
+    """Regular expression that must match somewhere in the answer."""
     function: str | None = None
-    """`module:function`, called with (answer, row of the file); keeps an answer if true."""
+    """`module:function`, called with (answer, row of the file); an answer is kept if true."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,17 +182,17 @@ class GenerationConfig:
     """The block `generation`: how answers are generated."""
 
     max_new_tokens: Count = 512
-    """Tokens of an answer, its stop token included; prompts are truncated to leave room."""
+    """Maximum tokens per answer, including the stop token; prompts are truncated to leave room."""
     temperature: Annotated[float, number(0)] = 0.0
-    """Sampling temperature; 0: greedy."""
+    """Sampling temperature; 0 means greedy decoding."""
     top_p: Annotated[float, number(0, 1, above=True)] = 1.0
-    """Sample among the fewest most probable tokens that hold this mass."""
+    """Sample from the smallest set of most probable tokens with this total probability."""
     samples_per_prompt: Count = 1
-    """Answers to each prompt; more than one needs a temperature above 0."""
+    """Number of answers per prompt; more than one needs a temperature above 0."""
     stop_ids: tuple[Natural, ...] = ()
-    """Tokens that end an answer, besides the tokenizer's end of sequence."""
+    """Ids of tokens that end an answer, in addition to the tokenizer's end of sequence."""
     seed: Natural = 1234
-    """Seed of the random numbers; they do not depend on batches or processes."""
+    """Random seed; answers do not depend on batches or the number of processes."""
     keep_unfinished: bool = False
     """Keep answers that reach `max_new_tokens` without a stop token."""
     filter: FilterConfig = field(default_factory=FilterConfig)
@@ -200,7 +200,7 @@ class GenerationConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateConfig(DumpConfig):
-    """The configuration of `examples/generate_with_teacher.py`."""
+    """Configuration of a generation: `nemo-kd generate` or `examples/generate_with_teacher.py`."""
 
     generation: GenerationConfig
     teacher: TeacherConfig = field(default_factory=lambda: TeacherConfig(kind="hf"))

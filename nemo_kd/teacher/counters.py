@@ -1,7 +1,7 @@
-"""Sums over all ranks of a job that any rank adds to and reads at any moment, without collectives.
+"""Job-wide counters that any rank can increment or read at any time, without collectives.
 
-They are kept in the key-value store through which the processes found one another, whose `add` is
-atomic. So no rank waits for one that has more to do or has died.
+They live in torch.distributed's rendezvous key-value store, whose `add` is atomic. No rank
+therefore waits for one that has more work or has died.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch.distributed.distributed_c10d import Store
 
 
 class JobCounters:
-    """Integers by name in a store that nothing else uses."""
+    """Named integer counters in a key-value store that nothing else uses."""
 
     def __init__(self, store: Store, names: Sequence[str]) -> None:
         self.store = store

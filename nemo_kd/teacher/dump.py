@@ -24,7 +24,7 @@ from nemo_kd.teacher.stop import StopOnSignal
 
 
 class Numbered(Protocol):
-    """A row or a prompt: some tokens of one row."""
+    """A row or a prompt, with a row number and a length in tokens."""
 
     @property
     def row(self) -> int: ...
@@ -36,9 +36,10 @@ Work = TypeVar("Work", bound=Numbered)
 
 
 def dump(config: DumpConfig, teacher: Teacher, rows: SFTRows | None = None) -> Manifest | None:
-    """The teacher's pass over `rows`, those of `data.file_path` by default; the store's manifest.
+    """Run the teacher over `rows`, by default those of `data.file_path`, and write the store.
 
-    None if a signal stopped it: complete shards are kept, and the same command resumes.
+    Returns the store's manifest, or None if a signal stopped the dump: complete shards are kept,
+    and the same command resumes.
     """
     rows = sft_rows(config, teacher) if rows is None else rows
     spec = store_spec(config, teacher, rows.file)
@@ -62,12 +63,12 @@ def write_store(
     tokens_of: TokensOf | None = None,
     progress_class: type[DumpProgress] = DumpProgress,
 ) -> Manifest | None:
-    """Write the store of `source` shard by shard; its manifest, or None if a signal stopped it.
+    """Write a store of `source` shard by shard.
 
-    Replica r writes the shards i with `i % replicas = r`, except complete ones. `samples_of(shard,
-    progress)` gives the samples of a shard in any order, on the rank that writes; `tokens_of` is
-    that of `open_writer`. Collectives over all ranks: a few small ones before the first shard and
-    two after the last.
+    Returns its manifest, or None if a signal stopped the dump. Replica r writes the shards i with
+    `i % replicas = r` that are not complete yet. `samples_of(shard, progress)` yields the samples
+    of a shard in any order, on the writing rank; `tokens_of` is passed to `open_writer`.
+    Collectives over all ranks: a few small ones before the first shard and two after the last.
     """
     with locked(config.output_dir, layout) as check_lock:
         writer = open_writer(
@@ -82,7 +83,7 @@ def write_store(
         mine = range(layout.replica, shards, layout.replicas)
         todo = [shard for shard in mine if not writer.is_complete(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
-        # Its collective also keeps a rank from writing before others have looked.
+        # Its collective also keeps a rank from writing before others have listed complete shards.
         check_rows(source, todo_rows, bad_rows(config), layout)
         done = len(mine) - len(todo)
         with (
@@ -114,7 +115,7 @@ def write_store(
 
 
 def _finish(config: DumpConfig, writer: StoreWriter, shards: int, stopped: bool) -> None:
-    """Write the manifest and the exchange file; of a stopped dump, print how far it is."""
+    """Write the manifest and the optional JSONL file; if stopped, only print the progress."""
     if stopped:
         complete = sum(writer.is_complete(shard) for shard in range(shards))
         print(
@@ -128,12 +129,12 @@ def _finish(config: DumpConfig, writer: StoreWriter, shards: int, stopped: bool)
 
 
 def rows_of(shard: int, spec: StoreSpec, num_rows: int) -> range:
-    """The rows of a shard, of `num_rows` rows in all."""
+    """Return the row numbers of a shard, given `num_rows` rows in total."""
     return range(shard * spec.rows_per_shard, min((shard + 1) * spec.rows_per_shard, num_rows))
 
 
 def store_spec(config: DumpConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
-    """Everything that decides the bytes of this dump's store; the writer resumes no other."""
+    """Return the spec of this dump's store; only a store with an equal spec is resumed."""
     checkpoint = Path(config.model.restore_from_path)
     return StoreSpec(
         top_k=config.dump.top_k,
@@ -162,11 +163,11 @@ def store_spec(config: DumpConfig, teacher: Teacher, file: JsonlFile) -> StoreSp
 def _samples(
     config: DumpConfig, rows: SFTRows, numbers: range, forward: Forward, progress: DumpProgress
 ) -> Iterator[Sample]:
-    """The samples of some rows, longest first; none on ranks without logits."""
+    """Yield the samples of the given rows, longest first; nothing on ranks without logits."""
     bad, dropped = bad_rows(config), list[RowError]()
     batch = list(readable(rows, numbers, bad, dropped))
     progress.drop(dropped)
-    # More than one micro-batch in flight keeps the stages of a pipeline busy.
+    # Several micro-batches in flight keep the pipeline stages busy.
     stages = progress.layout.stages
     in_flight = 1 if stages == 1 else 2 * stages
     limit = config.max_tokens_per_micro_batch or sys.maxsize
@@ -184,11 +185,11 @@ def _samples(
 def calls(
     rows: list[Work], micro_batch_size: int, max_tokens: int, in_flight: int
 ) -> Iterator[tuple[list[Work], int]]:
-    """Rows of similar length for one forward call each, with the micro-batch size of the call.
+    """Group rows of similar length into forward calls; yield each group and its micro-batch size.
 
-    A micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens, but at least one
-    row. Megatron's schedules need micro-batches of equal size, so the remainder makes smaller
-    calls.
+    A micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens, but at least one row.
+    A call has at most `in_flight` micro-batches. Megatron's schedules need micro-batches of equal
+    size, so that the remainder is processed in smaller calls.
     """
     ordered = sorted(rows, key=lambda row: (-len(row), row.row))
     start = 0

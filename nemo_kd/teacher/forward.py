@@ -1,4 +1,4 @@
-"""From hidden states to the top-K logits of answer tokens, for a model of any framework."""
+"""Framework-independent steps from a model's hidden states to the top-K of answer tokens."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from nemo_kd.teacher.select import Selection, joined
 from nemo_kd.topk import TopK
 
 LMHead = Callable[[torch.Tensor], torch.Tensor]
-"""Hidden states [N, H] → logits [N, Vp] of this rank."""
+"""Function from hidden states [N, H] to this rank's logits [N, Vp]."""
 
 
 class NoLogitsError(RowError):
-    """A row for which the teacher's logits are no distribution: NaN, +inf, or all of them -inf."""
+    """Error for a row whose logits define no distribution: NaN, +inf, or all -inf."""
 
 
 def usable(
@@ -28,10 +28,10 @@ def usable(
     dropped: list[RowError],
     samples_per_row: int = 1,
 ) -> Iterator[tuple[Row, TopK]]:
-    """The rows whose logits a store can hold; the errors of those that `bad` drops are appended to
-    `dropped`.
+    """Yield the rows with valid logits.
 
-    Errors: NoLogitsError of any other row.
+    Errors of rows that `bad` drops are appended to `dropped`; for any other invalid row,
+    NoLogitsError is raised.
     """
     for row, topk in pairs:
         with bad.skipped(dropped):
@@ -41,7 +41,7 @@ def usable(
 
 
 def _check_logits(topk: TopK) -> None:
-    """Errors: NoLogitsError for a token without a largest logit, or without a log-sum-exp."""
+    """Raise NoLogitsError if a token has NaN logits, or no finite largest logit or log-sum-exp."""
     finite = topk.logits[:, 0].isfinite() & ~topk.logits.isnan().any(1)
     finite &= topk.logsumexp.isfinite().all(1)
     if not finite.all():
@@ -53,13 +53,16 @@ def _check_logits(topk: TopK) -> None:
 
 
 def sample_of(row: Row, topk: TopK) -> Sample:
-    """The sample that a store holds of a row."""
+    """Combine a row and its top-K tensors into a store sample of numpy arrays."""
     arrays = topk.map(torch.Tensor.numpy)
     return Sample(row.row, row.input_ids, row.loss_mask, arrays)
 
 
 def inputs_of(rows: Sequence[Row], length: int) -> torch.Tensor:
-    """[B, length] int64: all tokens but the last, which is only a target, padded with zeros."""
+    """Return input tokens [B, length] int64, right-padded with zeros.
+
+    The last token of a row is omitted: it is only a target.
+    """
     tokens = torch.zeros(len(rows), length, dtype=torch.int64)
     for b, row in enumerate(rows):
         tokens[b, : len(row) - 1] = torch.from_numpy(row.input_ids[:-1].astype("int64"))
@@ -67,7 +70,7 @@ def inputs_of(rows: Sequence[Row], length: int) -> torch.Tensor:
 
 
 class AnswerHead:
-    """The top-K of answer tokens, from a model's final hidden states and its LM head.
+    """Compute the top-K of answer tokens from a model's final hidden states and its LM head.
 
     Only answer positions reach the LM head, `rows_per_lm_head` at a time, so that no tensor is
     larger than `[rows_per_lm_head, V/TP]`. Collectives: `Selection`'s over the tensor-parallel
@@ -79,8 +82,10 @@ class AnswerHead:
         self.rows_per_lm_head = rows_per_lm_head
 
     def topk(self, hidden: torch.Tensor, head: LMHead, rows: Sequence[Row]) -> Iterator[TopK]:
-        """hidden [S, B, H] → for each of the B rows the top-K of its A answer tokens, on the CPU:
-        ids and logits [A, K], log-sum-exp [A, T]."""
+        """Yield, for each of the B rows of hidden [S, B, H], the top-K of its A answer tokens.
+
+        It is on the CPU: ids and logits [A, K], log-sum-exp [A, T].
+        """
         targets = [torch.from_numpy(row.loss_mask[1:].nonzero()[0]) for row in rows]
         answers = torch.cat([hidden[target, b] for b, target in enumerate(targets)])  # [N, H]
         chunks = [

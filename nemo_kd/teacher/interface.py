@@ -1,4 +1,4 @@
-"""What a dump asks of a teacher, which the room of its framework answers."""
+"""Interface between a dump and a teacher, implemented in one package per framework."""
 
 from __future__ import annotations
 
@@ -14,28 +14,31 @@ from nemo_kd.topk import TopK
 
 
 class Forward(Protocol):
-    """A pass of the teacher: rows → the top-K of their answer tokens, on the CPU.
+    """A forward pass: maps rows to the top-K of their answer tokens, on the CPU.
 
-    None on ranks without logits.
+    Returns None on ranks without logits.
     """
 
     def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[TopK] | None: ...
 
 
 class Writer(Protocol):
-    """Generation: prompts → finished answers with the top-K of their tokens; None as `Forward`."""
+    """Generation: maps prompts to answers with the top-K of their tokens.
+
+    Returns None on ranks without logits.
+    """
 
     def __call__(self, prompts: Sequence[Prompt]) -> Answers | None: ...
 
 
 class Teacher(Protocol):
-    """A loaded teacher."""
+    """A loaded teacher model with its tokenizer and its layout over processes."""
 
     @property
     def tokenizer(self) -> Tokenizer: ...
     @property
     def tokenizer_origin(self) -> Mapping[str, Any]:
-        """`library` and `path` of the store's spec; a path of None cannot be loaded again."""
+        """`library` and `path` to record in the store's spec; path None: cannot be reloaded."""
 
     @property
     def layout(self) -> Layout: ...
@@ -45,7 +48,7 @@ class Teacher(Protocol):
     def virtual_tokens(self) -> int: ...
     @property
     def max_positions(self) -> int | None:
-        """The largest number of tokens in a row if positions are learned; None without a limit."""
+        """Maximum number of tokens per row for learned positions; None without a limit."""
 
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> Forward: ...
 

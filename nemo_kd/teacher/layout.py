@@ -1,4 +1,7 @@
-"""This process among those of a dump, as the room of the teacher's framework describes it."""
+"""Position of this process among the processes of a job, and small collectives over them.
+
+The teacher's framework package creates the `Layout`.
+"""
 
 from __future__ import annotations
 
@@ -18,48 +21,52 @@ Value = TypeVar("Value")
 
 
 class LayoutError(NemoKDError):
-    """Processes, parallel sizes or a precision that do not work together."""
+    """Incompatible numbers of processes, parallel sizes or precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Layout:
-    """A job's processes ("ranks") hold `replicas` copies of the teacher, each over a few ranks.
+    """Distribution of the teacher over a job's processes ("ranks"), as seen from one rank.
 
-    By default a single process, which needs no process group.
+    The job holds `replicas` copies of the teacher, each split across one or more ranks. The
+    defaults describe a single process, which needs no process group.
     """
 
     rank: int = 0
     size: int = 1
-    """Ranks of the job."""
+    """Number of ranks of the job."""
 
     replica: int = 0
-    """Which copy of the teacher this rank holds a part of: its data-parallel rank."""
+    """Index of the copy of the teacher that this rank holds a part of (data-parallel rank)."""
 
     replicas: int = 1
     writes: bool = True
-    """Whether this rank has the logits and writes shards; one rank of each replica does."""
+    """Whether this rank has the logits and writes shards; true for one rank per replica."""
 
     stages: int = 1
-    """Pipeline stages of a replica."""
+    """Number of pipeline stages of a replica."""
 
     tensor_group: dist.ProcessGroup | None = None
-    """The ranks that share a vocabulary; None for a rank that has all of it."""
+    """The ranks that the vocabulary is split across; None if this rank holds all of it."""
 
     replica_group: dist.ProcessGroup | None = None
     """The ranks of this replica; None for a replica on a single rank."""
 
     device: torch.device = CPU
-    """Where tensors of collectives, and a model's inputs, are."""
+    """Device of the model's inputs and of the tensors passed to collectives."""
 
     @classmethod
     def of_job(cls) -> Layout:
-        """Rank and size of the default process group, without replicas; else a single process."""
+        """Return the rank and size of the default process group, as a single replica.
+
+        Without a process group, returns the layout of a single process.
+        """
         if not dist.is_initialized():
             return cls()
         return cls(rank=dist.get_rank(), size=dist.get_world_size())
 
     def share(self, items: Sequence[Value]) -> Sequence[Value]:
-        """This rank's part of the items of its replica."""
+        """Return this rank's share of its replica's items."""
         if self.replica_group is None:
             return items
         return items[dist.get_rank(self.replica_group) :: dist.get_world_size(self.replica_group)]
@@ -70,7 +77,7 @@ class Layout:
             dist.barrier()
 
     def gather(self, value: Value) -> list[Value]:
-        """The values of all ranks, on every rank, in the order of the ranks."""
+        """All-gather a picklable value; return the values in rank order, on every rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -78,7 +85,7 @@ class Layout:
         return values
 
     def from_rank_0(self, value: Value) -> Value:
-        """Rank 0's value, on every rank."""
+        """Broadcast rank 0's value to every rank."""
         if self.size == 1:
             return value
         values: list[Any] = [value]
@@ -86,7 +93,7 @@ class Layout:
         return values[0]
 
     def sum(self, counts: Sequence[int]) -> list[int]:
-        """The sums over all ranks, on every rank."""
+        """All-reduce int64 counts; return the sums over all ranks, on every rank."""
         if self.size == 1:
             return list(counts)
         sums = torch.tensor(counts, dtype=torch.int64, device=self.device)
@@ -94,11 +101,11 @@ class Layout:
         return sums.tolist()
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank; all ranks call it."""
+        """Return whether the flag is set on any rank; collective over all ranks."""
         return self._any(flag, None) if self.size > 1 else flag
 
     def any_in_replica(self, flag: bool) -> bool:
-        """Whether the flag is set on any rank of this replica, all of whose ranks call it."""
+        """Return whether the flag is set on any rank of this replica; collective over them."""
         return flag if self.replica_group is None else self._any(flag, self.replica_group)
 
     def _any(self, flag: bool, group: dist.ProcessGroup | None) -> bool:
@@ -107,10 +114,10 @@ class Layout:
         return bool(tensor.item())
 
     def store(self, key: str) -> Store:
-        """Keys and values that all ranks see at any moment, apart from those of other `key`s."""
+        """Return a key-value store shared by all ranks, with the namespace `key`."""
         return PrefixStore(key, _get_default_store() if self.size > 1 else dist.HashStore())  # type: ignore[attr-defined]
 
     def say(self, text: str) -> None:
-        """Print a line on standard error, on rank 0 only."""
+        """Print a line to stderr, on rank 0 only."""
         if not self.rank:
             print(text, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""Estimate what a dump will cost in disk, time and memory.
+"""Estimate the disk space, time and GPU memory that a dump needs.
 
 disk    = answer tokens * bytes of the profile + tokens * 5 + samples * 20 bytes per file
 time    = 2 * parameters * tokens / (GPUs * FLOP/s * utilisation)
@@ -18,31 +18,31 @@ from nemo_kd.store.spec import StoreSpec
 
 TOKEN_BYTES = 4 + 1  # tokens and loss_mask
 INDEX_BYTES = 4 + 8 + 8  # length, offset and document of a sample in each .idx
-JSONL_BYTES_PER_LOGIT = 25  # a logit and its id as NeMo-Aligner writes them
+JSONL_BYTES_PER_LOGIT = 25  # a logit and its id in NeMo-Aligner's JSONL
 VARIABLE = ("sampled", "top_p")  # profiles whose number of ids varies between tokens
-# Distinct ids of K draws are K^0.68: fitted to a mean Σ_v min(1, K p(v)) of 4.9, 12.4, 23.1, 43.8
-# at K = 10, 40, 100, 255 (SmolLM2-135M on Python). On English prose the exponent is 0.80.
+# K draws have about K^0.68 distinct ids: fitted to a mean Σ_v min(1, K p(v)) of 4.9, 12.4, 23.1,
+# 43.8 at K = 10, 40, 100, 255 (SmolLM2-135M on Python). On English prose the exponent is 0.80.
 DISTINCT_EXPONENT = 0.68
 WIDTH_TO_DEPTH = 128  # of a typical transformer: parameters = 12 * width^3 / 128
-ACTIVATIONS = 16  # values per token of the micro-batch and unit of width, forward only
+ACTIVATIONS = 16  # activation values per token and unit of width, in a forward pass
 
 
 @dataclass(frozen=True)
 class Workload:
-    """The data and the machines of a dump."""
+    """Data, teacher and hardware of a dump."""
 
     answer_tokens: float
     total_tokens: float
-    """Tokens of prompts and answers, which the teacher reads."""
+    """Number of tokens in prompts and answers, all of which the teacher processes."""
     samples: float
     teacher_parameters: float
     gpus: int
     tensor_parallel: int = 1
     pipeline_parallel: int = 1
     gpu_tflops: float = 989.0
-    """Dense bf16 peak of one GPU; 989 is an H100 SXM."""
+    """Dense bf16 peak of one GPU in TFLOP/s; 989 is an H100 SXM."""
     utilisation: float = 0.35
-    """Fraction of the peak that a forward pass reaches."""
+    """Fraction of the peak that a forward pass achieves."""
     gpu_memory_gib: float = 80.0
     micro_batch_tokens: int = 8 * 2048
     rows_per_lm_head: int = 256
@@ -70,13 +70,14 @@ class Workload:
 
 @dataclass(frozen=True)
 class Plan:
-    """The estimates."""
+    """Estimated disk space, time and GPU memory of a dump."""
 
     bytes_per_answer_token: float
-    """Of the teacher's top-K, without tokens and indices."""
+    """Encoded size of the top-K per answer token, excluding tokens and indices."""
     ids_per_token: float
     ids_from: str
-    """`profile`: always K; `kept`: as given; `estimate`: distinct ids of K draws; `most`: K."""
+    """Origin of `ids_per_token`. `profile`: always K; `kept`: as given; `estimate`: distinct ids of
+    K draws; `most`: the upper bound K."""
     disk_bytes: float
     jsonl_bytes: float
     """The size of the same data in NeMo-Aligner's JSONL, for comparison."""
@@ -84,20 +85,20 @@ class Plan:
     gpu_hours: float
     weights_bytes_per_gpu: float
     other_bytes_per_gpu: float
-    """Logits and activations."""
+    """Memory for logits and activations."""
     fits: bool
-    """Whether weights and the rest fit into one GPU's memory, a tenth of it left free."""
+    """Whether weights, logits and activations fit into 90 % of a GPU's memory."""
     smallest_model_parallel: int
-    """The smallest number of GPUs that together hold one teacher."""
+    """The smallest number of GPUs that can hold one copy of the teacher."""
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
 
 
 def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
-    """Estimate a dump; `kept` is the mean number of ids per token of `top_p` or `sampled`.
+    """Estimate the cost of a dump.
 
-    None estimates `kept` too.
+    `kept` is the mean number of ids per token for `top_p` or `sampled`; None estimates it.
     """
     codec = codec_of(spec)
     ids, ids_from = _ids_per_token(spec, kept)
@@ -126,7 +127,7 @@ def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
 
 
 def _ids_per_token(spec: StoreSpec, kept: float | None) -> tuple[float, str]:
-    """`Plan.ids_per_token` and `Plan.ids_from`."""
+    """Return `Plan.ids_per_token` and `Plan.ids_from`."""
     if spec.profile not in VARIABLE:
         if kept is not None:
             raise StoreError(f"profile {spec.profile} keeps top_k ids at every token, not {kept}")
@@ -141,7 +142,10 @@ def _ids_per_token(spec: StoreSpec, kept: float | None) -> tuple[float, str]:
 
 
 def _other_bytes(spec: StoreSpec, work: Workload) -> float:
-    """Logits of the rows at the LM head in bf16 and float32, and a layer's activations in bf16."""
+    """Return the bytes per GPU of the LM head's logits and of one layer's activations.
+
+    Logits are counted in bf16 and in float32, activations in bf16.
+    """
     logits = work.rows_per_lm_head * spec.vocab_size * (2 + 4)
     width = (work.teacher_parameters * WIDTH_TO_DEPTH / 12) ** (1 / 3)
     activations = work.micro_batch_tokens * width * ACTIVATIONS * 2

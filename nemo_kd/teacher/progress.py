@@ -1,4 +1,4 @@
-"""The progress of a dump: one bar for the job in a terminal, lines in a log."""
+"""Progress display of a dump: a single bar for the job in a terminal, or lines in a log."""
 
 from __future__ import annotations
 
@@ -20,18 +20,17 @@ from nemo_kd.topk import TopK, t1_index
 
 SECONDS_BETWEEN_LINES = 10.0
 SECONDS_BETWEEN_REPORTS = 1.0
-_MILLION = 1_000_000  # the job's counters are integers: mass is counted in millionths
+_MILLION = 1_000_000  # the job's counters are integers, so mass is counted in millionths
 
 
 class DumpProgress:
-    """Progress of the job, shown by the first replica; made and closed by every rank.
+    """Progress of the job, displayed by the first replica; every rank must create and close it.
 
-    The rank of a replica that writes (see `Layout`) counts its rows, and adds the counts to those
-    of the job once a second and after its last row; the first replica's reads them when it shows
-    something. So shards may be uneven: once the first replica has none left, the bar waits for the
-    others.
+    The writing rank of each replica (see `Layout`) counts its rows and adds the counts to the
+    job-wide counters once a second and after its last row. The first replica's writing rank reads
+    the counters whenever it updates the display.
 
-    Collectives over all ranks: one small sum when it is made, one small all-gather in `summary`.
+    Collectives over all ranks: a small all-reduce on creation and a small all-gather in `summary`.
     """
 
     name = "dump"
@@ -43,10 +42,10 @@ class DumpProgress:
         self.shows = layout.writes and layout.replica == 0
         self.tally = Tally(spec)
         self.left_out = ""
-        """The rows of the job that were left out; known after `summary`."""
+        """Description of the rows that the job left out, set by `summary`."""
         size = spec.rows_per_shard
         self.mine = sum(min(size, num_rows - shard * size) for shard in todo)
-        # The key keeps this dump's counters apart from those of another one in the same processes.
+        # A random key separates this dump's counters from those of other dumps in these processes.
         counts = [self.mine, done] if layout.writes else [0, 0]
         key = secrets.randbits(48) if layout.rank == 0 else 0
         self.total, self.skipped, key = layout.sum([*counts, key])
@@ -78,7 +77,7 @@ class DumpProgress:
         self.bar.stop()
 
     def advance(self, pairs: Iterable[tuple[Row, TopK]]) -> None:
-        """Count rows with their logits."""
+        """Count processed rows, given with their top-K, and update the display if it is due."""
         if not self.layout.writes:
             return
         for row, topk in pairs:
@@ -94,14 +93,17 @@ class DumpProgress:
             self._show()
 
     def drop(self, errors: Sequence[RowError]) -> None:
-        """Count rows that are left out."""
+        """Count rows that are left out, given their errors."""
         if errors and self.layout.writes:
             for error in errors:
                 self.tally.drop(error)
             self.advance(())
 
     def summary(self) -> str:
-        """The lines about this run, over all ranks; all of them call it. Empty without new rows."""
+        """Return the summary of this run over all ranks; empty if no rows were processed.
+
+        Collective: all ranks must call it.
+        """
         total = Tally.total(self.layout.gather(self.tally), self.tally.spec)
         self.left_out = total.left_out()
         return total.summary()
@@ -115,7 +117,7 @@ class DumpProgress:
         }
 
     def _show(self, last: bool = False) -> None:
-        """Update the bar, or without a terminal print a line every 10 seconds and at the end."""
+        """Update the bar; without a terminal, print a line every 10 seconds and at the end."""
         terminal = sys.stderr.isatty()
         if not terminal and not last and time.monotonic() - self.last_line < SECONDS_BETWEEN_LINES:
             return

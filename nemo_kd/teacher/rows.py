@@ -1,4 +1,4 @@
-"""The rows of a dump: its settings of the data, for a teacher."""
+"""Open the SFT rows of a dump with the tokenization that its configuration and teacher define."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from nemo_kd.teacher.layout import Layout
 
 
 def sft_rows(config: DumpConfig, teacher: Teacher) -> SFTRows:
-    """The rows of `data.file_path`, prompts with answers."""
+    """Open the rows of `data.file_path`, which have a prompt and an answer."""
     file = same_file(config.data.file_path, teacher.layout)
     return prompt_rows(file, prompt_template(config, teacher), config.model.answer_only_loss)
 
 
 def prompt_template(config: DumpConfig, teacher: Teacher) -> PromptTemplate:
     data = config.data
-    assert data.prompt_template is not None  # of rows that are no conversations
+    assert data.prompt_template is not None  # required unless `data.chat`
     return PromptTemplate(
         tokenizer=teacher.tokenizer,
         prompt_template=data.prompt_template,
@@ -35,7 +35,7 @@ def prompt_template(config: DumpConfig, teacher: Teacher) -> PromptTemplate:
 
 
 def max_seq_length(config: DumpConfig, teacher: Teacher) -> int:
-    """`data.max_seq_length`, at most the teacher's positions."""
+    """Return `data.max_seq_length`, limited to the teacher's number of positions."""
     length, limit = config.data.max_seq_length, teacher.max_positions
     if limit is None or length <= limit:
         return length
@@ -46,9 +46,9 @@ def max_seq_length(config: DumpConfig, teacher: Teacher) -> int:
 
 
 def same_file(path: str, layout: Layout) -> JsonlFile:
-    """The file, opened on every rank.
+    """Open an SFT file on every rank and check that all ranks read the same content.
 
-    Errors: RowError if ranks read different bytes under the same name; one small all-gather.
+    Raises RowError if they do not. Collectives over all ranks: one small all-gather.
     """
     file = JsonlFile(path)
     if len(set(layout.gather(file.sha256))) > 1:
@@ -60,5 +60,5 @@ def same_file(path: str, layout: Layout) -> JsonlFile:
 
 
 def bad_rows(config: DumpConfig) -> BadRows:
-    """Which rows are dropped."""
+    """Return which unusable rows the configuration drops."""
     return BadRows(config.on_bad_row == "drop", config.data.no_answer == "drop")

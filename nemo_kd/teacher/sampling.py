@@ -29,17 +29,17 @@ def vocab_parallel_sample(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> TopK:
-    """The distinct ids among `draws` draws from each row, with their shares, for profile `sampled`.
+    """Draw `draws` times from each row; return distinct ids and frequencies for profile `sampled`.
 
-    Layout: logits [N, Vp] are this rank's columns, columns ≥ `vocab_size` are padding and never
-    drawn; uniform [N] float64 in [0, 1) is the same on every rank, and so is the result: ids
-    [N, draws] int64 by descending count (ties to the lower id), then -1; logits
-    `log(count / draws)` float32, then -inf; logsumexp [N] zeros. A row with NaN or +inf, or with
-    nothing above -inf, has NaN logits: nothing can be drawn from it. Another sharding changes the
-    result only by rounding of the float64 sums. Memory: 8 bytes per logit. Collectives: an
-    all-reduce and an all-gather of [N], an all-reduce of [N, draws].
+    Layout in: logits [N, Vp] are this rank's columns of the vocabulary; columns ≥ `vocab_size` are
+    padding and never drawn. uniform [N] float64 in [0, 1) must be the same on every rank. Layout
+    out, the same on every rank: ids [N, draws] int64 by descending count (ties to the lower id),
+    then -1; logits `log(count / draws)` float32, then -inf; logsumexp [N] zeros. Rows with NaN or
+    +inf, or whose logits are all -inf, get NaN logits. The number of shards affects the result only
+    through rounding of float64 sums. Memory: 8 bytes per logit. Collectives: an all-reduce and an
+    all-gather of [N], an all-reduce of [N, draws].
 
-    Errors: ValueError for draws below 1, or a `uniform` of another shape.
+    Raises ValueError if draws is below 1 or `uniform` has another shape.
     """
     if draws < 1:
         raise ValueError(f"draws is {draws}: expected at least 1.")
@@ -51,7 +51,7 @@ def vocab_parallel_sample(
     mass, before, total = _cumulative(logits, shard)
     steps = torch.arange(draws, dtype=torch.float64, device=logits.device)
     points = (steps + uniform.to(logits.device).unsqueeze(-1)) / draws * total  # [N, draws]
-    # Rounding may move the last point onto the end of the last interval.
+    # Keep rounding from moving the last point onto the end of the last interval.
     points = torch.minimum(points, torch.nextafter(total, torch.zeros_like(total)))
     after = before + (mass[:, -1:] if mass.shape[-1] else torch.zeros_like(total))
     here = (points >= before) & (points < after)
@@ -66,8 +66,11 @@ def vocab_parallel_sample(
 
 
 def _cumulative(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tensor]:
-    """(cumulative Σ exp(z - max) [N, valid] of this shard, Σ of the shards before it [N, 1],
-    Σ of all [N, 1]), float64; the last two are the same numbers on every rank."""
+    """Return three float64 tensors of unnormalised probability masses Σ exp(z - max).
+
+    The cumulative mass within this shard [N, valid], the total of the preceding shards [N, 1] and
+    the total of all shards [N, 1]. Ranks compute the totals from the same gathered numbers.
+    """
     valid = logits[:, : shard.valid]
     top = valid.new_full((len(valid), 1), -torch.inf, dtype=torch.float64)
     if shard.valid:
@@ -81,20 +84,20 @@ def _cumulative(logits: Tensor, shard: VocabShard) -> tuple[Tensor, Tensor, Tens
 
 
 def _last_possible(mass: Tensor) -> Tensor:
-    """[N, 1]: the last column with a probability above 0; rounding must not draw a later one."""
+    """Return the last column with nonzero probability [N, 1]; no draw may be rounded past it."""
     return torch.searchsorted(mass, mass[:, -1:].contiguous(), right=False)
 
 
 def _counted(ids: Tensor) -> TopK:
-    """Ascending ids [N, draws], one for each draw → the distinct ones by descending count."""
+    """Count equal ids in ascending ids [N, draws]; return distinct ids by descending count."""
     rows, draws = ids.shape
     new = torch.ones_like(ids, dtype=torch.bool)
     new[:, 1:] = ids[:, 1:] != ids[:, :-1]
-    index = new.cumsum(-1) - 1  # [N, draws]: which of the row's distinct ids a draw is
+    index = new.cumsum(-1) - 1  # [N, draws]: the draw's index among the row's distinct ids
     counts = torch.zeros_like(ids).scatter_add_(-1, index, torch.ones_like(ids))
     distinct = torch.full_like(ids, ABSENT_ID).scatter_(-1, index, ids)
     counts, order = counts.sort(dim=-1, descending=True, stable=True)
-    logits = (counts.double() / draws).log().float()  # -inf where nothing was drawn
+    logits = (counts.double() / draws).log().float()  # -inf for a count of 0
     return TopK(
         ids=distinct.gather(-1, order),
         logits=logits,
@@ -104,9 +107,9 @@ def _counted(ids: Tensor) -> TopK:
 
 
 def uniforms(seed: int, row: int, count: int) -> Tensor:
-    """[count] float64 in [0, 1): functions of (seed, row, position) only.
+    """Return random numbers [count] float64 in [0, 1) that depend only on seed, row and position.
 
-    So a dump's draws do not depend on its batches, processes or device.
+    Draws therefore do not depend on batches, processes or device.
     """
     start = mixed(counter(seed * GOLDEN + row))
     steps = np.arange(1, count + 1, dtype=np.uint64) * np.uint64(GOLDEN)

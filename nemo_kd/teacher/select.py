@@ -1,4 +1,4 @@
-"""Which of the teacher's logits a store's profile keeps at an answer token."""
+"""Selection of the logits that a store's profile keeps for an answer token."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Selection:
         self.draws = spec.profile == Sampled.name
 
     def uniform(self, rows: Sequence[Row]) -> torch.Tensor:
-        """[N] float64 in [0, 1): one number for each answer token of `rows`, the same in any batch.
+        """Return one random number per answer token of `rows`: [N] float64 in [0, 1).
 
-        Zeros where nothing is drawn.
+        The numbers do not depend on the batch; they are zeros for profiles without draws.
         """
         counts = [int(row.loss_mask[1:].sum()) for row in rows]
         if not self.draws:
@@ -38,9 +38,10 @@ class Selection:
         )
 
     def __call__(self, logits: torch.Tensor, uniform: torch.Tensor) -> TopK:
-        """logits [n, Vp] of this rank, uniform [n] → ids and logits [n, K], logsumexp [n, T].
+        """Select from this rank's logits [n, Vp], given the random numbers uniform [n].
 
-        The same on every rank of the group; collectives: those of the function that it calls.
+        Returns ids and logits [n, K] and logsumexp [n, T], the same on every rank of the group.
+        Collectives: those of `vocab_parallel_topk` or `vocab_parallel_sample`.
         """
         spec, group = self.spec, self.group
         if self.draws:
@@ -60,7 +61,7 @@ class Selection:
 
 
 def joined(parts: Sequence[TopK]) -> TopK:
-    """The rows of several, on the CPU."""
+    """Concatenate the rows of several `TopK`s and move them to the CPU."""
     return replace(
         parts[0],
         ids=torch.cat([part.ids for part in parts]).cpu(),

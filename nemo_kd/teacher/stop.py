@@ -1,4 +1,4 @@
-"""Stop a long dump after the current shard: on SIGTERM, or on SIGUSR1, SLURM's early warning."""
+"""Stop a dump after the current shard on SIGTERM or SIGUSR1 (SLURM's early warning)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopOnSignal:
-    """While it is open, a signal does not end the process but is recorded.
+    """Context manager that records SIGTERM and SIGUSR1 instead of ending the process.
 
-    The ranks of a replica have to agree when to stop, or one would wait forever in a collective of
-    the next forward pass: they ask one another after each shard, the smallest unit that is kept.
+    The ranks of a replica must agree when to stop; otherwise one would wait forever in a collective
+    of the next forward pass. They agree after each shard, the smallest unit that is kept.
     """
 
     def __init__(self, layout: Layout) -> None:
@@ -33,11 +33,11 @@ class StopOnSignal:
         self.received = True
 
     def agreed_in_replica(self) -> bool:
-        """Whether a rank of this replica has received a signal; all of its ranks ask."""
-        # Only ever set, so a signal during the collective counts the next time.
+        """Return whether any rank of this replica received a signal; collective over its ranks."""
+        # `received` is never reset, so a signal during the collective takes effect at the next one.
         self.stopped = self.layout.any_in_replica(self.received or self.stopped)
         return self.stopped
 
     def agreed(self) -> bool:
-        """Whether any rank of the job stopped; all ranks ask."""
+        """Return whether any rank of the job was stopped; collective over all ranks."""
         return self.layout.any(self.received or self.stopped)

@@ -1,9 +1,10 @@
-"""The summary at the end of a dump: sums over answer tokens, and the rows of highest teacher loss.
+"""Summary of a dump: sums over answer tokens, and the rows with the highest teacher loss.
 
-    nll(label) = L - z_label          where the label is among the K
-              >= L - z_K              elsewhere: a lower bound
+    nll(label) = L - z_label          if the label is among the K ids
+              >= L - z_K              otherwise: a lower bound
 
-A wrong template or tokenizer shows here first, in how often the teacher's best token is the label.
+A low rate of labels that are the teacher's best token is the first sign of a wrong template or
+tokenizer.
 """
 
 from __future__ import annotations
@@ -29,46 +30,49 @@ _DROPPED: dict[type[RowError], str] = {
     NoLogitsError: "without a finite logit of the teacher",
     RowError: "that cannot be read",
 }
-"""Type of error → the rows that were left out for it; the first that fits counts."""
+"""Description of the rows left out, by type of error; an error counts for the first match."""
 
 
 class Worst(NamedTuple):
-    """A row, and the mean negative log-probability of its labels in nats, or its lower bound."""
+    """A row and its mean teacher loss in nats per token, or a lower bound of it."""
 
     nll: float
     row: int
 
 
 class Tally:
-    """Sums over the rows of one rank; `Tally.total` adds those of several."""
+    """Sums over the rows of one rank; `Tally.total` combines several ranks."""
 
     def __init__(self, spec: StoreSpec) -> None:
         self.spec = spec
         self.agreement = Agreement()
         self.rows = self.truncated = 0
         self.dropped = [0] * len(_DROPPED)
-        """Rows that the store lacks, in the order of `_DROPPED`."""
+        """Number of rows left out of the store, in the order of `_DROPPED`."""
         self.mass = np.zeros(len(spec.temperatures))
         """Sum over answer tokens of the probability of the K ids, at each temperature."""
         self.worst: list[Worst] = []
 
     @property
     def tokens(self) -> int:
-        """Answer tokens."""
+        """Number of answer tokens."""
         return int(self.agreement.tokens)
 
     @property
     def agreed(self) -> float:
-        """Answer tokens whose label is the teacher's most probable token."""
+        """Number of answer tokens whose label is the teacher's best token.
+
+        For draws, the sum over answer tokens of the fraction of draws that equal the label.
+        """
         return self.agreement.agreed
 
     @property
     def done(self) -> int:
-        """Rows that were processed, dropped ones included."""
+        """Number of processed rows, including dropped ones."""
         return self.rows + sum(self.dropped)
 
     def add(self, row: Row, topk: TopK) -> None:
-        """Count one row; topk: its A answer tokens, on the CPU."""
+        """Add one row with the top-K of its A answer tokens, on the CPU."""
         logits = topk.logits.double().numpy()  # [A, K]; -inf for absent ids
         ids = topk.ids.numpy()
         positions = np.flatnonzero(row.loss_mask[1:]) + 1
@@ -102,7 +106,7 @@ class Tally:
         self.worst = sorted(candidates, key=lambda one: (-one.nll, one.row))[:WORST]
 
     def summary(self) -> str:
-        """The lines at the end of a dump; empty without rows."""
+        """Return the lines printed at the end of a dump; empty if no rows were processed."""
         left_out = [self.left_out()] * any(self.dropped)
         if not self.tokens:
             return "".join(left_out)
@@ -123,7 +127,7 @@ class Tally:
         return "\n".join(lines)
 
     def left_out(self) -> str:
-        """A line for each reason for which rows were left out."""
+        """Return one line per reason for leaving out rows, with the number of rows."""
         counts = zip(_DROPPED.values(), self.dropped, strict=True)
         return "\n".join(f"left out: {count} rows {kind}" for kind, count in counts if count)
 
@@ -139,6 +143,9 @@ class Tally:
 
 
 def _label_log_p(log_p: NDArray[Any], hit: NDArray[Any]) -> NDArray[Any]:
-    """log_p, hit [A, K] → [A]: the label's, or the smallest of the K where it is not among them."""
+    """Return the labels' log-probabilities [A], given log_p and hit [A, K].
+
+    If a label is not among the K ids, returns the smallest of their log-probabilities.
+    """
     smallest = np.where(np.isneginf(log_p), np.inf, log_p).min(1)
     return np.where(hit.any(1), np.where(hit, log_p, -np.inf).max(1), smallest)

@@ -13,11 +13,11 @@ from nemo_kd.teacher.generation.step import GenerationError
 
 
 class AnswerFilter:
-    """Keeps answers in which the pattern is found and for which the function is true.
+    """Filter that keeps answers that match the pattern and for which the function returns true.
 
     `function` is `module:function`, called as `function(answer: str, row: dict) -> bool` with the
-    prompt's row of the SFT file; the module is also searched in the working directory. It must be
-    deterministic, or a resumed run would write another store.
+    prompt's row of the SFT file; modules are also searched in the working directory. The function
+    must be deterministic, or a resumed run would write a different store.
     """
 
     def __init__(self, pattern: str | None = None, function: str | None = None) -> None:

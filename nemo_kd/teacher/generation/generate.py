@@ -1,7 +1,8 @@
-"""The teacher answers prompts; a store keeps its answers with its top-K at each of their tokens.
+"""Generate answers to prompts and store them with the teacher's top-K for each of their tokens.
 
-Store row `prompt * samples_per_prompt + sample` is one answer; dropped answers have no row. The
-text is read back from the finished store, so that a resumed run writes all of it.
+Store row `prompt * samples_per_prompt + sample` holds one answer; dropped answers have no row. The
+file of answers as text is written from the finished store, so that it is complete even if the run
+was resumed.
 """
 
 from __future__ import annotations
@@ -32,9 +33,10 @@ ANSWERS = "answers.jsonl"
 
 
 def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
-    """Answer each row of `data.file_path`, once or several times; the store's manifest.
+    """Generate one or several answers to each row of `data.file_path` and write the store.
 
-    None if a signal stopped it: complete shards are kept, and the same command resumes.
+    Returns the store's manifest, or None if a signal stopped the run: complete shards are kept, and
+    the same command resumes.
     """
     if config.data.chat:
         raise GenerationError(
@@ -60,7 +62,7 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
                 yield from kept(answers, progress)
 
     def kept(answers: Answers, progress: GenerateProgress) -> Iterator[Sample]:
-        """The samples of the answers that the filter and the store take; all are counted."""
+        """Yield samples of the valid answers that pass the filter; count all answers."""
         dropped: list[RowError] = []
         pairs = list(usable(answers.rows(), file, bad, dropped, prompts.samples_per_row))
         progress.drop(dropped)
@@ -87,9 +89,9 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
 
 
 def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, AnswerFilter]:
-    """The block `generation`, checked."""
+    """Check the block `generation` and return its decoding settings and its filter."""
     settings, end = config.generation, teacher.tokenizer.eos_id
-    assert end is not None  # each kind of teacher refuses a tokenizer without one
+    assert end is not None  # teachers reject a tokenizer without an end-of-sequence token
     decoding = Decoding(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=(end, *settings.stop_ids),
@@ -102,15 +104,15 @@ def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, A
 
 
 def generation_spec(config: GenerateConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
-    """The spec of a dump, with the settings that decide the answers in its template."""
+    """Return the spec of a dump whose template also contains the generation settings."""
     spec = store_spec(config, teacher, file)
     return replace(spec, template={**spec.template, "generation": asdict(config.generation)})
 
 
 def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]:
-    """Write the store's answers as SFT JSONL, line i for sample i.
+    """Write the store's answers as SFT JSONL, with sample i on line i.
 
-    Returns their number, and the number of those that SFT tokenizes to the tokens of the store.
+    Returns the number of answers, and how many of them SFT would tokenize to the stored tokens.
     """
     same = 0
     with published(path) as temporary, temporary.open("w", encoding="utf-8") as file:
@@ -123,7 +125,7 @@ def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]
 
 
 class GenerateProgress(DumpProgress):
-    """Also counts the answers that were dropped, by reason."""
+    """Progress of a generation, which also counts dropped answers by reason."""
 
     name = "generate"
 
@@ -132,13 +134,16 @@ class GenerateProgress(DumpProgress):
         self.answers = self.tokens = self.unfinished = self.filtered = 0
 
     def count(self, pairs: list[tuple[Row, TopK]]) -> None:
-        """Count answers, kept or not."""
+        """Count answers, whether kept or dropped."""
         self.answers += len(pairs)
         self.tokens += sum(len(topk) for _, topk in pairs)
         self.advance(pairs)
 
     def summary(self) -> str:
-        """The lines about this run, over all ranks; all of them call it. Empty without answers."""
+        """Return the summary of this run over all ranks; empty if nothing was processed.
+
+        Collective: all ranks must call it.
+        """
         super().summary()
         mine = [self.answers, self.tokens, self.unfinished, self.filtered]
         counts = mine if self.layout.writes else [0] * len(mine)

@@ -1,4 +1,4 @@
-"""The prompts of an SFT file, and the text of generated answers."""
+"""Prompts of an SFT file as tokens, and generated answers as text."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nemo_kd.teacher.generation.step import Decoding, Prompt
 
 
 class Prompts:
-    """The prompts of an SFT file, by store row, with SFT's tokens; and answers as text.
+    """Sequence of the prompts of an SFT file, indexed by store row, tokenized as in SFT.
 
-    A prompt is truncated as SFT truncates it to leave room for `max_new_tokens`.
+    Prompts are truncated by SFT's rules, leaving room for `max_new_tokens`.
     """
 
     def __init__(self, file: JsonlFile, template: PromptTemplate, decoding: Decoding) -> None:
@@ -27,7 +27,7 @@ class Prompts:
         return len(self.file) * self.samples_per_row
 
     def __getitem__(self, row: int) -> Prompt:
-        """Errors: RowError that names file, row and reason."""
+        """Return the prompt of a store row; raise RowError, naming file, row and reason."""
         length, source = self.decoding.max_new_tokens, self.source(row)
         with errors_name(self.file, row // self.samples_per_row):
             if isinstance(source, dict):  # an answer in the file is ignored
@@ -41,20 +41,19 @@ class Prompts:
         return Prompt(row, tuple(prompt), length)
 
     def check(self, row: int) -> None:
-        """Errors: RowError for a row that `[row]` would raise one for."""
+        """Raise RowError if the prompt of the store row cannot be made."""
         self[row]
 
     def source(self, row: int) -> Any:
-        """The row of the SFT file that a store row answers."""
+        """Return the row of the SFT file to which a store row holds an answer."""
         return self.file[row // self.samples_per_row]
 
     def text(self, ids: Sequence[int]) -> str:
-        """The text of an answer, without its stop token and the spaces that the template puts
-        before it."""
+        """Return the text of an answer, without stop token and the template's leading spaces."""
         end = len(ids) - 1 if ids[-1] in self.decoding.stop_ids else len(ids)
         text = self.template.tokenizer.ids_to_text(list(ids[:end]))
         return text.removeprefix(self.template.pieces[-1].text)
 
     def as_sft(self, row: dict[str, Any]) -> list[int]:
-        """The tokens that SFT makes of a row of the written file."""
+        """Tokenize a row of the written file as SFT does."""
         return self.template(row).tokens

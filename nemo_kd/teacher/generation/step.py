@@ -1,7 +1,7 @@
-"""One step of generation: from logits to the next token, and to what the store keeps of it.
+"""One step of generation: choose the next token from the logits and select the top-K to store.
 
 greedy    next = argmax_v z_v, ties to the lower id
-sampling  next ~ softmax(z / temperature), restricted to the fewest tokens with mass `top_p`
+sampling  next ~ softmax(z / temperature), restricted to the smallest set with mass `top_p`
 """
 
 from __future__ import annotations
@@ -21,31 +21,31 @@ from nemo_kd.topk import TopK
 
 
 class GenerationError(NemoKDError):
-    """Settings, prompts or filters from which nothing can be generated."""
+    """Settings, prompts or filters with which generation is impossible."""
 
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are generated."""
+    """Decoding settings."""
 
     max_new_tokens: int
-    """Of an answer, its stop token included."""
+    """Maximum number of tokens per answer, including the stop token."""
 
     stop_ids: tuple[int, ...]
-    """The first of them ends an answer and belongs to it: the tokenizer's end of sequence and the
-    user's own."""
+    """Tokens that end an answer and are part of it: the tokenizer's end of sequence, followed by
+    the user's stop ids."""
 
     temperature: float = 0.0
-    """0: greedy."""
+    """Sampling temperature; 0 means greedy decoding."""
 
     top_p: float = 1.0
-    """Tokens are drawn from the fewest most probable ones that hold this mass."""
+    """Sample from the smallest set of most probable tokens with this total probability."""
 
     samples_per_prompt: int = 1
-    """Answers to each prompt."""
+    """Number of answers per prompt."""
 
     seed: int = 0
-    """Of the random numbers; each belongs to one (row, sample, position)."""
+    """Random seed; each random number depends only on seed, row, sample and position."""
 
     def __post_init__(self) -> None:
         for name in ("max_new_tokens", "samples_per_prompt"):
@@ -63,9 +63,9 @@ class Decoding:
 
 
 def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
-    """logits [B, V], uniform [B] float64 in [0, 1) → the next token of each row, [B] int64."""
+    """Choose the next tokens [B] int64 from logits [B, V] and uniform [B] float64 in [0, 1)."""
     if decoding.temperature == 0:
-        return logits.argmax(-1)  # the first of equal ones
+        return logits.argmax(-1)  # ties go to the lower id
     probability = torch.softmax(logits.double() / decoding.temperature, -1)
     ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1)  # [B, V]
@@ -78,22 +78,25 @@ def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
 
 @dataclass(frozen=True)
 class Prompt:
-    """The tokens before answer `row % samples_per_prompt` to prompt `row // samples_per_prompt`."""
+    """A tokenized prompt for one answer; `len` is its length with a maximal answer.
+
+    Store row `row` holds answer `row % samples_per_prompt` to prompt `row // samples_per_prompt`.
+    """
 
     row: int
-    """Of the store."""
+    """Row number in the store."""
 
     ids: tuple[int, ...]
 
     room: int
-    """The most tokens of the answer."""
+    """Maximum number of tokens of the answer."""
 
     def __len__(self) -> int:
         return len(self.ids) + self.room
 
 
 class Answers:
-    """The answers to a batch of B prompts while they are generated, and afterwards their rows."""
+    """The growing answers to a batch of B prompts, with the top-K of each generated token."""
 
     def __init__(self, prompts: Sequence[Prompt], decoding: Decoding, select: Selection) -> None:
         self.prompts = prompts
@@ -107,11 +110,11 @@ class Answers:
         self.length = torch.zeros(len(prompts), dtype=torch.int64)
         self.ids: list[list[int]] = [[] for _ in prompts]
         self.own: list[list[Tensor]] = [[] for _ in prompts]
-        """The logit of each answer's tokens."""
+        """The logit of each generated token, per answer."""
         self._kept: list[list[TopK]] = [[] for _ in prompts]
 
     def _draws(self) -> Tensor:
-        """[B, max_new_tokens]: the selection's random numbers, as in a dump of the answers."""
+        """Return the selection's random numbers [B, max_new_tokens], as a dump would use."""
         length = self.decoding.max_new_tokens
         ones = np.ones(1 + length, np.uint8)
         rows = [Row(p.row, np.zeros(1 + length, np.int32), ones) for p in self.prompts]
@@ -120,11 +123,12 @@ class Answers:
     def step(
         self, logits: Tensor, *, shard: Tensor | None = None, ready: Tensor | None = None
     ) -> Tensor:
-        """logits [B, ≥ V] of the next token → its ids [B] int64, on the CPU.
+        """Append the next token to each open answer, given its logits [B, ≥ V].
 
-        Only open answers grow, and of those only where `ready` [B] is set; the ids of the others
-        are a stop token. `shard` [B, Vp] is this rank's part of `logits`, for the selection; the
-        ranks of its group take the same steps.
+        Returns the tokens [B] int64 on the CPU. If `ready` [B] is given, only answers for which it
+        is set grow; for answers that do not grow, the returned token is a stop token. `shard`
+        [B, Vp] is this rank's part of `logits`, used for the selection; all ranks of the tensor
+        group must take the same steps.
         """
         ids = torch.full((len(self.prompts),), self.decoding.stop_ids[0])
         rows = (self.open if ready is None else self.open & ready).nonzero()[:, 0]  # [n]
@@ -147,11 +151,11 @@ class Answers:
         return ids
 
     def finished(self, b: int) -> bool:
-        """Whether answer b ends with a stop token, not at `max_new_tokens`."""
+        """Return whether answer b ends with a stop token, not because of `max_new_tokens`."""
         return self.ids[b][-1] in self.decoding.stop_ids
 
     def rows(self) -> list[tuple[Row, TopK]]:
-        """The prompts with their answers as target, and the teacher at each answer token."""
+        """Return each prompt with its answer as a row, and the top-K of its answer tokens."""
         return [(self._row(b), joined(kept)) for b, kept in enumerate(self._kept)]
 
     def _row(self, b: int) -> Row:
