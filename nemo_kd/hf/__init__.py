@@ -1,1 +1,1 @@
-"""Teachers in Hugging Face's transformers, without NeMo and Megatron."""
+"""Teachers run by Hugging Face transformers; needs neither NeMo nor Megatron."""

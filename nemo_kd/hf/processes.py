@@ -1,4 +1,7 @@
-"""The processes of a dump by transformers, as torchrun or SLURM started them: one teacher each."""
+"""Processes of a dump with a transformers teacher, started by torchrun or SLURM.
+
+Each process holds a complete copy of the teacher.
+"""
 
 from __future__ import annotations
 
@@ -13,24 +16,25 @@ import torch.distributed as dist
 from nemo_kd.teacher.layout import Layout, LayoutError
 
 LONGEST_WAIT = timedelta(days=7)
-"""One rank may finish its shards long before another; dead ones are noticed by the launcher."""
+"""Timeout of collectives. It is long because one rank may finish its shards long before another;
+the launcher detects dead ranks."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What a launcher told this process."""
+    """Rank, number of processes and rendezvous address, as given by the launcher."""
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
-    """Among the processes of this node."""
+    """Rank among the processes of this node."""
 
     address: str = "env://"
-    """Where the processes meet."""
+    """Rendezvous address of the process group, for `init_process_group`."""
 
     @classmethod
     def of(cls, environ: Mapping[str, str]) -> Launch:
-        """torchrun's variables, else those of a SLURM step, else a single process."""
+        """Read torchrun's variables, else those of a SLURM step, else assume a single process."""
         if "RANK" in environ and "WORLD_SIZE" in environ:
             local = int(environ.get("LOCAL_RANK", 0))
             return cls(int(environ["RANK"]), int(environ["WORLD_SIZE"]), local)
@@ -38,14 +42,14 @@ class Launch:
         if size == 1:
             return cls()
         host = environ.get("MASTER_ADDR") or first_host(environ["SLURM_STEP_NODELIST"])
-        # Jobs on one node get different ports.
+        # Derive the port from the job id, so that jobs on the same node use different ports.
         port = environ.get("MASTER_PORT") or 15000 + int(environ["SLURM_JOB_ID"]) % 10000
         rank, local = int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"])
         return cls(rank, size, local, f"tcp://{host}:{port}")
 
 
 def first_host(nodes: str) -> str:
-    """The first name in SLURM's list: `n7` of `n[7-9,12],m1`."""
+    """Return the first host in a SLURM node list: `n7` for `n[7-9,12],m1`."""
     found = re.match(r"([^,\[]+)(?:\[([^,\-\]]+)[^\]]*\]([^,\[]*))?", nodes)
     if found is None:
         raise LayoutError(f"SLURM_STEP_NODELIST={nodes!r} names no node; set MASTER_ADDR")
@@ -53,16 +57,16 @@ def first_host(nodes: str) -> str:
 
 
 def start(launch: Launch, *, expected: int | None, accelerator: str = "gpu") -> Layout:
-    """Join the other processes, over NCCL on GPUs and gloo on CPUs; this rank's layout.
+    """Initialise the process group, NCCL on GPUs or gloo on CPUs, and return this rank's layout.
 
-    A single process needs no process group, and one that exists already is used.
+    A single process needs no process group; an existing process group is reused.
 
-    Errors: LayoutError unless `expected` processes were started; None expects any number.
+    Raises LayoutError if the number of processes is not `expected`; None accepts any number.
     """
     on_cpu = accelerator == "cpu" or not torch.cuda.is_available()
     device = torch.device("cpu")
     if not on_cpu:
-        # SLURM may show each process only its own GPU.
+        # Modulo, because SLURM may make only its own GPU visible to each process.
         device = torch.device("cuda", launch.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
     if not dist.is_initialized():

@@ -1,4 +1,4 @@
-"""A causal LM of transformers in two halves: only answer positions need reach the LM head."""
+"""Split a transformers causal LM before its LM head, so that only answer positions reach it."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 class HFTeacherError(NemoKDError):
-    """A checkpoint that transformers cannot load completely, or that cannot be a teacher."""
+    """Error for a checkpoint that transformers cannot fully load or that cannot be a teacher."""
 
 
 class SplitModel:
     """A causal LM in two halves: tokens to hidden states, and hidden states to logits.
 
-    The second half is the model's own forward with a given decoder output, so that whatever comes
-    after the decoder (biases, soft caps, scales) is the model's own too.
+    The second half runs the model's own forward on a given decoder output, so that all operations
+    after the decoder (biases, soft caps, scales) are included.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -30,14 +30,14 @@ class SplitModel:
         self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
 
     def hidden(self, tokens: torch.Tensor) -> Any:
-        """tokens [B, S] → the decoder's output, `last_hidden_state` [B, S, H].
+        """Run the decoder on tokens [B, S]; its output has `last_hidden_state` [B, S, H].
 
-        Right padding lies in a causal model's future and needs no mask.
+        Right padding needs no mask: in a causal model, earlier positions do not attend to it.
         """
         return self.decoder(input_ids=tokens, use_cache=False)
 
     def logits(self, output: Any, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [N, H], of any positions of `output` → logits [N, V]."""
+        """Compute logits [N, V] from hidden [N, H], taken from any positions of `output`."""
         chunk = type(output)(**{**output, "last_hidden_state": hidden.unsqueeze(0)})
         tokens = torch.zeros(1, len(hidden), dtype=torch.int64, device=hidden.device)
         with _answering(self.decoder, chunk):
@@ -46,15 +46,15 @@ class SplitModel:
 
     @torch.no_grad()
     def check(self) -> int:
-        """V, the number of logits.
+        """Check that the two halves reproduce the model's logits; return V, their number.
 
-        Errors: HFTeacherError for a model whose halves do not give its own logits.
+        Raises HFTeacherError if they do not.
         """
         tokens = torch.arange(16, device=self.model.device).unsqueeze(0)
         full = self.model(input_ids=tokens, use_cache=False).logits[0].float()
         output = self.hidden(tokens)
         halves = self.logits(output, output.last_hidden_state[0]).float()
-        # The same operations on the same shapes: what differs is not rounding.
+        # Both run the same operations on the same shapes, so differences are not due to rounding.
         largest = float(full[full.isfinite()].abs().amax()) if full.isfinite().any() else 0.0
         if halves.shape != full.shape or not torch.allclose(
             halves, full, rtol=0, atol=0.01 * largest, equal_nan=True
@@ -68,7 +68,7 @@ class SplitModel:
 
 @contextmanager
 def _answering(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """Make `module` return `output` without computing anything."""
+    """Context manager that makes `module` return `output` instead of computing its forward."""
     own = module.__dict__.get("forward")
     module.forward = lambda *args, **kwargs: output
     try:

@@ -1,4 +1,4 @@
-"""A teacher in Hugging Face's transformers: any causal LM."""
+"""A teacher run by Hugging Face transformers: any causal LM."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-"""`trainer.precision` up to its dash → the data type of the weights and of the pass."""
+"""Dtype of weights and computation, by the part of `trainer.precision` before the dash."""
 
 
 class HFTeacher:
-    """A `teacher.interface.Teacher`; the whole model is on each rank."""
+    """Implementation of `teacher.interface.Teacher` with a full copy of the model on each rank."""
 
-    sep_id = 49704  # NeMo's default, so that rows are those of a NeMo teacher
+    sep_id = 49704  # NeMo's default, so that rows have the same tokens as with a NeMo teacher
     virtual_tokens = 0
-    max_positions = None  # longer rows are refused instead
+    max_positions = None  # rows that are too long raise an error instead
 
     def __init__(
         self,
@@ -64,10 +64,10 @@ class HFTeacher:
 
 
 def load_teacher(config: DumpConfig) -> HFTeacher:
-    """The teacher at `model.restore_from_path`, in `trainer.precision`, on this rank's device.
+    """Load the teacher at `model.restore_from_path` in `trainer.precision` on this rank's device.
 
-    transformers reads a directory, `nemo_kd.checkpoints` a .gguf (Llama family), because
-    transformers takes the wrong end-of-sequence id from such files.
+    transformers loads directories. `nemo_kd.checkpoints` loads .gguf files (Llama family), because
+    transformers reads the wrong end-of-sequence id from them.
     """
     path = Path(config.model.restore_from_path)
     dtype = DTYPES[str(config.trainer.precision).partition("-")[0]]
@@ -117,7 +117,7 @@ def _from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _check(teacher: HFTeacher, config: DumpConfig) -> None:
-    """Refuse what would fail, or give wrong logits, in the middle of the pass."""
+    """Raise HFTeacherError for mismatches that would fail during the pass or give wrong logits."""
     name, size = config.model.restore_from_path, teacher.tokenizer.vocab_size
     if teacher.context is not None and config.data.max_seq_length > teacher.context:
         raise HFTeacherError(
@@ -135,7 +135,7 @@ def _check(teacher: HFTeacher, config: DumpConfig) -> None:
 
 
 class HFForward(AnswerHead):
-    """A `teacher.interface.Forward`."""
+    """Implementation of `teacher.interface.Forward`."""
 
     def __init__(self, teacher: HFTeacher, spec: StoreSpec, rows_per_lm_head: int) -> None:
         super().__init__(spec, teacher.layout, rows_per_lm_head)
@@ -143,7 +143,7 @@ class HFForward(AnswerHead):
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[TopK]:
-        """One pass over `rows`, a micro-batch at a time, each padded to its longest row."""
+        """Run the rows in micro-batches, each padded to its longest row; return their top-K."""
         starts = range(0, len(rows), micro_batch_size)
         batches = [rows[start : start + micro_batch_size] for start in starts]
         return [topk for batch in batches for topk in self._micro_batch(batch)]

@@ -1,4 +1,4 @@
-"""Answers by a model of transformers: its own `generate`, with its key-value cache."""
+"""Generation by a transformers model, with its own `generate` and key-value cache."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from nemo_kd.teacher.select import Selection
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# Of the largest logit: the rounding of bf16 over many layers stays below it, the error of a wrong
-# position or mask does not.
+# Relative to the largest logit: bf16 rounding over many layers stays below it; the error of a wrong
+# position or mask exceeds it.
 TOLERANCE = 0.03
 
 
 class HFWriter:
-    """A `teacher.interface.Writer`.
+    """Implementation of `teacher.interface.Writer`.
 
-    `generate` knows each model's cache and positions. The next token is chosen here from the
-    model's own logits, whatever its `generation_config.json` says about sampling.
+    `generate` handles each model's cache and positions. The next token is chosen by
+    `Answers.step` from the model's own logits, whatever `generation_config.json` says about
+    sampling.
 
-    Models that ask for a cache of fixed size (Gemma 2 and 3, Cohere 2) go without one: it drops a
-    key too early in transformers 4.51. An answer of the first batch is compared with a pass without
-    a cache.
+    For models with a fixed-size cache (Gemma 2 and 3, Cohere 2) the cache is disabled, because in
+    transformers 4.51 it drops a key too early. One answer of the first batch is compared with a
+    pass without a cache.
     """
 
     def __init__(self, model: PreTrainedModel, spec: StoreSpec, decoding: Decoding) -> None:
@@ -52,7 +53,7 @@ class HFWriter:
         longest = max(len(prompt.ids) for prompt in prompts)
         tokens = torch.zeros(len(prompts), longest, dtype=torch.int64)
         mask = torch.zeros_like(tokens)
-        for b, prompt in enumerate(prompts):  # left padding: all answers begin at one position
+        for b, prompt in enumerate(prompts):  # left padding: all answers start at the same position
             tokens[b, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[b, longest - len(prompt.ids) :] = 1
         self.model.generate(
@@ -68,7 +69,7 @@ class HFWriter:
         return answers
 
     def _check(self, answers: Answers) -> None:
-        """Refuse a model whose cache or left padding changes its logits."""
+        """Raise GenerationError if the model's cache or left padding changes its logits."""
         # The shortest prompt has the most padding.
         b = min(range(len(answers.prompts)), key=lambda b: len(answers.prompts[b].ids))
         prompt, answer = answers.prompts[b].ids, answers.ids[b]
@@ -78,9 +79,9 @@ class HFWriter:
         hidden = output.last_hidden_state[0, len(prompt) - 1 :]
         logits = split.logits(output, hidden).float().cpu()  # [A, V]
         own = logits[torch.arange(len(answer)), answer]
-        # The median: rounding may route a token of a mixture of experts differently.
+        # The median is robust: in a mixture of experts, rounding may route some tokens differently.
         apart = (torch.stack(answers.own[b]) - own).abs().median()
-        finite = logits[logits.isfinite()]  # none where the teacher gives NaN: refused elsewhere
+        finite = logits[logits.isfinite()]  # empty if all are NaN, which is checked elsewhere
         if finite.numel() and apart > TOLERANCE * finite.abs().max():
             raise GenerationError(
                 f"the logits with which {type(self.model).__name__} generates differ by "
@@ -91,7 +92,7 @@ class HFWriter:
 
 
 class _Chooser(LogitsProcessor):
-    """Masks all logits but that of the chosen token."""
+    """Logits processor that chooses the next token and masks all other logits."""
 
     def __init__(self, answers: Answers) -> None:
         self.answers = answers

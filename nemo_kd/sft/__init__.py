@@ -1,4 +1,4 @@
-"""SFT files: their rows, prompt templates and tokenizers, without NeMo and without torch."""
+"""SFT files: rows, prompt templates and tokenizers; imports neither NeMo nor torch."""
 
 from nemo_kd.sft.jsonl import JsonlFile, RowError
 

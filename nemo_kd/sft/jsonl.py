@@ -1,8 +1,8 @@
-"""Random access to the rows of a JSONL file, located in the same pass that hashes the file.
+"""Random access to the rows of a JSONL file; the pass that hashes the file also locates its lines.
 
-Row i is line i, counted from 0. A blank line keeps its number and is an error when read; blank
-lines at the end of the file are ignored. No index file is read or written: one that another program
-left beside the data may be older than the data.
+Row i is line i, counted from 0. A blank line counts as a row and raises an error when read; blank
+lines at the end of the file are ignored. No index file is read or written: an index left beside the
+data by another program may be out of date.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ _CLOSED = -1
 
 
 class RowError(NemoKDError):
-    """A file or a row of SFT data that cannot be used."""
+    """Error for an SFT file, or a row of one, that cannot be used."""
 
 
 class JsonlFile:
-    """`file[i]` is the value of line i, `len(file)` the number of lines, `sha256` the file's hash.
+    """A JSONL file as a sequence of rows: `file[i]` is the parsed line i.
 
-    Errors: RowError for a file without rows.
+    `sha256` is the hash of the file. Raises RowError for a file without rows.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -50,9 +50,9 @@ class JsonlFile:
         return len(self._ends)
 
     def __getitem__(self, row: int) -> Any:
-        """The row's value, parsed anew each time.
+        """Parse and return a row's value, without caching.
 
-        Errors: RowError that names file, row and reason.
+        Raises RowError, naming file, row and reason.
         """
         where, line = f"{self.path}, row {row}", self.line(row)
         if not line.strip():
@@ -68,13 +68,13 @@ class JsonlFile:
             raise RowError(f"{where}: not JSON ({error}); correct or drop the line") from error
 
     def line(self, row: int) -> bytes:
-        """The bytes of a line, without its line feed."""
+        """Return the bytes of a line, without the line feed."""
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)} in {self.path}")
         start = int(self._ends[row - 1]) + 1 if row else self._first
         size = int(self._ends[row]) - start
         line = os.pread(self._descriptor, size, start)
-        while len(line) < size:  # more than the system reads at once, or a truncated file
+        while len(line) < size:  # a partial read of a long line, or a truncated file
             part = os.pread(self._descriptor, size - len(line), start + len(line))
             if not part:
                 raise RowError(self._changed())
@@ -82,9 +82,9 @@ class JsonlFile:
         return line
 
     def check_unchanged(self) -> None:
-        """Errors: RowError if the file at `path` no longer has the bytes that were hashed.
+        """Raise RowError if the content of the file at `path` has changed since it was hashed.
 
-        Touching the file, or copying the same bytes over it, is not a change.
+        Touching the file or overwriting it with the same content does not count as a change.
         """
         try:
             same = _Stamp.of(os.stat(self.path)) == self._stamp
@@ -119,12 +119,12 @@ class JsonlFile:
         self._close()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Open the file again in another process, such as a data loader's."""
+        """Pickle as path and hash, so that another process, such as a data loader, reopens it."""
         return _reopen, (self.path, self.sha256)
 
 
 class _Stamp(NamedTuple):
-    """What tells apart two states of a file, or two files of one name."""
+    """File metadata that changes when a file is modified or replaced."""
 
     device: int
     inode: int
@@ -144,7 +144,7 @@ def _reopen(path: Path, sha256: str) -> JsonlFile:
 
 
 def _scan(descriptor: int) -> tuple[str, NDArray[np.int64], int]:
-    """(SHA-256 in hex, [lines] the offset of each line's end, the offset of the first line)."""
+    """Return the hex SHA-256, the end offset of each line [lines] and the first line's offset."""
     digest, offset, first, last = hashlib.sha256(), 0, 0, NEWLINE
     ends = [np.zeros(0, np.int64)]
     while block := os.pread(descriptor, BLOCK, offset):

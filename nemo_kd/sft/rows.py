@@ -1,4 +1,4 @@
-"""The rows of an SFT file as tokens and loss masks, and the errors of those that cannot be used."""
+"""Rows of an SFT file as tokens and loss masks, and the handling of unusable rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NO_ANSWER = (
 
 @dataclass(frozen=True, eq=False)
 class Row(Tokens):
-    """A row of an SFT file as a dump reads it."""
+    """A tokenized row of an SFT file; `len` is its number of tokens."""
 
     truncated: bool = False
 
@@ -33,7 +33,7 @@ class Row(Tokens):
 
 
 class Encoded(NamedTuple):
-    """A row's tokens, which may be more than the limit."""
+    """Tokens and loss mask of a row, possibly longer than `max_seq_length`."""
 
     input_ids: Sequence[int] | NDArray[Any]  # [S]
     loss_mask: NDArray[np.uint8]  # [S]
@@ -41,25 +41,28 @@ class Encoded(NamedTuple):
 
 
 class NoAnswerError(RowError):
-    """A row without an answer token within the limit."""
+    """Error for a row without an answer token within `max_seq_length`."""
 
 
 @dataclass(frozen=True)
 class BadRows:
-    """Which unusable rows are left out instead of being errors."""
+    """Policy for unusable rows: which are dropped and which raise an error."""
 
     drop_bad: bool
-    """`on_bad_row=drop`: those that cannot be read or for which the teacher's logits are NaN."""
+    """Whether to drop rows that cannot be read or whose logits are NaN (`on_bad_row=drop`)."""
 
     drop_unanswered: bool
-    """`data.no_answer=drop`: those without an answer token."""
+    """Whether to drop rows without an answer token (`data.no_answer=drop`)."""
 
     def drops(self, error: RowError) -> bool:
         return self.drop_unanswered if isinstance(error, NoAnswerError) else self.drop_bad
 
     @contextmanager
     def skipped(self, dropped: list[RowError]) -> Iterator[None]:
-        """Append an error that is dropped to `dropped` instead of raising it."""
+        """Context manager that appends a RowError to `dropped` if its row is to be dropped.
+
+        Other errors propagate.
+        """
         try:
             yield
         except RowError as error:
@@ -69,9 +72,9 @@ class BadRows:
 
 
 class SFTRows:
-    """Random access to the rows of a file as tokens.
+    """Random access to the tokenized rows of a file.
 
-    `encode` makes tokens of a row's value; its RowErrors need not name file and row.
+    `encode` converts a row's value to tokens; its RowErrors need not name file and row.
     """
 
     samples_per_row = 1
@@ -85,24 +88,27 @@ class SFTRows:
         return len(self.file)
 
     def __getitem__(self, row: int) -> Row:
-        """Errors: RowError that names file, row and reason."""
+        """Tokenize a row; raise RowError, naming file, row and reason, if it is unusable."""
         value = self.file[row]
         with errors_name(self.file, row):
             ids, mask, truncated = self.encode(value)
             input_ids = np.asarray(ids[: self.max_seq_length], dtype=np.int32)
             loss_mask = mask[: self.max_seq_length].copy()
-            loss_mask[:1] = 0  # nothing comes before the first token to predict it from
+            loss_mask[:1] = 0  # the first token has no context to be predicted from
             if not loss_mask.any():
                 raise NoAnswerError(NO_ANSWER)
         return Row(row, input_ids, loss_mask, truncated or len(ids) > len(input_ids))
 
     def check(self, row: int) -> None:
-        """Errors: RowError for a row that `[row]` would raise one for."""
+        """Raise RowError if the row is unusable."""
         self[row]
 
 
 def prompt_rows(file: JsonlFile, template: PromptTemplate, answer_only_loss: bool) -> SFTRows:
-    """The rows of a file with prompts and answers."""
+    """Return the tokenized rows of a file whose rows have a prompt and an answer.
+
+    Unless `answer_only_loss`, the loss mask includes the prompt.
+    """
 
     def encode(value: Any) -> Encoded:
         prompted = template(value)
@@ -118,7 +124,7 @@ def prompt_rows(file: JsonlFile, template: PromptTemplate, answer_only_loss: boo
 
 @contextmanager
 def errors_name(file: JsonlFile, row: int) -> Iterator[None]:
-    """Put file and row in front of the messages of RowErrors."""
+    """Context manager that prefixes the messages of RowErrors with file and row."""
     try:
         yield
     except RowError as error:
@@ -126,7 +132,7 @@ def errors_name(file: JsonlFile, row: int) -> Iterator[None]:
 
 
 class Indexed(Protocol[Item_co]):
-    """Rows, or what is made of them."""
+    """Anything that can be indexed by row number, such as rows or prompts."""
 
     def __getitem__(self, row: int) -> Item_co: ...
 
@@ -134,9 +140,10 @@ class Indexed(Protocol[Item_co]):
 def readable(
     rows: Indexed[Item_co], numbers: Iterable[int], bad: BadRows, dropped: list[RowError]
 ) -> Iterator[Item_co]:
-    """The rows that can be used; the errors of those that `bad` drops are appended to `dropped`.
+    """Yield the usable ones of the rows `numbers`.
 
-    Errors: RowError of any other row.
+    Errors of rows that `bad` drops are appended to `dropped`; the RowError of any other unusable
+    row is raised.
     """
     for number in numbers:
         with bad.skipped(dropped):

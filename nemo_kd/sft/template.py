@@ -1,12 +1,12 @@
-"""Prompt templates: a row's fields to tokens, exactly those of NeMo's `GPTSFTDataset`.
+"""Prompt templates: convert a row's fields to exactly the tokens of NeMo's `GPTSFTDataset`.
 
-The template `"Q: {question} A: {answer}"` is divided before each field and the spaces before it,
-and each piece is tokenized on its own. Tokens over `max_seq_length` are removed from the
-truncation fields in equal shares, then from the other pieces.
+A template such as `"Q: {question} A: {answer}"` is split before each field and the spaces that
+precede it, and each piece is tokenized separately. Tokens beyond `max_seq_length` are removed from
+the truncation fields in equal shares, then from any piece.
 
-NeMo's surprises are kept: spaces at both ends of a field's value are dropped, the template's
-escape sequences are decoded as Latin-1, and unless the tokenizer is `space_sensitive` each piece
-loses one leading space.
+NeMo's quirks are preserved: leading and trailing spaces of a field's value are dropped, escape
+sequences in the template are decoded as Latin-1, and unless the tokenizer is `space_sensitive` each
+piece loses one leading space.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ METHODS = ("left", "right")
 
 
 class TemplateError(NemoKDError):
-    """A prompt template, or a setting of it, that makes no tokens of any row."""
+    """Error for an invalid prompt template or template setting."""
 
 
 class Piece(NamedTuple):
-    """A part of a template: spaces and a field's value, or where `field` is None only a text."""
+    """A part of a template: `text` followed by a field's value, or only `text` if field is None."""
 
     text: str
     field: str | None
 
 
 class Prompted(NamedTuple):
-    """A row's tokens: the prompt's, the answer's own, and all of them."""
+    """Tokens of a row: of the prompt, of the answer without end of sequence, and all of them."""
 
     prompt: list[int]
     answer: list[int]
@@ -46,37 +46,37 @@ class Prompted(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptTemplate:
-    """NeMo's settings of rows that have a prompt and an answer, by NeMo's names.
+    """Tokenizer of rows with a prompt and an answer; the settings have NeMo's names.
 
-    Errors: TemplateError for a template that does not end with the answer's field, and for
-    truncation fields that it does not have.
+    Raises TemplateError if the template does not end with the answer's field, or lacks a truncation
+    field, or if a required special token is missing.
     """
 
     tokenizer: Tokenizer
     prompt_template: str
     label_key: str
-    """The answer's field."""
+    """Name of the answer's field."""
 
     max_seq_length: int
-    """Largest number of tokens of a row, with virtual and added ones."""
+    """Maximum number of tokens per row, including virtual and special tokens."""
 
     add_bos: bool = False
     add_eos: bool = True
     add_sep: bool = False
-    """Whether `sep_id` stands between prompt and answer."""
+    """Whether to insert `sep_id` between prompt and answer."""
 
     sep_id: int = 0
     truncation_field: str | None = None
-    """The fields to shorten first, separated by commas."""
+    """Comma-separated fields to shorten first."""
 
     truncation_method: str = "right"
     """The end from which tokens are removed: `left` or `right`."""
 
     virtual_tokens: int = 0
-    """Number of end-of-sequence tokens that hold places for a p-tuned prompt."""
+    """Number of end-of-sequence tokens inserted as placeholders for a p-tuned prompt."""
 
     tokens_to_generate: int = 0
-    """Room for an answer longer than the row's own."""
+    """Minimum number of tokens to reserve for the answer."""
 
     def __post_init__(self) -> None:
         where = f"data.prompt_template={self.prompt_template!r}"
@@ -94,14 +94,14 @@ class PromptTemplate:
                 raise TemplateError(f"data.truncation_field: {where} has no field {field!r}")
 
     def __call__(self, row: Any) -> Prompted:
-        """The tokens of one row, which must be a mapping whose fields are strings.
+        """Tokenize a row, which must be a mapping with string fields.
 
-        Errors: RowError that names the field, but neither file nor row.
+        Raises RowError, naming the field but neither file nor row.
         """
         values = self._values(row)
         try:
             ids = [self._ids(piece, values) for piece in self.pieces]
-        except (TypeError, ValueError) as error:  # a lone surrogate, for one
+        except (TypeError, ValueError) as error:  # for example a lone surrogate
             raise RowError(f"its text cannot be tokenized ({error}); correct or drop it") from error
         return self._assemble(ids)
 
@@ -111,7 +111,7 @@ class PromptTemplate:
 
     @cached_property
     def pieces(self) -> list[Piece]:
-        """The template's parts in order; the last one is the answer's."""
+        """The parts of the template in order; the last is the answer's field."""
         drop = 0 if getattr(self.tokenizer, "space_sensitive", False) else 1
         pieces = []
         for part in filter(None, re.split("( *?{.+?})", self._decoded)):
@@ -124,7 +124,7 @@ class PromptTemplate:
 
     @cached_property
     def _decoded(self) -> str:
-        """Escape sequences, which a command line gives as such, are decoded."""
+        """The template with decoded escape sequences, which command lines pass literally."""
         try:
             return self.prompt_template.encode().decode("unicode_escape")
         except UnicodeDecodeError as error:
@@ -163,7 +163,7 @@ class PromptTemplate:
         return self.tokenizer.text_to_ids(piece.text + values[piece.field])
 
     def _assemble(self, ids: list[list[int]]) -> Prompted:
-        """The tokens of each piece, shortened, with the added ones."""
+        """Truncate the tokens of the pieces and add special and virtual tokens."""
         kept = self._shortened(ids)
         bos, eos = self._special("bos"), self._special("eos")
         prompt = bos * self.add_bos + eos * self.virtual_tokens
@@ -173,12 +173,12 @@ class PromptTemplate:
         return Prompted(prompt, kept[-1], tokens, kept != ids)
 
     def _special(self, name: str) -> list[int]:
-        """The token `bos` or `eos`; empty where the tokenizer has none."""
+        """Return the id of `bos` or `eos` in a list, empty if the tokenizer has no such token."""
         token: int | None = getattr(self.tokenizer, f"{name}_id")
         return [] if token is None else [token]
 
     def _shortened(self, ids: list[list[int]]) -> list[list[int]]:
-        """As many tokens removed as there are over `max_seq_length`."""
+        """Remove as many tokens from the pieces as exceed `max_seq_length`."""
         answer = len(ids[-1])
         excess = sum(map(len, ids)) + max(self.tokens_to_generate - answer, 0)
         excess += self.virtual_tokens + self.add_bos + self.add_sep + self.add_eos
@@ -188,7 +188,7 @@ class PromptTemplate:
         kept = list(ids)
 
         def shorten(i: int, count: int) -> int:
-            """Remove up to `count` tokens of piece i; their number."""
+            """Remove up to `count` tokens from piece i; return the number removed."""
             count = min(count, len(kept[i]))
             left = self.truncation_method == "left"
             kept[i] = kept[i][count:] if left else kept[i][: len(kept[i]) - count]
@@ -206,9 +206,10 @@ class PromptTemplate:
         return kept
 
     def _shares(self, excess: int) -> Iterator[int]:
-        """Each truncation field's, in the order of the template; the first ones take the rest.
+        """Yield each truncation field's share of the excess, in template order.
 
-        Errors: RowError where a field stands in the template twice.
+        The first fields take the remainder of the division. Raises RowError if a truncation field
+        occurs twice in the template.
         """
         count = len(self._truncation_fields)
         for i in range(count):

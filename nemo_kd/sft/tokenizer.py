@@ -1,4 +1,4 @@
-"""Tokenizers: what rows ask of one, transformers' behind it, and when two are the same."""
+"""Tokenizers: the interface, an implementation by transformers, and comparison of vocabularies."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_kd.errors import NemoKDError
 
 
 class Vocabulary(Protocol):
-    """The token of each id."""
+    """Interface of a vocabulary: its size and the token of each id."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -19,7 +19,7 @@ class Vocabulary(Protocol):
 
 
 class Tokenizer(Vocabulary, Protocol):
-    """What prompt templates, generation and a store's spec ask of a tokenizer; NeMo's have it."""
+    """Interface of a tokenizer, as used by templates, generation and specs; NeMo's satisfy it."""
 
     @property
     def bos_id(self) -> int | None: ...
@@ -27,20 +27,20 @@ class Tokenizer(Vocabulary, Protocol):
     def eos_id(self) -> int | None: ...
     @property
     def space_sensitive(self) -> bool:
-        """Whether `x y` has other tokens than `x` followed by `y`."""
+        """Whether tokenizing `x y` differs from concatenating the tokens of `x` and `y`."""
 
     def text_to_ids(self, text: str) -> list[int]:
-        """The tokens of a text, without a beginning or end of sequence."""
+        """Tokenize a text without adding beginning- or end-of-sequence tokens."""
 
     def ids_to_text(self, ids: Sequence[int]) -> str:
-        """The text of some tokens, without special ones."""
+        """Convert tokens to text, omitting special tokens."""
 
 
 class HFTokenizer:
-    """A tokenizer of transformers that gives what NeMo's `AutoTokenizer(path, use_fast=True)` does.
+    """A transformers tokenizer with the behaviour of NeMo's `AutoTokenizer(path, use_fast=True)`.
 
-    As there, a missing end of sequence is the separator, a missing beginning the classification
-    token, and the reverse; additional special tokens are ordinary tokens in `ids_to_text`.
+    As in NeMo, a missing eos token is replaced by sep, a missing bos by cls, and vice versa;
+    additional special tokens are ordinary tokens in `ids_to_text`.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -73,7 +73,7 @@ class HFTokenizer:
 
 
 def _load(path: str) -> Any:
-    """Errors: NemoKDError for a path that transformers loads neither as fast nor as slow."""
+    """Load a fast or else a slow tokenizer; raise NemoKDError if transformers can load neither."""
     from transformers import AutoTokenizer
 
     try:
@@ -100,7 +100,7 @@ def _missing_special_tokens(tokenizer: Any) -> dict[str, Any]:
 def tokenizer_fingerprint(tokenizer: Vocabulary) -> str:
     """SHA-256 (hex) over the token of every id, in id order.
 
-    Two vocabularies of equal size with one token moved differ; the path plays no part.
+    It depends on the vocabulary and its order, not on the tokenizer's path.
     """
     digest = hashlib.sha256()
     for token in tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size))):
@@ -109,13 +109,13 @@ def tokenizer_fingerprint(tokenizer: Vocabulary) -> str:
 
 
 def first_difference(ours: Vocabulary, origin: Mapping[str, Any]) -> str:
-    """The first id whose token differs from that of a store's tokenizer, as the end of a message.
+    """Describe the first difference from a store's tokenizer, to append to an error message.
 
-    `origin` is the store's `spec.tokenizer`. Empty if that tokenizer is not a Hugging Face one or
-    no longer loads: only fingerprints can be compared then.
+    `origin` is the store's `spec.tokenizer`. Returns an empty string if that is not a Hugging Face
+    tokenizer or no longer loads; then only fingerprints can be compared.
     """
     if origin.get("library") != "huggingface" or not Path(str(origin.get("path"))).is_dir():
-        return ""  # transformers would take a missing path for a name on a hub
+        return ""  # transformers would treat a missing path as a name on the hub
     try:
         theirs = HFTokenizer(str(origin["path"]))
     except NemoKDError:
