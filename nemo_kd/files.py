@@ -22,7 +22,7 @@ from nemo_kd.errors import NemoKDError, StoreError
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
-    """Context manager yielding a temporary path for a file that replaces `path` on a clean exit.
+    """Yield a temporary path for a file that replaces `path` on a clean exit from the context.
 
     On an exception the temporary file is removed and `path` is unchanged. Raises NemoKDError on a
     full disk.
@@ -65,7 +65,7 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def full_disk_explained(directory: Path) -> Iterator[None]:
-    """Convert the OSError of a full disk or an exceeded quota into an error with a remedy."""
+    """Context manager that raises NemoKDError, with a remedy, on a full disk or exceeded quota."""
     try:
         yield
     except OSError as error:

@@ -80,12 +80,12 @@ def check_store_target(path: Path) -> None:
 
 
 ARGUMENT = re.compile(r"\b(overwrite|renumber)=true\b")
-"""Matches arguments in the spelling that errors of Python functions and dumps use."""
+"""Pattern of Python and Hydra arguments in error messages, such as `overwrite=true`."""
 
 
 @contextmanager
 def options_named() -> Iterator[None]:
-    """Replace function arguments in error messages by `nemo-kd` options: `--overwrite`."""
+    """Context manager that rewrites `overwrite=true` to `--overwrite` in error messages."""
     from nemo_kd.errors import StoreError
 
     try:

@@ -42,7 +42,7 @@ os.write(2, sys.argv[2].encode(errors="replace"))
 
 @contextmanager
 def reported(resume: str = "") -> Iterator[None]:
-    """Exit with a one-line message on a user error (status 1) or Ctrl-C (status 130).
+    """Context manager that exits with a one-line message on a user error (1) or Ctrl-C (130).
 
     `resume` is appended to the message after Ctrl-C and describes what rerunning the command does.
     All other errors propagate, and with NEMO_KD_TRACEBACK=1 every error does.

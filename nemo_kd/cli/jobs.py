@@ -26,7 +26,7 @@ class Job:
     module: str
     function: str
     resume: str
-    """Description of what rerunning the command does after an interruption."""
+    """Message that says what rerunning the command does after an interruption."""
 
     def start(self, conf: Path | None = None) -> None:
         """Run with the arguments in `sys.argv`; `conf` defaults to the package's configurations."""

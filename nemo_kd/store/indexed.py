@@ -33,7 +33,7 @@ def _header(dtype: np.dtype[Any], samples: int) -> bytes:
 
 
 class FieldWriter:
-    """Appends one array for each sample to `<prefix>.bin`; `close` writes `<prefix>.idx`."""
+    """Writer that appends one array per sample to `<prefix>.bin`; `close` writes `<prefix>.idx`."""
 
     def __init__(self, prefix: Path, dtype: type[np.generic]) -> None:
         self.prefix = prefix
@@ -60,7 +60,7 @@ class FieldWriter:
 
 
 class FieldReader:
-    """`field[i]` is sample i's array, a read-only view into the memory-mapped `<prefix>.bin`."""
+    """Reader of one field: `field[i]` is sample i's array, a read-only view of the `.bin` file."""
 
     descriptors = 2
     """Number of file descriptors a reader holds open: one per memory mapping (.idx and .bin)."""

@@ -23,7 +23,7 @@ SAMPLE_FIELDS: dict[str, type[np.generic]] = {
     "rows": np.int64,
 }
 ROW_ITEM = 3  # values in an item of `rows`
-_ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: any other row number changes the seal
+_ODD = 0x9E3779B97F4A7C15  # 2^64 / golden ratio; odd, so each row number changes the seal
 
 
 def field_dtypes(codec: Codec) -> dict[str, type[np.generic]]:

@@ -51,7 +51,7 @@ class Holder:
     boot: str = ""
     """Boot id of the host and PID namespace; `pid` can be looked up only where both match."""
     started: str = ""
-    """Start time of the process in kernel ticks; distinguishes it from a later one with its pid."""
+    """Start time in kernel ticks, to distinguish the process from a later one with the same pid."""
     token: str = ""
 
     @classmethod
@@ -71,7 +71,7 @@ class Holder:
             return cls()
 
     def is_gone(self) -> bool | None:
-        """Return whether the process has ended; None if it runs on another host or namespace."""
+        """Return whether the process has ended; None if this host cannot tell."""
         if not self.started or self.boot != _boot():
             return None
         return _started(self.pid) != self.started

@@ -22,10 +22,10 @@ class StoreSpec:
     """K: the maximum number of logits kept per answer token."""
 
     vocab_size: int
-    """V: the tokenizer's vocabulary, without the padding that Megatron adds. Ids are in [0, V)."""
+    """V: size of the tokenizer's vocabulary, without Megatron's padding. Ids are in [0, V)."""
 
     temperatures: tuple[float, ...] = (1.0,)
-    """A log-sum-exp `log Σ_v exp(z_v / T)` is stored for each T; 1.0 must be among them."""
+    """Temperatures T at which `log Σ_v exp(z_v / T)` is stored; they must include 1.0."""
 
     rows_per_shard: int = ROWS_PER_SHARD
     """Shard i holds source rows [i * rows_per_shard, (i + 1) * rows_per_shard)."""

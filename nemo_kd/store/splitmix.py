@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio
 
 
 def mixed(x: NDArray[np.uint64]) -> NDArray[np.uint64]:

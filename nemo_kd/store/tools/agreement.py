@@ -33,7 +33,7 @@ ROUNDING = 1e-3
 """Rounding error of the kept ids' total probability; a tail mass below it is noise."""
 
 ERRORS = 3.0
-"""Differences beyond this many standard errors are not attributed to chance."""
+"""Number of standard errors above which a difference is not attributed to chance."""
 
 SHIFT = 2.0
 """Rows count as shifted if agreement with an adjacent token is this many times as high."""
@@ -52,7 +52,7 @@ RIGHT = 3.0
 the teacher is wrong more than twice as often, or right less than a third as often, as expected."""
 
 EXCESS = 2.0
-"""Nats per token by which the labels' surprise exceeds that of the teacher's own draws."""
+"""Limit, in nats per token, for the excess of the labels' surprise over its expected value."""
 
 ASK = (
     "check that data.prompt_template is the one the teacher was trained on and that this is its "
