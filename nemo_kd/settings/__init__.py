@@ -1,1 +1,1 @@
-"""Checks of a configuration before anything slow is imported: keys, values, files."""
+"""Check the keys, values and files of a configuration before anything slow is imported."""

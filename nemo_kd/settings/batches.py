@@ -1,4 +1,4 @@
-"""Check sizes that must divide: processes by parallel sizes, a global batch by micro-batches."""
+"""Check that the parallel sizes divide the processes, and micro-batches the global batch."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_
 
 
 def processes_of(devices: object, num_nodes: int = 1) -> int | None:
-    """The processes of a job; None where `trainer.devices` does not say how many devices."""
+    """Return the number of processes of a job; None unless `trainer.devices` is a positive count."""
     if not isinstance(devices, str | int) or not str(devices).isdigit() or not int(devices):
         return None
     return int(devices) * num_nodes
 
 
 def data_parallel_size(cfg: DictConfig) -> int | None:
-    """Replicas of the model; None where `trainer.devices` does not say how many devices.
+    """Return the number of replicas of the model; None unless `trainer.devices` is a count.
 
-    Errors: NemoKDError for a number of processes that the model-parallel sizes do not divide.
+    Errors: NemoKDError if the model-parallel sizes do not divide the number of processes.
     """
     world = processes_of(cfg.trainer.devices, cfg.trainer.get("num_nodes", 1))
     if world is None:
@@ -38,7 +38,10 @@ def data_parallel_size(cfg: DictConfig) -> int | None:
 
 
 def check_processes(cfg: DictConfig) -> None:
-    """Errors: NemoKDError if `trainer.devices` differs from the processes started on this node."""
+    """Check that `trainer.devices` equals the number of processes started on this node.
+
+    Errors: NemoKDError if it does not.
+    """
     started, devices = os.environ.get("LOCAL_WORLD_SIZE"), cfg.trainer.devices
     if started and str(devices).isdigit() and int(devices) != int(started):
         raise NemoKDError(
@@ -48,7 +51,10 @@ def check_processes(cfg: DictConfig) -> None:
 
 
 def check_batches(cfg: DictConfig, splits: tuple[str, ...]) -> None:
-    """Errors: NemoKDError for a global batch that the replicas' micro-batches do not divide."""
+    """Check that micro-batch size times replicas divides the global batch of each split.
+
+    Errors: NemoKDError if it does not.
+    """
     replicas = data_parallel_size(cfg)
     if replicas is None:
         return

@@ -1,4 +1,4 @@
-"""Check a configuration against the keys that are read and the values that they may have."""
+"""Check a configuration against the known keys and their allowed values."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ Keys = Mapping[str, "Kind | Block"]
 
 @dataclass(frozen=True)
 class Block:
-    """The keys of a block.
+    """The allowed keys of one block of a configuration, with the kinds of their values.
 
-    `more` returns further keys; it may be slow, and is called at the first key that is not in
-    `keys`. `is_open`: any further key is allowed. `moved`, of the outermost block: dotted keys of
-    other programs → what to do instead.
+    `more` returns further keys; it may be slow, and is called only if a key is not in `keys`.
+    `is_open`: any further key is allowed. `moved` (outermost block only): dotted keys of other
+    programs → what to use instead.
     """
 
     keys: Keys
@@ -35,7 +35,7 @@ class Block:
 FREE = Block({}, is_open=True)
 SAME_AS = re.compile(r"\$\{[\w.]+\}")
 MAX_LISTED = 24
-"""An error lists the known keys of a block that has no more."""
+"""An error message lists a block's known keys if there are at most this many."""
 
 
 def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = None) -> None:
@@ -70,14 +70,14 @@ def _check_value(cfg: DictConfig, key: str, path: str, known: Kind | Block, root
             raise NemoKDError(f"{path}{MAPPING(value)}")
         return
     if SAME_AS.fullmatch(str(cfg._get_node(key)._value())):  # type: ignore[union-attr]
-        return  # the value of another key, whose own check names it
+        return  # refers to another key: an error should name that one
     plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
     if problem := known(plain):
         raise NemoKDError(f"{path}{problem}")
 
 
 def _first_leaf(cfg: DictConfig, key: str, where: str) -> str:
-    """The dotted name of `key`, or of the first key inside its block."""
+    """Return the dotted name of `key`; if it is a block, that of the first value inside it."""
     path = f"{where}.{key}" if where else key
     value = cfg._get_node(key)
     if isinstance(value, DictConfig) and not value._is_interpolation() and len(value):
@@ -100,7 +100,7 @@ def _unknown(path: str, key: str, keys: Keys, where: str, root: Block) -> str:
 
 
 def all_keys(block: Block, where: str = "") -> Iterator[str]:
-    """Dotted names of the keys in `keys` of a block and of the blocks inside it."""
+    """Yield the dotted names of a block's `keys`, nested blocks included."""
     for key, known in block.keys.items():
         if isinstance(known, Block):
             yield from all_keys(known, f"{where}{key}.")

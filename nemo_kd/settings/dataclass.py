@@ -1,4 +1,4 @@
-"""Dataclasses as blocks of a configuration: known keys, kinds of values, construction."""
+"""Check blocks of a configuration against dataclasses, and construct the dataclasses."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ Settings = TypeVar("Settings")
 
 
 def block_of(cls: type[Any]) -> Block:
-    """The fields of a dataclass as keys: a nested dataclass is a block, the rest by annotation."""
+    """Convert a dataclass to a `Block`: nested dataclasses become blocks, other fields keys."""
     return Block({name: _known(annotation) for name, annotation in _annotations(cls).items()})
 
 
 def settings_of(cls: type[Settings], block: DictConfig | None, where: str = "") -> Settings:
-    """Check the block at `where` (such as `model.kd`) and convert it to `cls`; None: the defaults.
+    """Check the block at `where` (such as `model.kd`) and convert it to `cls`; None → defaults.
 
-    Errors: NemoKDError, naming the key, for an unknown one, a value of the wrong kind, and a value
-    that `cls` itself refuses.
+    Errors: NemoKDError, naming the key, for an unknown key, a value of the wrong kind, and a
+    value that `cls` itself refuses.
     """
     if block is not None:
         check(block, block_of(cls), where)
@@ -33,7 +33,7 @@ def settings_of(cls: type[Settings], block: DictConfig | None, where: str = "") 
 
 
 def checked_settings_of(cls: type[Settings], block: DictConfig | None, where: str = "") -> Settings:
-    """As `settings_of`, of a block whose keys are checked: those that `cls` lacks are ignored.
+    """Convert an already checked block to `cls`, ignoring keys that `cls` does not have.
 
     Errors: NemoKDError for a key without a value, and a value that `cls` refuses.
     """

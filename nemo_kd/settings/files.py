@@ -11,13 +11,16 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.errors import NemoKDError
 
 Problem = Callable[[str], str]
-"""Path → what is wrong with it, or ""."""
+"""Function of a path that returns an error message, or "" if the path is usable."""
 REMOTE = "://"
-"""Part of a storage address, which NeMo reads itself."""
+"""Marks a remote storage address, which NeMo itself opens."""
 
 
 def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> None:
-    """Errors: NemoKDError that names the first dotted key whose path has a problem."""
+    """Check the paths at dotted keys.
+
+    Errors: NemoKDError that names the first key whose path has a problem.
+    """
     for key, problem in problems:
         for path in paths_at(cfg, key):
             if REMOTE not in path and (found := problem(path)):
@@ -25,7 +28,7 @@ def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> Non
 
 
 def paths_at(cfg: DictConfig, key: str) -> Iterator[str]:
-    """The path or paths at a dotted key; none if it is absent or null."""
+    """Yield the path or paths at a dotted key; nothing if it is absent or null."""
     value = OmegaConf.select(cfg, key)
     for path in [value] if isinstance(value, str) else value or []:
         yield str(path)
@@ -90,7 +93,7 @@ def output_directory(path: str) -> str:
 
 
 def _cannot_make(path: str) -> str:
-    """Why `path` and its missing parent directories cannot be created, or ""."""
+    """Return why `path` and its missing parent directories cannot be created, or ""."""
     parent = _existing_parent(path)
     if not parent.is_dir():
         return f"{parent} is a file, so {path} cannot be created"
@@ -105,6 +108,6 @@ def _existing_parent(path: str) -> Path:
 
 
 def _nearest_parent(path: str) -> str:
-    """The nearest existing directory, if it is above the path's own."""
+    """Describe the nearest existing parent of a path; "" if its own directory exists."""
     parent = _existing_parent(path)
     return "" if parent == Path(os.path.abspath(path)).parent else f" ({parent} exists)"

@@ -1,4 +1,4 @@
-"""Keys of other programs and frequent guesses, with their names here."""
+"""Keys of other programs and frequent guesses, mapped to this package's keys."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ DUMP = EVERYWHERE | {
     "model.data": "the settings of the rows are in data",
     "exp_manager": "the directory of a dump is output_dir",
 }
-"""A key or a block → what to do instead; for a training and for a dump."""
+"""Dotted key or block → advice for the error message, in training and in dump configurations."""
 
 
 def explained(path: str, moved: Mapping[str, str]) -> str:
-    """What to do instead of the dotted key `path`; "" for a key that is not listed."""
+    """Return the advice for the dotted key `path`; "" for a key that is not in `moved`."""
     parts = path.split(".")
     for length in range(len(parts), 0, -1):
         if found := moved.get(".".join(parts[:length])):

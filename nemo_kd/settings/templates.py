@@ -1,4 +1,4 @@
-"""Check `prompt_template`: it ends with the answer's field, and the file's rows have its fields."""
+"""Check that `prompt_template` ends with the answer's field and that rows have its fields."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 from nemo_kd.errors import NemoKDError
 
 MAX_ROW_BYTES = 1 << 20
-"""Bytes of the first line that are read."""
+"""Maximum number of bytes read of a file's first line."""
 
 
 def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = ()) -> None:
@@ -58,7 +58,7 @@ def _check_first_row(path: str, names: list[str], key: str, label: str) -> None:
 
 
 def _first_row(path: str) -> dict[str, Any] | None:
-    """The first row of a JSONL file; None if it is no object, which its reader reports."""
+    """Return the first row of a JSONL file; None if it is no object, which its reader reports."""
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as lines:

@@ -1,4 +1,4 @@
-"""Kinds of values: what a key may be set to, and how an error describes what is expected."""
+"""Kinds of configuration values, each with a check and a description for error messages."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from nemo_kd.loss.names import did_you_mean
 
 @dataclass(frozen=True)
 class Kind:
-    """A set of values. Call it with a value: "" if it fits, else the rest of an error message."""
+    """A set of allowed values.
+
+    Calling it with a value returns "" if the value is allowed, else an error message without its
+    beginning, the key.
+    """
 
     expected: str
     fits: Callable[[Any], bool]
@@ -27,7 +31,7 @@ class Kind:
 
 
 def shown(value: Any) -> str:
-    """A value in YAML's notation, shortened."""
+    """Format a value for an error message, in YAML's notation and at most 80 characters."""
     words = {None: "null", True: "true", False: "false"}
     if value is None or isinstance(value, bool):
         return words[value]
@@ -46,7 +50,7 @@ def _is_number(value: Any) -> bool:
 ANY = Kind("anything", lambda value: True)
 FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 TEXT = Kind(
-    "text",  # a number too: `name=7` is text that looks like one
+    "text",  # numbers too: YAML parses `name=7` as a number
     lambda value: isinstance(value, str | int | float) and not isinstance(value, bool),
 )
 PATH = Kind("a path", lambda value: isinstance(value, str) and bool(value))
@@ -54,13 +58,13 @@ MAPPING = Kind("a block of keys", lambda value: isinstance(value, Mapping))
 
 
 def whole(minimum: int | None = None) -> Kind:
-    """Integers, at least `minimum`."""
+    """Allow integers, at least `minimum`."""
     expected = "a whole number" + ("" if minimum is None else f", at least {minimum}")
     return Kind(expected, lambda value: _is_int(value) and (minimum is None or value >= minimum))
 
 
 def number(low: float = -math.inf, high: float = math.inf, *, above: bool = False) -> Kind:
-    """Finite numbers in [low, high], or in (low, high] if `above`."""
+    """Allow finite numbers in [low, high], or in (low, high] if `above`."""
     limits = {
         (-math.inf, math.inf): "a number",
         (0.0, math.inf): "a number above 0" if above else "a number, at least 0",
@@ -75,7 +79,7 @@ def number(low: float = -math.inf, high: float = math.inf, *, above: bool = Fals
 
 
 def one_of(*names: Any, **aliases: str) -> Kind:
-    """One of a few names; `aliases`: a name → other names for it, separated by spaces."""
+    """Allow the given names; `aliases` maps a name to its synonyms, separated by spaces."""
     return Kind(
         f"one of {', '.join(map(shown_name, names))}",
         lambda value: any(value == name and type(value) is type(name) for name in names),
@@ -88,7 +92,7 @@ def shown_name(name: Any) -> str:
 
 
 def optional(kind: Kind) -> Kind:
-    """The values of `kind`, and null."""
+    """Allow the values of `kind`, and null."""
     return Kind(f"{kind.expected}, or null", lambda v: v is None or kind.fits(v), kind.hint)
 
 
@@ -113,9 +117,9 @@ def one_or_more(kind: Kind) -> Kind:
 
 
 def of_annotation(annotation: Any) -> Kind:
-    """The values of a dataclass field: the `Kind` in `Annotated[type, kind]`, else by the type.
+    """Return the kind of a dataclass field: that in `Annotated[type, kind]`, else the type's.
 
-    ANY for types that have no kind.
+    ANY for types without a kind.
     """
     origin, arguments = typing.get_origin(annotation), typing.get_args(annotation)
     if origin is typing.Annotated:
