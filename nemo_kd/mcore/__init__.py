@@ -1,7 +1,7 @@
-"""The store, the loss and a teacher's forward pass on Megatron-core, without NeMo.
+"""Dump teachers and train students with Megatron-core, without NeMo.
 
-`StoreBatches` and `kd_forward_step` are imported with their first use: on a machine without CUDA
-`nemo_kd.mcore.cpu.install()` has to come before anything of Megatron.
+`StoreBatches` and `kd_forward_step` are imported at their first use: on a machine without CUDA,
+`nemo_kd.mcore.cpu.install()` must be called before any import of Megatron.
 """
 
 from __future__ import annotations

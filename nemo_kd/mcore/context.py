@@ -1,4 +1,4 @@
-"""The positions of a sequence that this context-parallel rank has."""
+"""Positions of a sequence that belong to this context-parallel rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ from nemo_kd.data import context_parallel_positions
 
 
 def own_positions(length: int) -> torch.Tensor | None:
-    """[length / C] on the CPU: this context-parallel rank's positions of a sequence; None: all."""
+    """Return this context-parallel rank's positions of a sequence, [length / C] on the CPU.
+
+    None without context parallelism: all positions.
+    """
     size = parallel_state.get_context_parallel_world_size()
     if size == 1:
         return None

@@ -1,7 +1,7 @@
 """Run Megatron-core without CUDA: patches of torch and Megatron-core.
 
-Call `install()` before any import of Megatron, some of whose decorators bind CUDA at import. With
-CUDA it does nothing, so an entry point may always call it.
+Call `install()` before any import of Megatron, some of whose decorators bind CUDA at import. It
+does nothing if CUDA is available, so an entry point may always call it.
 
 Not provided on the CPU: apex, TransformerEngine, FP8, FSDP.
 """
@@ -40,7 +40,7 @@ def install() -> bool:
 
 @contextmanager
 def without_apex_warnings() -> Iterator[None]:
-    """Silence the warnings about apex and TransformerEngine: a CPU needs their substitutes."""
+    """Silence the warnings that apex and TransformerEngine are missing, as is normal on a CPU."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "(Transformer Engine and )?Apex (is|are) not installed")
         yield
@@ -50,7 +50,7 @@ def without_apex_warnings() -> Iterator[None]:
 
 
 def _nothing() -> Callable[..., None]:
-    """A fresh no-op: torch._dynamo refuses one function object under two names."""
+    """Return a new no-op: torch._dynamo refuses one function object under two names."""
 
     def nothing(*args: Any, **kwargs: Any) -> None:
         return None
@@ -59,7 +59,7 @@ def _nothing() -> Callable[..., None]:
 
 
 class _Stream:
-    """A stream that does nothing: a CPU runs everything in order."""
+    """A CUDA stream's interface without effect: a CPU runs everything in order."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
     def __enter__(self) -> _Stream:
@@ -107,7 +107,10 @@ def _patch_cuda_tensors() -> None:
 
 
 def _patch_autocast() -> None:
-    """`autocast("cuda")` would silently run in float32; `custom_fwd` binds it at import."""
+    """Make `autocast("cuda")` autocast on the CPU: unpatched, it silently runs in float32.
+
+    `custom_fwd` binds autocast at import, and is replaced too.
+    """
     autocast, forward, backward = torch.autocast, torch.amp.custom_fwd, torch.amp.custom_bwd
 
     class CpuAutocast(autocast):  # type: ignore[misc, valid-type]
@@ -131,16 +134,16 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """`device="cuda"` in NeMo's and Megatron's calls means the CPU."""
+    """Replace `device="cuda"` in NeMo's and Megatron's calls by the CPU."""
 
-    @torch.compiler.disable  # compiled, it would reuse the numbers of one call for all
+    @torch.compiler.disable  # compiled, every call would reuse the first call's numbers
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         if _is_cuda(kwargs.get("device")):
             kwargs = dict(kwargs, device=CPU)
-        if kwargs.get("pin_memory"):  # there is no device to copy to
+        if kwargs.get("pin_memory"):  # pinning memory needs a CUDA device
             kwargs = dict(kwargs, pin_memory=False)
         if func is torch.Tensor.to:
             args = tuple(CPU if _is_cuda(arg) else arg for arg in args)
@@ -171,7 +174,7 @@ def _patch_megatron() -> None:
     random._set_cuda_rng_state = lambda state, *args, **kwargs: torch.set_rng_state(state)
 
     def norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
-        """torch's norm, with parameters marked for sequence parallelism."""
+        """Build torch's norm, with its parameters marked for sequence parallelism."""
         kind = torch.nn.LayerNorm if config.normalization == "LayerNorm" else torch.nn.RMSNorm
         module = kind(normalized_shape=hidden_size, eps=eps)
         for parameter in module.parameters():
@@ -184,7 +187,7 @@ def _patch_megatron() -> None:
 
 
 def _patch_packed_attention() -> None:
-    """Support packed sequences, which only TransformerEngine's attention does, on a GPU.
+    """Support packed sequences, for which Megatron needs TransformerEngine and a GPU.
 
     Each sequence of a pack goes through Megatron's torch attention separately: equivalent to a
     block-diagonal causal mask, without computing the masked scores.
@@ -203,7 +206,10 @@ def _patch_packed_attention() -> None:
         attention_bias: torch.Tensor | None = None,
         packed_seq_params: Any = None,
     ) -> torch.Tensor:
-        """Packed: query [T, heads, width], key and value [T, groups, width] → [T, 1, hidden]."""
+        """Return the attention's output; Megatron's own unless `packed_seq_params` is given.
+
+        Packed: query [T, heads, width], key and value [T, groups, width] → [T, 1, hidden].
+        """
         if packed_seq_params is None:
             return attention(
                 self, query, key, value, attention_mask, attn_mask_type, attention_bias
@@ -223,7 +229,7 @@ def _patch_packed_attention() -> None:
 
 
 def _patch_megatron_optimizers() -> None:
-    """Let the optimizers see CUDA type names; apart from that they work over gloo."""
+    """Show CUDA type names to the optimizers, which otherwise work on a CPU with gloo."""
     import megatron.core.optimizer.optimizer as optimizer
     from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer as Distributed
 

@@ -1,4 +1,4 @@
-"""The layout of a Megatron-core job, of its process groups."""
+"""The parallel layout of a Megatron-core job, read from its process groups."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from nemo_kd.teacher.layout import Layout
 
 
 def layout() -> Layout:
-    """Call after `initialize_model_parallel`."""
+    """Return the layout of this job; call it after `initialize_model_parallel`."""
     tensor_rank = parallel_state.get_tensor_model_parallel_rank()
     return Layout(
         rank=torch.distributed.get_rank(),

@@ -20,8 +20,8 @@ def split_lm_head(gpt: GPTModel) -> Iterator[LMHead | None]:
 
     Yields the LM head as a function of hidden states `[N, H]` → logits `[N, Vp]` (soft-caps, biases
     and adapters of the output layer included), or None on the other stages. Under sequence
-    parallelism the hidden states are this rank's `[S/TP, B, H]`: gather them before the head, which
-    does not.
+    parallelism the hidden states are this rank's `[S/TP, B, H]`; the caller gathers them, the LM
+    head does not.
     """
     if not gpt.post_process:
         yield None
@@ -43,7 +43,7 @@ def split_lm_head(gpt: GPTModel) -> Iterator[LMHead | None]:
 
 
 def gpt_module(model: Any) -> GPTModel:
-    """The GPTModel of this pipeline stage, without the wrappers around it."""
+    """Return the GPTModel of this pipeline stage, without the wrappers around it."""
     while hasattr(model, "module"):
         model = model.module
     return model

@@ -1,4 +1,4 @@
-"""The forward pass of a Megatron-core teacher: Megatron's schedule, then top-K of answer tokens."""
+"""Forward pass of a Megatron-core teacher, and the top-K logits of its answer tokens."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from nemo_kd.topk import TopK
 class TopKForward(AnswerHead):
     """A `teacher.interface.Forward` on any tensor, pipeline and sequence layout.
 
-    `model` is what Megatron's schedules run: this stage's GPTModel, in its wrappers. Collectives:
-    those of the model's forward, and of the top-K on the last stage.
+    `model` is this stage's GPTModel in its wrappers, as Megatron's schedules take it. Collectives:
+    those of the model's forward pass, and of the top-K on the last stage.
     """
 
     def __init__(
@@ -35,7 +35,8 @@ class TopKForward(AnswerHead):
 
     @torch.no_grad()
     def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[TopK] | None:
-        """One pass over `rows`, a multiple of `micro_batch_size`, padded to one length.
+        """Run one pass over `rows`, padded to one length; their number is a multiple of
+        `micro_batch_size`.
 
         Returns the top-K of each row on the last pipeline stage, the same on every tensor-parallel
         rank; None on the other stages.
@@ -67,12 +68,12 @@ class TopKForward(AnswerHead):
         return output, lambda hidden, non_loss_data: self._topk(hidden, head, rows)
 
     def _topk(self, hidden: torch.Tensor, head: LMHead | None, rows: Sequence[Row]) -> list[TopK]:
-        """hidden [S, B, H] (or this rank's part of S) → the top-K of each row's answer tokens."""
+        """Return the top-K of each row's answer tokens; hidden [S, B, H], or this rank's part."""
         assert head is not None  # the schedule calls this on the last stage only
         config = self.gpt.config
         if config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
-        # The schedule calls this outside its own autocast; one context casts the head once.
+        # Outside the schedule's own autocast; a single context casts the head's weight only once.
         with torch.autocast("cuda", config.autocast_dtype, enabled=config.enable_autocast):
             return list(self.topk(hidden, head, rows))
 
@@ -80,10 +81,10 @@ class TopKForward(AnswerHead):
 def forward_only(
     model: torch.nn.Module, step: Any, batches: Sequence[Any], *, length: int, micro_batch_size: int
 ) -> list[Any]:
-    """Run Megatron's schedule without a backward pass; what `step`'s second function returned for
-    each batch, on the last stage, else an empty list.
+    """Run Megatron's schedule without a backward pass.
 
-    `step(iterator over batches, model)` returns the model's output and a function of it.
+    `step(iterator over batches, model)` returns the model's output and a function of that output.
+    Returns the function's results, one per batch, on the last stage; an empty list on the others.
     """
     results: list[Any] = get_forward_backward_func()(
         forward_step_func=step,

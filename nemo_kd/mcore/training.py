@@ -1,4 +1,4 @@
-"""The store and the loss in Megatron-core's own training loop, without NeMo.
+"""Train on a store in Megatron-core's own training loop, without NeMo.
 
 `StoreBatches` is the data iterator of a data-parallel rank, `kd_forward_step` the function that
 Megatron's schedules call. Megatron-LM and Megatron-Bridge train through the same schedules.
@@ -21,15 +21,17 @@ from nemo_kd.mcore.context import own_positions
 from nemo_kd.store import Sample, Store, StoreError
 
 Batch = dict[str, Any]
-"""`tokens`, `labels`, `loss_mask`, `position_ids` [B, S] and `answers`, an `AnswerTokens`."""
+"""`tokens`, `labels`, `loss_mask` and `position_ids` [B, S], and `answers`, an `AnswerTokens`."""
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 
 
 class StoreBatches:
-    """Micro-batches of one data-parallel rank, without end: each epoch has every sample once.
+    """Endless iterator over the micro-batches of one data-parallel rank.
 
-    The order follows from `seed` alone. The micro-batches of a step, over all ranks, are the next
-    `global_batch_size` samples, on any number of ranks; a resumed run starts after the first
+    Each epoch contains every sample once.
+
+    The order depends only on `seed`: the micro-batches of a step, over all ranks, are the next
+    `global_batch_size` samples on any number of ranks, and a resumed run skips the first
     `consumed_samples`. A micro-batch has `tokens`, `labels`, `loss_mask` and `position_ids`
     [B, seq_length / C], this context-parallel rank's part of C, and their `answers`, on the CPU.
 
@@ -57,7 +59,7 @@ class StoreBatches:
         self.own_positions = own_positions(seq_length)
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.seed, self.consumed_samples = seed, consumed_samples
-        # One epoch's order serves all of its samples; a step may reach into the next.
+        # Two entries, since the batch of a step may extend into the next epoch.
         self._order_of = lru_cache(maxsize=2)(self._order)
         self.ranks = parallel_state.get_data_parallel_world_size()
         if global_batch_size % (micro_batch_size * self.ranks):
@@ -81,11 +83,11 @@ class StoreBatches:
                 yield self._batch(mine[first : first + self.micro_batch_size])
 
     def _order(self, epoch: int) -> NDArray[np.int64]:
-        """[samples]: the indices in the store of an epoch's samples, in order."""
+        """Return the store indices of an epoch's samples in training order, [samples]."""
         return np.random.default_rng([self.seed, epoch]).permutation(self.used)
 
     def _sample(self, draw: int) -> Sample:
-        """The sample at an index of the endless sequence of epochs."""
+        """Return a sample by its index in the endless sequence of epochs."""
         epoch, position = divmod(draw, len(self.used))
         index = int(self._order_of(epoch)[position])
         return truncate_prompt(self.store[index], self.seq_length + 1)
@@ -112,13 +114,13 @@ class StoreBatches:
 def kd_forward_step(
     config: KDConfig, vocab_size: int
 ) -> Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]:
-    """The `forward_step_func` of Megatron's schedules for a `GPTModel`.
+    """Return a `forward_step_func` for Megatron's schedules that trains a `GPTModel`.
 
     Its loss function returns (Σ loss over the micro-batch's answer tokens, their number, sums for
-    the logs): the schedule divides by the number, of the micro-batch, or of the global batch with
-    `TransformerConfig.calculate_per_token_loss`. It supports tensor, pipeline, sequence and data
-    parallelism, and context parallelism if the model's attention does. Under a virtual pipeline
-    each chunk of the model needs a `StoreBatches` of its own.
+    the logs): the schedule divides by the number of answer tokens, of the micro-batch or, with
+    `TransformerConfig.calculate_per_token_loss`, of the global batch. Supports tensor, pipeline,
+    sequence and data parallelism, and context parallelism if the model's attention does. Under a
+    virtual pipeline each chunk of the model needs its own `StoreBatches`.
     """
 
     def step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
@@ -137,7 +139,10 @@ def _loss(
     vocab_size: int,
     logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """labels [B, S], logits [B, S, Vp] of this tensor- and context-parallel rank."""
+    """Return (Σ loss, number of answer tokens, sums for the logs) of a micro-batch.
+
+    labels [B, S], logits [B, S, Vp]: of this tensor- and context-parallel rank.
+    """
     result = sft_kd_loss(
         logits.transpose(0, 1),
         labels.t(),

@@ -1,8 +1,8 @@
-"""Answers by a Megatron-core model: its forward pass with its key-value cache, at any TP and PP.
+"""Generate answers with a Megatron-core model and its key-value cache, at any TP and PP.
 
-A batch is read up to the end of its shortest prompt, then token by token; where a prompt goes on,
-its next token is fed instead of a chosen one. So there is no left padding, and batches of similar
-length waste little.
+The first pass of a batch ends at the end of its shortest prompt; then each pass adds one token. A
+longer prompt is fed its own next token instead of a chosen one. This needs no left padding, and
+little is wasted if the prompts of a batch have similar lengths.
 """
 
 from __future__ import annotations
@@ -24,11 +24,13 @@ from nemo_kd.teacher.select import Selection
 
 
 class MegatronWriter:
-    """A `teacher.interface.Writer`; `model` as `TopKForward` takes it.
+    """A `teacher.interface.Writer` on any tensor and pipeline layout.
 
-    Collectives: those of the model's forward; on the last stage an all-gather of the logits of B
-    tokens and `Selection`'s, over the tensor-parallel group; a broadcast of the B chosen tokens
-    over the pipeline.
+    `model`: this stage's GPTModel in its wrappers, as for `TopKForward`.
+
+    Collectives: those of the model's forward pass; on the last stage an all-gather of the logits of
+    B tokens and those of `Selection`, over the tensor-parallel group; a broadcast of the B chosen
+    tokens over the pipeline.
     """
 
     def __init__(
@@ -46,8 +48,11 @@ class MegatronWriter:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[Prompt]) -> Answers | None:
-        """The answers on the last pipeline stage, the same on every tensor-parallel rank; None on
-        the other stages."""
+        """Generate the answers to `prompts`.
+
+        Returns them on the last pipeline stage, the same on every tensor-parallel rank; None on
+        the other stages.
+        """
         answers = Answers(prompts, self.decoding, self.select)
         lengths = torch.tensor([len(prompt.ids) for prompt in prompts])
         size = int(lengths.max()) + self.decoding.max_new_tokens
@@ -75,8 +80,11 @@ class MegatronWriter:
         answers: Answers,
         ready: torch.Tensor,
     ) -> tuple[torch.Tensor, bool]:
-        """tokens [B, s] that follow those in the cache → the next ones [B], and whether any answer
-        is still open; the same on every rank of the replica."""
+        """Run the model on the tokens [B, s] that follow those in the cache.
+
+        Returns the next tokens [B] and whether any answer is unfinished, the same on every rank of
+        the replica.
+        """
         batch, length = tokens.shape
         first = cache.sequence_len_offset
         positions = torch.arange(first, first + length).expand(batch, -1)
@@ -105,7 +113,7 @@ class MegatronWriter:
     def _choose(
         self, hidden: torch.Tensor, head: LMHead | None, answers: Answers, ready: torch.Tensor
     ) -> torch.Tensor:
-        """hidden [s, B, H] → the next tokens [B]."""
+        """Choose the next tokens [B] from the hidden states [s, B, H] of the last stage."""
         assert head is not None  # the schedule calls this on the last stage only
         config = self.gpt.config
         with torch.autocast("cuda", config.autocast_dtype, enabled=config.enable_autocast):

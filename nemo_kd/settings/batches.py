@@ -13,14 +13,14 @@ SIZES = ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_
 
 
 def processes_of(devices: object, num_nodes: int = 1) -> int | None:
-    """Return the number of processes of a job; None unless `trainer.devices` is a positive count."""
+    """Return the number of processes of a job; None unless `trainer.devices` is a number."""
     if not isinstance(devices, str | int) or not str(devices).isdigit() or not int(devices):
         return None
     return int(devices) * num_nodes
 
 
 def data_parallel_size(cfg: DictConfig) -> int | None:
-    """Return the number of replicas of the model; None unless `trainer.devices` is a count.
+    """Return the number of replicas of the model; None unless `trainer.devices` is a number.
 
     Errors: NemoKDError if the model-parallel sizes do not divide the number of processes.
     """
