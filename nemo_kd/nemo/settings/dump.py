@@ -1,4 +1,4 @@
-"""What NeMo reads of a dump's configuration, besides the keys of `teacher.config`."""
+"""Keys of a dump's configuration that NeMo reads, besides those of `teacher.config`."""
 
 from __future__ import annotations
 
@@ -22,4 +22,4 @@ BLOCKS = {
         lambda block: {k: v for k, v in nemo.model_keys().items() if k not in NOT_A_DUMPS},
     ),
 }
-"""Block → the keys that NeMo, Lightning and Megatron read there."""
+"""Block → the keys that NeMo, Lightning and Megatron read in it."""

@@ -1,7 +1,7 @@
 """The keys that NeMo, Lightning and Megatron read in the blocks of NeMo's configurations.
 
-Keys whose values are checked are listed here; all others are taken from the installed packages'
-source when a configuration has one of them.
+Only keys whose values are checked are listed in this module. If a configuration has another key,
+the known keys are read from the source of the installed packages.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ TRAINER = Block(
     lambda block: {
         name: kind
         for name, kind in sources.parameters("lightning.pytorch.trainer.trainer", "Trainer").items()
-        if name not in ("strategy", "plugins", "callbacks")  # of NeMo's trainer builder
+        if name not in ("strategy", "plugins", "callbacks")  # set by NeMo's trainer builder
     },
 )
 
@@ -69,7 +69,8 @@ def _manager_keys(block: DictConfig) -> Keys:
 
 @cache
 def data_class(module: str, name: str) -> Mapping[str, Kind | Block]:
-    """The fields of a dataclass as keys; a field with a dataclass of its module is a block."""
+    """Return a dataclass's fields as keys; a field whose type is a dataclass of the same module is
+    a block."""
     held = {
         key: Block(data_class(module, cls))
         for key, cls in sources.field_classes(module, name).items()
@@ -138,7 +139,7 @@ PEFT = Block(
             }
         ),
         "ia3_tuning": Block({"layer_selection": LAYERS}),
-        # Schemes that distillation refuses; NeMo's file has their blocks.
+        # Distillation refuses these schemes, but NeMo's configuration file has their blocks.
         "p_tuning": FREE,
         "selective_tuning": FREE,
         "mlp_head_tuning": FREE,
@@ -160,7 +161,7 @@ NOT_A_MODELS = (
     "tokenizer_name tokenizer_model special_tokens vocab_file language_model mcore_bert sharp "
     "_cpu_offloading_context"
 )
-"""Names that similar expressions read from other blocks, or that other models read."""
+"""Names that the source search finds, but that are read from other blocks or by other models."""
 PROFILES = ("nsys_profile", "memory_profile", "chakra_profile")
 IN_NEMOS_FILES = ("resume_from_checkpoint", "sync_batch_comm", "pre_process", "post_process")
 """Keys of NeMo's own configurations that its code no longer reads."""
@@ -168,7 +169,7 @@ IN_NEMOS_FILES = ("resume_from_checkpoint", "sync_batch_comm", "pre_process", "p
 
 @cache
 def model_keys() -> Mapping[str, Kind | Block]:
-    """Every key that NeMo's GPT models or Megatron's transformer configuration reads."""
+    """Return every key that NeMo's GPT models or Megatron's transformer configuration reads."""
     names = set(sources.keys_read(READERS, r"(?:self\.|model\.)?_?cfg(?:\.model)?"))
     names |= set(
         sources.fields("megatron.core.transformer.transformer_config", "TransformerConfig")
@@ -213,4 +214,4 @@ MODEL: dict[str, Kind | Block] = {
     "tokenizer": Block({}, tokenizer_keys),
     **CHECKPOINTING,
 }
-"""Keys of `model` in all scripts."""
+"""Keys of the block `model` that all scripts share."""

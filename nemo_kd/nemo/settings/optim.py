@@ -34,20 +34,20 @@ APEX = {
     "bucket_cap_mb pipeline_size contiguous_param_buffer contiguous_grad_buffer store_params "
     "store_param_remainders with_scaled_states nccl_ub",
 }
-"""Parameters of apex's optimizers; apex is not on PyPI."""
+"""Parameters of apex's optimizers, listed because apex is not on PyPI and may be missing."""
 MCORE = "mcore_distributed_optim"
 
 
 @cache
 def optimizers() -> dict[str, str]:
-    """Name of an optimizer → its class in NeMo's source."""
+    """Map the name of each optimizer to its class in NeMo's source."""
     listed = sources.named_classes(OPTIMIZERS, "AVAILABLE_OPTIMIZERS")
     return {**dict.fromkeys(APEX, ""), MCORE: "", **listed}
 
 
 @cache
 def optimizer_parameters(name: str) -> list[str]:
-    """The constructor parameters of an optimizer."""
+    """Return the constructor parameters of an optimizer."""
     cls = optimizers().get(name, "")
     if name in APEX:
         return APEX[name].split()
@@ -60,13 +60,13 @@ def optimizer_parameters(name: str) -> list[str]:
 
 
 def optim_keys(block: DictConfig) -> Keys:
-    """The keys of `model.optim` that its optimizer and NeMo read."""
+    """Return the keys of `model.optim` that its optimizer and NeMo read."""
     own = sources.keys_read(GPT_MODELS, r"self\._?cfg\.optim|optim_config")
     return dict.fromkeys([*optimizer_parameters(str(block.get("name", "adam"))), *own], ANY)
 
 
 def sched_keys(block: DictConfig) -> Keys:
-    """The keys of `model.optim.sched` that its schedule and NeMo read."""
+    """Return the keys of `model.optim.sched` that its schedule and NeMo read."""
     cls = schedulers().get(str(block.get("name")), "")
     if cls.startswith("pt_scheduler."):
         found = getattr(importlib.import_module("torch.optim.lr_scheduler"), cls.split(".")[1])

@@ -1,7 +1,8 @@
-"""Settings of an installed package, read from its source without importing it.
+"""Find the settings of an installed package in its source, without importing it.
 
 NeMo, Lightning and Megatron take ten seconds to import; reporting a misspelt key should not. So
-this parses their files: fields of dataclasses, parameters of constructors, keys that code reads.
+this module parses their files for fields of dataclasses, parameters of constructors, and keys that
+the code reads.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ SIMPLE = {"int": whole(), "float": number(), "bool": FLAG, "str": TEXT}
 
 
 def source(module: str) -> Path | None:
-    """The file of a module such as `nemo.utils.exp_manager`; None if it is not installed."""
+    """Return the file of a module (`nemo.utils.exp_manager`); None if it is not installed."""
     package, *rest = module.split(".")
     spec = importlib.util.find_spec(package)
     for root in (spec.submodule_search_locations or []) if spec else []:
@@ -42,7 +43,7 @@ def _class(module: str, name: str) -> ast.ClassDef | None:
 
 
 def fields(module: str, name: str) -> dict[str, Kind]:
-    """Field → its kind, for a dataclass."""
+    """Map each field of a dataclass to the kind of its values."""
     node = _class(module, name)
     return {
         part.target.id: _kind(part.annotation)
@@ -52,7 +53,7 @@ def fields(module: str, name: str) -> dict[str, Kind]:
 
 
 def field_classes(module: str, name: str) -> dict[str, str]:
-    """Field → its dataclass, for the fields whose type is a class of the same module."""
+    """Map each field of a dataclass whose type is a class of the same module to that class."""
     node = _class(module, name)
     classes = {part.name for part in _tree(module).body if isinstance(part, ast.ClassDef)}
     found = {}
@@ -65,7 +66,10 @@ def field_classes(module: str, name: str) -> dict[str, str]:
 
 
 def parameters(module: str, name: str) -> dict[str, Kind]:
-    """Parameter → its kind, for a constructor; with `**kwargs`, those of the base classes too."""
+    """Map each parameter of a class's constructor to the kind of its values.
+
+    If the constructor has `**kwargs`, the parameters of the base classes are included.
+    """
     node = _class(module, name)
     if node is None:
         return {}
@@ -84,7 +88,7 @@ def parameters(module: str, name: str) -> dict[str, Kind]:
 
 
 def _kind(annotation: ast.expr | None) -> Kind:
-    """The kind of a simple type, a union or an optional of them; ANY for anything else."""
+    """Return the kind of a simple type, a union or an optional; ANY for anything else."""
     if isinstance(annotation, ast.Name):
         return SIMPLE.get(annotation.id, ANY)
     if not isinstance(annotation, ast.Subscript):
@@ -97,7 +101,10 @@ def _kind(annotation: ast.expr | None) -> Kind:
 
 
 def named_classes(module: str, table: str) -> dict[str, str]:
-    """Name → class in `table = {"name": Class}` and `table["name"] = Class`, as source text."""
+    """Map the names in a table to its classes, as source text.
+
+    Recognized are `table = {"name": Class}` and `table["name"] = Class`.
+    """
     found = {}
     for node in ast.walk(_tree(module)):
         if not isinstance(node, ast.Assign):
@@ -117,7 +124,7 @@ def named_classes(module: str, table: str) -> dict[str, str]:
 
 
 def imported_from(module: str, name: str) -> str | None:
-    """The module from which `module` imports `name`."""
+    """Return the module from which `module` imports `name`; None if it does not import it."""
     for node in ast.walk(_tree(module)):
         if isinstance(node, ast.ImportFrom) and any(each.name == name for each in node.names):
             return node.module
@@ -125,9 +132,10 @@ def imported_from(module: str, name: str) -> str | None:
 
 
 def keys_read(modules: Iterable[str], owner: str) -> list[str]:
-    """The keys, sorted, that code reads from a configuration, which the pattern `owner` matches.
+    """Return the sorted keys that the modules read from a configuration object.
 
-    `owner.get("key")`, `owner["key"]`, `owner.key`, `"key" in owner` and `hasattr(owner, "key")`.
+    `owner` is a pattern for the expression of that object. Recognized are `owner.get("key")`,
+    `owner["key"]`, `owner.key`, `"key" in owner` and `hasattr(owner, "key")`.
     """
     quoted = r"""['"](\w+)['"]"""
     pattern = re.compile(

@@ -1,4 +1,4 @@
-"""Check the configuration of a training, an evaluation and a merge: NeMo's keys and our own."""
+"""Check the configurations for training, evaluating and merging: NeMo's keys and our own."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ SPLIT: dict[str, Kind | Block] = {
     "over_long": one_of(
         "error", "truncate", "drop", truncate="cut cutprompt trim", drop="skip", error="refuse"
     ),
-    # NeMo's: read by its `_build_dataset` and `build_data_loader`.
+    # Read by NeMo's `_build_dataset` and `build_data_loader`.
     "file_names": PATHS,
     "global_batch_size": COUNT,
     "micro_batch_size": COUNT,
@@ -58,7 +58,7 @@ SPLIT: dict[str, Kind | Block] = {
     "packed_sequence_return_cu_seqlen": FLAG,
     "tokens_to_generate": NATURAL,
     "sample_weight": optional(TEXT),
-    # Null: the stores' setting (`nemo_kd.nemo.template`).
+    # Null takes the stores' setting (`nemo_kd.nemo.template`).
     "label_key": optional(TEXT),
     "add_eos": optional(FLAG),
     "add_sep": optional(FLAG),
@@ -119,7 +119,7 @@ TRAINING_BLOCK = Block(
             lambda block: nemo.model_keys(),
         ),
         "resume": Block({"allow": optional(list_of(TEXT))}),
-        "cluster_type": optional(TEXT),  # NeMo's, for its own clusters
+        "cluster_type": optional(TEXT),  # a key of NeMo, for its own clusters
     },
     moved=TRAINING,
 )
@@ -130,7 +130,7 @@ SPLITS = ("train_ds", "validation_ds")
 def fill_in(cfg: DictConfig) -> None:
     """Add missing keys with their defaults, so that NeMo's own configurations work too.
 
-    `file_names: ???` of NeMo's file becomes null if there is a store.
+    If there is a store, `file_names: ???` in NeMo's configuration file becomes null.
     """
     OmegaConf.set_struct(cfg, False)
     defaults = DEFAULTS if cfg.get("exp_manager") is None else DEFAULTS | OF_A_RUN
@@ -144,19 +144,28 @@ def fill_in(cfg: DictConfig) -> None:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Errors: NemoKDError for an unknown key, or a value of the wrong kind."""
+    """Check all keys and the kinds of their values.
+
+    Errors: NemoKDError for an unknown key, or a value of the wrong kind.
+    """
     check(cfg, OUTPUT_BLOCK if "output" in set(cfg) else TRAINING_BLOCK)
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Errors: NemoKDError for a path that does not exist, or sizes that do not divide."""
+    """Check that paths exist and that batch and parallel sizes divide.
+
+    Errors: NemoKDError if they do not.
+    """
     files.check_files(cfg, FILES)
     check_processes(cfg)
     check_batches(cfg, SPLITS)
 
 
 def check_templates(cfg: DictConfig) -> None:
-    """Errors: NemoKDError for a template that cannot work, or whose fields the files lack."""
+    """Check the prompt templates against their blocks and the first row of each file.
+
+    Errors: NemoKDError for a template that cannot work, or whose fields a file does not have.
+    """
     if cfg.model.data.get("chat"):
         return
     for split in SPLITS:
@@ -185,13 +194,13 @@ DEFAULTS: dict[str, Any] = {
     },
     "trainer.num_nodes": 1,
     "trainer.num_sanity_val_steps": 0,
-    "trainer.logger": False,  # exp_manager makes it, and the checkpoints
+    "trainer.logger": False,  # exp_manager creates the logger and the checkpoints
     "trainer.enable_checkpointing": False,
     "trainer.use_distributed_sampler": False,
     "trainer.benchmark": False,
     "trainer.enable_model_summary": False,
 }
-"""Keys that NeMo or Lightning needs, and that a configuration may leave out."""
+"""Defaults of keys that NeMo or Lightning needs and that a configuration may leave out."""
 OF_A_RUN: dict[str, Any] = {
     "exp_manager.resume_ignore_no_checkpoint": True,
     "exp_manager.log_tflops_per_sec_per_gpu": False,  # NeMo does not compute it for fine-tuning
