@@ -1,4 +1,4 @@
-"""The data sets of a training or validation block: stores first, then SFT files."""
+"""Build the data sets of a training or validation block: stores first, then SFT files."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ TRAINING, VALIDATION = "model.data.train_ds", "model.data.validation_ds"
 def build_datasets(
     model: Student, data_cfg: DictConfig, training: bool = True
 ) -> list[TeacherSFTDataset]:
-    """The data sets of `data_cfg.store` and `data_cfg.file_names`.
+    """Build the data sets of `data_cfg.store` and `data_cfg.file_names`.
 
-    Errors: StoreError for a store that does not fit; NemoKDError for settings that do not.
+    Errors: StoreError for a store that does not fit the student; NemoKDError for settings that do
+    not fit the data.
     """
     stores, files = store_directories(data_cfg), sft_files(data_cfg)
     if files and data_cfg.get("packed_sequence", False):
@@ -49,9 +50,9 @@ def build_datasets(
 
 
 def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) -> BlendableDataset:
-    """Training data: `number` samples of all or a little more, in the order of the blend.
+    """Blend training data sets: at least `number` samples, in NeMo's order of a blend.
 
-    The first samples do not depend on `number`: a run can be made longer.
+    The first samples do not depend on `number`, so a run can be extended.
     """
     weights = data_cfg.get("concat_sampling_probabilities")
     weights = [len(dataset) for dataset in datasets] if weights is None else list(weights)
@@ -72,7 +73,7 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
 
 
 def blend_files(model: Student, number: int, data_cfg: DictConfig) -> BlendableDataset:
-    """Training data of SFT files alone: `number` samples, in the order of NeMo's own SFT."""
+    """Blend SFT files without a store: at least `number` samples, in the order of NeMo's SFT."""
     files, weights = sft_files(data_cfg), data_cfg.get("concat_sampling_probabilities")
     if weights is None or len(weights) != len(files):
         raise NemoKDError(

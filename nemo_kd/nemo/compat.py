@@ -1,9 +1,9 @@
-"""NeMo's adapter mixins under a Megatron-core that is newer than they are.
+"""Make NeMo's adapter mixins work with a newer Megatron-core.
 
 NeMo 2.4 copies the forward passes of Megatron's attention and transformer layer in order to put
 adapters into them. Megatron-core 0.13 calls both with arguments that the copies do not know
-(`inference_context` among them), so that no adapter can be trained, on any device. Here Megatron's
-own forward passes run, with the adapters hooked in where the copies have them.
+(`inference_context` among them), so no adapter can be trained on any device. This module runs
+Megatron's own forward passes instead, and adds the adapters with hooks where the copies have them.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters imp
 
 
 def fit_adapters_to_megatron() -> None:
-    """Replace the copies that Megatron's calls do not fit; nothing where they do."""
+    """Replace those of NeMo's copies that do not accept the arguments of Megatron's calls."""
     for mixin, original, forward in (
         (mcore_mixins.MCoreSelfAttentionMixin, SelfAttention.forward, _attention_forward),
         (
             mcore_mixins.MCoreTransformerLayerMixin,
-            TransformerLayer._forward_attention,  # its `forward` hands all arguments on to it
+            TransformerLayer._forward_attention,  # `forward` passes all its arguments to it
             _layer_forward,
         ),
     ):
@@ -39,7 +39,10 @@ def _knows_context(function: Callable[..., Any]) -> bool:
 
 
 def _attention_forward(self: Any, *arguments: Any, **named: Any) -> Any:
-    """The adapters of query, key and value are in the mixin's `get_query_key_value_tensors`."""
+    """Run Megatron's attention with the adapter of its output projection.
+
+    The mixin's `get_query_key_value_tensors` applies the adapters of query, key and value.
+    """
     dense = _enabled(self, AdapterName.LORA_DENSE_ATTENTION_ADAPTER)
     with _added(self.linear_proj, dense and (lambda output, given: output + dense(given))):
         return SelfAttention.forward(self, *arguments, **named)
@@ -56,7 +59,7 @@ def _layer_forward(self: Any, *arguments: Any, **named: Any) -> Any:
 
 
 def _enabled(module: Any, name: str) -> Any:
-    """The adapter of that name, or None."""
+    """Return the adapter `name` of a module if it is enabled, else None."""
     if not module.is_adapter_available():
         return None
     adapter = module.get_adapter_module(name)
@@ -67,7 +70,7 @@ def _enabled(module: Any, name: str) -> Any:
 def _added(
     module: torch.nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
 ) -> Iterator[None]:
-    """Within it the first of `module`'s two results is `change(result, its input)`."""
+    """Replace the first of `module`'s two results by `change(result, input)` within the context."""
     if change is None:
         yield
         return

@@ -1,4 +1,4 @@
-"""`model.kd` of a training run: the loss's own settings and what the model adds to them."""
+"""Settings of the block `model.kd`: those of the loss, its schedule and its normalization."""
 
 from __future__ import annotations
 
@@ -27,19 +27,19 @@ class KDTrainingConfig(KDConfig):
 
     normalize: str = "microbatch"
     """`microbatch`: mean over the answer tokens of each micro-batch, then over micro-batches and
-    data-parallel ranks, as NeMo's SFT. `global_tokens`: mean over all answer tokens of the global
-    batch, so the result does not depend on how the batch is split."""
+    data-parallel ranks, as in NeMo's SFT. `global_tokens`: mean over all answer tokens of the
+    global batch, so the result does not depend on how the batch is split."""
     fused_lm_head: bool = False
-    """Compute the LM head with the loss, in chunks of answer tokens: the logits of a whole
-    micro-batch never exist, and prompt positions do not go through the LM head at all."""
+    """Compute LM head and loss together, in chunks of answer tokens: the logits of a complete
+    micro-batch never exist, and prompt positions skip the LM head."""
 
     alpha_end: float | None = None
-    """Where a schedule takes `alpha`; None: it stays."""
+    """Value of `alpha` at the end of the schedule; None: `alpha` is constant."""
     temperature_end: float | None = None
-    """Where a schedule takes `temperature`; None: it stays. Not with support `bucket`, which needs
-    the teacher's log-sum-exp at every temperature."""
+    """Value of `temperature` at the end of the schedule; None: `temperature` is constant. Not with
+    support `bucket`, which needs the teacher's log-sum-exp at every temperature."""
     schedule: str = "linear"
-    """`linear`, or `cosine` (half a wave: slow at both ends)."""
+    """Shape of the schedule: `linear`, or `cosine` (half a period: slow at both ends)."""
     schedule_steps: int | None = None
     """Steps until the end of the schedule; None: `trainer.max_steps`."""
 
@@ -62,12 +62,12 @@ class KDTrainingConfig(KDConfig):
                 "for trainer.max_steps"
             )
         if self.scheduled:
-            _ = self.end  # checked as any constant is
+            _ = self.end  # checks the final values
         check_name("normalize", self.normalize, NORMALIZATIONS, NORMALIZATION_ALIASES)
 
     @property
     def scheduled(self) -> bool:
-        """Whether anything changes from step to step."""
+        """Whether any setting changes from step to step."""
         return self.alpha_end is not None or self.temperature_end is not None
 
     @property
@@ -77,11 +77,15 @@ class KDTrainingConfig(KDConfig):
 
     @property
     def end(self) -> KDTrainingConfig:
-        """The constant settings that a schedule comes to."""
+        """The constant settings at the end of the schedule."""
         return self.at(self.schedule_steps or 1, 1)
 
     def at(self, step: int, max_steps: int) -> KDTrainingConfig:
-        """The constant settings of a step; the first is 0, and `schedule_steps` has the end."""
+        """Return the constant settings of one step.
+
+        The first step is 0; the schedule ends at step `schedule_steps`, or `max_steps` if it is
+        None.
+        """
         if not self.scheduled:
             return self
         part = min(step / (self.schedule_steps or max(max_steps, 1)), 1.0)
@@ -102,7 +106,10 @@ class KDTrainingConfig(KDConfig):
 
 
 def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:
-    """`model.kd` → `KDTrainingConfig`; an unknown key is an error with the nearest valid name."""
+    """Convert `model.kd` to `KDTrainingConfig`.
+
+    Errors: NemoKDError for an unknown key, naming the nearest valid one, and for a wrong value.
+    """
     return settings_of(KDTrainingConfig, block, "model.kd")
 
 
@@ -115,11 +122,14 @@ NEMO_TEMPLATE = {
     "truncation_method": "right",
     "prompt_template": "{input} {output}",
 }
-"""NeMo's defaults of what made tokens of a source row: a configuration with these asks nothing."""
+"""NeMo's defaults of the settings that turn a row into tokens."""
 
 
 def check_train_data(data_cfg: DictConfig, kd: KDTrainingConfig) -> None:
-    """Errors: NemoKDError for a distillation without a store, and for no training data at all."""
+    """Check that there is training data, and a store if the run distills.
+
+    Errors: NemoKDError if there is not.
+    """
     if kd.distils and not store_directories(data_cfg):
         raise NemoKDError(
             "model.data.train_ds.store is not set, so there are no teacher logits to learn "
@@ -135,21 +145,22 @@ def check_train_data(data_cfg: DictConfig, kd: KDTrainingConfig) -> None:
 
 
 def store_directories(data_cfg: DictConfig) -> list[str]:
-    """The stores that a training or validation block names: none, one, or a list."""
+    """Return the paths of the stores of a training or validation block; may be empty."""
     stores = data_cfg.get("store") or []
     return [stores] if isinstance(stores, str) else [str(store) for store in stores]
 
 
 def sft_files(data_cfg: DictConfig) -> list[str]:
-    """The SFT files that a training or validation block names: none, one, or a list."""
+    """Return the paths of the SFT files of a training or validation block; may be empty."""
     files = data_cfg.get("file_names") or []
     return [files] if isinstance(files, str) else [str(file) for file in files]
 
 
 def store_alphas(data_cfg: DictConfig, kd: KDTrainingConfig) -> list[float | None]:
-    """One for each store of a block: its own alpha, or None for the training's weights.
+    """Return the alpha of each store of a block; None: the store uses the training's weights.
 
-    Errors: NemoKDError for another number of them, one outside [0, 1], or beside weights.
+    Errors: NemoKDError for a number of alphas other than that of stores, an alpha outside [0, 1],
+    and alphas together with `sft_weight` and `kd_weight`.
     """
     stores, alphas = store_directories(data_cfg), data_cfg.get("alpha")
     if alphas is None:

@@ -1,4 +1,4 @@
-"""The rows of a file of conversations, by NeMo's `GPTSFTChatDataset`."""
+"""Read conversations as token rows, with NeMo's `GPTSFTChatDataset`."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from nemo_kd.sft.tokenizer import Tokenizer
 
 
 def conversation_rows(path: str, tokenizer: Tokenizer, max_seq_length: int) -> SFTRows:
-    """The rows of `path`; those over `max_seq_length` are truncated on the right.
+    """Return the rows of `path`, truncated on the right to `max_seq_length`.
 
-    NeMo truncates when it pads a batch, to one target more, since its limit is that of the inputs.
+    NeMo truncates when it pads a batch, to one more target, since its limit applies to the inputs.
     """
     dataset: Any = SFTChatDataset(
         file_path=path, tokenizer=tokenizer, max_seq_length=max_seq_length

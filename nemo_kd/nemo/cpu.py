@@ -1,7 +1,7 @@
 """Run NeMo 2.4 without CUDA: patches of NeMo, in addition to those of `nemo_kd.mcore.cpu`.
 
-Call `install()` before any import of NeMo or Megatron. `cpu_settings` are the changes that a NeMo
-configuration needs (fusions off, plain layer specs).
+Call `install()` before any import of NeMo or Megatron. `cpu_settings` returns the changes that a
+NeMo configuration needs (fusions off, plain layer specs).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def install() -> bool:
 
 
 def cpu_settings(precision: str | int = 32) -> dict[str, Any]:
-    """Overrides (dotted key → value) that a NeMo training configuration needs on a CPU."""
+    """Return the overrides (dotted key → value) that a NeMo training needs on a CPU."""
     off = (
         "transformer_engine",
         "persist_layer_norm",
@@ -58,7 +58,7 @@ def cpu_settings(precision: str | int = 32) -> dict[str, Any]:
 
 def _patch_nemo() -> None:
     """Replace TransformerEngine by Megatron-core's own torch modules."""
-    # NeMo asks for TransformerEngine's version for adapters under sequence parallelism.
+    # NeMo looks up TransformerEngine's version for adapters under sequence parallelism.
     version = importlib.metadata.version
 
     def version_of(distribution_name: str) -> str:
@@ -94,7 +94,7 @@ def _patch_nemo_apex() -> None:
 
     overrides.HAVE_APEX = clip_grads.HAVE_APEX = True
     overrides.McoreDistributedOptimizer = McoreDistributedOptimizer
-    # apex's own class: used in isinstance only.
+    # A class of apex, used only in isinstance checks.
     overrides.MegatronDistributedFusedAdam = type("MegatronDistributedFusedAdam", (), {})
     build_model.set_defaults_if_not_set_tensor_model_parallel_attributes = set_defaults
     utils.listify_model = lambda model: model if isinstance(model, list) else [model]
@@ -107,10 +107,10 @@ def _patch_nemo_apex() -> None:
 
 
 class ShardableAdamW(torch.optim.AdamW):
-    """AdamW with `step` in the param group, as apex's FusedAdam has it.
+    """AdamW that keeps `step` in the parameter group, like apex's FusedAdam.
 
     torch's AdamW keeps a scalar `step` for each parameter; Megatron's sharded optimizer state
-    takes only tensors of the parameter's own shape. The arithmetic is torch's `adamw`.
+    accepts only tensors of the parameter's shape. The arithmetic is torch's `adamw`.
     """
 
     def __init__(
@@ -121,11 +121,11 @@ class ShardableAdamW(torch.optim.AdamW):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
     ) -> None:
-        both = (betas[0], betas[1])  # from YAML it is a list
+        both = (betas[0], betas[1])  # YAML gives a list
         super().__init__(params, lr=lr, betas=both, eps=eps, weight_decay=weight_decay)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's own asks for each `step`
+        torch.optim.Optimizer.__setstate__(self, state)  # AdamW's needs each parameter's `step`
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -1,8 +1,8 @@
 """Refuse settings of `model.data.train_ds` and `validation_ds` that would have no effect.
 
-NeMo's data blocks have keys for SFT files, keys that NeMo itself never reads, and keys that one of
-the two splits does not use. With a store, each either takes effect or is an error if it differs
-from its default.
+NeMo's data blocks have keys for SFT files, keys that NeMo itself never reads, and keys that only
+one of the two splits uses. With a store, a key without effect is an error if its value differs from
+the default.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from nemo_kd.nemo.config import sft_files, store_directories
 from nemo_kd.nemo.settings.training import SPLITS
 
 Rules = dict[str, tuple[tuple[Any, ...], str]]
-"""Key → its neutral values (defaults here, in NeMo's code and in its YAML), and the reason in the
-error for all others."""
+"""Key → its neutral values (the defaults of this package, NeMo's code and NeMo's YAML), and the
+reason that the error gives for other values."""
 
 SHUFFLED_BY = "shuffle_seed decides the order, a permutation for each epoch"
 UNUSED: Rules = {
@@ -51,7 +51,10 @@ VALIDATION: Rules = {
 
 
 def check_data_settings(data: DictConfig) -> None:
-    """Errors: NemoKDError that names the first key whose value would have no effect."""
+    """Refuse values without effect in the blocks of `data`.
+
+    Errors: NemoKDError that names the first such key.
+    """
     blocks = {split: data[split] for split in SPLITS if data.get(split) is not None}
     reads_files = any(sft_files(block) for block in blocks.values())
     for split, block in blocks.items():
@@ -67,7 +70,11 @@ def check_data_settings(data: DictConfig) -> None:
 
 
 def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
-    """`reads_files`: whether either split does, since validation_ds takes settings of train_ds."""
+    """Yield the rules that apply to the block of `split`.
+
+    `reads_files`: whether either split reads SFT files; both count, since validation_ds takes
+    settings of train_ds.
+    """
     stores, files = store_directories(block), sft_files(block)
     packed = block.get("packed_sequence", False)
     yield UNUSED
@@ -110,9 +117,9 @@ def _check_order(block: DictConfig) -> None:
 def check_names(block: DictConfig) -> None:
     """Require a unique name for each validation set, or no names (then set0, set1, ...).
 
-    Errors: NemoKDError for another number of names, a name that is no text or contains a slash
-    (which would be a directory in NeMo's files of predictions), and a repeated name, under which
-    NeMo and Lightning would log the mean of both sets.
+    Errors: NemoKDError if the number of names is not that of sets, for a name that is not text or
+    contains a slash (a directory in the paths of NeMo's prediction files), and for a repeated name,
+    under which NeMo and Lightning would log the mean of both sets.
     """
     names, count = block.get("names"), len(store_directories(block)) + len(sft_files(block))
     if names is None:

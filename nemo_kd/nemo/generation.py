@@ -1,4 +1,4 @@
-"""Generation metrics of a validation, as NeMo's SFT has them, on stores and on SFT files."""
+"""NeMo's generation metrics in a validation on stores and on SFT files."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_kd.nemo.rouge import WITHOUT_SENTENCES, splits_sentences
 
 
 def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
-    """Refuse, before a run begins, what its first validation could not do.
+    """Refuse, before a run begins, settings under which its first validation would fail.
 
     Errors: NemoKDError for generation under sequence parallelism.
     """
@@ -36,10 +36,10 @@ def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
 
 
 class GeneratingSFTModel(ReportingSFTModel):
-    """NeMo's `metric` and predictions, on any tensor, pipeline and data parallel layout."""
+    """SFT model with NeMo's `metric` and predictions on any tensor, pipeline and data layout."""
 
     def setup_metric(self, data_cfg: DictConfig) -> Any:
-        """NeMo makes a metric for each of `file_names`: here stores count too."""
+        """Create a metric for each store and each file; NeMo does so for `file_names` only."""
         sets = [*store_directories(data_cfg), *sft_files(data_cfg)]
         metrics, name = super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
         if name == "rouge" and not splits_sentences():
@@ -54,16 +54,16 @@ class GeneratingSFTModel(ReportingSFTModel):
         return metrics, name
 
     def predict_step(self, batch: Any, batch_idx: int, dataloader_idx: int | None = None) -> Any:
-        """NeMo's; greedy, so that a metric of a validation is the same each time.
+        """Generate as NeMo does, but greedily by default, so that metrics are reproducible.
 
-        Collectives beyond NeMo's: with more than two pipeline stages a broadcast of the tokens
-        over them, since NeMo counts the predictions on every stage but has none in the middle.
+        Collectives beyond NeMo's: with more than two pipeline stages, a broadcast of the tokens
+        over the stages, since NeMo counts predictions on every stage but middle stages have none.
         """
         config = self.get_inference_config()
         config.setdefault("greedy", True)
-        # Given here, since NeMo's own choice of one imports all of its multimodal models.
+        # Set explicitly, since NeMo's default selection imports all of its multimodal models.
         config.setdefault("strategy", GPTModelTextGenerationStrategy(self))
-        # A copy, for on a CPU NeMo writes the answers into it; as wide as the longest needs.
+        # A copy, since NeMo on a CPU writes the answers into it; cut to the longest context.
         longest = int(batch["context_lengths"].max())
         contexts = torch.nn.functional.pad(
             batch["contexts"][:, :longest],
@@ -86,7 +86,7 @@ class GeneratingSFTModel(ReportingSFTModel):
 
     @contextmanager
     def _at_inference(self) -> Iterator[None]:
-        """Without dropout, which NeMo's validation step has turned on again; no cache is kept."""
+        """Turn off dropout, which NeMo's validation step turns on; drop the cache at the end."""
         modules = self.get_model_module_list()
         training = [module.training for module in modules]
         for module in modules:

@@ -1,4 +1,4 @@
-"""The length of a run in steps, and the steps between validations and checkpoints."""
+"""Compute a run's length in steps, and the steps between validations and checkpoints."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from nemo_kd.nemo.record import Progress, say
 from nemo_kd.store import Store
 
 NO_EPOCH_LIMIT = 9999
-"""The `max_epochs` of NeMo's configurations: no limit but `trainer.max_steps`."""
+"""Value of `max_epochs` in NeMo's configurations that means no limit on epochs."""
 
 
 def fit_length(cfg: DictConfig, done: Progress) -> None:
-    """Convert `trainer.max_epochs` and `val_check_interval` to steps; set the checkpoints' steps.
+    """Convert `trainer.max_epochs` and `val_check_interval` to steps; set checkpoint intervals.
 
     `done`: the progress of the checkpoint that the run resumes from.
 
-    Errors: NemoKDError for a run without an end or without a step, and for settings under which no
-    validation could happen.
+    Errors: NemoKDError for a run without an end or without any step, and for settings that allow no
+    validation.
     """
     trainer = cfg.trainer
     refuse_part_epochs(trainer)
@@ -48,7 +48,7 @@ def validates(cfg: DictConfig) -> bool:
 
 
 def samples_of(data_cfg: DictConfig) -> list[int]:
-    """The number of samples (or packs) of each store and file of a block."""
+    """Return the number of samples (or packs) of each store and file of a block."""
     return [
         *(_used(Store(directory), data_cfg) for directory in store_directories(data_cfg)),
         *(rows_of(Path(file)) for file in sft_files(data_cfg)),
@@ -56,7 +56,7 @@ def samples_of(data_cfg: DictConfig) -> list[int]:
 
 
 def rows_of(path: Path) -> int:
-    """The lines of a JSONL file, without empty ones at its end, as NeMo counts them."""
+    """Count the lines of a JSONL file as NeMo does: without empty ones at its end."""
     rows, newlines = 0, 0
     with path.open("rb") as file:
         while block := file.read(1 << 24):
@@ -82,7 +82,7 @@ def _limits(max_epochs: int | None) -> bool:
 
 
 def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
-    """The steps of the run, `done` ones included: the first limit that it reaches."""
+    """Return the steps of the run up to its first limit, those already `done` included."""
     max_steps, max_epochs = cfg.trainer.get("max_steps"), cfg.trainer.get("max_epochs")
     if max_steps is None or max_steps == -1:
         max_steps = None
@@ -110,7 +110,7 @@ def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
 
 
 def _steps_of_epoch(cfg: DictConfig) -> int:
-    """The steps of an epoch: one draw for each sample, whatever the stores' proportions."""
+    """Return the steps of an epoch: as many draws as samples, whatever the blend's proportions."""
     data = cfg.model.data.train_ds
     if not store_directories(data) and data.get("packed_sequence", False):
         raise NemoKDError(
@@ -131,7 +131,10 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
 
 
 def refuse_part_epochs(trainer: DictConfig) -> None:
-    """Errors: NemoKDError for settings of Lightning that would end a run early."""
+    """Refuse settings of Lightning that would end a run early or change its validations.
+
+    Errors: NemoKDError that names the setting to use instead.
+    """
     if trainer.get("fast_dev_run"):
         raise NemoKDError(
             "trainer.fast_dev_run would train a batch or so and keep nothing: set "
@@ -150,7 +153,10 @@ def refuse_part_epochs(trainer: DictConfig) -> None:
 
 
 def _interval(given: Any, steps: int, epoch: int | None) -> int:
-    """Steps between validations: a float is a share of an epoch, or of the run without epochs."""
+    """Return the steps between validations.
+
+    A float is a fraction of an epoch or, for a run without epochs, of the run.
+    """
     given = 1.0 if given is None else given
     if isinstance(given, int) and given >= 1:
         return min(given, steps)
@@ -163,7 +169,7 @@ def _interval(given: Any, steps: int, epoch: int | None) -> int:
 
 
 def _check_validation(cfg: DictConfig) -> None:
-    """Require a batch from every set: without a validation there would be no checkpoint either."""
+    """Require a batch from every set: without a validation, no checkpoint would be saved."""
     data, limit = cfg.model.data.validation_ds, cfg.trainer.get("limit_val_batches")
     if data.get("packed_sequence", False):  # NeMo's own packed files
         return
