@@ -43,7 +43,9 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
     User errors are reported in one line, without a traceback. After Ctrl-C the exit status is 130
     and the message includes `resume`, which describes what rerunning the command does.
     """
+    # Python's own, which the other commands of `nemo-kd` replace: sockets must not kill a job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
     OmegaConf.register_new_resolver("commented", functools.partial(commented, conf), replace=True)

@@ -24,7 +24,7 @@ def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
         raise StoreError(
             f"store {store.directory} has one id per token (K = 1): on model.kd.support=topk both "
             "distributions are 1 there, and nothing is learned from the teacher; set "
-            "model.kd.support=bucket, or dump with a larger model.kd.top_k"
+            "model.kd.support=bucket, or dump with a larger dump.top_k"
         )
     if spec.profile != Sampled.name:
         return
