@@ -1,7 +1,7 @@
-"""The part of a sequence that a context-parallel rank has.
+"""The part of a sequence that belongs to a context-parallel rank.
 
 Megatron cuts a sequence into 2C chunks for C ranks and gives rank r the chunks r and 2C - 1 - r, so
-that causal attention costs each rank the same. Packed samples are cut so one by one. A rank's
+that causal attention costs each rank the same. Packed samples are cut one by one. A rank's
 tokens, labels and loss mask are those at its positions, and the teacher's rows follow the mask.
 """
 

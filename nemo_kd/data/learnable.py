@@ -1,4 +1,4 @@
-"""Whether a loss can learn from a store what it is asked to."""
+"""Check whether a configured loss can learn from a store."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from nemo_kd.store.codecs import Sampled
 def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
     """Refuse a store that the distillation of `config` cannot learn from, or only with a bias.
 
-    `when` says in a message which step's settings these are. A distillation of weight 0 may have
+    `when` names in messages the step that has these settings. A distillation of weight 0 accepts
     any store.
 
     Errors: StoreError for draws from the teacher and a gradient that is not linear in it, and for

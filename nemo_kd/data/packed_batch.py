@@ -1,9 +1,8 @@
-"""Packed sequences: several samples in one row, each on its own.
+"""Packed sequences: several samples in one row, independent of each other.
 
 The samples of a pack follow one another; `cu_seqlens` says where each ends, for attention and
-rotary positions, and position ids begin again at 0. A sample of L tokens takes L - 1 places, for
-its inputs and its labels: so the last label of a sample is its own, never the next one's first
-token.
+rotary positions, and position ids restart at 0. A sample of L tokens takes L - 1 positions, so that
+its last label is its own last token and never the first token of the next sample.
 """
 
 from __future__ import annotations
@@ -21,16 +20,16 @@ ROW_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 def collate_packs(
     packs: Sequence[Sequence[Part]], length: int, pad_id: int
 ) -> dict[str, torch.Tensor]:
-    """B packs → NeMo's keys for packed sequences.
+    """Collate B packs under NeMo's keys for packed sequences.
 
     `ROW_KEYS` [B, length] int64; `cu_seqlens` [B, sequences + 1] int32, from 0 to `length` and
     then -1, with `cu_seqlens_argmin` [B, 1], how many there are; `max_seqlen` [B, 1]. The padding
-    at the end of a pack is a sequence of its own, of which nothing is learnt: so no place is left
-    without a value by an attention kernel.
+    at the end of a pack is a sequence of its own with a loss mask of 0, so that an attention kernel
+    leaves no position undefined.
     """
     rows = [_row(pack, length, pad_id) for pack in packs]
     boundaries = [ends for _, ends in rows]
-    # At least one -1 in each row, for NeMo cuts at the first.
+    # At least one -1 in each row: NeMo cuts at the first.
     filled = torch.full((len(rows), max(map(len, boundaries)) + 1), -1, dtype=torch.int32)
     for row, ends in zip(filled, boundaries, strict=True):
         row[: len(ends)] = ends
@@ -48,7 +47,7 @@ def collate_packs(
 def _row(
     pack: Sequence[Part], length: int, pad_id: int
 ) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
-    """`ROW_KEYS` [length], and where its sequences begin and end, padding among them."""
+    """`ROW_KEYS` [length], and the boundaries of its sequences, padding included."""
     row = {key: torch.zeros(length, dtype=torch.long) for key in ROW_KEYS}
     row["tokens"].fill_(pad_id)
     row["labels"].fill_(pad_id)

@@ -1,8 +1,7 @@
-"""Samples into packs of a bounded size: first-fit-decreasing, or consecutive samples.
+"""Group samples into packs of a bounded size: first-fit-decreasing, or consecutive samples.
 
 First-fit-decreasing: longest first, each sample goes into the first pack that has room for it.
-Samples of one length fill the packs from the first on, each as far as it goes: so a length costs
-one pass over the packs, not each sample.
+All samples of one length are placed in a single pass over the packs, not one pass per sample.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from nemo_kd.store import Store
 
 @dataclass(frozen=True)
 class Packs:
-    """Which samples are together: pack p has `members[bounds[p] : bounds[p + 1]]`."""
+    """The samples of each pack: pack p has `members[bounds[p] : bounds[p + 1]]`."""
 
     members: NDArray[np.int64]
     """[samples]: each index once."""
@@ -34,18 +33,17 @@ class Packs:
 
 
 def first_fit_decreasing(lengths: ArrayLike, size: int, seed: int = 0) -> Packs:
-    """Packs of at most `size` in sum; lengths [samples] are whole numbers from 0 to `size`.
+    """Packs whose lengths sum to at most `size`; lengths [samples] are integers from 0 to `size`.
 
-    At most 11/9 of the fewest packs possible, and two thirds of one. `seed` decides which samples
-    of the same length are with which others; how many of a length are in a pack does not depend
-    on it.
+    At most 11/9 of the minimal number of packs, plus two thirds of one. `seed` shuffles samples of
+    the same length; how many of a length are in a pack does not depend on it.
 
     Errors: ValueError for a length that is below 0 or above `size`.
     """
     sizes = _checked(lengths, size)
     shuffled = np.random.default_rng(seed).permutation(len(sizes))
     order = shuffled[np.argsort(-sizes[shuffled], kind="stable")]  # longest first
-    pack_of = _packs_of_falling(sizes[order], size)
+    pack_of = _first_fit(sizes[order], size)
     by_pack = np.argsort(pack_of, kind="stable")
     counts = np.bincount(pack_of)
     return Packs(order[by_pack], np.concatenate([[0], counts.cumsum()]))
@@ -53,12 +51,12 @@ def first_fit_decreasing(lengths: ArrayLike, size: int, seed: int = 0) -> Packs:
 
 @dataclass(frozen=True)
 class Packing(Fitting):
-    """The used samples of a store in packs; `packs` counts the places in `used`."""
+    """The used samples of a store in packs; `packs` holds indices into `used`."""
 
     packs: Packs
     max_seq_length: int
     inputs: int
-    """In all packs: a sample of L tokens has L - 1, for its last token is a label alone."""
+    """Inputs in all packs: a sample of L tokens has L - 1, since its last token is only a label."""
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -67,13 +65,13 @@ class Packing(Fitting):
         full = self.inputs / (len(self) * self.max_seq_length)
         return (
             f"{len(self.used)} samples in {len(self)} packs of max_seq_length="
-            f"{self.max_seq_length} tokens, {len(self.used) / len(self):.1f} samples a pack, "
+            f"{self.max_seq_length} tokens, {len(self.used) / len(self):.1f} samples per pack, "
             f"{full:.1%} full"
         )
 
 
 def in_order(lengths: ArrayLike, size: int) -> Packs:
-    """Packs of at most `size` in sum, each of consecutive samples; lengths [samples] >= 0.
+    """Packs of consecutive samples that sum to at most `size`; lengths [samples] >= 0.
 
     Errors: ValueError for a length above `size`.
     """
@@ -94,7 +92,9 @@ def pack_samples(
     `seed`: as in `first_fit_decreasing`; None keeps the samples in the store's order, which fills
     the packs less.
     """
-    lengths = np.minimum(store.lengths[fitting.used], max_seq_length) - 1  # longer ones are cut
+    lengths = (
+        np.minimum(store.lengths[fitting.used], max_seq_length) - 1
+    )  # longer ones are truncated
     if seed is None:
         packs = in_order(lengths, max_seq_length)
     else:
@@ -114,14 +114,14 @@ def _checked(lengths: ArrayLike, size: int) -> NDArray[np.int64]:
     return sizes
 
 
-def _packs_of_falling(sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """[samples]: the pack of each, for falling sizes."""
+def _first_fit(sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+    """[samples]: the pack of each, for descending sizes."""
     room = np.full(len(sizes), size)  # of each pack, opened or not
     opened = 0
     pack_of = [np.empty(0, dtype=np.int64)]
     values, counts = np.unique(-sizes, return_counts=True)
     for length, count in zip(-values, counts, strict=True):
-        # Those with room, and as many new ones as would take all of them.
+        # The packs with room, then enough new ones for all samples.
         new = -(-count // (size // length)) if length else 1
         packs = np.append(np.flatnonzero(room[:opened] >= length), np.arange(opened, opened + new))
         packs = packs[:count]

@@ -22,7 +22,7 @@ def never_compiled(function: Callable[P, T]) -> Callable[P, T]:
     """Run `function` eagerly inside a compiled caller, forward and backward.
 
     `torch.compiler.disable` imports torch._dynamo, which takes as long as torch itself. Nothing
-    can be compiled before somebody has imported it, so it is left to them.
+    can be compiled before torch._dynamo was imported, so it is not imported here.
     """
     disabled: Callable[P, T] | None = None
 
@@ -35,6 +35,6 @@ def never_compiled(function: Callable[P, T]) -> Callable[P, T]:
             disabled = torch.compiler.disable(function, reason=REASON)
         return disabled(*args, **kwargs)
 
-    # torch.compile counts its recompilations for each code object: one for each function.
+    # torch.compile counts recompilations per code object, so each function gets its own.
     call.__code__ = call.__code__.replace()  # type: ignore[attr-defined]
     return call

@@ -1,8 +1,8 @@
 """Divergences between two distributions on a few points, one small pure function each.
 
 All take log-probabilities `log_p` (teacher, no gradient) and `log_q` (student) [N, J], normalised
-over J, in nats, and give [N]. No entry is -inf: `supports` puts a finite floor under them, at
-which a probability is zero, so that 0 · log 0 is 0.
+over J, in nats, and return [N]. No entry is -inf: `supports` clamps them to a finite floor at which
+the probability is zero, so that 0 · log 0 is 0.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 
 def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(p || q) = Σ p (log p - log q): the student covers all that the teacher does.
+    """KL(p || q) = Σ p (log p - log q): the student covers everything that the teacher does.
 
     Hinton, Vinyals and Dean, "Distilling the knowledge in a neural network", 2015.
     """
@@ -69,8 +69,8 @@ class Divergence:
     needs_teacher_everywhere: bool = False
     """Infinite wherever the student has mass and the teacher has none (support `vocab`)."""
     in_double: bool = False
-    """Its gradient multiplies the student's probability with a difference of logarithms: computed
-    in float64, or float32's rounding of these shows."""
+    """Computed in float64: its gradient multiplies the student's probability by a difference of
+    logarithms, whose rounding in float32 would be visible."""
 
 
 DIVERGENCES: Mapping[str, Divergence] = MappingProxyType(

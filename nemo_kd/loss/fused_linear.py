@@ -1,11 +1,11 @@
-"""LM head and loss in one, a chunk of tokens at a time: the logits [N, Vp] never exist as a whole.
+"""LM head and loss in one pass, a chunk of tokens at a time: [N, Vp] logits are never allocated.
 
     z = softcap(scale · h Wᵀ),    dh = dz W,    dW = dzᵀ h
 
-A token's loss depends on its own logits alone, and callers nearly always weigh all tokens of a
-micro-batch alike. So the forward pass makes the gradient of Σ loss while it has the logits, and
-the backward pass multiplies it by the common weight: three matrix products, as many as without
-fusion. Tokens that turn out to be weighed differently cost the passes over the chunks again.
+A token's loss depends on its own logits only, and callers nearly always weight all tokens of a
+micro-batch equally. So the forward pass computes the gradient of Σ loss while it has the logits,
+and the backward pass multiplies it by the common weight: three matrix products, as many as without
+fusion. If the tokens' weights differ, the backward pass repeats the passes over the chunks.
 """
 
 from __future__ import annotations
@@ -60,24 +60,24 @@ def linear_sft_kd_loss(
     """`sft_kd_loss` of logits z = softcap(logit_scale · hidden weightᵀ) that are never stored.
 
     softcap(z) = c · tanh(z / c) for `logit_softcap` c. Only `loss` has a gradient: `nll`, `kd` and
-    the metrics are for reporting. Selecting positions costs a pass over the chunks of its own: what
-    is selected is known only when all have been seen.
+    the metrics are for reporting. `top_entropy_fraction` < 1 costs one more pass over the chunks,
+    since the selection depends on all of them.
 
     Layout: weight [Vp, H] are this rank's rows; labels [*], mask [*], weights and the teacher are
-    as in `sft_kd_loss`. It stands in the place of Megatron's ColumnParallelLinear and takes over
+    as in `sft_kd_loss`. It replaces Megatron's ColumnParallelLinear and takes over
     its communication: without `sequence_parallel`, hidden [*, H] is the same on every rank, and so
     is its gradient, summed over `group` here. With it, hidden [s / ranks, b, H] is this rank's part
-    of the sequence (labels [s, b] are whole) and so is its gradient. Do not wrap hidden in
+    of the sequence (labels [s, b] are of all of it) and so is its gradient. Do not wrap hidden in
     Megatron's `copy_to` or `gather_from` regions: the gradient would be summed twice. The weight's
     gradient is this rank's own. Under autocast the products are in its dtype, as for a linear
     layer; the weight's gradient adds up in float32 over the chunks.
 
-    `chunk_tokens`: tokens of a chunk (default: so many that it has 1.3 · 10⁷ logits on a CPU, 2²⁷
-    on a GPU); its logits, or twice that with a soft-cap, are all that exists at a time.
+    `chunk_tokens`: tokens per chunk (by default as many as give 1.3 · 10⁷ logits on a CPU, 2²⁷ on a
+    GPU). Only one chunk's logits exist at a time, or twice that with a soft-cap.
 
     `equal_gradients`: the caller's promise that all tokens' losses get the same gradient, as from a
-    sum or a mean over them. Without it the backward pass looks, for which a GPU makes the host
-    wait; a broken promise gives gradients of NaN.
+    sum or a mean over them. Without it the backward pass compares them, for which a GPU makes the
+    host wait; a broken promise gives gradients of NaN.
 
     Collectives: two all-reduces a chunk, as `sft_kd_loss`; backward one all-reduce of [N, H], or a
     reduce-scatter; `sequence_parallel` adds an all-gather of hidden.
@@ -130,7 +130,7 @@ class _LinearLoss(torch.autograd.Function):
         weights: Tensor | None,
         metrics: dict[str, Tensor],
     ) -> tuple[Tensor, ...]:
-        # The backward pass runs outside of autocast, but has to compute as this one does.
+        # The backward pass runs outside of autocast, but has to use the same dtype.
         ctx.dtype = _product_dtype(hidden)
         ctx.positions, ctx.teacher, ctx.head = positions, teacher, head
         ctx.weights = head.config.weights if weights is None else weights
@@ -181,11 +181,11 @@ def _all_chunks(
     weight: Tensor,
     ids: Tensor,
     token_weight: Tensor | None,
-    wanted: tuple[bool, bool],
+    needed: tuple[bool, bool],
 ) -> LinearPass:
-    """`linear_pass` over the chosen positions of the whole sequence."""
+    """`linear_pass` over the chosen positions of the complete sequence."""
     with _without_autocast(hidden.device.type):
-        flat = _whole_sequence(hidden.detach(), ctx.head)
+        flat = _complete_sequence(hidden.detach(), ctx.head)
         chosen = flat if ctx.positions is None else flat[ctx.positions]  # [N, H]
         return linear_pass(
             chosen.to(ctx.dtype),
@@ -195,12 +195,12 @@ def _all_chunks(
             ctx.head,
             ctx.weights,
             token_weight,
-            wanted,
+            needed,
         )
 
 
 def _product_dtype(hidden: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: autocast's dtype, if it is on."""
+    """The dtype that a linear layer would compute in: autocast's if it is enabled."""
     kind = hidden.device.type
     on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else hidden.dtype
@@ -211,7 +211,7 @@ def _without_autocast(kind: str) -> AbstractContextManager[Any]:
     return torch.autocast(kind, enabled=False) if available else nullcontext()
 
 
-def _whole_sequence(hidden: Tensor, head: LinearHead) -> Tensor:
+def _complete_sequence(hidden: Tensor, head: LinearHead) -> Tensor:
     """[R, H]: all positions; under sequence parallelism all-gathered along the first dimension."""
     flat = hidden.reshape(-1, hidden.shape[-1])
     group = head.shard.group
@@ -235,6 +235,6 @@ def _reduce_hidden(
     if positions is not None:
         grad = grad.new_zeros(rows, grad.shape[-1]).index_copy_(0, positions, grad)
     if scattered:
-        whole, grad = grad, grad.new_empty(rows // ranks, grad.shape[-1])
-        dist.reduce_scatter_tensor(grad, whole, group=group)
+        complete, grad = grad, grad.new_empty(rows // ranks, grad.shape[-1])
+        dist.reduce_scatter_tensor(grad, complete, group=group)
     return grad.view(hidden.shape).to(hidden.dtype)

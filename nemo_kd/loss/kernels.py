@@ -1,4 +1,4 @@
-"""Which implementation makes the two passes over a shard: Triton's on a GPU, else torch's."""
+"""Choice of the implementation of the two passes over a shard: Triton on a GPU, else torch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from nemo_kd.loss.torch_kernels import ShardPass
 
 
 class Kernels(Protocol):
-    """The functions that `torch_kernels` documents."""
+    """The interface of both implementations; `torch_kernels` documents it."""
 
     def keeps_softmax(self, dtype: torch.dtype, temperatures: Sequence[float]) -> bool: ...
 

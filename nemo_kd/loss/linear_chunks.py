@@ -23,7 +23,7 @@ from nemo_kd.topk import TopK
 
 @dataclass(frozen=True, kw_only=True)
 class LinearHead:
-    """What does not change from token to token."""
+    """Settings that all chunks share."""
 
     shard: VocabShard
     config: KDConfig
@@ -34,7 +34,7 @@ class LinearHead:
     equal_gradients: bool
 
     def logits(self, hidden: Tensor, weight: Tensor, z: Tensor) -> Tensor | float:
-        """z [n, Vp] ← the logits; the slope dz / d(h Wᵀ): [n, Vp], or a number if all the same."""
+        """z [n, Vp] ← the logits; the slope dz / d(h Wᵀ): [n, Vp], or a number if constant."""
         torch.mm(hidden, weight.t(), out=z)
         if self.scale != 1:
             z *= self.scale
@@ -56,7 +56,7 @@ class Values(NamedTuple):
 
 
 class LinearPass(NamedTuple):
-    """Values, and the gradients of Σ token_weight · loss where they are wanted."""
+    """Values, and the gradients of Σ token_weight · loss where they are needed."""
 
     loss: Tensor
     nll: Tensor
@@ -74,7 +74,7 @@ def linear_pass(
     head: LinearHead,
     weights: Weights,
     token_weight: Tensor | None,
-    wanted: tuple[bool, bool],
+    needed: tuple[bool, bool],
 ) -> LinearPass:
     """Values and gradients of hidden [N, H], weight [Vp, H]; `ids` [N, 1 + K], label first.
 
@@ -82,12 +82,12 @@ def linear_pass(
     rank's part of a sum over the ranks; `grad_weight` is in float32 at least. Collectives: two
     all-reduces a chunk.
     """
-    grad_hidden = torch.empty_like(hidden) if wanted[0] else None
+    grad_hidden = torch.empty_like(hidden) if needed[0] else None
     grad_weight: Tensor | None = None
     results = []
-    # Without any token there is one empty chunk, which gives the results their dtypes.
+    # One empty chunk if there is no token: the results need their dtypes.
     chunks = max(1, -(-len(ids) // head.chunk_tokens))
-    size = max(1, -(-len(ids) // chunks))  # all alike: a short last one would waste its products
+    size = max(1, -(-len(ids) // chunks))  # equal chunks: a short last one would be inefficient
     memory = hidden.new_empty(size, len(weight))
     for start in range(0, max(len(ids), 1), size):
         part = slice(start, start + size)
@@ -96,12 +96,12 @@ def linear_pass(
         slope = head.logits(hidden[part], weight, z)
         both = weights[part] if isinstance(weights, Tensor) else weights
         rows = None if teacher is None else teacher[part]
-        results.append(_chunk(z, ids[part], rows, head, both, scale, any(wanted)))
-        if any(wanted) and not (isinstance(slope, float) and slope == 1):  # z is now dz
+        results.append(_chunk(z, ids[part], rows, head, both, scale, any(needed)))
+        if any(needed) and not (isinstance(slope, float) and slope == 1):  # z is now dz
             z *= slope
         if grad_hidden is not None:
             torch.mm(z, weight, out=grad_hidden[part])
-        if wanted[1]:
+        if needed[1]:
             grad_weight = _add_product(grad_weight, z, hidden[part])
     loss, nll, kd = (torch.cat([getattr(r, name) for r in results]) for name in Values._fields[:3])
     metrics = {name: torch.cat([r.metrics[name] for r in results]) for name in results[0].metrics}
@@ -115,13 +115,13 @@ def _chunk(
     head: LinearHead,
     both: Weights,
     token_weight: Tensor | None,
-    wanted: bool,
+    needed: bool,
 ) -> Values:
-    """The values of a chunk's tokens; if wanted, z [n, Vp] ← d Σ token_weight · loss / dz."""
+    """The values of a chunk's tokens; if needed, z [n, Vp] ← d Σ token_weight · loss / dz."""
     rows, temperatures, size = Rows.of(z), head.config.temperatures, head.shard.size
-    keeps = wanted and kernels.choose(z).keeps_softmax(z.dtype, temperatures)
+    keeps = needed and kernels.choose(z).keeps_softmax(z.dtype, temperatures)
     gathered, state = gather_pass(rows, ids, head.shard, temperatures, keeps)
-    if not wanted:
+    if not needed:
         nll, kd, metrics = token_terms(gathered, ids, teacher, head.config, size)
         return Values(combine(nll, kd, both), nll, kd, metrics)
     with torch.enable_grad():

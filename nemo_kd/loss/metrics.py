@@ -1,4 +1,4 @@
-"""What to watch while distilling, one value a token, from the tensors that the loss already has."""
+"""Metrics of the distillation, one value per token, from tensors that the loss already has."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def token_metrics(
 
 
 class MassWatch:
-    """Warns once when the K kept tokens hold too little of the teacher's distribution.
+    """Warn once if the K stored tokens hold too little of the teacher's probability.
 
     A store whose K tokens hold 97% of the mass at temperature 1 may hold 3% at 4: the bucket then
-    says almost nothing about the teacher. The caller, who logs the mean anyway, passes it here.
+    says almost nothing about the teacher. The caller passes the mean that it logs.
     """
 
     def __init__(self, temperature: float) -> None:

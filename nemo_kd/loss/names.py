@@ -1,4 +1,4 @@
-"""A name out of a few: an unknown one is refused with the right one, never with its opposite."""
+"""Names from a fixed set: an unknown one is refused with a suggestion, never with its opposite."""
 
 from __future__ import annotations
 
@@ -30,7 +30,10 @@ DIRECTIONS = {"forward": ("forward", "fwd"), "reverse": ("reverse", "rev", "bwd"
 def check_name(
     field: str, name: object, known: Iterable[str], aliases: Mapping[str, str] | None = None
 ) -> None:
-    """Errors: NemoKDError that lists the known names and says which is meant."""
+    """Check that `name` is known.
+
+    Errors: NemoKDError that lists the known names and suggests the nearest.
+    """
     names = sorted(known)
     if name not in names:
         raise NemoKDError(
@@ -52,8 +55,8 @@ def nearest(
 ) -> str | None:
     """The known name that `name` is an alias or a misspelling of, or None.
 
-    `aliases`: known name → its other names, separated by spaces. A name that says one direction is
-    not taken for a misspelling of the other one, however many letters they share.
+    `aliases`: known name → its other names, separated by spaces. A name that contains one direction
+    is never matched with the other, however many letters they share.
     """
     squeezed = {re.sub("[^a-z0-9]", "", each.lower()): each for each in known}
     bare = re.sub("[^a-z0-9]", "", name.lower())

@@ -1,4 +1,4 @@
-"""The one primitive: chosen logits, and the log-sum-exp of all the others.
+"""The primitive of every loss: chosen logits, and the log-sum-exp of all others.
 
     picked[n, m] = z[n, ids[n, m]]
     top[n]       = max_{v ∉ ids[n]} z[n, v]
@@ -42,7 +42,7 @@ class Gathered(NamedTuple):
 
 
 class PassState(NamedTuple):
-    """What the backward pass needs of the forward pass: [N], or one [N] for each temperature.
+    """Values that the backward pass needs from the forward pass: [N], or one [N] per temperature.
 
     `top` = this shard's largest logit outside; `norm` as in `ShardPass`; `share` = this shard's
     part in Σ_{v ∉ ids} exp(z / T), in [0, 1].
@@ -192,7 +192,7 @@ def gather_logits_and_logsumexp(
     for float64 logits), in nats. Ids may repeat. Columns ≥ `vocab_size` are padding and do not
     count. Forward: two all-reduces, [N] and [N, M + 1]; backward: none. The gradient comes in the
     logits' dtype; with `inplace` it is written over the logits, else they stay as they are. A
-    graph is good for one backward pass: its memory becomes the gradient.
+    graph allows one backward pass, since its memory becomes the gradient.
 
     Errors: ValueError for shapes that do not match, or a `vocab_size` the shards cannot hold.
     """

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemo_kd.loss.config import KDConfig
-from nemo_kd.loss.supports import LEAST_REST
+from nemo_kd.loss.supports import MIN_TAIL_PROB
 from nemo_kd.topk import TopK
 
 
@@ -53,7 +53,7 @@ def distributions(z: Tensor, teacher: TopK, config: KDConfig) -> tuple[Tensor, T
         return p_kept, q_kept
     outside = torch.ones_like(q).scatter(1, ids, 0.0)
     q_rest = (q * outside).sum(1, keepdim=True)
-    p_rest = (1 - p_kept.sum(1, keepdim=True)).clamp_min(LEAST_REST)
+    p_rest = (1 - p_kept.sum(1, keepdim=True)).clamp_min(MIN_TAIL_PROB)
     return torch.cat([p_kept, p_rest], 1), torch.cat([q_kept, q_rest], 1)
 
 

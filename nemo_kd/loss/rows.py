@@ -1,4 +1,4 @@
-"""Chosen rows of the logits, read and written in chunks, whatever the memory's layout."""
+"""Chosen rows of the logits, read and written in chunks, in any memory layout."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ class Rows:
     """Row n is `matrix[index[n]]`, or `matrix[n]` where `index` is None.
 
     `matrix` [R, Vp] shares the logits' memory wherever their leading dimensions, in the order of
-    their strides, can be merged; what cannot (a strided vocabulary, gaps, an expanded tensor) is
-    copied.
+    their strides, can be merged; otherwise (a strided vocabulary, gaps, an expanded tensor) it is
+    a copy.
     """
 
     matrix: Tensor
@@ -61,7 +61,7 @@ class Rows:
         return replace(self, matrix=matrix)
 
     def as_logits(self) -> Tensor:
-        """The whole matrix in the logits' shape [*, Vp]; no copy."""
+        """The matrix in the logits' shape [*, Vp]; no copy."""
         shaped = self.matrix.view(*self.lead, self.matrix.shape[-1])
         return shaped.permute(*self.inverse, len(self.lead))
 

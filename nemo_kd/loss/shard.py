@@ -1,4 +1,4 @@
-"""Which columns of the vocabulary this rank holds: Megatron's equal, contiguous parts."""
+"""The columns of the vocabulary that a rank holds: Megatron's equal, contiguous parts."""
 
 from __future__ import annotations
 

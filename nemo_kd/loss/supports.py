@@ -1,4 +1,4 @@
-"""What the K stored values are compared over: two small distributions, teacher's and student's.
+"""The support of the divergence: two small distributions, the teacher's and the student's.
 
                 teacher                              student
     topk        softmax over the K                   softmax over the same K
@@ -20,14 +20,14 @@ from torch import Tensor
 SUPPORTS: Mapping[str, str] = MappingProxyType(
     {
         "bucket": "exact probabilities; everything outside the K is one more point",
-        "vocab": "the teacher's K made to sum to 1, the student over the whole vocabulary",
-        "topk": "both made to sum to 1 over the K",
+        "vocab": "the teacher's K renormalised, the student over the vocabulary",
+        "topk": "both renormalised over the K",
     }
 )
 
 
-LEAST_REST = 1e-12
-"""The least probability of the teacher outside its K, where K is not the whole vocabulary."""
+MIN_TAIL_PROB = 1e-12
+"""Lower bound of the teacher's probability outside its K, unless K is the vocabulary."""
 
 
 def log_floor(dtype: torch.dtype) -> float:
@@ -36,7 +36,7 @@ def log_floor(dtype: torch.dtype) -> float:
 
 
 def log_softmax(values: Tensor) -> Tensor:
-    """log softmax [N, J] with `log_floor` for -inf; no gradient comes from what is impossible."""
+    """log softmax [N, J] with `log_floor` for -inf, where the gradient is zero."""
     return torch.log_softmax(values, -1).clamp_min(log_floor(values.dtype))
 
 
@@ -45,13 +45,13 @@ def teacher_bucket(
 ) -> Tensor:
     """log p [N, K + 1] of t / T - L [N, K] and of the remainder log(1 - Σ exp(t / T - L)).
 
-    In float64, where a remainder of 1e-9 is still seen if the inputs hold it. Rounding of what was
-    stored can give a mass of 1 or more: the remainder is at least `LEAST_REST`, or a reverse KL
-    would take it for impossible and be infinite.
+    In float64, which resolves a remainder of 1e-9 if the inputs do. Rounding of stored logits can
+    give a mass of 1 or more, so the remainder is at least `MIN_TAIL_PROB`: with 0 a reverse KL
+    would be infinite.
     """
     log_p = logits.double() / temperature - logsumexp.double().unsqueeze(-1)
     mass = torch.logsumexp(log_p, -1, keepdim=True)
-    rest = torch.log((-torch.expm1(mass)).clamp_min(LEAST_REST))  # [N, 1]
+    rest = torch.log((-torch.expm1(mass)).clamp_min(MIN_TAIL_PROB))  # [N, 1]
     normal = torch.log_softmax(torch.cat([log_p, rest], -1), -1)
     return normal.to(dtype).clamp_min(log_floor(dtype))
 
@@ -59,7 +59,7 @@ def teacher_bucket(
 def student_bucket(picked: Tensor, rest: Tensor, temperature: float) -> Tensor:
     """log q [N, K + 1] from the logits at the K and rest [N] = log Σ outside of exp(z / T).
 
-    The remainder is summed on its own, never as 1 - mass, so both ends keep all their digits.
+    `rest` is summed on its own, not as 1 - mass, so that small values of both keep their digits.
     """
     return log_softmax(torch.cat([picked / temperature, rest.unsqueeze(-1)], -1))
 

@@ -1,10 +1,10 @@
-"""The teacher's K best tokens over a sharded vocabulary, the same on every sharding.
+"""The teacher's K most probable tokens over a sharded vocabulary, the same on every sharding.
 
     logits, ids = the K largest z_v, largest first, ties to the lower id
     logsumexp_T = log Σ_v exp(z_v / T)
 
-Ties are many in bf16, and what `torch.topk` does with them is not defined. So the order is made
-total: value and id go into one int64 key, whose largest are then the answer anywhere.
+Ties are frequent in bf16, and `torch.topk` does not define their order. So value and id are packed
+into one int64 key, which orders them totally.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def vocab_parallel_topk(
     Layout: logits [*, Vp] are this rank's columns (bf16, fp16 or float32; float64 is rounded to
     float32), N = the product of `*`; the result is the same on every rank. `logsumexp` is [N] for
     one temperature, [N, T] for T of them, in their order, float32 in nats. Columns ≥ `vocab_size`
-    are padding: never chosen, never counted. A logit of -inf is an absent place. K may be larger
-    than Vp. Collectives: one all-gather of K int64 a row and rank, one all-reduce of [N, T].
+    are padding: never chosen, never counted. A logit of -inf gives an absent id. K may be larger
+    than Vp. Collectives: one all-gather of K int64 per row and rank, one all-reduce of [N, T].
 
     Errors: NemoKDError for K outside 1 ... vocab_size, or a temperature that is not positive.
     """
@@ -78,7 +78,7 @@ def vocab_parallel_topk(
 
 @never_compiled
 def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -> None:
-    """Refuse teacher rows that no loss can be right on: meant for the data loader, on the CPU.
+    """Refuse invalid teacher rows; meant for the data loader, on the CPU.
 
     Errors: NemoKDError that names the first row with an id outside [0, vocab_size), an id twice,
     no id at all (unless a token's teacher `may_be_absent`), an absent id with a logit, or a logit
@@ -122,7 +122,7 @@ def _sorted(ids: Tensor) -> Tensor:
 
 
 def _encode(values: Tensor, ids: Tensor) -> Tensor:
-    """int64 keys that order by value, then by the lower id. Two float32-sized words a value."""
+    """int64 keys that order by value, then by the lower id. Two 32-bit words per value."""
     bits = (values + 0.0).view(torch.int32)  # -0.0 and 0.0 are one value
     ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # as integers, in the order of the floats
     return (ordered.to(torch.int64) << 32) | (_LOW - ids)
@@ -140,10 +140,10 @@ def _top(keys: Tensor, k: int) -> Tensor:
 
 
 def _largest_keys(work: Tensor, k: int, shard: VocabShard) -> Tensor:
-    """The shard's K largest keys [n, K] of work [n, columns]; the smallest key fills up.
+    """The shard's K largest keys [n, K] of work [n, columns]; filled up with the smallest key.
 
-    Whatever is among the K largest lies in one of the K blocks with the largest maxima (ties
-    to the lower block, whose ids are lower), so only those are looked into.
+    The K largest lie in the K blocks with the largest maxima (ties to the lower block, whose ids
+    are lower), so only those are searched.
     """
     rows, columns = work.shape
     found = work.new_full((rows, k), torch.iinfo(torch.int64).min, dtype=torch.int64)

@@ -17,7 +17,7 @@ from nemo_kd.loss.shard import VocabShard
 
 
 class ShardPass(NamedTuple):
-    """What one rank knows after the forward pass; outside = its real columns that are not in ids.
+    """One rank's result of the forward pass; outside = its real columns that are not in ids.
 
     `picked` [N, M] is 0 where the id is on another rank; `top` [N] = max z outside, -inf where
     nothing is; `log_sum[i]` [N] = log Σ exp((z - top) / temperatures[i]) outside; `norm[i]` [N] is
@@ -36,9 +36,9 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def keeps_softmax(dtype: torch.dtype, temperatures: Sequence[float]) -> bool:
-    """Whether the forward pass leaves its softmax for the backward pass, which then needs no exp.
+    """Whether the forward pass keeps its softmax for the backward pass, which then needs no exp.
 
-    In half precision it would be rounded twice, and one memory has room for one temperature.
+    In half precision it would be rounded twice, and the memory has room for one temperature only.
     """
     return len(temperatures) == 1 and dtype == compute_dtype(dtype)
 
@@ -121,8 +121,10 @@ def backward(
 
 
 def avoid_empty(work: Tensor, top: Tensor) -> None:
-    """A row of -inf gets one finite value, so that its softmax is no NaN; its top of -inf makes it
-    count for nothing."""
+    """Give rows that are all -inf one finite entry, so that their softmax is not NaN.
+
+    Their weight stays zero, since their `top` is -inf.
+    """
     work[:, 0].masked_fill_(top == -torch.inf, 0)
 
 
@@ -140,7 +142,7 @@ def log_sum_of(soft: Tensor) -> tuple[Tensor, Tensor]:
 def _open_holes(work: Tensor, column: Tensor, here: Tensor, shard: VocabShard) -> None:
     """work ← -inf at the ids that are here and at the padding columns."""
     work[:, shard.valid :] = -torch.inf
-    # The minimum with +inf changes nothing: ids of other ranks need no place of their own.
+    # The minimum with +inf changes nothing: ids of other ranks need no column of their own.
     holes = torch.full_like(column, torch.inf, dtype=work.dtype).masked_fill_(here, -torch.inf)
     work.scatter_reduce_(1, column, holes, "amin")
 

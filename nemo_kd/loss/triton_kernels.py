@@ -37,8 +37,8 @@ def forward(
 ) -> ShardPass:
     """As `torch_kernels.forward`, in float32, for one or two temperatures; `keep` is never true.
 
-    While a row is summed its gathered logits are -inf in memory, and put back at its end: the
-    logits must not be read by another stream meanwhile.
+    While a row is summed, its gathered logits are -inf in memory, and restored afterwards: no other
+    stream may read the logits meanwhile.
     """
     rows, gathered = ids.shape
     picked = torch.empty(rows, gathered, dtype=torch.float32, device=ids.device)
@@ -150,7 +150,7 @@ def _forward_kernel(
     here = (column >= 0) & (column < valid) & (m < gathered)
     original = tl.load(row + column, mask=here, other=0.0)
     tl.store(picked + n * gathered + m, original.to(tl.float32), mask=m < gathered)
-    # All threads have read before any writes, and have written before any reads on.
+    # Barriers: all threads read before any of them writes, and write before any reads again.
     tl.debug_barrier()
     absent = tl.full([BLOCK_M], -float("inf"), tl.float32).to(original.dtype)
     tl.store(row + column, absent, mask=here)
@@ -200,9 +200,9 @@ def _backward_kernel(
 ):
     """out = Σ coefficient · exp((z - top) scale), then grad_picked at the ids; of one row."""
     n = tl.program_id(0).to(tl.int64)
-    place = tl.load(index + n) if INDEXED else n
-    row = matrix + place * stride
-    to = out + place * out_stride
+    source = tl.load(index + n) if INDEXED else n
+    row = matrix + source * stride
+    to = out + source * out_stride
     largest = tl.load(top + n)
     factor_a = tl.load(coefficients + n)
     factor_b = tl.load(coefficients + tl.num_programs(0) + n) if TWO else 0.0
@@ -216,8 +216,8 @@ def _backward_kernel(
             grad += factor_b * tl.exp(shifted * scale_b)
         tl.store(to + v, grad.to(out.dtype.element_ty), mask=v < width)
     tl.debug_barrier()
-    # Ids have no part in the sums: theirs replaces what stands there. A repeated id stores the
-    # sum of its gradients each time.
+    # The ids are not among the sums: their own gradient replaces the value written above. A
+    # repeated id stores the sum of its gradients each time.
     m = tl.arange(0, BLOCK_M)
     own = tl.load(ids + n * gathered + m, mask=m < gathered, other=-1)
     total = tl.zeros([BLOCK_M], tl.float32)

@@ -1,8 +1,8 @@
-"""LoRA adapters added into the weights that they stand beside: a plain model again.
+"""Merge LoRA adapters into the weights of their layers, which gives a plain model again.
 
     W ← W + alpha / dim · B A        A [dim, in], B [out, dim]
 
-On the tensor-parallel layout of the run: a rank adds the part of B A that its W is.
+On the tensor-parallel layout of the run: a rank adds the part of B A that matches its part of W.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ BESIDE = {
 
 @torch.no_grad()
 def merge_lora(model: MegatronGPTSFTKDModel) -> int:
-    """Merge every adapter of `model` and take it out; how many there were on this rank.
+    """Merge and remove every adapter of `model`; return how many there were on this rank.
 
     Collectives: an all-gather of the smaller factor of each adapter over the tensor-parallel group.
 
-    Errors: NemoKDError for adapters that are no LoRA of one of the layers in BESIDE.
+    Errors: NemoKDError for adapters that are not LoRA beside a layer in BESIDE.
     """
     merged = 0
     for module in [module for module in model.modules() if "adapter_layer" in module._modules]:
@@ -48,23 +48,23 @@ def merge_lora(model: MegatronGPTSFTKDModel) -> int:
             weight += product(adapter).to(weight.dtype)
             merged += 1
         del module.adapter_layer
-    model.use_peft = False  # what is saved is the whole model now
+    model.use_peft = False  # the complete model is saved now
     with open_dict(model.cfg):
         model.cfg.peft = {"peft_scheme": "none", "restore_from_path": None}
     return merged
 
 
 def product(adapter: Any) -> torch.Tensor:
-    """alpha / dim · B A [out, in] in float32, this rank's part as the layer beside it is cut."""
+    """alpha / dim · B A [out, in] in float32, this rank's part, cut as the layer beside it."""
     a, b = adapter.linear_in.weight.float(), adapter.linear_out.weight.float()
     if adapter.input_is_parallel:  # A is cut along `in` as the layer is, B along `out`
-        b = _whole(b)
+        b = _gathered(b)
     else:  # B is cut along `out` as the layer is, A along `dim`
-        a = _whole(a)
+        a = _gathered(a)
     return adapter.alpha / adapter.dim * (b @ a)
 
 
-def _whole(part: torch.Tensor) -> torch.Tensor:
+def _gathered(part: torch.Tensor) -> torch.Tensor:
     """[n, m] on each tensor-parallel rank → [n · ranks, m]."""
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size(group))]

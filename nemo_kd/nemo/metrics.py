@@ -30,9 +30,9 @@ NAMES = ("loss", "sft_loss", "kd_loss", *TOKEN_METRICS)
 
 
 class MetricSums:
-    """Sums over answer tokens; every rank calls `means`, also those that added nothing.
+    """Sums of per-token metrics; every rank calls `means`, also if it added nothing.
 
-    What compares with the teacher is summed and counted where there is one.
+    Metrics that need a teacher are summed and counted only at tokens that have one.
 
     calibration_error: the expected calibration error of the student's best token, Σ over 15 bins
     of |Σ (confidence - correct)| / tokens (Guo et al., "On calibration of modern neural networks",
@@ -70,8 +70,8 @@ class MetricSums:
     def means(self) -> dict[str, float]:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
 
-        What is known of no token is left out: all of it where there was no answer token, what
-        compares with the teacher where there was no teacher.
+        Metrics without any token are left out: all of them without answer tokens, those that need a
+        teacher without one.
         Collectives: an all-reduce over the data- and context-parallel ranks, a broadcast from the
         last pipeline stage to the others.
         """
@@ -101,10 +101,10 @@ class MetricSums:
 
 
 class MetricsJsonl(Callback):
-    """One JSON object a training step and a validation: `metrics.jsonl` of a run's directory.
+    """Write `metrics.jsonl`: one JSON object per training step and per validation.
 
-    A step has what was measured in it: without an answer token no losses, without a teacher none of
-    what compares with it. A loss that has become NaN is written as NaN.
+    A line has only what was measured: no losses without answer tokens, no teacher metrics without a
+    teacher. A loss that is NaN is written as NaN.
     """
 
     def __init__(self, path: Path) -> None:
@@ -116,10 +116,10 @@ class MetricsJsonl(Callback):
     def on_validation_end(self, trainer: Trainer, *args: Any) -> None:
         self._write(trainer, lambda name: name.startswith(("val", "validation")))
 
-    def _write(self, trainer: Trainer, wanted: Callable[[str], bool]) -> None:
+    def _write(self, trainer: Trainer, selected: Callable[[str], bool]) -> None:
         if trainer.global_rank:
             return
-        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if wanted(k)}
+        metrics = {k: float(v) for k, v in trainer.callback_metrics.items() if selected(k)}
         if metrics.get(ANSWER_TOKENS) == 0:
             metrics.pop(NEMO_LOSS, None)
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +142,9 @@ def forget(trainer: Trainer, names: Collection[str]) -> None:
 
 
 def forget_loss_without_tokens(trainer: Trainer) -> None:
-    """NeMo's own training loss of a step without an answer token: no point in a curve, and never
-    the best of a checkpoint's monitor, to which it would be 0."""
+    """Remove NeMo's training loss of a step without answer tokens, which would be 0.
+
+    It must be no point of a curve, and never the best value of a checkpoint's monitor.
+    """
     forget(trainer, [NEMO_LOSS])
     trainer.callback_metrics[NEMO_LOSS] = torch.tensor(math.nan)

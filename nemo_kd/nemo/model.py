@@ -34,7 +34,7 @@ NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}
 
 
 class MegatronGPTSFTKDModel(GeneratingSFTModel):
-    """SFT + KD: `loss = sft_weight * cross-entropy + kd_weight * divergence`, nats a token.
+    """SFT + KD: `loss = sft_weight * cross-entropy + kd_weight * divergence`, in nats per token.
 
     Tensor, pipeline, sequence and data parallel. Configuration: `model.kd`
     (`KDTrainingConfig`) and `store` in `model.data.{train,validation}_ds`.
@@ -58,11 +58,11 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         super().setup(stage)
 
     def _extract_consumed_samples_from_ckpt(self, ckpt_path: str) -> int:
-        """NeMo's is a number in the checkpoint's name, which need not be in it."""
+        """From the checkpoint itself; NeMo reads a number in its name, which need not be there."""
         return self._done.consumed_samples
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
-        """NeMo's multiplies micro-batches of `train_ds` with the micro-batch size of `model`."""
+        """In global batches of `train_ds`; NeMo mixes its micro-batches with `model`'s size."""
         batch = self.cfg.data.train_ds.global_batch_size
         return int(self.init_consumed_samples + steps_since_resume * batch)
 
@@ -97,7 +97,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
     def build_data_loader(
         self, dataset: Any, data_cfg: DictConfig, consumed_samples: int = 0
     ) -> DataLoader[Any]:
-        """NeMo's, but a run that is resumed goes on with the sample where it was."""
+        """NeMo's, except that a resumed run continues with the next sample."""
         blended = isinstance(dataset, BlendableDataset)  # training data
         sampler = WholeRunBatchSampler(
             total_samples=len(dataset),

@@ -13,7 +13,7 @@ NEMO_SHUFFLE_SEED = 1
 
 @dataclass(frozen=True)
 class Order:
-    """A permutation for each epoch, or the order of the store or file."""
+    """Whether each epoch is shuffled, and with which seed; else the order of the store or file."""
 
     shuffle: bool
     seed: int
@@ -27,7 +27,7 @@ class Order:
 
 
 def reorder_files(blended: BlendableDataset, order: Order) -> None:
-    """Give NeMo's own SFT data sets this order, where it is not what NeMo always has."""
+    """Give NeMo's own SFT data sets this order, unless it is the one that NeMo always has."""
     if order == Order(True, NEMO_SHUFFLE_SEED):
         return
     for dataset in blended.datasets:

@@ -14,7 +14,7 @@ from nemo_kd.store import Store
 
 
 def check_packing(data_cfg: DictConfig) -> None:
-    """Megatron takes one pack a micro-batch.
+    """Check that a micro-batch is one pack, as Megatron requires.
 
     Errors: NemoKDError for another micro-batch size.
     """
@@ -22,16 +22,12 @@ def check_packing(data_cfg: DictConfig) -> None:
         raise NemoKDError(
             f"micro_batch_size={data_cfg.micro_batch_size} with packed_sequence=true: a pack is a "
             "micro-batch of its own; set model.micro_batch_size=1, and max_seq_length of the data "
-            "set to as many tokens as a pack shall have"
+            "set to the number of tokens of a pack"
         )
 
 
 class PackedStoreSFTDataset(StoreSFTDataset):
-    """Packs of a store's samples as items; in a batch each pack is one row.
-
-    A batch is what `collate_packs` gives, and the teacher's rows in the order of the pack's answer
-    positions.
-    """
+    """Packs of a store's samples as items; a batch is `collate_packs`'s, with `answers`."""
 
     def __init__(
         self, store: Store, packing: Packing, *arguments: Any, **gpt_sft_arguments: Any
@@ -84,4 +80,4 @@ class _PacksOfExamples:
         return len(self.packs)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return {"pack": [self.examples[int(place)] for place in self.packs[index]]}
+        return {"pack": [self.examples[int(i)] for i in self.packs[index]]}

@@ -1,4 +1,4 @@
-"""NeMo's parameter-efficient fine-tuning under distillation: adapters trained, restored."""
+"""NeMo's parameter-efficient fine-tuning under distillation: new and restored adapters."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ SCHEMES = ("lora", "ia3", "adapter")
 
 
 def add_adapters(cfg: DictConfig, model: MegatronGPTSFTKDModel) -> None:
-    """The adapters of `model.peft`: new ones, or those of `model.peft.restore_from_path`.
+    """Add the adapters of `model.peft`: new ones, or those of `model.peft.restore_from_path`.
 
-    Errors: NemoKDError for other schemes: p-tuning wants its own tokens in the samples, and
-    selective tuning NeMo itself refuses for Megatron-core models.
+    Errors: NemoKDError for other schemes: p-tuning needs its own tokens in the samples, and
+    NeMo refuses selective tuning for Megatron-core models.
     """
     schemes = [name for name in str(cfg.model.peft.peft_scheme or "none").split(",") if name]
     if schemes == ["none"]:

@@ -1,4 +1,4 @@
-"""NeMo's SFT model with means over answer tokens in its logs, a training step and a validation."""
+"""NeMo's SFT model, logging means over answer tokens per training step and validation."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from nemo_kd.nemo.student_loss import StudentLoss
 
 
 class ReportingSFTModel(MegatronGPTSFTModel):
-    """Logs what its `StudentLoss` measures; the settings of each step are set here too."""
+    """Begins each step of its `StudentLoss` and logs what it measures."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         self.kd_schedule = kd_training_config(cfg.get("kd"))
@@ -69,7 +69,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
         means = self._step_sums.means()
         if "teacher_mass" in means and kd.weights[1] and not self.global_rank:
-            # NeMo takes Python's warnings away into its own log: this one must be seen.
+            # NeMo redirects Python's warnings into its own log; this one must be visible.
             with warnings.catch_warnings(record=True) as caught:
                 warnings.simplefilter("always")
                 self._watch_mass(means["teacher_mass"])
@@ -77,7 +77,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
                 print(f"WARNING: {warning.message}", file=sys.stderr, flush=True)
         if self.kd_schedule.scheduled:
             means["kd_weight"], means["temperature"] = kd.weights[1], kd.temperature
-        # From one step's backward to the next one's: data, forward, backward, optimizer.
+        # From the end of one backward pass to the next: data, forward, backward, optimizer.
         now = time.perf_counter()
         assert self._clock is not None  # set by on_train_batch_start
         means[ANSWER_TOKENS] = float(self._answer_tokens)
@@ -141,7 +141,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
 
     def on_validation_epoch_start(self) -> None:
         self._validation_sums.clear()
-        self._clock = None  # its time is no training step's
+        self._clock = None  # a validation's time is not part of a training step
         return super().on_validation_epoch_start()
 
     def inference_step_validation_call(
@@ -169,12 +169,12 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         return result
 
     def _as_nemo_averages(self, loss: float) -> torch.Tensor:
-        """A batch's loss that NeMo's mean over batches leaves as it is.
+        """A batch's loss in the form that NeMo's mean over batches leaves unchanged.
 
-        Its own is over micro-batches, those of nothing but repeated samples among them with 0.
+        NeMo's own is a mean over micro-batches, with 0 for those that have only repeated samples.
         """
-        whole = self.cfg.data.get("validation_drop_last", True)
-        return torch.tensor(loss if whole else [loss, 1.0], device=torch.cuda.current_device())
+        complete = self.cfg.data.get("validation_drop_last", True)
+        return torch.tensor(loss if complete else [loss, 1.0], device=torch.cuda.current_device())
 
 
 def _set_name(data_cfg: DictConfig, index: int) -> str:

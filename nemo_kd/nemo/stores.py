@@ -21,7 +21,7 @@ from nemo_kd.store.codecs import TopP
 from nemo_kd.store.replaced import refuse_other_ranks
 from nemo_kd.store.tools.stats import stats
 
-LOOKED_AT = 64
+COMPARED_SAMPLES = 64
 """Samples of a store, evenly spaced, whose labels are compared with the teacher."""
 
 
@@ -117,9 +117,9 @@ def open_store(model: Student, directory: str) -> Store:
 
 def _warn_of_labels(model: Student, store: Store) -> None:
     """Warn if the teacher's rows of a few samples do not belong to their labels."""
-    warning = "" if model.global_rank else stats(store, LOOKED_AT).agreement.warning()
+    warning = "" if model.global_rank else stats(store, COMPARED_SAMPLES).agreement.warning()
     if warning:
-        _log(model, store, f"WARNING: {warning} (measured on up to {LOOKED_AT} samples)")
+        _log(model, store, f"WARNING: {warning} (measured on up to {COMPARED_SAMPLES} samples)")
 
 
 def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> None:
