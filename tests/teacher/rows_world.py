@@ -31,7 +31,7 @@ from nemo_kd.cli.teacher import read as read_settings
 from nemo_kd.cli.teacher import rows_of
 from nemo_kd.hf.teacher import HFTeacher
 from nemo_kd.nemo.blend import blend
-from nemo_kd.nemo.dataset import FileSFTChatDataset, FileSFTDataset
+from nemo_kd.nemo.dataset import FileSFTChatDataset, FileSFTDataset, MicroBatches
 from nemo_kd.nemo.sft_files import sft_arguments
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.tokenizer import HFTokenizer
@@ -125,6 +125,7 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     )
     with redirect_stderr(said):
         arguments = sft_arguments(student, block, "model.data.train_ds")
+    arguments["micro_batches"] = MicroBatches(size=1, temperature=1.0)
     datasets = [
         FileSFTDataset(file_path=str(file), **arguments),
         FileSFTChatDataset(file_path=str(chat), **arguments),
