@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,24 @@ from tests.runs import metrics as metrics
 program = run_program
 Script = Callable[..., subprocess.CompletedProcess[str]]
 Shared = Callable[[str, Callable[[Path], object]], Path]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark as `nemo` the tests whose fixtures start a process group or NeMo."""
+    for item in items:
+        if {"nemo", "ranks", "shared"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("nemo")
+
+
+@pytest.fixture(autouse=True)
+def _no_group_where_nemo_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under `make test-unit` a process group in this process fails the test."""
+    if "torch" in sys.modules and find_spec("nemo") is None:
+
+        def refuse(*_: object, **__: object) -> None:
+            raise AssertionError("a process group in a unit test: mark it `nemo`")
+
+        monkeypatch.setattr("torch.distributed.init_process_group", refuse)
 
 
 @pytest.fixture(scope="session")

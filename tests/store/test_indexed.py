@@ -33,6 +33,7 @@ def write(prefix: Path, dtype: str, parts: list[NDArray[Any]]) -> None:
     writer.close()
 
 
+@pytest.mark.nemo
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_files_are_megatrons_byte_for_byte(
