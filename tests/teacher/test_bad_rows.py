@@ -98,7 +98,7 @@ def test_a_corrected_file_resumes_to_the_store_of_a_new_dump(
 
 
 def test_a_difference_other_than_the_files_bytes_is_refused(said: dict[str, list[str]]) -> None:
-    assert "top_k: 20 there, 19 now" in said["other K"][0]
+    assert "top_k: 20 in the store, 19 now" in said["other K"][0]
 
 
 def test_a_file_that_changes_during_the_dump_is_noticed(said: dict[str, list[str]]) -> None:
