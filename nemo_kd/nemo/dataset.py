@@ -74,7 +74,7 @@ class MicroBatches:
 class TeacherSFTDataset(GPTSFTDataset):
     """SFT data set whose items have a `loss_mask`, the rows of the `teacher` and an `alpha`.
 
-    Items with and without a teacher may share a batch. A batch has `answers`, one `AnswerTokens`
+    Items with and without a teacher may share a batch. A batch has `answer_tokens`, one `AnswerTokens`
     per micro-batch. Unless `draw` is called, each sample occurs once, in order.
     """
 
@@ -109,7 +109,10 @@ class TeacherSFTDataset(GPTSFTDataset):
 
     def collate_fn(self, batch: list[dict[str, Any]]) -> dict[str, Any]:
         collated = GPTSFTDataset.collate_fn(self, batch)
-        return {**collated, "answers": self.micro_batches.answers(collated["loss_mask"], batch)}
+        return {
+            **collated,
+            "answer_tokens": self.micro_batches.answers(collated["loss_mask"], batch),
+        }
 
 
 class StoreSFTDataset(TeacherSFTDataset):

@@ -122,7 +122,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
     def get_batch(self, data_iterator: Iterator[Any], tuning: bool) -> dict[str, Any]:
         """NeMo's micro-batch; its answer tokens are handed over to the loss of the same pass."""
         batch = super().get_batch(data_iterator, tuning)
-        answers = batch.pop("answers", None)
+        answers = batch.pop("answer_tokens", None)  # NeMo's own `answers` are other tensors
         if answers is not None and parallel_state.is_pipeline_last_stage():
             (one,) = answers  # NeMo splits the list into lists of one per micro-batch
             answers = one.to(torch.cuda.current_device(), non_blocking=True)

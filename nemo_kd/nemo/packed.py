@@ -27,7 +27,7 @@ def check_packing(data_cfg: DictConfig) -> None:
 
 
 class PackedStoreSFTDataset(StoreSFTDataset):
-    """Packs of a store's samples as items; a batch is `collate_packs`'s, with `answers`."""
+    """Packs of a store's samples as items; a batch is `collate_packs`'s, with `answer_tokens`."""
 
     def __init__(
         self, store: Store, packing: Packing, *arguments: Any, **gpt_sft_arguments: Any
@@ -66,7 +66,7 @@ class PackedStoreSFTDataset(StoreSFTDataset):
             "attention_mask": torch.ones(len(batch), dtype=torch.long),  # NeMo's: never read
             "metadata": [item["metadata"] for item in batch],
             "token_count": [item["token_count"] for item in batch],
-            "answers": self.micro_batches.answers(collated["loss_mask"], batch),
+            "answer_tokens": self.micro_batches.answers(collated["loss_mask"], batch),
         }
 
 

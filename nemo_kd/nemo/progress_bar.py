@@ -15,7 +15,7 @@ from nemo.collections.nlp.parts.megatron_trainer_builder import MegatronLMPPTrai
 from nemo.collections.nlp.parts.nlp_overrides import CustomProgressBar
 
 SECONDS = 300
-"""Time between the lines of a bar."""
+"""Seconds between the lines of a bar."""
 
 
 class LineBar(Tqdm):
@@ -31,7 +31,7 @@ class LineBar(Tqdm):
             self.print_line()
 
     def display(self, *args: Any, **options: Any) -> None:
-        """Draw nothing."""
+        """Suppress tqdm's redraws."""
 
     def close(self) -> None:
         if not self.disable:

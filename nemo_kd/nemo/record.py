@@ -1,4 +1,4 @@
-"""What a checkpoint records of its run: settings, data, student and progress."""
+"""Record a run in its checkpoints: settings, data, student and progress."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Origin = dict[str, str]
 
 @dataclass(frozen=True)
 class Progress:
-    """The steps and samples that a run has trained."""
+    """Number of steps and samples that a run has trained."""
 
     step: int = 0
     consumed_samples: int = 0
@@ -35,7 +35,7 @@ class Progress:
 
 @dataclass(frozen=True)
 class Record:
-    """What each checkpoint of a run records; None: not in older checkpoints."""
+    """Facts about a run in each of its checkpoints; None: missing in an older checkpoint."""
 
     train_stores: list[Origin] | None = None
     """Stores and SFT files of the training, in order, with fingerprints of their bytes."""
@@ -43,21 +43,21 @@ class Record:
     settings: Settings | None = None
     """The complete configuration as given, with interpolations resolved."""
     student: Origin | None = None
-    """`model.restore_from_path`."""
+    """The student before training, `model.restore_from_path`."""
     adapters: Origin | None = None
-    """`model.peft.restore_from_path`."""
+    """The adapters before training, `model.peft.restore_from_path`."""
     max_steps: int | None = None
     """Steps of the run, with epochs converted to steps."""
 
 
 def asked(cfg: DictConfig) -> Settings:
-    """The configuration with interpolations resolved, before it is adapted to the machine."""
+    """Resolve the configuration's interpolations, before it is adapted to the machine."""
     container: Any = OmegaConf.to_container(cfg, resolve=True)
     return container
 
 
 def record_of(cfg: DictConfig, settings: Settings) -> Record:
-    """The record of a run; `cfg` has its final length, `settings` come from `asked`."""
+    """Make the record of a run; `cfg` has its final length, `settings` come from `asked`."""
     adapters = (cfg.model.get("peft") or {}).get("restore_from_path")
     return Record(
         train_stores=training_data(cfg.model.data.train_ds),
@@ -70,7 +70,7 @@ def record_of(cfg: DictConfig, settings: Settings) -> Record:
 
 
 def training_data(data_cfg: DictConfig) -> list[Origin]:
-    """Paths and fingerprints of the training data, stores first."""
+    """Return paths and fingerprints of the training data, stores first."""
     stores = [Store(directory) for directory in store_directories(data_cfg)]
     files = [Path(file) for file in sft_files(data_cfg)]
     return [
@@ -84,7 +84,7 @@ def _checkpoint(path: str) -> Origin:
 
 
 def read(checkpoint: str) -> tuple[Progress, Record]:
-    """Progress and record of the checkpoint at the path that NeMo passes to its trainer."""
+    """Read progress and record of a checkpoint; its path is the one NeMo gives the trainer."""
     kept = _without_weights(Path(checkpoint))
     mine = kept.get(CHECKPOINT_KEY) or {}
     step = int(kept["global_step"])
@@ -95,7 +95,7 @@ def read(checkpoint: str) -> tuple[Progress, Record]:
 
 
 def _without_weights(path: Path) -> dict[str, Any]:
-    """A checkpoint without its tensors: a Megatron directory, or a file of Lightning's."""
+    """Load a checkpoint without its tensors, from Megatron's directory or Lightning's file."""
     if path.is_dir():
         from megatron.core import dist_checkpointing
 
@@ -108,7 +108,7 @@ def _without_weights(path: Path) -> dict[str, Any]:
 
 
 def _named(checkpoint: str, what: str) -> float:
-    """The number in a checkpoint's name, as NeMo itself reads it; 0 without one."""
+    """Parse the number after `what` in a checkpoint's name as NeMo does; 0 if there is none."""
     found = re.search(rf"{what}=(\d+(\.\d+)?)", Path(checkpoint).name)
     return float(found[1]) if found else 0
 

@@ -16,15 +16,15 @@ from nemo_kd.nemo.record import CHECKPOINT_KEY, STEPS_KEY, Record
 
 SCHEDULE_PROGRESS = ("last_epoch", "_step_count")
 GROUP_STATE = ("params", "step")
-"""Entries of an optimizer's parameter group that are no settings."""
+"""Entries of an optimizer's parameter group that are state, not settings."""
 
 
 class WholeRunBatchSampler(MegatronPretrainingBatchSampler):
-    """NeMo's sampler, with the batches of the complete run as its length.
+    """NeMo's sampler, whose length is the number of batches of the complete run.
 
-    The length of NeMo's counts the remaining batches only. Lightning counts the batches of earlier
-    starts too, so it would end the epoch early and start again at the first samples.
-    `batches_done`: the batches of earlier starts, which may have had another size.
+    The length of NeMo's own sampler counts only the remaining batches. Lightning also counts the
+    batches of earlier starts, so it would end the epoch early and restart at the first samples.
+    `batches_done`: number of batches of earlier starts, which may have had another size.
     """
 
     def __init__(self, *arguments: Any, batches_done: int = 0, **named: Any) -> None:
@@ -74,7 +74,7 @@ class RunKeeper(Callback):
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning keeps the checkpoint that it resumed from besides the next "last" one, and NeMo
+        # Lightning would keep the checkpoint it resumed from besides the next "last" one, and NeMo
         # refuses to choose between the two at the third start.
         if str(trainer.ckpt_path).endswith(("-last", "-last.ckpt")):
             trainer.ckpt_path = None
@@ -98,12 +98,12 @@ def note_steps(trainer: Trainer, pl_module: LightningModule) -> None:
 
 
 def is_planned(scheduler: Any) -> bool:
-    """Whether the learning rate is a function of the step, as in NeMo's own schedules."""
+    """Whether the learning rate depends only on the step, as in NeMo's own schedules."""
     return type(scheduler).__module__ == lr_scheduler.__name__
 
 
 def _continue_epoch(checkpoint: dict[str, Any]) -> None:
-    """Stay in the epoch: a run is one epoch of Lightning's, even if it is longer than before."""
+    """Mark Lightning's epoch as unfinished: a run is one epoch, even if it has been extended."""
     loops = checkpoint["loops"]["fit_loop"]
     epochs = loops["epoch_progress"]["current"]
     if epochs["ready"] == 1:  # NeMo's own packed files may have had more

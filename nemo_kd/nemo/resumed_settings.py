@@ -1,6 +1,6 @@
-"""Compare a resumed run's settings with its checkpoint's: none may change the trained student.
+"""Find settings of a resumed run that differ from its checkpoint's and would change the student.
 
-A key that is in none of the lists below counts as one that does.
+A key that is in none of the lists below is assumed to change it.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.spelling import did_you_mean
 
 Settings = Mapping[str, Any]
-"""A configuration, nested, or flat: dotted key → value."""
+"""A configuration, either nested, or flat (dotted key → value)."""
 
 LAYOUT = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
-"""Free too, unless adapters are trained."""
+"""Keys that may also change, unless adapters are trained."""
 
 FREE = (
     "name",
     "output",
     "resume.*",
-    # Do not affect what is learned. The length of a run is compared separately.
+    # No effect on the training. The length of a run is compared separately.
     "exp_manager.*",
     "trainer.max_steps",
     "trainer.max_epochs",
@@ -45,7 +45,7 @@ FREE = (
     "model.memory_profile*",
     "model.gc_interval",
     "model.dist_ckpt_*",
-    # Where and how the same numbers, up to rounding, are computed.
+    # Affect where and how numbers are computed, but not the numbers, up to rounding.
     "trainer.accelerator",
     "trainer.devices",
     "trainer.num_nodes",
@@ -81,18 +81,18 @@ VALIDATION = (
     "exp_manager.checkpoint_callback_params.monitor",
     "exp_manager.checkpoint_callback_params.mode",
 )
-"""Free too, unless a validation chooses the student or ends the run."""
+"""Keys that may also change, unless a validation selects the student or ends the run."""
 
 CHOOSES_BY_VALIDATION = (
     "exp_manager.create_early_stopping_callback",
     "exp_manager.checkpoint_callback_params.save_best_model",
 )
 COUNTED = ("exp_manager.ema.*", *CHOOSES_BY_VALIDATION)
-"""Compared although a pattern of `FREE` matches them."""
+"""Keys that are compared although a pattern of `FREE` matches them."""
 
 MICRO_BATCH = ("model.micro_batch_size", "model.data.train_ds.micro_batch_size")
 DATA_PARALLEL = "data_parallel_size"
-"""Processes / model-parallel sizes: compared as if it were a key of the configuration."""
+"""Processes / model-parallel sizes, compared as if it were a key of the configuration."""
 
 WEIGHTS = ("alpha", "sft_weight", "kd_weight")
 """Keys of `model.kd` that express the same weights in different ways."""
@@ -104,7 +104,7 @@ FIXED = {
     "model.optim.name": "the optimizer's state comes from the checkpoint",
     "model.megatron_amp_O2": "the optimizer's state comes from the checkpoint",
 }
-"""Keys that a resumed run cannot change → why. Other changes take effect once allowed."""
+"""Keys that a resumed run cannot change → why; other changes take effect if allowed."""
 
 
 @dataclass(frozen=True)
@@ -122,10 +122,10 @@ class Change:
 
 
 def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[Change]:
-    """The settings that differ and may change the student, in the order of their keys.
+    """Return the settings that differ and may change the student, sorted by key.
 
     `then` and `now` are complete configurations, nested and resolved; a missing key is null. `raw`
-    is `now` with its interpolations: a key that refers to another one that differs is left out.
+    is `now` with interpolations: a key that only refers to another differing key is left out.
     """
     old, new, links = flatten(then), flatten(now), flatten(raw or {})
     old, new = ({**flat, DATA_PARALLEL: _data_parallel_size(flat)} for flat in (old, new))
@@ -159,7 +159,10 @@ def is_free(key: str, flat: Settings) -> bool:
 
 
 def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
-    """Errors: NemoKDError for an entry of `resume.allow` that is no key of the configurations."""
+    """Check that each entry of `resume.allow` is a key of the configurations.
+
+    Errors: NemoKDError for an entry that is not.
+    """
     known = {DATA_PARALLEL}
     for configuration in configurations:
         known |= set(flatten(configuration))
@@ -199,7 +202,7 @@ def matches(key: str, patterns: Collection[str]) -> bool:
 
 
 def flatten(settings: Settings) -> dict[str, Any]:
-    """Convert nested to dotted keys; lists are values."""
+    """Convert nested settings to dotted keys; lists are values."""
     return dict(_leaves(settings, ""))
 
 
@@ -217,7 +220,7 @@ def _reason(key: str, fixed: Mapping[str, str]) -> list[str]:
 
 
 def _source(value: Any) -> str | None:
-    """`${a.b}` → `a.b`."""
+    """Return the key that an interpolation refers to: `${a.b}` → `a.b`."""
     found = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
     return found[1] if found else None
 

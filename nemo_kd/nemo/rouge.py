@@ -1,4 +1,4 @@
-"""ROUGE on a machine without NLTK's data: which of its scores can be had."""
+"""Find the ROUGE scores that can be computed without NLTK's data."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ WITHOUT_SENTENCES = ("rouge1", "rouge2", "rougeL")
 
 
 def splits_sentences() -> bool:
-    """Whether NLTK's punkt is on the disk, which rougeLsum needs. torchmetrics would try to
-    download it, and log errors."""
+    """Whether NLTK's punkt, which rougeLsum needs, is installed.
+
+    Without it, torchmetrics would try to download it and log errors.
+    """
     from nltk.data import find
 
     try:

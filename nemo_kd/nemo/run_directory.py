@@ -1,4 +1,4 @@
-"""The directory of a run, as NeMo's `exp_manager` chooses it: checkpoint, student, log."""
+"""Find a run's directory as NeMo's `exp_manager` chooses it: checkpoints, student, metrics."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class RunDirectory:
 
 
 def find(cfg: DictConfig) -> RunDirectory | None:
-    """The directory that `exp_manager` will choose; None without an `exp_manager`.
+    """Find the directory that `exp_manager` will choose; None without an `exp_manager`.
 
     Errors: NeMo's own, if it finds no checkpoint or only unfinished ones.
     """
@@ -60,7 +60,7 @@ def find(cfg: DictConfig) -> RunDirectory | None:
     stand_in = SimpleNamespace(ckpt_path=None)  # for the trainer, which is built later
     nemo.check_resume(
         stand_in,
-        str(path / "nothing-to-move"),  # it moves the files of its argument
+        str(path / "nothing-to-move"),  # check_resume moves the files in this directory
         settings.resume_if_exists,
         settings.resume_past_end,
         settings.resume_ignore_no_checkpoint,
@@ -81,7 +81,7 @@ def _settings(cfg: DictConfig) -> Any:
 
 
 def _named(settings: Any) -> tuple[Path, str]:
-    """The run's directory, and the name of its files."""
+    """Return the run's directory and the name of its files."""
     from nemo.utils.exp_manager import get_log_dir
 
     path, _, name, _ = get_log_dir(
@@ -97,7 +97,7 @@ def _named(settings: Any) -> tuple[Path, str]:
 
 
 def _last_checkpoints(directory: Path) -> list[Path]:
-    """The checkpoints that NeMo calls the last: two if a kill came between save and removal."""
+    """Return the checkpoints named "last": two if a kill came between saving and removing."""
     from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
     from nemo.utils.model_utils import uninject_model_parallel_rank
 
@@ -108,7 +108,7 @@ def _last_checkpoints(directory: Path) -> list[Path]:
 
 
 def newest(checkpoints: Collection[Path]) -> Path:
-    """The checkpoint with the most steps."""
+    """Return the checkpoint with the most steps."""
     return max(checkpoints, key=lambda checkpoint: read(str(checkpoint))[0].step)
 
 
@@ -140,7 +140,7 @@ def keep_metrics(directory: Path, step: int) -> None:
 
 
 def _step(line: str) -> float:
-    """The step of a line; infinity for an incomplete line of a killed run."""
+    """Return the step of a line; infinity for an incomplete line of a killed run."""
     try:
         return float(json.loads(line)["step"])
     except ValueError:

@@ -14,17 +14,17 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.rows import same_file
 
-# Keys of NeMo's that choose another way of reading, with files that outlive the data.
+# NeMo's keys for other ways of reading, which leave files on the disk.
 REFUSED = {
     "hf_dataset": "reads through a cache of the `datasets` library",
     "global_sample_mapping": "keeps the order of samples in a file beside the data",
 }
-# Keys of NeMo's for its index files, with the values that ask for nothing.
+# NeMo's keys for its index files, with their neutral values.
 WITHOUT_EFFECT = {"memmap_workers": (None, 0, 1, 2), "index_mapping_dir": (None,)}
 
 
 class FileRows:
-    """Makes an SFT data set of NeMo's read a `JsonlFile`; comes before it among the bases."""
+    """Mixin, listed before an SFT data set of NeMo, that makes it read a `JsonlFile`."""
 
     file_path: str
 
@@ -33,17 +33,17 @@ class FileRows:
 
 
 class SFTDataset(FileRows, GPTSFTDataset):
-    """Prompts and answers of a file."""
+    """NeMo's data set of the prompts and answers in a file."""
 
 
 class SFTChatDataset(FileRows, GPTSFTChatDataset):
-    """Conversations of a file."""
+    """NeMo's data set of the conversations in a file."""
 
 
 def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any]:
-    """What `MegatronGPTSFTModel._build_dataset` gives a data set of the block at `where`.
+    """Return the arguments that NeMo's `_build_dataset` gives a data set of the block at `where`.
 
-    Errors: NemoKDError for a key that NeMo reads otherwise than row by row from the file.
+    Errors: NemoKDError for a key that makes NeMo read the file other than row by row.
     """
     _check_reading(data_cfg, where)
     cfg = model.cfg
@@ -52,8 +52,8 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
             f"{where}.pad_to_max_length must be true with model.expert_model_parallel_size="
             f"{cfg.expert_model_parallel_size}: Megatron wants sequences of one length"
         )
-    # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
-    # parallelism into two chunks for each of its own.
+    # As in NeMo: sequence parallelism splits the sequence over the tensor-parallel ranks, context
+    # parallelism into two chunks per context-parallel rank.
     multiple = 8 * cfg.get("tensor_model_parallel_size", 1) if cfg.get("sequence_parallel") else 16
     return {
         "tokenizer": model.tokenizer,
@@ -99,7 +99,7 @@ def _check_reading(data_cfg: DictConfig, where: str) -> None:
 
 
 def _length(cfg: Any, data_cfg: DictConfig, where: str) -> int:
-    """As NeMo: at most the positions of a model that has learned them."""
+    """Return `max_seq_length`, limited as in NeMo to a model's learned positions."""
     length: int = data_cfg.max_seq_length
     if cfg.get("position_embedding_type") not in (None, "learned_absolute"):
         return length

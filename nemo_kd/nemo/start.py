@@ -1,4 +1,4 @@
-"""Start NeMo on any layout: trainer, process groups, a model from a `.nemo`.
+"""Start NeMo on any layout: build the trainer and process groups, restore a `.nemo`.
 
 The functions import NeMo when they are called, after `nemo_kd.nemo.cpu.install()`.
 """
@@ -50,12 +50,12 @@ def prepare(cfg: DictConfig) -> None:
 
 
 def install() -> bool:
-    """Make NeMo importable and quiet on this machine; True where it is patched for a CPU."""
-    # NeMo compiles a helper with `python3 -m pybind11`: it must be this environment's python.
+    """Make NeMo importable and quiet on this machine; True if it is patched for a CPU."""
+    # NeMo compiles a helper with `python3 -m pybind11`, which must find this environment's python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     verbose = bool(os.environ.get("NEMO_KD_VERBOSE"))
     if not verbose:
-        warnings.filterwarnings("ignore")  # NeMo's imports warn about what this run does not use
+        warnings.filterwarnings("ignore")  # NeMo's imports warn about features that are not used
     on_cpu = cpu.install()
     if not verbose:
         _quiet()
@@ -63,7 +63,10 @@ def install() -> bool:
 
 
 def refuse(cfg: DictConfig) -> None:
-    """Errors: LayoutError for settings that NeMo or this machine never supports."""
+    """Refuse settings that NeMo or this machine does not support.
+
+    Errors: LayoutError.
+    """
     _refuse_virtual_pipeline(cfg)
     if not torch.cuda.is_available():
         _refuse_on_cpu(cfg)
@@ -80,7 +83,7 @@ def _refuse_virtual_pipeline(cfg: DictConfig) -> None:
 
 
 def _refuse_on_cpu(cfg: DictConfig) -> None:
-    """Refuse what would fail deep inside Megatron, or silently give wrong results."""
+    """Refuse settings that fail deep inside Megatron or silently give wrong results on a CPU."""
     precision, model = str(cfg.trainer.precision), cfg.model
     if precision not in CPU_PRECISIONS:
         raise LayoutError(
@@ -88,7 +91,7 @@ def _refuse_on_cpu(cfg: DictConfig) -> None:
             f"choose one of {', '.join(CPU_PRECISIONS)}"
         )
     if precision != "32" and model.pipeline_model_parallel_size > 1:
-        # Stages would send tensors of another type than Megatron's buffers: wrong gradients.
+        # Stages would send tensors of another dtype than Megatron's buffers: wrong gradients.
         raise LayoutError(
             f"trainer.precision={precision} does not work over pipeline stages on a CPU; set "
             "trainer.precision=32 or model.pipeline_model_parallel_size=1"
@@ -114,7 +117,7 @@ def _quiet() -> None:
     nemo_logging.setLevel(nemo_logging.ERROR)
     for name in ("lightning.pytorch", "lightning.fabric", "torch.distributed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # For NeMo's compiled helper, make would print that there is nothing to do.
+    # When NeMo builds its helper, make would print that there is nothing to do.
     os.environ.setdefault("GNUMAKEFLAGS", "--silent --no-print-directory")
 
 
@@ -152,7 +155,7 @@ def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:
 
 
 def checkpoint_config(path: str | Path, model_class: type[Model], trainer: Trainer) -> DictConfig:
-    """The model configuration inside a `.nemo` (file or unpacked directory)."""
+    """Return the model configuration inside a `.nemo` (file or unpacked directory)."""
     if not Path(path).exists():
         raise NemoKDError(
             f"no checkpoint at {path}; set model.restore_from_path to a .nemo file "
@@ -164,7 +167,7 @@ def checkpoint_config(path: str | Path, model_class: type[Model], trainer: Train
 
 
 def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer: Trainer) -> Model:
-    """The model of `path` as `model_class`; `cfg.model` overrides the checkpoint's own keys."""
+    """Restore a `.nemo` as `model_class`; `cfg.model` overrides keys of the checkpoint."""
     merged = checkpoint_config(path, model_class, trainer)
     resolve_tokenizer(merged, path)
     overrides = OmegaConf.to_container(cfg.model, resolve=True)

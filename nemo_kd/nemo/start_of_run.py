@@ -1,4 +1,4 @@
-"""Decide, and print, whether a run starts, resumes or is complete, before anything is written."""
+"""Decide and print whether a run starts, resumes or is complete, before writing anything."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
 
 
 def what_is_done(directory: RunDirectory | None) -> tuple[Progress, Record | None]:
-    """Progress and record of the checkpoint to resume from; (no progress, None) without one."""
+    """Read progress and record of the checkpoint to resume; (no progress, None) without one."""
     if directory is None or directory.checkpoint is None:
         return Progress(), None
     return read(directory.checkpoint)
 
 
 def begin(directory: RunDirectory) -> None:
-    """Refuse to start a run in a directory that has the results of an earlier one.
+    """Refuse to start a run in a directory that contains the results of an earlier one.
 
     Errors: NemoKDError if there are checkpoints, or the `.nemo` that the run would write.
     """
@@ -58,8 +58,8 @@ def resume(
 ) -> bool:
     """Compare a checkpoint's run with this one; False if all steps are trained and saved.
 
-    Errors: NemoKDError for settings and data that may not change (`refuse`), and for a run that
-    would end before its checkpoint.
+    Errors: NemoKDError for changed settings and data that are not allowed (`refuse`), and for a run
+    that would end before its checkpoint.
     """
     at, steps = directory.checkpoint, cfg.trainer.max_steps
     allow = (cfg.get("resume") or {}).get("allow") or []
@@ -96,7 +96,7 @@ def resume(
 def _compare(
     cfg: DictConfig, then: Record, now: Record, raw: Settings, allow: list[str], at: str
 ) -> list[Change]:
-    """The settings that differ, after refusing those that may not."""
+    """Return the settings that differ, after refusing those that must not."""
     settings = [configuration for configuration in (then.settings, now.settings) if configuration]
     check_allowed(allow, *settings)
     found = [] if then.settings is None else changes(then.settings, now.settings or {}, raw)
@@ -110,14 +110,14 @@ def _compare(
 
 
 def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
-    """Student and data whose contents differ; paths may differ."""
+    """Return the student and data whose contents differ; only their paths may."""
     kind = "store" if store_directories(cfg.model.data.train_ds) else "file_names"
     pairs = [
         (f"model.data.train_ds.{kind}", then.train_stores, now.train_stores),
         ("model.restore_from_path", _listed(then.student), _listed(now.student)),
         ("model.peft.restore_from_path", _listed(then.adapters), _listed(now.adapters)),
     ]
-    if then.settings is None:  # an older checkpoint, which records its data at most
+    if then.settings is None:  # an older checkpoint, which records at most its data
         pairs = [pair for pair in pairs if pair[1]]
     return [
         Change(key, _named(old), _named(new))
@@ -136,7 +136,7 @@ def _named(origins: list[Origin] | None) -> str:
 
 
 def _fixed(cfg: DictConfig) -> dict[str, str]:
-    """Keys that this run cannot change when it is resumed → why."""
+    """Map the keys that this run cannot change when it resumes to the reasons."""
     fixed = dict(FIXED)
     if not store_directories(cfg.model.data.train_ds):
         why = "NeMo's order of SFT files without a store depends on it"
@@ -158,14 +158,14 @@ def _is_planned(cfg: DictConfig) -> bool:
 
 
 def _is_written(directory: RunDirectory, steps: int) -> bool:
-    """Whether the `.nemo` of the last step exists: a kill may have come before it was written."""
+    """Whether the `.nemo` of the last step exists: a run may be killed before writing it."""
     return directory.student is None or (
         directory.has_student and trained_steps(directory.student) in (None, steps)
     )
 
 
 def trained_steps(nemo_file: Path) -> int | None:
-    """The steps of the run that wrote a `.nemo` (file or directory); None if not recorded."""
+    """Return the steps of the run that wrote a `.nemo` (file or directory); None if unknown."""
     name = "model_config.yaml"
     if nemo_file.is_dir():
         text = (nemo_file / name).read_bytes()

@@ -1,4 +1,4 @@
-"""The student's loss in place of Megatron's, on the last pipeline stage, where the logits are."""
+"""Replace Megatron's loss by the student's, on the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -19,13 +19,12 @@ from nemo_kd.topk import TopK
 
 
 class StudentLoss:
-    """loss [B, S] of a micro-batch, vocabulary-parallel over the tensor-parallel group.
+    """Loss [B, S] of a micro-batch, vocabulary-parallel over the tensor-parallel group.
 
-    NeMo's forward pass passes no further arguments on to the loss. So `begin` takes a step's
-    settings and sums, and `hand_over` the answer tokens of the next micro-batch, which its loss
-    uses up.
+    NeMo's forward pass gives the loss only labels and logits. Therefore `begin` sets a step's
+    settings and sums, and `hand_over` the answer tokens of the next micro-batch, for one use.
 
-    `vocab_size` is the tokenizer's, `padding` the number of columns that the model has beyond it;
+    `vocab_size` is the tokenizer's, `padding` the number of further columns in the model;
     `logit_softcap` is the model's, for the LM head that is fused with the loss.
     """
 
@@ -42,11 +41,11 @@ class StudentLoss:
         self._answers: AnswerTokens | None = None
 
     def begin(self, kd: KDTrainingConfig, sums: MetricSums, *, training: bool) -> None:
-        """Set the settings of the following micro-batches and the sums that they are added to."""
+        """Set the settings of the following micro-batches, and where their metrics are summed."""
         self._kd, self._sums, self._training = kd, sums, training
 
     def hand_over(self, answers: AnswerTokens | None) -> None:
-        """Take the answer tokens of the next micro-batch; None if it has no teacher."""
+        """Set the answer tokens of the next micro-batch; None if it has no teacher."""
         self._answers = answers
 
     def attach(self, gpt: GPTModel, fused_lm_head: bool) -> None:
@@ -58,9 +57,9 @@ class StudentLoss:
             gpt.forward = self.fused_forward
 
     def of_logits(self, labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        """labels [B, S], logits [S, B, Vp] → loss [B, S], zero outside the answers.
+        """Compute the loss [B, S], zero outside answers, of labels [B, S] and logits [S, B, Vp].
 
-        Two small all-reduces forward, none backward; no wait for a device.
+        Two small all-reduces forward, none backward; does not synchronize with the device.
         """
         answers, self._answers = self._answers, None
         if answers is None:
@@ -74,7 +73,7 @@ class StudentLoss:
     def fused_forward(
         self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any
     ) -> torch.Tensor:
-        """The GPTModel's forward pass, with LM head and loss in one where there is a teacher."""
+        """Run the GPTModel's forward pass, with LM head and loss fused if there is a teacher."""
         if labels is None or self._answers is None:
             return self._gpt_forward(*args, labels=labels, **kwargs)
         answers, self._answers = self._answers, None
@@ -90,7 +89,7 @@ class StudentLoss:
                 **self._objective(answers),
                 sequence_parallel=gpt.config.sequence_parallel,
                 logit_softcap=self._softcap,
-                equal_gradients=True,  # NeMo sums the answer tokens and divides by one number
+                equal_gradients=True,  # NeMo divides the sum over answer tokens by one number
             )
         )
 
@@ -100,7 +99,7 @@ class StudentLoss:
         return sft_kd_loss(logits, labels.t(), **self._objective(answers), inplace=inplace)
 
     def _objective(self, answers: AnswerTokens) -> dict[str, Any]:
-        """Arguments that the loss of logits and that of hidden states share."""
+        """Return the arguments common to the loss of logits and the fused loss."""
         return {
             "teacher": self._teacher(answers.topk),
             "config": self._kd,
@@ -111,16 +110,16 @@ class StudentLoss:
         }
 
     def _teacher(self, topk: TopK) -> TopK:
-        """The teacher at the step's temperature.
+        """Return the teacher's rows for the step's temperature.
 
         Data sets have the log-sum-exp at the schedule's first temperature; at others it is unknown.
-        Whether the loss can learn from a store's draws was checked with the store's own weight.
+        `_check_learnable` has checked sampled stores, with each store's own weight.
         """
         known = self._kd.temperature == self._schedule.temperature
         return replace(topk, logsumexp=topk.logsumexp if known else None, draws=False)
 
     def _added(self, result: KDLoss) -> torch.Tensor:
-        """The loss [S, B] as NeMo takes it, [B, S] contiguous; the metrics go into the sums."""
+        """Add the metrics to the sums; return the loss [S, B] as NeMo expects it, [B, S]."""
         self._sums.add(result)
         return result.loss.t().contiguous()
 
@@ -133,6 +132,6 @@ class StudentLoss:
         return self._cross_entropy(labels, logits)
 
     def _is_plain_sft(self, answers: AnswerTokens) -> bool:
-        """Whether Megatron's own cross-entropy trains, which is NeMo's SFT bit for bit."""
+        """Whether to train with Megatron's cross-entropy, which equals NeMo's SFT bit for bit."""
         nemos_softmax = self._schedule.count_padding or not self._padding
         return not self._kd.weights[1] and answers.alpha is None and nemos_softmax

@@ -1,4 +1,4 @@
-"""A NeMo model as a teacher."""
+"""Use a NeMo model as a teacher."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ NOT_TRAINED = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
 }
-"""Values that replace those of the checkpoint's own training."""
+"""Values that replace the checkpoint's settings of its own training."""
 
 
 class NemoTeacher:
-    """A `teacher.interface.Teacher`, on any tensor and pipeline layout."""
+    """A `teacher.interface.Teacher` of a NeMo model, on any tensor and pipeline layout."""
 
     def __init__(self, model: MegatronGPTSFTModel) -> None:
         self.model: Any = model
@@ -45,7 +45,7 @@ class NemoTeacher:
         tokenizer = model.cfg.tokenizer
         self.tokenizer_origin = {
             "library": tokenizer.library,
-            # A tokenizer inside the .nemo is unpacked elsewhere at each start: it has no path.
+            # A tokenizer inside the .nemo is unpacked to a new path at each start: not recorded.
             "path": tokenizer.get("type"),
         }
         self.sep_id, self.virtual_tokens = model.sep_id, model.virtual_tokens
@@ -60,7 +60,7 @@ class NemoTeacher:
 
 
 def load_teacher(cfg: DictConfig) -> NemoTeacher:
-    """The teacher at `model.restore_from_path`, a .nemo, with the process groups of its layout."""
+    """Load the .nemo at `model.restore_from_path`, and start the process groups of its layout."""
     _complete(cfg)
     trainer = start.build_trainer(cfg)
     start.start_process_groups(cfg.model, trainer)
@@ -70,7 +70,7 @@ def load_teacher(cfg: DictConfig) -> NemoTeacher:
 
 
 def _complete(cfg: DictConfig) -> None:
-    """Add what NeMo's trainer and model read and a dump does not use."""
+    """Add keys that NeMo's trainer and model read although a dump does not use them."""
     model_parallel = cfg.model.tensor_model_parallel_size * cfg.model.pipeline_model_parallel_size
     replicas = max(cfg.trainer.devices * cfg.trainer.num_nodes // model_parallel, 1)
     with open_dict(cfg):

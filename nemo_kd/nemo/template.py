@@ -1,8 +1,8 @@
-"""Settings that turn rows into tokens: compare the configuration's with those of its stores.
+"""Compare the settings that turn rows into tokens with those of the stores.
 
-The dump makes a store's tokens. A null setting of the training takes the store's value, which is
-then used for SFT files and recorded in the saved model; a value that is given must equal the
-store's, whether or not it is NeMo's default.
+The tokens of a store were made at its dump. A null setting of the training takes the store's value,
+which is then used for SFT files and recorded in the saved model; any other value must equal the
+store's, even if it is NeMo's default.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from nemo_kd.nemo.settings.training import SPLITS
 from nemo_kd.store import Store, StoreError
 
 OF_MODEL: dict[str, tuple[str, bool]] = {"chat": ("data", False), "answer_only_loss": ("", True)}
-"""Settings that all data sets share → their block of `model`, and NeMo's default."""
+"""Settings shared by all data sets → the block of `model` that has them, and NeMo's default."""
 
 NEMO_DEFAULTS = {**NEMO_TEMPLATE, **{key: default for key, (_, default) in OF_MODEL.items()}}
 
@@ -32,15 +32,15 @@ def settle_template(
     """Compare the template's settings with those of the stores, and fill in null ones.
 
     Null becomes the value of the block's stores; without stores, the value of train_ds for
-    validation_ds, and NeMo's default for train_ds. `stores`: those of `train_ds` and of
-    `validation_ds`. `say` prints a line for the user.
+    validation_ds, and NeMo's default for train_ds. `stores`: the stores of `train_ds`
+    and of `validation_ds`. `say` prints a line for the user.
 
     Errors: StoreError for a setting that differs from a store's, and for a null setting that SFT
     files need if their stores have different values.
     """
     settle = partial(_settled, model_cfg, say)
     values: dict[str, Any] = {}
-    # Read all before writing one: those of validation_ds often refer to train_ds's.
+    # Read all values before writing any: those of validation_ds often refer to train_ds's.
     for key, default in NEMO_TEMPLATE.items():
         of_training = default
         for split in SPLITS:
@@ -58,7 +58,7 @@ def settle_template(
 def _settled(
     model_cfg: DictConfig, say: Say, parent: str, key: str, default: Any, stores: Sequence[Store]
 ) -> Any:
-    """The value to use; `default` if it is null and no store of the block has one."""
+    """Return a setting's value; `default` if it is null and no store of the block has one."""
     block = OmegaConf.select(model_cfg, parent) if parent else model_cfg
     where, given = ".".join(filter(None, ("model", parent, key))), block.get(key)
     known = [store for store in stores if key in store.spec.template]

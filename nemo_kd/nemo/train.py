@@ -1,4 +1,4 @@
-"""The student's scripts after Hydra: training, evaluation, merging of adapters."""
+"""Run the student's scripts, given Hydra's configuration: train, evaluate, merge adapters."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 def run(cfg: DictConfig) -> None:
     """Train; write checkpoints, TensorBoard curves and `metrics.jsonl` to the run's directory.
 
-    The same command resumes an interrupted run, and trains nothing if the run is complete.
+    The same command resumes an interrupted run, and does nothing if the run is complete.
     """
     check_settings(cfg)
     refuse_part_epochs(cfg.trainer)
@@ -57,7 +57,10 @@ def run(cfg: DictConfig) -> None:
 
 
 def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> None:
-    """`done`: steps of earlier starts; `student`: the `.nemo` to write at the end of the run."""
+    """Train the remaining steps.
+
+    `done`: steps of earlier starts; `student`: the `.nemo` to write at the end of the run.
+    """
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
 
@@ -66,7 +69,7 @@ def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> 
 
     trainer = start.build_trainer(cfg)
     log_dir = exp_manager(trainer, cfg.exp_manager)
-    # Before NeMo's callbacks: after the one that ends a run at SIGTERM, no other one runs.
+    # Before NeMo's callbacks: the one that ends a run at SIGTERM prevents all later ones.
     trainer.callbacks.insert(0, RunKeeper(record))
     if log_dir is not None:
         if done and is_global_rank_zero():
@@ -78,13 +81,13 @@ def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> 
         cfg.model[DATA_KEY] = record.train_stores
     model = _student(cfg, trainer)
     trainer.fit(model)
-    if student and done == trainer.max_steps:  # Lightning ends without calling NeMo's on_train_end
+    if student and done == trainer.max_steps:  # Lightning does not call NeMo's on_train_end
         note_steps(trainer, model)
         model.save_to(str(student))
 
 
 def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
-    """Save after the step and exit with status 0 at SIGTERM; NeMo sets this up for CUDA only."""
+    """At SIGTERM, save after the current step and exit with status 0; NeMo does so on CUDA only."""
     from nemo.utils.callbacks.preemption import PreemptionCallback
 
     if trainer.checkpoint_callback is not None and cfg.exp_manager.get(
@@ -165,7 +168,7 @@ def _prepare(cfg: DictConfig) -> None:
 
 
 def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:
-    # Not earlier: on a CPU, the patches come before NeMo and Megatron.
+    # Imported late: on a CPU, the patches must be installed before NeMo and Megatron.
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
     from nemo_kd.nemo.peft import add_adapters
 
