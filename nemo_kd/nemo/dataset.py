@@ -74,7 +74,7 @@ class MicroBatches:
 class TeacherSFTDataset(GPTSFTDataset):
     """SFT data set whose items have a `loss_mask`, the rows of the `teacher` and an `alpha`.
 
-    Items with and without a teacher may share a batch. A batch has `answer_tokens`, one `AnswerTokens`
+    Items with and without a teacher may share a batch. A batch has `answer_tokens`, an `AnswerTokens`
     per micro-batch. Unless `draw` is called, each sample occurs once, in order.
     """
 
