@@ -74,8 +74,8 @@ class MicroBatches:
 class TeacherSFTDataset(GPTSFTDataset):
     """SFT data set whose items have a `loss_mask`, the rows of the `teacher` and an `alpha`.
 
-    Items with and without a teacher may share a batch. A batch has `answer_tokens`, an `AnswerTokens`
-    per micro-batch. Unless `draw` is called, each sample occurs once, in order.
+    Items with and without a teacher may share a batch. A batch has `answer_tokens`, one
+    `AnswerTokens` per micro-batch. Unless `draw` is called, each sample occurs once, in order.
     """
 
     def __init__(self, *, micro_batches: MicroBatches, **gpt_sft_arguments: Any) -> None:
