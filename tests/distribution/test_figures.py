@@ -1,0 +1,185 @@
+"""The numbers that pages quote from benchmarks/results are those of the files, rounded."""
+
+from __future__ import annotations
+
+import json
+import re
+from decimal import Decimal
+from typing import Any
+
+import pytest
+
+from benchmarks import loss
+from tests.processes import ROOT
+
+RESULTS = {
+    path.stem: json.loads(path.read_text()) for path in (ROOT / "benchmarks/results").glob("*.json")
+}
+LOSS = {(row["shape"], row["against"]): row for row in RESULTS["loss"]["rows"]}
+PROFILES = {row["profile"]: row for row in RESULTS["store"]["profiles"]}
+WAYS = {row["way"]: row for row in RESULTS["dump"]["ways"]}
+OPENING = RESULTS["store"]["opening"]
+SMALL, LARGE, HIDDEN = "(1024, 49152)", "(512, 128256)", "(2048, 49152, 576)"
+ALONE, BF16 = "Megatron's cross-entropy alone, TP", "Megatron's, both on bf16 logits"
+FUSED, TWICE_K = LOSS[HIDDEN, "LM head and loss apart"], LOSS["(512, 49152)", "K = 200 against 100"]
+FLOAT32 = [
+    LOSS[shape, f"{ALONE} {tp}"]["memory_ratio"] for shape in (SMALL, LARGE) for tp in (1, 2)
+]
+N = r"([−\d.,e-]*\d)"  # a number
+Quote = tuple[str, str, list[float]]
+
+
+def _ratios(row: dict[str, Any]) -> list[float]:
+    return [row["time_ratio"], row["memory_ratio"]]
+
+
+def _costs(name: str) -> list[float]:
+    row = PROFILES[name]
+    names = ["bytes", "ids", "stored_error", "dense_error", "loss_bias", "loss_bias_error"]
+    return [row[name] for name in names if row[name] is not None]
+
+
+# (page, regular expression whose groups are the numbers, their values)
+SAMPLED, COMPACT, PLAIN = (PROFILES[name] for name in ("sampled, 40 draws", "compact", "plain"))
+QUOTES: list[Quote] = [
+    (
+        "README.md",
+        rf"\(1024, 49152\) \| {ALONE} 1 \| {N}× \| {N}×",
+        _ratios(LOSS[SMALL, f"{ALONE} 1"]),
+    ),
+    (
+        "README.md",
+        rf"\(1024, 49152\) \| the same, TP 2 \| {N}× \| {N}×",
+        _ratios(LOSS[SMALL, f"{ALONE} 2"]),
+    ),
+    (
+        "README.md",
+        rf"\(1024, 49152\) \| the same, both on bf16 logits \| {N}× \| {N}×",
+        _ratios(LOSS[SMALL, BF16]),
+    ),
+    (
+        "README.md",
+        rf"dense KD \+ cross-entropy in PyTorch \| {N}× \| {N}×",
+        _ratios(LOSS[SMALL, "dense KD + cross-entropy"]),
+    ),
+    (
+        "README.md",
+        rf"\(512, 128256\) \| {ALONE} 1 \| {N}× \| {N}×",
+        _ratios(LOSS[LARGE, f"{ALONE} 1"]),
+    ),
+    (
+        "README.md",
+        rf"\(512, 128256\) \| the same, TP 2 \| {N}× \| {N}×",
+        _ratios(LOSS[LARGE, f"{ALONE} 2"]),
+    ),
+    (
+        "README.md",
+        rf"\(512, 128256\) \| the same, both on bf16 logits \| {N}× \| {N}×",
+        _ratios(LOSS[LARGE, BF16]),
+    ),
+    ("README.md", rf"LM head and loss apart, against fused \| {N}× \| {N}×", _ratios(FUSED)),
+    ("docs/choosing.md", rf"takes {N} times as long as with K = 100", [TWICE_K["time_ratio"]]),
+    ("docs/choosing.md", rf"{N} of the memory for {N} of the time", _ratios(FUSED)[::-1]),
+    ("docs/choosing.md", rf"`plain` \| {N}, or", [PLAIN["bytes"]]),
+    (
+        "docs/choosing.md",
+        rf"`compact` \| {N} \|.*loses {N} nats",
+        [COMPACT[name] for name in ("bytes", "stored_error")],
+    ),
+    ("docs/choosing.md", rf"`top_p`, p = 0.95 \| {N} \|", [PROFILES["top_p 0.95"]["bytes"]]),
+    (
+        "docs/choosing.md",
+        rf"`sampled`, 40 draws \| {N} \|.*bias {N} nats",
+        [SAMPLED["bytes"], -SAMPLED["loss_bias"]],
+    ),
+    ("docs/choosing.md", rf"loss is {N} nats below", [-PLAIN["loss_bias"]]),
+    ("docs/loss.md", rf"made of them: {N} to {N} of Megatron's", [min(FLOAT32), max(FLOAT32)]),
+    (
+        "docs/loss.md",
+        rf"this one does not: {N} to {N}\.",
+        [LOSS[LARGE, BF16]["memory_ratio"], LOSS[SMALL, BF16]["memory_ratio"]],
+    ),
+    (
+        "docs/loss.md",
+        rf"Without it the ratio is {N}\.",
+        [LOSS[HIDDEN, "the same, weight's gradient aside"]["memory_ratio"]],
+    ),
+    (
+        "docs/offline_or_online.md",
+        rf"forward pass: {N} %",
+        [100 * (WAYS["dump"]["times_forward"] - 1)],
+    ),
+    (
+        "docs/store.md",
+        rf"over the {N} answer tokens of the demo",
+        [RESULTS["store"]["answer_tokens"]],
+    ),
+    *(
+        ("docs/store.md", rf"\| {label} \| {N} \| {N} \| {N} \| {N} \| {N} ± {N} \|", _costs(name))
+        for label, name in {
+            "`plain`": "plain",
+            "`compact`": "compact",
+            "`top_p`, p = 0.99": "top_p 0.99",
+            "`top_p`, p = 0.95": "top_p 0.95",
+        }.items()
+    ),
+    (
+        "docs/store.md",
+        rf"`sampled`, 40 draws \| {N} \| {N} \| \| \| {N} ± {N} \|",
+        _costs("sampled, 40 draws"),
+    ),
+    (
+        "docs/store.md",
+        rf"`plain` written {N}, read {N} million",
+        [PLAIN["write_tokens_per_s"], PLAIN["read_tokens_per_s"] / 1e6],
+    ),
+    (
+        "docs/store.md",
+        rf"`compact` written\s{N}, read {N}\.",
+        [COMPACT[f"{way}_tokens_per_s"] for way in ("write", "read")],
+    ),
+    ("docs/store.md", rf"takes {N} s and {N} MB", [OPENING["seconds"], OPENING["mb"]]),
+]
+
+
+def is_rounded(text: str, value: float) -> bool:
+    """Whether `709,000` is a rounding of the value: half a unit of its last digit at most."""
+    digits = text.replace(",", "").replace("−", "-")
+    unit = Decimal(1).scaleb(Decimal(digits).normalize().as_tuple().exponent)  # type: ignore[arg-type]
+    if "." in digits:
+        unit = Decimal(1).scaleb(Decimal(digits).as_tuple().exponent)  # type: ignore[arg-type]
+    return abs(float(digits) - value) <= 0.5 * float(unit) * (1 + 1e-9)
+
+
+@pytest.mark.parametrize(("page", "pattern", "values"), QUOTES)
+def test_a_quoted_number_is_the_files(page: str, pattern: str, values: list[float]) -> None:
+    (found,) = re.finditer(pattern, (ROOT / page).read_text())
+    assert len(found.groups()) == len(values)
+    for text, value in zip(found.groups(), values, strict=True):
+        assert is_rounded(text, value), f"{page}: {found[0]!r} has {text} for {value}"
+
+
+def test_every_ratio_of_the_readmes_table_is_compared() -> None:
+    """A new row needs a line in `QUOTES`."""
+    lines = [x for x in (ROOT / "README.md").read_text().splitlines() if re.search(r"\d× \|", x)]
+    patterns = [pattern for page, pattern, _ in QUOTES if page == "README.md"]
+    assert lines and all(any(re.search(p, line) for p in patterns) for line in lines)
+
+
+def test_the_loss_page_has_the_generated_table() -> None:
+    page = (ROOT / "docs/loss.md").read_text()
+    table = page.partition(loss.BEGIN)[2].partition(loss.END)[0]
+    assert table.strip() == loss.table_of_page(RESULTS["loss"]).strip()
+
+
+@pytest.mark.parametrize(
+    ("text", "value", "is_so"),
+    [
+        ("0.62", 0.622, True),
+        ("0.62", 0.626, False),
+        ("709,000", 709108, True),
+        ("404", 404.6, False),
+    ],
+)
+def test_a_changed_number_is_noticed(text: str, value: float, is_so: bool) -> None:
+    assert is_rounded(text, value) == is_so
