@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from nemo_kd.nemo import start
+from nemo_kd.nemo.settings.training import fill_in
 from tests.configuration import configuration
 
 ROWS = 8
@@ -18,6 +19,7 @@ def main(tiny: str, output: str) -> None:
     overrides = [f"model.restore_from_path={tiny}/teacher.nemo", "trainer.precision=32"]
     cfg = configuration("train_gpt_sft_kd", *overrides)
     cfg.model.micro_batch_size = cfg.model.global_batch_size = 1
+    fill_in(cfg)
     start.prepare(cfg)
     import torch
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (

@@ -107,4 +107,4 @@ def test_resume_under_another_k(tiny: Path, tmp_path: Path, dump: Callable[..., 
         "trainer.precision=32",
         "+model.kd.top_k=10",
     )
-    assert "top_k: 20 there, 10 now" in message and "overwrite=true" in message
+    assert "top_k: 20 in the store, 10 now" in message and "overwrite=true" in message
