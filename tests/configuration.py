@@ -5,7 +5,7 @@ from __future__ import annotations
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 
-from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.cli.overrides import accept_every_spelling
 from tests.processes import ROOT
 
 

@@ -14,11 +14,8 @@ from filelock import FileLock
 
 from tests.loss.ranks import Ranks
 from tests.processes import ROOT as ROOT
-from tests.processes import environment as environment
 from tests.processes import run_program, run_script
-from tests.runs import metrics as metrics
 
-program = run_program
 Script = Callable[..., subprocess.CompletedProcess[str]]
 Shared = Callable[[str, Callable[[Path], object]], Path]
 

@@ -39,7 +39,12 @@ def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
     synced: list[str] = []
     monkeypatch.setattr(files, "_fsync", lambda path: synced.append(path.name))
     renamed = os.replace
-    monkeypatch.setattr(os, "replace", lambda a, b: synced.append("rename") or renamed(a, b))
+
+    def replace(source: Path, target: Path) -> None:
+        synced.append("rename")
+        renamed(source, target)
+
+    monkeypatch.setattr(os, "replace", replace)
     (tmp_path / ".new").mkdir()
     (tmp_path / ".new/a").write_text("a")
     commit(tmp_path / ".new", tmp_path / "directory")

@@ -22,7 +22,7 @@ def rows(temperatures: tuple[float, ...]) -> TopK:
 
 def test_fields_cannot_be_swapped_unseen() -> None:
     with pytest.raises(TypeError, match="positional"):
-        TopK(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1))  # type: ignore[misc]
+        TopK(np.zeros((1, 1)), np.zeros((1, 1)), np.zeros(1))  # type: ignore[call-arg]
 
 
 @pytest.mark.parametrize(("temperature", "value"), [(1.0, 10), (2.0, 0), (0.5, 20)])

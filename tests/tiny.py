@@ -24,7 +24,9 @@ def functions() -> list[dict[str, str]]:
     for name in MODULES:
         tree = ast.parse(inspect.getsource(__import__(name)))
         for node in ast.walk(tree):
-            doc = ast.get_docstring(node) if isinstance(node, ast.FunctionDef) else None
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            doc = ast.get_docstring(node)
             if doc and len(node.body) > 1:
                 body = "\n".join(ast.unparse(part) for part in node.body[1:])
                 pairs.append({"input": f"{node.name}: {doc[:80]}", "output": body[:120]})

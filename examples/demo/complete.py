@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def settings() -> DictConfig:
     """One process, float32; a model's own configuration says the rest."""
-    model = {
+    model: dict[str, Any] = {
         "seed": 1234,
         "tensor_model_parallel_size": 1,
         "pipeline_model_parallel_size": 1,

@@ -71,10 +71,11 @@ def curves(demo: Demo) -> list[str]:
 
 def chart(students: list[Curve], title: str, unit: str, teacher: float | None) -> str:
     """One curve for each student, the teacher's value as a dashed line."""
-    with pyplot.rc_context(STYLE):
+    with pyplot.rc_context(STYLE):  # type: ignore[arg-type]
         figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
         for name, curve in zip(STUDENTS, students, strict=True):
-            dots = {"marker": "o", "markersize": 3.5} if title.startswith("Held-out") else {}
+            dotted = title.startswith("Held-out")
+            dots: dict[str, Any] = {"marker": "o", "markersize": 3.5} if dotted else {}
             axis.plot(
                 curve.steps,
                 curve.values,
@@ -95,7 +96,7 @@ def chart(students: list[Curve], title: str, unit: str, teacher: float | None) -
 def layer_bars(demo: Demo) -> str:
     """Block influence of each layer; the student's layers in colour."""
     influence, kept = demo.layers["influence"], demo.layers["kept"]
-    with pyplot.rc_context(STYLE):
+    with pyplot.rc_context(STYLE):  # type: ignore[arg-type]
         figure, axis = pyplot.subplots(figsize=(SIZE[0], 1.9), layout="constrained")
         colours = [COLOURS["kd"] if i in kept else "#d1d5db" for i in range(len(influence))]
         axis.bar(range(len(influence)), influence, color=colours, width=0.75)

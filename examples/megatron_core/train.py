@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import os
 import warnings
+from typing import Any
 
 import torch
 
@@ -61,7 +62,7 @@ def start(args: argparse.Namespace) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(args.seed)
 
 
-def student(args: argparse.Namespace, vocab_size: int) -> list[torch.nn.Module]:
+def student(args: argparse.Namespace, vocab_size: int) -> list[Any]:
     """A small Llama-like GPTModel, wrapped for data parallelism.
 
     This rank's parts of it: one, or as many as a virtual pipeline has.
@@ -100,7 +101,7 @@ def student(args: argparse.Namespace, vocab_size: int) -> list[torch.nn.Module]:
     torch.manual_seed(args.seed)
     multiple = 8 * args.tensor_parallel
     ddp = DistributedDataParallelConfig(use_distributed_optimizer=False)
-    parts: list[torch.nn.Module] = []
+    parts: list[Any] = []
     for part in range(args.virtual_pipeline):
         stage = {"vp_stage": part} if interleaves else {}
         where = {"ignore_virtual": not interleaves, **stage}

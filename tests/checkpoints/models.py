@@ -7,10 +7,12 @@ import json
 import textwrap
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from gguf import GGUFWriter
+from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -19,7 +21,7 @@ TEXT = textwrap.__doc__ + Path(textwrap.__file__).read_text()
 TOKENS = 299
 # One row of the embedding more than there are tokens, and no multiple of any padding.
 SHARED = {"vocab_size": 300, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 4}
-MODELS = {
+MODELS: dict[str, dict[str, Any]] = {
     "tied_grouped": {
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
@@ -125,7 +127,7 @@ def write_gguf(model: LlamaForCausalLM, path: Path, **changes: object) -> Path:
     return path
 
 
-def gguf_tensors(model: LlamaForCausalLM) -> dict[str, np.ndarray]:
+def gguf_tensors(model: LlamaForCausalLM) -> dict[str, NDArray[Any]]:
     """llama.cpp's names, and its order of the rows of q and k."""
     names = {
         "input_layernorm": "attn_norm",

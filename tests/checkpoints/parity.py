@@ -111,6 +111,7 @@ def restore(checkpoint: Path, cfg: DictConfig, trainer: Any) -> Any:
     stored = MegatronGPTSFTModel.restore_from(str(checkpoint), return_config=True, **common)
     OmegaConf.set_struct(stored, False)
     merged = OmegaConf.merge(stored, cfg.model)
+    assert isinstance(merged, DictConfig)
     resolve_tokenizer(merged, checkpoint)
     return MegatronGPTSFTModel.restore_from(str(checkpoint), override_config_path=merged, **common)
 

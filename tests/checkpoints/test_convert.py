@@ -49,7 +49,9 @@ def test_the_tokenizer_travels_with_what_nemo_saves(converted: Path) -> None:
         with tarfile.open(path) as archive:
             config = yaml.safe_load(archive.extractfile("./model_config.yaml"))
             name = config["tokenizer"]["model"].removeprefix("nemo:")
-            members.append(archive.extractfile(f"./{name}").read())
+            member = archive.extractfile(f"./{name}")
+            assert member is not None
+            members.append(member.read())
     assert members[0] == members[1]
 
 
@@ -76,7 +78,7 @@ def test_gguf_weights_and_ids_equal_those_of_transformers_own_loader() -> None:
     ).state_dict()
     for name in ours.llama.shapes():
         assert torch.equal(ours.tensor(name), theirs[name]), name
-    tokenizer = build_tokenizer(ours)
+    tokenizer = build_tokenizer(ours.name, ours.field)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)
     reference = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     for source in sorted(Path(json.__file__).parent.glob("*.py")):

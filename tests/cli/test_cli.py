@@ -151,8 +151,8 @@ def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, pr
     assert as_json("convert", source, tmp_path / "v")["changed"] == "nothing"
     assert Store(tmp_path / "v").fingerprint == Store(source).fingerprint
     result = as_json("convert", source, tmp_path / "w", "--profile", "top_p", "--p", 0.5)
-    options = {"profile": "top_p", "profile_options": {"p": 0.5}}
-    assert Store(tmp_path / "w").spec == replace(of, **options)
+    changes: dict[str, Any] = {"profile": "top_p", "profile_options": {"p": 0.5}}
+    assert Store(tmp_path / "w").spec == replace(of, **changes)
     assert "profile_options.p " in result["changed"] and "→ 0.5" in result["changed"]
     if profile == "top_p":  # options belong to their profile
         nemo_kd("convert", source, tmp_path / "x", "--profile", "plain")
@@ -328,7 +328,7 @@ def test_ctrl_c_is_one_line_and_status_130(tmp_path: Path) -> None:
     (tmp_path / "t.model").write_bytes(models.sentencepiece_model())
     os.mkfifo(tmp_path / "x.jsonl")
     options = ("--tokenizer", tmp_path / "t.model")
-    command = [PROGRAM, "convert", tmp_path / "x.jsonl", tmp_path / "s", *options]
+    command = [str(PROGRAM), "convert", *map(str, (tmp_path / "x.jsonl", tmp_path / "s", *options))]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     with (tmp_path / "x.jsonl").open("w"):  # waits until it is opened over there
         process.send_signal(signal.SIGINT)
@@ -446,9 +446,12 @@ def test_a_tokenizer_is_a_local_path_or_an_error(
     (tmp_path / "x.jsonl").touch()
     places = {"FILE": "file.txt", "EMPTY": "empty", "MODELS": "models"}
     given = tmp_path / places[path] if path in places else path
-    for command in (("show", a_store, 3), ("convert", tmp_path / "x.jsonl", tmp_path / "out")):
+    commands: list[tuple[object, ...]]
+    commands = [("show", a_store, 3), ("convert", tmp_path / "x.jsonl", tmp_path / "out")]
+    for command in commands:
         assert message in nemo_kd(*command, "--tokenizer", given, fails=True)
-    for command in (("show", "/nowhere", 3), ("convert", "/nowhere.jsonl", tmp_path / "out")):
+    commands = [("show", "/nowhere", 3), ("convert", "/nowhere.jsonl", tmp_path / "out")]
+    for command in commands:
         assert "/nowhere" in nemo_kd(*command, "--tokenizer", given, fails=True)
     named = store(tmp_path / "named", spec(tokenizer={"path": "some/model-on-a-hub"}))
     assert "some/model-on-a-hub, is not on this machine" in nemo_kd("show", named, 3, fails=True)

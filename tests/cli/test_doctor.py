@@ -109,7 +109,7 @@ def test_an_environment_without_torch_is_described(here: Environment) -> None:
 
 def test_remedies_install_what_there_is_to_install(here: Environment) -> None:
     """This package is on no index; --no-deps is for NVIDIA's container, which has all the rest."""
-    faults = dict.fromkeys(here.faults, "not installed")
+    faults: dict[str, str | None] = dict.fromkeys(here.faults, "not installed")
     broken = replace(here, faults=faults, loss_errors={}, packages=dict.fromkeys(here.packages))
     for place in (None, "NVIDIA_PRODUCT_NAME=NeMo Framework"):
         remedies = [c.remedy for c in checks(replace(broken, container=place, cuda="12.9"))]
@@ -177,7 +177,7 @@ def test_the_program_is_started(
     program.chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     found = probes.program_fault()
-    assert (fault is None and found is None) or fault in (found or "")
+    assert found is None if fault is None else fault in (found or "")
 
 
 def test_a_program_that_is_not_on_the_path_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,7 +17,8 @@ from omegaconf.errors import OmegaConfBaseException
 from nemo_kd.cli.failures import explain, is_interrupt
 from nemo_kd.errors import NemoKDError
 from nemo_kd.store import StoreError
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.processes import environment
 
 QUIET = {"NEMO_KD_TRACEBACK": ""}
 

@@ -8,7 +8,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from nemo_kd.cli.jobs import JOBS
-from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.cli.overrides import accept_every_spelling
 from tests.processes import ROOT, run_script
 
 

@@ -6,6 +6,7 @@ import ast
 import json
 import textwrap
 from pathlib import Path
+from typing import Any
 
 import make_data
 import pytest
@@ -27,12 +28,13 @@ def test_prompt_and_answer_together_are_the_function(pairs: list[make_data.Pair]
         for module, tree in sources.items()
         for name, node in make_data.functions(tree)
     }
-    bodies = {(m, name): [] for m, name, _ in originals}
+    bodies: dict[tuple[str, str], list[list[str]]] = {(m, name): [] for m, name, _ in originals}
     for (module, name, _), node in originals.items():
         bodies[module, name].append([ast.dump(part) for part in node.body[1:]])
     for pair in pairs:
         for text in (pair.input + pair.output, f"{pair.input} {pair.output}"):
             (function,) = ast.parse(text).body
+            assert isinstance(function, ast.FunctionDef)
             body = [ast.dump(part) for part in function.body[1:]]
             assert body in bodies[pair.module, pair.function]
             assert ast.get_docstring(function)
@@ -84,7 +86,8 @@ def test_the_script_writes_disjoint_sides_and_says_what_they_are(
 
     models.tokenizer().save_pretrained(tmp_path / "tokenizer")
     monkeypatch.setattr(make_data, "PACKAGES", ("networkx",))
-    options = {"train": 60, "heldout": 12, "max_tokens": 200, "heldout_share": 0.2, "seed": 3}
+    sizes: dict[str, Any] = {"train": 60, "heldout": 12, "max_tokens": 200}
+    options = sizes | {"heldout_share": 0.2, "seed": 3}
     for name in ("once", "again"):
         make_data.main(tmp_path / "tokenizer", tmp_path / name, **options)
     sides = {}

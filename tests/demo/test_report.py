@@ -36,9 +36,9 @@ def write_json(path: Path, content: Any) -> None:
 def demo(tmp_path: Path) -> Path:
     """The files of a finished demo, of four steps with a validation after each second."""
     for name, (loss, kl, agreement) in FIGURES.items():
-        row = {"sft_loss": loss, "kd_loss": kl, "top1_agreement": agreement, "loss": 9.0}
+        figures = {"sft_loss": loss, "kd_loss": kl, "top1_agreement": agreement, "loss": 9.0}
         write_json(
-            tmp_path / f"evaluation/{name}.json", {f"heldout/{k}": v for k, v in row.items()}
+            tmp_path / f"evaluation/{name}.json", {f"heldout/{k}": v for k, v in figures.items()}
         )
     for name in ("sft", "kd"):
         lines = []
@@ -55,11 +55,11 @@ def demo(tmp_path: Path) -> Path:
     source = {"package": "sympy", "version": "1.14.0", "licence": "BSD"}
     write_json(tmp_path / "data.json", {"train": size, "heldout": size, "sources": [source]})
     write_json(tmp_path / "layers.json", {"kept": [0, 2], "influence": [0.9, 0.1, 0.5]})
-    step = {"command": "python examples/train.py name=<kd> a=1", "seconds": 61.0}
+    convert = {"command": "python examples/train.py name=<kd> a=1", "seconds": 61.0}
     kd = {"command": "python examples/train.py name=<kd> +model.kd.alpha=0.9", "seconds": 61.0}
-    write_json(tmp_path / "steps.json", {"convert": step, "student: KD + SFT": kd})
+    write_json(tmp_path / "steps.json", {"convert": convert, "student: KD + SFT": kd})
     completions = dict.fromkeys(("teacher", "sft", "kd"), " \n    return x < 1 & y")
-    row = {"prompt": 'def f(x):\n    """<b>&</b>"""', "reference": "\n    return 1"}
+    row: dict[str, Any] = {"prompt": 'def f(x):\n    """<b>&</b>"""', "reference": "\n    return 1"}
     row |= {"module": "a.b", "function": "f", "completions": completions}
     write_json(tmp_path / "completions.json", {"tokens": 64, "samples": [row]})
     write_store(tmp_path / "store-train")

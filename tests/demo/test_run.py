@@ -14,7 +14,8 @@ import pytest
 import run
 
 from nemo_kd.loss import KDConfig
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.processes import environment
 
 
 def test_every_step_has_a_reference_time() -> None:

@@ -21,7 +21,7 @@ from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from nemo_kd.cli.main import main
-from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.cli.overrides import accept_every_spelling
 from nemo_kd.cli.teacher import read
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.settings import training

@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints import models
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
 from tests.distribution.blocks import blocks_of
 from tests.distribution.walkthrough import missing
+from tests.processes import environment
 
 LAPTOP = ROOT / "docs/laptop.md"
 # Page → what its reader has already.

@@ -91,8 +91,8 @@ def test_steps_ratio_of_the_page_is_that_of_the_curves(
 def test_worse_is_said_as_plainly_as_better(cfg: Any, results: Path, tmp_path: Path) -> None:
     for path in results.glob("*kd0.5-lr*.json"):
         content = json.loads(path.read_text())
-        worse = [[value + 1.0 for value in row] for row in content["curve"]["sft_loss"]]
-        content["curve"]["sft_loss"] = worse
+        curve = content["curve"]
+        curve["sft_loss"] = [[value + 1.0 for value in row] for row in curve["sft_loss"]]
         path.write_text(json.dumps(content))
     text = written(cfg, results, tmp_path)
     assert "is higher by 0.638 nats" in text

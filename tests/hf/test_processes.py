@@ -12,7 +12,8 @@ import pytest
 
 from nemo_kd.hf.processes import Launch, first_host, start
 from nemo_kd.teacher.layout import LayoutError
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.processes import environment
 
 SLURM = {
     "SLURM_JOB_ID": "20007",

@@ -68,9 +68,11 @@ def main(result: str) -> None:
         if not cut:
             loss = (losses * batch["loss_mask"]).sum() / count
             loss.backward()
+            assert weight.grad is not None
             return loss.detach(), weight.grad, sums.means()
         loss = MegatronGPTModel.loss_func(None, batch["loss_mask"], count, losses)
         (loss * size).backward()  # as NeMo, before the mean over data- and context-parallel ranks
+        assert weight.grad is not None
         torch.distributed.all_reduce(weight.grad)
         return loss.detach(), weight.grad / size, sums.means()
 

@@ -11,7 +11,9 @@ from nemo_kd.loss import KDConfig, TopK, reference
 
 
 def group() -> dist.ProcessGroup:
-    return dist.group.WORLD
+    world = dist.group.WORLD
+    assert world is not None
+    return world
 
 
 def columns(width: int) -> slice:

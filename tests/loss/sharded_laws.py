@@ -6,6 +6,7 @@ import itertools
 import random
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -96,7 +97,8 @@ def check_what_is_communicated() -> None:
     if dist.get_world_size() == 1:
         return
     z = student_logits((n,), v, torch.float32, 1)[:, columns(padded(v))].requires_grad_()
-    labels, mine = torch.zeros(n, dtype=torch.int64), {"group": group(), "vocab_size": v}
+    labels = torch.zeros(n, dtype=torch.int64)
+    mine: dict[str, Any] = {"group": group(), "vocab_size": v}
     for temperature, width in ((1.0, k + 2), (2.0, k + 3)):
         teacher = teacher_rows(n, v, k, temperature, 1)
         config = KDConfig(temperature=temperature)

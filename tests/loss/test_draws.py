@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import replace
 from itertools import product
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def name_of(config: KDConfig) -> str:
 def problem() -> tuple[torch.Tensor, torch.Tensor]:
     """(teacher's logits [N, V], student's [N, V + 1]) in float64."""
     generator = torch.Generator().manual_seed(3)
-    options = {"dtype": torch.float64, "generator": generator}
+    options: dict[str, Any] = {"dtype": torch.float64, "generator": generator}
     teacher = 2 * torch.randn(N, V, **options)
     return teacher, torch.randn(N, V + 1, **options)
 
@@ -96,7 +97,8 @@ def bias_and_error(config: KDConfig) -> tuple[float, float]:
         weight = selected.double().mean(0) * N / selected[0].sum()
     expected = weight * true
     error = (found.var(0) / DRAWS).sum().sqrt()
-    return tuple(float(x / expected.norm()) for x in ((found.mean(0) - expected).norm(), error))
+    bias, size = (found.mean(0) - expected).norm(), expected.norm()
+    return float(bias / size), float(error / size)
 
 
 @pytest.mark.parametrize("config", configurations(), ids=name_of)

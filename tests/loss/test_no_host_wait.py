@@ -7,6 +7,7 @@ is no CPU, on which the losses check their input.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,7 +31,7 @@ def fake() -> Iterator[None]:
         yield
 
 
-def problem(k: int = K) -> tuple[torch.Tensor, TopK, dict[str, torch.Tensor | int]]:
+def problem(k: int = K) -> tuple[torch.Tensor, TopK, dict[str, Any]]:
     """labels [S, B], the teacher's N rows, and how the losses are told which tokens count."""
     teacher = TopK(
         ids=torch.zeros(N, k, dtype=torch.int64),

@@ -28,5 +28,6 @@ def test_loss_and_gradient_equal_the_dense_reference(
     expected = reference.sft_kd_loss(dense, labels, teacher, config)[0]
     (expected * weight).sum().backward()
     torch.testing.assert_close(loss.double(), expected, rtol=1e-6, atol=1e-6)
+    assert logits.grad is not None
     torch.testing.assert_close(logits.grad[:, :50].double(), dense.grad, rtol=1e-5, atol=1e-7)
     assert not logits.grad[:, 50:].any()

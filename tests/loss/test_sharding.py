@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -178,7 +179,7 @@ def check_fused_case(sequence_parallel: bool, softcap: float | None) -> None:
     torch.testing.assert_close(loss[mask].double(), expected, rtol=1e-5, atol=1e-5)
     assert mine.grad is not None and dense_hidden.grad is not None
     assert rows.grad is not None and dense_weight.grad is not None
-    close = {"rtol": 1e-5, "atol": 1e-5}
+    close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
     torch.testing.assert_close(mine.grad.double(), dense_hidden.grad[part], **close)
     torch.testing.assert_close(rows.grad.double(), dense_weight.grad[columns(padded(V))], **close)
 

@@ -106,7 +106,7 @@ def check_weights_of_the_fused_lm_head() -> None:
             torch.testing.assert_close(result.loss.double(), expected, rtol=1e-5, atol=1e-5)
             assert mine.grad is not None and rows.grad is not None
             assert dense.grad is not None and dense_head.grad is not None
-            close = {"rtol": 1e-5, "atol": 1e-5}
+            close: dict[str, Any] = {"rtol": 1e-5, "atol": 1e-5}
             torch.testing.assert_close(mine.grad.double(), dense.grad, **close)
             mine_of_head = dense_head.grad[columns(padded(V))]
             torch.testing.assert_close(rows.grad.double(), mine_of_head, **close)

@@ -82,7 +82,7 @@ def test_an_epoch_is_a_draw_for_each_sample_of_all_stores_and_files(
 ) -> None:
     file = tmp_path / "sft.jsonl"
     file.write_text("{}\n" * 6)
-    data = {
+    data: dict[str, Any] = {
         "train_ds__store": [str(directory), str(directory)],
         "train_ds__file_names": [str(file)],
         "train_ds__concat_sampling_probabilities": [0.8, 0.1, 0.1],

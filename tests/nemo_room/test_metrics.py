@@ -11,7 +11,8 @@ from nemo_kd.nemo.metrics import CALIBRATION_BINS, MetricSums
 
 def test_calibration_error_is_that_of_the_definition() -> None:
     generator = torch.Generator().manual_seed(0)
-    sums, pairs = MetricSums(), []
+    sums = MetricSums()
+    pairs: list[tuple[float, bool]] = []
     for n in (50, 1, 70):
         logits = 3 * torch.randn(n, 20, generator=generator)
         labels = torch.randint(20, (n,), generator=generator)
@@ -26,5 +27,6 @@ def test_calibration_error_is_that_of_the_definition() -> None:
         low, high = b / CALIBRATION_BINS, (b + 1) / CALIBRATION_BINS
         inside = [(p, hit) for p, hit in pairs if low <= p < high]
         expected += abs(sum(p for p, _ in inside) - sum(hit for _, hit in inside))
+    assert sums.calibration is not None
     assert float(sums.calibration.abs().sum()) == pytest.approx(expected, abs=1e-4)
     assert 0.05 < expected / len(pairs) < 0.5

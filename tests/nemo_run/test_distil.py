@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.store import Store
-from tests.conftest import ROOT, Shared, environment, metrics
+from tests.conftest import ROOT, Shared
+from tests.processes import environment
+from tests.runs import metrics
 
 pytestmark = pytest.mark.slow
 
@@ -34,7 +36,7 @@ def launcher(shared: Shared) -> Path:
 
     def make(directory: Path) -> None:
         subprocess.run([sys.executable, "-m", "venv", directory / "venv"], check=True)
-        pip = [directory / "venv/bin/python", "-m", "pip", "install", "--quiet", *PACKAGES]
+        pip = [str(directory / "venv/bin/python"), "-m", "pip", "install", "--quiet", *PACKAGES]
         done = subprocess.run(pip, capture_output=True, text=True)
         if done.returncode:
             pytest.skip(f"{' '.join(PACKAGES)} cannot be installed: {done.stderr[-500:]}")

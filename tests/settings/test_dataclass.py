@@ -72,7 +72,8 @@ def test_the_yaml_of_a_dump_has_every_key_with_its_default(names: list[str], cls
         cfg.pop(name)
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("LOCAL_WORLD_SIZE", raising=False)
-        yaml = flatten(OmegaConf.to_container(cfg, resolve=True))
+        tree: Any = OmegaConf.to_container(cfg, resolve=True)
+        yaml = flatten(tree)
     yaml.setdefault("dump.profile_options", {})
     expected = {key: list(v) if isinstance(v, tuple) else v for key, v in defaults(cls).items()}
     kind = "hf" if cls is GenerateConfig else "nemo"

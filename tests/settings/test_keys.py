@@ -10,14 +10,15 @@ import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.cli.scripts import accept_every_spelling
+from nemo_kd.cli.overrides import accept_every_spelling
 from nemo_kd.cli.teacher import read
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.settings import keys as nemo
 from nemo_kd.nemo.settings import optim, sources, training
 from nemo_kd.settings.blocks import Block
 from tests import nemo_file
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.processes import environment
 
 MUST = ["model.restore_from_path=student.nemo", "data.file_path=x.jsonl", "output_dir=store"]
 DUMPS = ("dump_teacher_topk", "generate_with_teacher")

@@ -175,6 +175,6 @@ def test_another_process_opens_it_anew(tmp_path: Path) -> None:
 
 def test_row_numbers_are_numpys_too(tmp_path: Path) -> None:
     file = JsonlFile(write(tmp_path / "a.jsonl", lines(5, 6)))
-    assert file[np.int64(1)] == 6  # type: ignore[call-overload]
+    assert file[np.int64(1)] == 6  # type: ignore[index]
     with pytest.raises(IndexError):
         file[2]

@@ -10,7 +10,8 @@ import pytest
 
 from nemo_kd.sft import RowError
 from nemo_kd.sft.template import PromptTemplate, TemplateError
-from tests.conftest import Shared, program
+from tests.conftest import Shared
+from tests.processes import run_program
 
 NAMES = ["bytes", "characters", "bare", "sentencepiece"]
 
@@ -18,7 +19,7 @@ NAMES = ["bytes", "characters", "bare", "sentencepiece"]
 @pytest.fixture(scope="module")
 def compared(shared: Shared) -> dict[str, Any]:
     """Tokenizer → which attributes are NeMo's, and the number of random rows of each outcome."""
-    path = shared("sft", lambda path: program("tests/sft/nemo_tokens.py", path / "found.json"))
+    path = shared("sft", lambda path: run_program("tests/sft/nemo_tokens.py", path / "found.json"))
     found: dict[str, Any] = json.loads((path / "found.json").read_text())
     return found
 

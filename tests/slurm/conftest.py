@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, environment
+from tests.conftest import ROOT
+from tests.processes import environment
 
 HERE = Path(__file__).parent
 CANNOT_INSTALL = 77  # of start.sh

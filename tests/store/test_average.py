@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -67,11 +68,13 @@ def test_mixture_is_the_dense_one_of_what_the_teachers_kept(
     z, teachers, weights, top_k = case
     vocab_size = z[0].shape[1]
     mixed = mix(teachers, weights, top_k)
-    known = sum(w * dense(one, vocab_size) for w, one in zip(weights, teachers, strict=True))
-    whole = sum(
+    parts = [w * dense(one, vocab_size) for w, one in zip(weights, teachers, strict=True)]
+    known = np.sum(parts, axis=0)
+    wholes = [
         w * np.exp(one - np.logaddexp.reduce(one, axis=1, keepdims=True))
         for w, one in zip(weights, z, strict=True)
-    )
+    ]
+    whole = np.sum(wholes, axis=0)
     hidden = np.zeros_like(known)
     for w, one in zip(weights, teachers, strict=True):
         last = np.where(one.logits > -np.inf, one.logits, np.inf).min(axis=1, keepdims=True)
@@ -94,7 +97,7 @@ def test_mixture_is_the_dense_one_of_what_the_teachers_kept(
         assert len(set(ids[logits > -np.inf])) == (logits > -np.inf).sum()
 
 
-PROFILES = {
+PROFILES: dict[str, dict[str, Any]] = {
     "plain": {},
     "compact": {"profile": "compact"},
     "top_p": {"profile": "top_p", "profile_options": {"p": 0.9}},

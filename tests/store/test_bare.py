@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -25,10 +26,13 @@ for directory in sys.argv[2:]:
 
 
 def test_a_store_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
-    cut = {"profile": "top_p", "profile_options": {"p": 0.9}}
+    profiles: dict[str, dict[str, Any]] = {
+        "plain": {},
+        "compact": {"profile": "compact"},
+        "cut": {"profile": "top_p", "profile_options": {"p": 0.9}},
+    }
     stores = [
-        store(tmp_path / profile, replace(spec(), **options))
-        for profile, options in {"plain": {}, "compact": {"profile": "compact"}, "cut": cut}.items()
+        store(tmp_path / name, replace(spec(), **changes)) for name, changes in profiles.items()
     ]
     done = run_bare(tmp_path, extra("store"), "-c", READ, str(ROOT), *map(str, stores))
     assert done.returncode == 0, done.stderr

@@ -7,6 +7,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from nemo_kd.store import Store, StoreError
 from nemo_kd.store.tools.verify import verify
 from tests.store.samples import spec, store
 
-PROFILES = {
+PROFILES: dict[str, dict[str, Any]] = {
     "plain": {},
     "compact": {"profile": "compact"},
     "top_p": {"profile": "top_p", "profile_options": {"p": 0.9}},

@@ -50,13 +50,13 @@ def test_files_are_megatrons_byte_for_byte(
     for end in ("bin", "idx"):
         ours, theirs = tmp_path / f"ours.{end}", tmp_path / f"theirs.{end}"
         assert ours.read_bytes() == theirs.read_bytes()
-    ours = FieldReader(tmp_path / "theirs", np.dtype(dtype).type, len(parts))
+    reader = FieldReader(tmp_path / "theirs", np.dtype(dtype).type, len(parts))
     # Megatron maps the file, which an empty one does not allow.
-    theirs = IndexedDataset(str(tmp_path / "ours"), mmap=any(sizes))
-    assert len(theirs) == len(parts)
+    dataset = IndexedDataset(str(tmp_path / "ours"), mmap=any(sizes))
+    assert len(dataset) == len(parts)
     for i, part in enumerate(parts):
-        assert ours[i].dtype == part.dtype and np.array_equal(ours[i], part)
-        assert np.array_equal(theirs[i], part)
+        assert reader[i].dtype == part.dtype and np.array_equal(reader[i], part)
+        assert np.array_equal(dataset[i], part)
 
 
 def test_what_is_read_cannot_be_written_to(tmp_path: Path) -> None:

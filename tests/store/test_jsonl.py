@@ -135,7 +135,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
         record(topk_logits=[[0], [3], [5]], topk_token_ids=[[0], [9], [4]]),
         "1 values per token, top_k is 2; lower it to 1",
     ),
-    "no row number": (record("three"), "index must be a row number"),
+    "no row number": (record(index="three"), "index must be a row number"),
     "falling row numbers": (record(0), "rows must ascend"),
     "huge number": (record(topk_token_ids=[[0, 0], [10**30, 4], [4, 2]]), "integers|out of"),
     "deep": ("[" * 100_000, "not JSON"),

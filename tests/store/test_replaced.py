@@ -27,6 +27,11 @@ def other_rows(directory: Path, of: StoreSpec, rows: int = 7) -> Path:
     return write(directory, of, [with_topk(one, logits=one.topk.logits - 1) for one in samples])
 
 
+def being_written(directory: Path) -> None:
+    for path in (directory / "manifest.json", *directory.glob("shard-*/shard.json")):
+        path.unlink()
+
+
 def same_teacher(directory: Path) -> Path:
     return other_rows(directory, spec())
 
@@ -44,7 +49,7 @@ REPLACED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "other logits": (same_teacher, r"rows\.bin, topk_logits\.bin had another SHA-256"),
     "removed": (shutil.rmtree, r"shard-0000\d is gone"),
     "being written": (
-        lambda d: [path.unlink() for path in (d / "manifest.json", *d.glob("shard-*/shard.json"))],
+        being_written,
         r"shard-0000\d is gone",
     ),
 }

@@ -68,13 +68,13 @@ def test_compact_keeps_every_id_and_each_temperature(case: tuple[StoreSpec, list
             np.exp(s.topk.logits.astype(float) - s.topk.logsumexp[:, [unit]]).sum(1)
             for s in (was, now)
         ]
-        assert np.allclose(*mass, atol=1e-3)
+        assert np.allclose(mass[0], mass[1], atol=1e-3)
         # A shift of all logits by c shifts the log-sum-exp at T by c / T: the same distribution.
         relative = [
             s.topk.logsumexp - s.topk.logsumexp[:, [unit]] / np.array(of.temperatures, np.float32)
             for s in (was, now)
         ]
-        assert np.allclose(*relative, atol=1e-5)
+        assert np.allclose(relative[0], relative[1], atol=1e-5)
 
 
 @pytest.mark.parametrize("vocab_size", [100, 500, 49_152, 262_144])

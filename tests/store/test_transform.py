@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from nemo_kd.teacher.plan import Workload, plan
 from tests.store.samples import sample, spec, store, write
 from tests.store.test_writer import contents
 
-PROFILES = {
+PROFILES: dict[str, dict[str, Any]] = {
     "plain": {},
     "compact": {"profile": "compact"},
     "top_p": {"profile": "top_p", "profile_options": {"p": 0.9}},
@@ -39,7 +40,8 @@ def test_a_split_and_merged_store_has_the_same_bits(tmp_path: Path, profile: str
     parts = [Store(target) for target in targets]
     assert {k: v for part in parts for k, v in bits(part).items()} == bits(opened)
     merge(parts, tmp_path / "merged")
-    merged, expected, offset = Store(tmp_path / "merged"), {}, 0
+    merged, offset = Store(tmp_path / "merged"), 0
+    expected: dict[int, tuple[bytes, ...]] = {}
     for part in parts:
         expected |= bits(part, offset)
         offset += int(part.rows[-1]) + 1

@@ -220,7 +220,10 @@ def main(directory: Path) -> None:
 
 if __name__ == "__main__":
     torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        "gloo",
+        store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
     )
     with initialize_config_dir(f"{sys.path[0]}/conf", version_base=None):
         main(Path(sys.argv[1]))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import Shared, program
+from tests.conftest import Shared
+from tests.processes import run_program
 
 SETTINGS = [
     "data.max_seq_length=128",
@@ -22,4 +23,4 @@ SETTINGS = [
 @pytest.fixture(scope="session")
 def world(shared: Shared) -> Path:
     """The output of `world.py`: checkpoints, data, stores, `parity.json`."""
-    return shared("hf", lambda path: program("tests/teacher/world.py", path, *SETTINGS))
+    return shared("hf", lambda path: run_program("tests/teacher/world.py", path, *SETTINGS))

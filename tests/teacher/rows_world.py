@@ -132,7 +132,10 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
         FileSFTDataset(file_path=str(directory / "1.jsonl"), **arguments),
     ]
     torch.distributed.init_process_group(  # NeMo's blend has a barrier
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        "gloo",
+        store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
     )
     train = OmegaConf.create({"global_batch_size": 4})
     blended = blend(datasets, 275, train)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import Store, verify
-from tests.conftest import Shared, program
+from tests.conftest import Shared
+from tests.processes import run_program
 from tests.teacher.test_hf import same_files
 
 PRESENT = (1, 40, 41, 47, 100, 298)
@@ -18,7 +19,7 @@ PRESENT = (1, 40, 41, 47, 100, 298)
 
 @pytest.fixture(scope="module")
 def world(shared: Shared) -> Path:
-    return shared("bad rows", lambda path: program("tests/teacher/bad_rows_world.py", path))
+    return shared("bad rows", lambda path: run_program("tests/teacher/bad_rows_world.py", path))
 
 
 @pytest.fixture(scope="module")

@@ -47,7 +47,7 @@ def test_greedy_answers_and_their_topk_are_the_models_own(name: str) -> None:
     model = tiny_model(name, tie_word_embeddings=False)  # tied ones say the same word again
     endless = [set(ids) for ids in written(model, prompts(), stop_ids=(999,)).ids]
     # Tokens that occur in some answers but not in all.
-    stops = sorted(set.union(*endless) - set.intersection(*endless))[:1]
+    stops = sorted(set[int]().union(*endless) - endless[0].intersection(*endless))[:1]
     model.generation_config.repetition_penalty = 1.7  # not the teacher's distribution: ignored
     answers = written(model, prompts(), stop_ids=stops)
     model.generation_config.repetition_penalty = 1.0
@@ -106,7 +106,7 @@ def test_the_sampled_profile_draws_what_a_dump_of_the_answer_would() -> None:
         mask = (np.arange(len(ids)) >= len(prompt.ids)).astype(np.uint8)
         assert np.array_equal(mask, row.loss_mask)
         selection = Selection(spec)
-        uniform = selection.uniform([Row(prompt.row, ids, mask)])
+        uniform = selection.uniform([Row(prompt.row, row.input_ids, mask)])
         with torch.no_grad():
             logits = model(torch.from_numpy(ids)[None]).logits[0, len(prompt.ids) - 1 : -1]
         expected = selection(logits, uniform)

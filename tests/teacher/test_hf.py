@@ -17,7 +17,8 @@ from nemo_kd.cli.teacher import check_kind, read
 from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.store import Store
 from nemo_kd.store.tools.verify import verify
-from tests.conftest import ROOT, Script, metrics
+from tests.conftest import ROOT, Script
+from tests.runs import metrics
 from tests.teacher.conftest import SETTINGS
 
 TINY = {"vocab_size": 61, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -71,7 +72,7 @@ def test_halves_make_the_models_own_logits(name: str) -> None:
 
 def test_a_model_whose_halves_do_not_give_its_logits_is_refused() -> None:
     class Odd(transformers.LlamaForCausalLM):
-        def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:  # type: ignore[override]
+        def forward(self, input_ids: torch.Tensor, **more: Any) -> Any:
             output = super().forward(input_ids, **more)
             output.logits = output.logits + self.model.embed_tokens(input_ids).sum(-1, keepdim=True)
             return output

@@ -41,7 +41,7 @@ def write(path: Path, trees: list[Message]) -> Path:
 
 def convert(trees: Path, output: Path, *options: str) -> subprocess.CompletedProcess[str]:
     script = ROOT / "examples" / "tutorial" / "oasst_to_chat.py"
-    command = [sys.executable, script, trees, output, *options]
+    command = [sys.executable, str(script), str(trees), str(output), *options]
     return subprocess.run(command, capture_output=True, text=True)
 
 

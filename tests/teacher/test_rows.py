@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 
-from tests.conftest import program
+from tests.processes import run_program
 
 
 @pytest.fixture(scope="module")
 def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """File → [tokens, first answer token, answer tokens, truncated] of each row, or the refusal."""
     result = tmp_path_factory.mktemp("rows") / "read.json"
-    program("tests/teacher/rows_world.py", result)
+    run_program("tests/teacher/rows_world.py", result)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import NoAnswerError, Row
@@ -19,7 +20,7 @@ K, V = 7, 50
 SPEC = StoreSpec(top_k=K, vocab_size=V, temperatures=(2.0, 1.0), template={"max_seq_length": 12})
 
 
-def sample(row: int, spread: float = 2.0) -> tuple[Row, TopK, np.ndarray]:
+def sample(row: int, spread: float = 2.0) -> tuple[Row, TopK, NDArray[np.float64]]:
     """A row, its top-K, and all logits [A, V] in float64."""
     rng = np.random.default_rng(row)
     answers = 1 + row % 5

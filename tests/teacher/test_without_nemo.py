@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, Script, run_script
+from tests.conftest import ROOT, Script
+from tests.processes import run_script
 from tests.teacher.conftest import SETTINGS
 from tests.teacher.test_generate import generation
 from tests.teacher.test_hf import same_files

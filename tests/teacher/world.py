@@ -239,7 +239,10 @@ def main(directory: Path) -> None:
     models.write_gguf(model, directory / "llama.gguf")
     checkpoint = open_checkpoint(directory / "llama")
     torch.distributed.init_process_group(
-        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+        "gloo",
+        store=torch.distributed.HashStore(),  # type: ignore[attr-defined]
+        rank=0,
+        world_size=1,
     )
     write_nemo(checkpoint, directory / "llama.nemo", range(4))
     (directory / "parity.json").write_text(json.dumps(parity(directory)))
