@@ -19,7 +19,7 @@ from nemo_kd.errors import NemoKDError
 if TYPE_CHECKING:
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
 
-# Adapter → the linear layer of the same module that it is added to.
+# Adapter → the linear layer of the same module whose output it is added to.
 BESIDE = {
     AdapterName.LORA_KQV_ADAPTER: "linear_qkv",
     AdapterName.LORA_DENSE_ATTENTION_ADAPTER: "linear_proj",
@@ -57,15 +57,15 @@ def merge_lora(model: MegatronGPTSFTKDModel) -> int:
 def product(adapter: Any) -> torch.Tensor:
     """alpha / dim · B A [out, in] in float32, this rank's part, cut as the layer beside it."""
     a, b = adapter.linear_in.weight.float(), adapter.linear_out.weight.float()
-    if adapter.input_is_parallel:  # A is cut along `in` as the layer is, B along `out`
+    if adapter.input_is_parallel:  # W and A are split along `in`, B along `out`
         b = _gathered(b)
-    else:  # B is cut along `out` as the layer is, A along `dim`
+    else:  # W and B are split along `out`, A along `dim`
         a = _gathered(a)
     return adapter.alpha / adapter.dim * (b @ a)
 
 
 def _gathered(part: torch.Tensor) -> torch.Tensor:
-    """[n, m] on each tensor-parallel rank → [n · ranks, m]."""
+    """Gather [n, m] of each tensor-parallel rank → [n · ranks, m]."""
     group = parallel_state.get_tensor_model_parallel_group()
     parts = [torch.empty_like(part) for _ in range(torch.distributed.get_world_size(group))]
     torch.distributed.all_gather(parts, part.contiguous(), group=group)

@@ -43,7 +43,7 @@ class MetricSums:
         self.reset()
 
     def reset(self) -> None:
-        # On the device of the first tokens. Row 0: sums, row 1: how many tokens each is over.
+        # On the device of the first tokens. Row 0: sums; row 1: the number of tokens in each sum.
         self.sums: torch.Tensor | None = None  # [2, NAMES]
         # Σ (confidence - correct) of the tokens of each bin of confidence
         self.calibration: torch.Tensor | None = None  # [CALIBRATION_BINS]
@@ -80,7 +80,7 @@ class MetricSums:
             flat = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
         else:
             flat = torch.cat([self.calibration, self.sums.flatten()])
-        # A context-parallel rank has added the tokens of its part of each sequence.
+        # Each context-parallel rank has added only the tokens of its part of each sequence.
         everyone = parallel_state.get_data_parallel_group(with_context_parallel=True)
         torch.distributed.all_reduce(flat, group=everyone)
         if parallel_state.get_pipeline_model_parallel_world_size() > 1:
@@ -89,7 +89,7 @@ class MetricSums:
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        flat = flat.cpu()  # the host waits once
+        flat = flat.cpu()  # one synchronization with the device
         calibration = flat[:CALIBRATION_BINS]
         sums, counts = flat[CALIBRATION_BINS:].view(2, -1)
         if not counts[0]:
@@ -128,10 +128,10 @@ class MetricsJsonl(Callback):
 
 
 def forget(trainer: Trainer, names: Collection[str]) -> None:
-    """Remove from Lightning what was logged under these names in earlier training steps.
+    """Remove from Lightning the values logged under these names in earlier training steps.
 
-    Lightning keeps the last value of each name, for loggers, callbacks and progress bars alike: a
-    step that does not log it would repeat another step's.
+    Lightning passes the last value of each name to loggers, callbacks and progress bars, so a step
+    that does not log a name would repeat an earlier step's value.
     """
     results = trainer._results
     for key in [key for key, logged in (results or {}).items() if logged.meta.name in names]:

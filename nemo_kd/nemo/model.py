@@ -1,7 +1,7 @@
 """NeMo's `MegatronGPTSFTModel` with a distillation loss on stored teacher top-K logits.
 
-Three seams, each a small override: data sets come from a store (`_build_dataset`), a micro-batch's
-answer tokens are handed over to the loss before NeMo's forward pass (`get_batch`), and on the last
+Three small overrides connect it to NeMo: `_build_dataset` makes data sets of a store, `get_batch`
+passes a micro-batch's answer tokens to the loss before NeMo's forward pass, and on the last
 pipeline stage `StudentLoss` replaces Megatron's `compute_language_model_loss`.
 """
 
@@ -43,9 +43,9 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         _refuse_unsupported(cfg)
         super().__init__(cfg, trainer)
-        # What is saved must load in a NeMo without this package.
+        # The saved model must load in a NeMo without this package.
         self.cfg.target = NEMO_SFT
-        self._done = Progress()  # in earlier starts of the run
+        self._done = Progress()  # progress of earlier starts of the run
         gpt = gpt_module(self.model)
         if gpt.post_process:
             self.student_loss.attach(gpt, self.kd_schedule.fused_lm_head)
@@ -120,7 +120,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         )
 
     def get_batch(self, data_iterator: Iterator[Any], tuning: bool) -> dict[str, Any]:
-        """NeMo's micro-batch; its answer tokens are handed over to the loss of the same pass."""
+        """Return NeMo's micro-batch, and pass its answer tokens to the loss of the same pass."""
         batch = super().get_batch(data_iterator, tuning)
         answers = batch.pop("answer_tokens", None)  # NeMo's own `answers` are other tensors
         if answers is not None and parallel_state.is_pipeline_last_stage():

@@ -63,7 +63,7 @@ class PackedStoreSFTDataset(StoreSFTDataset):
         collated = collate_packs(packs, length, self.tokenizer.eos_id)
         return {
             **collated,
-            "attention_mask": torch.ones(len(batch), dtype=torch.long),  # NeMo's: never read
+            "attention_mask": torch.ones(len(batch), dtype=torch.long),  # NeMo needs the key only
             "metadata": [item["metadata"] for item in batch],
             "token_count": [item["token_count"] for item in batch],
             "answer_tokens": self.micro_batches.answers(collated["loss_mask"], batch),
@@ -71,7 +71,7 @@ class PackedStoreSFTDataset(StoreSFTDataset):
 
 
 class _PacksOfExamples:
-    """The packs as the list of examples that NeMo's data set reads."""
+    """List of the packs in the form that NeMo's data set reads."""
 
     def __init__(self, packs: Packs, examples: Any) -> None:
         self.packs, self.examples = packs, examples

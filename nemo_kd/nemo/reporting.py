@@ -50,7 +50,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         self._divisor: torch.Tensor | None = None  # of a micro-batch's loss; None: its own tokens
         self._clock: float | None = None
         self._step_sums = MetricSums()
-        self._step_names: list[str] = []  # what the last step logged
+        self._step_names: list[str] = []  # names logged by the last step
         self._validation_sums: dict[int, MetricSums] = {}
         self._watch_mass = MassWatch(self.kd_schedule.temperature)
 
@@ -100,7 +100,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
             torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
             self._answer_tokens = count
             if self.kd_schedule.normalize == "global_tokens":
-                # Megatron divides by the micro-batches, NeMo by the data-parallel ranks.
+                # Megatron divides by micro-batches and NeMo by data-parallel ranks: undo both.
                 parts = get_num_microbatches() * parallel_state.get_data_parallel_world_size()
                 self._divisor = count.clamp(min=1) / parts
         return super().fwd_bwd_step(iter([batch]), forward_only, first_val_step)
@@ -108,7 +108,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
     def loss_func(
         self, loss_mask: torch.Tensor, num_valid_tokens_in_ub: Any, output_tensor: torch.Tensor
     ) -> torch.Tensor:
-        """Sum over answer tokens, divided as `model.kd.normalize` says; 0 without any."""
+        """Sum the loss over answer tokens, divided as `model.kd.normalize` selects; 0 if none."""
         own = num_valid_tokens_in_ub.clamp(min=1)
         divisor = own if self._divisor is None else self._divisor
         return super().loss_func(loss_mask, divisor, output_tensor)
@@ -121,12 +121,12 @@ class ReportingSFTModel(MegatronGPTSFTModel):
     def _reconfigure_and_process_inference_batch(
         self, batch: dict[str, Any], data_cfg: DictConfig
     ) -> None:
-        """Set a validation's own micro-batches, which NeMo does for other batch sizes only."""
+        """Set a validation's micro-batches, which NeMo does only if the batch size differs."""
         ranks = parallel_state.get_data_parallel_world_size()
         self._use_micro_batches(data_cfg, len(batch["tokens"]) * ranks)
 
     def _use_micro_batches(self, data_cfg: DictConfig, samples: int) -> None:
-        """Let Megatron cut global batches of `samples` as the data sets of a block collate them."""
+        """Make Megatron split global batches of `samples` into the micro-batches of a block."""
         reconfigure_num_microbatches_calculator(
             rank=self.global_rank,
             rampup_batch_size=None,
@@ -147,7 +147,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
     def inference_step_validation_call(
         self, batch: Any, batch_idx: int, data_cfg: DictConfig, dataloader_idx: int = 0
     ) -> Any:
-        # The schedule's end at all positions: comparable over a run and between runs.
+        # Final settings and all positions, so that values are comparable within and between runs.
         kd = dataclasses.replace(self.kd_schedule.end, top_entropy_fraction=1.0)
         sums = self._validation_sums.setdefault(dataloader_idx, MetricSums())
         self.student_loss.begin(kd, sums, training=False)
@@ -164,7 +164,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         prefix = "val" if mode == "validation" else mode
         for index, of_set in means.items():
             for name, value in of_set.items():
-                # On every rank: it may be monitored.
+                # On every rank, since a checkpoint may monitor it.
                 self.log(f"{prefix}/{_set_name(data_cfg, index)}/{name}", value, batch_size=1)
         return result
 

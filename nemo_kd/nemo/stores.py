@@ -1,4 +1,4 @@
-"""Open the stores of a training or validation block, check them and make data sets of them."""
+"""Open and check the stores of a training or validation block, and build their data sets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from nemo_kd.store.replaced import refuse_other_ranks
 from nemo_kd.store.tools.stats import stats
 
 COMPARED_SAMPLES = 64
-"""Samples of a store, evenly spaced, whose labels are compared with the teacher."""
+"""Number of evenly spaced samples whose labels are compared with the teacher's rows."""
 
 
 def store_dataset(
@@ -32,7 +32,7 @@ def store_dataset(
     alpha: float | None,
     training: bool,
 ) -> StoreSFTDataset:
-    """The store at `directory` as a data set, packed if `data_cfg` asks for it.
+    """Open the store at `directory` as a data set, with `packed_sequence` as one of packs.
 
     Logs how many samples were truncated or dropped.
     """
@@ -55,10 +55,10 @@ def store_dataset(
 
 
 def shared_arguments(model: Student, data_cfg: DictConfig) -> dict[str, Any]:
-    """Arguments that NeMo gives its SFT data sets, for those of stores."""
+    """Return the arguments of NeMo's SFT data sets that data sets of stores share."""
     tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
-    # As NeMo's: sequence parallelism cuts the sequence over the tensor-parallel ranks, context
-    # parallelism into two chunks for each of its own.
+    # As in NeMo: sequence parallelism splits the sequence over the tensor-parallel ranks, context
+    # parallelism into two chunks per context-parallel rank.
     multiple = 8 * tensor_size if model.cfg.get("sequence_parallel") else 16
     multiple *= model.cfg.get("context_parallel_size", 1)
     return {
@@ -76,7 +76,7 @@ def shared_arguments(model: Student, data_cfg: DictConfig) -> dict[str, Any]:
 
 
 def micro_batches(model: Student, data_cfg: DictConfig) -> MicroBatches:
-    """How batches of a block are cut for the loss of this process."""
+    """Return how batches of a block are split into micro-batches for the loss of this process."""
     return MicroBatches(
         data_cfg.micro_batch_size,
         model.kd_schedule.temperature,
@@ -138,7 +138,10 @@ def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> N
 def _check_learnable(
     store: Store, schedule: KDTrainingConfig, alpha: float | None, training: bool
 ) -> None:
-    """Check both ends of the schedule; a validation measures all positions."""
+    """Check that the loss can learn from the store at both ends of the schedule.
+
+    A validation is checked with all positions, since it measures all.
+    """
     for kd, when in ((schedule.at(0, 1), ""), (schedule.end, " at the end of the schedule")):
         if alpha is not None:
             kd = replace(kd, alpha=alpha)
