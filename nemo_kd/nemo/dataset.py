@@ -33,7 +33,6 @@ class Student(Protocol):
 
     sep_id: int
     virtual_tokens: int
-    global_rank: int
     kd_schedule: KDTrainingConfig
 
 

@@ -70,9 +70,8 @@ def rows_of(path: Path) -> int:
 def _used(store: Store, data_cfg: DictConfig) -> int:
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long") or "error")
-    seed = (
-        None if data_cfg.get("shuffle") is False else 0
-    )  # the number of packs does not depend on the seed
+    # The number of packs does not depend on the seed.
+    seed = None if data_cfg.get("shuffle") is False else 0
     packed = data_cfg.get("packed_sequence", False)
     return len(pack_samples(store, fitting, length, seed) if packed else fitting)
 

@@ -52,14 +52,11 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
             f"{where}.pad_to_max_length must be true with model.expert_model_parallel_size="
             f"{cfg.expert_model_parallel_size}: Megatron wants sequences of one length"
         )
-    # As in NeMo: sequence parallelism splits the sequence over the tensor-parallel ranks, context
-    # parallelism into two chunks per context-parallel rank.
-    multiple = 8 * cfg.get("tensor_model_parallel_size", 1) if cfg.get("sequence_parallel") else 16
     return {
         "tokenizer": model.tokenizer,
         "max_seq_length": _length(cfg, data_cfg, where),
         "min_seq_length": data_cfg.min_seq_length,
-        "pad_seq_length_to_mult": multiple * cfg.get("context_parallel_size", 1),
+        "pad_seq_length_to_mult": pad_multiple(cfg),
         "add_bos": data_cfg.get("add_bos", False),
         "add_eos": data_cfg.get("add_eos", True),
         "add_sep": data_cfg.get("add_sep", False),
@@ -77,6 +74,16 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
         "tokens_to_generate": data_cfg.get("tokens_to_generate", 0),
         "special_tokens": cfg.data.get("chat_prompt_tokens", None),
     }
+
+
+def pad_multiple(cfg: Any) -> int:
+    """Return the multiple to which NeMo pads sequences for the layout of the model `cfg`.
+
+    Sequence parallelism splits a sequence over the tensor-parallel ranks, context parallelism into
+    two chunks per context-parallel rank.
+    """
+    multiple = 8 * cfg.get("tensor_model_parallel_size", 1) if cfg.get("sequence_parallel") else 16
+    return int(multiple * cfg.get("context_parallel_size", 1))
 
 
 def is_chat(model: Any) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,11 +14,13 @@ from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
 from nemo_kd.nemo.order import Order
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
+from nemo_kd.nemo.sft_files import pad_multiple
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
 from nemo_kd.store.codecs import TopP
 from nemo_kd.store.replaced import refuse_other_ranks
 from nemo_kd.store.tools.stats import stats
+from nemo_kd.teacher.layout import Layout
 
 COMPARED_SAMPLES = 64
 """Number of evenly spaced samples whose labels are compared with the teacher's rows."""
@@ -38,11 +39,11 @@ def store_dataset(
     """
     store = open_store(model, directory)
     _check_learnable(store, model.kd_schedule, alpha, training)
-    _warn_of_labels(model, store)
+    _warn_of_labels(store)
     length = data_cfg.max_seq_length
     fitting = fit_lengths(store, length, data_cfg.get("over_long", "error"))
     if fitting.truncated or fitting.dropped:
-        _log(model, store, f"more than max_seq_length={length} tokens: {fitting}")
+        _log(store, f"more than max_seq_length={length} tokens: {fitting}")
     if training:
         _log_what_is_learned(model, store, alpha)
     arguments = shared_arguments(model, data_cfg)
@@ -50,23 +51,18 @@ def store_dataset(
         return StoreSFTDataset(store, fitting, alpha, **arguments)
     order = Order.of(data_cfg)
     packing = pack_samples(store, fitting, length, order.seed if order.shuffle else None)
-    _log(model, store, str(packing))
+    _log(store, str(packing))
     return PackedStoreSFTDataset(store, packing, alpha, **arguments)
 
 
 def shared_arguments(model: Student, data_cfg: DictConfig) -> dict[str, Any]:
     """Return the arguments of NeMo's SFT data sets that data sets of stores share."""
-    tensor_size = model.cfg.get("tensor_model_parallel_size", 1)
-    # As in NeMo: sequence parallelism splits the sequence over the tensor-parallel ranks, context
-    # parallelism into two chunks per context-parallel rank.
-    multiple = 8 * tensor_size if model.cfg.get("sequence_parallel") else 16
-    multiple *= model.cfg.get("context_parallel_size", 1)
     return {
         "micro_batches": micro_batches(model, data_cfg),
         "tokenizer": model.tokenizer,
         "max_seq_length": data_cfg.max_seq_length,
         "min_seq_length": data_cfg.min_seq_length,
-        "pad_seq_length_to_mult": multiple,
+        "pad_seq_length_to_mult": pad_multiple(model.cfg),
         "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
         "truncation_field": None,
         "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
@@ -85,9 +81,8 @@ def micro_batches(model: Student, data_cfg: DictConfig) -> MicroBatches:
     )
 
 
-def _log(model: Student, store: Store, text: str) -> None:
-    if not model.global_rank:
-        print(f"store {store.directory}: {text}", file=sys.stderr, flush=True)
+def _log(store: Store, text: str) -> None:
+    Layout.of_job().say(f"store {store.directory}: {text}")
 
 
 def open_store(model: Student, directory: str) -> Store:
@@ -115,20 +110,19 @@ def open_store(model: Student, directory: str) -> Store:
     return store
 
 
-def _warn_of_labels(model: Student, store: Store) -> None:
+def _warn_of_labels(store: Store) -> None:
     """Warn if the teacher's rows of a few samples do not belong to their labels."""
-    warning = "" if model.global_rank else stats(store, COMPARED_SAMPLES).agreement.warning()
+    warning = "" if Layout.of_job().rank else stats(store, COMPARED_SAMPLES).agreement.warning()
     if warning:
-        _log(model, store, f"WARNING: {warning} (measured on up to {COMPARED_SAMPLES} samples)")
+        _log(store, f"WARNING: {warning} (measured on up to {COMPARED_SAMPLES} samples)")
 
 
 def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> None:
     kd = model.kd_schedule
     if not (kd.distils if alpha is None else alpha > 0):
-        _log(model, store, "the distillation has weight 0: only the labels are learned from it")
+        _log(store, "the distillation has weight 0: only the labels are learned from it")
     elif kd.support == "topk" and store.spec.profile == TopP.name:
         _log(
-            model,
             store,
             "profile top_p with model.kd.support=topk: nothing is learned from the teacher at "
             "answer tokens of which one id was kept; support bucket learns there too",

@@ -43,6 +43,16 @@ class Source(Protocol):
 TokensOf = Callable[[Sequence[int]], Iterable[Tokens]]
 
 
+def rows_of(shard: int, spec: StoreSpec, num_rows: int) -> range:
+    """Return the row numbers of a shard, given `num_rows` rows in total."""
+    return range(shard * spec.rows_per_shard, min((shard + 1) * spec.rows_per_shard, num_rows))
+
+
+def shards_of(spec: StoreSpec, num_rows: int) -> int:
+    """Return the number of shards that hold `num_rows` rows."""
+    return -(-num_rows // spec.rows_per_shard)
+
+
 @contextmanager
 def locked(directory: str, layout: Layout) -> Iterator[Callable[[], None]]:
     """Lock `directory` against other jobs; yield a function that checks that the lock is held.
@@ -88,7 +98,7 @@ def open_writer(
     earlier = EarlierStore.find(directory, spec)
     layout.barrier()
     if earlier is not None and (tokens_of is not None or not earlier.shards):
-        _keep_unchanged(earlier, spec.rows_per_shard, num_rows, tokens_of, layout)
+        _keep_unchanged(earlier, spec, num_rows, tokens_of, layout)
     if layout.rank == 0:
         StoreWriter(directory, spec)
     layout.barrier()
@@ -97,7 +107,7 @@ def open_writer(
 
 def _keep_unchanged(
     earlier: EarlierStore,
-    rows_per_shard: int,
+    spec: StoreSpec,
     num_rows: int,
     tokens_of: TokensOf | None,
     layout: Layout,
@@ -110,12 +120,12 @@ def _keep_unchanged(
     layout.barrier()
     kept = 0
     for shard in shards[layout.rank :: layout.size]:
-        rows = range(shard * rows_per_shard, min((shard + 1) * rows_per_shard, num_rows))
+        rows = rows_of(shard, spec, num_rows)
         if rows and tokens_of is not None:
             kept += earlier.keep(shard, tokens_of(rows))
     (kept,) = layout.sum([kept])
     if layout.rank == 0:
-        earlier.finish(-(-num_rows // rows_per_shard))
+        earlier.finish(shards_of(spec, num_rows))
     if shards:
         layout.say(
             f"{earlier.directory}: the source file has changed since this store was begun; "

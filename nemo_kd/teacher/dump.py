@@ -13,7 +13,15 @@ from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.store.manifest import EXCHANGE
-from nemo_kd.teacher.begin import Source, TokensOf, check_rows, locked, open_writer
+from nemo_kd.teacher.begin import (
+    Source,
+    TokensOf,
+    check_rows,
+    locked,
+    open_writer,
+    rows_of,
+    shards_of,
+)
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.interface import Forward, Teacher
@@ -79,7 +87,7 @@ def write_store(
             tokens_of=tokens_of,
             overwrite=config.overwrite,
         )
-        shards = -(-len(source) // spec.rows_per_shard)
+        shards = shards_of(spec, len(source))
         mine = range(layout.replica, shards, layout.replicas)
         todo = [shard for shard in mine if not writer.is_complete(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
@@ -126,11 +134,6 @@ def _finish(config: DumpConfig, writer: StoreWriter, shards: int, stopped: bool)
     writer.finish(shards)
     if config.jsonl:
         write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
-
-
-def rows_of(shard: int, spec: StoreSpec, num_rows: int) -> range:
-    """Return the row numbers of a shard, given `num_rows` rows in total."""
-    return range(shard * spec.rows_per_shard, min((shard + 1) * spec.rows_per_shard, num_rows))
 
 
 def store_spec(config: DumpConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:

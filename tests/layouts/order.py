@@ -51,7 +51,6 @@ def blended(directories: list[str], max_steps: int, **changes: Any) -> Blendable
         kd_schedule=KDTrainingConfig(),
         cfg=OmegaConf.create({}),
         tokenizer=types.SimpleNamespace(eos_id=2, space_sensitive=False),
-        global_rank=0,
     )
     data = {"store": directories, "max_seq_length": 128, "min_seq_length": 1, "micro_batch_size": 1}
     cfg = OmegaConf.create({**data, "global_batch_size": GLOBAL_BATCH, **changes})

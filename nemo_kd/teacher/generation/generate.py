@@ -18,8 +18,9 @@ from nemo_kd.files import published
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
+from nemo_kd.teacher.begin import rows_of
 from nemo_kd.teacher.config import GenerateConfig
-from nemo_kd.teacher.dump import calls, rows_of, store_spec, write_store
+from nemo_kd.teacher.dump import calls, store_spec, write_store
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.generation.filter import AnswerFilter
 from nemo_kd.teacher.generation.prompts import Prompts
