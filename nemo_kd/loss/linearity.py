@@ -17,10 +17,8 @@ import torch
 from torch import Tensor
 
 from nemo_kd.loss.config import KDConfig
-from nemo_kd.loss.primitive import gather
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.loss.terms import token_terms
-from nemo_kd.loss.weights import combine, token_weights
+from nemo_kd.loss.terms import token_losses
 from nemo_kd.topk import TopK
 
 TOKENS = 4096
@@ -73,8 +71,6 @@ def _gradient(config: KDConfig, shares: Tensor) -> Tensor:
     )
     shard = VocabShard.of(columns, None, None if config.count_padding else VOCABULARY)
     ids = torch.cat([order[:, :1], teacher.ids], -1)
-    gathered = gather(z, ids, shard, temperatures=config.temperatures)
-    nll, kd, metrics = token_terms(gathered, ids, teacher, config, shard.size)
-    loss = combine(nll, kd, token_weights(config, None, metrics))
+    loss = token_losses(z, ids, teacher, config, shard)[0]
     (gradient,) = torch.autograd.grad(loss.sum(), z)
     return gradient

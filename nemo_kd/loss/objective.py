@@ -16,11 +16,9 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.linearity import nonlinear_settings
-from nemo_kd.loss.primitive import gather
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.loss.terms import token_terms
+from nemo_kd.loss.terms import token_losses
 from nemo_kd.loss.topk import check_teacher
-from nemo_kd.loss.weights import combine, token_weights
 from nemo_kd.topk import TopK
 
 
@@ -82,12 +80,10 @@ def sft_kd_loss(
     positions = chosen_positions(logits.shape[:-1], labels, positions, mask)
     teacher = checked_teacher(teacher, config, weights)
     ids = gather_ids(labels, positions, teacher, config, vocab_size or shard.size, weights)
-    gathered = gather(
-        logits, ids, shard, temperatures=config.temperatures, positions=positions, inplace=inplace
+    *values, metrics = token_losses(
+        logits, ids, teacher, config, shard, positions=positions, weights=weights, inplace=inplace
     )
-    nll, kd, metrics = token_terms(gathered, ids, teacher, config, shard.size)
-    loss = combine(nll, kd, token_weights(config, weights, metrics))
-    loss, nll, kd = (scatter_back(values, positions, labels.shape) for values in (loss, nll, kd))
+    loss, nll, kd = (scatter_back(value, positions, labels.shape) for value in values)
     return KDLoss(loss, nll, kd, metrics)
 
 

@@ -1,4 +1,4 @@
-"""Cross-entropy and distillation of each token, from its gathered logits: no collective.
+"""Cross-entropy and distillation of each token, from its logits at the label and the teacher's ids.
 
 nll = log Σ_v exp(z_v) - z_label
 kd  = T² · D(teacher, student) on the support
@@ -13,7 +13,8 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.divergences import DIVERGENCES
 from nemo_kd.loss.metrics import token_metrics
-from nemo_kd.loss.primitive import Gathered
+from nemo_kd.loss.primitive import Gathered, gather
+from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.supports import (
     log_floor,
     log_softmax,
@@ -22,13 +23,37 @@ from nemo_kd.loss.supports import (
     teacher_topk,
     with_empty_rest,
 )
+from nemo_kd.loss.weights import combine, token_weights
 from nemo_kd.topk import TopK
+
+
+def token_losses(
+    logits: Tensor,
+    ids: Tensor,
+    teacher: TopK | None,
+    config: KDConfig,
+    shard: VocabShard,
+    *,
+    positions: Tensor | None = None,
+    weights: Tensor | None = None,
+    inplace: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """(loss, nll, kd, metrics), each [N], of logits [*, Vp] at N `positions`, or at all.
+
+    `ids` [N, 1 + K]: the label first. Arguments and collectives are as in `sft_kd_loss`, which
+    checks them first.
+    """
+    gathered = gather(
+        logits, ids, shard, temperatures=config.temperatures, positions=positions, inplace=inplace
+    )
+    nll, kd, metrics = token_terms(gathered, ids, teacher, config, shard.size)
+    return combine(nll, kd, token_weights(config, weights, metrics)), nll, kd, metrics
 
 
 def token_terms(
     gathered: Gathered, ids: Tensor, teacher: TopK | None, config: KDConfig, size: int
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-    """(nll, kd, metrics), each [N], from `picked` [N, 1 + K] and `outside`.
+    """(nll, kd, metrics), each [N], from `picked` [N, 1 + K] and `outside`; no collective.
 
     `teacher`: at the configuration's temperature. `size`: the columns of the student's vocabulary
     that count. No branch depends on a tensor's values.

@@ -12,7 +12,7 @@ from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.teacher.layout import Layout
-from nemo_kd.teacher.rows import same_file
+from nemo_kd.teacher.rows import limited_length, same_file
 
 # NeMo's keys for other ways of reading, which leave files on the disk.
 REFUSED = {
@@ -54,7 +54,9 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
         )
     return {
         "tokenizer": model.tokenizer,
-        "max_seq_length": _length(cfg, data_cfg, where),
+        "max_seq_length": limited_length(
+            data_cfg.max_seq_length, max_positions(cfg), where, Layout.of_job()
+        ),
         "min_seq_length": data_cfg.min_seq_length,
         "pad_seq_length_to_mult": pad_multiple(cfg),
         "add_bos": data_cfg.get("add_bos", False),
@@ -86,6 +88,12 @@ def pad_multiple(cfg: Any) -> int:
     return int(multiple * cfg.get("context_parallel_size", 1))
 
 
+def max_positions(cfg: Any) -> int | None:
+    """Return the number of learned positions of the model `cfg`; None if it learns none."""
+    learned = cfg.get("position_embedding_type") in (None, "learned_absolute")
+    return cfg.max_position_embeddings if learned else None
+
+
 def is_chat(model: Any) -> bool:
     """Whether the model's rows are conversations."""
     return bool(model.cfg.data.get("chat", False))
@@ -103,16 +111,3 @@ def _check_reading(data_cfg: DictConfig, where: str) -> None:
             Layout.of_job().say(
                 f"{where}.{key}={data_cfg[key]} has no effect: no index of the rows is kept"
             )
-
-
-def _length(cfg: Any, data_cfg: DictConfig, where: str) -> int:
-    """Return `max_seq_length`, limited as in NeMo to a model's learned positions."""
-    length: int = data_cfg.max_seq_length
-    if cfg.get("position_embedding_type") not in (None, "learned_absolute"):
-        return length
-    most: int = cfg.max_position_embeddings
-    if length > most:
-        Layout.of_job().say(
-            f"{where}.max_seq_length={length} is {most} here: the model has no more positions"
-        )
-    return min(length, most)

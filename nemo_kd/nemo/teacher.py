@@ -14,6 +14,7 @@ from nemo_kd.mcore.layout import layout
 from nemo_kd.mcore.teacher import TopKForward
 from nemo_kd.mcore.writer import MegatronWriter
 from nemo_kd.nemo import start
+from nemo_kd.nemo.sft_files import max_positions
 from nemo_kd.store import StoreSpec
 
 if TYPE_CHECKING:
@@ -49,8 +50,7 @@ class NemoTeacher:
             "path": tokenizer.get("type"),
         }
         self.sep_id, self.virtual_tokens = model.sep_id, model.virtual_tokens
-        learned = model.cfg.get("position_embedding_type") in (None, "learned_absolute")
-        self.max_positions = model.cfg.max_position_embeddings if learned else None
+        self.max_positions = max_positions(model.cfg)
 
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> TopKForward:
         return TopKForward(self.model.model, spec, self.layout, rows_per_lm_head)

@@ -37,11 +37,14 @@ def prompt_template(config: DumpConfig, teacher: Teacher) -> PromptTemplate:
 def max_seq_length(config: DumpConfig, teacher: Teacher) -> int:
     """Return `data.max_seq_length`, limited to the teacher's number of positions."""
     length, limit = config.data.max_seq_length, teacher.max_positions
+    return limited_length(length, limit, "data", teacher.layout)
+
+
+def limited_length(length: int, limit: int | None, where: str, layout: Layout) -> int:
+    """Return the `max_seq_length` of the block `where`, at most `limit`; print if it is lowered."""
     if limit is None or length <= limit:
         return length
-    teacher.layout.say(
-        f"data.max_seq_length={length} becomes {limit}: the model has no more positions"
-    )
+    layout.say(f"{where}.max_seq_length={length} becomes {limit}: the model has no more positions")
     return limit
 
 
