@@ -9,6 +9,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from nemo_kd.nemo import start
+from nemo_kd.nemo.settings.training import fill_in
 from nemo_kd.nemo.template import settle_template
 from tests.configuration import configuration
 from tests.layouts.conftest import SIX_STEPS
@@ -23,6 +24,7 @@ def main(tiny: str, directory: str) -> None:
         *SIX_STEPS,
     ]
     cfg = configuration("train_gpt_sft_kd", *overrides)
+    fill_in(cfg)
     settle_template(cfg.model, {"train_ds": [], "validation_ds": []})
     start.prepare(cfg)
     OmegaConf.resolve(cfg)
