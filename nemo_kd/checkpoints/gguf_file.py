@@ -94,12 +94,12 @@ class GGUFCheckpoint:
             )
         if self.field("llama.expert_count", 0):
             raise CheckpointError(
-                f"{self.name} is a mixture of experts; only dense Llamas are read"
+                f"{self.name} is a mixture of experts; only dense Llamas are supported"
             )
         scaled = self.field("llama.rope.scaling.type", "none") != "none"
         if scaled or "rope_freqs.weight" in self._tensors:
             raise CheckpointError(
-                f"{self.name} scales its rotary frequencies by factors, for which NeMo has no key; "
+                f"{self.name} has RoPE scaling factors, which NeMo cannot represent; "
                 "convert the model's Hugging Face directory instead"
             )
         heads = self._required("llama.attention.head_count")
@@ -122,7 +122,7 @@ class GGUFCheckpoint:
 
 
 def _hf_name(name: str) -> str:
-    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; unknown names stay."""
+    """`blk.3.attn_q.weight` → `model.layers.3.self_attn.q_proj.weight`; others are unchanged."""
     if name in GLOBAL_NAMES:
         return GLOBAL_NAMES[name]
     prefix, _, rest = name.partition(".")

@@ -63,7 +63,7 @@ def teacher_of(sample: Sample, temperature: float) -> TopK:
 
 
 def no_teacher(answer_tokens: int, temperature: float) -> TopK:
-    """Rows of absent ids, for a sample that is learned by cross-entropy only."""
+    """Rows of absent ids, for a sample trained with cross-entropy only."""
     return TopK(
         ids=np.full((answer_tokens, 1), ABSENT_ID),
         logits=np.full((answer_tokens, 1), -np.inf, np.float32),

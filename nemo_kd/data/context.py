@@ -23,7 +23,7 @@ def context_parallel_positions(
     `boundaries`: where the samples of a packed sequence begin and end, 0 and `length` included
     (`cu_seqlens`); one sample without it.
 
-    Errors: NemoKDError where a sample's length is no multiple of `2 * size`.
+    Errors: NemoKDError if a sample's length is not a multiple of `2 * size`.
     """
     bounds = [0, length] if boundaries is None else list(boundaries)
     parts = []

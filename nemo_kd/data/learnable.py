@@ -22,8 +22,8 @@ def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
     spec = store.spec
     if config.support == "topk" and spec.top_k == 1:
         raise StoreError(
-            f"store {store.directory} has one id per token (K = 1): on model.kd.support=topk both "
-            "distributions are 1 there, and nothing is learned from the teacher; set "
+            f"store {store.directory} has one id per token (K = 1): with model.kd.support=topk "
+            "both distributions are 1 at that id, and nothing is learned from the teacher; set "
             "model.kd.support=bucket, or dump with a larger dump.top_k"
         )
     if spec.profile != Sampled.name:

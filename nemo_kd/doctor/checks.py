@@ -85,7 +85,7 @@ def _install(environment: Environment, packages: str = "") -> str:
 def tried(
     name: str, finding: str, environment: Environment, remedy: str, *, required: bool = True
 ) -> Check:
-    """The check of a probe's finding."""
+    """Convert the finding of a probe to a check: it failed, works, or could not be tried."""
     fault = environment.faults.get(finding, "not tried")
     if fault is None:
         return Check(name, True, "works", required=required)

@@ -34,7 +34,7 @@ from nemo_kd.loss.weights import token_weights
 from nemo_kd.topk import TopK
 
 CHUNK_ELEMENTS = {"cpu": 13 << 20}
-"""Logits of one chunk: enough tokens for the matrix products to be efficient."""
+"""Number of logits in a chunk: enough tokens for efficient matrix products."""
 DEFAULT_CHUNK_ELEMENTS = 1 << 27
 
 
@@ -168,7 +168,10 @@ class _LinearLoss(torch.autograd.Function):
 
 
 def _common_gradient(grad: Tensor, promised: bool) -> Tensor | None:
-    """The one value of all of grad [N], or None; where it is promised, NaN instead of None."""
+    """The value that all entries of grad [N] have; None if they differ.
+
+    If equal entries are `promised`, nothing waits for the comparison: NaN instead of None.
+    """
     equal = (grad == grad[0]).all()
     if promised:
         return torch.where(equal, grad[0], torch.nan)

@@ -152,7 +152,7 @@ def gather_ids(
         low, high = int(label.min()), int(label.max())
         if low < 0 or high >= vocab_size:
             raise NemoKDError(
-                f"Labels at chosen positions reach from {low} to {high}, expected 0 to "
+                f"Labels at chosen positions range from {low} to {high}, expected 0 to "
                 f"{vocab_size - 1}: mask the positions that have no label."
             )
     if teacher is None:

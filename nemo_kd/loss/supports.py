@@ -27,7 +27,7 @@ SUPPORTS: Mapping[str, str] = MappingProxyType(
 
 
 MIN_TAIL_PROB = 1e-12
-"""Lower bound of the teacher's probability outside its K, unless K is the vocabulary."""
+"""Lower bound of the teacher's probability outside its K ids, unless K = V."""
 
 
 def log_floor(dtype: torch.dtype) -> float:

@@ -113,7 +113,7 @@ def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -
 
 
 def _sorted(ids: Tensor) -> Tensor:
-    """Each row ascending; on a CPU with numpy if it is installed, seven times as fast as torch."""
+    """Sort each row in ascending order; on a CPU with numpy, which is seven times as fast."""
     if ids.device.type != "cpu" or find_spec("numpy") is None:
         return ids.sort(dim=-1).values
     ordered = ids.numpy().copy()

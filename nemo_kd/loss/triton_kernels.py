@@ -24,7 +24,7 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
 
 
 def keeps_softmax(dtype: torch.dtype, temperatures: Sequence[float]) -> bool:
-    """Never: on a GPU the exponential costs less than a second write of the logits."""
+    """Return False: on a GPU an exponential costs less than writing the logits twice."""
     return False
 
 

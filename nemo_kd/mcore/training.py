@@ -64,7 +64,7 @@ class StoreBatches:
         self.ranks = parallel_state.get_data_parallel_world_size()
         if global_batch_size % (micro_batch_size * self.ranks):
             raise StoreError(
-                f"global_batch_size={global_batch_size} is no multiple of micro_batch_size × "
+                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size × "
                 f"data-parallel ranks = {micro_batch_size} × {self.ranks}"
             )
         if len(self.used) < global_batch_size:

@@ -117,7 +117,7 @@ def _check_order(block: DictConfig) -> None:
 def check_names(block: DictConfig) -> None:
     """Require a unique name for each validation set, or no names (then set0, set1, ...).
 
-    Errors: NemoKDError if the number of names is not that of sets, for a name that is not text or
+    Errors: NemoKDError if there are more or fewer names than sets, for a name that is not text or
     contains a slash (a directory in the paths of NeMo's prediction files), and for a repeated name,
     under which NeMo and Lightning would log the mean of both sets.
     """
@@ -128,18 +128,18 @@ def check_names(block: DictConfig) -> None:
     if len(given) != count:
         raise NemoKDError(
             f"model.data.validation_ds.names={names} does not name the {count} stores and files of "
-            "this data set: one for each, stores first"
+            "this data set: give one name for each, stores first"
         )
     for place, name in enumerate(given):
         if not isinstance(name, str) or not name.strip() or "/" in name:
             raise NemoKDError(
                 f"model.data.validation_ds.names has {name!r}: expected text without a slash, such "
-                "as heldout (a number in quotes)"
+                "as heldout; put a number in quotes"
             )
         if name in given[:place]:
             raise NemoKDError(
-                f"model.data.validation_ds.names has {name!r} twice: the logs would have the mean "
-                "of both sets under it; give each a name of its own"
+                f"model.data.validation_ds.names has {name!r} twice: the logs would show the mean "
+                "of both sets under this name; give each set its own name"
             )
 
 

@@ -1,4 +1,4 @@
-"""NeMo's SFT data sets over stores, with the teacher's rows, and over SFT files, without."""
+"""NeMo's SFT data sets over stores, with teacher rows, and over SFT files, without a teacher."""
 
 from __future__ import annotations
 

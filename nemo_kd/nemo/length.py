@@ -117,7 +117,7 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
             "supported: set trainer.max_steps"
         )
     if cfg.trainer.max_epochs == 0:
-        raise NemoKDError("trainer.max_epochs=0 trains nothing; -1 is no limit")
+        raise NemoKDError("trainer.max_epochs=0 trains nothing; set -1 for no limit")
     samples, batch = sum(samples_of(data)), data.global_batch_size
     steps = samples // batch if data.get("drop_last", True) else -(-samples // batch)
     if not steps:
@@ -162,8 +162,8 @@ def _interval(given: Any, steps: int, epoch: int | None) -> int:
     if isinstance(given, float) and 0 < given <= 1:
         return min(max(int((epoch or steps) * given), 1), steps)
     raise NemoKDError(
-        f"trainer.val_check_interval={given}: expected a number of steps (at least 1), or a share "
-        "in (0, 1] of an epoch; trainer.limit_val_batches=0 turns validation off"
+        f"trainer.val_check_interval={given}: expected a number of steps (at least 1), or a "
+        "fraction in (0, 1] of an epoch; trainer.limit_val_batches=0 turns validation off"
     )
 
 

@@ -57,7 +57,7 @@ class LineProgressBar(CustomProgressBar):
 
 
 class TrainerBuilder(MegatronLMPPTrainerBuilder):
-    """NeMo's trainer builder, with line-wise progress if standard output is no terminal."""
+    """NeMo's trainer builder, with a `LineProgressBar` if standard output is not a terminal."""
 
     def _callbacks(self, callbacks: list[Any] | None) -> list[Any]:
         built: list[Any] = super()._callbacks(callbacks)

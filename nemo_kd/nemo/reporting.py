@@ -34,7 +34,7 @@ from nemo_kd.nemo.student_loss import StudentLoss
 
 
 class ReportingSFTModel(MegatronGPTSFTModel):
-    """Begins each step of its `StudentLoss` and logs what it measures."""
+    """SFT model that begins each step of its `StudentLoss` and logs the metrics."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         self.kd_schedule = kd_training_config(cfg.get("kd"))
@@ -121,7 +121,7 @@ class ReportingSFTModel(MegatronGPTSFTModel):
     def _reconfigure_and_process_inference_batch(
         self, batch: dict[str, Any], data_cfg: DictConfig
     ) -> None:
-        """Set a validation's micro-batches, which NeMo does only if the batch size differs."""
+        """Set the number of micro-batches for a validation; NeMo sets it only if it changes."""
         ranks = parallel_state.get_data_parallel_world_size()
         self._use_micro_batches(data_cfg, len(batch["tokens"]) * ranks)
 

@@ -20,7 +20,7 @@ Settings = Mapping[str, Any]
 """A configuration, either nested, or flat (dotted key → value)."""
 
 LAYOUT = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
-"""Keys that may also change, unless adapters are trained."""
+"""Keys that a resumed run may change, unless it trains adapters."""
 
 FREE = (
     "name",
@@ -81,7 +81,7 @@ VALIDATION = (
     "exp_manager.checkpoint_callback_params.monitor",
     "exp_manager.checkpoint_callback_params.mode",
 )
-"""Keys that may also change, unless a validation selects the student or ends the run."""
+"""Keys that a resumed run may change, unless validation selects the student or ends the run."""
 
 CHOOSES_BY_VALIDATION = (
     "exp_manager.create_early_stopping_callback",
@@ -92,7 +92,7 @@ COUNTED = ("exp_manager.ema.*", *CHOOSES_BY_VALIDATION)
 
 MICRO_BATCH = ("model.micro_batch_size", "model.data.train_ds.micro_batch_size")
 DATA_PARALLEL = "data_parallel_size"
-"""Processes / model-parallel sizes, compared as if it were a key of the configuration."""
+"""Data-parallel size, compared as if it were a key of the configuration."""
 
 WEIGHTS = ("alpha", "sft_weight", "kd_weight")
 """Keys of `model.kd` that express the same weights in different ways."""
@@ -169,7 +169,7 @@ def check_allowed(allow: Collection[str], *configurations: Settings) -> None:
     for entry in allow:
         if not any(matches(key, (entry,)) for key in known):
             raise NemoKDError(
-                f"resume.allow has {entry}, which is no key of the configuration"
+                f"resume.allow has {entry}, which is not a key of the configuration"
                 f"{did_you_mean(entry, known)}"
             )
 

@@ -49,8 +49,8 @@ def find(cfg: DictConfig) -> RunDirectory | None:
     parameters = settings.checkpoint_callback_params
     if "://" in (parameters.dirpath or ""):
         raise NemoKDError(
-            f"exp_manager.checkpoint_callback_params.dirpath={parameters.dirpath}: checkpoints of "
-            "a run are read from a file system before it starts; set a path on one"
+            f"exp_manager.checkpoint_callback_params.dirpath={parameters.dirpath}: the run's "
+            "checkpoints must be in a mounted file system; set a path instead of a URL"
         )
     checkpoints = Path(parameters.dirpath or path / "checkpoints")
     last = _last_checkpoints(checkpoints)
@@ -97,7 +97,7 @@ def _named(settings: Any) -> tuple[Path, str]:
 
 
 def _last_checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoints named "last": two if a kill came between saving and removing."""
+    """Return the checkpoints named "last": two if a run was killed before removing one."""
     from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
     from nemo.utils.model_utils import uninject_model_parallel_rank
 

@@ -50,7 +50,7 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
     if cfg.get("expert_model_parallel_size", 1) > 1 and not data_cfg.get("pad_to_max_length"):
         raise NemoKDError(
             f"{where}.pad_to_max_length must be true with model.expert_model_parallel_size="
-            f"{cfg.expert_model_parallel_size}: Megatron wants sequences of one length"
+            f"{cfg.expert_model_parallel_size}: Megatron requires sequences of equal length"
         )
     return {
         "tokenizer": model.tokenizer,

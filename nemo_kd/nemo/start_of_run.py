@@ -110,7 +110,7 @@ def _compare(
 
 
 def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
-    """Return the student and data whose contents differ; only their paths may."""
+    """Return changes of the student and the data: other contents, not merely another path."""
     kind = "store" if store_directories(cfg.model.data.train_ds) else "file_names"
     pairs = [
         (f"model.data.train_ds.{kind}", then.train_stores, now.train_stores),

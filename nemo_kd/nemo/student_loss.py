@@ -119,7 +119,7 @@ class StudentLoss:
         return replace(topk, logsumexp=topk.logsumexp if known else None, draws=False)
 
     def _added(self, result: KDLoss) -> torch.Tensor:
-        """Add the metrics to the sums; return the loss [S, B] as NeMo expects it, [B, S]."""
+        """Add the metrics to the sums; transpose the loss [S, B] to NeMo's [B, S]."""
         self._sums.add(result)
         return result.loss.t().contiguous()
 

@@ -68,10 +68,10 @@ def _settled(
         return given
     found = [store.spec.template[key] for store in known]
     if any(value != found[0] for value in found):
-        both = f"{known[0].directory} and others differ in the template setting {key}"
+        both = f"store {known[0].directory} and other stores differ in the template setting {key}"
         if sft_files(block):
-            raise StoreError(f"stores {both}: set {where} for the SFT files beside them")
-        say(f"stores {both}; the saved model records {where}={found[0]!r}")
+            raise StoreError(f"{both}: set {where} for the SFT files blended with them")
+        say(f"{both}; the saved model records {where}={found[0]!r}")
     return found[0] if found else default
 
 

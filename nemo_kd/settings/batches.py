@@ -68,7 +68,8 @@ def check_batches(cfg: DictConfig, splits: tuple[str, ...]) -> None:
         step = micro * replicas
         fitting = sorted({max(batch // step, 1) * step, (batch // step + 1) * step})
         raise NemoKDError(
-            f"{where}.global_batch_size={batch} is no multiple of {where}.micro_batch_size={micro} "
+            f"{where}.global_batch_size={batch} is not a multiple of "
+            f"{where}.micro_batch_size={micro} "
             f"× {replicas} data-parallel replicas = {step}; set it to "
             f"{' or '.join(map(str, fitting))}, or change {where}.micro_batch_size"
         )

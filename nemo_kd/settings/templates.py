@@ -25,7 +25,7 @@ def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = 
         return
     key, names = f"{where}.prompt_template", re.findall("{(.*?)}", template)
     if any(brace in re.sub("{[^{}]*}", "", template) for brace in "{}"):
-        raise NemoKDError(f"{key}={template!r} has a brace without its pair")
+        raise NemoKDError(f"{key}={template!r} has an unmatched brace")
     if label not in names:
         raise NemoKDError(
             f"{key}={template!r} has no {{{label}}}, the answer's field "
@@ -39,7 +39,7 @@ def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = 
     for name in str(fields).replace(" ", "").split(",") if fields else ():
         if name not in names and (name, names[0]) != ("context", "input"):  # NeMo's old name
             raise NemoKDError(
-                f"{where}.truncation_field={name} is no field of {key}={template!r}: choose "
+                f"{where}.truncation_field={name} is not a field of {key}={template!r}: choose "
                 f"from "
                 f"{', '.join(names)}"
             )
@@ -58,7 +58,7 @@ def _check_first_row(path: str, names: list[str], key: str, label: str) -> None:
 
 
 def _first_row(path: str) -> dict[str, Any] | None:
-    """Return the first row of a JSONL file; None if it is no object, which its reader reports."""
+    """Return the first row of a JSONL file; None if not an object, which its reader reports."""
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as lines:

@@ -73,7 +73,7 @@ class HFTokenizer:
 
 
 def _load(path: str) -> Any:
-    """Load a fast or else a slow tokenizer; raise NemoKDError if transformers can load neither."""
+    """Load the fast tokenizer, or the slow one if that fails; raise NemoKDError if both fail."""
     from transformers import AutoTokenizer
 
     try:

@@ -58,8 +58,8 @@ class Workload:
             )
         if self.gpus % (self.tensor_parallel * self.pipeline_parallel):
             raise StoreError(
-                f"{self.gpus} GPUs cannot hold tensor × pipeline parallel size "
-                f"{self.tensor_parallel * self.pipeline_parallel}; give a multiple of it"
+                f"{self.gpus} GPUs are not a multiple of tensor × pipeline parallel size = "
+                f"{self.tensor_parallel * self.pipeline_parallel}"
             )
         if self.total_tokens < self.answer_tokens:
             raise StoreError(

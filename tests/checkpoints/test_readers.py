@@ -107,7 +107,7 @@ def test_llama3_scaling_reaches_nemos_configuration() -> None:
     [
         ({"architecture": "qwen2"}, "general.architecture is 'qwen2'"),
         ({"llama.expert_count": 8}, "mixture of experts"),
-        ({"llama.rope.scaling.type": "yarn"}, "scales its rotary frequencies"),
+        ({"llama.rope.scaling.type": "yarn"}, "has RoPE scaling factors"),
         ({"llama.block_count": 5}, "lacks 9 of 47 tensors.*first is model.layers.4"),
         (
             {"llama.block_count": 3},

@@ -56,7 +56,7 @@ SFT = "model.data.train_ds.file_names=[x.jsonl] model.kd.alpha=0"
         (TRAIN, "model.kd.divergence=bwd_kl", "Did you mean 'reverse_kl'?"),
         (TRAIN, "", "model.data.train_ds.store is not set"),
         (TRAIN, "model.kd.alpha=0", "there is nothing to train on"),
-        (TRAIN, f"{SFT} model.global_batch_size=6", "model.global_batch_size=6 is no multiple"),
+        (TRAIN, f"{SFT} model.global_batch_size=6", "model.global_batch_size=6 is not a multiple"),
         (TRAIN, f"{SFT} model.data.train_ds.prompt_template={{input}}", "has no {output}"),
         (TRAIN, f"{SFT} model.data.train_ds.prompt_template={{q}}{{output}}", "truncation_field"),
         (TRAIN, f"{SFT} model.tensor_model_parallel_size=2", "1 processes cannot hold tensor"),

@@ -147,9 +147,9 @@ ROW = {"input": "a", "question": "b", "output": "c"}
         ({"prompt_template": "{output} {input}"}, "{output} must appear once, at the end"),
         ({"prompt_template": "{input} {output}."}, "{output} must appear once, at the end"),
         ({"prompt_template": "{output} {output}"}, "must appear once, at the end"),
-        ({"prompt_template": "{input {output}"}, "a brace without its pair"),
+        ({"prompt_template": "{input {output}"}, "an unmatched brace"),
         ({"truncation_field": "context"}, None),  # NeMo's old name of `input`
-        ({"truncation_field": "question"}, "data.truncation_field=question is no field of"),
+        ({"truncation_field": "question"}, "data.truncation_field=question is not a field of"),
         ({"prompt_template": "{prompt} {output}", "truncation_field": None}, "names {prompt}"),
         ({"prompt_template": "{question} {output}", "truncation_field": "question"}, None),
     ],
@@ -199,12 +199,15 @@ def sizes(**changed: Any) -> Any:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"model__global_batch_size": 6}, r"model.global_batch_size=6 is no multiple of .* 4 or 8"),
+        (
+            {"model__global_batch_size": 6},
+            r"model.global_batch_size=6 is not a multiple of .* 4 or 8",
+        ),
         ({"model__micro_batch_size": 3}, "model.micro_batch_size=3 × 1 .* = 3; set it to 6 or 9"),
         ({"trainer__devices": 4}, "4 × 4 data-parallel replicas = 16; set it to 16"),
         (
             {"model__data__train_ds__global_batch_size": 2},
-            "model.data.train_ds.global_batch_size=2 is no multiple",
+            "model.data.train_ds.global_batch_size=2 is not a multiple",
         ),
         (
             {"model__tensor_model_parallel_size": 2},

@@ -184,7 +184,7 @@ def test_stores_over_other_tokens_are_refused(tmp_path: Path) -> None:
     draws = spec(profile="sampled", top_k=4)
     counts = with_topk(sample(0, draws, answers=0), draws=True)
     refused("whose draws have no top-K", write(tmp_path / "e", draws, [counts]))
-    refused("weights must be above 0", tmp_path / "a", (1, 0))
+    refused("weights must be positive", tmp_path / "a", (1, 0))
     refused("3 weights for 2 stores", tmp_path / "a", (1, 1, 1))
     samples = [sample(row, spec(), answers=1 + row % 4) for row in range(7)]
     ids = samples[4].input_ids.copy()

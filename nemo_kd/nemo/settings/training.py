@@ -144,9 +144,9 @@ def fill_in(cfg: DictConfig) -> None:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Check all keys and the kinds of their values.
+    """Check that all keys are known and their values allowed.
 
-    Errors: NemoKDError for an unknown key, or a value of the wrong kind.
+    Errors: NemoKDError for an unknown key or a value that is not allowed.
     """
     check(cfg, OUTPUT_BLOCK if "output" in set(cfg) else TRAINING_BLOCK)
 

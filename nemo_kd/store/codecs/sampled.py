@@ -51,8 +51,8 @@ class Sampled(Codec):
         counts = np.rint(shares * draws).astype(np.int64)
         if (counts.sum(axis=1) != draws).any() or topk.logsumexp.any():
             raise StoreError(
-                f"profile sampled takes the counts of {draws} draws, as logits "
-                f"log(count / {draws}) with log-sum-exp 0; a top-K teacher cannot become draws"
+                f"profile sampled needs the counts of {draws} draws, as logits "
+                f"log(count / {draws}) with log-sum-exp 0; a top-K cannot be converted to draws"
             )
         drawn = counts > 0
         numbers = (topk.ids[drawn] * draws + counts[drawn] - 1).astype("<u8")

@@ -122,7 +122,9 @@ def _shares(weights: Sequence[float], stores: Sequence[Store]) -> list[float]:
             "weight for each"
         )
     if not all(0 < weight < math.inf for weight in weights):
-        raise StoreError(f"weights must be above 0, not {list(weights)}; omit such a store")
+        raise StoreError(
+            f"weights must be positive, not {list(weights)}; leave out stores of weight 0"
+        )
     return [weight / sum(weights) for weight in weights]
 
 

@@ -38,7 +38,7 @@ def chunk_paths(path: str | Path) -> list[Path]:
         beyond = _listed([found[i] for i in sorted(found) if i > missing])
         raise StoreError(
             f"{chunk_path(path, missing)} is missing before {beyond}: chunks are numbered from 0 "
-            "without a gap; copy the missing ones, or rename or remove those beyond"
+            "without gaps; copy the missing files, or rename or remove the later ones"
         )
     return [found[i] for i in range(len(found))]
 

@@ -75,8 +75,8 @@ def convert(
         )
     if (profile == Sampled.name) != (old.profile == Sampled.name):
         raise StoreError(
-            f"{store.directory} has the profile {old.profile}, which cannot become {profile}: "
-            "draws from the full distribution are made at the dump"
+            f"{store.directory} has the profile {old.profile}, which cannot be converted to "
+            f"{profile}: draws from the full distribution are made at the dump"
         )
     spec = replace(
         old,
