@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 
 import nemo_kd
+from nemo_kd.visible import visible
 
 app = typer.Typer(
     help="Inspect, check and transform stores of teacher logits; size a dump; examine a machine.",
@@ -96,7 +97,7 @@ def options_named() -> Iterator[None]:
 
 def print_json(value: Any) -> None:
     """Print a result as JSON, for scripts."""
-    typer.echo(json.dumps(value, indent=1, ensure_ascii=False))
+    typer.echo(visible(json.dumps(value, indent=1, ensure_ascii=False)))
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:

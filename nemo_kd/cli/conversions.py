@@ -27,6 +27,7 @@ from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths, existing_chunks
 from nemo_kd.store.tools.jsonl import Padding
+from nemo_kd.visible import visible
 
 ON_BAD_LINES = ("error", "drop")
 MAX_PADDING_MASS = 0.01
@@ -152,7 +153,7 @@ def from_jsonl(
 
     def drop(error: StoreError) -> None:
         dropped.append(error)
-        print(f"dropped: {error}", file=sys.stderr)
+        print(visible(f"dropped: {error}"), file=sys.stderr)
 
     padding, agreement = Padding(), Agreement()
 
@@ -168,7 +169,7 @@ def from_jsonl(
     manifest = write_samples(samples(), target, spec, overwrite=overwrite)
     for warning in (agreement.warning(), _padding_warning(padding, agreement.tokens, tokenizer)):
         if warning:
-            print(f"WARNING: {source}: {warning}", file=sys.stderr)
+            print(visible(f"WARNING: {source}: {warning}"), file=sys.stderr)
     return {
         **summary(target, manifest),
         "dropped_lines": len(dropped),

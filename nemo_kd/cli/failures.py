@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.visible import visible
 
 TRACEBACK = "NEMO_KD_TRACEBACK"
 PATH_ERRORS = (
@@ -98,7 +99,7 @@ def is_interrupt(error: BaseException | None) -> bool:
 
 def write_last(line: str) -> None:
     """Write a line to stderr; under torchrun, from one rank per node and after its output."""
-    text = " ".join(line.split("\n")) + "\n"
+    text = visible(" ".join(line.split("\n"))) + "\n"
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     launcher = os.getppid()
     if error_file is None:

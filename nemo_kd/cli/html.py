@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from nemo_kd.cli.row import Answer, RowView
+from nemo_kd.visible import visible
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -49,7 +50,7 @@ def render_html(view: RowView, store_name: str) -> str:
         f'<span style="background:{color}">≥ {bound:g}</span>' for bound, color in _SHADES
     )
     return _PAGE.format(
-        title=escape(f"{store_name}, row {view.row}"),
+        title=escape(visible(f"{store_name}, row {view.row}")),
         summary=f"{len(view.tokens)} tokens, {count} of them answer tokens; the target is the "
         f"teacher's first choice for {first}; mass kept {mass:.4f}",
         scale=scale,
@@ -59,9 +60,9 @@ def render_html(view: RowView, store_name: str) -> str:
 
 def _piece(text: str, answer: Answer | None) -> str:
     if answer is None:
-        return f'<span class="prompt">{escape(text)}</span>'
+        return f'<span class="prompt">{escape(visible(text))}</span>'
     color = next(c for bound, c in _SHADES if (answer.probability or 0.0) >= bound)
-    shown = escape(text).replace("\n", "↵\n")
+    shown = escape(visible(text)).replace("\n", "↵\n")
     return (
         f'<span class="answer" tabindex="0" style="background:{color}">{shown}'
         f"<table>{_rows(answer)}</table></span>"

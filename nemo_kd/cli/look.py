@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
 from nemo_kd.cli.app import (
     Json,
@@ -17,6 +16,7 @@ from nemo_kd.cli.app import (
     print_json,
     progress,
 )
+from nemo_kd.visible import visible
 
 EXPLAINED = {
     "entropy_of_kept_and_rest_histogram": " in nats: the kept ids, and all others as one outcome",
@@ -79,7 +79,7 @@ def show(
     view = view_row(opened, row, Ids() if ids else store_tokenizer(spec, tokenizer), top)
     if html is not None:
         publish(html, render_html(view, store.name))
-        Console(stderr=True).print(f"wrote {html}", highlight=False)
+        typer.echo(visible(f"wrote {html}"), err=True)
     elif as_json:
         print_json(view.to_json())
     else:
@@ -101,8 +101,8 @@ def verify(store: StoreArgument, as_json: Json = False) -> None:
         print_json({"ok": not problems, "problems": [asdict(p) for p in problems]})
     else:
         for problem in problems:
-            typer.echo(str(problem))
-        typer.echo(f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}")
+            typer.echo(visible(str(problem)))
+        typer.echo(visible(f"{store}: {len(problems) or 'no'} problem{'s' * (len(problems) != 1)}"))
     if problems:
         raise typer.Exit(1)
 

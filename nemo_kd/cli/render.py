@@ -12,15 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from nemo_kd.cli.row import RowView
+from nemo_kd.visible import visible
 
 MIN_WIDTH = 60
 BAR = 30  # columns of a histogram's longest bar
 
 
 def console() -> Console:
-    """Return a console for standard output that is at least MIN_WIDTH wide, to fit the tables."""
-    found = Console()
-    return found if found.width >= MIN_WIDTH else Console(width=MIN_WIDTH)
+    """Return a console for standard output that is at least MIN_WIDTH wide, to fit the tables.
+
+    It takes no markup: `[/x]` in a file's text is text.
+    """
+    width = max(Console().width, MIN_WIDTH)
+    return Console(width=width, markup=False, emoji=False)
 
 
 def can_print(text: str) -> bool:
@@ -51,12 +55,12 @@ def duration(seconds: float) -> str:
 def pairs(title: str, values: dict[str, Any]) -> RenderableType:
     """Lay out names and values as a two-column table with a title."""
     table = Table(show_header=False, box=None)
-    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(style="cyan", overflow="fold")
     table.add_column(overflow="fold")
     for name, value in values.items():
-        table.add_row(name, Text(str(value)))
+        table.add_row(visible(name), Text(visible(str(value))))
     # rich would wrap the table's own title to the table's width.
-    return Group(Text(title, style="bold"), table)
+    return Group(Text(visible(title), style="bold"), table)
 
 
 def histogram(
@@ -71,7 +75,7 @@ def histogram(
     bar = "█" if can_print("█") else "#"
     for span, count in zip(spans, counts, strict=True):
         table.add_row(span, f"{count / total:6.1%}", bar * round(BAR * count / largest))
-    return Group(Text(title, style="bold"), table)
+    return Group(Text(visible(title), style="bold"), table)
 
 
 def _span(low: float | None, high: float | None) -> str:
@@ -87,7 +91,7 @@ def row(view: RowView) -> RenderableType:
     """Lay out a sample's text, followed by a table with one line per answer token."""
     text = Text()
     for piece, answer in view.pieces:
-        text.append(piece, style="dim" if answer is None else "bold")
+        text.append(visible(piece), style="dim" if answer is None else "bold")
     table = Table(title=f"row {view.row}", title_justify="left")
     for name in ("position", "target", "p", "rank", "teacher's choices", "mass"):
         table.add_column(name, justify="right" if name in ("position", "p", "rank") else "left")

@@ -17,6 +17,7 @@ from nemo_kd.nemo.config import kd_training_config, sft_files, store_directories
 from nemo_kd.nemo.resumed_settings import Settings
 from nemo_kd.store import Store
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.visible import visible
 
 CHECKPOINT_KEY = "nemo_kd"
 DATA_KEY, STEPS_KEY = "kd_train_stores", "kd_trained_steps"
@@ -116,4 +117,4 @@ def _named(checkpoint: str, what: str) -> float:
 def say(text: str) -> None:
     """Print a line on standard error, from the first process of torchrun or srun."""
     if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
-        print(text, file=sys.stderr, flush=True)
+        print(visible(text), file=sys.stderr, flush=True)

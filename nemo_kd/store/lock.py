@@ -28,6 +28,7 @@ from types import TracebackType
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import full_disk_explained
+from nemo_kd.visible import visible
 
 LOCK = ".lock"
 HEARTBEAT = 10.0
@@ -264,4 +265,4 @@ def _started(pid: int) -> str:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(visible(text), file=sys.stderr, flush=True)

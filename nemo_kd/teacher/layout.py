@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore, Store, _get_default_store
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.visible import visible
 
 CPU = torch.device("cpu")
 Value = TypeVar("Value")
@@ -120,4 +121,4 @@ class Layout:
     def say(self, text: str) -> None:
         """Print a line to stderr, on rank 0 only."""
         if not self.rank:
-            print(text, file=sys.stderr, flush=True)
+            print(visible(text), file=sys.stderr, flush=True)

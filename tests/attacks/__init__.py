@@ -1,0 +1,1 @@
+"""Stores, JSONL and checkpoints that were made to hurt whoever opens them."""
