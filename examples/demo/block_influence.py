@@ -70,7 +70,9 @@ def main(
     with console.status(f"reading {source}"), tempfile.TemporaryDirectory() as directory:
         checkpoint = open_checkpoint(source)
         checkpoint.save_tokenizer(directory)
-        tokenizer = AutoTokenizer.from_pretrained(directory)
+        tokenizer = AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False
+        )
         model = to_transformers(checkpoint)
     count = checkpoint.llama.num_layers
     if not 0 < keep <= count:

@@ -185,7 +185,9 @@ def main(
 ) -> None:
     """Write train.jsonl, heldout.jsonl, data.json (what they are) and LICENSES.txt."""
     console = Console()
-    encode = AutoTokenizer.from_pretrained(str(tokenizer))
+    encode = AutoTokenizer.from_pretrained(
+        str(tokenizer), local_files_only=True, trust_remote_code=False
+    )
     found: dict[str, Pair] = {}
     for package in PACKAGES:
         modules = package_modules(package)

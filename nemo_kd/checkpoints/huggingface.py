@@ -53,7 +53,9 @@ class HuggingFaceCheckpoint:
         from transformers import AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(str(self.directory))
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(self.directory), local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError) as error:
             raise CheckpointError(
                 f"{self.name} has no tokenizer that transformers can load ({error}); "

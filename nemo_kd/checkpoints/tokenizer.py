@@ -40,12 +40,17 @@ def pack_tokenizer(directory: Path) -> bytes:
 def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
     """Point `model_cfg.tokenizer.type` at a directory that exists; call before `restore_from`.
 
+    The checkpoint's own `trust_remote_code` is dropped: only the user's configuration may set it.
     Other kinds of tokenizers, names on the hub and existing directories stay as they are.
     Otherwise the copy inside `checkpoint` (a .nemo or a directory) is unpacked into the user's
     cache, once per content.
     """
     tokenizer = model_cfg.get("tokenizer")
-    if tokenizer is None or tokenizer.get("library") != "huggingface":
+    if tokenizer is None:
+        return
+    with open_dict(model_cfg):
+        tokenizer.pop("trust_remote_code", None)
+    if tokenizer.get("library") != "huggingface":
         return
     directory = str(tokenizer.get("type"))
     if not os.path.isabs(directory) or os.path.isdir(directory):

@@ -146,7 +146,10 @@ def from_jsonl(
         rows_per_shard=ROWS_PER_SHARD if rows_per_shard is None else rows_per_shard,
         profile="plain" if profile is None else profile,
         profile_options=profile_options or {},
-        tokenizer={"fingerprint": tokenizer_fingerprint(loaded), "path": tokenizer},
+        tokenizer={
+            "fingerprint": tokenizer_fingerprint(loaded),
+            "path": str(Path(tokenizer).absolute()),
+        },
         source={"name": Path(source).name, "format": "NeMo-Aligner JSONL"},
     )
     dropped: list[StoreError] = []

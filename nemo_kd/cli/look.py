@@ -65,18 +65,20 @@ def show(
     from nemo_kd.cli import render
     from nemo_kd.cli.html import render_html
     from nemo_kd.cli.row import view_row
-    from nemo_kd.cli.tokenizers import Ids, check_store_tokenizer, store_tokenizer
+    from nemo_kd.cli.tokenizers import Ids, check_tokenizer_path, shown_tokenizer
     from nemo_kd.files import publish
     from nemo_kd.store import Store
 
     if html is not None:
         check_parent("--html", html)
     opened = Store(store)
-    spec = opened.spec
-    if not ids:
-        check_store_tokenizer(spec, tokenizer)
+    if tokenizer is not None and not ids:
+        check_tokenizer_path(tokenizer)
     opened.index_of(row)  # fail before importing a tokenizer, which takes seconds
-    view = view_row(opened, row, Ids() if ids else store_tokenizer(spec, tokenizer), top)
+    shown, note = (Ids(), "") if ids else shown_tokenizer(opened.spec, tokenizer)
+    if note:
+        typer.echo(visible(note), err=True)
+    view = view_row(opened, row, shown, top)
     if html is not None:
         publish(html, render_html(view, store.name))
         typer.echo(visible(f"wrote {html}"), err=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_kd.errors import StoreError
+from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store.spec import StoreSpec
 
 
@@ -126,37 +127,46 @@ def load_tokenizer(path: str, library: str | None = None) -> Tokenizer:
     return tokenizer
 
 
-def check_store_tokenizer(spec: StoreSpec, path: str | None) -> tuple[str, str]:
-    """Return path and library of the tokenizer at `path`, or of the store's if None.
+def shown_tokenizer(spec: StoreSpec, path: str | None) -> tuple[Tokenizer, str]:
+    """Return the tokenizer at `path`, or the store's if None, and why it shows ids, if it does.
 
-    Checks that the path can be loaded, but does not load it.
+    Raises StoreError if the tokenizer at `path` does not load or has another vocabulary size.
     """
-    library, own = spec.tokenizer.get("library"), spec.tokenizer.get("path")
-    if path is not None:
-        return path, check_tokenizer_path(path)
-    if own is None:
-        raise StoreError(
-            f"the store does not record where its tokenizer is; give {KINDS} with --tokenizer, or "
-            "use --ids"
-        )
-    if not Path(str(own)).exists():
-        raise StoreError(
-            f"the store's tokenizer, {own}, is not on this machine; give {KINDS} with --tokenizer, "
-            "or use --ids"
-        )
-    return str(own), check_tokenizer_path(str(own), library)
-
-
-def store_tokenizer(spec: StoreSpec, path: str | None) -> Tokenizer:
-    """Load the tokenizer at `path`, or the store's if None.
-
-    Raises StoreError if its vocabulary size differs from the store's.
-    """
-    path, library = check_store_tokenizer(spec, path)
-    tokenizer = load_tokenizer(path, library)
+    if path is None:
+        try:
+            return recorded_tokenizer(spec), ""
+        except StoreError as error:
+            return Ids(), f"showing ids: {error}"
+    tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != spec.vocab_size:
         raise StoreError(
             f"the tokenizer at {path} has {tokenizer.vocab_size} tokens, the store has "
             f"{spec.vocab_size}; give the store's tokenizer with --tokenizer"
+        )
+    return tokenizer, ""
+
+
+def recorded_tokenizer(spec: StoreSpec) -> Tokenizer:
+    """Load the tokenizer that a store records; raise StoreError unless its fingerprint matches.
+
+    A store may come from anyone: its tokenizer is loaded from an absolute path on this machine
+    only, without code from that path and without a hub.
+    """
+    path, fingerprint = spec.tokenizer.get("path"), spec.tokenizer.get("fingerprint")
+    if path is None or fingerprint is None:
+        raise StoreError(
+            f"the store does not record its tokenizer's path and fingerprint; give {KINDS} with "
+            "--tokenizer"
+        )
+    if not Path(path).is_absolute() or not Path(path).exists():
+        raise StoreError(
+            f"the store's tokenizer, {path}, is not an absolute path on this machine; give {KINDS} "
+            "with --tokenizer"
+        )
+    tokenizer = load_tokenizer(path, spec.tokenizer.get("library"))
+    if tokenizer_fingerprint(tokenizer) != fingerprint:
+        raise StoreError(
+            f"{path} is another tokenizer than the store's: the fingerprints differ; give {KINDS} "
+            "with --tokenizer"
         )
     return tokenizer

@@ -101,7 +101,11 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
 def _from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            str(path), torch_dtype=dtype, output_loading_info=True
+            str(path),
+            torch_dtype=dtype,
+            output_loading_info=True,
+            local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).strip().splitlines() or [repr(error)])[0]

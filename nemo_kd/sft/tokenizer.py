@@ -73,14 +73,18 @@ class HFTokenizer:
 
 
 def _load(path: str) -> Any:
-    """Load the fast tokenizer, or the slow one if that fails; raise NemoKDError if both fail."""
+    """Load the fast tokenizer, or the slow one if that fails; raise NemoKDError if both fail.
+
+    Nothing is downloaded, and no code beside the tokenizer is run.
+    """
     from transformers import AutoTokenizer
 
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(path, use_fast=True)
+        return AutoTokenizer.from_pretrained(path, use_fast=True, **local)
     except Exception:
         try:
-            return AutoTokenizer.from_pretrained(path, use_fast=False)
+            return AutoTokenizer.from_pretrained(path, use_fast=False, **local)
         except Exception as error:  # transformers raises errors of many types
             raise NemoKDError(
                 f"transformers cannot load a tokenizer from {path}: {error}"
@@ -114,10 +118,11 @@ def first_difference(ours: Vocabulary, origin: Mapping[str, Any]) -> str:
     `origin` is the store's `spec.tokenizer`. Returns an empty string if that is not a Hugging Face
     tokenizer or no longer loads; then only fingerprints can be compared.
     """
-    if origin.get("library") != "huggingface" or not Path(str(origin.get("path"))).is_dir():
-        return ""  # transformers would treat a missing path as a name on the hub
+    path = Path(str(origin.get("path")))
+    if origin.get("library") != "huggingface" or not (path.is_absolute() and path.is_dir()):
+        return ""  # a store may come from anyone: no relative path, no name on the hub
     try:
-        theirs = HFTokenizer(str(origin["path"]))
+        theirs = HFTokenizer(path)
     except NemoKDError:
         return ""
     common = list(range(min(ours.vocab_size, theirs.vocab_size)))

@@ -19,6 +19,7 @@ import pytest
 from nemo_kd import __version__
 from nemo_kd.cli.main import main
 from nemo_kd.cli.tokenizers import load_tokenizer
+from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Sample, Store, write_jsonl
 from tests.checkpoints import models
 from tests.conftest import ROOT
@@ -370,7 +371,9 @@ def text_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     tokenizer = models.tokenizer()
     tokenizer.save_pretrained(directory / "tokenizer")
     ids = np.array(tokenizer(models.TEXT[:60]).input_ids, np.int32)
-    of = spec(vocab_size=len(tokenizer), tokenizer={"path": str(directory / "tokenizer")})
+    path = str(directory / "tokenizer")
+    fingerprint = tokenizer_fingerprint(load_tokenizer(path))
+    of = spec(vocab_size=len(tokenizer), tokenizer={"path": path, "fingerprint": fingerprint})
     samples = []
     for row in range(4):
         made = sample(row, of, len(ids) - 3)
@@ -454,7 +457,8 @@ def test_a_tokenizer_is_a_local_path_or_an_error(
     for command in commands:
         assert "/nowhere" in nemo_kd(*command, "--tokenizer", given, fails=True)
     named = store(tmp_path / "named", spec(tokenizer={"path": "some/model-on-a-hub"}))
-    assert "some/model-on-a-hub, is not on this machine" in nemo_kd("show", named, 3, fails=True)
+    shown = nemo_kd("show", named, 3)  # ids, and how to name a tokenizer
+    assert "⟨" in shown and "path and fingerprint" in shown and "--tokenizer" in shown
     assert "no sample of row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
     wrong = nemo_kd("show", a_store, 3, "--html", tmp_path / "no/x.html", fails=True)
     assert "--html" in wrong and "no such directory" in wrong
