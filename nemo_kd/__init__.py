@@ -1,6 +1,6 @@
 """Offline top-K logit distillation for supervised fine-tuning on NeMo/Megatron.
 
-The data's way: `teacher` (dump) → `store` → `data` → `model` → `loss`.
+Data flow: `teacher` (dump) → `store` → `data` → `nemo` or `mcore` (training) → `loss`.
 """
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""What a teacher says at N tokens: its K most probable ids, their logits and the log-sum-exp."""
+"""A teacher's prediction at N tokens: its K most probable ids, their logits, the log-sum-exp."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from nemo_kd.errors import NemoKDError
 
 ABSENT_ID = -1
-"""Fills up a row of fewer than K ids; its logit is -inf. Absent entries are the last of a row."""
+"""Pads a row of fewer than K ids, at its end; the logit is -inf."""
 
 
 def t1_index(temperatures: Sequence[float]) -> int:
@@ -19,9 +19,9 @@ def t1_index(temperatures: Sequence[float]) -> int:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class TopK:
-    """N rows of a teacher: numpy arrays in the store, torch tensors in the loss.
+    """A teacher's top-K at N tokens: numpy arrays in the store, torch tensors in the loss.
 
-    Errors: NemoKDError on construction for shapes that do not fit each other.
+    Errors: NemoKDError on construction for shapes that do not match.
     """
 
     ids: Any
@@ -36,10 +36,10 @@ class TopK:
     `vocab` can be trained on."""
 
     temperatures: tuple[float, ...] = (1.0,)
-    """The temperatures of `logsumexp`, in its order."""
+    """The temperatures of `logsumexp`, in the order of its columns."""
 
     draws: bool = False
-    """Whether the logits are log-shares of random draws, unbiased only in a linear gradient."""
+    """Whether the logits are log-frequencies of draws: unbiased only in a linear gradient."""
 
     def __post_init__(self) -> None:
         shape = tuple(self.ids.shape)

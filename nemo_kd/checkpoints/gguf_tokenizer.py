@@ -38,7 +38,7 @@ def build_tokenizer(name: str, field: Field) -> PreTrainedTokenizerFast:
         token: tokens[field(key)] for token, key in SPECIAL_IDS.items() if field(key) is not None
     }
     if "eos_token" not in special:
-        raise CheckpointError(f"{name} states no end-of-sequence id; SFT needs one")
+        raise CheckpointError(f"{name} has no end-of-sequence id; SFT needs one")
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=_backend(name, field, tokens),
         model_max_length=field("llama.context_length"),
@@ -50,7 +50,7 @@ def build_tokenizer(name: str, field: Field) -> PreTrainedTokenizerFast:
 
 
 def _backend(name: str, field: Field, tokens: list[str]) -> Tokenizer:
-    """The tokenizer without special ids; errors as `build_tokenizer`."""
+    """The tokenizer without special ids; raises the errors of `build_tokenizer`."""
     from tokenizers import AddedToken, Tokenizer, decoders
     from tokenizers.models import BPE
 

@@ -97,9 +97,9 @@ def _weight_files(directory: Path) -> list[Path]:
 
 
 def read_llama(config: Mapping[str, Any]) -> Llama:
-    """The model of a `config.json`.
+    """Parse a `config.json`.
 
-    Errors: CheckpointError for what Megatron's Llama would compute differently.
+    Errors: CheckpointError for a setting that Megatron's Llama does not support.
     """
     found = config.get("architectures") or [config.get("model_type")]
     _expect("architectures", found, [ARCHITECTURE])
@@ -143,7 +143,7 @@ def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
 
 
 def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """The checkpoint as a float32 model of transformers."""
+    """Load the checkpoint as a float32 transformers model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     llama = checkpoint.llama

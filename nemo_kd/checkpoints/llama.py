@@ -109,24 +109,24 @@ IGNORED = ("rotary_emb.inv_freq",)
 
 
 def check_tensors(name: str, llama: Llama, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Errors: CheckpointError unless the tensors found are exactly those of `llama`."""
+    """Raise CheckpointError unless the tensors `found` are exactly those of `llama`."""
     expected = llama.shapes()
     missing = [key for key in expected if key not in found]
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of {len(expected)} tensors that its configuration "
-            f"({llama.num_layers} layers) requires, the first is {missing[0]}; is a shard missing?"
+            f"({llama.num_layers} layers) requires, the first {missing[0]}; is a shard missing?"
         )
     for key, shape in expected.items():
         if tuple(found[key]) != shape:
             raise CheckpointError(
-                f"{name}: {key} has shape {tuple(found[key])}, "
+                f"{name}: {key} has shape {tuple(found[key])}, but "
                 f"the configuration requires {shape}; they belong to different models"
             )
     ignored = (*IGNORED, "lm_head.weight") if llama.tied else IGNORED
     extra = [key for key in found if key not in expected and not key.endswith(ignored)]
     if extra:
         raise CheckpointError(
-            f"{name} has {len(extra)} tensors that are not of a Llama without biases, the first is "
+            f"{name} has {len(extra)} tensors that a Llama without biases does not have, the first "
             f"{extra[0]}; only plain Llama models can be converted"
         )

@@ -113,7 +113,7 @@ def _write_tokenizer(checkpoint: Checkpoint, directory: Path) -> int:
     vocab_size = checkpoint.save_tokenizer(str(directory))
     if vocab_size > checkpoint.llama.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.name}: the tokenizer has {vocab_size} tokens, the embedding "
+            f"{checkpoint.name}: the tokenizer has {vocab_size} tokens, but the embedding "
             f"{checkpoint.llama.vocab_size} rows; they belong to different models"
         )
     return vocab_size

@@ -1,7 +1,7 @@
 """The answer tokens of a micro-batch: their positions in the logits and the teacher's rows.
 
-Megatron's logits are [S, B, Vp]; position s of sequence b is row `s * B + b` of them. All of it is
-made on the CPU, where a micro-batch is collated, so that the loss reads no size from a device.
+Megatron's logits are [S, B, Vp]; position s of sequence b is row `s * B + b` of them. Everything is
+computed on the CPU, when a micro-batch is collated, so that the loss reads no size from a device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from nemo_kd.topk import ABSENT_ID, TopK
 
 @dataclass(frozen=True, eq=False)
 class AnswerTokens:
-    """The N answer tokens of a micro-batch that this context-parallel rank has."""
+    """The N answer tokens of a micro-batch that belong to this context-parallel rank."""
 
     positions: torch.Tensor
     """[N] int64, ascending: rows of the flattened logits [S * B, Vp]."""
@@ -30,11 +30,11 @@ class AnswerTokens:
     """N rows at one temperature; only absent ids where a sequence has no teacher."""
 
     alpha: torch.Tensor | None = None
-    """[N] float32: the sequence's own weight of the distillation, NaN for the training's weights;
-    None where no sequence has its own."""
+    """[N] float32: weight of the distillation in the token's sequence, NaN where the training's
+    weights apply; None if they apply to all sequences."""
 
     def weights(self, of_training: tuple[float, float]) -> torch.Tensor | None:
-        """[N, 2]: weights of cross-entropy and distillation; None: the training's everywhere."""
+        """[N, 2]: weights of cross-entropy and distillation; None if the training's apply."""
         if self.alpha is None:
             return None
         both = 1 - self.alpha, self.alpha
@@ -55,7 +55,7 @@ class AnswerTokens:
 
 
 def teacher_of(sample: Sample, temperature: float) -> TopK:
-    """The sample's numpy rows with the log-sum-exp at `temperature`, as wide as the longest row."""
+    """The sample's numpy rows with the log-sum-exp at `temperature`, trimmed to the longest row."""
     topk = sample.topk.at(temperature)
     present = (topk.ids != ABSENT_ID).any(axis=0)
     width = int(present.sum()) if len(topk) else len(present)
@@ -73,7 +73,7 @@ def no_teacher(answer_tokens: int, temperature: float) -> TopK:
 
 
 def joined(parts: Sequence[TopK]) -> TopK:
-    """The numpy rows of all parts, in order; narrower parts are filled up with absent ids.
+    """Concatenate the numpy rows of all parts; narrower parts are padded with absent ids.
 
     The result holds draws if any part does.
     """
@@ -101,12 +101,12 @@ def answer_tokens(
     """The answer tokens of a micro-batch of B sequences.
 
     loss_mask [B, S]: nonzero where the label is an answer token; the a-th such position of sequence
-    b belongs to row a of `teachers[b]`. A sequence without any, such as a repeated one, uses none
+    b belongs to row a of `teachers[b]`. If all are 0, as in a repeated sequence, it uses none
     of its rows. `alphas`: one per sequence, None for the training's weights.
     `own_positions` [P]: the positions of the sequence that this context-parallel rank has, whose
     logits are [P, B, Vp].
 
-    Errors: NemoKDError for a mask with another number of answer tokens than the teacher has rows.
+    Errors: NemoKDError if a mask has more or fewer answer tokens than the teacher has rows.
     """
     mask = loss_mask.numpy() != 0
     counts = mask.sum(axis=1)

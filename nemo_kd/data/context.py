@@ -18,7 +18,7 @@ from nemo_kd.errors import NemoKDError
 def context_parallel_positions(
     length: int, rank: int, size: int, boundaries: Sequence[int] | None = None
 ) -> torch.Tensor:
-    """[length / size] int64, ascending within each sample: what rank `rank` of `size` has.
+    """Positions of rank `rank` of `size`: [length / size] int64, ascending within each sample.
 
     `boundaries`: where the samples of a packed sequence begin and end, 0 and `length` included
     (`cu_seqlens`); one sample without it.

@@ -33,7 +33,7 @@ def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
         settings = ", ".join(f"model.kd.{name}={getattr(config, name)}" for name in wrong)
         raise StoreError(
             f"store {store.directory} holds draws from the teacher (profile 'sampled'). They are "
-            "right on average only in a loss whose gradient is linear in the teacher's "
+            "unbiased only in a loss whose gradient is linear in the teacher's "
             f"probabilities, which it is not with {settings}{when}; leave that at its default, or "
-            "dump another profile"
+            "dump with another profile"
         )

@@ -1,4 +1,4 @@
-"""Samples longer than the student's `max_seq_length`: error, truncated or dropped, and counted."""
+"""Refuse, truncate or drop samples longer than the student's `max_seq_length`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ OVER_LONG_ALIASES = {
     "truncate": "cut cutprompt trim",
     "drop": "skip",
 }
-"""Other names for them, among them former ones: an error names the right one."""
+"""Synonyms and former names, for which an error suggests the valid name."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Fitting:
 
 
 def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> Fitting:
-    """The samples of `store` that can be used with at most `max_seq_length` tokens.
+    """Select the samples of `store` to use with at most `max_seq_length` tokens.
 
     `over_long` selects how longer samples are handled. `error`: the store is refused. `truncate`:
     tokens are removed from the left of the prompt; a sample is dropped if none would be left

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 
 Part = tuple[Sequence[int], Sequence[float]]
-"""A sample's tokens and its loss mask, of one length."""
+"""A sample's tokens and its loss mask, of equal length."""
 
 ROW_KEYS = ("tokens", "labels", "loss_mask", "position_ids")
 

@@ -36,7 +36,7 @@ def first_fit_decreasing(lengths: ArrayLike, size: int, seed: int = 0) -> Packs:
     """Packs whose lengths sum to at most `size`; lengths [samples] are integers from 0 to `size`.
 
     At most 11/9 of the minimal number of packs, plus two thirds of one. `seed` shuffles samples of
-    the same length; how many of a length are in a pack does not depend on it.
+    the same length; the lengths in each pack do not depend on it.
 
     Errors: ValueError for a length that is below 0 or above `size`.
     """
@@ -115,7 +115,7 @@ def _checked(lengths: ArrayLike, size: int) -> NDArray[np.int64]:
 
 
 def _first_fit(sizes: NDArray[np.int64], size: int) -> NDArray[np.int64]:
-    """[samples]: the pack of each, for descending sizes."""
+    """Return the pack of each sample [samples], given sizes in descending order."""
     room = np.full(len(sizes), size)  # of each pack, opened or not
     opened = 0
     pack_of = [np.empty(0, dtype=np.int64)]

@@ -110,8 +110,7 @@ def loss_checks(environment: Environment) -> Iterator[Check]:
 
 
 def loss_remedy(device: str, environment: Environment) -> str:
-    """What to do about a loss that fails on `device`."""
-    """What to do about a loss that fails on `device`."""
+    """The remedy for a loss that fails on `device`."""
     if environment.packages["torch"] is None:
         return _install(environment)
     if device == "cpu":

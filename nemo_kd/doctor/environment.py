@@ -105,7 +105,7 @@ def _try_torch(device: str) -> tuple[dict[str, Any], str | None]:
 def container() -> str | None:
     """Name and build of NVIDIA's image, from its environment variables; None outside one.
 
-    NVIDIA_PYTORCH_VERSION would not do: `nemo_kd.nemo.cpu` sets it as well, for NeMo.
+    NVIDIA_PYTORCH_VERSION cannot be used: `nemo_kd.nemo.cpu` sets it as well, for NeMo.
     """
     names = ("NVIDIA_PRODUCT_NAME", "NVIDIA_BUILD_ID")
     said = [f"{name}={os.environ[name]}" for name in names if os.environ.get(name)]

@@ -11,7 +11,7 @@ from nemo_kd.loss.supports import SUPPORTS
 
 DEFAULT_ALPHA = 0.9  # the best of docs/results.md
 MAX_TEMPERATURE = 100.0
-"""T² multiplies the divergence and its rounding error, 0.001 nats at T = 100, 0.1 at 1000."""
+"""T² multiplies the divergence and its rounding error: 0.001 nats at T = 100, 0.1 at 1000."""
 
 
 @dataclass(frozen=True)
@@ -35,14 +35,14 @@ class KDConfig:
     beta: float = 0.5
     """The teacher's weight in the mixture of `jsd`, in (0, 1)."""
     skew: float = 0.1
-    """The share mixed in by `skew_forward_kl` and `skew_reverse_kl`, in (0, 1)."""
+    """The fraction mixed in by `skew_forward_kl` and `skew_reverse_kl`, in (0, 1)."""
     temperature: float = 1.0
     """Divides both models' logits; the divergence is multiplied by its square."""
     top_entropy_fraction: float = 1.0
-    """Fraction in (0, 1] of a micro-batch's answer tokens at which the distillation is learned:
-    those where the student's entropy is largest."""
+    """Fraction in (0, 1] of a micro-batch's answer tokens that are distilled: those with the
+    largest student entropy."""
     count_padding: bool = False
-    """Let the vocabulary's padding columns into the student's softmax, as NeMo's loss does."""
+    """Include the vocabulary's padding columns in the student's softmax, as NeMo's loss does."""
 
     def __post_init__(self) -> None:
         check_name("support", self.support, SUPPORTS, SUPPORT_ALIASES)
@@ -51,8 +51,8 @@ class KDConfig:
         for name in ("beta", "skew"):
             if not 0 < getattr(self, name) < 1:
                 raise NemoKDError(
-                    f"{name} is {getattr(self, name)}: expected a value inside (0, 1). "
-                    "The limits are `forward_kl` and `reverse_kl`."
+                    f"{name} is {getattr(self, name)}: expected a value in (0, 1). "
+                    "At the limits use `forward_kl` or `reverse_kl`."
                 )
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise NemoKDError(

@@ -26,7 +26,7 @@ def forward_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def reverse_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """KL(q || p): the student keeps to where the teacher is likely.
+    """KL(q || p): the student concentrates where the teacher is likely.
 
     Gu et al., "MiniLLM", 2024.
     """

@@ -82,7 +82,7 @@ def linear_sft_kd_loss(
     Collectives: two all-reduces a chunk, as `sft_kd_loss`; backward one all-reduce of [N, H], or a
     reduce-scatter; `sequence_parallel` adds an all-gather of hidden.
 
-    Errors: as `sft_kd_loss`, and ValueError where hidden and weight do not fit.
+    Errors: as `sft_kd_loss`, and ValueError if the shapes of hidden and weight do not match.
     """
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(

@@ -1,11 +1,11 @@
-"""Which settings make random draws from the teacher right on average.
+"""Determine whether random draws from the teacher give an unbiased gradient.
 
     E[p_hat] = p  and  g linear   =>   E[g(p_hat)] = g(p)
 
-`g` is the gradient of the distillation, `p_hat` the shares of the ids that were drawn. So a loss
+`g` is the gradient of the distillation, `p_hat` the frequencies of the drawn ids. So a loss
 may be trained on draws exactly if its gradient is linear in the teacher's probabilities, with
 everything that enters it: the divergence, the support, the temperature, the choice of positions.
-Instead of a list of such settings, the loss itself is tried.
+The loss itself is tested with two teachers and their mean; no list of settings is needed.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from nemo_kd.loss.terms import token_losses
 from nemo_kd.topk import TopK
 
 TOKENS = 4096
-"""Enough that a share of the positions below 1 leaves some out."""
+"""Number of tokens: enough that a `top_entropy_fraction` below 1 leaves some out."""
 VOCABULARY, PADDING = 8, 2
 SHARES = ((0.75, 0.25, 0.0), (0.0, 0.75, 0.25))
-"""Two teachers on three ids of each token; their mean has all three."""
+"""Probabilities of three ids for each of two teachers; the mean has all three ids."""
 
 
 @lru_cache(maxsize=64)

@@ -1,4 +1,4 @@
-"""Names from a fixed set: an unknown one is refused with a suggestion, never with its opposite."""
+"""Check names against a fixed set; suggest a similar name for an unknown one."""
 
 from __future__ import annotations
 

@@ -92,7 +92,8 @@ def chosen_positions(
 ) -> Tensor | None:
     """[N] int64: `positions`, or the mask's True positions in row-major order, or None for all.
 
-    Errors: ValueError where labels or mask have not the logits' leading shape, or both are given.
+    Errors: NemoKDError if labels or mask do not have the logits' leading shape, or if positions
+    and mask are both given.
     """
     for name, tensor in (("labels", labels), ("mask", mask)):
         if tensor is not None and tensor.shape != lead:
@@ -108,10 +109,10 @@ def chosen_positions(
 
 
 def checked_teacher(teacher: TopK | None, config: KDConfig, weights: Tensor | None) -> TopK | None:
-    """The teacher at the configuration's temperature.
+    """The teacher at the configuration's temperature; None if there is none.
 
-    Errors: ValueError where there is none but the distillation has a weight, where its log-sum-exp
-    is known at other temperatures only, and for draws that bias the gradient.
+    Errors: NemoKDError if the distillation has a weight but no teacher, if the log-sum-exp is known
+    at other temperatures only, and for draws that bias the gradient.
     """
     distils = config.weights[1] > 0
     if teacher is None:
@@ -127,8 +128,8 @@ def checked_teacher(teacher: TopK | None, config: KDConfig, weights: Tensor | No
     if biased:
         settings = ", ".join(f"{name}={getattr(config, name)}" for name in biased)
         raise NemoKDError(
-            "The teacher's rows are random draws. They are right on average only in a loss whose "
-            f"gradient is linear in the teacher's probabilities, which it is not with {settings}: "
+            "The teacher's rows are random draws. They are unbiased only in a loss whose gradient "
+            f"is linear in the teacher's probabilities, which it is not with {settings}: "
             "leave that at its default, or use a teacher's top-K."
         )
     return teacher.at(config.temperature)

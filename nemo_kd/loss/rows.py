@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 CPU_CHUNK_ELEMENTS = 1 << 19
-"""Elements of a chunk for each thread of a CPU: what its cache holds (2 MiB in float32)."""
+"""Number of elements in a chunk per CPU thread: as many as its cache holds (2 MiB in float32)."""
 DEFAULT_CHUNK_ELEMENTS = 1 << 26
 
 
@@ -34,9 +34,9 @@ class Rows:
     matrix: Tensor
     index: Tensor | None
     lead: tuple[int, ...]
-    """The logits' leading dimensions in the order of the memory ..."""
+    """The logits' leading dimensions, in memory order."""
     inverse: tuple[int, ...]
-    """... and the permutation that brings them back."""
+    """The permutation from memory order to the logits' order."""
 
     @classmethod
     def of(cls, logits: Tensor, positions: Tensor | None = None) -> Rows:
@@ -57,7 +57,7 @@ class Rows:
         return long == sorted(long)
 
     def over(self, matrix: Tensor) -> Rows:
-        """The same rows of another memory of the same shape."""
+        """The same rows of another matrix of the same shape."""
         return replace(self, matrix=matrix)
 
     def as_logits(self) -> Tensor:
@@ -69,7 +69,7 @@ class Rows:
         return len(self.matrix) if self.index is None else len(self.index)
 
     def view(self, part: slice) -> Tensor | None:
-        """The rows of `part` [n, Vp] in the memory itself, or None if they are scattered."""
+        """A view of the rows of `part` [n, Vp], or None if they are scattered."""
         if self.index is None:
             return self.matrix[part]
         if self.in_order and self.index.device.type == "cpu":
@@ -79,7 +79,7 @@ class Rows:
         return None
 
     def read(self, part: slice) -> Tensor:
-        """The rows of `part` [n, Vp], perhaps in the memory itself."""
+        """The rows of `part` [n, Vp]: a view where possible, else a copy."""
         view = self.view(part)
         if view is not None:
             return view

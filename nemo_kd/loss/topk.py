@@ -24,7 +24,7 @@ from nemo_kd.loss.torch_kernels import avoid_empty, log_sum_of, softmax_at
 from nemo_kd.topk import ABSENT_ID, TopK
 
 BLOCK = 32
-"""Columns of a block in the first selection; 32 and 64 are the fastest for K = 100."""
+"""Number of columns in a block of the first selection; 32 and 64 are fastest for K = 100."""
 _LOW = 0xFFFFFFFF
 
 
@@ -140,7 +140,7 @@ def _top(keys: Tensor, k: int) -> Tensor:
 
 
 def _largest_keys(work: Tensor, k: int, shard: VocabShard) -> Tensor:
-    """The shard's K largest keys [n, K] of work [n, columns]; filled up with the smallest key.
+    """The shard's K largest keys [n, K] of work [n, columns]; padded with the smallest key.
 
     The K largest lie in the K blocks with the largest maxima (ties to the lower block, whose ids
     are lower), so only those are searched.

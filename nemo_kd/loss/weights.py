@@ -16,10 +16,9 @@ def token_weights(config: KDConfig, weights: Tensor | None, metrics: dict[str, T
 
     `top_entropy_fraction` f < 1 selects, among the tokens with a teacher and a weight above 0, the
     fraction f with the largest `student_entropy` (over the K and the rest, at the distillation's
-    temperature); ties go to the earlier. Their weight is divided by f (by the fraction that whole
-    tokens allow), so that the distillation is a mean over them. After SE-KD (Tavor et al.,
-    "Rethinking selective knowledge distillation", 2026, arXiv 2602.01395). The result is the same
-    on every rank.
+    temperature); ties go to the earlier token. Their weight is divided by the fraction selected, so
+    that the distillation is a mean over them. After SE-KD (Tavor et al., "Rethinking selective
+    knowledge distillation", 2026, arXiv 2602.01395). The result is the same on every rank.
     """
     if config.top_entropy_fraction == 1 or "student_entropy" not in metrics:
         return config.weights if weights is None else weights

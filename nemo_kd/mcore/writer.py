@@ -1,7 +1,7 @@
 """Generate answers with a Megatron-core model and its key-value cache, at any TP and PP.
 
-The first pass of a batch ends at the end of its shortest prompt; then each pass adds one token. A
-longer prompt is fed its own next token instead of a chosen one. This needs no left padding, and
+The first pass of a batch covers the length of its shortest prompt, and each later pass one token.
+A longer prompt is fed its own next token instead of a chosen one. This needs no left padding, and
 little is wasted if the prompts of a batch have similar lengths.
 """
 

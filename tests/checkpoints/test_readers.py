@@ -108,12 +108,12 @@ def test_llama3_scaling_reaches_nemos_configuration() -> None:
         ({"architecture": "qwen2"}, "general.architecture is 'qwen2'"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"llama.rope.scaling.type": "yarn"}, "has RoPE scaling factors"),
-        ({"llama.block_count": 5}, "lacks 9 of 47 tensors.*first is model.layers.4"),
+        ({"llama.block_count": 5}, "lacks 9 of 47 tensors.*first model.layers.4"),
         (
             {"llama.block_count": 3},
-            "has 9 tensors that are not of a Llama.*first is model.layers.3",
+            "has 9 tensors that a Llama.*the first model.layers.3",
         ),
-        ({"llama.feed_forward_length": 81}, "shape \\(80, 48\\), the configuration requires"),
+        ({"llama.feed_forward_length": 81}, "shape \\(80, 48\\), but the configuration requires"),
         ({"llama.attention.layer_norm_rms_epsilon": None}, "lacks llama.attention.layer_norm"),
     ],
 )

@@ -133,8 +133,8 @@ def test_the_others_refuse() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"beta": 1.0}, "beta is 1.0: expected a value inside"),
-        ({"skew": 0.0}, "skew is 0.0: expected a value inside"),
+        ({"beta": 1.0}, "beta is 1.0: expected a value in "),
+        ({"skew": 0.0}, "skew is 0.0: expected a value in "),
         ({"sft_weight": -1.0}, "sft_weight is -1.0: expected a finite value >= 0"),
         ({"kd_weight": float("inf")}, "kd_weight is inf"),
         ({"sft_weight": 0.0, "kd_weight": 0.0}, "nothing would be learned"),
