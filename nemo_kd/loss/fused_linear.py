@@ -109,6 +109,8 @@ def linear_sft_kd_loss(
         equal_gradients=equal_gradients,
     )
     metrics: dict[str, Tensor] = {}
+    if not torch.is_grad_enabled():  # the forward pass computes gradients wherever one is required
+        hidden, weight = hidden.detach(), weight.detach()
     apply: Callable[..., tuple[Tensor, ...]] = _LinearLoss.apply
     values = apply(hidden, weight, ids, positions, teacher, head, weights, metrics)
     loss, nll, kd = (scatter_back(value, positions, labels.shape) for value in values)

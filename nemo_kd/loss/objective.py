@@ -64,9 +64,13 @@ def sft_kd_loss(
 
     `vocab_size`: the real vocabulary; columns beyond it are padding. `weights` [N, 2]: those of
     cross-entropy and distillation for each chosen position, instead of the configuration's; then a
-    position may have no teacher (absent ids only): its `kd` is 0, its teacher's metrics NaN. With
-    `inplace` the logits' memory may be written over, and takes the gradient; else they stay as they
-    are.
+    position may have no teacher (absent ids only): its `kd` is 0, its teacher's metrics NaN.
+
+    `inplace`: the logits' memory may be written over and takes the gradient, where gradients are
+    recorded; under `torch.no_grad`, and in the first pass of activation checkpointing, it stays as
+    it is. The logits must not be used after the call: their values are lost. Another operation that
+    needs them for its gradient gets autograd's error "modified by an inplace operation", as does a
+    second backward pass; a later operation that only reads their values gets no error.
 
     Collectives: forward two all-reduces, [N] and [N, K + 2] ([N, K + 3] where T ≠ 1); backward
     none. With no position chosen there is none, the loss is 0 and the gradient too.

@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.autograd.graph import increment_version
 
 from nemo_kd.loss import kernels
 from nemo_kd.loss.compiling import never_compiled
@@ -124,7 +125,7 @@ class _Gather(torch.autograd.Function):
         # Over the logits, where that is allowed: then the backward pass needs no exponential.
         ctx.softmax_kept = (
             inplace
-            and ctx.needs_input_grad[0]
+            and not _saved_tensors_are_hooked()
             and kernels.choose(logits).keeps_softmax(logits.dtype, temperatures)
         )
         ctx.inplace, ctx.shard, ctx.temperatures = inplace, shard, temperatures
@@ -153,7 +154,19 @@ class _Gather(torch.autograd.Function):
             out,
             ctx.softmax_kept,
         )
+        if ctx.inplace:
+            increment_version(matrix)  # Triton's kernels do not
         return out.as_logits(), None, None, None, None, None
+
+
+def _saved_tensors_are_hooked() -> bool:
+    """Whether hooks such as those of activation checkpointing handle the tensors that are saved.
+
+    Non-reentrant checkpointing runs the forward pass a second time, on the same logits. Where torch
+    cannot tell, True.
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(False) is not None
 
 
 def gather(
@@ -167,10 +180,13 @@ def gather(
 ) -> Gathered:
     """`gather_pass` under autograd: logits [*, Vp], ids [N, M], at N `positions` or all.
 
-    Unless `inplace`, the logits stay as they are and the gradient is a new tensor. With it, the
-    passes write over the logits and the gradient takes their memory, for one backward pass. The
-    gradient is zero at the other positions, which cost nothing.
+    Unless `inplace`, the logits stay as they are and the gradient is a new tensor. With it, and
+    where the gradient is recorded, the passes write over the logits and the gradient takes their
+    memory, for one backward pass. The gradient is zero at the other positions, which cost nothing.
     """
+    # Not in a pass without gradients, such as the first one of reentrant activation checkpointing:
+    # its logits are needed again.
+    inplace = inplace and torch.is_grad_enabled() and logits.requires_grad
     apply: Callable[..., tuple[Tensor, ...]] = _Gather.apply
     picked, top, *outside = apply(logits, ids, shard, temperatures, positions, inplace)
     return Gathered(picked, tuple(outside), top)
@@ -191,8 +207,8 @@ def gather_logits_and_logsumexp(
     `ids` [*, M] int64 and both results are the same on every rank of `group`, float32 (float64
     for float64 logits), in nats. Ids may repeat. Columns ≥ `vocab_size` are padding and do not
     count. Forward: two all-reduces, [N] and [N, M + 1]; backward: none. The gradient comes in the
-    logits' dtype; with `inplace` it is written over the logits, else they stay as they are. A
-    graph allows one backward pass, since its memory becomes the gradient.
+    logits' dtype; with `inplace` it is written over the logits (see `sft_kd_loss`), else they stay
+    as they are. The graph then allows one backward pass, since its memory becomes the gradient.
 
     Errors: ValueError for shapes that do not match, or a `vocab_size` the shards cannot hold.
     """
