@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from nemo_kd.errors import NemoKDError, StoreError
 
@@ -27,15 +27,26 @@ def published(path: Path) -> Iterator[Path]:
     On an exception the temporary file is removed and `path` is unchanged. Raises NemoKDError on a
     full disk.
     """
-    # The name is random because two hosts may publish the same file at the same time.
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with full_disk_explained(path.parent):
+        temporary = temporary_beside(path)
         try:
             yield temporary
             commit(temporary, path)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
+
+
+def temporary_beside(path: Path) -> Path:
+    """Create an empty file in the directory of `path` and return its path.
+
+    The name is random, because two hosts may write the same file at the same time. The file is new:
+    what lies there already, such as a link that somebody planted, is neither followed nor replaced.
+    Unlike `tempfile.mkstemp` it leaves the file's mode to the umask.
+    """
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
+    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    return temporary
 
 
 def publish(path: Path, text: str) -> None:
@@ -81,6 +92,34 @@ def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file's content."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; raise OSError for any other kind of file.
+
+    Opening a FIFO or a device would wait or act on it: neither is opened.
+    """
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    # It may have been replaced in between: O_NONBLOCK opens a FIFO without waiting.
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    file = open(descriptor, "rb")  # noqa: SIM115 (the caller closes it)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise OSError(errno.EINVAL, "not a regular file", str(path))
+    return file
+
+
+def read_bounded(path: str | Path, limit: int) -> bytes:
+    """Read a regular file of at most `limit` bytes; raise OSError for any other.
+
+    The size is compared before anything is read.
+    """
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise OSError(errno.EFBIG, f"{size} bytes where at most {limit} are read", str(path))
+        return file.read(limit)
 
 
 def size_of(path: str | Path) -> int | None:

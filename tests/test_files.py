@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 import os
+import secrets
 from pathlib import Path
 
 import pytest
 
 from nemo_kd import files
-from nemo_kd.files import commit, publish, published, sha256_of
+from nemo_kd.files import (
+    commit,
+    open_regular,
+    publish,
+    published,
+    read_bounded,
+    sha256_of,
+)
 from nemo_kd.spelling import did_you_mean, nearest
 
 
@@ -24,6 +32,31 @@ def test_a_file_is_replaced_at_a_clean_exit_only(tmp_path: Path) -> None:
         assert path.read_text() == "old"
     assert path.read_bytes() == b"\0\1"
     assert [file.name for file in tmp_path.iterdir()] == ["x.json"]
+
+
+def test_a_temporary_file_is_new_whatever_lies_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(secrets, "token_hex", lambda _: "guessed")
+    (tmp_path / "victim").write_text("precious")
+    (tmp_path / ".x.guessed.tmp").symlink_to(tmp_path / "victim")
+    with pytest.raises(FileExistsError):
+        publish(tmp_path / "x", "text")
+    assert (tmp_path / "victim").read_text() == "precious"
+    assert (tmp_path / ".x.guessed.tmp").is_symlink()
+
+
+def test_only_regular_files_of_a_bounded_size_are_read(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    (tmp_path / "zero").symlink_to("/dev/zero")
+    for name in ("fifo", "zero", "."):
+        with pytest.raises(OSError, match="not a regular file"):
+            open_regular(tmp_path / name)
+    (tmp_path / "x").write_bytes(b"abc")
+    (tmp_path / "link").symlink_to("x")
+    assert read_bounded(tmp_path / "link", 3) == b"abc"
+    with pytest.raises(OSError, match="3 bytes where at most 2 are read"):
+        read_bounded(tmp_path / "x", 2)
 
 
 def test_a_new_file_has_the_mode_of_any_other(tmp_path: Path) -> None:

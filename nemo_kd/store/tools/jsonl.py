@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.files import published
+from nemo_kd.files import published, temporary_beside
 from nemo_kd.store.checks import checked_tokens, checked_topk, deep_faults
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
@@ -135,7 +135,7 @@ def write_jsonl(
         for number, first in enumerate(records):
             path = chunk_path(name, number)
             path.parent.mkdir(parents=True, exist_ok=True)
-            chunks.append(path.with_name(f".{path.name}.tmp"))
+            chunks.append(temporary_beside(path))
             written += _write_file(
                 chunks[-1], chain([first], islice(records, samples_per_chunk - 1))
             )
