@@ -159,7 +159,7 @@ class HFForward(AnswerHead):
             row = max(rows, key=len)
             raise RowError(
                 f"row {row.row} has {len(row)} tokens, the teacher {context} positions; shorten or "
-                "drop it"
+                "remove it"
             )
         tokens = inputs_of(rows, length)
         output = self.teacher.split.hidden(tokens.to(self.teacher.model.device))

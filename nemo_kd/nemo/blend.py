@@ -59,7 +59,7 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
     if len(weights) != len(datasets):
         raise NemoKDError(
             f"concat_sampling_probabilities has {len(weights)} entries for {len(datasets)} stores "
-            "and files: one for each, stores first"
+            "and files: give one for each, stores first"
         )
     prefix: list[Any] = []
     for weight, dataset in zip(weights, datasets, strict=True):

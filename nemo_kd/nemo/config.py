@@ -134,8 +134,8 @@ def check_train_data(data_cfg: DictConfig, kd: KDTrainingConfig) -> None:
         raise NemoKDError(
             "model.data.train_ds.store is not set, so there are no teacher logits to learn "
             "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
-            "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
-            "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
+            "for SFT alone on model.data.train_ds.file_names. For packed sequences, set store "
+            "and packed_sequence=true instead of giving NeMo's .npy files"
         )
     if not store_directories(data_cfg) and not sft_files(data_cfg):
         raise NemoKDError(
@@ -168,8 +168,8 @@ def store_alphas(data_cfg: DictConfig, kd: KDTrainingConfig) -> list[float | Non
     alphas = [alphas] if isinstance(alphas, int | float) else list(alphas)
     if len(alphas) != len(stores):
         raise NemoKDError(
-            f"model.data.train_ds.alpha has {len(alphas)} entries for {len(stores)} stores: one "
-            "for each, null for model.kd.alpha (files have no teacher, and none)"
+            f"model.data.train_ds.alpha has {len(alphas)} entries for {len(stores)} stores: "
+            "give one for each, null for model.kd.alpha; files have no teacher and no alpha"
         )
     for alpha in alphas:
         number = isinstance(alpha, int | float) and not isinstance(alpha, bool)

@@ -28,7 +28,7 @@ def conversation_rows(path: str, tokenizer: Tokenizer, max_seq_length: int) -> S
             fields = sorted(value) if isinstance(value, dict) else value
             raise RowError(
                 f"no field {error}; the row has {fields}. NeMo's conversations have `system`, "
-                "`mask` and `conversations`; drop the row"
+                "`mask` and `conversations`; remove the row"
             ) from error
         except (TypeError, AttributeError, ValueError, AssertionError, LookupError) as error:
             raise RowError(f"not a conversation as NeMo's SFT reads them: {error}") from error

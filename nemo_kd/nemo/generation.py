@@ -29,8 +29,8 @@ def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
     generates = data_cfg.metric.name != "loss" or data_cfg.get("write_predictions_to_file")
     if generates and model_cfg.get("sequence_parallel"):
         raise NemoKDError(
-            "generation in a validation with model.sequence_parallel=true: one token at a time "
-            "cannot be cut over ranks; set it to false, or model.data.validation_ds.metric.name="
+            "generation in a validation with model.sequence_parallel=true: a single token "
+            "cannot be split over ranks; set it to false, or model.data.validation_ds.metric.name="
             "loss and write_predictions_to_file=false"
         )
 

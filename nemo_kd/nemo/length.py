@@ -136,7 +136,7 @@ def refuse_part_epochs(trainer: DictConfig) -> None:
     """
     if trainer.get("fast_dev_run"):
         raise NemoKDError(
-            "trainer.fast_dev_run would train a batch or so and keep nothing: set "
+            "trainer.fast_dev_run would train about one batch and save nothing: set "
             "trainer.max_steps to a small number of steps instead"
         )
     if trainer.get("limit_train_batches") not in (None, 1.0) or trainer.get("overfit_batches"):

@@ -1,4 +1,4 @@
-"""Merge LoRA adapters into the weights of their layers, which gives a plain model again.
+"""Merge LoRA adapters into the weights of their layers, which gives a model without adapters.
 
     W ← W + alpha / dim · B A        A [dim, in], B [out, dim]
 
@@ -34,7 +34,7 @@ def merge_lora(model: MegatronGPTSFTKDModel) -> int:
 
     Collectives: an all-gather of the smaller factor of each adapter over the tensor-parallel group.
 
-    Errors: NemoKDError for adapters that are not LoRA beside a layer in BESIDE.
+    Errors: NemoKDError for adapters other than the LoRA adapters in BESIDE.
     """
     merged = 0
     for module in [module for module in model.modules() if "adapter_layer" in module._modules]:

@@ -30,7 +30,7 @@ NAMES = ("loss", "sft_loss", "kd_loss", *TOKEN_METRICS)
 
 
 class MetricSums:
-    """Sums of per-token metrics; every rank calls `means`, also if it added nothing.
+    """Sums of per-token metrics; every rank calls `means`, even if it added nothing.
 
     Metrics that need a teacher are summed and counted only at tokens that have one.
 
@@ -144,7 +144,7 @@ def forget(trainer: Trainer, names: Collection[str]) -> None:
 def forget_loss_without_tokens(trainer: Trainer) -> None:
     """Remove NeMo's training loss of a step without answer tokens, which would be 0.
 
-    It must be no point of a curve, and never the best value of a checkpoint's monitor.
+    It would be a wrong point in a curve, and the best value of a checkpoint's monitor.
     """
     forget(trainer, [NEMO_LOSS])
     trainer.callback_metrics[NEMO_LOSS] = torch.tensor(math.nan)

@@ -58,11 +58,11 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         super().setup(stage)
 
     def _extract_consumed_samples_from_ckpt(self, ckpt_path: str) -> int:
-        """From the checkpoint itself; NeMo reads a number in its name, which need not be there."""
+        """Return the checkpoint's own count; NeMo's is parsed from its name, which may lack it."""
         return self._done.consumed_samples
 
     def compute_consumed_samples(self, steps_since_resume: int = 0) -> int:
-        """In global batches of `train_ds`; NeMo mixes its micro-batches with `model`'s size."""
+        """Count global batches of `train_ds`; NeMo mixes sizes of `train_ds` and of `model`."""
         batch = self.cfg.data.train_ds.global_batch_size
         return int(self.init_consumed_samples + steps_since_resume * batch)
 
@@ -147,6 +147,6 @@ def _refuse_with_context_parallelism(cfg: DictConfig) -> None:
         )
     if cfg.data.get("train_ds") and cfg.data.train_ds.get("packed_sequence", False):
         raise NemoKDError(
-            f"model.data.train_ds.packed_sequence=true with {where} is not supported: samples of a "
-            "store are not padded so that each could be cut; set one of them back"
+            f"model.data.train_ds.packed_sequence=true with {where} is not supported: the samples "
+            "of a pack are not padded to lengths that can be split; unset one of the two"
         )

@@ -27,7 +27,7 @@ class Order:
 
 
 def reorder_files(blended: BlendableDataset, order: Order) -> None:
-    """Give NeMo's own SFT data sets this order, unless it is the one that NeMo always has."""
+    """Give NeMo's own SFT data sets this order, unless it is NeMo's."""
     if order == Order(True, NEMO_SHUFFLE_SEED):
         return
     for dataset in blended.datasets:

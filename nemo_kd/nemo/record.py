@@ -52,13 +52,13 @@ class Record:
 
 
 def asked(cfg: DictConfig) -> Settings:
-    """Resolve the configuration's interpolations, before it is adapted to the machine."""
+    """Return the configuration, interpolations resolved, before its adaptation to the machine."""
     container: Any = OmegaConf.to_container(cfg, resolve=True)
     return container
 
 
 def record_of(cfg: DictConfig, settings: Settings) -> Record:
-    """Make the record of a run; `cfg` has its final length, `settings` come from `asked`."""
+    """Make the record of a run; `cfg` has its final length, `settings` are those of `asked`."""
     adapters = (cfg.model.get("peft") or {}).get("restore_from_path")
     return Record(
         train_stores=training_data(cfg.model.data.train_ds),

@@ -1,6 +1,6 @@
-"""Find settings of a resumed run that differ from its checkpoint's and would change the student.
+"""Find changed settings of a resumed run that would change the student.
 
-A key that is in none of the lists below is assumed to change it.
+A key that is in none of the lists below is assumed to change the student.
 """
 
 from __future__ import annotations

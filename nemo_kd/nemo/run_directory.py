@@ -28,7 +28,7 @@ class RunDirectory:
     student: Path | None
     """The `.nemo` that the run writes at its end; None: it writes none."""
     checkpoints: tuple[Path, ...] = ()
-    """The last checkpoints of earlier starts."""
+    """The checkpoints named `last` of earlier starts."""
 
     @property
     def has_student(self) -> bool:

@@ -1,4 +1,4 @@
-"""NeMo's SFT data sets over JSONL files, without the index files that NeMo keeps of them."""
+"""NeMo's SFT data sets over JSONL files, without the index files that NeMo writes beside them."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class SFTChatDataset(FileRows, GPTSFTChatDataset):
 def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any]:
     """Return the arguments that NeMo's `_build_dataset` gives a data set of the block at `where`.
 
-    Errors: NemoKDError for a key that makes NeMo read the file other than row by row.
+    Errors: NemoKDError for a key with which NeMo would not read the file row by row.
     """
     _check_reading(data_cfg, where)
     cfg = model.cfg

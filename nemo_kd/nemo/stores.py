@@ -33,7 +33,7 @@ def store_dataset(
     alpha: float | None,
     training: bool,
 ) -> StoreSFTDataset:
-    """Open the store at `directory` as a data set, with `packed_sequence` as one of packs.
+    """Open the store at `directory` as a data set, a data set of packs if `packed_sequence` is set.
 
     Logs how many samples were truncated or dropped.
     """
@@ -134,7 +134,7 @@ def _check_learnable(
 ) -> None:
     """Check that the loss can learn from the store at both ends of the schedule.
 
-    A validation is checked with all positions, since it measures all.
+    A validation is checked with all positions, since its metrics are over all of them.
     """
     for kd, when in ((schedule.at(0, 1), ""), (schedule.end, " at the end of the schedule")):
         if alpha is not None:

@@ -1,4 +1,4 @@
-"""Replace Megatron's loss by the student's, on the last pipeline stage."""
+"""Replace Megatron's loss with the distillation loss, on the last pipeline stage."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class StudentLoss:
     """Loss [B, S] of a micro-batch, vocabulary-parallel over the tensor-parallel group.
 
     NeMo's forward pass gives the loss only labels and logits. Therefore `begin` sets a step's
-    settings and sums, and `hand_over` the answer tokens of the next micro-batch, for one use.
+    settings and sums, and `hand_over` the answer tokens of the next micro-batch, used once.
 
     `vocab_size` is the tokenizer's, `padding` the number of further columns in the model;
     `logit_softcap` is the model's, for the LM head that is fused with the loss.

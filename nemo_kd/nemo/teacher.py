@@ -33,7 +33,7 @@ NOT_TRAINED = {
     "hidden_dropout": 0.0,
     "attention_dropout": 0.0,
 }
-"""Values that replace the checkpoint's settings of its own training."""
+"""Overrides of the checkpoint's settings for its own training."""
 
 
 class NemoTeacher:

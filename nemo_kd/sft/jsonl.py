@@ -56,16 +56,16 @@ class JsonlFile:
         """
         where, line = f"{self.path}, row {row}", self.line(row)
         if not line.strip():
-            raise RowError(f"{where}: not JSON (a blank line); drop the line")
+            raise RowError(f"{where}: not JSON (a blank line); remove the line")
         try:
             return json.loads(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise RowError(
                 f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the line); save the "
-                "file as UTF-8, or drop the line"
+                "file as UTF-8, or remove the line"
             ) from error
         except (ValueError, RecursionError) as error:
-            raise RowError(f"{where}: not JSON ({error}); correct or drop the line") from error
+            raise RowError(f"{where}: not JSON ({error}); fix or remove the line") from error
 
     def line(self, row: int) -> bytes:
         """Return the bytes of a line, without the line feed."""
@@ -100,7 +100,7 @@ class JsonlFile:
     def _open(self) -> None:
         self._descriptor = _CLOSED
         if not stat.S_ISREG(os.stat(self.path).st_mode):
-            raise RowError(f"{self.path} is not a regular file: rows are read in any order")
+            raise RowError(f"{self.path} is not a regular file; copy it to one")
         self._descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
         self._stamp = _Stamp.of(os.fstat(self._descriptor))
 

@@ -102,7 +102,7 @@ class PromptTemplate:
         try:
             ids = [self._ids(piece, values) for piece in self.pieces]
         except (TypeError, ValueError) as error:  # for example a lone surrogate
-            raise RowError(f"its text cannot be tokenized ({error}); correct or drop it") from error
+            raise RowError(f"its text cannot be tokenized ({error}); fix or remove it") from error
         return self._assemble(ids)
 
     @cached_property
@@ -151,7 +151,7 @@ class PromptTemplate:
             if field not in row:
                 raise RowError(
                     f"no field {field!r}; the row has {sorted(row)}. Check data.label_key and "
-                    "data.prompt_template, or drop the row"
+                    "data.prompt_template, or remove the row"
                 )
             if not isinstance(row[field], str):
                 raise RowError(f"{field!r} is {row[field]!r:.60}: expected a string")

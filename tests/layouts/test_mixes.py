@@ -162,7 +162,7 @@ def test_generation_under_sequence_parallelism_is_refused(
     done = run_script(
         "train_gpt_sft_kd.py", *start, *overrides, metric, processes=processes, fails=True
     )
-    assert "one token at a time cannot be cut over ranks" in done.stderr
+    assert "a single token cannot be split over ranks" in done.stderr
     assert not (tmp_path / "metrics.jsonl").exists()
 
 

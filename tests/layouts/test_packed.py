@@ -133,4 +133,4 @@ def test_what_does_not_pack_is_refused(
     files = json.dumps([str(tiny / "train.npy")])
     no_store = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names={files}"]
     message = error_of("train_gpt_sft_kd.py", *start, *no_store)
-    assert "Packed sequences are made from the store itself" in message
+    assert "For packed sequences, set store and packed_sequence=true" in message

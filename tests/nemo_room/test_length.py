@@ -160,7 +160,7 @@ def test_without_validation_checkpoints_follow_the_training_loss(
         ({"val_check_interval": 2.5}, "expected a number of steps"),
         ({"check_val_every_n_epoch": 2}, "trainer.val_check_interval"),
         ({"limit_train_batches": 5}, "trainer.max_steps"),
-        ({"fast_dev_run": True}, "keep nothing: set trainer.max_steps"),
+        ({"fast_dev_run": True}, "save nothing: set trainer.max_steps"),
         (
             {"validation_ds__drop_last": True, "validation_ds__global_batch_size": 11},
             "gives no validation batch: 10 samples",

@@ -111,7 +111,7 @@ def test_a_blank_line_keeps_its_number(tmp_path: Path) -> None:
     ("line", "message"),
     [
         (b'{"a": "\xff"}', "row 1: not UTF-8 .invalid start byte at byte 7 of the line.; save"),
-        (b'{"a": 1', "row 1: not JSON .Expecting ',' delimiter.*correct or drop the line"),
+        (b'{"a": 1', "row 1: not JSON .Expecting ',' delimiter.*fix or remove the line"),
         (b"\x00\x00", "row 1: not JSON"),
         (b"[" * 100_000, "row 1: not JSON .maximum recursion depth"),
         ('{"a": 1}'.encode("utf-16"), "row 1: not UTF-8"),

@@ -74,7 +74,7 @@ def test_a_row_with_nan_is_refused_by_number_and_complete_shards_are_kept(
     said: dict[str, list[str]],
 ) -> None:
     refusal, _, _ = said["NaN"]
-    assert "data, row 7: the teacher's logits at answer token 0 are no distribution" in refusal
+    assert "data, row 7: the teacher's logits at answer token 0 are not a distribution" in refusal
     assert "on_bad_row=drop" in refusal
     assert "2 of 2 complete shards have unchanged rows and are kept" in said["mended"][2]
 

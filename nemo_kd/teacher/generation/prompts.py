@@ -36,7 +36,8 @@ class Prompts:
             if not prompt:
                 raise RowError(
                     f"no prompt token is left beside generation.max_new_tokens={length} within "
-                    f"data.max_seq_length={self.template.max_seq_length}; raise it, or drop the row"
+                    f"data.max_seq_length={self.template.max_seq_length}; raise "
+                    "data.max_seq_length, or remove the row"
                 )
         return Prompt(row, tuple(prompt), length)
 
