@@ -77,7 +77,7 @@ QUOTES: list[Quote] = [
         rf"\(512, 128256\) \| the same, both on bf16 logits \| {N}× \| {N}×",
         _ratios(LOSS[LARGE, BF16]),
     ),
-    ("README.md", rf"LM head and loss apart, against fused \| {N}× \| {N}×", _ratios(FUSED)),
+    ("README.md", rf"separate LM head and loss; ours fused \| {N}× \| {N}×", _ratios(FUSED)),
     ("docs/choosing.md", rf"takes {N} times as long as with K = 100", [TWICE_K["time_ratio"]]),
     ("docs/choosing.md", rf"{N} of the memory for {N} of the time", _ratios(FUSED)[::-1]),
     ("docs/choosing.md", rf"`plain` \| {N}, or", [PLAIN["bytes"]]),
