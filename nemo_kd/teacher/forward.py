@@ -46,9 +46,9 @@ def _check_logits(topk: TopK) -> None:
     finite &= topk.logsumexp.isfinite().all(1)
     if not finite.all():
         raise NoLogitsError(
-            f"the teacher's logits at answer token {int((~finite).nonzero()[0, 0])} not a "
-            "distribution (NaN, +inf, or all -inf); check the checkpoint and trainer.precision, or "
-            "set on_bad_row=drop to leave such rows out"
+            f"the teacher's logits at answer token {int((~finite).nonzero()[0, 0])} are not "
+            "a distribution (NaN, +inf, or all -inf); check the checkpoint and trainer.precision, or "
+            "set on_bad_row=drop to skip such rows"
         )
 
 

@@ -28,7 +28,6 @@ PAGES = [
 ]
 # Page and first line of each block without a check here → where it has one, or why it needs none.
 EXEMPT = {
-    ("design.md", "JSONL (SFT)  +  teacher.nemo"): "a picture",
     ("loss.md", "loss = sft_weight · CE + kd_weight · T² · D(p, q)       nats per token"): (
         "formulas"
     ),
