@@ -47,8 +47,8 @@ def _check_logits(topk: TopK) -> None:
     if not finite.all():
         raise NoLogitsError(
             f"the teacher's logits at answer token {int((~finite).nonzero()[0, 0])} are not "
-            "a distribution (NaN, +inf, or all -inf); check the checkpoint and trainer.precision, or "
-            "set on_bad_row=drop to skip such rows"
+            "a distribution (NaN, +inf, or all -inf); check the checkpoint and trainer.precision, "
+            "or set on_bad_row=drop to skip such rows"
         )
 
 
