@@ -1,11 +1,11 @@
-"""Convert a Llama-family Hugging Face checkpoint (a directory, or one .gguf file) to a .nemo.
+"""Convert a Llama-family Hugging Face checkpoint (a directory or a .gguf file) to .nemo.
 
     python examples/convert_hf_to_nemo.py SmolLM2-135M/ teacher.nemo
     python examples/convert_hf_to_nemo.py model.gguf student.nemo --keep-layers 0,1,8,9,19-24,29
 
-`--keep-layers @FILE` takes the list `kept` of a JSON file, such as examples/demo/block_influence.py
-writes. The tokenizer is written beside the .nemo, `teacher.tokenizer/`. The .nemo loads at any
-tensor and pipeline parallel size, with TransformerEngine (the container) and without (a CPU).
+`--keep-layers @FILE` reads the list `kept` of a JSON file, such as examples/demo/block_influence.py
+writes. The tokenizer is written next to the .nemo, to `teacher.tokenizer/`. The .nemo loads at any
+tensor and pipeline parallel size, with TransformerEngine (in the container) and without (on a CPU).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from nemo_kd.nemo import cpu
 
 
 class Precision(StrEnum):
-    """Type of the written weights."""
+    """Data type of the written weights."""
 
     own = "own"
     float32 = "float32"
@@ -35,27 +35,27 @@ class Precision(StrEnum):
 
 
 def _layer_list(option: str | None) -> str | None:
-    """The list itself, or that of the JSON file after `@`."""
+    """Return the option's list, or for `@FILE` the list `kept` of that JSON file."""
     if option is None or not option.startswith("@"):
         return option
     path = Path(option.removeprefix("@"))
     if not path.is_file():
-        raise CheckpointError(f"--keep-layers {option}: there is no file {path}")
+        raise CheckpointError(f"--keep-layers {option}: no file {path}")
     return ",".join(map(str, json.loads(path.read_text())["kept"]))
 
 
 def main(
     source: Annotated[Path, typer.Argument(help="Hugging Face directory or .gguf file")],
-    output: Annotated[Path, typer.Argument(help="the .nemo to write")],
+    output: Annotated[Path, typer.Argument(help=".nemo file to write")],
     keep_layers: Annotated[
         str | None,
-        typer.Option(help="layers of a pruned model, such as 0,1,8-11, or @FILE; default all"),
+        typer.Option(help="layers to keep, such as 0,1,8-11, or @FILE; default: all"),
     ] = None,
     dtype: Annotated[
-        Precision, typer.Option(help="own: the checkpoint's; float32 for a quantised one")
+        Precision, typer.Option(help="own: as in the checkpoint; float32 if it is quantised")
     ] = Precision.own,
 ) -> None:
-    """Convert SOURCE to OUTPUT (.nemo) for NeMo's MegatronGPTSFTModel."""
+    """Convert SOURCE to the .nemo file OUTPUT, for NeMo's MegatronGPTSFTModel."""
     console = Console()
     if output.suffix != ".nemo":
         raise typer.BadParameter(f"{output} must end in .nemo", param_hint="OUTPUT")
@@ -80,7 +80,7 @@ def main(
     if done.dropped_rows:
         console.print(
             f"{done.dropped_rows} embedding rows beyond the tokenizer's {done.vocab_size} tokens "
-            "were left out"
+            "were dropped"
         )
 
 

@@ -1,4 +1,4 @@
-"""Store the top-K logits of a teacher's pass over SFT data: `--help` has examples."""
+"""Store the top-K logits of a teacher's pass over SFT data: see `--help`."""
 
 from pathlib import Path
 

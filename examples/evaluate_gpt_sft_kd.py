@@ -1,4 +1,4 @@
-"""Measure a model on held-out stores: `--help` has examples."""
+"""Measure a model on held-out stores: see `--help`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Let a teacher write the answers, and store its top-K logits in the same pass: `--help`."""
+"""Let a teacher generate answers, and store its top-K logits in the same pass: see `--help`."""
 
 from pathlib import Path
 

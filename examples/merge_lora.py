@@ -1,4 +1,4 @@
-"""Merge LoRA adapters into their model: `--help` has examples."""
+"""Merge LoRA adapters into their model: see `--help`."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Fine-tune a student on labels and stored teacher logits: `--help` has examples."""
+"""Fine-tune a student on labels and stored teacher logits: see `--help`."""
 
 from pathlib import Path
 

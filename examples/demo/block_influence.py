@@ -1,8 +1,9 @@
-"""Which layers a pruned student keeps: those of most block influence.
+"""Choose the layers of a pruned student: those with the largest block influence.
 
     BI_l = 1 - E[cos(h_l, h_{l+1})],  h_l the residual stream before layer l, over tokens
 
-A layer that hardly turns the residual stream is the cheapest to lose (ShortGPT, arXiv 2403.03853).
+Layers that hardly change the direction of the residual stream are the cheapest to remove
+(ShortGPT, arXiv 2403.03853).
 Writes a JSON file that `convert_hf_to_nemo.py --keep-layers=@FILE` reads.
 """
 
@@ -28,12 +29,12 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def block_influence(model: LlamaForCausalLM, samples: Iterable[torch.Tensor]) -> torch.Tensor:
-    """BI of each layer `[L]`, float64; `samples` are ids `[1, S]`."""
+    """Return the BI of each layer [L], float64; `samples` are token ids [1, S]."""
     layers = model.model.layers
     total, tokens = torch.zeros(len(layers), dtype=torch.float64), 0
 
     def measure(index: int) -> Any:
-        # hidden_states of transformers will not do: the last has the final norm applied.
+        # Not hidden_states of transformers: to the last one the final norm is applied.
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], outputs: Any) -> None:
             after = outputs[0] if isinstance(outputs, tuple) else outputs
             cosine = torch.cosine_similarity(inputs[0], after, dim=-1)  # [1, S]
@@ -51,19 +52,19 @@ def block_influence(model: LlamaForCausalLM, samples: Iterable[torch.Tensor]) ->
 
 
 def most_influential(influence: torch.Tensor, depth: int) -> list[int]:
-    """The `depth` layers of largest BI, in the model's order."""
+    """Return the `depth` layers with the largest BI, in the model's order."""
     order: list[int] = influence.argsort(descending=True)[:depth].sort().values.tolist()
     return order
 
 
 def main(
-    source: Annotated[Path, typer.Argument(help="the teacher: Hugging Face directory or .gguf")],
+    source: Annotated[Path, typer.Argument(help="teacher: Hugging Face directory or .gguf file")],
     data: Annotated[Path, typer.Option(help="SFT JSONL to measure on")],
-    keep: Annotated[int, typer.Option(help="layers of the student")],
-    output: Annotated[Path, typer.Option(help="JSON file for the layers and their influence")],
-    samples: Annotated[int, typer.Option(help="rows of the data that are used")] = 32,
+    keep: Annotated[int, typer.Option(help="number of layers of the student")],
+    output: Annotated[Path, typer.Option(help="JSON file for the kept layers and all influences")],
+    samples: Annotated[int, typer.Option(help="number of rows to measure on")] = 32,
 ) -> None:
-    """Measure SOURCE on a few samples and choose the layers of a student of KEEP layers."""
+    """Measure SOURCE on a few samples and choose KEEP layers for the student."""
     from transformers import AutoTokenizer
 
     console = Console()
@@ -87,7 +88,7 @@ def main(
     figures = {"kept": kept, "influence": influence.tolist(), "samples": len(rows)}
     output.write_text(json.dumps(figures) + "\n")
     least = float(influence[kept].min())
-    console.print(f"kept layers {','.join(map(str, kept))}: influence {least:.3f} and more")
+    console.print(f"kept layers {','.join(map(str, kept))}: influence {least:.3f} or more")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Greedy completions of held-out prompts by several .nemo models, with NeMo's own generation.
 
-A prompt is the row's `input`, as NeMo's default template `{input} {output}` puts it before an
-answer; a completion ends at end-of-sequence or after `--tokens`. Writes a JSON file:
+A prompt is a row's `input`, formatted as in NeMo's default template `{input} {output}`; a
+completion ends at end-of-sequence or after `--tokens`. Writes a JSON file:
 
     {"tokens": …, "samples": [{"prompt", "reference", …, "completions": {model: text}}]}
 """
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 
 def settings() -> DictConfig:
-    """One process, float32; a model's own configuration says the rest."""
+    """One process, float32; everything else comes from the model's own configuration."""
     model: dict[str, Any] = {
         "seed": 1234,
         "tensor_model_parallel_size": 1,
@@ -53,7 +53,7 @@ def settings() -> DictConfig:
 
 
 def complete(model: MegatronGPTSFTModel, prompts: list[str], tokens: int) -> list[str]:
-    """What the model adds to each prompt, at most `tokens` tokens, greedily."""
+    """Return a greedy completion of each prompt, of at most `tokens` tokens."""
     from nemo.collections.nlp.modules.common.text_generation_strategy import (
         GPTModelTextGenerationStrategy,
     )
@@ -66,12 +66,12 @@ def complete(model: MegatronGPTSFTModel, prompts: list[str], tokens: int) -> lis
         tokens_to_generate=tokens,
         greedy=True,
         add_BOS=False,
-        # Given here, since NeMo's own choice of one imports all of its multimodal models.
+        # Passed explicitly: NeMo's own selection imports all of its multimodal models.
         strategy=GPTModelTextGenerationStrategy(model),
     )
     completions = []
     for prompt, ids in zip(prompts, response["token_ids"], strict=True):
-        # All rows are as long as the longest prompt and its completion.
+        # All rows are padded to the longest prompt plus its completion.
         start = len(tokenizer.text_to_ids(prompt))
         added = ids[start : start + tokens]
         if tokenizer.eos_id in added:
@@ -95,11 +95,11 @@ def parse_models(specifications: list[str]) -> dict[str, Path]:
 
 
 def main(
-    model: Annotated[list[str], typer.Option(help="NAME=PATH of a .nemo; one for each model")],
+    model: Annotated[list[str], typer.Option(help="NAME=PATH of a .nemo; repeat for each model")],
     prompts: Annotated[Path, typer.Option(help="SFT JSONL with input and output")],
     output: Annotated[Path, typer.Option(help="JSON file for the completions")],
-    samples: Annotated[int, typer.Option(help="rows of the file that are completed")] = 6,
-    tokens: Annotated[int, typer.Option(help="longest completion")] = 64,
+    samples: Annotated[int, typer.Option(help="number of prompts to complete")] = 6,
+    tokens: Annotated[int, typer.Option(help="maximum tokens per completion")] = 64,
 ) -> None:
     """Complete the first prompts of a file with each model."""
     console = Console()
@@ -129,7 +129,7 @@ def main(
         for row, text in zip(rows, texts, strict=True)
     ]
     for name, path in track(models.items(), f"completing {len(rows)} prompts", console=console):
-        # NeMo wants the batch size of its first model again, and generation changes it.
+        # NeMo checks the batch size of its first model again, and generation changes it.
         unset_num_microbatches_calculator()
         restored = start.restore(path, MegatronGPTSFTModel, cfg, trainer)
         for result, text in zip(results, complete(restored, texts, tokens), strict=True):

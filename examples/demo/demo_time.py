@@ -1,16 +1,16 @@
-"""How long the rest of the demo takes: each step's seconds on a reference machine, rescaled by
-how long the finished steps took here."""
+"""Estimate the demo's remaining time: each step's seconds on a reference machine, rescaled by how
+long the finished steps took on this one."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-# The whole demo on 2 cores of an AMD EPYC. A title's text after a comma is a setting.
+# Seconds on 2 cores of an AMD EPYC, by title up to its first comma (a setting follows).
 REFERENCE = {
     "convert the teacher": 10,
-    "code instruction pairs from sympy and networkx": 30,
-    "the layers that matter least": 30,
+    "make code instruction pairs from sympy and networkx": 30,
+    "measure the influence of layers": 30,
     "prune the student": 10,
     "fine-tune the teacher": 150,
     "dump the teacher's top-100 (train)": 100,
@@ -23,17 +23,19 @@ REFERENCE = {
     "measure on held-out data: kd": 20,
     "complete held-out prompts": 60,
 }
-PRIOR = 60  # seconds for which this machine counts as fast as the reference: short steps vary
+PRIOR = 60  # seconds at the reference's speed, added to both sides because short steps vary
 
 
 def reference(title: str) -> float:
-    """Seconds of a step on the reference machine."""
+    """Return the seconds of a step on the reference machine."""
     return REFERENCE[title.partition(",")[0]]
 
 
 def seconds_left(remaining: Sequence[str], done: Mapping[str, Mapping[str, Any]]) -> float:
-    """For the titles that remain; `done` has the `seconds` of each finished title, of this run of
-    the demo or an earlier one."""
+    """Estimate the seconds of the `remaining` titles.
+
+    `done` has the `seconds` of each title finished in this run of the demo or an earlier one.
+    """
     here = PRIOR + sum(step["seconds"] for step in done.values())
     there = PRIOR + sum(map(reference, done))
     return here / there * sum(map(reference, remaining))

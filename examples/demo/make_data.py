@@ -1,11 +1,11 @@
-"""Code instruction pairs from sympy and networkx, as NeMo's SFT JSONL.
+"""Make code instruction pairs from sympy and networkx, as JSONL for NeMo's SFT.
 
 A row is one function: `input` is its signature and the first paragraph of its docstring, `output`
-its body as it stands in the source, so that `input + output` parses. The body starts with a
-newline, which keeps its first line's indentation: NeMo strips spaces from both ends of a field.
+its body as in the source, so that `input + output` can be parsed. The body starts with a newline,
+which keeps its first line's indentation: NeMo strips spaces from both ends of a field.
 
-Nothing leaks from training into held-out data: modules go to one side as a whole, and a body that
-occurs more than once (compared as a syntax tree) is taken once.
+Training and held-out data do not overlap: all functions of a module are on the same side of the
+split, and of bodies with equal syntax trees only one is used.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from rich.progress import track
 from transformers import AutoTokenizer
 
 PACKAGES = ("sympy", "networkx")
-DOCSTRING_LINES = 6  # longer first paragraphs are rare, and prose rather than instruction
-TEMPLATE = "{input} {output}"  # NeMo's default prompt template, in which the tokens are counted
+DOCSTRING_LINES = 6  # longer first paragraphs are rare, and more prose than instruction
+TEMPLATE = "{input} {output}"  # NeMo's default prompt template, used to count tokens
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One function; everything but `input` and `output` is metadata to NeMo."""
+    """One function; NeMo treats all fields but `input` and `output` as metadata."""
 
     input: str
     output: str
@@ -45,7 +45,7 @@ class Pair:
 
 
 def package_modules(package: str) -> list[tuple[str, Path]]:
-    """Name and file of each module of an installed package, its tests left out."""
+    """Return name and file of each module of an installed package, without its tests."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"{package} is not installed; `pip install {package}`")
@@ -59,7 +59,7 @@ def package_modules(package: str) -> list[tuple[str, Path]]:
 
 
 def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
-    """Functions of a module and methods of its classes, with their qualified names."""
+    """Yield the functions of a module and methods of its classes, with qualified names."""
     for node in tree.body:
         if isinstance(node, ast.FunctionDef):
             yield node.name, node
@@ -70,7 +70,7 @@ def functions(tree: ast.Module) -> Iterator[tuple[str, ast.FunctionDef]]:
 
 
 def split_function(source: list[str], node: ast.FunctionDef) -> tuple[str, str] | None:
-    """Signature with docstring, and body; None where there is nothing to learn."""
+    """Return signature with docstring, and body; None if the function is not usable."""
     docstring = ast.get_docstring(node)
     body = node.body[1:]
     if not docstring or not body or _says_nothing(body):
@@ -98,7 +98,7 @@ def _says_nothing(body: list[ast.stmt]) -> bool:
 
 
 def _is_this_function(text: str, body: list[ast.stmt]) -> bool:
-    """Cutting and indenting have not changed the function (they do change multi-line strings)."""
+    """Whether splitting and indenting kept the body (they can change multi-line strings)."""
     try:
         (parsed,) = ast.parse(text).body
     except (SyntaxError, ValueError):
@@ -108,7 +108,7 @@ def _is_this_function(text: str, body: list[ast.stmt]) -> bool:
 
 
 def extract(package: str, module: str, path: Path) -> Iterator[Pair]:
-    """Every usable function of a module."""
+    """Yield every usable function of a module."""
     text = path.read_text(encoding="utf-8")
     source = text.splitlines(keepends=True)
     for name, node in functions(ast.parse(text)):
@@ -118,21 +118,21 @@ def extract(package: str, module: str, path: Path) -> Iterator[Pair]:
 
 
 def body_key(pair: Pair) -> str:
-    """Equal for bodies of the same syntax tree, whatever their comments and layout."""
+    """Return a key that is equal for bodies with the same syntax tree."""
     return ast.dump(ast.parse(textwrap.dedent(pair.output)))
 
 
 def is_held_out(module: str, share: float) -> bool:
-    """A module's side of the split, by its name alone."""
+    """Whether a module is held out; depends only on its name."""
     digest = hashlib.sha256(module.encode()).digest()
     return int.from_bytes(digest[:8], "little") < share * 2**64
 
 
 def choose(pairs: list[Pair], count: int, side: str, seed: int) -> list[Pair]:
-    """`count` of the pairs in a fixed random order."""
+    """Select `count` pairs, in a reproducible random order."""
     if len(pairs) < count:
         raise typer.BadParameter(
-            f"{side} has {len(pairs)} functions, {count} were asked for; "
+            f"{side} has {len(pairs)} functions, expected at least {count}; "
             "raise --max-tokens or lower the number of samples"
         )
     order = sorted(pairs, key=lambda pair: (pair.module, pair.function, pair.input))
@@ -140,14 +140,14 @@ def choose(pairs: list[Pair], count: int, side: str, seed: int) -> list[Pair]:
 
 
 def write_jsonl(path: Path, pairs: list[Pair]) -> None:
-    """One JSON object a line."""
+    """Write one JSON object per line."""
     with path.open("w", encoding="utf-8") as file:
         for pair in pairs:
             file.write(json.dumps(asdict(pair), ensure_ascii=False) + "\n")
 
 
 def sources(packages: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
-    """Where the code comes from: name, version, licence of each package; and the licence texts."""
+    """Return name, version and licence of each package, and the text of all licences."""
     rows, texts = [], []
     for package in packages:
         distribution = importlib.metadata.distribution(package)
@@ -163,7 +163,7 @@ def sources(packages: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
 
 
 def summary(train: list[Pair], heldout: list[Pair]) -> dict[str, Any]:
-    """Sizes of both sides."""
+    """Return the number of samples, modules and tokens of both sides."""
     return {
         side: {
             "samples": len(pairs),
@@ -175,15 +175,15 @@ def summary(train: list[Pair], heldout: list[Pair]) -> dict[str, Any]:
 
 
 def main(
-    tokenizer: Annotated[Path, typer.Option(help="tokenizer directory, for the token counts")],
-    output_dir: Annotated[Path, typer.Option(help="where train.jsonl, heldout.jsonl go")],
-    train: Annotated[int, typer.Option(help="training samples")] = 1000,
-    heldout: Annotated[int, typer.Option(help="held-out samples")] = 120,
-    max_tokens: Annotated[int, typer.Option(help="prompt, answer and end-of-sequence")] = 144,
-    heldout_share: Annotated[float, typer.Option(help="share of modules held out")] = 0.1,
-    seed: Annotated[int, typer.Option(help="of the choice among the usable functions")] = 0,
+    tokenizer: Annotated[Path, typer.Option(help="tokenizer directory, to count tokens")],
+    output_dir: Annotated[Path, typer.Option(help="directory for train.jsonl, heldout.jsonl")],
+    train: Annotated[int, typer.Option(help="number of training samples")] = 1000,
+    heldout: Annotated[int, typer.Option(help="number of held-out samples")] = 120,
+    max_tokens: Annotated[int, typer.Option(help="maximum of prompt, answer, end token")] = 144,
+    heldout_share: Annotated[float, typer.Option(help="fraction of modules held out")] = 0.1,
+    seed: Annotated[int, typer.Option(help="selects among the usable functions")] = 0,
 ) -> None:
-    """Write train.jsonl, heldout.jsonl, data.json (what they are) and LICENSES.txt."""
+    """Write train.jsonl, heldout.jsonl, data.json (their description) and LICENSES.txt."""
     console = Console()
     encode = AutoTokenizer.from_pretrained(
         str(tokenizer), local_files_only=True, trust_remote_code=False

@@ -1,6 +1,6 @@
-"""The demo's report: `report.html`, one self-contained page, and its table on the terminal.
+"""Write the demo's report, a self-contained `report.html`, and print its table.
 
-Every figure comes from the files that the demo's steps wrote; see `report_data.py`.
+All figures come from the files that the demo's steps wrote: see `report_data.py`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from rich.table import Table
 
 
 def terminal_table(demo: Demo) -> Table:
-    """The page's table."""
+    """Return the page's table for the terminal."""
     table = Table(title="held-out data, nats per token")
     table.add_column("")
     for name in ("cross-entropy", "KL to the teacher", "top-1 agreement"):

@@ -1,4 +1,4 @@
-"""What the demo's steps left on disk, read for the report."""
+"""Read the results of the demo's steps for the report."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 
 from nemo_kd.store import Store
 
-# Name in the directory → in the report. The order is that of every table and column.
+# Name in the directory → name in the report, in the order of all tables.
 MODELS = {
     "teacher": "Teacher",
     "student": "Student before training",
@@ -46,12 +46,12 @@ class Run:
     validation: dict[int, dict[str, float]]
 
     def train(self, metric: str) -> Curve:
-        """A training metric of every step."""
+        """Return a training metric of every step."""
         rows = {step: row[metric] for step, row in self.training.items() if metric in row}
         return Curve(list(rows), list(rows.values()))
 
     def held_out(self, metric: str) -> Curve:
-        """A validation metric of the first validation set."""
+        """Return a metric of the first validation set, at every validation."""
         rows = {step: figure(row, metric, "val/") for step, row in self.validation.items()}
         return Curve(list(rows), list(rows.values()))
 
@@ -78,19 +78,21 @@ class Demo:
 
 
 def figure(row: dict[str, float], metric: str, prefix: str = "") -> float:
-    """The value of `<prefix><set>/<metric>`, for the first set that has it."""
+    """Return the value of `<prefix><set>/<metric>` for the first set that has it."""
     keys = sorted(k for k in row if k.startswith(prefix) and k.endswith(f"/{metric}"))
     if not keys:
         raise MissingStepError(
             f"no figure {prefix}<set>/{metric} among {', '.join(sorted(row))}; "
-            "it is logged where the validation data is a store"
+            "it is only logged for validation data from a store"
         )
     return row[keys[0]]
 
 
 def read_run(path: Path) -> Run:
-    """A run's `metrics.jsonl`, and what NeMo moved to `run_N` when it went on after a stop. Later
-    lines of a step replace earlier ones."""
+    """Read a run's `metrics.jsonl`, and those that NeMo moved to `run_N` when it resumed.
+
+    Later lines of a step replace earlier ones.
+    """
     earlier = path.parent.glob("run_*/metrics.jsonl")
     parts = [*sorted(earlier, key=lambda part: int(part.parent.name[4:])), path]
     training: dict[int, dict[str, float]] = {}
@@ -121,12 +123,12 @@ def read_demo(directory: Path) -> Demo:
 
 def _read(path: Path) -> str:
     if not path.is_file():
-        raise MissingStepError(f"{path} is not there: the demo's step that writes it has not run")
+        raise MissingStepError(f"{path} is missing: the demo's step that writes it has not run")
     return path.read_text(encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
-    """Installed versions of what the demo runs on."""
+    """Return the installed versions of the main packages."""
     found = {"Python": platform.python_version()}
     for package in PACKAGES:
         found[package] = importlib.metadata.version(package)
@@ -142,7 +144,7 @@ def versions() -> dict[str, str]:
 
 
 def machine() -> str:
-    """Processor, cores, memory, system."""
+    """Describe processor, cores, memory and operating system."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]

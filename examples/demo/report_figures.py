@@ -1,4 +1,4 @@
-"""The report's charts, as SVG text: each narrow enough to be read on a telephone's screen."""
+"""The report's charts as SVG text, narrow enough for a phone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 COLOURS = {"teacher": "#6b7280", "sft": "#d97706", "kd": "#2563eb"}
 SMOOTHING = 10  # steps; a training step sees a handful of samples
-SIZE = (4.2, 2.9)  # inches; at 9 points a letter is a 33rd of the width
+SIZE = (4.2, 2.9)  # inches
 STYLE: dict[str, Any] = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -37,7 +37,7 @@ STYLE: dict[str, Any] = {
 
 
 def running_mean(curve: Curve, width: int = SMOOTHING) -> Curve:
-    """The mean over the last `width` steps."""
+    """Return the mean over the last `width` steps."""
     values = [
         sum(part) / len(part)
         for i in range(len(curve.values))
@@ -47,12 +47,12 @@ def running_mean(curve: Curve, width: int = SMOOTHING) -> Curve:
 
 
 def curves(demo: Demo) -> list[str]:
-    """Held-out cross-entropy and KL, training cross-entropy and agreement: a chart each."""
+    """Plot held-out cross-entropy and KL, training cross-entropy and agreement, one chart each."""
     titles = (
         ("Held-out cross-entropy", "nats per token"),
         ("Held-out KL to the teacher", "nats per token"),
         (f"Training cross-entropy, mean of {SMOOTHING} steps", "nats per token"),
-        (f"Training top-1 agreement, mean of {SMOOTHING} steps", "share of tokens"),
+        (f"Training top-1 agreement, mean of {SMOOTHING} steps", "fraction of tokens"),
     )
     runs = [demo.runs[name] for name in STUDENTS]
     panels = (
@@ -70,7 +70,7 @@ def curves(demo: Demo) -> list[str]:
 
 
 def chart(students: list[Curve], title: str, unit: str, teacher: float | None) -> str:
-    """One curve for each student, the teacher's value as a dashed line."""
+    """Plot one curve per student, and the teacher's value as a dashed line."""
     with pyplot.rc_context(STYLE):  # type: ignore[arg-type]
         figure, axis = pyplot.subplots(figsize=SIZE, layout="constrained")
         for name, curve in zip(STUDENTS, students, strict=True):
@@ -94,7 +94,7 @@ def chart(students: list[Curve], title: str, unit: str, teacher: float | None) -
 
 
 def layer_bars(demo: Demo) -> str:
-    """Block influence of each layer; the student's layers in colour."""
+    """Plot the block influence of each layer, with the student's layers in colour."""
     influence, kept = demo.layers["influence"], demo.layers["kept"]
     with pyplot.rc_context(STYLE):  # type: ignore[arg-type]
         figure, axis = pyplot.subplots(figsize=(SIZE[0], 1.9), layout="constrained")
@@ -107,7 +107,7 @@ def layer_bars(demo: Demo) -> str:
 
 
 def _svg(figure: Any) -> str:
-    """The figure's SVG element, without the XML header."""
+    """Return the figure's SVG element, without the XML header."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
     pyplot.close(figure)

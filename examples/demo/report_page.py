@@ -1,4 +1,4 @@
-"""The report as one HTML page: no script, nothing loaded from elsewhere."""
+"""The report as one HTML page, without scripts or external resources."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ dt { color: var(--soft); } dd { margin: 0; min-width: 0; overflow-wrap: anywhere
 
 
 def page(demo: Demo) -> str:
-    """The whole document."""
+    """Return the HTML document."""
     sections = [
         heading(demo),
         f"<div class='card'>{results_table(demo)}</div>{metric_notes(demo)}",
@@ -80,7 +80,7 @@ def page(demo: Demo) -> str:
 
 
 def heading(demo: Demo) -> str:
-    """The outcome in two sentences, whichever way it went."""
+    """Summarise the outcome in two sentences."""
     sft, kd = (demo.evaluation[name]["sft_loss"] for name in STUDENTS)
     teacher, before = (demo.evaluation[name]["sft_loss"] for name in ("teacher", "student"))
     word = "below" if kd < sft else "above"
@@ -88,25 +88,25 @@ def heading(demo: Demo) -> str:
         "<h1>Distillation from stored top-K logits</h1>"
         f"<p class='lead'>After {last_step(demo)} steps on the same data in the same order, "
         f"KD + SFT (alpha {alpha(demo)}) has a held-out cross-entropy of {kd:.3f} nats per token, "
-        f"{abs(sft - kd):.3f} {word} SFT alone ({sft:.3f}). The student started at {before:.2f}; "
-        f"its teacher has {teacher:.3f}.</p>"
+        f"{abs(sft - kd):.3f} {word} SFT only ({sft:.3f}). The student started at {before:.2f}; "
+        f"the teacher has {teacher:.3f}.</p>"
     )
 
 
 def alpha(demo: Demo) -> str:
-    """The weight of the distillation, as the command of that run has it."""
+    """Return the weight of the distillation from the run's command."""
     (command,) = (step["command"] for title, step in demo.steps.items() if "KD" in title)
     match = re.search(r"model\.kd\.alpha=(\S+)", command)
     return match[1] if match else "by default"
 
 
 def last_step(demo: Demo) -> int:
-    """The number of steps that both students were trained."""
+    """Return the number of training steps of both students."""
     return max(demo.runs["kd"].training)
 
 
 def results_table(demo: Demo) -> str:
-    """One row a model; the better of the two trained students in bold."""
+    """Return a table with one row per model, the better student in bold."""
     names = ["", "layers", "cross-entropy", "KL to the teacher", "top-1 agreement"]
     head = "".join(f"<th>{name}</th>" for name in names)
     rows = []
@@ -125,7 +125,7 @@ def results_table(demo: Demo) -> str:
 
 
 def best_class(demo: Demo, name: str, metric: str) -> str:
-    """The attribute that marks the better student's cell."""
+    """Return the HTML attribute for the better student's cell."""
     if name not in STUDENTS:
         return ""
     values = [demo.evaluation[student][metric] for student in STUDENTS]
@@ -134,29 +134,29 @@ def best_class(demo: Demo, name: str, metric: str) -> str:
 
 
 def metric_notes(demo: Demo) -> str:
-    """What the columns are."""
+    """Explain the columns of the table."""
     heldout = demo.data["heldout"]
     return (
         f"<p class='soft'>Over the answer tokens of {heldout['samples']} held-out functions, from "
-        f"{heldout['modules']} modules that training never saw, in nats per token. KL is that of "
-        "the teacher's stored top-K probabilities and the rest in one bucket, a lower bound of "
-        "the full one. Agreement: how often model and teacher have the same first choice.</p>"
+        f"{heldout['modules']} modules that are not in the training data, in nats per token. KL is "
+        "over the teacher's stored top-K ids and one bucket for all others, a lower bound of "
+        "the full KL. Agreement: how often model and teacher have the same top-1.</p>"
     )
 
 
 def layers(demo: Demo) -> str:
-    """Which layers the student has, and why."""
+    """Describe the student's layers and how they were chosen."""
     kept, total = demo.layers["kept"], len(demo.layers["influence"])
     return (
         "<h2>The student</h2>"
-        f"<p>The teacher pruned to {len(kept)} of its {total} layers, those that turn the "
-        "residual stream most (1 − cos of what enters and what leaves, in colour).</p>"
+        f"<p>The teacher pruned to {len(kept)} of its {total} layers, those that change "
+        "the residual stream most (1 − cosine of their input and output; in colour).</p>"
         f"<div class='card'>{report_figures.layer_bars(demo)}</div>"
     )
 
 
 def sample(row: dict[str, Any]) -> str:
-    """A prompt, its reference, and each model's completion side by side."""
+    """Show a prompt, its reference, and each model's completion side by side."""
     columns = [("Reference", row["reference"], "#059669")]
     for name, title in MODELS.items():
         if name in row["completions"]:
@@ -175,7 +175,7 @@ def sample(row: dict[str, Any]) -> str:
 
 
 def python(text: str) -> str:
-    """Highlighted source; an empty first line is the template's, not the reader's."""
+    """Highlight source code; an empty first line belongs to the template and is removed."""
     formatter = HtmlFormatter(nowrap=True, noclasses=True, style="xcode")
     highlighted: str = highlight(
         re.sub(r"^\s*\n", "", text).rstrip(), PythonLexer(stripnl=False), formatter
@@ -184,7 +184,7 @@ def python(text: str) -> str:
 
 
 def what_was_run(demo: Demo) -> str:
-    """Commands with their times, data, versions, machine."""
+    """List commands with their times, data, versions and machine."""
     rows = "".join(
         f"<tr><td><details><summary>{escape(title)}</summary>"
         f"<code>{escape(step['command'])}</code></details></td><td>{step['seconds']:.0f}</td></tr>"
@@ -193,7 +193,7 @@ def what_was_run(demo: Demo) -> str:
     total = sum(step["seconds"] for step in demo.steps.values())
     table = (
         "<table class='small'><tr><th>step</th><th>seconds</th></tr>"
-        f"{rows}<tr><td>all of it</td><td>{total:.0f}</td></tr></table>"
+        f"{rows}<tr><td>total</td><td>{total:.0f}</td></tr></table>"
     )
     return (
         f"<h2>What was run</h2><div class='card'>{definitions(facts(demo))}</div>"
@@ -202,7 +202,7 @@ def what_was_run(demo: Demo) -> str:
 
 
 def facts(demo: Demo) -> Iterable[tuple[str, str]]:
-    """Name and value of what a reader needs to judge the figures."""
+    """Yield name and value of each fact about data, store, machine and versions."""
     for side, title in (("train", "training data"), ("heldout", "held-out data")):
         size = demo.data[side]
         counts = [f"{size[unit]:,} {unit}" for unit in ("samples", "tokens", "modules")]
@@ -216,12 +216,12 @@ def facts(demo: Demo) -> Iterable[tuple[str, str]]:
     sources = (f"{s['package']} {s['version']} ({s['licence']})" for s in demo.data["sources"])
     yield "sources", ", ".join(sources)
     seconds = (f"{MODELS[n]} {demo.runs[n].seconds_per_step:.2f} s" for n in STUDENTS)
-    yield "a training step", ", ".join(seconds)
+    yield "time per step", ", ".join(seconds)
     yield "machine", machine()
     yield "versions", ", ".join(f"{name} {version}" for name, version in versions().items())
 
 
 def definitions(pairs: Iterable[tuple[str, str]]) -> str:
-    """A list of names and values."""
+    """Return an HTML list of names and values."""
     items = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs)
     return f"<dl>{items}</dl>"

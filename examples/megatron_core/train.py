@@ -1,10 +1,10 @@
-"""Distillation from a store with Megatron-core alone: GPTModel, its schedules and its optimizer.
+"""Distil from a store with Megatron-core only: GPTModel, its schedules and its optimizer.
 
     python examples/megatron_core/train.py --store store --steps 20
     torchrun --nproc_per_node=2 examples/megatron_core/train.py --store store --tensor-parallel 2
 
-The student begins from random weights. What makes it a distillation is two names of
-`nemo_kd.mcore`: `StoreBatches` and `kd_forward_step`; the rest is any Megatron-core program.
+The student starts from random weights. Distillation takes two names of `nemo_kd.mcore`,
+`StoreBatches` and `kd_forward_step`; everything else is an ordinary Megatron-core program.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--store", required=True, help="of examples/dump_teacher_topk.py")
+    parser.add_argument("--store", required=True, help="store of a teacher")
     parser.add_argument("--alpha", type=float, default=0.9, help="weight of the distillation")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--steps", type=int, default=100)
@@ -37,7 +37,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--tensor-parallel", type=int, default=1)
     parser.add_argument("--pipeline-parallel", type=int, default=1)
     parser.add_argument(
-        "--virtual-pipeline", type=int, default=1, help="parts of the model on each pipeline stage"
+        "--virtual-pipeline", type=int, default=1, help="model chunks per pipeline stage"
     )
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--seed", type=int, default=1234)
@@ -45,7 +45,7 @@ def arguments() -> argparse.Namespace:
 
 
 def start(args: argparse.Namespace) -> None:
-    """Process groups, from torchrun's variables or for one process alone."""
+    """Create process groups, from torchrun's variables or for a single process."""
     from megatron.core import parallel_state, tensor_parallel
 
     for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}.items():
@@ -63,9 +63,9 @@ def start(args: argparse.Namespace) -> None:
 
 
 def student(args: argparse.Namespace, vocab_size: int) -> list[Any]:
-    """A small Llama-like GPTModel, wrapped for data parallelism.
+    """Build a small Llama-like GPTModel, wrapped for data parallelism.
 
-    This rank's parts of it: one, or as many as a virtual pipeline has.
+    Return this rank's model chunks: one, or several with a virtual pipeline.
     """
     from megatron.core import parallel_state
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
@@ -84,7 +84,7 @@ def student(args: argparse.Namespace, vocab_size: int) -> list[Any]:
         pipeline_model_parallel_size=args.pipeline_parallel,
         sequence_parallel=args.sequence_parallel,
         virtual_pipeline_model_parallel_size=args.virtual_pipeline if interleaves else None,
-        # In one batch, messages of both directions between the same two stages would be mixed up.
+        # Batched, messages in both directions between the same two stages would be mixed up.
         overlap_p2p_comm=interleaves,
         batch_p2p_comm=not interleaves,
         pipeline_dtype=torch.float32,
@@ -95,7 +95,7 @@ def student(args: argparse.Namespace, vocab_size: int) -> list[Any]:
         add_bias_linear=False,
         hidden_dropout=0.0,
         attention_dropout=0.0,
-        calculate_per_token_loss=True,  # every answer token of the global batch weighs alike
+        calculate_per_token_loss=True,  # equal weight for every answer token
         finalize_model_grads_func=finalize_model_grads,
     )
     torch.manual_seed(args.seed)
@@ -116,14 +116,14 @@ def student(args: argparse.Namespace, vocab_size: int) -> list[Any]:
             position_embedding_type="rope",
             **stage,
         ).to(torch.cuda.current_device())
-        # Only the first part's gradients are reduced while the backward still runs.
+        # Only the first chunk's gradients are reduced during the backward pass.
         parts.append(DistributedDataParallel(config, ddp, gpt, disable_bucketing=part > 0))
     return parts
 
 
 def main() -> None:
     args = arguments()
-    # Megatron says, many times over, what it falls back to where apex is not installed.
+    # Without apex, Megatron warns about its fallbacks many times.
     for module in ("megatron", "torch.distributed"):
         warnings.filterwarnings("ignore", module=module)
     cpu.install()
@@ -143,7 +143,7 @@ def main() -> None:
     vocab_size = store.spec.vocab_size
     model = student(args, vocab_size)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=args.lr, clip_grad=1.0), model)
-    # Each part of the model reads the micro-batches by itself, at its own time.
+    # Each model chunk reads the micro-batches through its own iterator.
     batches = [
         iter(
             StoreBatches(
@@ -178,7 +178,7 @@ def main() -> None:
 
 
 def show(number: int, reports: list[dict[str, torch.Tensor]]) -> None:
-    """Means over the answer tokens of the global batch, on the rank that knows them."""
+    """Print means over the answer tokens of the global batch, on the rank that has them."""
     from megatron.core import parallel_state
 
     if not parallel_state.is_pipeline_last_stage():

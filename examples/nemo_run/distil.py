@@ -1,4 +1,4 @@
-"""Dump, then training, as one NeMo-Run experiment; on this machine, or on SLURM in the container.
+"""Dump and train as one NeMo-Run experiment, on this machine or on SLURM in the container.
 
     python examples/nemo_run/distil.py local --teacher teacher.nemo --student student.nemo \
         --data train.jsonl --store store --run run --devices 2
@@ -6,8 +6,8 @@
         --student /lustre/student.nemo --data /lustre/train.jsonl --store /lustre/store \
         --run /lustre/runs/kd --account my_account --partition batch --mount /lustre
 
-`--dump KEY=VALUE` and `--train KEY=VALUE`, each as often as needed, go to the two scripts. This
-launcher needs `nemo_run` alone, in an environment of its own: docs/cluster.md.
+`--dump KEY=VALUE` and `--train KEY=VALUE`, which can be repeated, are passed to the two scripts.
+Only `nemo_run` is needed to run this program, in a separate environment: see docs/cluster.md.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 
 
-# In the job's script, outside the container, which has no scontrol; srun hands the variables on.
+# Runs in the job script, outside the container, which has no scontrol; srun passes the variables.
 RENDEZVOUS = """\
 export MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))
@@ -38,16 +38,16 @@ def main() -> None:
         start({"dump": dump(options), "train": train(options)}, options)
         return
     with tempfile.TemporaryDirectory() as directory:
-        # NeMo-Run does not know how a local task ended, and would start the next one all the same.
+        # NeMo-Run ignores the exit status of a local task, and would start the next one anyway.
         finished = Path(directory, "finished")
         both = [*dump(options), "&&", *train(options), "&&", "touch", shlex.quote(str(finished))]
         start({"distil": both}, options)
         if not (options.dry_run or finished.exists()):
-            sys.exit("error: not finished; the log above says why")
+            sys.exit("error: not finished; see the log above")
 
 
 def start(tasks: dict[str, list[str]], options: argparse.Namespace) -> None:
-    """One task after another. Local ones have ended when it returns."""
+    """Run the tasks one after another. Local tasks have ended when this returns."""
     import nemo_run as run
 
     with run.Experiment("nemo-kd") as experiment:
@@ -85,8 +85,10 @@ def train(options: argparse.Namespace) -> list[str]:
 
 
 def launcher(options: argparse.Namespace, script: str) -> list[str]:
-    """Under SLURM a rank each task, with the rendezvous of SLURM's variables; else torchrun.
-    NeMo-Run starts jobs in a directory of its own, hence `cd`: relative paths are the user's."""
+    """Return the command that starts a script: torchrun, or on SLURM one rank per task.
+
+    NeMo-Run starts jobs in its own directory; `cd` makes the user's relative paths work.
+    """
     root = shlex.quote(str(ROOT))
     here = shlex.quote(str(Path.cwd())) if options.where == "local" else root
     start = ["cd", here, "&&", "env", f"PYTHONPATH={root}:$PYTHONPATH"]
@@ -115,7 +117,7 @@ def executor(options: argparse.Namespace) -> run.LocalExecutor | run.SlurmExecut
         container_image=options.image,
         container_mounts=[f"{path}:{path}" for path in (str(ROOT), *options.mount)],
         setup_lines=RENDEZVOUS,
-        packager=run.Packager(),  # nothing is copied: the checkout is mounted
+        packager=run.Packager(),  # copies nothing; the checkout is mounted
         tunnel=run.LocalTunnel(job_dir=str(Path(options.run).absolute() / "nemo_run")),
     )
 
@@ -129,18 +131,18 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     for name in ("dump", "train", "mount"):
         parser.add_argument(f"--{name}", action="append", default=[])
-    parser.add_argument("--devices", type=int, default=None, help="ranks a node: 1 local, 8 slurm")
+    parser.add_argument("--devices", type=int, help="ranks per node; default: 1 local, 8 slurm")
     parser.add_argument("--nodes", type=int, default=1)
-    parser.add_argument("--python", default="python", help="of the stack that has NeMo")
+    parser.add_argument("--python", default="python", help="interpreter that has NeMo")
     parser.add_argument("--account", default="my_account")
     parser.add_argument("--partition", default="batch")
     parser.add_argument("--time", default="04:00:00")
     parser.add_argument("--image", default="nvcr.io#nvidia/nemo:25.07")
-    parser.add_argument("--dry-run", action="store_true", help="print the jobs, start none")
+    parser.add_argument("--dry-run", action="store_true", help="print the jobs only")
     options = parser.parse_args(words)
     options.devices = options.devices or (8 if options.where == "slurm" else 1)
     if options.where == "local" and options.nodes != 1:
-        parser.error("--nodes is for slurm; local is this machine alone")
+        parser.error("--nodes is for slurm only")
     for name in ("teacher", "student", "data", "store", "run"):
         if options.where == "slurm" and not Path(getattr(options, name)).is_absolute():
             parser.error(f"--{name} must be an absolute path, below a --mount")

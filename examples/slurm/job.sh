@@ -1,19 +1,19 @@
 # shellcheck shell=bash
-# Sourced by the .sbatch files: one srun that stops in good order before the time limit, is requeued
-# and goes on, until its product is there.
+# Sourced by the .sbatch files: runs one srun that stops cleanly before the time limit, is requeued
+# and resumes, until its output exists.
 
 # shellcheck source=examples/slurm/settings.sh
 source examples/slurm/settings.sh
 
-# Rendezvous: the first node of the job, and a port that no other job on it has.
+# Rendezvous: the job's first node, and a port that differs between jobs.
 MASTER_ADDR=${MASTER_ADDR:-$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)}
 export MASTER_ADDR MASTER_PORT=$((20000 + SLURM_JOB_ID % 40000))
-export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron asks for it under tensor parallelism
+export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron requires it with tensor parallelism
 
-# Seconds that the ranks have after the warning to stop in good order, out of those of --signal.
+# Seconds for the ranks to stop after the warning; less than those of --signal.
 GRACE=${GRACE:-240}
 
-# run PRODUCT SCRIPT [key=value ...]: SCRIPT on all tasks; PRODUCT is there when it has finished.
+# run PRODUCT SCRIPT [key=value ...]: run SCRIPT on all tasks; PRODUCT exists when it is complete.
 run() {
     local product=$1 task status=0
     local -a command
@@ -29,7 +29,7 @@ run() {
     done
     if ! kill -0 "$task" 2>/dev/null; then
         wait "$task" || status=$?
-        # A run that stopped in good order ends with 0 as well: only its product tells.
+        # A run that was stopped also exits with 0: only its product shows that it is complete.
         [[ $status == 0 && -e $product ]] && return 0
         [[ -z $stop_by ]] && return $((status ? status : 1))
     fi
@@ -37,15 +37,15 @@ run() {
     scontrol requeue "$SLURM_JOB_ID"
 }
 
-# SIGTERM for the ranks, not for this script: the dump ends its shard, training its step, both save.
+# Send SIGTERM to the ranks, not to this script: a dump completes its shard, a training its step.
 stop() {
     stop_by=$((SECONDS + GRACE))
     echo "time limit near, $(date): the ranks are asked to stop"
     scancel --signal=TERM "$SLURM_JOB_ID"
 }
 
-# Sets `command`: srun, in the container if there is one. PYTHONPATH is set inside: the image's own
-# must stay, and nemo_kd need not be installed in it.
+# Set `command` to srun, in the container if there is one. PYTHONPATH is extended inside it, which
+# keeps the image's own; nemo_kd need not be installed there.
 launcher() {
     command=(srun --kill-on-bad-exit=1)
     local python=${PYTHON:-$PWD/.venv/bin/python}

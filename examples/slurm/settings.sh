@@ -1,12 +1,12 @@
 # shellcheck shell=bash
-# The three lines to change for a cluster. A variable of the same name in the environment wins.
+# The three lines to change for a cluster. Environment variables of the same names override them.
 
-# What NVIDIA's enroot takes: an image of a registry, or a .sqsh file made from ../../Dockerfile.
-# Empty: no container, but the checkout's own .venv.
+# Image for NVIDIA's enroot: from a registry, or a .sqsh file built from ../../Dockerfile.
+# Empty: no container; the checkout's own .venv.
 IMAGE=${IMAGE-nvcr.io#nvidia/nemo:25.07}
 
-# Directories of models and data, seen inside at the same place; the checkout is there by itself.
+# Directories of models and data, mounted at the same path; the checkout is always mounted.
 MOUNTS=${MOUNTS-/lustre}
 
-# As in sbatch --account and --partition.
+# Values of sbatch's --account and --partition.
 export SBATCH_ACCOUNT=${SBATCH_ACCOUNT-my_account} SBATCH_PARTITION=${SBATCH_PARTITION-batch}

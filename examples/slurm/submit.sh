@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Dump, and training when it has succeeded; from the top of the checkout:
+# Submit a dump, and a training that starts when it has succeeded. From the root of the checkout:
 #   TEACHER=/lustre/teacher.nemo STUDENT=/lustre/student.nemo DATA=/lustre/train.jsonl \
 #       STORE=/lustre/store RUN=/lustre/runs/kd examples/slurm/submit.sh +model.kd.alpha=0.9
-# Arguments go to the training. With spaces between: DUMP_ARGUMENTS to the dump, SBATCH_OPTIONS to
-# both jobs (--nodes=4 --time=08:00:00).
+# Arguments are passed to the training. Space-separated variables: DUMP_ARGUMENTS for the dump,
+# SBATCH_OPTIONS for both jobs (--nodes=4 --time=08:00:00).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 # shellcheck source=examples/slurm/settings.sh

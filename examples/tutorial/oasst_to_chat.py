@@ -1,10 +1,10 @@
-"""OpenAssistant's message trees as conversations for NeMo's chat SFT: train.jsonl and val.jsonl.
+"""Convert OpenAssistant's message trees to train.jsonl and val.jsonl for NeMo's chat SFT.
 
     python examples/tutorial/oasst_to_chat.py 2023-04-12_oasst_all.trees.jsonl.gz data/oasst
 
-Each way from a tree's root to a last answer is one conversation. Deleted messages are left out with
-what answers them, and so are questions without an answer. A tree is on one side as a whole,
-whichever other trees the file has.
+Each path from a tree's root to a last answer is one conversation. Deleted messages and all replies
+to them are left out, and so are questions without an answer. All conversations of a tree are on the
+same side of the split, which does not depend on the other trees of the file.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ Turn = dict[str, str]
 
 
 def main(
-    trees: Annotated[Path, typer.Argument(help="the dataset's .trees.jsonl.gz", exists=True)],
-    output: Annotated[Path, typer.Argument(help="directory of the two files")],
-    val_share: Annotated[float, typer.Option(help="of the trees", min=0.0, max=1.0)] = 0.05,
-    lang: Annotated[str | None, typer.Option(help="of the first message, such as en")] = None,
-    system: Annotated[str, typer.Option(help="the system turn of each conversation")] = "",
+    trees: Annotated[Path, typer.Argument(help="the data set's .trees.jsonl.gz", exists=True)],
+    output: Annotated[Path, typer.Argument(help="directory for the two files")],
+    val_share: Annotated[float, typer.Option(help="fraction held out", min=0.0, max=1.0)] = 0.05,
+    lang: Annotated[str | None, typer.Option(help="language of first messages, such as en")] = None,
+    system: Annotated[str, typer.Option(help="system turn of each conversation")] = "",
 ) -> None:
     """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl."""
     lines: dict[str, list[str]] = {"train": [], "val": []}
@@ -48,11 +48,11 @@ def main(
     for split, content in lines.items():
         publish(output / f"{split}.jsonl", "".join(content))
     train, val = map(len, lines.values())
-    print(f"{output}: {train} conversations to train on, {val} held out")
+    print(f"{output}: {train} training conversations, {val} held out")
 
 
 def read_trees(path: Path) -> Iterator[dict[str, Any]]:
-    """Errors: BadParameter with the line that is no tree."""
+    """Yield each line's tree; raise BadParameter with the line number of an invalid one."""
     with gzip.open(path, "rt", encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             try:
@@ -66,7 +66,7 @@ def read_trees(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def conversations(message: dict[str, Any], before: tuple[Turn, ...] = ()) -> Iterator[list[Turn]]:
-    """Every way to a last answer below a message; none below a deleted one."""
+    """Yield every path to a last answer below a message; none below a deleted one."""
     if message["deleted"]:
         return
     turns = (*before, {"from": SPEAKERS[message["role"]], "value": message["text"]})
@@ -78,7 +78,7 @@ def conversations(message: dict[str, Any], before: tuple[Turn, ...] = ()) -> Ite
 
 
 def place(tree: str) -> float:
-    """A tree's place in [0, 1), the same in every file."""
+    """Hash a tree's id to a number in [0, 1), the same in every file."""
     return int.from_bytes(hashlib.sha256(tree.encode()).digest()[:4], "big") / 2**32
 
 
