@@ -1,17 +1,17 @@
-"""What a dump costs beside the teacher's forward pass alone, on the demo's teacher and data.
+"""Compare the time of a dump with the teacher's forward pass, on the demo's teacher and data.
 
     python benchmarks/dump.py      # a table, and results/dump.json
 
-SmolLM2-135M-Instruct (or `--teacher`, a .nemo) over rows of the demo's data, as the demo dumps
-them: bf16 autocast, micro-batches of 16, at most 96 tokens a row, K = 100, profile plain. Three
-ways over the same micro-batches, in turn, the fastest of each:
+SmolLM2-135M-Instruct (or `--teacher`, a .nemo) on rows of the demo's data, with the demo's
+settings: bf16 autocast, micro-batches of 16, at most 96 tokens per row, K = 100, profile plain.
+Three ways alternate over the same micro-batches, and the fastest pass of each counts:
 
     hidden states   the layers without the LM head
-    forward         the model's ordinary forward pass: logits of every position, and no more
-    dump            all of a dump: fingerprints, rows and their tokens, layers, LM head and top-K at
-                    answer tokens, the store on disk, its checksums and its manifest
+    forward         the model's ordinary forward pass: logits at every position
+    dump            a complete dump: fingerprints, reading and tokenizing rows, layers, LM head and
+                    top-K at answer tokens, writing the store with checksums and manifest
 
-Tokens are those that the teacher reads, padding left out. Aim: the dump takes at most 10% longer
+Tokens are those that the teacher reads, without padding. Target: the dump takes at most 10% longer
 than `forward`.
 """
 
@@ -47,7 +47,7 @@ K, MAX_TOKENS, MICRO_BATCH, PRECISION = 100, 96, 16, "bf16-mixed"
 
 
 def prepare_files(rows: int) -> tuple[Path, Path]:
-    """The demo's teacher and `rows` rows of its data, made once."""
+    """Make the demo's teacher and `rows` rows of its data, if missing; return their paths."""
     CACHE.mkdir(parents=True, exist_ok=True)
     teacher, data = CACHE / "smollm2.nemo", CACHE / f"rows-{rows}" / "train.jsonl"
     if not teacher.exists():
@@ -84,7 +84,7 @@ def configuration(teacher: Path, data: Path) -> DictConfig:
 
 
 def bare_forward(teacher: Any, cfg: DictConfig, *, logits: bool) -> Callable[[], int]:
-    """The model over the dump's own micro-batches, made beforehand; counts the tokens read."""
+    """Return a function that runs the model on the dump's micro-batches and counts tokens read."""
     from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
     from nemo_kd.teacher.dump import calls
     from nemo_kd.teacher.rows import sft_rows
@@ -128,7 +128,7 @@ def bare_forward(teacher: Any, cfg: DictConfig, *, logits: bool) -> Callable[[],
 
 
 def whole_dump(teacher: Any, cfg: DictConfig, directory: Path) -> Callable[[], int]:
-    """A complete dump into a new store each time."""
+    """Return a function that makes a complete dump into a new store, and counts tokens read."""
     from nemo_kd.cli.teacher import read
     from nemo_kd.teacher.dump import dump
 
@@ -146,9 +146,9 @@ def whole_dump(teacher: Any, cfg: DictConfig, directory: Path) -> Callable[[], i
 
 
 def measure(ways: dict[str, Callable[[], int]], rounds: int) -> list[dict[str, Any]]:
-    """Each way once in every round, so that a busy moment of the machine meets all of them."""
+    """Time each way once per round, so that load on the machine affects all alike."""
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    tokens = {name: way() for name, way in ways.items()}  # the first one warms memory
+    tokens = {name: way() for name, way in ways.items()}  # also warms up memory
     for _ in range(rounds):
         for name, way in ways.items():
             start = time.perf_counter()
@@ -179,8 +179,8 @@ def show(found: list[dict[str, Any]], title: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--teacher", type=Path, help="a .nemo; the demo's by default")
-    parser.add_argument("--data", type=Path, help="SFT JSONL; rows of the demo's by default")
+    parser.add_argument("--teacher", type=Path, help="a .nemo; default: the demo's")
+    parser.add_argument("--data", type=Path, help="SFT JSONL; default: rows of the demo's")
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
@@ -203,7 +203,7 @@ def main() -> None:
     where = machine()
     rows, answers = totals["samples"], totals["answer_tokens"]
     tokens = totals["tokens"] - rows
-    show(found, f"{tokens:,} tokens, {answers:,} of answers")
+    show(found, f"{tokens:,} tokens, {answers:,} of them in answers")
     print(f"{where['processor']}, {where['cores']} cores, load {where['load']} in the last minute")
     result = {
         "machine": where,

@@ -1,13 +1,13 @@
-"""Twenty steps of the same training on every layout, against one process.
+"""Compare twenty steps of the same training on every layout with one process.
 
     python benchmarks/layouts.py      # a table, benchmarks/results/layouts.json, docs/support.md
 
 The tests' tiny student (4 layers of width 32, vocabulary 500, float32, RMSNorm, RoPE, tied
-embeddings) on the store of its tiny teacher: 4 samples a step, AdamW at a learning rate of 0.01.
-Losses are those of a step, SFT, KD and their sum; weights are those that the run saved, whole. The
-vocabulary's padding, which differs from layout to layout and is never learned, is left out.
-AdamW divides by a gradient's own size: where that is nearly zero, rounding becomes a step, so that
-weights differ by more than the losses do.
+embeddings) on the store of its tiny teacher: 4 samples per step, AdamW, learning rate 0.01.
+Losses are a step's SFT, KD and total losses; weights are the full tensors that the run saved,
+without the vocabulary's padding, which differs between layouts and is never trained.
+AdamW divides each gradient by its own magnitude: where that is nearly zero, rounding errors are
+amplified, and weights differ more than losses.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ GLOBAL = "+model.kd.normalize=global_tokens"
 
 
 class Row(NamedTuple):
-    """A training, and the overrides of the one-process training that it must equal."""
+    """A training, and the overrides of the one-process training that it is compared with."""
 
     name: str
     layout: str
@@ -75,11 +75,11 @@ ROWS = [
     ),
 ]
 Train = Callable[..., Path]
-"""(layout, *overrides) → the directory of a run."""
+"""(layout, *overrides) → directory of the run."""
 
 
 def compare(train: Train, row: Row) -> dict[str, Any]:
-    """The largest difference of a step's losses, and of the final weights, from one process."""
+    """Return the largest differences of losses and of final weights from one process."""
     length = f"trainer.max_steps={STEPS}"
     one = train("one", *row.reference, length)
     other = train(row.layout, *row.overrides, length)
@@ -94,14 +94,14 @@ def compare(train: Train, row: Row) -> dict[str, Any]:
 
 
 def losses(run: Path) -> torch.Tensor:
-    """[steps, LOSSES]"""
+    """Return the losses of a run, [steps, LOSSES]."""
     lines = steps(run)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
     return torch.tensor([[line[name] for name in LOSSES] for line in lines], dtype=torch.float64)
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    """The tensors of a run's last `.nemo`, whole, whatever layout wrote them."""
+    """Return the full tensors of a run's last `.nemo`, whatever layout wrote them."""
     from torch.distributed.checkpoint import FileSystemReader, load
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
@@ -124,7 +124,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 
 def trainings(directory: Path) -> Train:
-    """Trainings in `directory`, on a world made there; what is whole already is not repeated."""
+    """Make models and stores in `directory`; return a function that trains there, if not done."""
     tiny, stores = directory / "tiny", [directory / "train", directory / "heldout"]
     if not (tiny / "teacher.nemo").exists():
         tiny.mkdir(parents=True)
@@ -165,9 +165,9 @@ def with_table(page: str, result: dict[str, Any]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--directory", type=Path, help="keep the trainings, and go on with them")
+    parser.add_argument("--directory", type=Path, help="directory to keep and resume trainings in")
     options = parser.parse_args()
-    table = Table(title=f"{STEPS} steps against one process, largest differences")
+    table = Table(title=f"{STEPS} steps, largest differences from one process")
     for column in ("layout", "losses", "final weights"):
         table.add_column(column)
     rows = []

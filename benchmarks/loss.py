@@ -1,12 +1,12 @@
-"""Time and memory of the loss, side by side in one run: ours, Megatron's cross-entropy, dense.
+"""Compare time and memory of the loss with Megatron's cross-entropy and a dense loss.
 
     python benchmarks/loss.py            # a table, benchmarks/results/loss.json, docs/loss.md
 
-Times: the minimum of several forward + backward passes, the two that are compared taking turns in
-one process (or one for each rank). Memory: by how much a process of its own grows at most, its
-inputs included, after a small pass has loaded the libraries; for the LM head beyond hidden states
-and weight, once with and once without the weight's gradient, which both ways have to return.
-float32 on a CPU unless said otherwise, K = 100.
+Time: the minimum over several forward + backward passes; the two candidates alternate in one
+process (or one per rank). Memory: the peak growth of a separate process, including its inputs,
+after a small pass has loaded the libraries; for the LM head without hidden states and weight, both
+with and without the weight's gradient, which either way has to be returned.
+float32 on a CPU unless noted, K = 100.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Step = Callable[[], None]
 Candidate = tuple[str, list[Any]]
 
 
-# --- candidates: each makes its inputs and gives (prepare a round, the timed step) ---------------
+# --- candidates: each makes its inputs and returns (prepare a round, the timed step) -------------
 
 
 def inputs(
@@ -71,7 +71,7 @@ def sft_kd(n: int, v: int, k: int = 100, dtype: str = "float32") -> tuple[Step, 
     leaf = shard.requires_grad_()
 
     def step() -> None:
-        # `view_as` makes it no leaf: then its memory may be reused, as in the model.
+        # `view_as`: the memory of a non-leaf may be reused, as in the model.
         result = sft_kd_loss(
             leaf.view_as(leaf),
             labels,
@@ -119,7 +119,7 @@ def dense_kd_and_cross_entropy(n: int, v: int, k: int = 100) -> tuple[Step, Step
 
 
 def fresh(leaf: torch.Tensor) -> Step:
-    """Before a round: no gradient, and logits again, since the candidates work in place."""
+    """Return a step that clears the gradient and redraws the logits, which candidates overwrite."""
 
     def prepare() -> None:
         leaf.grad = None
@@ -163,7 +163,7 @@ CANDIDATES: dict[str, Callable[..., tuple[Step, Step]]] = {
 
 
 def times(candidates: list[Candidate]) -> list[float]:
-    """Seconds of each candidate, their rounds alternating: a busy moment meets all of them."""
+    """Return the seconds of each candidate; rounds alternate, so that load affects all alike."""
     made = [CANDIDATES[name](*arguments) for name, arguments in candidates]
     seconds: list[list[float]] = [[] for _ in made]
     for _ in range(ROUNDS):
@@ -177,7 +177,7 @@ def times(candidates: list[Candidate]) -> list[float]:
 
 
 def memory(candidates: list[Candidate]) -> list[float]:
-    """Bytes by which the process grows; alone in its process, so one candidate only."""
+    """Return the growth of the process in bytes; takes one candidate per process."""
     ((name, (n, v, *others)),) = candidates
     for size in ((16, 4096), (n, v)):
         before = peak()
@@ -220,14 +220,14 @@ def run(
 
 
 def pair(ours: Candidate, peer: Candidate, ranks: int = 1) -> tuple[list[float], list[float]]:
-    """(seconds, bytes), each of ours and of the peer."""
+    """Return (seconds, bytes), each as [ours, peer's]."""
     bytes_ = [grown(name, tuple(arguments), ranks) for name, arguments in (ours, peer)]
     return run(times, [ours, peer], ranks), bytes_
 
 
 @cache
 def grown(name: str, arguments: tuple[Any, ...], ranks: int) -> float:
-    """Bytes of one candidate, measured once for all of its comparisons."""
+    """Return the bytes of one candidate, measured once for all of its comparisons."""
     return run(memory, [(name, list(arguments))], ranks)[0]
 
 
@@ -243,9 +243,9 @@ def compare() -> list[dict[str, Any]]:
         rows.append(row(shape, "Megatron's, both on bf16 logits", *half, None))
         rows.append(row(shape, "dense KD + cross-entropy", *pair(ours, ("dense", [n, v])), 0.25))
     seconds, bytes_ = pair(("lm_head", [*HEAD, True]), ("lm_head", [*HEAD, False]))
-    rows.append(row(str(HEAD), "LM head and loss apart", seconds, bytes_, 1.15, 0.15))
+    rows.append(row(str(HEAD), "separate LM head and loss", seconds, bytes_, 1.15, 0.15))
     rest = [value - 4 * HEAD[1] * HEAD[2] for value in bytes_]
-    rows.append(row(str(HEAD), "the same, weight's gradient aside", seconds, rest, None))
+    rows.append(row(str(HEAD), "the same, without the weight's gradient", seconds, rest, None))
     for what, changed, target in (
         ("half the rows", [256, 49_152], None),
         ("half the vocabulary", [512, 24_576], None),
@@ -279,7 +279,7 @@ def row(
 
 
 def machine() -> dict[str, str | float]:
-    """`load`: processes that wanted to run when the benchmark began; more than 0 is noise."""
+    """Describe the machine; `load` is the load average at the start, and adds noise above 0."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
     return {
@@ -320,10 +320,10 @@ def show(rows: list[dict[str, Any]]) -> None:
 
 
 def table_of_page(result: dict[str, Any]) -> str:
-    """The page's table: each figure beside the one it is compared with, and the target."""
+    """Return the page's table: each figure, the one it is compared with, and the target."""
     of = result["machine"]
     lines = [
-        f"{of['processor']}, {of['cores']} cores, load {of['load']} before it began, "
+        f"{of['processor']}, {of['cores']} cores, load {of['load']} at the start, "
         f"torch {of['torch']}, commit {of['commit']}, `python benchmarks/loss.py`:",
         "",
         "| shape | against | ms | theirs | ratio | target | MB | theirs | ratio | target |",
@@ -341,7 +341,7 @@ def write_page(result: dict[str, Any]) -> None:
 
 
 def main() -> None:
-    about = machine()  # before the minutes in which the code may change
+    about = machine()  # first: the code may change during the run
     rows = compare()
     show(rows)
     result = {"machine": about, "rows": rows}

@@ -1,9 +1,9 @@
-"""The loss on one GPU: Triton's kernels, torch's passes, cross-entropy alone, dense KD.
+"""Compare the loss on one GPU: Triton kernels, torch passes, cross-entropy alone, dense KD.
 
     python benchmarks/loss_gpu.py
 
-Needs CUDA and Triton, and says so where they are missing. Forward + backward, the median of
-`triton.testing.do_bench`, and the peak of what is allocated beyond the logits.
+Needs CUDA and Triton. Measures forward + backward: the median of `triton.testing.do_bench`, and the
+peak of memory allocated in addition to the logits.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def candidates(n: int, v: int, dtype: torch.dtype) -> dict[str, Callable[[], Non
 def main() -> None:
     if not torch.cuda.is_available() or not kernels._triton_is_installed():
         sys.exit(
-            "error: this benchmark needs a CUDA GPU and Triton; benchmarks/loss.py is the CPU's"
+            "error: this benchmark needs a CUDA GPU and Triton; benchmarks/loss.py runs on a CPU"
         )
     from triton.testing import do_bench
 

