@@ -1,4 +1,4 @@
-# Two commands for a newcomer: `make demo` and `make test`. Each makes the environment it needs.
+# To start: `make demo` and `make test`. Each target creates the environment that it needs.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -6,23 +6,23 @@ DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-# The first that runs, is 3.12 or 3.11, and can make environments (Debian has python3-venv apart).
+# The first Python that is 3.12 or 3.11 and has venv (a separate package on Debian).
 VERSION = import sys; sys.exit(sys.version_info[:2] not in [(3, 11), (3, 12)])
 PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 	$$python -c 'import ensurepip, venv; $(VERSION)' >/dev/null 2>&1 && { echo $$python; break; }; \
 	done)
 
-# An index of PyTorch's with another build of torch: make demo TORCH_INDEX_URL=…/whl/cpu
+# An additional package index with another build of torch: make demo TORCH_INDEX_URL=…/whl/cpu
 TORCH_INDEX_URL ?=
 PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
 INSTALL = $(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch -e
 
 .PHONY: help install demo experiments test test-unit test-all test-pins lint docs clean
 
-help:  ## say what can be made
+help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
 
-install: $(DEV)  ## the virtual environment for working on nemo-kd, pinned by constraints.txt
+install: $(DEV)  ## create the environment for development, pinned by constraints.txt
 
 $(BIN)/pip:
 	@$(or $(PYTHON),false) -c 'import ensurepip, venv; $(VERSION)' >/dev/null 2>&1 || { \
@@ -31,7 +31,7 @@ $(BIN)/pip:
 	echo "Then repeat the make command. (uv itself: pipx install uv)" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-# What the demo needs and no more. The stamp holds the index that its torch came from.
+# Only what the demo needs. The stamp contains the index that torch was installed from.
 $(DEMO): constraints.txt pyproject.toml | $(BIN)/pip
 	@$(BIN)/python -c '$(VERSION)' || { echo "$(VENV) is not of Python 3.12 or 3.11: remove it" >&2; exit 1; }
 	@command -v g++ >/dev/null || { echo "g++ is missing: NeMo compiles a small helper" >&2; exit 1; }
@@ -51,45 +51,45 @@ endif
 endif
 endif
 
-demo: $(DEMO)  ## teacher -> dump -> train -> report on real data, about 18 minutes on 2 cores
+demo: $(DEMO)  ## run teacher -> dump -> train -> report on real data, about 18 minutes on 2 cores
 	@$(BIN)/python examples/demo/run.py
 
-# What is committed is not run again: `make experiments RESULTS=outputs/again` runs all of it.
+# Runs with committed results are skipped: `make experiments RESULTS=outputs/again` runs all.
 RESULTS ?= experiments/results
 
-experiments: $(DEMO)  ## every experiment of docs/results.md, hours; stop it at will, it goes on
+experiments: $(DEMO)  ## run all experiments of docs/results.md; takes hours, can be interrupted and resumed
 	$(BIN)/python experiments/run.py results=$(RESULTS)
 	$(BIN)/python experiments/time_steps.py results=$(RESULTS)
 	$(BIN)/python experiments/write_report.py results=$(RESULTS)
 
-# Two workers, each a file of tests at a time; one thread each, for torch would take all cores.
+# Two workers, one test file at a time; one thread each, since torch would use all cores.
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
-test: $(DEV)  ## the test suite, at most 15 minutes on 2 cores
+test: $(DEV)  ## run the tests, at most 15 minutes on 2 cores
 	$(PYTEST)
 
-# A PYTHONPATH that hides NeMo and Megatron from the tests and from what they start.
+# This PYTHONPATH hides NeMo and Megatron from the tests and their child processes.
 UNIT = tests/data tests/loss tests/sft tests/store tests/test_*.py
-test-unit: $(DEV)  ## the tests without NeMo and process groups, at most 2 minutes on 2 cores
+test-unit: $(DEV)  ## run the tests without NeMo and process groups, at most 2 minutes on 2 cores
 	PYTHONPATH=tests/without_nemo $(PYTEST) -m 'not slow and not index and not nemo' $(UNIT)
 
-test-all: $(DEV)  ## the suite with its slow tests
+test-all: $(DEV)  ## run all tests, including the slow ones
 	$(PYTEST) -m ''
 
-test-pins: $(DEV)  ## constraints.txt against the package index: pip and uv, Python 3.11 and 3.12
+test-pins: $(DEV)  ## check constraints.txt against the package index: pip and uv, Python 3.11 and 3.12
 	$(BIN)/python -m pytest -n $(WORKERS) -m index tests/distribution/test_pins.py
 
-lint: $(DEV)  ## ruff, mypy, hadolint and shellcheck
+lint: $(DEV)  ## run ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile Dockerfile.cpu
 	$(BIN)/shellcheck --external-sources .ci/run examples/slurm/*.sh examples/slurm/*.sbatch tests/slurm/*.sh
 	$(BIN)/mypy
 
-docs: $(DEMO)  ## the documentation, as a site in outputs/site
+docs: $(DEMO)  ## build the documentation in outputs/site
 	$(PIP_INSTALL) --quiet -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
-clean:  ## remove the environment and everything the demo made
+clean:  ## remove the environment and all outputs
 	rm -rf $(VENV) outputs
