@@ -66,7 +66,7 @@ def test_each_answered_way_through_a_tree_is_a_conversation(tmp_path: Path) -> N
     trees = write(tmp_path / "t.gz", [TREE, *alone])
     done = convert(trees, tmp_path / "out", "--val-share=0", "--system=be brief")
     assert done.returncode == 0, done.stderr
-    assert "3 conversations to train on, 0 held out" in done.stdout
+    assert "3 training conversations, 0 held out" in done.stdout
     assert said(tmp_path / "out/train.jsonl") == ["q/a/more/b", "q/a/more/c", "q/d"]
     row = rows(tmp_path / "out/train.jsonl")[0]
     assert [turn["from"] for turn in row["conversations"]] == ["User", "Assistant"] * 2
