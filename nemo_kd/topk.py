@@ -47,15 +47,15 @@ class TopK:
             raise NemoKDError(f"The teacher's ids have shape {shape}, expected [N, K].")
         if tuple(self.logits.shape) != shape:
             raise NemoKDError(
-                f"The teacher's logits have shape {tuple(self.logits.shape)}, expected {shape} as "
-                "its ids."
+                f"The teacher's logits have shape {tuple(self.logits.shape)}, expected {shape}, as "
+                "the ids have."
             )
         columns = (shape[0], len(self.temperatures))
         allowed = (columns, shape[:1]) if len(self.temperatures) == 1 else (columns,)
         if self.logsumexp is not None and tuple(self.logsumexp.shape) not in allowed:
             raise NemoKDError(
                 f"The teacher's logsumexp has shape {tuple(self.logsumexp.shape)}, expected "
-                f"{' or '.join(map(str, reversed(allowed)))} beside ids {shape} and temperatures "
+                f"{' or '.join(map(str, reversed(allowed)))} for ids {shape} and temperatures "
                 f"{self.temperatures}."
             )
 

@@ -83,8 +83,8 @@ def _weight_files(directory: Path) -> list[Path]:
         absent = [name for name in names if not (directory / name).is_file()]
         if absent:
             raise CheckpointError(
-                f"{index} names {len(names)} files, of which {len(absent)} are missing, the first "
-                f"is {absent[0]}; download them"
+                f"{index} lists {len(names)} files, of which {len(absent)} are missing (first: "
+                f"{absent[0]}); download them"
             )
         return [directory / name for name in names]
     files = sorted(directory.glob("*.safetensors"))

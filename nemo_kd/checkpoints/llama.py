@@ -115,7 +115,7 @@ def check_tensors(name: str, llama: Llama, found: Mapping[str, tuple[int, ...]])
     if missing:
         raise CheckpointError(
             f"{name} lacks {len(missing)} of {len(expected)} tensors that its configuration "
-            f"({llama.num_layers} layers) requires, the first {missing[0]}; is a shard missing?"
+            f"({llama.num_layers} layers) requires (first: {missing[0]}); is a shard missing?"
         )
     for key, shape in expected.items():
         if tuple(found[key]) != shape:
@@ -127,6 +127,6 @@ def check_tensors(name: str, llama: Llama, found: Mapping[str, tuple[int, ...]])
     extra = [key for key in found if key not in expected and not key.endswith(ignored)]
     if extra:
         raise CheckpointError(
-            f"{name} has {len(extra)} tensors that a Llama without biases does not have, the first "
-            f"{extra[0]}; only plain Llama models can be converted"
+            f"{name} has {len(extra)} tensors that a Llama without biases does not have (first: "
+            f"{extra[0]}); only plain Llama models can be converted"
         )

@@ -74,7 +74,7 @@ def to_jsonl(
 def between_stores(
     source: str, target: str, *, advance: Callable[[int, int], None], **changes: Any
 ) -> dict[str, Any]:
-    """Convert a store to a store; report changed fields and the mass before and after."""
+    """Convert a store to another store; report changed fields and the mass before and after."""
     store = Store(source)
     manifest = convert(store, target, progress=lambda done: advance(done, len(store)), **changes)
     differences = store.spec.differences(manifest.spec)

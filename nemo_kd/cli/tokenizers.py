@@ -128,7 +128,7 @@ def load_tokenizer(path: str, library: str | None = None) -> Tokenizer:
 
 
 def shown_tokenizer(spec: StoreSpec, path: str | None) -> tuple[Tokenizer, str]:
-    """Return the tokenizer at `path`, or the store's if None, and why it shows ids, if it does.
+    """Return the tokenizer at `path` (None: the store's), and the reason if it only shows ids.
 
     Raises StoreError if the tokenizer at `path` does not load or has another vocabulary size.
     """
@@ -140,7 +140,7 @@ def shown_tokenizer(spec: StoreSpec, path: str | None) -> tuple[Tokenizer, str]:
     tokenizer = load_tokenizer(path)
     if tokenizer.vocab_size != spec.vocab_size:
         raise StoreError(
-            f"the tokenizer at {path} has {tokenizer.vocab_size} tokens, the store has "
+            f"the tokenizer at {path} has {tokenizer.vocab_size} tokens, but the store has "
             f"{spec.vocab_size}; give the store's tokenizer with --tokenizer"
         )
     return tokenizer, ""

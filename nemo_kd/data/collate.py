@@ -103,7 +103,7 @@ def answer_tokens(
     loss_mask [B, S]: nonzero where the label is an answer token; the a-th such position of sequence
     b belongs to row a of `teachers[b]`. If all are 0, as in a repeated sequence, it uses none
     of its rows. `alphas`: one per sequence, None for the training's weights.
-    `own_positions` [P]: the positions of the sequence that this context-parallel rank has, whose
+    `own_positions` [P]: the positions of the sequence on this context-parallel rank, whose
     logits are [P, B, Vp].
 
     Errors: NemoKDError if a mask has more or fewer answer tokens than the teacher has rows.
@@ -113,8 +113,8 @@ def answer_tokens(
     for b, (count, teacher) in enumerate(zip(counts, teachers, strict=True)):
         if count not in (0, len(teacher)):
             raise NemoKDError(
-                f"sequence {b} of a micro-batch has {count} answer tokens in its loss mask, its "
-                f"teacher has {len(teacher)} rows"
+                f"sequence {b} of a micro-batch has {count} answer tokens in its loss mask, but "
+                f"its teacher has {len(teacher)} rows"
             )
     used = [teacher[:count] for count, teacher in zip(counts, teachers, strict=True)]
     b, s = mask.nonzero()  # [N] each

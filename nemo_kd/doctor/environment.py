@@ -90,7 +90,7 @@ def look() -> Environment:
 
 
 def _try_torch(device: str) -> tuple[dict[str, Any], str | None]:
-    """(findings of `torch_probe`, why some are missing or None)."""
+    """Return the findings of `torch_probe`, and why some are missing (None: none are)."""
     if not probes.installed("torch"):
         return {}, f"torch is {probes.NOT_INSTALLED}"
     code = f"from nemo_kd.doctor.torch_probe import main; main({device!r})"

@@ -13,7 +13,7 @@ from nemo_kd.doctor.environment import Environment, look
 
 @dataclass(frozen=True)
 class Report:
-    """Facts about the environment and the checks of them."""
+    """Facts about the environment, and the results of the checks."""
 
     environment: Environment
     checks: list[Check]

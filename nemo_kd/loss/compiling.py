@@ -22,7 +22,7 @@ def never_compiled(function: Callable[P, T]) -> Callable[P, T]:
     """Run `function` eagerly inside a compiled caller, forward and backward.
 
     `torch.compiler.disable` imports torch._dynamo, which takes as long as torch itself. Nothing
-    can be compiled before torch._dynamo was imported, so it is not imported here.
+    can be compiled before torch._dynamo is imported, so this module does not import it.
     """
     disabled: Callable[P, T] | None = None
 

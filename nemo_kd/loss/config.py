@@ -66,7 +66,8 @@ class KDConfig:
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
             raise NemoKDError(
                 f"divergence {self.divergence!r} is infinite on support 'vocab', where the teacher "
-                "has no mass outside its K: use support 'bucket' or 'topk', or 'skew_reverse_kl'."
+                "has no mass outside its K ids: use support 'bucket' or 'topk', or divergence "
+                "'skew_reverse_kl'."
             )
 
     @property

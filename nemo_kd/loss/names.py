@@ -18,7 +18,7 @@ DIVERGENCE_ALIASES = {
     "skew_reverse_kl": "srkl srkld skewrkl skewrevkl skewreverse skewbwdkl skewbackwardkl "
     "skewedreversekl",
 }
-"""Names of the literature and of other libraries, without case and punctuation."""
+"""Names used in the literature and by other libraries, without case and punctuation."""
 SUPPORT_ALIASES = {
     "bucket": "tail rest ghost ghosttoken topkbucket",
     "vocab": "full all vocabulary wholevocab",

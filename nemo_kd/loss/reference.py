@@ -1,4 +1,4 @@
-"""The same losses from the definition: dense, float64, one process. The oracle of the tests.
+"""The losses by definition: dense, float64, one process. The oracle of the tests.
 
 Nothing here is fast, sharded or careful with memory; it is meant to be believed at a glance.
 """

@@ -40,7 +40,7 @@ class Rows:
 
     @classmethod
     def of(cls, logits: Tensor, positions: Tensor | None = None) -> Rows:
-        """The rows of logits [*, Vp] at `positions` [N] (ascending, row-major) or at all."""
+        """The rows of logits [*, Vp] at `positions` [N] (ascending, row-major; None: all)."""
         matrix, order = _as_matrix(logits.detach())
         lead = tuple(logits.shape[d] for d in order)
         inverse = tuple(order.index(d) for d in range(len(order)))

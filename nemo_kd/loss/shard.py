@@ -44,7 +44,7 @@ class VocabShard:
         return cls(rank * width, width, valid, size, group if ranks > 1 else None)
 
     def local(self, ids: Tensor) -> tuple[Tensor, Tensor]:
-        """(column of each id in this shard, 0 where it is elsewhere; whether it is here)."""
+        """(column of each id, 0 outside this shard; whether the id is in this shard)."""
         column = ids - self.start
         here = (column >= 0) & (column < self.valid)
         return column.masked_fill_(~here, 0), here
@@ -57,7 +57,7 @@ class VocabShard:
         return self._all_reduce(values, dist.ReduceOp.SUM)
 
     def max(self, values: Tensor) -> Tensor:
-        """values ← maximum over the ranks, in place. One all-reduce, as `sum`."""
+        """values ← maximum over the ranks, in place. One all-reduce, like `sum`."""
         return self._all_reduce(values, dist.ReduceOp.MAX)
 
     def gather(self, values: Tensor) -> Tensor:

@@ -31,7 +31,7 @@ MIN_TAIL_PROB = 1e-12
 
 
 def log_floor(dtype: torch.dtype) -> float:
-    """A log-probability whose exponential is 0, far enough from -inf to take differences of."""
+    """A log-probability whose exponential is 0, finite so that differences of two are not NaN."""
     return torch.finfo(dtype).min / 4
 
 
@@ -70,5 +70,5 @@ def teacher_topk(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tens
 
 
 def with_empty_rest(log_p: Tensor) -> Tensor:
-    """[N, K] → [N, K + 1]: nothing outside the K (the teacher of `vocab`)."""
+    """[N, K] → [N, K + 1]: append probability 0 outside the K (the teacher of `vocab`)."""
     return torch.cat([log_p, torch.full_like(log_p[:, :1], log_floor(log_p.dtype))], -1)

@@ -1,4 +1,4 @@
-"""The teacher's K most probable tokens over a sharded vocabulary, the same on every sharding.
+"""The teacher's K most probable tokens over a sharded vocabulary, the same for any sharding.
 
     logits, ids = the K largest z_v, largest first, ties to the lower id
     logsumexp_T = log Σ_v exp(z_v / T)

@@ -31,7 +31,7 @@ class ShardPass(NamedTuple):
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float32 for half precision; float32 and float64 stay as they are."""
+    """float32 for half precision; float32 and float64 are unchanged."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -140,7 +140,7 @@ def log_sum_of(soft: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _open_holes(work: Tensor, column: Tensor, here: Tensor, shard: VocabShard) -> None:
-    """work ← -inf at the ids that are here and at the padding columns."""
+    """work ← -inf at this shard's ids and padding columns."""
     work[:, shard.valid :] = -torch.inf
     # The minimum with +inf changes nothing: ids of other ranks need no column of their own.
     holes = torch.full_like(column, torch.inf, dtype=work.dtype).masked_fill_(here, -torch.inf)

@@ -134,7 +134,7 @@ def _is_cuda(device: Any) -> bool:
 
 
 class _CudaMeansCpu(TorchFunctionMode):
-    """Replace `device="cuda"` in NeMo's and Megatron's calls by the CPU."""
+    """Replace `device="cuda"` in NeMo's and Megatron's calls with the CPU."""
 
     @torch.compiler.disable  # compiled, every call would reuse the first call's numbers
     def __torch_function__(

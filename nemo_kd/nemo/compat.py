@@ -21,7 +21,7 @@ from nemo.collections.nlp.modules.common.megatron.adapters.parallel_adapters imp
 
 
 def fit_adapters_to_megatron() -> None:
-    """Replace those of NeMo's copies that do not accept the arguments of Megatron's calls."""
+    """Replace NeMo's copies of Megatron's forward passes that reject Megatron's arguments."""
     for mixin, original, forward in (
         (mcore_mixins.MCoreSelfAttentionMixin, SelfAttention.forward, _attention_forward),
         (
@@ -70,7 +70,7 @@ def _enabled(module: Any, name: str) -> Any:
 def _added(
     module: torch.nn.Module, change: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None
 ) -> Iterator[None]:
-    """Replace the first of `module`'s two results by `change(result, input)` within the context."""
+    """Replace the first of `module`'s two results with `change(result, input)` in the context."""
     if change is None:
         yield
         return

@@ -128,7 +128,7 @@ NEMO_TEMPLATE = {
 def check_train_data(data_cfg: DictConfig, kd: KDTrainingConfig) -> None:
     """Check that there is training data, and a store if the run distills.
 
-    Errors: NemoKDError if there is not.
+    Errors: NemoKDError if either is missing.
     """
     if kd.distils and not store_directories(data_cfg):
         raise NemoKDError(

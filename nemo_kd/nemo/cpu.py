@@ -57,7 +57,7 @@ def cpu_settings(precision: str | int = 32) -> dict[str, Any]:
 
 
 def _patch_nemo() -> None:
-    """Replace TransformerEngine by Megatron-core's own torch modules."""
+    """Replace TransformerEngine with Megatron-core's own torch modules."""
     # NeMo looks up TransformerEngine's version for adapters under sequence parallelism.
     version = importlib.metadata.version
 
@@ -77,7 +77,7 @@ def _patch_nemo() -> None:
 
 
 def _patch_nemo_apex() -> None:
-    """Replace apex by torch and Megatron-core."""
+    """Replace apex with torch and Megatron-core."""
     import nemo.collections.nlp.modules.common.megatron.build_model as build_model
     import nemo.collections.nlp.modules.common.megatron.clip_grads as clip_grads
     import nemo.collections.nlp.modules.common.megatron.utils as utils

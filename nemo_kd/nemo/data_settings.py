@@ -134,7 +134,7 @@ def check_names(block: DictConfig) -> None:
         if not isinstance(name, str) or not name.strip() or "/" in name:
             raise NemoKDError(
                 f"model.data.validation_ds.names has {name!r}: expected text without a slash, such "
-                "as heldout; put a number in quotes"
+                "as heldout; write a number in quotes"
             )
         if name in given[:place]:
             raise NemoKDError(

@@ -52,7 +52,7 @@ class MicroBatches:
     def answers(
         self, loss_mask: torch.Tensor, items: Sequence[Mapping[str, Any]]
     ) -> list[AnswerTokens]:
-        """Return the answer tokens of each micro-batch; loss_mask [B, S], B items in its order."""
+        """Return the answer tokens of each micro-batch, given loss_mask [B, S] of the B items."""
         own = None
         if self.context_size > 1:
             own = context_parallel_positions(

@@ -86,7 +86,7 @@ class GeneratingSFTModel(ReportingSFTModel):
 
     @contextmanager
     def _at_inference(self) -> Iterator[None]:
-        """Turn off dropout, which NeMo's validation step turns on; drop the cache at the end."""
+        """Turn off dropout, which NeMo's validation step turns on; clear the cache at the end."""
         modules = self.get_model_module_list()
         training = [module.training for module in modules]
         for module in modules:

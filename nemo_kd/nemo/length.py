@@ -109,7 +109,7 @@ def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
 
 
 def _steps_of_epoch(cfg: DictConfig) -> int:
-    """Return the steps of an epoch: as many draws as samples, whatever the blend's proportions."""
+    """Return the steps of an epoch, which has as many draws as the blend has samples."""
     data = cfg.model.data.train_ds
     if not store_directories(data) and data.get("packed_sequence", False):
         raise NemoKDError(

@@ -55,7 +55,7 @@ def merge_lora(model: MegatronGPTSFTKDModel) -> int:
 
 
 def product(adapter: Any) -> torch.Tensor:
-    """alpha / dim · B A [out, in] in float32, this rank's part, cut as the layer beside it."""
+    """alpha / dim · B A [out, in] in float32, this rank's part, sharded like the layer."""
     a, b = adapter.linear_in.weight.float(), adapter.linear_out.weight.float()
     if adapter.input_is_parallel:  # W and A are split along `in`, B along `out`
         b = _gathered(b)

@@ -14,7 +14,7 @@ from nemo_kd.store import Store
 
 
 def check_packing(data_cfg: DictConfig) -> None:
-    """Check that a micro-batch is one pack, as Megatron requires.
+    """Check that a micro-batch is a single pack, as Megatron requires.
 
     Errors: NemoKDError for another micro-batch size.
     """

@@ -103,8 +103,8 @@ def _check_reading(data_cfg: DictConfig, where: str) -> None:
     for key, reason in REFUSED.items():
         if data_cfg.get(key):
             raise NemoKDError(
-                f"{where}.{key}={data_cfg[key]} {reason}, which is used again after the data have "
-                "changed; set it to false: rows are always read from the file itself"
+                f"{where}.{key}={data_cfg[key]} {reason}, which is not updated when the file "
+                "changes; set it to false: rows are always read from the file itself"
             )
     for key, nothing in WITHOUT_EFFECT.items():
         if data_cfg.get(key) not in nothing:

@@ -39,7 +39,7 @@ def begin(directory: RunDirectory) -> None:
     if directory.checkpoints:
         raise NemoKDError(
             f"{directory.checkpoints[0]} exists, and exp_manager.resume_if_exists=false would "
-            f"start another run beside it: {NEW_RUN}, or remove it"
+            f"start another run in its directory: {NEW_RUN}, or remove it"
         )
     if directory.has_student:
         raise NemoKDError(
@@ -96,7 +96,7 @@ def resume(
 def _compare(
     cfg: DictConfig, then: Record, now: Record, raw: Settings, allow: list[str], at: str
 ) -> list[Change]:
-    """Return the settings that differ, after refusing those that must not."""
+    """Return the changed settings; refuse changes that are not allowed."""
     settings = [configuration for configuration in (then.settings, now.settings) if configuration]
     check_allowed(allow, *settings)
     found = [] if then.settings is None else changes(then.settings, now.settings or {}, raw)

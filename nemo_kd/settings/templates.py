@@ -58,7 +58,7 @@ def _check_first_row(path: str, names: list[str], key: str, label: str) -> None:
 
 
 def _first_row(path: str) -> dict[str, Any] | None:
-    """Return the first row of a JSONL file; None if not an object, which its reader reports."""
+    """Return the first row of a JSONL file; None if it is not an object (its reader reports it)."""
     if not os.path.isfile(path):
         return None
     with open(path, "rb") as lines:

@@ -117,7 +117,7 @@ def one_or_more(kind: Kind) -> Kind:
 
 
 def of_annotation(annotation: Any) -> Kind:
-    """Return the kind of a dataclass field: that in `Annotated[type, kind]`, else the type's.
+    """Return the kind of a dataclass field: from `Annotated[type, kind]`, else from its type.
 
     ANY for types without a kind.
     """

@@ -140,7 +140,7 @@ class Indexed(Protocol[Item_co]):
 def readable(
     rows: Indexed[Item_co], numbers: Iterable[int], bad: BadRows, dropped: list[RowError]
 ) -> Iterator[Item_co]:
-    """Yield the usable ones of the rows `numbers`.
+    """Yield the usable rows among `numbers`.
 
     Errors of rows that `bad` drops are appended to `dropped`; the RowError of any other unusable
     row is raised.

@@ -127,7 +127,7 @@ class Store:
             if found.size:
                 return self._first(number) + int(found[0])
         last = self.manifest.shards[-1].last_row if self.manifest.shards else None
-        raise StoreError(f"{self.directory} has no sample of row {row}; its last row is {last}")
+        raise StoreError(f"{self.directory} has no sample for row {row}; its last row is {last}")
 
     def _first(self, number: int) -> int:
         """Return the index of a shard's first sample."""

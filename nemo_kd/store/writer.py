@@ -68,7 +68,7 @@ class StoreWriter:
             publish(self.directory / SPEC, canonical_json(spec.to_json()))
 
     def is_complete(self, shard_index: int) -> bool:
-        """Return whether the shard exists, has this spec and all its files have their full size."""
+        """Return whether the shard exists and has this spec, with every file at its full size."""
         return self.complete_shard(shard_index) is not None
 
     def shard(self, shard_index: int) -> ShardWriter:

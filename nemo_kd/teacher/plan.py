@@ -63,8 +63,8 @@ class Workload:
             )
         if self.total_tokens < self.answer_tokens:
             raise StoreError(
-                f"{self.total_tokens:.0f} tokens in all are fewer than the "
-                f"{self.answer_tokens:.0f} answer tokens among them"
+                f"{self.total_tokens:.0f} tokens in total are fewer than the "
+                f"{self.answer_tokens:.0f} answer tokens"
             )
 
 

@@ -65,7 +65,7 @@ def test_show_as_ids_and_as_a_page(a_store: Path, tmp_path: Path) -> None:
     nemo_kd("show", a_store, 3, "--ids", "--html", page)
     text = page.read_text()
     assert "<html" in text and "http" not in text  # self-contained
-    assert "no sample of row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
+    assert "no sample for row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
 
 
 def test_stats(a_store: Path) -> None:
@@ -459,7 +459,7 @@ def test_a_tokenizer_is_a_local_path_or_an_error(
     named = store(tmp_path / "named", spec(tokenizer={"path": "some/model-on-a-hub"}))
     shown = nemo_kd("show", named, 3)  # ids, and how to name a tokenizer
     assert "⟨" in shown and "path and fingerprint" in shown and "--tokenizer" in shown
-    assert "no sample of row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
+    assert "no sample for row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
     wrong = nemo_kd("show", a_store, 3, "--html", tmp_path / "no/x.html", fails=True)
     assert "--html" in wrong and "no such directory" in wrong
 

@@ -21,7 +21,10 @@ WAYS = {row["way"]: row for row in RESULTS["dump"]["ways"]}
 OPENING = RESULTS["store"]["opening"]
 SMALL, LARGE, HIDDEN = "(1024, 49152)", "(512, 128256)", "(2048, 49152, 576)"
 ALONE, BF16 = "Megatron's cross-entropy alone, TP", "Megatron's, both on bf16 logits"
-FUSED, TWICE_K = LOSS[HIDDEN, "separate LM head and loss"], LOSS["(512, 49152)", "K = 200 against 100"]
+FUSED, TWICE_K = (
+    LOSS[HIDDEN, "separate LM head and loss"],
+    LOSS["(512, 49152)", "K = 200 against 100"],
+)
 FLOAT32 = [
     LOSS[shape, f"{ALONE} {tp}"]["memory_ratio"] for shape in (SMALL, LARGE) for tp in (1, 2)
 ]

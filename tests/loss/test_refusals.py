@@ -69,8 +69,8 @@ def test_the_loss_refuses(changes: dict[str, Any], message: str) -> None:
     ("changes", "message"),
     [
         ({"logits": torch.randn(N, 5)}, r"logits have shape \(3, 5\), expected \(3, 4\)"),
-        ({"logsumexp": torch.zeros(N, 2)}, r"expected \(3,\) or \(3, 1\) beside ids \(3, 4\)"),
-        ({"temperatures": (1.0, 2.0)}, r"expected \(3, 2\) beside ids \(3, 4\)"),
+        ({"logsumexp": torch.zeros(N, 2)}, r"expected \(3,\) or \(3, 1\) for ids \(3, 4\)"),
+        ({"temperatures": (1.0, 2.0)}, r"expected \(3, 2\) for ids \(3, 4\)"),
         ({"ids": torch.arange(4)}, r"ids have shape \(4,\), expected \[N, K\]"),
     ],
 )

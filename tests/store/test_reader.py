@@ -78,7 +78,7 @@ def test_a_row_is_found_by_its_number(tmp_path: Path) -> None:
     opened = Store(write(tmp_path / "s", spec(), [sample(row, spec(), 2) for row in rows]))
     assert [opened[opened.index_of(row)].row for row in rows] == list(rows)
     for row in (1, 7, 12, -1):
-        with pytest.raises(StoreError, match=f"no sample of row {row}; its last row is 11"):
+        with pytest.raises(StoreError, match=f"no sample for row {row}; its last row is 11"):
             opened.index_of(row)
 
 

@@ -152,7 +152,7 @@ def check_keys(cfg: DictConfig) -> None:
 
 
 def check_inputs(cfg: DictConfig) -> None:
-    """Check that paths exist and that batch and parallel sizes divide.
+    """Check that paths exist and that batch and parallel sizes divide evenly.
 
     Errors: NemoKDError if they do not.
     """

@@ -69,7 +69,7 @@ def existing_chunks(path: str | Path) -> dict[int, Path]:
 
 
 def publish_chunks(path: str | Path, written: Sequence[Path]) -> None:
-    """Replace the existing chunks of `path` by the files `written`, which are renamed."""
+    """Replace the existing chunks of `path` with the files `written`, by renaming them."""
     for _, old in sorted(existing_chunks(path).items()):
         old.unlink()
     for number in reversed(range(len(written))):

@@ -77,8 +77,8 @@ def read_jsonl(
     """
     if spec.temperatures != (1.0,):
         raise StoreError(
-            "NeMo-Aligner's JSONL has a log-sum-exp at temperature 1.0 only, the store would have "
-            f"{list(spec.temperatures)}; leave temperatures at [1.0]"
+            "NeMo-Aligner's JSONL has a log-sum-exp at temperature 1.0 only, but the store would "
+            f"have {list(spec.temperatures)}; leave temperatures at [1.0]"
         )
     lines, last_row = count(), -1
     dropped = Padding() if padding is None else padding
