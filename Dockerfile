@@ -5,14 +5,14 @@ FROM nvcr.io/nvidia/nemo:25.07
 WORKDIR /opt/nemo-kd
 COPY . .
 
-# Nothing but nemo_kd may come or change: torch, NeMo, megatron-core, TransformerEngine and apex are
-# built for one another. The container's own pip constraints would also bind the build's setuptools.
+# Only nemo_kd may be added, and nothing changed: torch, NeMo, megatron-core, TransformerEngine and
+# apex are built for each other. The container's pip constraints would also pin the build's setuptools.
 RUN python -m pip freeze --all > /tmp/before.txt \
     && PIP_CONSTRAINT='' python -m pip install --no-cache-dir --no-deps . \
     && python -m pip freeze --all --exclude nemo-kd > /tmp/after.txt \
     && diff /tmp/before.txt /tmp/after.txt \
     && rm /tmp/before.txt /tmp/after.txt
 
-# From another directory, so that it is the installed package; fails on an unsupported stack.
+# In another directory, to test the installed package; fails on an unsupported stack.
 WORKDIR /workspace
 RUN python -m nemo_kd.doctor
