@@ -16,7 +16,7 @@ import nemo_kd
 from nemo_kd.visible import visible
 
 app = typer.Typer(
-    help="Inspect, check and transform stores of teacher logits; size a dump; examine a machine.",
+    help="Inspect, check and transform stores of teacher logits; run jobs; check a machine.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

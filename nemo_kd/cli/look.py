@@ -57,7 +57,7 @@ def show(
     row: Annotated[int, typer.Argument(metavar="ROW", help="Number of the source row.")],
     tokenizer: TokenizerPath = None,
     ids: Annotated[bool, typer.Option("--ids", help="Show ids instead of text.")] = False,
-    top: Annotated[int, typer.Option(min=1, help="Number of the teacher's choices to show.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Number of teacher ids to show per token.")] = 5,
     html: Annotated[Path | None, typer.Option(help="Write a self-contained HTML page.")] = None,
     as_json: Json = False,
 ) -> None:

@@ -33,20 +33,20 @@ def convert(
         str | None,
         typer.Option(help="plain, compact or top_p; default: the store's, or plain for JSONL."),
     ] = None,
-    p: Annotated[float | None, typer.Option("--p", help="Probability that top_p keeps.")] = None,
+    p: Annotated[float | None, typer.Option("--p", help="Total probability for top_p.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep fewer logits per token.")] = None,
     rows_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Default: the store's, or 256 for JSONL.")
+        int | None, typer.Option(min=1, help="Default: as in the store, or 256 for JSONL.")
     ] = None,
     tokenizer: TokenizerPath = None,
     bad_lines: Annotated[
-        str | None, typer.Option(help="JSONL source: error (default) or drop.")
+        str | None, typer.Option(help="JSONL source: on invalid lines, error (default) or drop.")
     ] = None,
     renumber: Annotated[
         bool, typer.Option("--renumber", help="JSONL source: number rows by line, not by `index`.")
     ] = False,
     samples_per_chunk: Annotated[
-        int | None, typer.Option(min=1, help="JSONL target with CHUNK_ID in its name.")
+        int | None, typer.Option(min=1, help="Samples per file of a JSONL target with CHUNK_ID.")
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -119,7 +119,7 @@ def average(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Average the teachers of stores over the same samples: the mixture of their probabilities.
+    """Average several teachers: store the mixture of their probabilities for the same samples.
 
     Without --weights all teachers have the same weight.
     """
@@ -145,7 +145,7 @@ def split(
     store: StoreArgument,
     targets: Annotated[list[Path], typer.Argument(help="Directories of the stores to write.")],
     weights: Annotated[str, typer.Option(help="Relative sizes of the parts, such as 0.95,0.05.")],
-    seed: Annotated[int, typer.Option(help="Selects the random split.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random split.")] = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:

@@ -22,27 +22,27 @@ MAX_VOCABULARY = 10_000_000
 
 @app.command()
 def plan(
-    tokens: Annotated[str, typer.Option(help="Answer tokens, such as 300M.")],
-    teacher: Annotated[str, typer.Option(help="The teacher's parameters, such as 70B.")],
+    tokens: Annotated[str, typer.Option(help="Number of answer tokens, such as 300M.")],
+    teacher: Annotated[str, typer.Option(help="Number of the teacher's parameters, such as 70B.")],
     vocab_size: Annotated[int, typer.Option(min=1, help="Size of the vocabulary.")],
     gpus: Annotated[int, typer.Option(min=1, help="Number of GPUs.")],
     total_tokens: Annotated[
-        str | None, typer.Option(help="Prompt and answer tokens; default: twice --tokens.")
+        str | None, typer.Option(help="Tokens of prompts and answers; default: twice --tokens.")
     ] = None,
     samples: Annotated[
-        str | None, typer.Option(help="Samples; default: one per 300 answer tokens.")
+        str | None, typer.Option(help="Number of samples; default: one per 300 answer tokens.")
     ] = None,
     top_k: Annotated[int, typer.Option(min=1, help="K, or draws for the profile sampled.")] = 100,
     profile: Annotated[str, typer.Option(help="plain, compact, top_p or sampled.")] = "plain",
     kept: Annotated[
-        float | None, typer.Option(help="Mean ids per token for top_p or sampled.")
+        float | None, typer.Option(help="Mean number of ids per token for top_p or sampled.")
     ] = None,
     tensor_parallel: Annotated[int, typer.Option("--tp", min=1, help="Tensor parallel size.")] = 1,
     pipeline_parallel: Annotated[
         int, typer.Option("--pp", min=1, help="Pipeline parallel size.")
     ] = 1,
-    gpu_tflops: Annotated[str, typer.Option(help="Dense bf16 peak of one GPU.")] = "989",
-    utilisation: Annotated[str, typer.Option(help="Fraction of the peak, 0.35 or 35%.")] = "0.35",
+    gpu_tflops: Annotated[str, typer.Option(help="Dense bf16 peak of one GPU, TFLOP/s.")] = "989",
+    utilisation: Annotated[str, typer.Option(help="Fraction of peak, 0.35 or 35%.")] = "0.35",
     gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU in GiB.")] = "80",
     as_json: Json = False,
 ) -> None:
