@@ -18,7 +18,7 @@ class Quantity:
 
     option: str
     of: str
-    """The counted thing, in the plural, such as parameters."""
+    """What is counted, in the plural, such as parameters."""
     low: float
     high: float
     example: str

@@ -21,7 +21,7 @@ def context_parallel_positions(
     """Positions of rank `rank` of `size`: [length / size] int64, ascending within each sample.
 
     `boundaries`: where the samples of a packed sequence begin and end, 0 and `length` included
-    (`cu_seqlens`); one sample without it.
+    (`cu_seqlens`); None for a single sample.
 
     Errors: NemoKDError if a sample's length is not a multiple of `2 * size`.
     """

@@ -125,7 +125,7 @@ def _check(teacher: HFTeacher, config: DumpConfig) -> None:
     name, size = config.model.restore_from_path, teacher.tokenizer.vocab_size
     if teacher.context is not None and config.data.max_seq_length > teacher.context:
         raise HFTeacherError(
-            f"{name} has {teacher.context} positions, data.max_seq_length is "
+            f"{name} has {teacher.context} positions, but data.max_seq_length is "
             f"{config.data.max_seq_length}; set data.max_seq_length={teacher.context} or less"
         )
     if teacher.tokenizer.eos_id is None:
@@ -133,7 +133,7 @@ def _check(teacher: HFTeacher, config: DumpConfig) -> None:
     width = teacher.split.check()
     if width < size:
         raise HFTeacherError(
-            f"{name}: the tokenizer has {size} tokens, the model logits for {width}; they belong "
+            f"{name}: the tokenizer has {size} tokens, but the model {width} logits; they belong "
             "to different models"
         )
 
@@ -158,8 +158,8 @@ class HFForward(AnswerHead):
         if context is not None and length > context:
             row = max(rows, key=len)
             raise RowError(
-                f"row {row.row} has {len(row)} tokens, the teacher {context} positions; shorten or "
-                "remove it"
+                f"row {row.row} has {len(row)} tokens, but the teacher {context} positions; "
+                "shorten or remove it"
             )
         tokens = inputs_of(rows, length)
         output = self.teacher.split.hidden(tokens.to(self.teacher.model.device))

@@ -51,8 +51,9 @@ class MassWatch:
             self.warned = True
             warnings.warn(
                 f"The teacher's stored tokens hold {teacher_mass:.3f} of its probability "
-                f"at temperature {self.temperature:g} (below {LOW_MASS}): most of what is learned "
-                "is how much lies outside. Lower the temperature, or dump a larger K.",
+                f"at temperature {self.temperature:g} (below {LOW_MASS}): the student mostly "
+                "learns how much probability lies outside them. Lower the temperature, or dump a "
+                "larger K.",
                 stacklevel=2,
             )
 

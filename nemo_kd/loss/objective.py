@@ -189,8 +189,8 @@ def scatter_back(values: Tensor, positions: Tensor | None, shape: torch.Size) ->
 def _warn_of_one_id(teacher: TopK) -> None:
     if teacher.ids.shape[1] == 1:
         warnings.warn(
-            "The teacher has one id per token (K = 1). On support 'topk' both distributions are 1 "
-            "there: the distillation is 0, whatever the student is. Use support 'bucket', or a "
-            "larger K.",
+            "The teacher has one id per token (K = 1). With support 'topk' both distributions are "
+            "1 at it: the distillation is 0 for every student. Use support 'bucket', or a larger "
+            "K.",
             stacklevel=4,
         )

@@ -38,7 +38,7 @@ def token_losses(
     weights: Tensor | None = None,
     inplace: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """(loss, nll, kd, metrics), each [N], of logits [*, Vp] at N `positions` (None: at all).
+    """(loss, nll, kd, metrics), each [N], of logits [*, Vp] at N `positions` (None: all).
 
     `ids` [N, 1 + K]: the label first. Arguments and collectives are as in `sft_kd_loss`, which
     checks them first.

@@ -172,7 +172,7 @@ def _logsumexp(work: Tensor, temperatures: Sequence[float]) -> Tensor:
 def _add_ranks(
     sums: Tensor, top: Tensor, temperatures: Sequence[float], shard: VocabShard
 ) -> Tensor:
-    """log Σ over the ranks of exp(sums) [N, T], from the row's maximum `top` [N]; -inf of -inf."""
+    """log Σ over the ranks of exp(sums) [N, T]; `top` [N]: the rows' maxima; -inf if all are."""
     if shard.group is None:
         return sums
     scale = top.unsqueeze(-1) / sums.new_tensor(list(temperatures))  # [N, T]

@@ -48,7 +48,7 @@ class KDTrainingConfig(KDConfig):
         check_name("schedule", self.schedule, SCHEDULES, {"linear": "lin", "cosine": "cos"})
         if self.alpha_end is not None and (self.sft_weight, self.kd_weight) != (None, None):
             raise NemoKDError(
-                "model.kd.alpha_end is a schedule of model.kd.alpha; use alpha instead of "
+                "model.kd.alpha_end schedules model.kd.alpha; use alpha instead of "
                 "sft_weight and kd_weight"
             )
         if self.temperature_end not in (None, self.temperature) and self.support == "bucket":

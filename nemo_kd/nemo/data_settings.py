@@ -24,7 +24,7 @@ SHUFFLED_BY = "shuffle_seed decides the order, a permutation for each epoch"
 UNUSED: Rules = {
     "min_seq_length": (
         (0, 1),
-        "NeMo drops no sample by it; filter the rows before the dump",
+        "NeMo does not drop samples by it; filter the rows before the dump",
     ),
     "sample_weight": ((), "losses are means over answer tokens"),
 }
@@ -41,7 +41,7 @@ PACKED_STORES: Rules = {
     "packed_sequence_return_cu_seqlen": ((True,), "packs of a store always have cu_seqlens"),
 }
 TRAINING_STORES: Rules = {
-    "tokens_to_generate": ((0,), "nothing is generated in training; it is validation_ds's"),
+    "tokens_to_generate": ((0,), "nothing is generated in training; set it in validation_ds"),
 }
 VALIDATION: Rules = {
     "shuffle": ((False,), "validation keeps the order of its stores and files"),
@@ -89,7 +89,7 @@ def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
         if split == "train_ds":
             yield TRAINING_STORES
     elif files and split == "train_ds":
-        yield {"over_long": (("error",), "NeMo cuts samples of SFT files by truncation_field")}
+        yield {"over_long": (("error",), "NeMo truncates samples of SFT files by truncation_field")}
 
 
 def _check_order(block: DictConfig) -> None:

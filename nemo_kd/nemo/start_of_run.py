@@ -87,8 +87,8 @@ def resume(
         say("with new settings: " + "; ".join(map(str, changed)))
     if then.max_steps not in (None, steps):
         say(
-            f"the run now has {steps} steps, before {then.max_steps}: learning rate and schedules "
-            f"are those of a run of {steps} steps"
+            f"the run now has {steps} steps instead of {then.max_steps}: learning rate and "
+            f"schedules are those of a run of {steps} steps"
         )
     return True
 

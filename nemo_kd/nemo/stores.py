@@ -125,7 +125,7 @@ def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> N
         _log(
             store,
             "profile top_p with model.kd.support=topk: nothing is learned from the teacher at "
-            "answer tokens of which one id was kept; support bucket learns there too",
+            "answer tokens with a single kept id; use support bucket to learn from these too",
         )
 
 

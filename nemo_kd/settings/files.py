@@ -99,7 +99,7 @@ def _cannot_make(path: str) -> str:
         return f"{parent} is a file, so {path} cannot be created"
     if os.access(parent, os.W_OK | os.X_OK):
         return ""
-    return f"{path} cannot be written: {parent} is read-only or of another user"
+    return f"{path} cannot be written: {parent} is read-only or owned by another user"
 
 
 def _existing_parent(path: str) -> Path:

@@ -170,7 +170,7 @@ class Store:
             if sorted(shard.files) != expected:
                 raise StoreError(
                     f"{self.directory / MANIFEST}: {shard.name} has the files "
-                    f"{sorted(shard.files)}, the {self.codec.name} profile has {expected}"
+                    f"{sorted(shard.files)}, but the {self.codec.name} profile has {expected}"
                 )
             directory = f"{self.directory}/{shard.name}"
             for name, info in shard.files.items():
@@ -178,7 +178,7 @@ class Store:
                 if size != info.bytes:
                     found = "is missing" if size is None else f"has {size} bytes"
                     raise StoreError(
-                        f"{directory}/{name} {found}, the manifest lists {info.bytes}; copy it "
+                        f"{directory}/{name} {found}, but the manifest lists {info.bytes}; copy it "
                         f"again, or remove {directory} and run the dump again, which writes only "
                         "that shard"
                     )

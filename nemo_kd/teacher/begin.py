@@ -22,8 +22,8 @@ SHOWN = 5
 
 SECONDS_BETWEEN_LINES = 10.0
 REMEDY = (
-    "Correct the rows or leave them out: on_bad_row=drop those that cannot be read, "
-    "data.no_answer=drop those without an answer token"
+    "Fix the rows, or drop them: on_bad_row=drop for those that cannot be read, "
+    "data.no_answer=drop for those without an answer token"
 )
 
 

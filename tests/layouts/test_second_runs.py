@@ -140,7 +140,7 @@ def test_a_longer_run_is_planned_anew_under_what_is_allowed(
         "resume.allow=[model.optim,model.kd.alpha,model.global_batch_size]",
     )
     assert "resuming at step 6 of 9" in done.stderr
-    assert "the run now has 9 steps, before 6" in done.stderr
+    assert "the run now has 9 steps instead of 6" in done.stderr
     assert "model.optim.lr: 0.01 in the checkpoint, 0.02 now" in done.stderr
     lines = steps(run)
     assert [line["step"] for line in lines] == list(range(1, 10))

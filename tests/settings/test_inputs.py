@@ -127,7 +127,7 @@ def test_a_read_only_directory_is_named(world: Path, monkeypatch: pytest.MonkeyP
     """As the operating system says it: root, who runs tests in containers, may write anywhere."""
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK | os.X_OK)
     problem = files.output_directory(str(world / "new"))
-    assert f"{world} is read-only or of another user" in problem
+    assert f"{world} is read-only or owned by another user" in problem
 
 
 def test_a_storage_that_nemo_reads_itself_is_left_to_it(world: Path) -> None:

@@ -124,7 +124,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "nothing but padding": (record(topk_token_ids=[[0, 0], [9, 4], [501, 500]]), "no logit at all"),
     "fewer ids than logits": (
         record(topk_logits=[[0, 0, 0], [3, 2, 1], [5, 4, 3]]),
-        "topk_token_ids has 2 values per token, topk_logits 3",
+        "topk_token_ids has 2 values per token, but topk_logits 3",
     ),
     "token out of range": (record(tokens=[7, 8, -9], labels=[8, -9, 2]), "outside \\[0"),
     "not shifted": (record(labels=[8, 8, 2]), "not the tokens shifted"),
@@ -133,7 +133,7 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "no tokens": (record(tokens=[], labels=[], loss_mask=[]), "at least 1|must be"),
     "fewer logits than K": (
         record(topk_logits=[[0], [3], [5]], topk_token_ids=[[0], [9], [4]]),
-        "1 values per token, top_k is 2; lower it to 1",
+        "1 values per token, but top_k is 2; lower it to 1",
     ),
     "no row number": (record(index="three"), "index must be a row number"),
     "falling row numbers": (record(0), "rows must ascend"),

@@ -70,7 +70,7 @@ def test_converting_to_the_same_profile_changes_nothing(tmp_path: Path, profile:
     convert(opened, tmp_path / "v", rows_per_shard=2)
     assert bits(Store(tmp_path / "v")) == bits(opened) and len(Store(tmp_path / "v").rows) == 7
     assert len(list((tmp_path / "v").glob("shard-*"))) == 4
-    with pytest.raises(StoreError, match="holds 5 logits per token, top_k is 6"):
+    with pytest.raises(StoreError, match="holds 5 logits per token, but top_k is 6"):
         convert(opened, tmp_path / "u", top_k=6)
 
 

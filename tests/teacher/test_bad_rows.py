@@ -53,7 +53,7 @@ def test_all_bad_rows_are_named_before_the_first_pass(
     assert "\n  row 5: 'input' is 3: expected a string" in refusal
     assert "\n  row 6: no field 'output'; the row has ['input']" in refusal
     assert "\n  row 7: not JSON (a blank line)" in refusal
-    assert "on_bad_row=drop those that cannot be read, data.no_answer=drop" in refusal
+    assert "on_bad_row=drop for those that cannot be read, data.no_answer=drop" in refusal
     assert not output and not errors
     assert [path.name for path in (world / "refused").iterdir()] == ["spec.json"]
 

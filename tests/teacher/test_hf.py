@@ -191,7 +191,7 @@ def test_what_does_not_go_together_is_refused(overrides: str, message: str) -> N
 def test_unusable_checkpoints_are_refused(world: Path) -> None:
     refusals = json.loads((world / "refusals.json").read_text())
     assert "lacks 1 of the model's tensors, such as lm_head.weight" in refusals["headless"]
-    assert "the tokenizer has 299 tokens, the model logits for 61" in refusals["small"]
+    assert "the tokenizer has 299 tokens, but the model 61 logits" in refusals["small"]
     assert "set data.max_seq_length=128 or less" in refusals["long"]
     assert "no checkpoint at" in refusals["nowhere"]
     assert "transformers does not load" in refusals["empty"]

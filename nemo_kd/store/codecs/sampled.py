@@ -32,7 +32,8 @@ class Sampled(Codec):
         super().__init__(spec)
         if spec.top_k > MAX_DRAWS:
             raise StoreError(
-                f"profile sampled has at most {MAX_DRAWS} draws per token, top_k is {spec.top_k}"
+                f"profile sampled has at most {MAX_DRAWS} draws per token, but top_k is "
+                f"{spec.top_k}"
             )
         if spec.temperatures != (1.0,):
             raise StoreError(

@@ -36,7 +36,9 @@ class TopP(Codec):
         if not isinstance(p, int | float) or not 0 < p <= 1:
             raise StoreError(f"profile top_p needs the option p in (0, 1], not {p!r}")
         if spec.top_k > MAX_KEPT:
-            raise StoreError(f"profile top_p keeps at most {MAX_KEPT} ids, top_k is {spec.top_k}")
+            raise StoreError(
+                f"profile top_p keeps at most {MAX_KEPT} ids, but top_k is {spec.top_k}"
+            )
         self.p = float(p)
 
     @property

@@ -228,7 +228,7 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
     ids = _teacher_rows(record, "topk_token_ids", "iu", answers, length, spec.top_k)
     if ids.shape != logits.shape:
         raise StoreError(
-            f"topk_token_ids has {ids.shape[1]} values per token, topk_logits {logits.shape[1]}"
+            f"topk_token_ids has {ids.shape[1]} values per token, but topk_logits {logits.shape[1]}"
         )
     absent = np.isfinite(logsumexp) & (logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2)
     ids, logits = np.where(absent, ABSENT_ID, ids), np.where(absent, -np.inf, logits)
@@ -269,7 +269,7 @@ def _teacher_rows(
     values = _array(record, key, kinds, 2, length)
     if values.shape[1] < top_k:
         raise StoreError(
-            f"{key} has {values.shape[1]} values per token, top_k is {top_k}; lower it to "
+            f"{key} has {values.shape[1]} values per token, but top_k is {top_k}; lower it to "
             f"{values.shape[1]}"
         )
     rows: NDArray[Any] = values[answers]

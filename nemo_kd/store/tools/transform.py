@@ -70,7 +70,7 @@ def convert(
     k = old.top_k if top_k is None else top_k
     if k > old.top_k:
         raise StoreError(
-            f"{store.directory} holds {old.top_k} logits per token, top_k is {k}; lower it, or "
+            f"{store.directory} holds {old.top_k} logits per token, but top_k is {k}; lower it, or "
             "dump again"
         )
     if (profile == Sampled.name) != (old.profile == Sampled.name):
@@ -236,7 +236,7 @@ def _refuse_unlike(first: Store, other: Store) -> None:
     if unlike:
         lines = "\n".join(f"  {name}: {a!r} and {b!r}" for name, a, b in unlike)
         raise StoreError(
-            f"{first.directory} and {other.directory} cannot be merged, they differ in\n{lines}"
+            f"{first.directory} and {other.directory} cannot be merged; they differ in\n{lines}"
         )
 
 
