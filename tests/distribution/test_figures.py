@@ -25,11 +25,13 @@ FUSED, TWICE_K = (
     LOSS[HIDDEN, "separate LM head and loss"],
     LOSS["(512, 49152)", "K = 200 against 100"],
 )
-FLOAT32 = [
-    LOSS[shape, f"{ALONE} {tp}"]["memory_ratio"] for shape in (SMALL, LARGE) for tp in (1, 2)
-]
-N = r"([−\d.,e-]*\d)"  # a number
+WITHOUT_GRADIENT = LOSS[HIDDEN, "the same, without the weight's gradient"]
+MEGATRON = [LOSS[shape, f"{ALONE} {tp}"] for shape in (SMALL, LARGE) for tp in (1, 2)]
+FLOAT32 = [row["memory_ratio"] for row in MEGATRON]
+EXTRA_MB = [row["mb"] - row["their_mb"] for row in MEGATRON]
+HALVES = [LOSS["(512, 49152)", f"half the {what}"]["time_ratio"] for what in ("rows", "vocabulary")]
 Quote = tuple[str, str, list[float]]
+N = r"([−\d.,e-]*\d)"  # a number
 
 
 def _ratios(row: dict[str, Any]) -> list[float]:
@@ -102,10 +104,17 @@ QUOTES: list[Quote] = [
         rf"this one does not: {N} to {N}\.",
         [LOSS[LARGE, BF16]["memory_ratio"], LOSS[SMALL, BF16]["memory_ratio"]],
     ),
+    ("docs/loss.md", rf"vocabulary take {N} to {N} of the\s+time", [min(HALVES), max(HALVES)]),
+    ("docs/loss.md", rf"needs another {N} to {N} MB here", [min(EXTRA_MB), max(EXTRA_MB)]),
+    (
+        "docs/loss.md",
+        rf"It is {N}%: {N} MB of both",
+        [100 * FUSED["memory_ratio"], FUSED["mb"] - WITHOUT_GRADIENT["mb"]],
+    ),
     (
         "docs/loss.md",
         rf"Without it the ratio is {N}\.",
-        [LOSS[HIDDEN, "the same, without the weight's gradient"]["memory_ratio"]],
+        [WITHOUT_GRADIENT["memory_ratio"]],
     ),
     (
         "docs/offline_or_online.md",
@@ -173,6 +182,20 @@ def test_the_loss_page_has_the_generated_table() -> None:
     page = (ROOT / "docs/loss.md").read_text()
     table = page.partition(loss.BEGIN)[2].partition(loss.END)[0]
     assert table.strip() == loss.table_of_page(RESULTS["loss"]).strip()
+
+
+def test_the_laptop_page_has_the_readmes_figures() -> None:
+    readme, laptop = ((ROOT / page).read_text() for page in ("README.md", "docs/laptop.md"))
+    figures = re.findall(r"^\| ((?:KD \+ )?SFT) \| ([\d.]+) \| ([\d.]+) \|$", laptop, flags=re.M)
+    assert len(figures) == 2
+    for name, cross_entropy, kl in figures:
+        assert re.search(
+            rf"^\| {re.escape(name)}, 120 steps \| 14 \| \W*{cross_entropy}\W* \| \W*{kl}\W* \|",
+            readme,
+            flags=re.M,
+        )
+    sizes = set(re.findall(r"[\d.]+ GB", readme))
+    assert len(sizes) == 4 and sizes <= set(re.findall(r"[\d.]+ GB", laptop))
 
 
 @pytest.mark.parametrize(
