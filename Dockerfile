@@ -5,11 +5,12 @@ FROM nvcr.io/nvidia/nemo:25.07
 WORKDIR /opt/nemo-kd
 COPY . .
 
-# Only nemo_kd may be added, and nothing changed: torch, NeMo, megatron-core, TransformerEngine and
-# apex are built for each other. The container's pip constraints would also pin the build's setuptools.
-RUN python -m pip freeze --all > /tmp/before.txt \
-    && PIP_CONSTRAINT='' python -m pip install --no-cache-dir --no-deps . \
-    && python -m pip freeze --all --exclude nemo-kd > /tmp/after.txt \
+# Only nemo_kd and msgspec, which checks the JSON of stores, may be added, and nothing changed: torch,
+# NeMo, megatron-core, TransformerEngine and apex are built for each other. The container's pip
+# constraints would also pin the build's setuptools.
+RUN python -m pip freeze --all --exclude msgspec > /tmp/before.txt \
+    && PIP_CONSTRAINT='' python -m pip install --no-cache-dir --no-deps . msgspec \
+    && python -m pip freeze --all --exclude nemo-kd --exclude msgspec > /tmp/after.txt \
     && diff /tmp/before.txt /tmp/after.txt \
     && rm /tmp/before.txt /tmp/after.txt
 

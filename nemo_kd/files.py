@@ -14,10 +14,16 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+import msgspec
 
 from nemo_kd.errors import NemoKDError, StoreError
+
+MAX_JSON = 4 << 20
+"""Bytes of a JSON file that `read_json` reads."""
 
 
 @contextmanager
@@ -90,11 +96,11 @@ def full_disk_explained(directory: Path) -> Iterator[None]:
 
 def sha256_of(path: Path) -> str:
     """Return the hex SHA-256 of a file's content."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> BufferedReader:
     """Open a regular file for reading; raise OSError for any other kind of file.
 
     Opening a FIFO or a device would wait or act on it: neither is opened.
@@ -141,9 +147,20 @@ def sha256_of_json(value: Any) -> str:
     return hashlib.sha256(canonical_json(value).encode()).hexdigest()
 
 
-def read_json(path: Path) -> Any:
-    """Read a JSON file; raise StoreError if it cannot be read or parsed."""
+def decode_json(text: bytes | str, kind: Any = Any) -> Any:
+    """Decode JSON as msgspec's `kind`; raise ValueError, saying where, for anything else.
+
+    Unlike the standard library it takes no NaN, no lone surrogates and no number out of range.
+    """
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return msgspec.json.decode(text, type=kind)
+    except RecursionError as error:
+        raise ValueError("nested too deep") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of at most MAX_JSON bytes; raise StoreError if it is not one."""
+    try:
+        return decode_json(read_bounded(path, MAX_JSON))
     except (OSError, ValueError) as error:
         raise StoreError(f"{path}: not readable as JSON ({error}); restore the file") from error

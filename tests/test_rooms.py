@@ -32,16 +32,16 @@ BELOW["cli"] = set(BELOW)
 
 # Room → the libraries that it may import beside the standard library.
 LIBRARIES: dict[str, set[str]] = {
-    "core": {"torch"},
+    "core": {"msgspec", "torch"},
     "loss": {"torch", "triton"},
     "settings": {"omegaconf"},
-    "store": {"numpy", "torch"},
+    "store": {"msgspec", "numpy", "torch"},
     "sft": {"numpy", "sentencepiece", "transformers"},
     "data": {"numpy", "torch"},
     "teacher": {"numpy", "rich", "torch"},
     "checkpoints": {
-        *("gguf", "megatron", "numpy", "omegaconf", "safetensors", "tokenizers", "torch"),
-        *("transformers", "yaml"),
+        *("gguf", "megatron", "msgspec", "numpy", "omegaconf", "safetensors", "tokenizers"),
+        *("torch", "transformers", "yaml"),
     },
     "mcore": {"megatron", "numpy", "torch"},
     "hf": {"torch", "transformers"},

@@ -13,13 +13,16 @@ import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 
-from nemo_kd.checkpoints.llama import CheckpointError, Llama, check_tensors
+from nemo_kd.checkpoints.gguf_header import check_header
+from nemo_kd.checkpoints.llama import CheckpointError, Llama, check_tensors, finite, reading
 
 GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
     "output.weight": "lm_head.weight",
 }
+INTEGERS = ("I8", "I16", "I32", "I64")
+"""Types of GGUF that are not weights."""
 RMS_EPSILON = "llama.attention.layer_norm_rms_epsilon"
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
@@ -42,12 +45,17 @@ class GGUFCheckpoint:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.name = str(self.path)
-        try:
+        with reading(self.name, "not a readable GGUF file"):
+            check_header(self.path)
             self._reader = GGUFReader(self.path)
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not a readable GGUF file: {error}") from error
-        self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
-        self.llama = self._read_llama()
+            self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
+            self.llama = self._read_llama()
+        for name, tensor in self._tensors.items():
+            if tensor.tensor_type.name in INTEGERS:
+                raise CheckpointError(
+                    f"{self.name}: {name} is {tensor.tensor_type.name}; weights must be floats, or "
+                    "quantised floats"
+                )
         # GGUF gives shapes innermost first.
         shapes = {
             name: tuple(int(n) for n in reversed(tensor.shape))
@@ -58,9 +66,10 @@ class GGUFCheckpoint:
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a Hugging Face name, float32 `[out, in]`."""
         stored = self._tensors[name]
-        # A float32 tensor comes back as the read-only file itself; torch wants its own memory.
-        array = np.require(dequantize(stored.data, stored.tensor_type), np.float32, ["C", "W"])
-        values = torch.from_numpy(array)
+        with reading(f"{self.name}: {name}"):
+            # A float32 tensor comes back as the read-only file itself; torch wants its own memory.
+            array = np.require(dequantize(stored.data, stored.tensor_type), np.float32, ["C", "W"])
+        values = finite(self.name, name, torch.from_numpy(array))
         if name.endswith("q_proj.weight"):
             return _halves(values, self.llama.num_heads)
         if name.endswith("k_proj.weight"):
@@ -71,9 +80,10 @@ class GGUFCheckpoint:
         """Write the file's tokenizer for transformers; return its vocabulary size."""
         from nemo_kd.checkpoints.gguf_tokenizer import build_tokenizer
 
-        tokenizer = build_tokenizer(self.name, self.field)
-        tokenizer.save_pretrained(directory)
-        return len(tokenizer)
+        with reading(self.name, "its tokenizer is damaged"):
+            tokenizer = build_tokenizer(self.name, self.field)
+            tokenizer.save_pretrained(directory)
+            return len(tokenizer)
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value of the file, or `default`."""
@@ -104,7 +114,7 @@ class GGUFCheckpoint:
             )
         heads = self._required("llama.attention.head_count")
         hidden = self._required("llama.embedding_length")
-        return Llama(
+        return Llama.of(
             num_layers=self._required("llama.block_count"),
             hidden_size=hidden,
             ffn_hidden_size=self._required("llama.feed_forward_length"),

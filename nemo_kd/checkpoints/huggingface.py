@@ -2,27 +2,55 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import torch
 from safetensors import safe_open
 
 from nemo_kd.checkpoints.llama import (
     Checkpoint,
     CheckpointError,
+    Layers,
     Llama,
+    Positive,
     RopeScaling,
+    Size,
     check_tensors,
+    checked,
+    finite,
+    reading,
 )
+from nemo_kd.files import decode_json, read_bounded
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
 
 ARCHITECTURE = "LlamaForCausalLM"
+FLOATS = ("F64", "F32", "F16", "BF16")
+"""Types of weights, by safetensors' names."""
+MAX_CONFIG, MAX_INDEX = 4 << 20, 64 << 20  # bytes of config.json and of the index
+
+
+class _Sizes(msgspec.Struct):
+    """The keys of `config.json` that give sizes and constants."""
+
+    num_hidden_layers: Layers
+    hidden_size: Size
+    intermediate_size: Size
+    num_attention_heads: Size
+    vocab_size: Size
+    max_position_embeddings: Size
+    rms_norm_eps: Positive
+    num_key_value_heads: Size | None = None
+    head_dim: Size | None = None
+    rope_theta: Positive | None = None
+    rope_parameters: dict[str, Any] | None = None
+    rope_scaling: dict[str, Any] | None = None
+    tie_word_embeddings: bool | None = None
 
 
 class HuggingFaceCheckpoint:
@@ -31,55 +59,81 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.name = str(self.directory)
-        config = _config(self.directory)
-        self.llama = read_llama(config)
+        path = self.directory / "config.json"
+        with reading(str(path)):
+            self.llama = read_llama(_config(path))
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(self.directory):
-            file: Any = safe_open(str(path), framework="pt")
-            for key in file.keys():  # noqa: SIM118 (not a dict)
-                self._files[key] = file
-                shapes[key] = tuple(file.get_slice(key).get_shape())
+            with reading(str(path)):
+                file: Any = safe_open(str(path), framework="pt")
+                for key in file.keys():  # noqa: SIM118 (not a dict)
+                    self._files[key] = file
+                    shapes[key] = _shape(path, key, file.get_slice(key))
         check_tensors(self.name, self.llama, shapes)
         self.dtype = self.tensor("model.norm.weight").dtype
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of this name, `[out, in]`."""
-        tensor: torch.Tensor = self._files[name].get_tensor(name)
-        return tensor
+        with reading(f"{self.name}: {name}"):
+            return finite(self.name, name, self._files[name].get_tensor(name))
 
     def save_tokenizer(self, directory: str) -> int:
         """Load the tokenizer with transformers and save it; return its vocabulary size."""
         from transformers import AutoTokenizer
 
-        try:
+        with reading(
+            self.name,
+            "no tokenizer that transformers can load; put tokenizer.json and "
+            "tokenizer_config.json beside config.json",
+        ):
             tokenizer = AutoTokenizer.from_pretrained(
                 str(self.directory), local_files_only=True, trust_remote_code=False
             )
-        except (OSError, ValueError) as error:
-            raise CheckpointError(
-                f"{self.name} has no tokenizer that transformers can load ({error}); "
-                "put tokenizer.json and tokenizer_config.json beside config.json"
-            ) from error
-        tokenizer.save_pretrained(directory)
-        return len(tokenizer)
+            tokenizer.save_pretrained(directory)
+            return len(tokenizer)
 
 
-def _config(directory: Path) -> dict[str, Any]:
-    path = directory / "config.json"
+def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
-            f"no config.json in {directory}; expected a Hugging Face checkpoint directory "
+            f"no config.json in {path.parent}; expected a Hugging Face checkpoint directory "
             "(config.json and *.safetensors) or a .gguf file"
         )
-    config: dict[str, Any] = json.loads(path.read_text())
+    config: dict[str, Any] = decode_json(read_bounded(path, MAX_CONFIG), dict[str, Any])
     return config
+
+
+def _shape(path: Path, key: str, part: Any) -> tuple[int, ...]:
+    """Return a tensor's shape; raise CheckpointError unless its values are floats."""
+    if part.get_dtype() not in FLOATS:
+        raise CheckpointError(
+            f"{path}: {key} is {part.get_dtype()}; weights must be one of {', '.join(FLOATS)}"
+        )
+    return tuple(part.get_shape())
+
+
+class _Index(msgspec.Struct):
+    weight_map: dict[str, str]
+
+
+def _indexed(index: Path) -> list[str]:
+    """Return the files of an index; raise CheckpointError if one lies elsewhere."""
+    with reading(str(index)):
+        found = decode_json(read_bounded(index, MAX_INDEX), _Index)
+        names = sorted(set(found.weight_map.values()))
+    for name in names:
+        if Path(name).name != name:
+            raise CheckpointError(
+                f"{index} names {name!r}; files must lie beside it, without a directory"
+            )
+    return names
 
 
 def _weight_files(directory: Path) -> list[Path]:
     index = directory / "model.safetensors.index.json"
     if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        names = _indexed(index)
         absent = [name for name in names if not (directory / name).is_file()]
         if absent:
             raise CheckpointError(
@@ -87,7 +141,7 @@ def _weight_files(directory: Path) -> list[Path]:
                 f"{absent[0]}); download them"
             )
         return [directory / name for name in names]
-    files = sorted(directory.glob("*.safetensors"))
+    files = [path for path in sorted(directory.glob("*.safetensors")) if path.is_file()]
     if not files:
         raise CheckpointError(
             f"no *.safetensors in {directory}; pickled weights (*.bin) are not read: save them "
@@ -107,21 +161,23 @@ def read_llama(config: Mapping[str, Any]) -> Llama:
     for key in ("attention_bias", "mlp_bias"):
         _expect(key, config.get(key, False), False)
     _expect("quantization_config", config.get("quantization_config"), None)
-    heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling")
-    return Llama(
-        num_layers=config["num_hidden_layers"],
-        hidden_size=config["hidden_size"],
-        ffn_hidden_size=config["intermediate_size"],
+    sizes = checked(config, _Sizes)
+    heads = sizes.num_attention_heads
+    rope = sizes.rope_parameters or sizes.rope_scaling
+    scaling = read_rope_scaling(rope)
+    return Llama.of(
+        num_layers=sizes.num_hidden_layers,
+        hidden_size=sizes.hidden_size,
+        ffn_hidden_size=sizes.intermediate_size,
         num_heads=heads,
-        num_kv_heads=config.get("num_key_value_heads") or heads,
-        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        vocab_size=config["vocab_size"],
-        context=config["max_position_embeddings"],
-        norm_eps=config["rms_norm_eps"],
-        rope_base=float(config.get("rope_theta") or (rope or {}).get("rope_theta", 10000.0)),
-        rope_scaling=read_rope_scaling(rope),
-        tied=config.get("tie_word_embeddings", False),
+        num_kv_heads=sizes.num_key_value_heads or heads,
+        head_dim=sizes.head_dim or sizes.hidden_size // heads,
+        vocab_size=sizes.vocab_size,
+        context=sizes.max_position_embeddings,
+        norm_eps=sizes.rms_norm_eps,
+        rope_base=float(sizes.rope_theta or (rope or {}).get("rope_theta", 10000.0)),
+        rope_scaling=None if scaling is None else asdict(scaling),
+        tied=bool(sizes.tie_word_embeddings),
     )
 
 
@@ -134,12 +190,8 @@ def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
     if rope is None or kind == "default":
         return None
     _expect("rope_scaling.rope_type", kind, "llama3")
-    return RopeScaling(
-        factor=rope["factor"],
-        low_freq_factor=rope["low_freq_factor"],
-        high_freq_factor=rope["high_freq_factor"],
-        original_context=rope["original_max_position_embeddings"],
-    )
+    values = {**rope, "original_context": rope.get("original_max_position_embeddings")}
+    return checked(values, RopeScaling)
 
 
 def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:

@@ -9,45 +9,78 @@ to the writer (`megatron.py`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
+import msgspec
 import torch
 
 from nemo_kd.errors import NemoKDError
+
+Value = TypeVar("Value")
 
 
 class CheckpointError(NemoKDError):
     """A checkpoint that cannot be read, or cannot be converted without changing the model."""
 
 
+@contextmanager
+def reading(name: str, what: str = "it is damaged or not complete") -> Iterator[None]:
+    """Context manager that raises CheckpointError in one line for a damaged file.
+
+    A checkpoint may come from anyone, and the libraries that read one raise errors of any type.
+    """
+    try:
+        yield
+    except CheckpointError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:MAX_REASON]
+        raise CheckpointError(f"{name}: {what} ({reason})") from error
+
+
+def checked(values: Mapping[str, Any], kind: type[Value]) -> Value:
+    """Return values of a file as `kind`; raise CheckpointError for a wrong type or size."""
+    try:
+        return msgspec.convert(values, kind)
+    except msgspec.ValidationError as error:
+        raise CheckpointError(str(error)) from error
+
+
+MAX_REASON = 300  # characters
+Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e30)]
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """Llama 3.1's scaling: wavelengths beyond the original context are stretched by `factor`."""
 
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_context: int
+    factor: Positive
+    low_freq_factor: Positive
+    high_freq_factor: Positive
+    original_context: Size
 
 
 @dataclass(frozen=True)
 class Llama:
     """Sizes and constants of a model."""
 
-    num_layers: int
-    hidden_size: int
-    ffn_hidden_size: int
-    num_heads: int
-    num_kv_heads: int
+    num_layers: Layers
+    hidden_size: Size
+    ffn_hidden_size: Size
+    num_heads: Size
+    num_kv_heads: Size
     """Query groups; equal to `num_heads` without grouped-query attention."""
-    head_dim: int
-    vocab_size: int
+    head_dim: Size
+    vocab_size: Size
     """Rows of the embedding, which may exceed the tokenizer's vocabulary."""
-    context: int
-    norm_eps: float
-    rope_base: float
+    context: Size
+    norm_eps: Positive
+    rope_base: Positive
     rope_scaling: RopeScaling | None
     tied: bool
     """Whether the LM head shares the embedding's weight."""
@@ -58,6 +91,11 @@ class Llama:
                 f"{self.num_heads} attention heads cannot share {self.num_kv_heads} key/value heads"
                 " evenly; grouped-query attention needs a divisor"
             )
+
+    @classmethod
+    def of(cls, **values: Any) -> Llama:
+        """Build a model from a file's values; raise CheckpointError for a wrong type or size."""
+        return checked(values, cls)
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Tensors of one layer under Hugging Face's names; weights are `[out, in]`."""
@@ -106,6 +144,13 @@ class Checkpoint(Protocol):
 
 # A buffer that older versions of transformers saved; it follows from the configuration.
 IGNORED = ("rotary_emb.inv_freq",)
+
+
+def finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Return the tensor; raise CheckpointError if a value is NaN or infinite."""
+    if not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"{name}: {key} has values that are NaN or infinite")
+    return tensor
 
 
 def check_tensors(name: str, llama: Llama, found: Mapping[str, tuple[int, ...]]) -> None:

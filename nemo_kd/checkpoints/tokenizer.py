@@ -13,18 +13,22 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import tarfile
 import tempfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
-from nemo_kd.checkpoints.llama import CheckpointError
-from nemo_kd.files import commit
+from nemo_kd.checkpoints.llama import CheckpointError, reading
+from nemo_kd.files import commit, read_bounded
 
 ARTIFACT_NAME = "tokenizer.zip"
 ARTIFACT_PREFIX = "nemo:"
+MAX_BYTES, MAX_FILES = 256 << 20, 64
+"""Bytes of a tokenizer, packed and unpacked, and number of its files."""
 
 
 def pack_tokenizer(directory: Path) -> bytes:
@@ -61,18 +65,26 @@ def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
             f"{checkpoint} names the tokenizer directory {directory}, which does not exist, and "
             "contains no copy of it; set model.tokenizer.type to the tokenizer's directory"
         )
-    data = _read_member(Path(checkpoint), artifact.removeprefix(ARTIFACT_PREFIX))
+    with reading(str(checkpoint), "its copy of the tokenizer cannot be unpacked"):
+        data = _read_member(Path(checkpoint), artifact.removeprefix(ARTIFACT_PREFIX))
+        directory = str(_unpack(data))
     with open_dict(model_cfg):
-        tokenizer.type = str(_unpack(data))
+        tokenizer.type = directory
 
 
 def _read_member(checkpoint: Path, name: str) -> bytes:
+    if Path(name).name != name:
+        raise CheckpointError(f"{checkpoint}: {name!r} is not a file of the checkpoint itself")
     if checkpoint.is_dir():
-        return (checkpoint / name).read_bytes()
+        return read_bounded(checkpoint / name, MAX_BYTES)
     with tarfile.open(checkpoint, "r:") as archive:
         member = archive.extractfile(f"./{name}")
-        assert member is not None  # a regular file: NeMo wrote it from one
-        return member.read()
+        if member is None:
+            raise CheckpointError(f"{checkpoint}: {name} is not a regular file")
+        data = member.read(MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise CheckpointError(f"{checkpoint}: {name} has more than {MAX_BYTES} bytes")
+    return data
 
 
 def _unpack(data: bytes) -> Path:
@@ -83,13 +95,27 @@ def _unpack(data: bytes) -> Path:
         return target
     root.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=root))
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        for name in archive.namelist():
-            (partial / Path(name).name).write_bytes(archive.read(name))
     try:
-        commit(partial, target)
-    except OSError:  # another process was first; its files are the same
-        for path in partial.iterdir():
-            path.unlink()
-        partial.rmdir()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            for member in _members(archive):
+                (partial / member.filename).write_bytes(archive.read(member))
+        with suppress(OSError):  # another process was first; its files are the same
+            commit(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
     return target
+
+
+def _members(archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
+    """Return the archive's members; raise CheckpointError before one is unpacked if they are not
+    plain files of a tokenizer's size."""
+    members = archive.infolist()
+    if any(Path(member.filename).name != member.filename for member in members):
+        raise CheckpointError("a tokenizer's zip has files only, without directories")
+    size = sum(member.file_size for member in members)  # zipfile reads no more than it states
+    if size > MAX_BYTES or len(members) > MAX_FILES:
+        raise CheckpointError(
+            f"the tokenizer's zip unpacks to {len(members)} files of {size} bytes; at most "
+            f"{MAX_FILES} of {MAX_BYTES} are"
+        )
+    return members

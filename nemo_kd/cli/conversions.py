@@ -26,7 +26,7 @@ from nemo_kd.store import (
 from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths, existing_chunks
-from nemo_kd.store.tools.jsonl import Padding
+from nemo_kd.store.tools.jsonl import Padding, lines_of
 from nemo_kd.visible import visible
 
 ON_BAD_LINES = ("error", "drop")
@@ -194,21 +194,17 @@ def _padding_warning(padding: Padding, tokens: float, tokenizer: str) -> str:
 def first_top_k(source: str) -> int:
     """Return the K of the first line that contains a top-K."""
     for path in chunk_paths(source):
-        try:
-            with path.open("rb") as file:
-                for line in file:
-                    found = _top_k(line)
-                    if found:
-                        return found
-        except OSError as error:
-            raise StoreError(f"{path}: cannot be read ({error})") from error
+        for _, line in lines_of(path):
+            found = _top_k(line)
+            if found:
+                return found
     raise StoreError(f"{source}: no line has topk_token_ids, as NeMo-Aligner's JSONL does")
 
 
 def _top_k(line: bytes) -> int:
     try:
         return len(json.loads(line)["topk_token_ids"][0])
-    except (ValueError, KeyError, IndexError, TypeError):
+    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
         return 0
 
 

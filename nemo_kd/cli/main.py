@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> None:
         from nemo_kd.cli import doctor, look, make, plan, run  # noqa: F401 (each adds commands)
         from nemo_kd.cli.app import app
     except ModuleNotFoundError as error:
-        if error.name not in ("numpy", "rich", "typer"):
+        if error.name not in ("msgspec", "numpy", "rich", "typer"):
             raise
         sys.exit(f"error: {error.name} is not installed: pip install 'nemo-kd[cli]'")
     with reported():

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from nemo_kd.cli.tokenizers import Tokenizer
+from nemo_kd.errors import StoreError
 from nemo_kd.store import Store
 from nemo_kd.store.tools.probabilities import log_probabilities
 from nemo_kd.topk import ABSENT_ID
@@ -63,6 +64,12 @@ def view_row(store: Store, row: int, tokenizer: Tokenizer, top: int) -> RowView:
     """Read the sample of source row `row`, with the `top` most probable ids per answer token."""
     sample = store[store.index_of(row)]
     topk = sample.topk
+    ids = np.concatenate([sample.input_ids, topk.ids[topk.ids != ABSENT_ID]])
+    if ids.min(initial=0) < 0 or ids.max(initial=0) >= store.spec.vocab_size:
+        raise StoreError(
+            f"{store.directory}: row {row} has ids outside [0, {store.spec.vocab_size}); "
+            "`nemo-kd verify` lists the damage"
+        )
     p = np.exp(log_probabilities(topk))
     answers = []
     for a, position in enumerate(sample.answer_positions().tolist()):

@@ -70,7 +70,7 @@ HELPER_REMEDY = (
 def _own_install(environment: Environment) -> str:
     """Command that installs nemo-kd, which is on no package index."""
     if environment.container is not None:
-        return "pip install --no-deps . in a checkout of nemo-kd"
+        return "pip install --no-deps . msgspec in a checkout of nemo-kd"
     return "pip install '.[nemo]' -c constraints.txt in a checkout of nemo-kd"
 
 

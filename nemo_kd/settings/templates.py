@@ -64,6 +64,6 @@ def _first_row(path: str) -> dict[str, Any] | None:
     with open(path, "rb") as lines:
         try:
             row = json.loads(lines.readline(MAX_ROW_BYTES))
-        except ValueError:
+        except (ValueError, RecursionError):
             return None
     return row if isinstance(row, dict) else None

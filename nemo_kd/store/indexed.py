@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
+from nemo_kd.files import open_regular
 
 DTYPES = ("uint8", "int8", "int16", "int32", "int64", "float64", "float32", "uint16")
 """Names of the dtypes in the order of their codes, which start at 1."""
@@ -70,11 +71,11 @@ class FieldReader:
         self._dtype = np.dtype(dtype).newbyteorder("<")
         index = _mapped(Path(f"{prefix}.idx"))
         head = _header(self._dtype, samples)
-        lengths, offsets, documents = (
-            len(head) + samples * width for width in (0, 4, 4 + 8)
+        lengths, offsets, documents, end = (
+            len(head) + samples * width for width in (0, 4, 4 + 8, 4 + 8 + 8)
         )  # byte offset of each part of the index
-        boundaries = np.arange(samples + 1, dtype="<i8").tobytes()
-        if index[:lengths].tobytes() != head or index[documents:].tobytes() != boundaries:
+        # Compared first: a store that claims many samples must not ask for memory.
+        if index.size != end + 8 or not _is_index(index, head, documents, samples):
             raise StoreError(
                 f"{prefix}.idx: not the index of {samples} {self._dtype.name} arrays; it is "
                 "damaged, see `nemo-kd verify`"
@@ -99,9 +100,15 @@ class FieldReader:
         return values
 
 
+def _is_index(index: NDArray[np.uint8], head: bytes, documents: int, samples: int) -> bool:
+    """Return whether an index begins with `head` and ends with the boundaries 0 ... samples."""
+    boundaries = np.arange(samples + 1, dtype="<i8").tobytes()
+    return index[: len(head)].tobytes() == head and index[documents:].tobytes() == boundaries
+
+
 def _mapped(path: Path) -> NDArray[np.uint8]:
     """Memory-map a file and return its bytes, read-only."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
             return np.zeros(0, np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, publish, read_json, sha256_of_json
+from nemo_kd.store.schema import read_manifest
 from nemo_kd.store.spec import StoreSpec
 
 FORMAT = "nemo-kd store"
@@ -103,7 +104,7 @@ class Manifest:
     def read(cls, directory: Path) -> Manifest:
         """Read the manifest in `directory`; raise StoreError if damaged or of another version."""
         path = directory / MANIFEST
-        value = read_json(path)
+        value = read_manifest(path, FORMAT)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise StoreError(f'{path}: not the manifest of a store (no "format": "{FORMAT}")')
         if value.get("version") != VERSION:

@@ -8,9 +8,11 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from nemo_kd.errors import StoreError
-from nemo_kd.files import sha256_of_json
+from nemo_kd.files import decode_json, sha256_of_json
+from nemo_kd.store.schema import MAX_TEMPERATURES, check_plain, check_tokenizer
 
 MAX_VOCABULARY = 1 << 32
+MAX_TOP_K = 1 << 20
 ROWS_PER_SHARD = 256
 
 
@@ -52,7 +54,9 @@ class StoreSpec:
         for name in ("top_k", "vocab_size", "rows_per_shard"):
             if type(getattr(self, name)) is not int:
                 raise StoreError(f"{name} must be an integer, not {getattr(self, name)!r}")
-        object.__setattr__(self, "temperatures", tuple(float(t) for t in self.temperatures))
+        if not isinstance(self.profile, str):
+            raise StoreError(f"profile must be a name, not {self.profile!r}")
+        object.__setattr__(self, "temperatures", _numbers(self.temperatures))
         for name in ("profile_options", "tokenizer", "teacher", "template", "source"):
             object.__setattr__(self, name, _plain_json(name, getattr(self, name)))
         if not 0 < self.vocab_size <= MAX_VOCABULARY:
@@ -61,6 +65,8 @@ class StoreSpec:
             raise StoreError(
                 f"top_k must be in [1, vocab_size={self.vocab_size}], not {self.top_k}"
             )
+        if self.top_k > MAX_TOP_K:
+            raise StoreError(f"top_k must be at most {MAX_TOP_K}, not {self.top_k}")
         if self.rows_per_shard < 1:
             raise StoreError(f"rows_per_shard must be at least 1, not {self.rows_per_shard}")
         if any(not 0 < t < float("inf") for t in self.temperatures):
@@ -109,9 +115,25 @@ def _plain_json(name: str, value: Any) -> Any:
     if not isinstance(value, dict):
         raise StoreError(f"{name} must be a mapping, not {value!r}")
     try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
+        plain: dict[str, Any] = decode_json(json.dumps(value, allow_nan=False))
+        check_plain(plain)
+    except (TypeError, ValueError, RecursionError) as error:
         raise StoreError(f"{name} must hold plain JSON values: {error}") from error
+    if name == "tokenizer":
+        check_tokenizer(plain)
+    return plain
+
+
+def _numbers(temperatures: Any) -> tuple[float, ...]:
+    if isinstance(temperatures, str):
+        raise StoreError(f"temperatures must be numbers, not the text {temperatures[:50]!r}")
+    try:
+        found = tuple(float(t) for t in temperatures)
+    except (TypeError, ValueError, OverflowError) as error:
+        raise StoreError(f"temperatures must be numbers: {error}") from error
+    if len(found) > MAX_TEMPERATURES:
+        raise StoreError(f"at most {MAX_TEMPERATURES} temperatures are stored, not {len(found)}")
+    return found
 
 
 def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:

@@ -1,4 +1,4 @@
-"""A store is read, verified and copied where torch and numpy are the only packages installed."""
+"""A store is read, verified and copied with torch, numpy and msgspec alone installed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ for directory in sys.argv[2:]:
 """
 
 
-def test_a_store_needs_torch_and_numpy_alone(tmp_path: Path) -> None:
+def test_a_store_needs_torch_numpy_and_msgspec_alone(tmp_path: Path) -> None:
     profiles: dict[str, dict[str, Any]] = {
         "plain": {},
         "compact": {"profile": "compact"},

@@ -17,6 +17,8 @@ from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import TopK, t1_index
 
 Arrays = dict[str, NDArray[Any]]
+MAX_ENTRIES = 1 << 25
+"""Entries, answer tokens times K, of a sample in a profile of variable length."""
 
 
 class Codec(ABC):
@@ -68,11 +70,24 @@ def relative_logits(topk: TopK, t1: int) -> NDArray[np.float32]:
     return np.minimum(relative, np.float32(0), out=relative)
 
 
+def check_entries(tokens: int, width: int) -> None:
+    """Raise StoreError if the rows [tokens, width] of a sample are too large to be decoded.
+
+    In profiles with as many bytes as kept ids, a small file can stand for many entries.
+    """
+    if tokens * width > MAX_ENTRIES:
+        raise StoreError(
+            f"{tokens} answer tokens of up to {width} ids exceed {MAX_ENTRIES} entries per sample"
+        )
+
+
 def ragged(counts: NDArray[Any], width: int, filler: Any, values: NDArray[Any]) -> NDArray[Any]:
     """Split `values` into rows [A, width]: row a takes the next `counts[a]`, then filler.
 
-    Raises ValueError if a count is outside [1, width] or the counts do not sum to `len(values)`.
+    Raises ValueError if a count is outside [1, width], if the counts do not sum to `len(values)`,
+    or if the rows are too large.
     """
+    check_entries(len(counts), width)
     counts = counts.astype(np.int64)
     if counts.size and (counts.min() < 1 or counts.max() > width):
         raise ValueError(f"a row of {counts.min()} to {counts.max()} entries, allowed 1 to {width}")

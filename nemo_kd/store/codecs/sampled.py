@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs.base import Arrays, Codec, ragged
+from nemo_kd.store.codecs.base import Arrays, Codec, check_entries, ragged
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import ABSENT_ID, TopK
 
@@ -48,6 +48,7 @@ class Sampled(Codec):
 
     def encode(self, topk: TopK) -> Arrays:
         draws = self.spec.top_k
+        check_entries(len(topk.ids), draws)
         shares = np.exp(np.minimum(topk.logits, 0), dtype=np.float64)
         counts = np.rint(shares * draws).astype(np.int64)
         if (counts.sum(axis=1) != draws).any() or topk.logsumexp.any():

@@ -11,7 +11,7 @@ from __future__ import annotations
 import numpy as np
 
 from nemo_kd.errors import StoreError
-from nemo_kd.store.codecs.base import Arrays, Codec, ragged, relative_logits
+from nemo_kd.store.codecs.base import Arrays, Codec, check_entries, ragged, relative_logits
 from nemo_kd.store.codecs.plain import (
     HALF_MINUS_INFINITY,
     from_half,
@@ -51,6 +51,7 @@ class TopP(Codec):
         }
 
     def encode(self, topk: TopK) -> Arrays:
+        check_entries(len(topk.ids), self.spec.top_k)
         relative = relative_logits(topk, self.t1)
         mass = np.exp(relative, dtype=np.float64).cumsum(axis=1)
         present = np.isfinite(relative)

@@ -43,6 +43,9 @@ DECIMALS = 5
 ABSENT_LOG_PROBABILITY = -10_000.0  # together with id 0 marks an absent entry
 MAX_PADDING = 64 * 128
 """Largest number of padding ids: Megatron pads a vocabulary to a multiple of 128 times TP."""
+MAX_LINE = 256 << 20
+"""Bytes of a line: a sample of 32,768 tokens with 100 ids each has 50 MB."""
+MAX_LISTS = 1 << 22  # in a line; each token has two
 KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 
 
@@ -83,7 +86,7 @@ def read_jsonl(
     lines, last_row = count(), -1
     dropped = Padding() if padding is None else padding
     for file_path in chunk_paths(path):
-        for number, line in _lines(file_path):
+        for number, line in lines_of(file_path):
             row = next(lines)
             try:
                 sample = _sample(line, row, renumber, spec, dropped)
@@ -178,11 +181,16 @@ def _record(sample: Sample) -> dict[str, Any]:
     }
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line) for each non-blank line."""
+def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number from 1, line) for each non-blank line; raise StoreError if one is huge."""
     try:
         with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
+            for number in count(1):
+                line = file.readline(MAX_LINE + 1)
+                if not line:
+                    return
+                if len(line) > MAX_LINE:
+                    raise StoreError(f"{path}, line {number}: more than {MAX_LINE} bytes")
                 if line.strip():
                     yield number, line
     except OSError as error:
@@ -190,6 +198,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 
 def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Padding) -> Sample:
+    if line.count(b"[") + line.count(b"{") > MAX_LISTS:
+        raise StoreError(f"more than {MAX_LISTS} lists; give each sample a line of its own")
     try:
         record = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -280,16 +290,32 @@ def _array(
     record: dict[str, Any], key: str, kinds: str, dimensions: int, length: int | None = None
 ) -> NDArray[Any]:
     """Return the list under `key` as an array whose dtype is one of numpy's `kinds`."""
+    given = record[key]
+    if not _is_list_of_numbers(given, dimensions):
+        raise StoreError(_not_numbers(key, kinds, dimensions))
     try:
-        values = np.asarray(record[key])
+        values = np.asarray(given)
     except (ValueError, OverflowError) as error:
         raise StoreError(f"{key}: its lists have different lengths") from error
     if values.ndim != dimensions or (values.dtype.kind not in kinds and values.size):
-        shape = "a list" if dimensions == 1 else "a list of lists of the same length"
-        raise StoreError(f"{key} must be {shape} of numbers ({_KINDS[kinds]})")
+        raise StoreError(_not_numbers(key, kinds, dimensions))
     if length is not None and len(values) != length:
         raise StoreError(f"{key} has {len(values)} rows for {length} tokens")
     return values
+
+
+def _is_list_of_numbers(values: Any, dimensions: int) -> bool:
+    """Check types before numpy converts: of texts it would make an array of the longest's width."""
+    if not isinstance(values, list):
+        return False
+    if dimensions > 1:
+        return all(_is_list_of_numbers(row, dimensions - 1) for row in values)
+    return set(map(type, values)) <= {bool, int, float}
+
+
+def _not_numbers(key: str, kinds: str, dimensions: int) -> str:
+    shape = "a list" if dimensions == 1 else "a list of lists of the same length"
+    return f"{key} must be {shape} of numbers ({_KINDS[kinds]})"
 
 
 _KINDS = {
