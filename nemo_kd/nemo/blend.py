@@ -11,15 +11,14 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.config import sft_files, store_alphas, store_directories
 from nemo_kd.nemo.dataset import (
     FileSFTChatDataset,
     FileSFTDataset,
     Student,
     TeacherSFTDataset,
 )
-from nemo_kd.nemo.order import Order
 from nemo_kd.nemo.sft_files import SFTChatDataset, SFTDataset, is_chat, sft_arguments
+from nemo_kd.nemo.splits import TrainSplit, ValidationSplit
 from nemo_kd.nemo.stores import micro_batches, store_dataset
 
 TRAINING, VALIDATION = "model.data.train_ds", "model.data.validation_ds"
@@ -33,19 +32,23 @@ def build_datasets(
     Errors: StoreError for a store that does not fit the student; NemoKDError for settings that do
     not fit the data.
     """
-    stores, files = store_directories(data_cfg), sft_files(data_cfg)
-    if files and data_cfg.get("packed_sequence", False):
+    split = TrainSplit.of(data_cfg) if training else ValidationSplit.of(data_cfg)
+    if split.file_names and split.packed_sequence:
         raise NemoKDError(
             "packed_sequence=true with both store and file_names is not supported: the files have "
             "no packs; dump them too, or set packed_sequence=false"
         )
-    alphas = store_alphas(data_cfg, model.kd_schedule)
+    alphas = (
+        split.alphas(model.kd_schedule)
+        if isinstance(split, TrainSplit)
+        else (None,) * len(split.store)
+    )
     datasets: list[TeacherSFTDataset] = [
         store_dataset(model, directory, data_cfg, alpha, training)
-        for directory, alpha in zip(stores, alphas, strict=True)
+        for directory, alpha in zip(split.store, alphas, strict=True)
     ]
     where = TRAINING if training else VALIDATION
-    datasets += [_file_dataset(model, file, data_cfg, where) for file in files]
+    datasets += [_file_dataset(model, file, data_cfg, where) for file in split.file_names]
     return datasets
 
 
@@ -54,8 +57,9 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
 
     The first samples do not depend on `number`, so a run can be extended.
     """
-    weights = data_cfg.get("concat_sampling_probabilities")
-    weights = [len(dataset) for dataset in datasets] if weights is None else list(weights)
+    split = TrainSplit.of(data_cfg)
+    given = split.concat_sampling_probabilities
+    weights = [len(dataset) for dataset in datasets] if given is None else list(given)
     if len(weights) != len(datasets):
         raise NemoKDError(
             f"concat_sampling_probabilities has {len(weights)} entries for {len(datasets)} stores "
@@ -65,16 +69,16 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
     for weight, dataset in zip(weights, datasets, strict=True):
         prefix += [weight, dataset.file_path]
     _, probabilities, samples = get_datasets_weights_and_num_samples(prefix, [number])
-    order = Order.of(data_cfg)
     for dataset, count in zip(datasets, samples, strict=True):
-        dataset.draw(count[0], order.seed, order.shuffle)
+        dataset.draw(count[0], split.shuffle_seed, split.shuffle)
     size = sum(count[0] for count in samples)
     return BlendableDataset(datasets=datasets, weights=probabilities, size=size)
 
 
 def blend_files(model: Student, number: int, data_cfg: DictConfig) -> BlendableDataset:
     """Blend SFT files without a store: at least `number` samples, in the order of NeMo's SFT."""
-    files, weights = sft_files(data_cfg), data_cfg.get("concat_sampling_probabilities")
+    split = TrainSplit.of(data_cfg)
+    files, weights = split.file_names, split.concat_sampling_probabilities
     if weights is None or len(weights) != len(files):
         raise NemoKDError(
             f"model.data.train_ds.concat_sampling_probabilities={weights}: without a store, one "

@@ -13,8 +13,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.config import sft_files, store_directories
-from nemo_kd.nemo.settings.training import SPLITS
+from nemo_kd.nemo.splits import Split, TrainSplit, ValidationSplit, splits_of
 
 Rules = dict[str, tuple[tuple[Any, ...], str]]
 """Key → its neutral values (the defaults of this package, NeMo's code and NeMo's YAML), and the
@@ -55,47 +54,46 @@ def check_data_settings(data: DictConfig) -> None:
 
     Errors: NemoKDError that names the first such key.
     """
-    blocks = {split: data[split] for split in SPLITS if data.get(split) is not None}
-    reads_files = any(sft_files(block) for block in blocks.values())
-    for split, block in blocks.items():
-        for rules in _rules(split, block, reads_files):
+    splits = splits_of(data)
+    reads_files = any(split.file_names for split in splits.values())
+    for name, split in splits.items():
+        block = data[name]
+        for rules in _rules(split, reads_files):
             for key, (neutral, reason) in rules.items():
                 value = block.get(key)
                 if value is not None and value not in neutral:
-                    raise _no_effect(split, key, value, reason)
-        if split == "train_ds":
-            _check_order(block)
-        else:
-            check_names(block)
+                    raise _no_effect(name, key, value, reason)
+        if isinstance(split, TrainSplit):
+            _check_order(block, split)
+        elif isinstance(split, ValidationSplit):
+            split.check_names()
 
 
-def _rules(split: str, block: DictConfig, reads_files: bool) -> Iterator[Rules]:
-    """Yield the rules that apply to the block of `split`.
+def _rules(split: Split, reads_files: bool) -> Iterator[Rules]:
+    """Yield the rules that apply to a block.
 
     `reads_files`: whether either split reads SFT files; both count, since validation_ds takes
     settings of train_ds.
     """
-    stores, files = store_directories(block), sft_files(block)
-    packed = block.get("packed_sequence", False)
+    training = isinstance(split, TrainSplit)
     yield UNUSED
-    if split == "validation_ds":
+    if not training:
         yield VALIDATION
     if not reads_files:
         yield FILES_ONLY
-    if stores:
+    if split.store:
         yield STORES
-        if packed:
+        if split.packed_sequence:
             yield PACKED_STORES
-        if split == "train_ds":
+        if training:
             yield TRAINING_STORES
-    elif files and split == "train_ds":
+    elif split.file_names and training:
         yield {"over_long": (("error",), "NeMo truncates samples of SFT files by truncation_field")}
 
 
-def _check_order(block: DictConfig) -> None:
+def _check_order(block: DictConfig, split: TrainSplit) -> None:
     """Check `shuffle`, `shuffle_seed` and NeMo's `seed` of the training data."""
-    stores, seed = store_directories(block), block.get("shuffle_seed")
-    shuffle = block.get("shuffle")
+    shuffle, seed = block.get("shuffle"), block.get("shuffle_seed")
     if not isinstance(shuffle, bool | None):
         raise NemoKDError(f"model.data.train_ds.shuffle={shuffle}: expected true or false")
     if isinstance(seed, bool) or not isinstance(seed, int | None) or not 0 <= (seed or 0) < 1 << 31:
@@ -105,42 +103,13 @@ def _check_order(block: DictConfig) -> None:
     if shuffle is False and seed not in (None, 1):
         raise _no_effect("train_ds", "shuffle_seed", seed, "shuffle=false keeps the data's order")
     nemos = [key for key in ("global_sample_mapping", "packed_sequence") if block.get(key)]
-    if stores or not nemos:
+    if split.store or not nemos:
         if block.get("seed") is not None:
             raise _no_effect("train_ds", "seed", block.seed, f"{SHUFFLED_BY}; set that")
     elif shuffle is False or seed not in (None, 1):
         given = "shuffle_seed" if seed not in (None, 1) else "shuffle"
         reason = f"{nemos[0]}=true of SFT files has NeMo's own order, by model.data.train_ds.seed"
         raise _no_effect("train_ds", given, block[given], reason)
-
-
-def check_names(block: DictConfig) -> None:
-    """Require a unique name for each validation set, or no names (then set0, set1, ...).
-
-    Errors: NemoKDError if there are more or fewer names than sets, for a name that is not text or
-    contains a slash (a directory in the paths of NeMo's prediction files), and for a repeated name,
-    under which NeMo and Lightning would log the mean of both sets.
-    """
-    names, count = block.get("names"), len(store_directories(block)) + len(sft_files(block))
-    if names is None:
-        return
-    given = [names] if isinstance(names, str | int | float) else list(names)
-    if len(given) != count:
-        raise NemoKDError(
-            f"model.data.validation_ds.names={names} does not name the {count} stores and files of "
-            "this data set: give one name for each, stores first"
-        )
-    for place, name in enumerate(given):
-        if not isinstance(name, str) or not name.strip() or "/" in name:
-            raise NemoKDError(
-                f"model.data.validation_ds.names has {name!r}: expected text without a slash, such "
-                "as heldout; write a number in quotes"
-            )
-        if name in given[:place]:
-            raise NemoKDError(
-                f"model.data.validation_ds.names has {name!r} twice: the logs would show the mean "
-                "of both sets under this name; give each set its own name"
-            )
 
 
 def _no_effect(split: str, key: str, value: Any, reason: str) -> NemoKDError:

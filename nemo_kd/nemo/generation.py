@@ -16,9 +16,9 @@ from omegaconf import DictConfig, OmegaConf
 from torchmetrics.text.rouge import ROUGEScore
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.config import sft_files, store_directories
 from nemo_kd.nemo.reporting import ReportingSFTModel
 from nemo_kd.nemo.rouge import WITHOUT_SENTENCES, splits_sentences
+from nemo_kd.nemo.splits import ValidationSplit
 
 
 def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
@@ -40,7 +40,7 @@ class GeneratingSFTModel(ReportingSFTModel):
 
     def setup_metric(self, data_cfg: DictConfig) -> Any:
         """Create a metric for each store and each file; NeMo does so for `file_names` only."""
-        sets = [*store_directories(data_cfg), *sft_files(data_cfg)]
+        sets = list(ValidationSplit.of(data_cfg).sources)
         metrics, name = super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
         if name == "rouge" and not splits_sentences():
             if not self.global_rank:

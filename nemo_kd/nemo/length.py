@@ -9,8 +9,8 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_kd.data import fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.config import sft_files, store_directories
 from nemo_kd.nemo.record import Progress, say
+from nemo_kd.nemo.splits import Split
 from nemo_kd.store import Store
 
 NO_EPOCH_LIMIT = 9999
@@ -42,16 +42,17 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
 
 def validates(cfg: DictConfig) -> bool:
     """Whether there is validation data, and validation is not turned off."""
-    data = cfg.model.data.validation_ds
     limit = cfg.trainer.get("limit_val_batches")
-    return bool((data.get("store") or data.get("file_names")) and (limit is None or limit > 0))
+    sources = Split.of(cfg.model.data.validation_ds).sources
+    return bool(sources) and (limit is None or limit > 0)
 
 
 def samples_of(data_cfg: DictConfig) -> list[int]:
     """Return the number of samples (or packs) of each store and file of a block."""
+    split, length = Split.of(data_cfg), data_cfg.max_seq_length
     return [
-        *(_used(Store(directory), data_cfg) for directory in store_directories(data_cfg)),
-        *(rows_of(Path(file)) for file in sft_files(data_cfg)),
+        *(_used(Store(directory), split, length) for directory in split.store),
+        *(rows_of(Path(file)) for file in split.file_names),
     ]
 
 
@@ -67,13 +68,12 @@ def rows_of(path: Path) -> int:
     return rows
 
 
-def _used(store: Store, data_cfg: DictConfig) -> int:
-    length = data_cfg.max_seq_length
-    fitting = fit_lengths(store, length, data_cfg.get("over_long") or "error")
+def _used(store: Store, split: Split, length: int) -> int:
+    fitting = fit_lengths(store, length, split.over_long)
+    if not split.packed_sequence:
+        return len(fitting)
     # The number of packs does not depend on the seed.
-    seed = None if data_cfg.get("shuffle") is False else 0
-    packed = data_cfg.get("packed_sequence", False)
-    return len(pack_samples(store, fitting, length, seed) if packed else fitting)
+    return len(pack_samples(store, fitting, length, 0 if split.shuffle else None))
 
 
 def _limits(max_epochs: int | None) -> bool:
@@ -111,7 +111,8 @@ def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
 def _steps_of_epoch(cfg: DictConfig) -> int:
     """Return the steps of an epoch, which has as many draws as the blend has samples."""
     data = cfg.model.data.train_ds
-    if not store_directories(data) and data.get("packed_sequence", False):
+    split = Split.of(data)
+    if not split.store and split.packed_sequence:
         raise NemoKDError(
             f"trainer.max_epochs={cfg.trainer.max_epochs} with NeMo's packed files is not "
             "supported: set trainer.max_steps"
@@ -170,11 +171,11 @@ def _interval(given: Any, steps: int, epoch: int | None) -> int:
 def _check_validation(cfg: DictConfig) -> None:
     """Require a batch from every set: without a validation, no checkpoint would be saved."""
     data, limit = cfg.model.data.validation_ds, cfg.trainer.get("limit_val_batches")
-    if data.get("packed_sequence", False):  # NeMo's own packed files
+    split = Split.of(data)
+    if split.packed_sequence:  # NeMo's own packed files
         return
-    sources = [*store_directories(data), *sft_files(data)]
     batch = data.global_batch_size
-    for source, samples in zip(sources, samples_of(data), strict=True):
+    for source, samples in zip(split.sources, samples_of(data), strict=True):
         batches = samples // batch if data.get("drop_last", False) else -(-samples // batch)
         if not batches:
             raise NemoKDError(

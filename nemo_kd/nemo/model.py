@@ -23,12 +23,13 @@ from torch.utils.data import DataLoader
 from nemo_kd.errors import NemoKDError
 from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.nemo.blend import blend, blend_files, build_datasets
-from nemo_kd.nemo.config import check_train_data, kd_training_config, store_directories
+from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.generation import GeneratingSFTModel, check_generation
-from nemo_kd.nemo.order import Order, reorder_files
+from nemo_kd.nemo.order import reorder_files
 from nemo_kd.nemo.packed import check_packing
 from nemo_kd.nemo.record import Progress, read
 from nemo_kd.nemo.resume import WholeRunBatchSampler
+from nemo_kd.nemo.splits import TrainSplit, ValidationSplit
 
 NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
 
@@ -70,24 +71,26 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         check_packing(data_cfg)
         if not is_train:
             return self._build_validation(data_cfg)
-        if store_directories(data_cfg):
+        split = TrainSplit.of(data_cfg)
+        if split.store:
             datasets = build_datasets(self, data_cfg)
             steps = self.trainer.max_steps - self._done.step
             wanted = self._done.consumed_samples + steps * data_cfg.global_batch_size
             return blend(datasets, wanted, data_cfg)
-        check_train_data(data_cfg, self.kd_schedule)
-        if data_cfg.get("packed_sequence", False):
+        split.check_sources(self.kd_schedule)
+        if split.packed_sequence:
             return super()._build_dataset(data_cfg, is_train)  # NeMo's own packed files
         number = self.trainer.max_steps * data_cfg.global_batch_size
         blended = blend_files(self, number, data_cfg)
-        reorder_files(blended, Order.of(data_cfg))
+        reorder_files(blended, split)
         return blended
 
     def _build_validation(self, data_cfg: DictConfig) -> Any:
         check_generation(self.cfg, data_cfg)
-        if not data_cfg.get("packed_sequence", False):
+        split = ValidationSplit.of(data_cfg)
+        if not split.packed_sequence:
             return build_datasets(self, data_cfg, training=False)
-        if store_directories(data_cfg):
+        if split.store:
             raise NemoKDError(
                 "model.data.validation_ds.packed_sequence=true with stores: they are measured "
                 "sample by sample; set it to false"

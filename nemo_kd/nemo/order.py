@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
 from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import OnlineSampleMapping
-from omegaconf import DictConfig
 
-NEMO_SHUFFLE_SEED = 1
-
-
-@dataclass(frozen=True)
-class Order:
-    """Whether each epoch is shuffled, and with which seed; else the order of the store or file."""
-
-    shuffle: bool
-    seed: int
-
-    @classmethod
-    def of(cls, data_cfg: DictConfig) -> Order:
-        shuffle, seed = data_cfg.get("shuffle"), data_cfg.get("shuffle_seed")
-        return cls(
-            True if shuffle is None else shuffle, NEMO_SHUFFLE_SEED if seed is None else seed
-        )
+from nemo_kd.nemo.splits import TrainSplit
 
 
-def reorder_files(blended: BlendableDataset, order: Order) -> None:
-    """Give NeMo's own SFT data sets this order, unless it is NeMo's."""
-    if order == Order(True, NEMO_SHUFFLE_SEED):
+def reorder_files(blended: BlendableDataset, split: TrainSplit) -> None:
+    """Give NeMo's own SFT data sets the order of a block, unless it is what NeMo always has."""
+    if (split.shuffle, split.shuffle_seed) == (True, TrainSplit.shuffle_seed):
         return
     for dataset in blended.datasets:
         dataset.samples_mapping = OnlineSampleMapping(
             len(dataset.indexed_dataset),
             dataset.max_num_samples,
-            seed=order.seed,
-            shuffle=order.shuffle,
+            seed=split.shuffle_seed,
+            shuffle=split.shuffle,
         )

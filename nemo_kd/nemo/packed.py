@@ -10,6 +10,7 @@ from omegaconf import DictConfig
 from nemo_kd.data import Packing, Packs, collate_packs, joined
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.dataset import StoreSFTDataset
+from nemo_kd.nemo.splits import Split
 from nemo_kd.store import Store
 
 
@@ -18,7 +19,7 @@ def check_packing(data_cfg: DictConfig) -> None:
 
     Errors: NemoKDError for another micro-batch size.
     """
-    if data_cfg.get("packed_sequence", False) and data_cfg.micro_batch_size != 1:
+    if Split.of(data_cfg).packed_sequence and data_cfg.micro_batch_size != 1:
         raise NemoKDError(
             f"micro_batch_size={data_cfg.micro_batch_size} with packed_sequence=true: a pack is a "
             "micro-batch of its own; set model.micro_batch_size=1, and max_seq_length of the data "

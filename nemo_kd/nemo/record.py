@@ -13,8 +13,9 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.files import sha256_of
-from nemo_kd.nemo.config import kd_training_config, sft_files, store_directories
+from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.resumed_settings import Settings
+from nemo_kd.nemo.splits import TrainSplit
 from nemo_kd.store import Store
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.visible import visible
@@ -72,8 +73,9 @@ def record_of(cfg: DictConfig, settings: Settings) -> Record:
 
 def training_data(data_cfg: DictConfig) -> list[Origin]:
     """Return paths and fingerprints of the training data, stores first."""
-    stores = [Store(directory) for directory in store_directories(data_cfg)]
-    files = [Path(file) for file in sft_files(data_cfg)]
+    split = TrainSplit.of(data_cfg)
+    stores = [Store(directory) for directory in split.store]
+    files = [Path(file) for file in split.file_names]
     return [
         *({"path": str(s.directory), "fingerprint": s.fingerprint} for s in stores),
         *({"path": str(file), "fingerprint": sha256_of(file)} for file in files),

@@ -20,7 +20,7 @@ from megatron.core.num_microbatches_calculator import (
 from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
     MegatronGPTSFTModel,
 )
-from omegaconf import DictConfig, ListConfig
+from omegaconf import DictConfig
 
 from nemo_kd.loss import MassWatch
 from nemo_kd.nemo.config import kd_training_config
@@ -30,6 +30,7 @@ from nemo_kd.nemo.metrics import (
     forget,
     forget_loss_without_tokens,
 )
+from nemo_kd.nemo.splits import ValidationSplit
 from nemo_kd.nemo.student_loss import StudentLoss
 
 
@@ -155,17 +156,18 @@ class ReportingSFTModel(MegatronGPTSFTModel):
 
     def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:
         sets = outputs if outputs and isinstance(outputs[0], list) else [outputs]
+        split = ValidationSplit.of(data_cfg)
         means = {index: sums.means() for index, sums in sorted(self._validation_sums.items())}
         for index, of_set in means.items():
             # NeMo's own packed files are not measured; a set without an answer token has no loss.
-            for output in [] if data_cfg.get("packed_sequence") else sets[index]:
+            for output in [] if split.packed_sequence else sets[index]:
                 output["loss"] = self._as_nemo_averages(of_set.get("loss", math.nan))
         result = super().inference_epoch_end(outputs, mode, data_cfg)
         prefix = "val" if mode == "validation" else mode
         for index, of_set in means.items():
             for name, value in of_set.items():
                 # On every rank, since a checkpoint may monitor it.
-                self.log(f"{prefix}/{_set_name(data_cfg, index)}/{name}", value, batch_size=1)
+                self.log(f"{prefix}/{split.name(index)}/{name}", value, batch_size=1)
         return result
 
     def _as_nemo_averages(self, loss: float) -> torch.Tensor:
@@ -175,10 +177,3 @@ class ReportingSFTModel(MegatronGPTSFTModel):
         """
         complete = self.cfg.data.get("validation_drop_last", True)
         return torch.tensor(loss if complete else [loss, 1.0], device=torch.cuda.current_device())
-
-
-def _set_name(data_cfg: DictConfig, index: int) -> str:
-    names = data_cfg.get("names")
-    if names is None:
-        return f"set{index}"
-    return names[index] if isinstance(names, ListConfig) else names

@@ -9,7 +9,6 @@ import yaml
 from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.config import store_directories
 from nemo_kd.nemo.record import STEPS_KEY, Origin, Progress, Record, read, say
 from nemo_kd.nemo.resumed_settings import (
     FIXED,
@@ -20,6 +19,8 @@ from nemo_kd.nemo.resumed_settings import (
     refuse,
 )
 from nemo_kd.nemo.run_directory import RunDirectory
+from nemo_kd.nemo.splits import ResumeConfig, TrainSplit
+from nemo_kd.settings.dataclass import settings_of
 
 NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
 
@@ -62,8 +63,7 @@ def resume(
     that would end before its checkpoint.
     """
     at, steps = directory.checkpoint, cfg.trainer.max_steps
-    allow = (cfg.get("resume") or {}).get("allow") or []
-    allow = [allow] if isinstance(allow, str) else list(allow)
+    allow = list(settings_of(ResumeConfig, cfg.get("resume"), "resume").allow or ())
     changed = _compare(cfg, then, now, raw, allow, str(at))
     if then.settings is None:
         say(f"{at} has no record of its run's settings, so they were not compared")
@@ -103,7 +103,8 @@ def _compare(
     found += _other_files(cfg, then, now)
     fixed = _fixed(cfg)
     longer = then.max_steps not in (None, now.max_steps)
-    if longer and ("trainer.max_steps" in fixed or not store_directories(cfg.model.data.train_ds)):
+    has_store = bool(TrainSplit.of(cfg.model.data.train_ds).store)
+    if longer and ("trainer.max_steps" in fixed or not has_store):
         found.append(Change("trainer.max_steps", then.max_steps, now.max_steps))
     refuse(found, allow, fixed, at)
     return found
@@ -111,7 +112,7 @@ def _compare(
 
 def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
     """Return changes of the student and the data: other contents, not merely another path."""
-    kind = "store" if store_directories(cfg.model.data.train_ds) else "file_names"
+    kind = "store" if TrainSplit.of(cfg.model.data.train_ds).store else "file_names"
     pairs = [
         (f"model.data.train_ds.{kind}", then.train_stores, now.train_stores),
         ("model.restore_from_path", _listed(then.student), _listed(now.student)),
@@ -138,7 +139,7 @@ def _named(origins: list[Origin] | None) -> str:
 def _fixed(cfg: DictConfig) -> dict[str, str]:
     """Map the keys that this run cannot change when it resumes to the reasons."""
     fixed = dict(FIXED)
-    if not store_directories(cfg.model.data.train_ds):
+    if not TrainSplit.of(cfg.model.data.train_ds).store:
         why = "NeMo's order of SFT files without a store depends on it"
         fixed |= {"model.global_batch_size": why, "model.data.train_ds.global_batch_size": why}
     if not _is_planned(cfg):

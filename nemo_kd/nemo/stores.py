@@ -12,9 +12,9 @@ from omegaconf import DictConfig
 from nemo_kd.data import check_learnable, fit_lengths, pack_samples
 from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
-from nemo_kd.nemo.order import Order
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
 from nemo_kd.nemo.sft_files import pad_multiple
+from nemo_kd.nemo.splits import TrainSplit
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
 from nemo_kd.store.codecs import TopP
@@ -40,17 +40,16 @@ def store_dataset(
     store = open_store(model, directory)
     _check_learnable(store, model.kd_schedule, alpha, training)
     _warn_of_labels(store)
-    length = data_cfg.max_seq_length
-    fitting = fit_lengths(store, length, data_cfg.get("over_long", "error"))
+    split, length = TrainSplit.of(data_cfg), data_cfg.max_seq_length
+    fitting = fit_lengths(store, length, split.over_long)
     if fitting.truncated or fitting.dropped:
         _log(store, f"more than max_seq_length={length} tokens: {fitting}")
     if training:
         _log_what_is_learned(model, store, alpha)
     arguments = shared_arguments(model, data_cfg)
-    if not data_cfg.get("packed_sequence", False):
+    if not split.packed_sequence:
         return StoreSFTDataset(store, fitting, alpha, **arguments)
-    order = Order.of(data_cfg)
-    packing = pack_samples(store, fitting, length, order.seed if order.shuffle else None)
+    packing = pack_samples(store, fitting, length, split.shuffle_seed if split.shuffle else None)
     _log(store, str(packing))
     return PackedStoreSFTDataset(store, packing, alpha, **arguments)
 

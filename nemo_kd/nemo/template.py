@@ -13,9 +13,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_kd.nemo.config import NEMO_TEMPLATE, sft_files
+from nemo_kd.nemo.config import NEMO_TEMPLATE
 from nemo_kd.nemo.record import say
-from nemo_kd.nemo.settings.training import SPLITS
+from nemo_kd.nemo.splits import SPLITS, Split
 from nemo_kd.store import Store, StoreError
 
 OF_MODEL: dict[str, tuple[str, bool]] = {"chat": ("data", False), "answer_only_loss": ("", True)}
@@ -69,7 +69,7 @@ def _settled(
     found = [store.spec.template[key] for store in known]
     if any(value != found[0] for value in found):
         both = f"store {known[0].directory} and other stores differ in the template setting {key}"
-        if sft_files(block):
+        if Split.of(block).file_names:
             raise StoreError(f"{both}: set {where} for the SFT files blended with them")
         say(f"{both}; the saved model records {where}={found[0]!r}")
     return found[0] if found else default

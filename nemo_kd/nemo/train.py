@@ -13,15 +13,13 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.files import publish
 from nemo_kd.nemo import run_directory, start, start_of_run
 from nemo_kd.nemo.config import (
-    check_train_data,
     kd_training_config,
-    store_alphas,
-    store_directories,
 )
 from nemo_kd.nemo.data_settings import check_data_settings
 from nemo_kd.nemo.length import fit_length, refuse_part_epochs
 from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of
 from nemo_kd.nemo.settings import training
+from nemo_kd.nemo.splits import Split, TrainSplit, splits_of
 from nemo_kd.nemo.template import settle_template
 from nemo_kd.settings import files
 from nemo_kd.store import Store, StoreError
@@ -39,7 +37,7 @@ def run(cfg: DictConfig) -> None:
     """
     check_settings(cfg)
     refuse_part_epochs(cfg.trainer)
-    check_train_data(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
+    TrainSplit.of(cfg.model.data.train_ds).check_sources(kd_training_config(cfg.model.kd))
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     settings = asked(cfg)
     _prepare(cfg)
@@ -147,18 +145,19 @@ def check_settings(cfg: DictConfig) -> None:
     training.fill_in(cfg)
     training.check_keys(cfg)
     check_data_settings(cfg.model.data)
-    store_alphas(cfg.model.data.train_ds, kd_training_config(cfg.model.kd))
+    TrainSplit.of(cfg.model.data.train_ds).alphas(kd_training_config(cfg.model.kd))
     start.refuse(cfg)
     training.check_inputs(cfg)
-    settle_template(cfg.model, {split: _stores(cfg, split) for split in training.SPLITS})
+    splits = splits_of(cfg.model.data)
+    settle_template(cfg.model, {name: _stores(name, split) for name, split in splits.items()})
     training.check_templates(cfg)
 
 
-def _stores(cfg: DictConfig, split: str) -> list[Store]:
+def _stores(name: str, split: Split) -> list[Store]:
     try:
-        return [Store(directory) for directory in store_directories(cfg.model.data[split])]
+        return [Store(directory) for directory in split.store]
     except StoreError as error:
-        raise StoreError(f"model.data.{split}.store: {error}") from error
+        raise StoreError(f"model.data.{name}.store: {error}") from error
 
 
 def _prepare(cfg: DictConfig) -> None:

@@ -34,8 +34,9 @@ from nemo_kd.data import fit_lengths  # noqa: E402
 from nemo_kd.mcore import StoreBatches  # noqa: E402
 from nemo_kd.nemo import blend, stores  # noqa: E402
 from nemo_kd.nemo.config import KDTrainingConfig  # noqa: E402
-from nemo_kd.nemo.order import Order, reorder_files  # noqa: E402
+from nemo_kd.nemo.order import reorder_files  # noqa: E402
 from nemo_kd.nemo.resume import WholeRunBatchSampler  # noqa: E402
+from nemo_kd.nemo.splits import TrainSplit  # noqa: E402
 from nemo_kd.store import Store, StoreError  # noqa: E402
 from nemo_kd.store.tools.transform import write_samples  # noqa: E402
 from tests.store.samples import each_array  # noqa: E402
@@ -65,7 +66,7 @@ def rows(dataset: BlendableDataset) -> list[tuple[int, int]]:
     ]
 
 
-def file_rows(file: str, samples: int, order: Order) -> list[int]:
+def file_rows(file: str, samples: int, split: TrainSplit) -> list[int]:
     """The rows of NeMo's own SFT data set of a file, in the order that it is given."""
     dataset = GPTSFTDataset(
         file,
@@ -77,7 +78,7 @@ def file_rows(file: str, samples: int, order: Order) -> list[int]:
         memmap_workers=1,
     )
     blended = BlendableDataset([dataset], [1.0], samples)
-    reorder_files(blended, order)
+    reorder_files(blended, split)
     places = blended.dataset_sample_index
     return [int(dataset.samples_mapping[int(place)][0]) for place in places]
 
@@ -179,9 +180,9 @@ def main(first: str, second: str, file: str, out: Path) -> None:
         "two_in_order": rows(blended([first, second], 12, shuffle=False)),
         "packs_in_order": packs(blended([first], 24, **PACKED, shuffle=False)),
         "packs": packs(blended([first], 24, **PACKED)),
-        "file": file_rows(file, 90, Order(True, 1)),
-        "file_of_another_seed": file_rows(file, 90, Order(True, 7)),
-        "file_in_order": file_rows(file, 90, Order(False, 1)),
+        "file": file_rows(file, 90, TrainSplit()),
+        "file_of_another_seed": file_rows(file, 90, TrainSplit(shuffle_seed=7)),
+        "file_in_order": file_rows(file, 90, TrainSplit(shuffle=False)),
         "used": fit_lengths(Store(first), 60, "drop").used.tolist(),
         "batches": batches(40, 0, 1, 1),
         "other_layouts": [batches(40, 0, size, ranks) for size, ranks in ((2, 1), (1, 2), (2, 2))],

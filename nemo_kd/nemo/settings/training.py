@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.settings import keys as nemo
 from nemo_kd.nemo.settings.optim import OPTIM
+from nemo_kd.nemo.splits import SPLITS, ResumeConfig, TrainSplit, ValidationSplit
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes
 from nemo_kd.settings.blocks import FREE, Block, check
@@ -22,25 +23,14 @@ from nemo_kd.settings.values import (
     PATH,
     TEXT,
     Kind,
-    either,
     list_of,
-    number,
     one_of,
-    one_or_more,
     optional,
 )
 
-PATHS = optional(one_or_more(PATH))
-SPLIT: dict[str, Kind | Block] = {
-    "store": PATHS,
-    "over_long": one_of(
-        "error", "truncate", "drop", truncate="cut cutprompt trim", drop="skip", error="refuse"
-    ),
-    # Read by NeMo's `_build_dataset` and `build_data_loader`.
-    "file_names": PATHS,
+NEMOS: dict[str, Kind | Block] = {  # read by NeMo's `_build_dataset` and `build_data_loader`
     "global_batch_size": COUNT,
     "micro_batch_size": COUNT,
-    "shuffle": optional(FLAG),
     "seed": NATURAL,
     "num_workers": NATURAL,
     "memmap_workers": optional(COUNT),
@@ -54,7 +44,6 @@ SPLIT: dict[str, Kind | Block] = {
     "pad_to_max_length": FLAG,
     "ceil_to_power_2": FLAG,
     "get_attention_mask_from_fusion": FLAG,
-    "packed_sequence": FLAG,
     "packed_sequence_return_cu_seqlen": FLAG,
     "tokens_to_generate": NATURAL,
     "sample_weight": optional(TEXT),
@@ -67,12 +56,6 @@ SPLIT: dict[str, Kind | Block] = {
     "truncation_method": optional(one_of("left", "right")),
     "prompt_template": optional(TEXT),
 }
-ALPHA = optional(number())  # one for each store: see `store_alphas`
-TRAIN_SPLIT = SPLIT | {
-    "alpha": either(ALPHA, list_of(ALPHA)),
-    "concat_sampling_probabilities": optional(list_of(number(0))),
-    "shuffle_seed": optional(NATURAL),
-}
 METRIC = Block(
     {
         "name": optional(TEXT),
@@ -83,8 +66,10 @@ METRIC = Block(
         "label_key": TEXT,
     }
 )
-VALIDATION_SPLIT = SPLIT | {
-    "names": optional(one_or_more(TEXT)),
+TRAIN_SPLIT = {**block_of(TrainSplit).keys, **NEMOS}
+VALIDATION_SPLIT = {
+    **block_of(ValidationSplit).keys,
+    **NEMOS,
     "metric": METRIC,
     "write_predictions_to_file": FLAG,
     "output_file_path_prefix": optional(TEXT),
@@ -118,13 +103,12 @@ TRAINING_BLOCK = Block(
             },
             lambda block: nemo.model_keys(),
         ),
-        "resume": Block({"allow": optional(list_of(TEXT))}),
+        "resume": block_of(ResumeConfig),
         "cluster_type": optional(TEXT),  # a key of NeMo, for its own clusters
     },
     moved=TRAINING,
 )
 OUTPUT_BLOCK = Block({**TRAINING_BLOCK.keys, "output": optional(PATH)}, moved=TRAINING)
-SPLITS = ("train_ds", "validation_ds")
 
 
 def fill_in(cfg: DictConfig) -> None:
@@ -158,7 +142,7 @@ def check_inputs(cfg: DictConfig) -> None:
     """
     files.check_files(cfg, FILES)
     check_processes(cfg)
-    check_batches(cfg, SPLITS)
+    check_batches(cfg, tuple(SPLITS))
 
 
 def check_templates(cfg: DictConfig) -> None:
