@@ -38,9 +38,10 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+from nemo_kd.files import sha256_of
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.layout import SAMPLE_FIELDS
-from nemo_kd.store.manifest import shard_name
+from nemo_kd.store.manifest import INDEX, FileInfo, segment_name
 from nemo_kd.store.tools.transform import write_samples
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
 from nemo_kd.topk import ABSENT_ID, TopK
@@ -56,7 +57,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     f"sampled, {DRAWS} draws": {"profile": "sampled", "top_k": DRAWS},
 }
 SPEED_SAMPLES, SPEED_ANSWERS = 1000, 200
-MILLION = 1_000_000
+SAMPLES, SEGMENTS = 10_000_000, 64
 
 
 @dataclass(frozen=True)
@@ -164,8 +165,8 @@ def teacher_bytes(manifest: Manifest) -> float:
     """Return the bytes per answer token of the profile's files, without indices."""
     size = sum(
         info.bytes
-        for shard in manifest.shards
-        for name, info in shard.files.items()
+        for part in manifest.parts
+        for name, info in part.files.items()
         if name.endswith(".bin") and name.removesuffix(".bin") not in SAMPLE_FIELDS
     )
     return size / manifest.totals["answer_tokens"]
@@ -231,25 +232,36 @@ def best(step: Any) -> float:
 
 
 def opening() -> dict[str, float]:
-    """Time opening a store of a million samples, 256 per shard (one shard under many names)."""
-    spec = StoreSpec(top_k=1, vocab_size=100)
+    """Time opening a store of ten million samples in 64 segments, and its lengths."""
+    spec = StoreSpec(top_k=1, vocab_size=100, rows_per_shard=SAMPLES // SEGMENTS)
     mask, one = np.array([0, 1], np.uint8), np.ones((1, 1))
     teacher = TopK(ids=one.astype(np.int64), logits=-one, logsumexp=0 * one)
-    samples = [Sample(i, np.array([1, 1]), mask, teacher) for i in range(spec.rows_per_shard)]
+    samples = (Sample(i, np.array([1, 1]), mask, teacher) for i in range(spec.rows_per_shard))
     with tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "store"
-        (info,) = write_samples(samples, path, spec).shards
-        shards = [replace(info, name=shard_name(i)) for i in range(MILLION // info.samples)]
-        for shard in shards[1:]:
-            (path / shard.name).mkdir()
-            for name in info.files:
-                os.link(path / info.name / name, path / shard.name / name)
-        Manifest(spec, tuple(shards)).write(path)
+        manifest = write_samples(samples, path, spec)
+        (info,) = manifest.parts
+        for i in range(1, SEGMENTS):  # one segment under many names: opening reads none of them
+            os.symlink(info.name, path / segment_name(i))
+        parts = tuple(replace(info, name=segment_name(i)) for i in range(SEGMENTS))
+        rows, lengths = np.arange(SAMPLES), np.full(SAMPLES, 2, np.int32)
+        (path / INDEX).write_bytes(rows.tobytes() + lengths.tobytes())
+        index = FileInfo((path / INDEX).stat().st_size, sha256_of(path / INDEX))
+        replace(manifest, parts=parts, index=index).write(path)
         before, start = psutil.Process().memory_info().rss, time.perf_counter()
         store = Store(path)
         seconds = time.perf_counter() - start
         grown = psutil.Process().memory_info().rss - before
-        return {"samples": len(store), "seconds": round(seconds, 2), "mb": round(grown / 1e6, 1)}
+        start = time.perf_counter()
+        total = int(store.lengths.sum())
+        return {
+            "samples": len(store),
+            "tokens": total,
+            "files": sum(len(part.files) + 1 for part in parts) + 3,
+            "seconds": round(seconds, 4),
+            "mb": round(grown / 1e6, 1),
+            "seconds_for_lengths": round(time.perf_counter() - start, 3),
+        }
 
 
 # --- result -------------------------------------------------------------------------------------
@@ -300,7 +312,10 @@ def main() -> None:
     tokens = sum(len(one.log_p) for one in everything)
     show(rows, tokens)
     opened, where = opening(), machine()
-    print(f"opening {opened['samples']:,} samples: {opened['seconds']} s, {opened['mb']} MB")
+    print(
+        f"opening {opened['samples']:,} samples in {opened['files']} files: {opened['seconds']} s, "
+        f"{opened['mb']} MB; their lengths: {opened['seconds_for_lengths']} s"
+    )
     print(f"{where['processor']}, {where['cores']} cores, load {where['load']} in the last minute")
     result = {"machine": where, "answer_tokens": tokens, "profiles": rows, "opening": opened}
     RESULT.parent.mkdir(exist_ok=True)

@@ -23,7 +23,6 @@ from nemo_kd.store import (
     write_jsonl,
     write_samples,
 )
-from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths, existing_chunks
 from nemo_kd.store.tools.jsonl import Padding, lines_of
@@ -33,7 +32,7 @@ ON_BAD_LINES = ("error", "drop")
 MAX_PADDING_MASS = 0.01
 """Highest plausible mean probability per answer token of padding ids for a trained teacher."""
 MASS_SAMPLES = 64  # evenly spaced samples read to measure the mass that a conversion lost
-_PROFILE = ("--profile", "--p", "--top-k", "--rows-per-shard")
+_PROFILE = ("--profile", "--p", "--top-k", "--segment-bytes")
 OPTIONS = {
     "from a store to JSONL": ("--samples-per-chunk",),
     "from JSONL to a store": (*_PROFILE, "--tokenizer", "--bad-lines", "--renumber"),
@@ -105,9 +104,9 @@ def averaged(
 
 
 def _unlike_profile(first: Store, other: Store) -> list[str]:
-    """Return the fields of profile, K and shard size in which two stores differ."""
+    """Return the fields of profile and K in which two stores differ."""
     differences = first.spec.differences(other.spec)
-    of_profile = ("profile", "profile_options", "top_k", "rows_per_shard")
+    of_profile = ("profile", "profile_options", "top_k")
     return [name for name, _, _ in differences if name.split(".")[0] in of_profile]
 
 
@@ -118,7 +117,7 @@ def from_jsonl(
     profile: str | None,
     profile_options: dict[str, Any] | None,
     top_k: int | None,
-    rows_per_shard: int | None,
+    segment_bytes: int | None,
     tokenizer: str | None,
     bad_lines: str | None,
     renumber: bool,
@@ -143,7 +142,6 @@ def from_jsonl(
     spec = StoreSpec(
         top_k=first_top_k(source) if top_k is None else top_k,
         vocab_size=loaded.vocab_size,
-        rows_per_shard=ROWS_PER_SHARD if rows_per_shard is None else rows_per_shard,
         profile="plain" if profile is None else profile,
         profile_options=profile_options or {},
         tokenizer={
@@ -169,7 +167,9 @@ def from_jsonl(
             agreement += Agreement.of_sample(sample, spec)
             yield sample
 
-    manifest = write_samples(samples(), target, spec, overwrite=overwrite)
+    manifest = write_samples(
+        samples(), target, spec, segment_bytes=segment_bytes, overwrite=overwrite
+    )
     for warning in (agreement.warning(), _padding_warning(padding, agreement.tokens, tokenizer)):
         if warning:
             print(visible(f"WARNING: {source}: {warning}"), file=sys.stderr)

@@ -37,12 +37,12 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
     each = totals["bytes"] / max(totals["answer_tokens"], 1)
     if as_json:
         value = {"fingerprint": fingerprint, "bytes_per_answer_token": each, **totals}
-        print_json({**value, "shards": len(manifest.shards), "spec": manifest.spec.to_json()})
+        print_json({**value, "parts": len(manifest.parts), "spec": manifest.spec.to_json()})
         return
     counts = {
         "samples": f"{totals['samples']:,} ({totals['samples_without_answer']:,} without answer)",
         "tokens": f"{totals['tokens']:,}, of which {totals['answer_tokens']:,} answer tokens",
-        "size": f"{render.size(totals['bytes'])} in {len(manifest.shards):,} shards, "
+        "size": f"{render.size(totals['bytes'])} in {len(manifest.parts):,} parts, "
         f"{each:.1f} bytes per answer token, including tokens and indices",
         "fingerprint": fingerprint,
     }

@@ -1,4 +1,4 @@
-"""Commands that create stores: convert, merge, average, split."""
+"""Commands that create or change stores: convert, merge, average, split, pack."""
 
 from __future__ import annotations
 
@@ -35,8 +35,9 @@ def convert(
     ] = None,
     p: Annotated[float | None, typer.Option("--p", help="Total probability for top_p.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep fewer logits per token.")] = None,
-    rows_per_shard: Annotated[
-        int | None, typer.Option(min=1, help="Default: as in the store, or 256 for JSONL.")
+    segment_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Size of a segment; default: 1 GiB, or 1/64 of a larger store."),
     ] = None,
     tokenizer: TokenizerPath = None,
     bad_lines: Annotated[
@@ -58,7 +59,7 @@ def convert(
         "--profile": profile,
         "--p": p,
         "--top-k": top_k,
-        "--rows-per-shard": rows_per_shard,
+        "--segment-bytes": segment_bytes,
         "--tokenizer": tokenizer,
         "--bad-lines": bad_lines,
         "--renumber": renumber or None,
@@ -69,7 +70,7 @@ def convert(
         "profile": profile,
         "profile_options": None if p is None else {"p": p},
         "top_k": top_k,
-        "rows_per_shard": rows_per_shard,
+        "segment_bytes": segment_bytes,
         "overwrite": overwrite,
     }
     with options_named():
@@ -172,3 +173,21 @@ def split(
         return
     for part in parts:
         report(part, as_json=False)
+
+
+@app.command()
+def pack(
+    store: StoreArgument,
+    segment_bytes: Annotated[
+        int | None,
+        typer.Option(min=1, help="Size of a segment; default: 1 GiB, or 1/64 of a larger store."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Join the many shards of a store that an earlier version wrote to a few segments, in place."""
+    from nemo_kd.cli.conversions import summary
+    from nemo_kd.store import pack as pack_store
+
+    with options_named(), progress("pack") as advance:
+        manifest = pack_store(store, segment_bytes=segment_bytes, on_segment=advance)
+    report(summary(store, manifest), as_json)

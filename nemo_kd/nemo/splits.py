@@ -89,8 +89,8 @@ class TrainSplit(Split):
             raise NemoKDError(
                 "model.data.train_ds.store is not set, so there are no teacher logits to learn "
                 "from; give the store of examples/dump_teacher_topk.py, or set model.kd.alpha=0 "
-                "for SFT alone on model.data.train_ds.file_names. Packed sequences are made from "
-                "the store itself, not from NeMo's .npy files: store and packed_sequence=true"
+                "for SFT alone on model.data.train_ds.file_names. For packed sequences, set store "
+                "and packed_sequence=true instead of giving NeMo's .npy files"
             )
         if not self.sources:
             raise NemoKDError(
@@ -109,7 +109,8 @@ class TrainSplit(Split):
         if len(self.alpha) != len(self.store):
             raise NemoKDError(
                 f"model.data.train_ds.alpha has {len(self.alpha)} entries for {len(self.store)} "
-                "stores: one for each, null for model.kd.alpha (files have no teacher, and none)"
+                "stores: give one for each, null for model.kd.alpha; files have no teacher and no "
+                "alpha"
             )
         for alpha in self.alpha:
             is_number = isinstance(alpha, int | float) and not isinstance(alpha, bool)

@@ -103,9 +103,18 @@ def open_store(model: Student, directory: str) -> Store:
         raise StoreError(f"{error}{first_difference(model.tokenizer, origin)}") from error
     if not len(store):
         raise StoreError(f"store {directory} has no samples")
-    opened: list[str] = [""] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(opened, store.fingerprint)
-    refuse_other_ranks(store.directory, opened)
+    # One rank looks at every file, and tells the others.
+    layout, refusal = Layout.of_job(), ""
+    if layout.rank == 0:
+        try:
+            store.check_files()
+        except StoreError as error:
+            refusal = str(error)
+    opened: list[tuple[str, str]] = [("", "")] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(opened, (store.fingerprint, refusal))
+    refuse_other_ranks(store.directory, [fingerprint for fingerprint, _ in opened])
+    if opened[0][1]:
+        raise StoreError(opened[0][1])
     return store
 
 

@@ -12,6 +12,7 @@ from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.average import average
 from nemo_kd.store.tools.jsonl import read_jsonl, write_jsonl
+from nemo_kd.store.tools.pack import pack
 from nemo_kd.store.tools.stats import stats
 from nemo_kd.store.tools.transform import convert, merge, split, write_samples
 from nemo_kd.store.tools.verify import Problem, verify
@@ -29,6 +30,7 @@ __all__ = [
     "average",
     "convert",
     "merge",
+    "pack",
     "read_jsonl",
     "split",
     "stats",

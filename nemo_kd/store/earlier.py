@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
 
@@ -16,11 +17,21 @@ import numpy as np
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, publish, read_json
-from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, SPEC_KEY, shard_name
+from nemo_kd.store.manifest import (
+    INDEX,
+    MANIFEST,
+    PACKING,
+    SHARD,
+    SPEC,
+    SPEC_KEY,
+    segment_name,
+    shard_name,
+)
 from nemo_kd.store.sample import Tokens
+from nemo_kd.store.segments import Packing, Segments
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
-from nemo_kd.store.writer import StoreWriter, shard_directories
+from nemo_kd.store.writer import StoreWriter, segment_directories, shard_directories, shard_number
 
 MAY_DIFFER = {"source.sha256", "source.rows"}
 
@@ -28,13 +39,43 @@ MAY_DIFFER = {"source.sha256", "source.rows"}
 class EarlierStore:
     """Conversion of the store in `directory` from the spec `earlier` to `spec`.
 
-    One process calls `begin`, then any processes call `keep` for different shards, then one process
-    calls `finish`. If the job is killed in between, the same calls can be repeated.
+    One process calls `unpack` and `begin`, then any processes call `keep` for different shards,
+    then one process calls `finish`. If the job is killed in between, the calls can be repeated.
     """
 
     def __init__(self, directory: Path, earlier: StoreSpec, spec: StoreSpec) -> None:
         self.directory, self.spec = directory, spec
         self._writer = StoreWriter(directory, earlier)
+
+    def unpack(self) -> None:
+        """Write the samples of the segments to shards again, and remove the segments."""
+        packing = Packing.read(self.directory)
+        if packing is None:
+            return
+        packing.write(self.directory)
+        (self.directory / MANIFEST).unlink(missing_ok=True)
+        size = self.spec.rows_per_shard
+        for number in range(-(-packing.rows // size)):
+            if self._writer.complete_shard(number) is None:
+                with suppress(StoreError):  # rows of damaged or missing segments are dumped again
+                    self._unpack(number, range(number * size, (number + 1) * size), packing)
+        publish(self.directory / SPEC, canonical_json(self._writer.spec.resumable_json()))
+        for path in segment_directories(self.directory):
+            shutil.rmtree(path)
+        for name in (INDEX, PACKING):
+            (self.directory / name).unlink(missing_ok=True)
+
+    def _unpack(self, number: int, rows: range, packing: Packing) -> None:
+        segments = Segments(self.directory, self._writer.spec, self._writer.codec, packing)
+        with self._writer.shard(number) as out:
+            for segment in packing.segments_of(rows):
+                info = segments.complete(segment)
+                if info is None:
+                    raise StoreError(f"{segment_name(segment)} is incomplete")
+                part = Shard(self.directory, info, self._writer.codec)
+                start, stop = np.searchsorted(part.rows(), [rows.start, rows.stop])
+                for index in range(start, stop):
+                    out.add_encoded(*part.encoded(index))
 
     @classmethod
     def find(cls, directory: str | Path, spec: StoreSpec) -> EarlierStore | None:
@@ -45,16 +86,16 @@ class EarlierStore:
         path = Path(directory) / SPEC
         if not path.exists():
             return None
-        earlier = StoreSpec.from_json(read_json(path))
+        earlier = StoreSpec.from_json(read_json(path), rows_per_shard=spec.rows_per_shard)
         names = {name for name, _, _ in earlier.differences(spec)}
-        if not names or names - MAY_DIFFER:
+        if not names or names - MAY_DIFFER or earlier.rows_per_shard != spec.rows_per_shard:
             return None
         return cls(Path(directory), earlier, spec)
 
     @property
     def shards(self) -> list[int]:
         """The indices of the complete shards, ascending."""
-        numbers = (_number(path) for path in shard_directories(self.directory))
+        numbers = (shard_number(path) for path in shard_directories(self.directory))
         return sorted(number for number in numbers if self._writer.is_complete(number))
 
     def begin(self) -> None:
@@ -75,9 +116,9 @@ class EarlierStore:
     def finish(self, num_shards: int) -> None:
         """Remove the shards past the end of the new source and write the new spec."""
         for path in shard_directories(self.directory):
-            if _number(path) >= num_shards:
+            if shard_number(path) >= num_shards:
                 shutil.rmtree(path)
-        publish(self.directory / SPEC, canonical_json(self.spec.to_json()))
+        publish(self.directory / SPEC, canonical_json(self.spec.resumable_json()))
 
     def _holds(self, number: int, rows: Iterable[Tokens]) -> bool:
         info = self._writer.complete_shard(number)
@@ -89,10 +130,6 @@ class EarlierStore:
             return all(_same(a, b) for a, b in zip_longest(stored, rows))
         except StoreError:  # damaged shards are written again
             return False
-
-
-def _number(path: Path) -> int:
-    return int(path.name.removeprefix("shard-"))
 
 
 def _same(stored: Tokens | None, row: Tokens | None) -> bool:

@@ -11,6 +11,7 @@ bytes, with each array as a document.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
 import struct
@@ -33,27 +34,48 @@ def _header(dtype: np.dtype[Any], samples: int) -> bytes:
     return _HEADER.pack(b"MMIDIDX\0\0", 1, code, samples, samples + 1)
 
 
+BLOCK = 1 << 23  # bytes that are hashed and written at a time
+
+
 class FieldWriter:
     """Writer that appends one array per sample to `<prefix>.bin`; `close` writes `<prefix>.idx`."""
 
     def __init__(self, prefix: Path, dtype: type[np.generic]) -> None:
         self.prefix = prefix
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        self._lengths: list[int] = []
+        self._lengths: list[NDArray[np.int32]] = []
+        self._hash, self._bytes = hashlib.sha256(), 0
         self._file = open(f"{prefix}.bin", "wb")  # noqa: SIM115 (closed by `close`)
 
     def add(self, values: NDArray[Any]) -> None:
-        self._file.write(values.astype(self._dtype, copy=False).tobytes())
-        self._lengths.append(values.size)
+        """Append the array of one sample."""
+        self.extend(values, np.array([values.size], np.int32))
 
-    def close(self) -> None:
+    def extend(self, values: NDArray[Any], lengths: NDArray[np.int32]) -> None:
+        """Append the concatenated arrays of several samples, which have these lengths."""
+        octets = np.ascontiguousarray(values, self._dtype).view(np.uint8).data
+        for start in range(0, len(octets), BLOCK):
+            block = octets[start : start + BLOCK]
+            self._hash.update(block)
+            self._file.write(block)
+        self._bytes += len(octets)
+        self._lengths.append(lengths)
+
+    def close(self) -> dict[str, tuple[int, str]]:
+        """Write the index; return size and SHA-256 of both files by name."""
         self.abandon()
-        lengths = np.array(self._lengths, "<i4")
+        lengths = np.concatenate([np.zeros(0, "<i4"), *self._lengths]).astype("<i4")
         offsets = (lengths.cumsum(dtype="<i8") - lengths) * self._dtype.itemsize
-        with open(f"{self.prefix}.idx", "wb") as file:
-            file.write(_header(self._dtype, len(lengths)))
-            for part in (lengths, offsets, np.arange(len(lengths) + 1, dtype="<i8")):
-                file.write(part.tobytes())
+        documents = np.arange(len(lengths) + 1, dtype="<i8")
+        index = _header(self._dtype, len(lengths)) + b"".join(
+            part.tobytes() for part in (lengths, offsets, documents)
+        )
+        Path(f"{self.prefix}.idx").write_bytes(index)
+        name = self.prefix.name
+        return {
+            f"{name}.bin": (self._bytes, self._hash.hexdigest()),
+            f"{name}.idx": (len(index), hashlib.sha256(index).hexdigest()),
+        }
 
     def abandon(self) -> None:
         """Close `<prefix>.bin` without an index."""
@@ -69,7 +91,7 @@ class FieldReader:
     def __init__(self, prefix: Path, dtype: type[np.generic], samples: int) -> None:
         self.prefix = prefix
         self._dtype = np.dtype(dtype).newbyteorder("<")
-        index = _mapped(Path(f"{prefix}.idx"))
+        index = mapped(Path(f"{prefix}.idx"))
         head = _header(self._dtype, samples)
         lengths, offsets, documents, end = (
             len(head) + samples * width for width in (0, 4, 4 + 8, 4 + 8 + 8)
@@ -82,7 +104,7 @@ class FieldReader:
             )
         self.lengths: NDArray[np.int32] = index[lengths:offsets].view("<i4")
         self._offsets: NDArray[np.int64] = index[offsets:documents].view("<i8")
-        octets = _mapped(Path(f"{prefix}.bin"))
+        octets = mapped(Path(f"{prefix}.bin"))
         # One view of the file: slicing it is cheaper than creating an array per sample.
         whole = octets.size - octets.size % self._dtype.itemsize
         self.values: NDArray[Any] = octets[:whole].view(self._dtype)
@@ -99,6 +121,23 @@ class FieldReader:
             )
         return values
 
+    def stretch(self, start: int, stop: int) -> tuple[NDArray[Any], NDArray[np.int32]]:
+        """Return the concatenated arrays of the samples [start, stop), at least one, and lengths.
+
+        Raises StoreError if they do not follow each other in the `.bin` file.
+        """
+        lengths, offsets = self.lengths[start:stop], self._offsets[start:stop]
+        ends = lengths.cumsum(dtype=np.int64)
+        first, unaligned = divmod(int(offsets[0]), self._dtype.itemsize)
+        expected = offsets[0] + (ends - lengths) * self._dtype.itemsize
+        values = self.values[first : first + int(ends[-1])]
+        if unaligned or values.size != ends[-1] or not np.array_equal(offsets, expected):
+            raise StoreError(
+                f"{self.prefix}.idx: the samples {start} to {stop - 1} do not follow each other "
+                "in the .bin file; it is damaged, see `nemo-kd verify`"
+            )
+        return values, lengths
+
 
 def _is_index(index: NDArray[np.uint8], head: bytes, documents: int, samples: int) -> bool:
     """Return whether an index begins with `head` and ends with the boundaries 0 ... samples."""
@@ -106,7 +145,7 @@ def _is_index(index: NDArray[np.uint8], head: bytes, documents: int, samples: in
     return index[: len(head)].tobytes() == head and index[documents:].tobytes() == boundaries
 
 
-def _mapped(path: Path) -> NDArray[np.uint8]:
+def mapped(path: Path) -> NDArray[np.uint8]:
     """Memory-map a file and return its bytes, read-only."""
     with open_regular(path) as file:
         if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped

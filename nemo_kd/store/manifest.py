@@ -12,16 +12,24 @@ from nemo_kd.store.schema import read_manifest
 from nemo_kd.store.spec import StoreSpec
 
 FORMAT = "nemo-kd store"
-VERSION = 1
+VERSION = 2
+WITHOUT_SEGMENTS = 1
+"""Earlier version, which lists the shards of the dump and has no index."""
 MANIFEST = "manifest.json"
 SPEC = "spec.json"  # the spec, written when a dump starts
-SHARD = "shard.json"  # a shard's manifest entry, in the shard's directory
+SHARD = "shard.json"  # the manifest entry of a shard or segment, in its directory
+PACKING = "packing.json"  # the plan of the segments, until the manifest is written
+INDEX = "index.bin"  # the rows and lengths of all samples
 EXCHANGE = "topk.jsonl"  # the store as NeMo-Aligner's JSONL, written if `jsonl=true`
 SPEC_KEY = "spec_sha256"
 
 
 def shard_name(index: int) -> str:
     return f"shard-{index:05d}"
+
+
+def segment_name(index: int) -> str:
+    return f"segment-{index:05d}"
 
 
 class FileInfo(NamedTuple):  # a tuple for speed: a store of a million samples has 50,000 files
@@ -31,7 +39,7 @@ class FileInfo(NamedTuple):  # a tuple for speed: a store of a million samples h
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """A shard's entry in the manifest; `first_row` and `last_row` are None without samples."""
+    """Description of a shard or segment; `first_row` and `last_row` are None without samples."""
 
     name: str
     samples: int
@@ -69,17 +77,26 @@ def read_shard_info(directory: Path) -> tuple[ShardInfo, str | None]:
 
 @dataclass(frozen=True)
 class Manifest:
-    """The spec of a store and the entries of its shards."""
+    """The spec of a store and the entries of its segments, or of its shards in version 1."""
 
     spec: StoreSpec
-    shards: tuple[ShardInfo, ...]
+    parts: tuple[ShardInfo, ...]
+    rows_per_segment: int | None = None
+    """Segment s holds the source rows [s R, (s + 1) R); None in version 1."""
+    index: FileInfo | None = None
+    """Size and SHA-256 of `index.bin`; None in version 1."""
+
+    @property
+    def version(self) -> int:
+        """The format's version."""
+        return WITHOUT_SEGMENTS if self.index is None else VERSION
 
     @property
     def totals(self) -> dict[str, int]:
-        """Sums over shards: samples, tokens, answer tokens, samples without answer, bytes."""
+        """Sums over parts: samples, tokens, answer tokens, samples without answer, bytes."""
         counts = ("samples", "tokens", "answer_tokens", "samples_without_answer")
-        sums = {name: sum(getattr(shard, name) for shard in self.shards) for name in counts}
-        sums["bytes"] = sum(info.bytes for shard in self.shards for info in shard.files.values())
+        sums = {name: sum(getattr(part, name) for part in self.parts) for name in counts}
+        sums["bytes"] = sum(info.bytes for part in self.parts for info in part.files.values())
         return sums
 
     @property
@@ -87,14 +104,28 @@ class Manifest:
         """Hex SHA-256 of the manifest; covers every file through the hashes it contains."""
         return sha256_of_json(self.to_json())
 
+    @property
+    def spec_json(self) -> dict[str, Any]:
+        """The spec as the manifest has it: version 1 records the rows per shard, too."""
+        return self.spec.to_json() if self.index is not None else self.spec.resumable_json()
+
+    @property
+    def spec_fingerprint(self) -> str:
+        """Hex SHA-256 of the spec, as each part has it in its `shard.json`."""
+        return sha256_of_json(self.spec_json)
+
     def to_json(self) -> dict[str, Any]:
-        return {
+        parts = [part.to_json() for part in self.parts]
+        head = {
             "format": FORMAT,
-            "version": VERSION,
-            "spec": self.spec.to_json(),
+            "version": self.version,
+            "spec": self.spec_json,
             "totals": self.totals,
-            "shards": [shard.to_json() for shard in self.shards],
         }
+        if self.index is None:
+            return {**head, "shards": parts}
+        own = {"index": self.index._asdict(), "rows_per_segment": self.rows_per_segment}
+        return {**head, **own, "segments": parts}
 
     def write(self, directory: Path) -> None:
         """Write `manifest.json`, which finishes the store."""
@@ -107,25 +138,37 @@ class Manifest:
         value = read_manifest(path, FORMAT)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise StoreError(f'{path}: not the manifest of a store (no "format": "{FORMAT}")')
-        if value.get("version") != VERSION:
+        if value.get("version") not in (VERSION, WITHOUT_SEGMENTS):
             raise StoreError(
-                f"{path}: format version {value.get('version')}, but this nemo-kd reads {VERSION}; "
-                "use the nemo-kd that wrote it, or dump again"
+                f"{path}: format version {value.get('version')}, but this nemo-kd reads "
+                f"{WITHOUT_SEGMENTS} and {VERSION}; use the nemo-kd that wrote it, or dump again"
             )
-        if not isinstance(value.get("shards"), list):
-            raise StoreError(f"{path}: no list of shards; restore the file")
-        shards = tuple(ShardInfo.from_json(shard, path) for shard in value["shards"])
-        if [shard.name for shard in shards] != [shard_name(i) for i in range(len(shards))]:
-            raise StoreError(
-                f"{path}: its shards are not {shard_name(0)}, {shard_name(1)}, ... in order"
-            )
-        manifest = cls(StoreSpec.from_json(value.get("spec")), shards)
+        segmented = value["version"] == VERSION
+        kind, name_of = ("segments", segment_name) if segmented else ("shards", shard_name)
+        if not isinstance(value.get(kind), list):
+            raise StoreError(f"{path}: no list of {kind}; restore the file")
+        parts = tuple(ShardInfo.from_json(part, path) for part in value[kind])
+        if [part.name for part in parts] != [name_of(i) for i in range(len(parts))]:
+            raise StoreError(f"{path}: its {kind} are not {name_of(0)}, {name_of(1)}, ... in order")
+        spec = StoreSpec.from_json(value.get("spec"))
+        manifest = cls(spec, parts, *(_index_of(value, path) if segmented else ()))
         if manifest.totals != value.get("totals"):
             raise StoreError(
-                f"{path}: totals {value.get('totals')} differ from the shards' sums "
+                f"{path}: totals {value.get('totals')} differ from the sums over {kind} "
                 f"{manifest.totals}; restore the file"
             )
         return manifest
+
+
+def _index_of(value: dict[str, Any], path: Path) -> tuple[int, FileInfo]:
+    """Return the rows per segment and the entry of the index."""
+    try:
+        rows, index = value["rows_per_segment"], FileInfo(**value["index"])
+    except (TypeError, KeyError) as error:
+        raise StoreError(f"{path}: the entry of {INDEX} is damaged ({error})") from error
+    if any(type(number) is not int or number < 0 for number in (rows, index.bytes)) or not rows:
+        raise StoreError(f"{path}: rows_per_segment or the size of {INDEX} is not a whole number")
+    return rows, index
 
 
 def refuse_unfinished(directory: Path) -> None:
@@ -135,6 +178,11 @@ def refuse_unfinished(directory: Path) -> None:
     if not directory.is_dir():
         what = "it is a file" if directory.exists() else "no such directory"
         raise StoreError(f"no store at {directory}: {what}")
+    if (directory / PACKING).exists():
+        raise StoreError(
+            f"{directory}: its shards are being joined to segments; run the same dump command, or "
+            "`nemo-kd pack`, again"
+        )
     complete = len(list(directory.glob(f"shard-*/{SHARD}")))
     if complete or (directory / SPEC).exists():
         raise StoreError(

@@ -1,10 +1,9 @@
-"""Memory-mapped random access to a store; a limited number of shards is open at a time."""
+"""Memory-mapped random access to a store; its parts are opened when they are first read."""
 
 from __future__ import annotations
 
-import resource
+import weakref
 from bisect import bisect_right
-from collections import OrderedDict
 from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
@@ -16,11 +15,12 @@ from numpy.typing import NDArray
 from nemo_kd.errors import StoreError
 from nemo_kd.files import sha256_of, size_of
 from nemo_kd.store.codecs import codec_of
-from nemo_kd.store.indexed import FieldReader
-from nemo_kd.store.layout import field_dtypes, file_names
-from nemo_kd.store.manifest import MANIFEST, Manifest, ShardInfo, refuse_unfinished
+from nemo_kd.store.layout import file_names
+from nemo_kd.store.manifest import INDEX, MANIFEST, Manifest, ShardInfo, refuse_unfinished
+from nemo_kd.store.open_parts import OPEN_PARTS
 from nemo_kd.store.replaced import RESTART, Replacement
 from nemo_kd.store.sample import Sample
+from nemo_kd.store.segments import INDEX_BYTES, read_index
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 
@@ -28,9 +28,11 @@ from nemo_kd.store.spec import StoreSpec
 class Store:
     """Sequence of a store's samples: `store[i]` is the i-th sample in row order.
 
-    Opening reads the manifest and compares every file's size with it. A sample's checksums are
-    verified when it is first read; `verify` checks everything. If the store is rewritten while it
-    is open, opening the next shard or unpickling raises StoreError.
+    A store consists of parts: segments, or shards if an earlier version wrote it. Opening reads the
+    manifest only. A part is opened, and the sizes of its files are compared with the manifest, when
+    it is first read, and a sample's checksums are verified when it is first read; `check_files`
+    compares the sizes of all files, `verify` checks everything. If the store is rewritten while it
+    is open, opening the next part or unpickling raises StoreError.
     """
 
     def __init__(self, directory: str | Path) -> None:
@@ -40,13 +42,11 @@ class Store:
         # Hash the file itself; `verify` checks that it is the canonical JSON of its values.
         self.fingerprint = sha256_of(self.directory / MANIFEST)
         self.codec = codec_of(self.spec)
-        self._ends = list(accumulate(shard.samples for shard in self.manifest.shards))
+        self._ends = list(accumulate(part.samples for part in self.manifest.parts))
         self._replacement = Replacement(self.directory, self.manifest)
-        self._open: OrderedDict[int, Shard] = OrderedDict()
-        soft_limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-        descriptors = FieldReader.descriptors * len(field_dtypes(self.codec))
-        self._most_open = max(1, soft_limit // (2 * descriptors))
-        self._refuse_other_files()
+        self._number = OPEN_PARTS.new_store()
+        weakref.finalize(self, OPEN_PARTS.close, self._number)
+        self._rows_and_lengths: tuple[NDArray[np.int64], NDArray[np.int32]] | None = None
 
     def __len__(self) -> int:
         return self._ends[-1] if self._ends else 0
@@ -56,7 +56,7 @@ class Store:
         if not 0 <= i < len(self):
             raise IndexError(f"sample {index} of {len(self)} in {self.directory}")
         number = bisect_right(self._ends, i)
-        return self.shard(number).sample(i - self._first(number))
+        return self.part(number).sample(i - self._first(number))
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -69,12 +69,8 @@ class Store:
             Store.__init__(self, state["directory"])
         except StoreError as error:
             raise StoreError(f"cannot open a store again: {error}") from error
-        if self.fingerprint != state["fingerprint"]:
-            raise StoreError(
-                f"{self.directory} was replaced after it was opened: the manifest's fingerprint "
-                f"was {state['fingerprint'][:12]}, now it is {self.fingerprint[:12]}; "
-                f"{RESTART}"
-            )
+        self.fingerprint = state["fingerprint"]
+        self._refuse_other_manifest()
 
     @property
     def spec(self) -> StoreSpec:
@@ -83,15 +79,13 @@ class Store:
 
     @property
     def lengths(self) -> NDArray[np.int32]:
-        """Number of tokens of each sample [samples]; reads only the index files."""
-        parts = [self.shard(number).lengths() for number in self._filled_shards()]
-        return np.concatenate([np.zeros(0, np.int32), *parts])
+        """Number of tokens of each sample [samples], read-only."""
+        return self._index()[1]
 
     @property
     def rows(self) -> NDArray[np.int64]:
-        """Source row number of each sample [samples]."""
-        parts = [self.shard(number).rows() for number in self._filled_shards()]
-        return np.concatenate([np.zeros(0, np.int64), *parts])
+        """Source row number of each sample [samples], ascending, read-only."""
+        return self._index()[0]
 
     def check(
         self,
@@ -121,64 +115,97 @@ class Store:
 
     def index_of(self, row: int) -> int:
         """Return the index of a source row's sample; raise StoreError if the row is not stored."""
-        number = row // self.spec.rows_per_shard
-        if 0 <= number < len(self.manifest.shards) and self.manifest.shards[number].samples:
-            found = np.flatnonzero(self.shard(number).rows() == row)
-            if found.size:
-                return self._first(number) + int(found[0])
-        last = self.manifest.shards[-1].last_row if self.manifest.shards else None
+        rows = self.rows
+        index = int(np.searchsorted(rows, row))
+        if index < len(rows) and rows[index] == row:
+            return index
+        last = int(rows[-1]) if len(rows) else None
         raise StoreError(f"{self.directory} has no sample for row {row}; its last row is {last}")
 
+    def check_files(self) -> None:
+        """Raise StoreError if names or sizes of the files differ from the manifest.
+
+        Looks at every file. In a job, one process calls this and tells the others.
+        """
+        if self.manifest.index is not None:
+            self._check_size(self.directory / INDEX, self.manifest.index.bytes)
+        for info in self.manifest.parts:
+            self._check_part(info)
+
     def _first(self, number: int) -> int:
-        """Return the index of a shard's first sample."""
+        """Return the index of a part's first sample."""
         return self._ends[number - 1] if number else 0
 
-    def _filled_shards(self) -> list[int]:
-        return [i for i, shard in enumerate(self.manifest.shards) if shard.samples]
+    def _index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        """Return rows and lengths of all samples."""
+        if self._rows_and_lengths is None:
+            self._rows_and_lengths = self._of_index() if self.manifest.index else self._of_parts()
+        return self._rows_and_lengths
 
-    def shard(self, number: int) -> Shard:
-        """Return an open shard; closes the least recently used one if too many are open."""
-        if number in self._open:
-            self._open.move_to_end(number)
-            return self._open[number]
-        if len(self._open) >= self._most_open:
-            self._open.popitem(last=False)
-        shard = self._opened(self.manifest.shards[number])
-        self._open[number] = shard
-        return shard
+    def _of_index(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        samples, path = len(self), self.directory / INDEX
+        self._refuse_other_manifest()
+        self._check_size(path, samples * INDEX_BYTES)
+        index = read_index(path, samples)
+        self._refuse_other_manifest()
+        return index
+
+    def _refuse_other_manifest(self) -> None:
+        path = self.directory / MANIFEST
+        if not path.is_file():
+            raise StoreError(f"{path} is gone: the store was removed or is rewritten; {RESTART}")
+        now = sha256_of(path)
+        if now != self.fingerprint:
+            raise StoreError(
+                f"{self.directory} was replaced after it was opened: the manifest's fingerprint "
+                f"was {self.fingerprint[:12]}, now it is {now[:12]}; {RESTART}"
+            )
+
+    def _of_parts(self) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
+        parts = [self.part(i) for i, info in enumerate(self.manifest.parts) if info.samples]
+        rows = np.concatenate([np.zeros(0, np.int64), *(part.rows() for part in parts)])
+        lengths = np.concatenate([np.zeros(0, np.int32), *(part.lengths() for part in parts)])
+        rows.setflags(write=False)
+        lengths.setflags(write=False)
+        return rows, lengths
+
+    def part(self, number: int) -> Shard:
+        """Return an open part; closes the least recently used ones if too many files are open."""
+        return OPEN_PARTS.get(
+            (self._number, number), lambda: self._opened(self.manifest.parts[number])
+        )
 
     def _opened(self, info: ShardInfo) -> Shard:
-        """Open a shard and check that it is the one in the manifest.
+        """Open a part and check that it is the one in the manifest.
 
         The check follows the opening of the files, so that a concurrent replacement is detected.
         """
         try:
-            shard = Shard(self.directory, info, self.codec)
+            self._check_part(info)
+            part = Shard(self.directory, info, self.codec)
         except (OSError, StoreError):
             self._replacement.refuse(info)
             raise
         self._replacement.refuse(info)
-        return shard
+        return part
 
-    def _refuse_other_files(self) -> None:
-        """Raise StoreError if names or sizes of the files differ from the manifest.
-
-        Uses strings because creating a Path per file would take half of the time.
-        """
+    def _check_part(self, info: ShardInfo) -> None:
+        """Raise StoreError if names or sizes of the part's files differ from the manifest."""
         expected = file_names(self.codec)
-        for shard in self.manifest.shards:
-            if sorted(shard.files) != expected:
-                raise StoreError(
-                    f"{self.directory / MANIFEST}: {shard.name} has the files "
-                    f"{sorted(shard.files)}, but the {self.codec.name} profile has {expected}"
-                )
-            directory = f"{self.directory}/{shard.name}"
-            for name, info in shard.files.items():
-                size = size_of(f"{directory}/{name}")
-                if size != info.bytes:
-                    found = "is missing" if size is None else f"has {size} bytes"
-                    raise StoreError(
-                        f"{directory}/{name} {found}, but the manifest lists {info.bytes}; copy it "
-                        f"again, or remove {directory} and run the dump again, which writes only "
-                        "that shard"
-                    )
+        if sorted(info.files) != expected:
+            raise StoreError(
+                f"{self.directory / MANIFEST}: {info.name} has the files {sorted(info.files)}, "
+                f"but the {self.codec.name} profile has {expected}"
+            )
+        for name, file in info.files.items():
+            self._check_size(self.directory / info.name / name, file.bytes)
+
+    def _check_size(self, path: Path, octets: int) -> None:
+        size = size_of(path)
+        if size != octets:
+            found = "is missing" if size is None else f"has {size} bytes"
+            remove = "" if path.parent == self.directory else f"remove {path.parent} and "
+            raise StoreError(
+                f"{path} {found}, but the manifest lists {octets}; copy it again, or {remove}run "
+                "the dump again, which writes only what is missing"
+            )

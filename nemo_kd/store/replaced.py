@@ -37,7 +37,7 @@ class Replacement:
 
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self._directory, self._manifest = directory, manifest
-        self._spec = manifest.spec.fingerprint
+        self._spec = manifest.spec_fingerprint
 
     def refuse(self, info: ShardInfo) -> None:
         """Raise StoreError if the shard's `shard.json` differs from `info` or is missing."""

@@ -1,8 +1,9 @@
-"""Memory-mapped access to the files of one shard."""
+"""Memory-mapped access to the files of one shard, or of a segment."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +41,8 @@ class Shard:
         self._rows = self._fields["rows"]
         self._teacher = [(name, self._fields[name]) for name in codec.dtypes]
         self._checked = bytearray(info.samples)
+        self.descriptors = FieldReader.descriptors * len(self._fields)
+        """Number of file descriptors that are open."""
 
     def lengths(self) -> NDArray[np.int32]:
         """Return the number of tokens of each sample [samples]."""
@@ -51,6 +54,10 @@ class Shard:
         if items.size != ROW_ITEM * self.info.samples:
             raise StoreError(f"{self._rows.prefix}.bin: not {ROW_ITEM} values per sample")
         return items.reshape(-1, ROW_ITEM)[:, 0].copy()
+
+    def stretch(self, start: int, stop: int) -> dict[str, tuple[NDArray[Any], NDArray[np.int32]]]:
+        """Return the values and lengths of each field of the samples [start, stop), not checked."""
+        return {name: field.stretch(start, stop) for name, field in self._fields.items()}
 
     def sample(self, index: int) -> Sample:
         """Return the decoded sample; raise StoreError if it is damaged."""

@@ -29,8 +29,9 @@ class StoreSpec:
     temperatures: tuple[float, ...] = (1.0,)
     """Temperatures T at which `log Σ_v exp(z_v / T)` is stored; they must include 1.0."""
 
-    rows_per_shard: int = ROWS_PER_SHARD
-    """Shard i holds source rows [i * rows_per_shard, (i + 1) * rows_per_shard)."""
+    rows_per_shard: int = field(default=ROWS_PER_SHARD, compare=False)
+    """While it is written, shard i holds source rows [i * rows_per_shard, (i + 1) *
+    rows_per_shard). A finished store does not record it."""
 
     profile: str = "plain"
     """How the teacher's top-K is encoded: plain, compact, top_p or sampled."""
@@ -83,13 +84,24 @@ class StoreSpec:
         return sha256_of_json(self.to_json())
 
     def to_json(self) -> dict[str, Any]:
-        """Return the spec as stored in `manifest.json`."""
+        """Return the spec as stored in `manifest.json`, without the rows per shard."""
+        value = self.resumable_json()
+        del value["rows_per_shard"]
+        return value
+
+    def resumable_json(self) -> dict[str, Any]:
+        """Return the spec as stored in `spec.json` while a store is written."""
         return {**asdict(self), "temperatures": list(self.temperatures)}
 
     @classmethod
-    def from_json(cls, value: Any) -> StoreSpec:
-        """Inverse of `to_json`; raises StoreError if keys or values are invalid."""
+    def from_json(cls, value: Any, rows_per_shard: int = ROWS_PER_SHARD) -> StoreSpec:
+        """Inverse of `to_json` and `resumable_json`; `rows_per_shard` if the value has none.
+
+        Raises StoreError if keys or values are invalid.
+        """
         names = {f.name for f in fields(cls)}
+        if isinstance(value, dict):
+            value = {"rows_per_shard": rows_per_shard, **value}
         if not isinstance(value, dict) or set(value) != names:
             got = sorted(value) if isinstance(value, dict) else value
             raise StoreError(f"a store's spec must have the keys {sorted(names)}, not {got}")
@@ -101,7 +113,10 @@ class StoreSpec:
             raise StoreError(f"a store's spec has a value of the wrong type: {error}") from error
 
     def differences(self, other: StoreSpec) -> list[tuple[str, Any, Any]]:
-        """Return (dotted field, own value, other value) for each field that differs."""
+        """Return (dotted field, own value, other value) for each field that differs.
+
+        The rows per shard, which a finished store does not have, are not compared.
+        """
         ours, theirs = dict(_leaves("", self.to_json())), dict(_leaves("", other.to_json()))
         return [
             (name, ours.get(name), theirs.get(name))

@@ -1,48 +1,59 @@
-"""Write a store: any process may write any shard, in any order; the manifest is written last.
+"""Write a store: any process may write any shard, in any order; then they are joined to segments.
 
 A shard is a directory that is written under a temporary name and renamed once all its files are on
 disk, so it is either complete or absent. Its bytes depend only on the spec and its rows: the store
-is the same for any number of processes and for a dump that was killed and resumed.
+is the same for any number of processes and for a dump that was killed and resumed. The manifest is
+written last.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 import numpy as np
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import (
     canonical_json,
-    commit,
     full_disk_explained,
     publish,
+    published,
     read_json,
     sha256_of,
-    size_of,
+    sha256_of_json,
 )
 from nemo_kd.store.checks import checked_tokens, checked_topk
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.codecs.base import Arrays
 from nemo_kd.store.indexed import FieldWriter
-from nemo_kd.store.layout import field_dtypes, file_names, seal, token_checksum, word_sums
+from nemo_kd.store.layout import field_dtypes, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (
     EXCHANGE,
+    INDEX,
     MANIFEST,
+    PACKING,
     SHARD,
     SPEC,
-    SPEC_KEY,
     FileInfo,
     Manifest,
     ShardInfo,
-    read_shard_info,
+    segment_name,
     shard_name,
 )
 from nemo_kd.store.sample import Sample, Tokens
+from nemo_kd.store.segments import (
+    INDEX_BYTES,
+    Packing,
+    Segments,
+    complete_part,
+    publish_part,
+    write_index,
+)
+from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 
 
@@ -65,39 +76,118 @@ class StoreWriter:
         if (self.directory / SPEC).exists():
             self._refuse_other_spec()
         else:
-            publish(self.directory / SPEC, canonical_json(spec.to_json()))
+            publish(self.directory / SPEC, canonical_json(spec.resumable_json()))
+        packing = Packing.read(self.directory)
+        self._joined = (
+            None if packing is None else Segments(self.directory, spec, self.codec, packing)
+        )
 
     def is_complete(self, shard_index: int) -> bool:
-        """Return whether the shard exists and has this spec, with every file at its full size."""
-        return self.complete_shard(shard_index) is not None
+        """Return whether the rows of a shard are written, in the shard itself or in segments."""
+        rows = self.spec.rows_per_shard
+        return self.complete_shard(shard_index) is not None or (
+            self._joined is not None
+            and self._joined.hold(range(shard_index * rows, (shard_index + 1) * rows))
+        )
 
     def shard(self, shard_index: int) -> ShardWriter:
         """Return a context manager that writes one shard; at most one process may write a shard."""
         return ShardWriter(self, shard_index)
 
-    def finish(self, num_shards: int) -> Manifest:
-        """Write the manifest; one process calls this once every shard has been written."""
-        found = [self.complete_shard(index) for index in range(num_shards)]
-        missing = [str(index) for index, shard in enumerate(found) if shard is None]
+    def finish(self, num_shards: int, segment_bytes: int | None = None) -> Manifest:
+        """Join the shards and write the manifest; one process calls this once all are written."""
+        self.begin_joining(num_shards, segment_bytes)
+        self.join()
+        return self.publish()
+
+    def begin_joining(self, num_shards: int, segment_bytes: int | None = None) -> None:
+        """Check that every shard is complete and plan the segments; one process calls this.
+
+        `segment_bytes`: approximate size of a segment; None: see `nemo_kd.store.segments`.
+        """
+        missing = [str(index) for index in range(num_shards) if not self.is_complete(index)]
         if missing:
             raise StoreError(
                 f"{self.directory}: shards {', '.join(missing[:20])} of {num_shards} are missing "
                 "or incomplete; run the same dump command again, which writes only those"
             )
+        _remove_leftovers(self.directory)
+        if Packing.read(self.directory) is None:
+            self._refuse_other_shards(num_shards)
+            (self.directory / MANIFEST).unlink(missing_ok=True)  # of version 1
+            shards = [self._required(index) for index in range(num_shards)]
+            Packing.of(shards, segment_bytes).write(self.directory)
+
+    def join(
+        self, share: slice = slice(None), on_segment: Callable[[int, int], None] | None = None
+    ) -> None:
+        """Join the shards to segments, those of `share`; each by one process.
+
+        `on_segment(done, total)` is called after each segment.
+        """
+        segments, size = self._planned(), self.spec.rows_per_shard
+        mine = range(segments.packing.count)[share]
+        for done, number in enumerate(mine, start=1):
+            rows = segments.packing.rows_of(number)
+            numbers = range(rows.start // size, (rows.stop - 1) // size + 1)
+            if segments.complete(number) is None:
+                segments.join(number, [self._required(shard) for shard in numbers])
+            for shard in numbers:
+                if segments.hold(range(shard * size, (shard + 1) * size)):
+                    # Another process may be removing it, too.
+                    shutil.rmtree(self.directory / shard_name(shard), ignore_errors=True)
+            if on_segment is not None:
+                on_segment(done, len(mine))
+
+    def publish(self) -> Manifest:
+        """Write index and manifest, once all segments are joined; one process calls this."""
+        segments = self._planned()
+        found = [segments.complete(number) for number in range(segments.packing.count)]
+        missing = [segment_name(i) for i, info in enumerate(found) if info is None]
+        if missing:
+            raise StoreError(f"{self.directory}: {', '.join(missing[:20])} are missing")
+        parts = tuple(info for info in found if info is not None)
+        samples = sum(info.samples for info in parts)
+        with published(self.directory / INDEX) as path:
+            write_index(path, (Shard(self.directory, i, self.codec) for i in parts), samples)
+        index = FileInfo(samples * INDEX_BYTES, sha256_of(self.directory / INDEX))
+        manifest = Manifest(self.spec, parts, segments.packing.rows_per_segment, index)
+        manifest.write(self.directory)
+        for path in shard_directories(self.directory):
+            shutil.rmtree(path)
+        publish(self.directory / SPEC, canonical_json(self.spec.to_json()))
+        (self.directory / PACKING).unlink(missing_ok=True)
+        return manifest
+
+    def _refuse_other_shards(self, num_shards: int) -> None:
         beyond = [path.name for path in shard_directories(self.directory)][num_shards:]
         if beyond:
             raise StoreError(
                 f"{self.directory}: {', '.join(beyond)} beyond the {num_shards} shards of this "
                 "source belong to another dump; use overwrite=true to start over"
             )
-        _remove_leftovers(self.directory)
-        manifest = Manifest(self.spec, tuple(shard for shard in found if shard is not None))
-        manifest.write(self.directory)
-        return manifest
+
+    def _required(self, shard_index: int) -> ShardInfo:
+        info = self.complete_shard(shard_index)
+        if info is None:
+            raise StoreError(
+                f"{self.directory / shard_name(shard_index)} is missing or incomplete; run the "
+                "same command again"
+            )
+        return info
+
+    def _planned(self) -> Segments:
+        packing = Packing.read(self.directory)
+        if packing is None:
+            raise StoreError(f"{self.directory}: begin_joining has not been called")
+        return Segments(self.directory, self.spec, self.codec, packing)
 
     def _refuse_other_spec(self) -> None:
-        existing = StoreSpec.from_json(read_json(self.directory / SPEC))
+        size = self.spec.rows_per_shard
+        existing = StoreSpec.from_json(read_json(self.directory / SPEC), rows_per_shard=size)
         differences = existing.differences(self.spec)
+        if existing.rows_per_shard != size:
+            differences.append(("rows_per_shard", existing.rows_per_shard, size))
         if differences:
             lines = "\n".join(
                 f"  {name}: {old!r} in the store, {new!r} now" for name, old, new in differences
@@ -108,19 +198,10 @@ class StoreWriter:
             )
 
     def complete_shard(self, shard_index: int) -> ShardInfo | None:
-        """Return the shard's entry if `is_complete`, else None."""
+        """Return the entry of a shard that has this spec and files of full size, else None."""
+        earlier = sha256_of_json(self.spec.resumable_json())  # of a shard of version 1
         directory = self.directory / shard_name(shard_index)
-        if not (directory / SHARD).exists():
-            return None
-        try:
-            shard, spec = read_shard_info(directory)
-        except StoreError:
-            return None
-        if spec != self.spec.fingerprint or sorted(shard.files) != file_names(self.codec):
-            return None
-        sizes = {name: size_of(directory / name) for name in shard.files}
-        complete = sizes == {name: info.bytes for name, info in shard.files.items()}
-        return shard if complete else None
+        return complete_part(directory, self.codec, [self.spec.fingerprint, earlier])
 
 
 class ShardWriter:
@@ -213,17 +294,7 @@ class ShardWriter:
         shutil.rmtree(self._directory, ignore_errors=True)
 
     def _publish(self) -> None:
-        for field in self._fields.values():
-            field.close()
-        (self._directory / SHARD).write_text(canonical_json(self._description()), encoding="utf-8")
-        target = self._store.directory / self._name
-        if target.exists():
-            shutil.rmtree(target)  # incomplete: complete shards are not written again
-        commit(self._directory, target)
-
-    def _description(self) -> dict[str, Any]:
-        names = file_names(self._store.codec)
-        files = {name: self._directory / name for name in names}
+        closed = [field.close() for field in self._fields.values()]
         info = ShardInfo(
             name=self._name,
             samples=self._samples,
@@ -232,9 +303,10 @@ class ShardWriter:
             samples_without_answer=self._without_answer,
             first_row=self._first_row,
             last_row=self._last_row,
-            files={n: FileInfo(p.stat().st_size, sha256_of(p)) for n, p in files.items()},
+            files={name: FileInfo(*info) for files in closed for name, info in files.items()},
         )
-        return {**info.to_json(), SPEC_KEY: self._store.spec.fingerprint}
+        target = self._store.directory / self._name
+        publish_part(self._directory, target, info, self._store.spec)
 
 
 def shard_directories(directory: Path) -> list[Path]:
@@ -243,20 +315,36 @@ def shard_directories(directory: Path) -> list[Path]:
     return sorted(found, key=lambda path: (len(path.name), path.name))
 
 
+def shard_number(path: Path) -> int:
+    """Return the index of a shard, given its directory."""
+    return int(path.name.removeprefix("shard-"))
+
+
+def segment_directories(directory: Path) -> list[Path]:
+    """Return the directories of segments, including incomplete ones."""
+    return sorted(path for path in directory.glob("segment-*[0-9]") if path.is_dir())
+
+
 def _remove_store(directory: Path) -> None:
     """Remove a store, its manifest first, so that an interruption leaves an unfinished store."""
     (directory / MANIFEST).unlink(missing_ok=True)
     (directory / SPEC).unlink(missing_ok=True)
-    (directory / EXCHANGE).unlink(missing_ok=True)
-    for path in shard_directories(directory):
+    for name in (EXCHANGE, INDEX, PACKING):
+        (directory / name).unlink(missing_ok=True)
+    for path in (*shard_directories(directory), *segment_directories(directory)):
         shutil.rmtree(path)
     _remove_leftovers(directory)
 
 
 def _remove_leftovers(directory: Path) -> None:
     """Remove temporary files and directories left by killed processes."""
-    for path in directory.glob(".shard-*.tmp"):
+    for path in (*directory.glob(".shard-*.tmp"), *directory.glob(".segment-*.tmp")):
         shutil.rmtree(path)
-    for pattern in (".*.json.*.tmp", ".*.jsonl.*.tmp", f"shard-*/.{SHARD}.*.tmp"):
+    for pattern in (
+        ".*.json.*.tmp",
+        f".{INDEX}.*.tmp",
+        ".*.jsonl.*.tmp",
+        f"shard-*/.{SHARD}.*.tmp",
+    ):
         for path in directory.glob(pattern):
             path.unlink()

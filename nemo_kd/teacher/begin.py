@@ -113,6 +113,9 @@ def _keep_unchanged(
     layout: Layout,
 ) -> None:
     """Keep the shards whose rows are unchanged; the ranks share the comparisons."""
+    if layout.rank == 0:
+        earlier.unpack()
+    layout.barrier()
     shards = earlier.shards
     layout.barrier()  # every rank must list the shards before any rank changes them
     if layout.rank == 0:

@@ -155,6 +155,9 @@ class DumpConfig:
     """The directory of the store."""
     rows_per_shard: Count = 256
     """Rows per shard, the unit of work and of resuming."""
+    segment_bytes: Count | None = None
+    """Approximate size of a segment of the finished store; null: 1 GiB, or 1/64 of a larger store,
+    at most 16 GiB."""
     max_tokens_per_micro_batch: Count | None = None
     """Limit on rows × longest row of a micro-batch; it makes micro-batches of long rows smaller."""
     rows_per_lm_head: Count = 256

@@ -117,23 +117,28 @@ def write_store(
                 print(progress.left_out, file=sys.stderr)
             check_lock()
             source.file.check_unchanged()
-            _finish(config, writer, shards, stopped)
+            if stopped:
+                _say_stopped(config, writer, shards)
+            else:
+                writer.begin_joining(shards, config.segment_bytes)
+        layout.barrier()
+        if not stopped:
+            writer.join(slice(layout.rank, None, layout.size))
+            layout.barrier()
+        if layout.rank == 0 and not stopped:
+            writer.publish()
+            if config.jsonl:
+                write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
         layout.barrier()
     return None if stopped else Store(writer.directory).manifest
 
 
-def _finish(config: DumpConfig, writer: StoreWriter, shards: int, stopped: bool) -> None:
-    """Write the manifest and the optional JSONL file; if stopped, only print the progress."""
-    if stopped:
-        complete = sum(writer.is_complete(shard) for shard in range(shards))
-        print(
-            f"interrupted: {complete} of {shards} shards are complete in {config.output_dir}; run "
-            "the same command to resume"
-        )
-        return
-    writer.finish(shards)
-    if config.jsonl:
-        write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
+def _say_stopped(config: DumpConfig, writer: StoreWriter, shards: int) -> None:
+    complete = sum(writer.is_complete(shard) for shard in range(shards))
+    print(
+        f"interrupted: {complete} of {shards} shards are complete in {config.output_dir}; run "
+        "the same command to resume"
+    )
 
 
 def store_spec(config: DumpConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:

@@ -52,7 +52,7 @@ def test_inspect_and_verify_show_names_of_a_store_as_text(tmp_path: Path) -> Non
     assert "\\u001b]0;owned\\u0007" in printed and "teacher.[/x][red]\\u001b" in printed
     assert "[bold]z" in printed
     assert as_json("inspect", directory)["spec"]["teacher"] == names
-    (directory / "shard-00000" / "\x1b[2J").touch()
+    (directory / "segment-00000" / "\x1b[2J").touch()
     printed = nemo_kd("verify", directory, fails=True)
     assert not controls(printed) and "\\u001b[2J: does not belong" in printed
     (directory / "manifest.json").write_text(json.dumps({"format": HOSTILE}))

@@ -53,9 +53,9 @@ def test_inspect(a_store: Path) -> None:
 def test_verify_says_where_and_fails(a_store: Path, tmp_path: Path) -> None:
     assert "no problems" in nemo_kd("verify", a_store)
     broken = store(tmp_path / "broken", spec())
-    file = broken / "shard-00000" / "topk_logits.bin"
+    file = broken / "segment-00000" / "topk_logits.bin"
     file.write_bytes(b"\0" + file.read_bytes()[1:])
-    assert "shard-00000/topk_logits.bin" in nemo_kd("verify", broken, fails=True)
+    assert "segment-00000/topk_logits.bin" in nemo_kd("verify", broken, fails=True)
 
 
 def test_show_as_ids_and_as_a_page(a_store: Path, tmp_path: Path) -> None:
@@ -141,16 +141,16 @@ PROFILES: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("profile", PROFILES)
 def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, profile: str) -> None:
     of = spec(top_k=12, temperatures=(1.0, 2.0), **PROFILES[profile])
-    source = store(tmp_path / "s", of)
+    source, whole = store(tmp_path / "s", of), store(tmp_path / "one", of, parts=False)
     result = as_json("convert", source, tmp_path / "t", "--top-k", 2)
     assert Store(tmp_path / "t").spec == replace(of, top_k=2)
     assert result["changed"] == "top_k 12 → 2" and result["profile"] == profile
     assert 0 < result["mass_after"] < result["mass_before"] < 1
-    result = as_json("convert", source, tmp_path / "u", "--rows-per-shard", 2)
-    assert Store(tmp_path / "u").spec == replace(of, rows_per_shard=2)
-    assert result["changed"] == "rows_per_shard 3 → 2" and "mass_before" not in result
+    result = as_json("convert", source, tmp_path / "u", "--segment-bytes", 100)
+    assert len(Store(tmp_path / "u").manifest.parts) > 3
+    assert result["changed"] == "nothing" and "mass_before" not in result
     assert as_json("convert", source, tmp_path / "v")["changed"] == "nothing"
-    assert Store(tmp_path / "v").fingerprint == Store(source).fingerprint
+    assert Store(tmp_path / "v").fingerprint == Store(whole).fingerprint
     result = as_json("convert", source, tmp_path / "w", "--profile", "top_p", "--p", 0.5)
     changes: dict[str, Any] = {"profile": "top_p", "profile_options": {"p": 0.5}}
     assert Store(tmp_path / "w").spec == replace(of, **changes)

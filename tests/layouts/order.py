@@ -38,6 +38,7 @@ from nemo_kd.nemo.order import reorder_files  # noqa: E402
 from nemo_kd.nemo.resume import WholeRunBatchSampler  # noqa: E402
 from nemo_kd.nemo.splits import TrainSplit  # noqa: E402
 from nemo_kd.store import Store, StoreError  # noqa: E402
+from nemo_kd.store.open_parts import OPEN_PARTS  # noqa: E402
 from nemo_kd.store.tools.transform import write_samples  # noqa: E402
 from tests.store.samples import each_array  # noqa: E402
 
@@ -151,7 +152,7 @@ def replaced(directory: str, target: Path) -> str:
     """What the workers of a data loader say of a store that was written anew under them."""
     shutil.copytree(directory, target)
     dataset = blended([str(target)], 24)
-    dataset.datasets[0].store._open.clear()  # as if other shards had been used since
+    OPEN_PARTS.close(dataset.datasets[0].store._number)  # as if others had been read since
     shifted(directory, target)
     try:
         for _ in torch.utils.data.DataLoader(dataset, num_workers=2, collate_fn=lambda x: x):

@@ -70,7 +70,7 @@ def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
 ) -> None:
     """The same command once more: every shard is whole, only the exchange file is new."""
     store, overrides = dump("tp2"), LAYOUTS["tp2"]
-    before = {path: path.stat().st_mtime_ns for path in store.rglob("shard-*/*")}
+    before = {path: path.stat().st_mtime_ns for path in store.rglob("segment-*/*")}
     done = run_script(
         "dump_teacher_topk.py",
         *dump_overrides(tiny, "train", store),
@@ -79,7 +79,7 @@ def test_a_finished_dump_is_not_repeated_and_writes_jsonl(
         processes=2,
     )
     assert "skipping 4 complete shards" in done.stderr
-    assert before == {path: path.stat().st_mtime_ns for path in store.rglob("shard-*/*")}
+    assert before == {path: path.stat().st_mtime_ns for path in store.rglob("segment-*/*")}
     lines = (store / "topk.jsonl").read_text().splitlines()
     for sample, line in zip(Store(store), lines, strict=True):
         record = json.loads(line)

@@ -35,12 +35,12 @@ def silent(dump: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = Store(dump())
     writer = StoreWriter(tmp_path_factory.mktemp("silent") / "store", source.spec)
     per_shard = source.spec.rows_per_shard
-    for number in range(len(source.manifest.shards)):
+    for number in range(len(source.manifest.parts)):
         with writer.shard(number) as shard:
             for sample in source:
                 if sample.row // per_shard == number:
                     shard.add(without_answer(sample) if sample.row in SILENT else sample)
-    writer.finish(len(source.manifest.shards))
+    writer.finish(len(source.manifest.parts))
     return writer.directory
 
 

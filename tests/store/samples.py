@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.store import Sample, StoreSpec, StoreWriter
+from nemo_kd.store.segments import Packing
 from nemo_kd.topk import TopK
 
 
@@ -63,8 +64,8 @@ def each_array(one: Sample, change: Callable[[NDArray[Any]], NDArray[Any]]) -> S
     return replace(one, topk=one.topk.map(change))
 
 
-def write(directory: Path, of: StoreSpec, samples: Sequence[Sample]) -> Path:
-    """A whole store; rows need not be all there."""
+def write(directory: Path, of: StoreSpec, samples: Sequence[Sample], parts: bool = True) -> Path:
+    """A whole store; rows need not be all there. `parts`: segments of as many rows as a shard."""
     writer = StoreWriter(directory, of)
     shards = max((s.row for s in samples), default=-1) // of.rows_per_shard + 1
     for shard in range(shards):
@@ -72,9 +73,14 @@ def write(directory: Path, of: StoreSpec, samples: Sequence[Sample]) -> Path:
             for one in samples:
                 if one.row // of.rows_per_shard == shard:
                     out.add(one)
+    if parts:
+        last = max((one.row for one in samples), default=-1)
+        Packing(of.rows_per_shard, last + 1).write(directory)
     writer.finish(shards)
     return directory
 
 
-def store(directory: Path, of: StoreSpec, rows: int = 7) -> Path:
-    return write(directory, of, [sample(row, of, answers=1 + row % 4) for row in range(rows)])
+def store(directory: Path, of: StoreSpec, rows: int = 7, parts: bool = True) -> Path:
+    return write(
+        directory, of, [sample(row, of, answers=1 + row % 4) for row in range(rows)], parts
+    )

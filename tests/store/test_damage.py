@@ -70,22 +70,22 @@ def test_flipped_bits_and_truncations_are_found_and_never_become_data(
 
 def test_problems_name_file_row_and_position(tmp_path: Path) -> None:
     directory = store(tmp_path / "s", spec())
-    file = directory / "shard-00001" / "topk_ids.bin"
+    file = directory / "segment-00001" / "topk_ids.bin"
     ids = np.fromfile(file, np.uint16)
     ids[1] = ids[0]  # row 3: the first answer token has one id twice
     ids.tofile(file)
     text = "\n".join(map(str, verify(directory)))
-    assert "shard-00001/topk_ids.bin" in text and "row 3, position 3" in text
+    assert "segment-00001/topk_ids.bin" in text and "row 3, position 3" in text
     assert "the same id twice" in text
 
 
 @pytest.mark.parametrize(
     ("file", "change", "message"),
     [
-        ("shard-00000/lse.bin", lambda data: data[:-1], "lse.bin has"),
-        ("shard-00000/tokens.idx", None, "tokens.idx is missing"),
+        ("segment-00000/lse.bin", lambda data: data[:-1], "lse.bin has"),
+        ("segment-00000/tokens.idx", None, "tokens.idx is missing"),
         ("manifest.json", lambda data: data[: len(data) // 2], "manifest.json"),
-        ("manifest.json", lambda data: data.replace(b'"version":1', b'"version":9'), "version 9"),
+        ("manifest.json", lambda data: data.replace(b'"version":2', b'"version":9'), "version 9"),
     ],
 )
 def test_a_reader_refuses_what_is_not_whole(
@@ -97,7 +97,7 @@ def test_a_reader_refuses_what_is_not_whole(
         path.unlink()
     else:
         data = path.read_bytes()
-        changed = change(data.replace(b'"version": 1', b'"version":1'))  # type: ignore[operator]
+        changed = change(data.replace(b'"version": 2', b'"version":2'))  # type: ignore[operator]
         assert changed != data
         path.write_bytes(changed)
     with pytest.raises(StoreError, match=message):

@@ -44,6 +44,7 @@ def go_on(directory: Path, samples: Sequence[Sample], of: StoreSpec) -> list[int
     """Finish the store; the shards that were whole before any was written."""
     earlier = EarlierStore.find(directory, of)
     assert earlier is not None
+    earlier.unpack()
     shards = earlier.shards
     earlier.begin()
     kept = {shard for shard in shards if earlier.keep(shard, tokens(samples, shard))}
@@ -114,6 +115,7 @@ def test_killed_between_two_shards_it_can_be_done_again(tmp_path: Path) -> None:
     write(tmp_path / "s", ROWS, source(ROWS, "1"), range(3))
     earlier = EarlierStore.find(tmp_path / "s", source(samples, "2"))
     assert earlier is not None
+    earlier.unpack()
     earlier.begin()
     assert earlier.keep(0, tokens(samples, 0))
     (tmp_path / "s/shard-00001/.shard.json.x.tmp").write_text("")

@@ -34,7 +34,7 @@ def test_offsets_beyond_4_gib(tmp_path: Path) -> None:
 @pytest.mark.parametrize("offset", [1 << 40, -8, 2], ids=["far away", "negative", "not aligned"])
 def test_an_offset_outside_its_file_is_refused(tmp_path: Path, offset: int) -> None:
     directory = store(tmp_path / "s", spec())
-    path = directory / "shard-00000" / "tokens.idx"
+    path = directory / "segment-00000" / "tokens.idx"
     data = bytearray(path.read_bytes())
     data[34 + 4 * 3 + 8 : 34 + 4 * 3 + 16] = np.array([offset], "<i8").tobytes()  # of sample 1
     path.write_bytes(data)

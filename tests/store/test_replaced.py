@@ -28,7 +28,7 @@ def other_rows(directory: Path, of: StoreSpec, rows: int = 7) -> Path:
 
 
 def being_written(directory: Path) -> None:
-    for path in (directory / "manifest.json", *directory.glob("shard-*/shard.json")):
+    for path in (directory / "manifest.json", *directory.glob("segment-*/shard.json")):
         path.unlink()
 
 
@@ -47,10 +47,10 @@ REPLACED: dict[str, tuple[Callable[[Path], Any], str]] = {
         r"teacher\.fingerprint was 'b+' and is 'c+', teacher\.name was 'teacher.nemo' and is",
     ),
     "other logits": (same_teacher, r"rows\.bin, topk_logits\.bin had another SHA-256"),
-    "removed": (shutil.rmtree, r"shard-0000\d is gone"),
+    "removed": (shutil.rmtree, r"segment-0000\d is gone"),
     "being written": (
         being_written,
-        r"shard-0000\d is gone",
+        r"segment-0000\d is gone",
     ),
 }
 
@@ -65,7 +65,7 @@ def test_a_shard_that_is_opened_later_is_of_the_manifest(tmp_path: Path, kind: s
     with pytest.raises(StoreError, match=message) as refused:
         opened[4]
     assert "restart the run" in str(refused.value)
-    with pytest.raises(StoreError, match=message):
+    with pytest.raises(StoreError, match=r"was replaced after it was opened|manifest.json is gone"):
         opened.index_of(6)
 
 
@@ -77,7 +77,7 @@ def test_a_shard_that_was_closed_in_between_is_compared_again(tmp_path: Path) ->
         opened = Store(directory)
         assert [one.row for one in opened] == list(range(12))
         other_rows(directory, spec(rows_per_shard=1), rows=12)
-        with pytest.raises(StoreError, match=r"shard-00000 was replaced"):
+        with pytest.raises(StoreError, match=r"segment-00000 was replaced"):
             opened[0]
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

@@ -153,7 +153,7 @@ def test_compact_is_a_faithful_teacher_in_few_bytes(
     assert np.concatenate(divergences).mean() <= 1e-4
     teacher_bytes = sum(
         info.bytes
-        for shard in compact.manifest.shards
+        for shard in compact.manifest.parts
         for name, info in shard.files.items()
         if name.endswith(".bin") and name.split(".")[0] not in ("tokens", "loss_mask", "rows")
     )
@@ -163,7 +163,7 @@ def test_compact_is_a_faithful_teacher_in_few_bytes(
 def test_plain_takes_404_bytes_an_answer_token(tmp_path: Path) -> None:
     of = spec(vocab_size=65_536, top_k=100)
     read = Store(write(tmp_path / "s", of, [sample(0, of, 200)]))
-    files = read.manifest.shards[0].files
+    files = read.manifest.parts[0].files
     teacher = ("topk_ids.bin", "topk_logits.bin", "lse.bin")
     assert sum(files[name].bytes for name in teacher) == 404 * 200
 
@@ -198,7 +198,7 @@ def test_sampled_keeps_ids_and_counts_in_few_bytes(tmp_path: Path) -> None:
     read = Store(write(tmp_path / "s", of, [drawn]))
     assert np.array_equal(read[0].topk.ids, ids)
     assert np.array_equal(np.rint(np.exp(read[0].topk.logits) * draws), counts)
-    files = read.manifest.shards[0].files
+    files = read.manifest.parts[0].files
     assert (files["entries.bin"].bytes + files["distinct.bin"].bytes) / answers <= 40
 
 

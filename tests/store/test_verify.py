@@ -53,10 +53,11 @@ def test_a_broken_rule_is_named_with_row_and_position(tmp_path: Path, kind: str)
     file, dtype, change, message = TEACHER_DAMAGE[kind]
     directory = store(tmp_path / "s", spec())
     start = place(directory)
-    edit(directory / "shard-00001" / f"{file}.bin", dtype, lambda values: change(values, start))
+    edit(directory / "segment-00001" / f"{file}.bin", dtype, lambda values: change(values, start))
     found = list(verify(Store(directory)))
     assert any(
-        f"shard-00001/{file}.bin" == problem.file and "SHA-256" in problem.what for problem in found
+        f"segment-00001/{file}.bin" == problem.file and "SHA-256" in problem.what
+        for problem in found
     )
     faults = [problem for problem in found if problem.position is not None]
     assert {(fault.row, fault.position) for fault in faults} == {(ROW, POSITION)}
@@ -69,7 +70,7 @@ def test_a_broken_rule_is_named_with_row_and_position(tmp_path: Path, kind: str)
 
 
 def rename_file(manifest: dict[str, Any], name: str) -> None:
-    files = manifest["shards"][0]["files"]
+    files = manifest["segments"][0]["files"]
     files[name] = files.pop("tokens.bin")
 
 
@@ -80,20 +81,24 @@ def rewrite(path: Path, change: Callable[[Any], None]) -> None:
 
 
 STORE_DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
-    "missing": (lambda d: (d / "shard-00002/lse.idx").unlink(), "shard-00002/lse.idx", "missing"),
+    "missing": (
+        lambda d: (d / "segment-00002/lse.idx").unlink(),
+        "segment-00002/lse.idx",
+        "missing",
+    ),
     "cut": (
-        lambda d: (d / "shard-00000/rows.bin").write_bytes(b"\0" * 71),
-        "shard-00000/rows.bin",
+        lambda d: (d / "segment-00000/rows.bin").write_bytes(b"\0" * 71),
+        "segment-00000/rows.bin",
         "71 bytes, expected 72",
     ),
     "stranger": (
-        lambda d: (d / "shard-00000/notes.txt").write_text("x"),
-        "shard-00000/notes.txt",
+        lambda d: (d / "segment-00000/notes.txt").write_text("x"),
+        "segment-00000/notes.txt",
         "does not belong",
     ),
     "a shard gone": (
-        lambda d: (d / "shard-00001").rename(d / "elsewhere"),
-        "shard-00001/tokens.bin",
+        lambda d: (d / "segment-00001").rename(d / "elsewhere"),
+        "segment-00001/tokens.bin",
         "missing",
     ),
     "spec": (
@@ -102,14 +107,14 @@ STORE_DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "differs from the spec",
     ),
     "shard's entry": (
-        lambda d: rewrite(d / "shard-00001/shard.json", lambda v: v.update(tokens=1)),
-        "shard-00001/shard.json",
+        lambda d: rewrite(d / "segment-00001/shard.json", lambda v: v.update(tokens=1)),
+        "segment-00001/shard.json",
         "differs from the shard's entry",
     ),
     "manifest's version": (
-        lambda d: rewrite(d / "manifest.json", lambda v: v.update(version=2)),
+        lambda d: rewrite(d / "manifest.json", lambda v: v.update(version=3)),
         "manifest.json",
-        "version 2, but this nemo-kd reads 1",
+        "version 3, but this nemo-kd reads 1 and 2",
     ),
     "manifest's totals": (
         lambda d: rewrite(d / "manifest.json", lambda v: v["totals"].update(tokens=1)),
@@ -119,7 +124,7 @@ STORE_DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
     "manifest's file names": (
         lambda d: rewrite(d / "manifest.json", lambda v: rename_file(v, "../../../secret\0")),
         "manifest.json",
-        "shard-00000 has the files",
+        "segment-00000 has the files",
     ),
     "manifest's text": (
         lambda d: rewrite(d / "manifest.json", lambda v: None),
@@ -143,18 +148,18 @@ def test_damage_of_the_store_is_named_by_file(tmp_path: Path, kind: str) -> None
 def test_samples_out_of_order_are_found_though_their_checksums_fit(tmp_path: Path) -> None:
     directory = store(tmp_path / "s", spec())
     edit(
-        directory / "shard-00001" / "rows.bin",
+        directory / "segment-00001" / "rows.bin",
         "<i8",
         lambda values: values.__setitem__(slice(None), np.roll(values, 3)),
     )
     found = [str(problem) for problem in verify(directory)]
-    assert any("shard-00001/rows.bin" in line and "out of order" in line for line in found)
+    assert any("segment-00001/rows.bin" in line and "out of order" in line for line in found)
 
 
 def test_a_samples_checksum_is_that_of_its_tokens(tmp_path: Path) -> None:
     directory = store(tmp_path / "s", spec())
     one = Store(directory)[2]
-    row, checksum, sealed = np.fromfile(directory / "shard-00000/rows.bin", "<i8")[6:9].tolist()
+    row, checksum, sealed = np.fromfile(directory / "segment-00000/rows.bin", "<i8")[6:9].tolist()
     assert row == 2 and checksum == token_checksum(one.input_ids, one.loss_mask)
     halves = (one.topk.logits - one.topk.logsumexp).astype(np.float16).view(np.uint16)
     arrays = [one.topk.ids.astype(np.uint16), halves, one.topk.logsumexp]
@@ -162,7 +167,7 @@ def test_a_samples_checksum_is_that_of_its_tokens(tmp_path: Path) -> None:
     other = one.input_ids.copy()
     other[0] ^= 1
     assert token_checksum(other, one.loss_mask) != checksum
-    edit(directory / "shard-00000/tokens.bin", "<i4", lambda values: values.__ixor__(1))
+    edit(directory / "segment-00000/tokens.bin", "<i4", lambda values: values.__ixor__(1))
     with pytest.raises(
         StoreError, match=r"row 2.*tokens.bin or loss_mask.bin has another checksum"
     ):

@@ -29,7 +29,7 @@ Progress = Callable[[int], None]
 """Callback that receives the number of samples written so far."""
 
 # Spec fields in which merged stores may differ; a tokenizer is identified by its fingerprint.
-MAY_DIFFER = ("source", "rows_per_shard", "tokenizer.path")
+MAY_DIFFER = ("source", "tokenizer.path")
 
 
 def write_samples(
@@ -37,13 +37,17 @@ def write_samples(
     directory: str | Path,
     spec: StoreSpec,
     *,
+    segment_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
-    """Write samples, given in ascending row order, to a new store."""
+    """Write samples, given in ascending row order, to a new store.
+
+    `segment_bytes`: approximate size of a segment; None: 1 GiB, or 1/64 of a larger store.
+    """
     with DirectoryLock(directory):
         writer = _open_writer(directory, spec, overwrite)
-        return _write(writer, ((s.row, s) for s in samples), _add_sample, progress)
+        return _write(writer, ((s.row, s) for s in samples), _add_sample, progress, segment_bytes)
 
 
 def convert(
@@ -53,7 +57,7 @@ def convert(
     profile: str | None = None,
     profile_options: dict[str, Any] | None = None,
     top_k: int | None = None,
-    rows_per_shard: int | None = None,
+    segment_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
 ) -> Manifest:
@@ -83,15 +87,21 @@ def convert(
         top_k=k,
         profile=profile,
         profile_options=profile_options,
-        rows_per_shard=old.rows_per_shard if rows_per_shard is None else rows_per_shard,
     )
-    if replace(spec, rows_per_shard=old.rows_per_shard) == old:
+    if spec == old:
         with DirectoryLock(directory):
             writer = _open_writer(directory, spec, overwrite)
             encoded = ((one[0].row, one) for one in _encoded(store))
-            return _write(writer, encoded, _add_encoded, progress)
+            return _write(writer, encoded, _add_encoded, progress, segment_bytes)
     samples = (_cut(store[i], k) for i in range(len(store)))
-    return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
+    return write_samples(
+        samples,
+        directory,
+        spec,
+        segment_bytes=segment_bytes,
+        overwrite=overwrite,
+        progress=progress,
+    )
 
 
 def merge(
@@ -190,6 +200,7 @@ def _write(
     rows: Iterable[tuple[int, Item]],
     add: Callable[[ShardWriter, int, Item], None],
     progress: Progress | None,
+    segment_bytes: int | None = None,
 ) -> Manifest:
     """Write each (row, item) to the shard of its row, and an empty shard where no row falls."""
     stream = iter(rows)
@@ -206,7 +217,7 @@ def _write(
         shard_index += 1
         if progress is not None:
             progress(done)
-    return writer.finish(shard_index)
+    return writer.finish(shard_index, segment_bytes)
 
 
 def _add_sample(shard: ShardWriter, row: int, sample: Sample) -> None:
@@ -219,9 +230,9 @@ def _add_encoded(shard: ShardWriter, row: int, encoded: Encoded) -> None:
 
 
 def _encoded(store: Store) -> Iterator[Encoded]:
-    for number, info in enumerate(store.manifest.shards):
+    for number, info in enumerate(store.manifest.parts):
         for index in range(info.samples):
-            yield store.shard(number).encoded(index)
+            yield store.part(number).encoded(index)
 
 
 def _cut(sample: Sample, top_k: int) -> Sample:

@@ -6,6 +6,7 @@ This also works for stores that cannot be opened: it never raises because of a f
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.codecs.base import Arrays, Codec
 from nemo_kd.store.layout import file_names
 from nemo_kd.store.manifest import (
+    INDEX,
     MANIFEST,
     SHARD,
     SPEC,
@@ -27,6 +29,7 @@ from nemo_kd.store.manifest import (
 )
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Tokens
+from nemo_kd.store.segments import INDEX_BYTES, read_index
 from nemo_kd.store.shard import Shard
 
 
@@ -69,15 +72,17 @@ def verify(
     yield from _verify_head(root, manifest)
     if isinstance(store, Store) and sha256_of(root / MANIFEST) != store.fingerprint:
         yield Problem(MANIFEST, "differs from the manifest that this store was opened with")
-    last_row = -1
-    for number, info in enumerate(manifest.shards):
+    last_row, size = -1, manifest.rows_per_segment or manifest.spec.rows_per_shard
+    for number, info in enumerate(manifest.parts):
         if on_shard is not None:
-            on_shard(number, len(manifest.shards))
-        yield from _verify_entry(root, info, manifest.spec.fingerprint)
+            on_shard(number, len(manifest.parts))
+        yield from _verify_entry(root, info, manifest.spec_fingerprint)
         yield from _verify_files(root, info, codec)
         if _readable(root, info, codec):
-            yield from _verify_samples(root, info, codec, number, last_row)
+            rows = range(number * size, (number + 1) * size)
+            yield from _verify_samples(root, info, codec, rows, last_row)
         last_row = last_row if info.last_row is None else info.last_row
+    yield from _verify_index(root, manifest, codec)
 
 
 def _verify_head(root: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -91,7 +96,9 @@ def _verify_head(root: Path, manifest: Manifest) -> Iterator[Problem]:
     except StoreError as error:
         yield Problem(SPEC, str(error))
         return
-    if spec != manifest.spec.to_json():
+    if manifest.index is not None and isinstance(spec, dict):
+        spec.pop("rows_per_shard", None)  # left by a writer that was killed at its very end
+    if spec != manifest.spec_json:
         yield Problem(SPEC, f"differs from the spec in {MANIFEST}")
 
 
@@ -124,6 +131,35 @@ def _verify_files(root: Path, info: ShardInfo, codec: Codec) -> Iterator[Problem
         yield Problem(f"{info.name}/{name}", "does not belong to a shard")
 
 
+def _verify_index(root: Path, manifest: Manifest, codec: Codec) -> Iterator[Problem]:
+    """Compare the index of the store with its entry in the manifest, and with the parts."""
+    if manifest.index is None:
+        return
+    size = size_of(root / INDEX)
+    if size != manifest.index.bytes:
+        found = "missing" if size is None else f"{size} bytes"
+        yield Problem(INDEX, f"{found}, expected {manifest.index.bytes} bytes")
+        return
+    if sha256_of(root / INDEX) != manifest.index.sha256:
+        yield Problem(INDEX, f"its SHA-256 differs from that in {MANIFEST}")
+    samples, start = manifest.totals["samples"], 0
+    if size != samples * INDEX_BYTES:
+        yield Problem(INDEX, f"{size} bytes for {samples} samples")
+        return
+    rows, lengths = read_index(root / INDEX, samples)
+    for info in manifest.parts:
+        own = slice(start, start := start + info.samples)
+        if not _readable(root, info, codec):
+            continue
+        with suppress(StoreError):  # a damaged part has been reported
+            part = Shard(root, info, codec)
+            if not (
+                np.array_equal(rows[own], part.rows())
+                and np.array_equal(lengths[own], part.lengths())
+            ):
+                yield Problem(INDEX, f"differs from the rows or lengths of {info.name}")
+
+
 def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
     """Return whether all files have their listed sizes; otherwise no sample can be read."""
     sizes = {name: size_of(root / info.name / name) for name in file_names(codec)}
@@ -131,7 +167,7 @@ def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
 
 
 def _verify_samples(
-    root: Path, info: ShardInfo, codec: Codec, number: int, last_row: int
+    root: Path, info: ShardInfo, codec: Codec, rows: range, last_row: int
 ) -> Iterator[Problem]:
     """Check each sample of a shard, the order of rows, and the counts in the manifest."""
     try:
@@ -139,7 +175,6 @@ def _verify_samples(
     except StoreError as error:
         yield Problem(info.name, str(error))
         return
-    rows = range(number * codec.spec.rows_per_shard, (number + 1) * codec.spec.rows_per_shard)
     found: list[tuple[int, int, int]] = []  # row, tokens, answer tokens
     for index in range(info.samples):
         try:

@@ -1,0 +1,208 @@
+"""Segments: one result for every way to get there, version 1 read and joined, few open files."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_kd.errors import StoreError
+from nemo_kd.store import Store, StoreSpec, StoreWriter, pack, verify
+from nemo_kd.store.manifest import INDEX, MANIFEST, PACKING
+from nemo_kd.store.open_parts import OpenParts
+from nemo_kd.store.segments import Packing
+from tests.processes import run_program
+from tests.store.samples import sample, spec, write
+from tests.store.test_bytes import FINGERPRINTS
+from tests.store.test_page import draws
+
+VERSION_1 = Path(__file__).parent / "version1"
+PROGRAM = "tests/store/open_files.py"
+SMALL = 100  # bytes of a segment: less than a sample has
+ROWS = [0, 1, 2, 5, 6, 7, 8, 9, 20]
+
+
+def bytes_of(directory: Path) -> dict[str, bytes]:
+    return {
+        str(path.relative_to(directory)): path.read_bytes()
+        for path in directory.rglob("*")
+        if path.is_file()
+    }
+
+
+def shards_written(directory: Path, of: StoreSpec, rows: list[int] = ROWS) -> StoreWriter:
+    writer = StoreWriter(directory, of)
+    for number in range(rows[-1] // of.rows_per_shard + 1):
+        with writer.shard(number) as out:
+            for row in rows:
+                if row // of.rows_per_shard == number:
+                    out.add(sample(row, of, answers=row % 4))
+    return writer
+
+
+def finished(directory: Path, of: StoreSpec, segment_bytes: int | None = SMALL) -> Path:
+    shards_written(directory, of).finish(ROWS[-1] // of.rows_per_shard + 1, segment_bytes)
+    return directory
+
+
+def test_the_bytes_depend_on_no_way_of_writing(tmp_path: Path) -> None:
+    expected = bytes_of(finished(tmp_path / "one", spec()))
+    assert sum(name.endswith("shard.json") for name in expected) > 3  # several segments
+    for rows_per_shard in (1, 2, 7, 256):
+        of = spec(rows_per_shard=rows_per_shard)
+        assert bytes_of(finished(tmp_path / str(rows_per_shard), of)) == expected
+
+    # Two processes join, one of them is killed; then another writer begins again.
+    writer = shards_written(tmp_path / "two", spec())
+    writer.begin_joining(7, SMALL)
+    writer.join(slice(0, None, 2))
+    (tmp_path / "two" / ".segment-00001.tmp").mkdir()
+    again = StoreWriter(tmp_path / "two", spec())
+    assert all(again.is_complete(number) for number in range(7))
+    assert bytes_of(tmp_path / "two") != expected
+    again.finish(7)
+    assert bytes_of(tmp_path / "two") == expected
+
+
+def test_samples_rows_and_lengths_of_segments(tmp_path: Path) -> None:
+    store = Store(finished(tmp_path / "s", spec()))
+    assert store.rows.tolist() == ROWS == [one.row for one in store]
+    assert store.lengths.tolist() == [one.input_ids.size for one in store]
+    assert [store.index_of(row) for row in ROWS] == list(range(len(ROWS)))
+    with pytest.raises(StoreError, match="no sample for row 3; its last row is 20"):
+        store.index_of(3)
+    assert list(verify(store)) == []
+    whole = finished(tmp_path / "whole", spec(), None)
+    assert [part.name for part in Store(whole).manifest.parts] == ["segment-00000"]
+    for one, other in zip(store, Store(whole), strict=True):
+        assert np.array_equal(one.topk.logits, other.topk.logits)
+
+
+@pytest.mark.parametrize("kind", ["plain", "sampled"])
+def test_a_store_of_version_1_is_read_and_joined(tmp_path: Path, kind: str) -> None:
+    of = spec(**FINGERPRINTS[kind][0])
+    make = draws if kind == "sampled" else (lambda row, of: sample(row, of, answers=1 + row % 4))
+    expected = [make(row, of) for row in range(7)]
+    directory = tmp_path / "old"
+    shutil.copytree(VERSION_1 / kind, directory)
+    old = Store(directory)
+    assert (old.manifest.version, list(verify(old))) == (1, [])
+    for read, one in zip(old, expected, strict=True):
+        assert np.array_equal(read.input_ids, one.input_ids)
+        assert np.array_equal(read.topk.ids[:, :1], one.topk.ids[:, :1])
+    pack(directory)
+    assert bytes_of(directory) == bytes_of(write(tmp_path / "new", of, expected, parts=False))
+    before = bytes_of(directory)
+    pack(directory)
+    assert bytes_of(directory) == before
+
+
+def test_joining_an_old_store_goes_on_after_a_kill(tmp_path: Path) -> None:
+    directory = tmp_path / "old"
+    shutil.copytree(VERSION_1 / "plain", directory)
+
+    def stop(done: int, total: int) -> None:
+        assert total > 2
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        pack(directory, segment_bytes=SMALL, on_segment=stop)
+    with pytest.raises(StoreError, match="nemo-kd pack"):
+        Store(directory)
+    pack(directory)
+    assert [one.row for one in Store(directory)] == list(range(7))
+    assert list(verify(directory)) == []
+
+
+def test_an_unfinished_dump_is_not_joined(tmp_path: Path) -> None:
+    shards_written(tmp_path / "s", spec())
+    with pytest.raises(StoreError, match="no finished store"):
+        pack(tmp_path / "s")
+
+
+def test_a_missing_segment_is_dumped_again_alone(tmp_path: Path) -> None:
+    directory = finished(tmp_path / "s", spec())
+    before = bytes_of(directory)
+    packing = Packing.read(directory)
+    assert packing is not None
+    lost = packing.rows_of(1)
+    shutil.rmtree(directory / "segment-00001")
+    with pytest.raises(StoreError, match="segment-00001"):
+        list(Store(directory))
+    writer = StoreWriter(directory, spec())
+    todo = [number for number in range(7) if not writer.is_complete(number)]
+    assert todo == list(range(lost.start // 3, (lost.stop - 1) // 3 + 1))
+    for number in todo:
+        with writer.shard(number) as out:
+            for row in ROWS:
+                if row // 3 == number:
+                    out.add(sample(row, spec(), answers=row % 4))
+    writer.finish(7)
+    assert bytes_of(directory) == before
+
+
+def test_a_shard_that_vanishes_does_not_shorten_a_segment(tmp_path: Path) -> None:
+    writer = shards_written(tmp_path / "s", spec())
+    writer.begin_joining(7, SMALL)
+    shutil.rmtree(tmp_path / "s/shard-00001")
+    with pytest.raises(StoreError, match="shard-00001 is missing"):
+        writer.join()
+
+
+def test_a_damaged_index_is_found(tmp_path: Path) -> None:
+    directory = finished(tmp_path / "s", spec())
+    octets = bytearray((directory / INDEX).read_bytes())
+    octets[8] ^= 1
+    (directory / INDEX).write_bytes(octets)
+    found = [str(problem) for problem in verify(directory)]
+    assert [line.split(":")[0] for line in found] == [INDEX, INDEX]
+    (directory / INDEX).write_bytes(octets[:-1])
+    with pytest.raises(StoreError, match=r"index\.bin has 107 bytes, but the manifest lists 108"):
+        _ = Store(directory).rows
+    with pytest.raises(StoreError, match=r"index\.bin"):
+        Store(directory).check_files()
+
+
+def test_opening_reads_the_manifest_alone(tmp_path: Path) -> None:
+    opened = [
+        int(run_program(PROGRAM, "opening", finished(tmp_path / name, spec(), octets)).stdout)
+        for name, octets in (("many", SMALL), ("one", None))
+    ]
+    assert opened[0] == opened[1] <= 3
+
+
+def test_stores_share_a_budget_of_open_files(tmp_path: Path) -> None:
+    for number in range(4):
+        finished(tmp_path / str(number), spec())
+    stores = [tmp_path / str(number) for number in range(4)]
+    opened, rows = run_program(PROGRAM, "reading", 200, *stores).stdout.split(maxsplit=1)
+    assert rows.strip() == "[20, 20, 20, 20]"
+    assert int(opened) < 100
+
+
+def test_a_store_that_is_gone_leaves_no_open_part(tmp_path: Path) -> None:
+    from nemo_kd.store import open_parts
+
+    directory = finished(tmp_path / "s", spec())
+    before = len(open_parts.OPEN_PARTS)
+    store = Store(directory)
+    list(store)
+    assert len(open_parts.OPEN_PARTS) > before
+    del store
+    assert len(open_parts.OPEN_PARTS) == before
+    assert len(OpenParts()) == 0
+
+
+def test_plan_of_segments(tmp_path: Path) -> None:
+    directory = finished(tmp_path / "s", spec())
+    assert not (directory / PACKING).exists()
+    assert (directory / MANIFEST).exists()
+    assert not list(directory.glob("shard-*"))
+    packing = Packing(rows_per_segment=10, rows=25)
+    assert packing.count == 3
+    assert packing.rows_of(2) == range(20, 25)
+    assert packing.segments_of(range(9, 11)) == range(2)
+    assert packing.segments_of(range(24, 99)) == range(2, 3)
+    assert packing.segments_of(range(25, 99)) == range(0)
