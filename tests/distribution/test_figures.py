@@ -150,7 +150,11 @@ QUOTES: list[Quote] = [
         rf"`compact` written\s{N}, read {N}\.",
         [COMPACT[f"{way}_tokens_per_s"] for way in ("write", "read")],
     ),
-    ("docs/store.md", rf"takes {N} s and {N} MB", [OPENING["seconds"], OPENING["mb"]]),
+    (
+        "docs/store.md",
+        rf"{N} files\\) takes {N} s; all lengths are read in {N} s",
+        [OPENING["files"], OPENING["seconds"], OPENING["seconds_for_lengths"]],
+    ),
 ]
 
 
