@@ -152,7 +152,7 @@ QUOTES: list[Quote] = [
     ),
     (
         "docs/store.md",
-        rf"{N} files\\) takes {N} s; all lengths are read in {N} s",
+        rf"{N} files\) takes {N} s; all lengths are read in {N} s",
         [OPENING["files"], OPENING["seconds"], OPENING["seconds_for_lengths"]],
     ),
 ]
