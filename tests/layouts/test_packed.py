@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -130,7 +129,8 @@ def test_what_does_not_pack_is_refused(
     start += ["model.data.train_ds.packed_sequence=true"]
     message = error_of("train_gpt_sft_kd.py", *start, "model.micro_batch_size=2")
     assert "micro_batch_size=2 with packed_sequence=true" in message
-    files = json.dumps([str(tiny / "train.npy")])
-    no_store = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names={files}"]
+    packs = tmp_path / "train.npy"
+    packs.touch()
+    no_store = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names=[{packs}]"]
     message = error_of("train_gpt_sft_kd.py", *start, *no_store)
     assert "For packed sequences, set store and packed_sequence=true" in message
