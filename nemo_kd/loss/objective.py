@@ -108,7 +108,7 @@ def chosen_positions(
     if mask is None:
         return positions
     if positions is not None:
-        raise NemoKDError("positions and mask are both given: each chooses the tokens, give one.")
+        raise NemoKDError("positions and mask are both given: give only one of them.")
     return mask.reshape(-1).nonzero().squeeze(-1)
 
 

@@ -111,7 +111,7 @@ class Rows:
 
 
 def _as_matrix(logits: Tensor) -> tuple[Tensor, list[int]]:
-    """(the logits as [R, Vp], their leading dimensions in the order of that memory)."""
+    """(the logits as [R, Vp], their leading dimensions in memory order)."""
     lead, strides = logits.shape[:-1], logits.stride()
     order = sorted(range(len(lead)), key=lambda d: -strides[d])
     expanded = any(stride == 0 and size > 1 for stride, size in zip(strides, lead, strict=False))
