@@ -1,6 +1,6 @@
 """Steps for what runs share: data, teachers, students, stores. Each is made once.
 
-Every function gives the steps in their order, those of what it needs first.
+Every function returns the steps in order, starting with those that it depends on.
 """
 
 from __future__ import annotations
@@ -111,7 +111,7 @@ class Assets:
         """Dump the teacher's logits of the training split.
 
         `plain-K` and `compact-K` with K logits; `top_p-K` with those that hold `TOP_P` of the
-        probability, at most K; `sampled-N` with N draws. But for the draws, made of the whole dump.
+        probability, at most K; `sampled-N` with N draws. All but the draws are converted from a full dump.
         """
         whole = f"plain-{self.cfg.teacher.top_k}"
         profile, _, size = store.rpartition("-")

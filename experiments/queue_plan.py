@@ -1,6 +1,6 @@
 """The remaining runs in queue order, and how long they will take.
 
-A job is one run up to its result file, or the same with what the student writes. A run that
+A job is one run up to its result file, optionally with generation by the student. A run that
 waits for its family's learning rate is preceded by the runs that decide it.
 """
 
@@ -24,7 +24,7 @@ FAMILY_OBJECTIVES: dict[str, dict[str, Any]] = {
     "bucket": {},
     "vocab": {"support": "vocab"},
     "topk": {"support": "topk"},
-    "alone": {"alpha": 1},
+    "kd only": {"alpha": 1},
 }
 
 

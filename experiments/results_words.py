@@ -93,7 +93,7 @@ def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
                 seeds = plural(len(row.found), "seed")
                 groups[outcome].append(
                     f"- {experiment.title}: {row.label}, "
-                    f"{interval(row.against_baseline, signed=True)} against "
+                    f"{interval(row.against_baseline, signed=True)} vs. "
                     f"{experiment.baseline} ({seeds})"
                 )
     titles = {
@@ -148,7 +148,7 @@ def recommendation(beside: Sequence[Row]) -> str:
 def learning_rates(cfg: DictConfig, results: Results) -> str:
     """The learning rate chosen for each family, and the candidates."""
     lines = []
-    for family in ("sft", "bucket", "vocab", "topk", "alone"):
+    for family in ("sft", "bucket", "vocab", "topk", "kd only"):
         rate = chosen_lr(cfg, family, results)
         if rate is None:
             continue
@@ -156,7 +156,7 @@ def learning_rates(cfg: DictConfig, results: Results) -> str:
             f"{results[r.name]['valid']['sft_loss']:.3f} at {r.lr:g}"
             for r in grid(cfg, family, results)
         ]
-        lines.append(f"- {family}: {rate:g}, by the validation split ({', '.join(losses)})")
+        lines.append(f"- {family}: {rate:g}, chosen on the validation split ({', '.join(losses)})")
     return "\n".join(lines) + "\n" if lines else ""
 
 
@@ -169,7 +169,7 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         f"{cfg.teacher.steps} steps at learning rate {cfg.teacher.lr:g}",
         "students": "the stock teacher, pruned to the layers with the highest block influence",
         "objective": f"alpha {Run.alpha:g}, forward KL, support `bucket`, profile `plain`, unless "
-        "a row says otherwise",
+        "a row states otherwise",
         "training": f"{train.steps} steps of {train.batch} samples, {epochs:g} epochs of the "
         f"training split; {train.precision}, cosine decay to 0 after {train.warmup} steps",
         "seed": "determines the order of the samples, which all objectives of a seed share; "

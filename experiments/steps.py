@@ -1,7 +1,7 @@
-"""Run a command of the product's scripts once; a marker file records that it is done.
+"""Run a command of the package's scripts once; a marker file records that it is done.
 
-A command that is killed leaves no marker and is given again: a dump and a training go on where
-they were, the product of any other is removed first.
+A command that is killed leaves no marker and is run again: dumps and trainings resume, the product
+of other commands is removed first.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The units of comparison: a `Run` trains one student, an `Experiment` is a question and its runs.
 
-A run's name is made of its settings alone, so that experiments share the runs they have in common.
+A run's name is made only of its settings, so that experiments share common runs.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Run:
         if self.alpha == 0:
             return "sft"
         if self.alpha == 1:
-            return "alone"
+            return "kd only"
         return self.support
 
     @property

@@ -1,9 +1,9 @@
 """Measure what each choice costs per training step: `python experiments/time_steps.py`.
 
-Short trainings of all choices side by side, several rounds, so that other work on the machine
-meets all of them alike. Leaves `timed/step_seconds.json` beside the result files:
+Short trainings of all choices alternate over several rounds, so that other work on the machine
+affects all alike. Writes `timed/step_seconds.json` next to the result files:
 
-    {"steps", "threads", "machine", "seconds": {label: [median seconds of a step, one a round]}}
+    {"steps", "threads", "machine", "seconds": {label: [median seconds per step, one per round]}}
 """
 
 from __future__ import annotations

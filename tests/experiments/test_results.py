@@ -68,7 +68,7 @@ def test_finished_runs_are_there_and_others_are_not_run_yet(
     cfg: Any, results: Path, tmp_path: Path
 ) -> None:
     text = written(cfg, results, tmp_path)
-    headline = text[text.index("## KD + SFT against SFT\n\nDoes") :]
+    headline = text[text.index("## KD + SFT vs. SFT\n\nDoes") :]
     headline = headline[: headline.index("\n## ")]
     assert f"2 of 3 | {(3.123 + 3.323) / 2:.3f} |  | 3.473 |" in headline  # 0.25 on validation
     assert f"2 of 3 | {(2.811 + 2.911) / 2:.3f}" in headline
