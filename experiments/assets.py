@@ -111,7 +111,7 @@ class Assets:
         """Dump the teacher's logits of the training split.
 
         `plain-K` and `compact-K` with K logits; `top_p-K` with those that hold `TOP_P` of the
-        probability, at most K; `sampled-N` with N draws. All but the draws are converted from a full dump.
+        probability, at most K; `sampled-N` with N draws. All others are converted from a full dump.
         """
         whole = f"plain-{self.cfg.teacher.top_k}"
         profile, _, size = store.rpartition("-")
