@@ -40,6 +40,9 @@ def options(
 
 StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
+Jobs = Annotated[
+    int, typer.Option(min=0, help="Number of processes; 0: one per core for a large store.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")]
 Weights = Annotated[str | None, typer.Option(help="Relative weights, such as 0.95,0.05.")]
 TokenizerPath = Annotated[

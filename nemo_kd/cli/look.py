@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nemo_kd.cli.app import (
+    Jobs,
     Json,
     StoreArgument,
     TokenizerPath,
@@ -89,7 +90,7 @@ def show(
 
 
 @app.command()
-def verify(store: StoreArgument, as_json: Json = False) -> None:
+def verify(store: StoreArgument, jobs: Jobs = 0, as_json: Json = False) -> None:
     """Check every checksum and rule; report problems by file, row and position."""
     from dataclasses import asdict
 
@@ -98,7 +99,7 @@ def verify(store: StoreArgument, as_json: Json = False) -> None:
 
     refuse_unfinished(store)
     with progress("verify") as advance:
-        problems = list(problems_of(store, on_shard=advance))
+        problems = list(problems_of(store, advance, jobs))
     if as_json:
         print_json({"ok": not problems, "problems": [asdict(p) for p in problems]})
     else:
@@ -115,6 +116,7 @@ def stats(
     samples: Annotated[
         int | None, typer.Option(min=1, help="Number of evenly spaced samples; default: all.")
     ] = None,
+    jobs: Jobs = 0,
     as_json: Json = False,
 ) -> None:
     """Show the probability mass kept, entropy and agreement with the labels, with histograms.
@@ -125,7 +127,8 @@ def stats(
     from nemo_kd.store import Store
     from nemo_kd.store import stats as stats_of
 
-    value = stats_of(Store(store), samples).to_json()
+    with progress("stats") as advance:
+        value = stats_of(Store(store), samples, advance, jobs).to_json()
     if as_json:
         print_json(value)
         return

@@ -124,12 +124,13 @@ def deep_faults(topk: TopK, spec: StoreSpec) -> Iterator[Fault]:
     ids, logits, logsumexp = topk.ids, topk.logits, topk.logsumexp
     if not ids.size:
         return
-    ordered = np.sort(ids, axis=1)
+    narrow = np.int32 if spec.vocab_size <= 1 << 31 else np.int64  # sorted in half the time
+    ordered = np.sort(ids.astype(narrow), axis=1)
     if ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] != ABSENT_ID)).any():
         yield from _faults(_repeated(ids), ids, "the same id twice:")
     with np.errstate(invalid="ignore"):
         relative = logits - logsumexp[:, t1_index(spec.temperatures), None]
-    mass = np.exp(relative, dtype=np.float64).sum(axis=1, keepdims=True)
+    mass = np.exp(relative).sum(axis=1, keepdims=True, dtype=np.float64)
     yield from _faults(mass > 1 + MAX_LOG_PROBABILITY, mass, "a probability mass above 1:")
 
 

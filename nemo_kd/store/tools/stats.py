@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,12 @@ from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.agreement import Agreement
+from nemo_kd.store.tools.parallel import ordered, processes
 from nemo_kd.store.tools.probabilities import entropy_with_rest, log_probabilities
 from nemo_kd.topk import ABSENT_ID
 
+SAMPLES = 256
+"""Samples that one process reads at a time."""
 MASS_EDGES = (0.0, 0.5, 0.7, 0.8, 0.9, 0.95, 0.99, 0.999, 1.0)
 ENTROPY_EDGES = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 3.0, 4.0, np.inf)
 RANK_EDGES = (1, 2, 3, 5, 9, 17, 33, 65, 129, np.inf)  # ranks count from 1
@@ -89,6 +93,15 @@ class Stats:
         self.ranks.add(rank)
         self.answers.add(np.array([len(labels)]))
 
+    def __iadd__(self, other: Stats) -> Stats:
+        for each in fields(self):
+            ours, theirs = getattr(self, each.name), getattr(other, each.name)
+            if isinstance(ours, Histogram):
+                ours.counts += theirs.counts
+            else:
+                setattr(self, each.name, ours + theirs)
+        return self
+
     def to_json(self) -> dict[str, Any]:
         """Return means over answer tokens, and histograms."""
         tokens, kept = max(self.tokens, 1), max(self.label_kept, 1)
@@ -112,10 +125,36 @@ class Stats:
         }
 
 
-def stats(store: Store, max_samples: int | None = None) -> Stats:
-    """Compute statistics of all samples, or of `max_samples` evenly spaced ones."""
-    count = len(store) if max_samples is None else min(max_samples, len(store))
+def stats(
+    store: Store,
+    max_samples: int | None = None,
+    on_done: Callable[[int, int], None] | None = None,
+    jobs: int = 1,
+) -> Stats:
+    """Compute statistics of all samples, or of `max_samples` evenly spaced ones.
+
+    `on_done(samples, total)` is called during the computation. `jobs`: number of processes, 0 for
+    one per core if the store is large; the result does not depend on it.
+    """
+    total = len(store)
+    count = total if max_samples is None else min(max_samples, total)
+    octets = store.manifest.totals["bytes"] * count // max(total, 1)
+    tasks = (
+        (store, [i * total // count for i in range(start, min(start + SAMPLES, count))])
+        for start in range(0, count, SAMPLES)
+    )
+    result, done = Stats(), 0
+    for part in ordered(_stats_of, tasks, processes(jobs, octets)):
+        result += part
+        done += part.samples
+        if on_done is not None:
+            on_done(done, count)
+    return result
+
+
+def _stats_of(task: tuple[Store, list[int]]) -> Stats:
+    store, indices = task
     result = Stats()
-    for i in range(count):
-        result.add(store[i * len(store) // count], store.spec)
+    for index in indices:
+        result.add(store[index], store.spec)
     return result

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, read_json, sha256_of, size_of
@@ -31,6 +32,14 @@ from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Tokens
 from nemo_kd.store.segments import INDEX_BYTES, read_index
 from nemo_kd.store.shard import Shard
+from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.tools.batches import STRETCH_BYTES, counts_if_valid, split
+from nemo_kd.store.tools.parallel import ordered, processes
+
+TASK_BYTES = 1 << 26
+"""Approximate bytes of the samples that one process checks at a time."""
+Counts = tuple[int, int, int, int, int | None, int | None]
+"""Samples, tokens, answer tokens, samples without an answer, first and last row."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +65,14 @@ class Problem:
 
 
 def verify(
-    store: Store | str | Path, on_shard: Callable[[int, int], None] | None = None
+    store: Store | str | Path,
+    on_done: Callable[[int, int], None] | None = None,
+    jobs: int = 1,
 ) -> Iterator[Problem]:
     """Yield the problems of a store, given open or as a directory; nothing for an intact store.
 
-    `on_shard(done, total)` is called before each shard.
+    `on_done(bytes, total bytes)` is called during the check. `jobs`: number of processes, 0 for one
+    per core if the store is large; see `nemo_kd.store.tools.parallel.ordered`.
     """
     root = store.directory if isinstance(store, Store) else Path(store)
     try:
@@ -72,17 +84,67 @@ def verify(
     yield from _verify_head(root, manifest)
     if isinstance(store, Store) and sha256_of(root / MANIFEST) != store.fingerprint:
         yield Problem(MANIFEST, "differs from the manifest that this store was opened with")
-    last_row, size = -1, manifest.rows_per_segment or manifest.spec.rows_per_shard
-    for number, info in enumerate(manifest.parts):
-        if on_shard is not None:
-            on_shard(number, len(manifest.parts))
-        yield from _verify_entry(root, info, manifest.spec_fingerprint)
-        yield from _verify_files(root, info, codec)
-        if _readable(root, info, codec):
-            rows = range(number * size, (number + 1) * size)
-            yield from _verify_samples(root, info, codec, rows, last_row)
-        last_row = last_row if info.last_row is None else info.last_row
+    done, total = 0, max(2 * manifest.totals["bytes"], 1)  # every byte is hashed, then read
+    counts: list[Counts] = []
+    for result in ordered(_run, _tasks(root, manifest), processes(jobs, total)):
+        yield from result.problems
+        counts.append(result.counts)
+        if result.last:
+            yield from _verify_counts(result.last, counts)
+            counts = []
+        done += result.octets
+        if on_done is not None:
+            on_done(min(done, total), total)
     yield from _verify_index(root, manifest, codec)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """Hash the files of a part, or check its samples [start, stop); for one process."""
+
+    root: Path
+    info: ShardInfo
+    spec: StoreSpec
+    spec_fingerprint: str
+    rows: range
+    """Source rows that the part may hold."""
+    last_row: int
+    """Last source row of the parts before this one; -1 if there is none."""
+    samples: range | None = None
+
+
+@dataclass
+class _Result:
+    octets: int
+    problems: list[Problem]
+    counts: Counts = (0, 0, 0, 0, None, None)
+    last: ShardInfo | None = None
+    """The part, after its last samples."""
+
+
+def _tasks(root: Path, manifest: Manifest) -> Iterator[_Task]:
+    last_row, size = -1, manifest.rows_per_segment or manifest.spec.rows_per_shard
+    fingerprint = manifest.spec_fingerprint
+    for number, info in enumerate(manifest.parts):
+        rows = range(number * size, (number + 1) * size)
+        task = _Task(root, info, manifest.spec, fingerprint, rows, last_row)
+        yield task
+        yield from (replace(task, samples=samples) for samples in split(info, TASK_BYTES))
+        last_row = last_row if info.last_row is None else info.last_row
+
+
+def _run(task: _Task) -> _Result:
+    codec, info = codec_of(task.spec), task.info
+    octets = sum(file.bytes for file in info.files.values())
+    if task.samples is None:
+        entry = _verify_entry(task.root, info, task.spec_fingerprint)
+        return _Result(octets, [*entry, *_verify_files(task.root, info, codec)])
+    result = _Result(octets * len(task.samples) // max(info.samples, 1), [])
+    if _readable(task.root, info, codec):
+        result.problems += _verify_samples(task, codec, result)
+    if task.samples.stop == info.samples:
+        result.last = info
+    return result
 
 
 def _verify_head(root: Path, manifest: Manifest) -> Iterator[Problem]:
@@ -166,33 +228,53 @@ def _readable(root: Path, info: ShardInfo, codec: Codec) -> bool:
     return sizes == {name: file.bytes for name, file in info.files.items()}
 
 
-def _verify_samples(
-    root: Path, info: ShardInfo, codec: Codec, rows: range, last_row: int
-) -> Iterator[Problem]:
-    """Check each sample of a shard, the order of rows, and the counts in the manifest."""
+def _verify_samples(task: _Task, codec: Codec, result: _Result) -> Iterator[Problem]:
+    """Check samples of a part and the order of their rows; count them in `result`."""
+    info, samples = task.info, task.samples or range(0)
     try:
-        shard = Shard(root, info, codec)
+        part = Shard(task.root, info, codec)
+        last_row = int(part.rows()[samples.start - 1]) if samples.start else task.last_row
     except StoreError as error:
-        yield Problem(info.name, str(error))
-        return
-    found: list[tuple[int, int, int]] = []  # row, tokens, answer tokens
-    for index in range(info.samples):
-        try:
-            tokens, arrays = shard.unchecked(index)
-        except StoreError as error:
+        if not samples.start:
             yield Problem(info.name, str(error))
-            continue
-        for damage in shard.damage(index, tokens, arrays):
-            yield Problem(info.name, damage, tokens.row)
-        if tokens.row not in rows or tokens.row <= last_row:
-            what = f"out of order, or not one of rows {rows.start} to {rows.stop - 1}"
-            yield Problem(f"{info.name}/rows.bin", what, tokens.row)
-        last_row = tokens.row
-        found.append((tokens.row, tokens.input_ids.size, tokens.answers))
-        yield from _verify_sample(info.name, tokens, arrays, codec)
-    if len(found) == info.samples and _counts(found) != _listed(info):
-        what = f"{_counts(found)} found, {MANIFEST} lists {_listed(info)}"
-        yield Problem(info.name, f"samples, tokens, answers, without, first, last row: {what}")
+        return
+    found: list[NDArray[np.int64]] = []  # rows, tokens, answer tokens [3, samples]
+    for stretch in split(info, STRETCH_BYTES, samples):
+        valid = counts_if_valid(part, codec, stretch, task.rows, last_row)
+        if valid is None:
+            valid = np.zeros((3, 0), np.int64)
+            for index in stretch:
+                try:
+                    tokens, arrays = part.unchecked(index)
+                except StoreError as error:
+                    yield Problem(info.name, str(error))
+                    continue
+                yield from _verify_one(task, part, index, tokens, arrays, last_row, codec)
+                last_row = tokens.row
+                counts = [[tokens.row], [tokens.input_ids.size], [tokens.answers]]
+                valid = np.concatenate([valid, np.array(counts, np.int64)], axis=1)
+        found.append(valid)
+        last_row = int(valid[0, -1]) if valid.size else last_row
+    result.counts = _counts(np.concatenate([np.zeros((3, 0), np.int64), *found], axis=1))
+
+
+def _verify_one(
+    task: _Task,
+    part: Shard,
+    index: int,
+    tokens: Tokens,
+    arrays: Arrays,
+    last_row: int,
+    codec: Codec,
+) -> Iterator[Problem]:
+    """Check one sample and that its row comes after `last_row`."""
+    name, rows = task.info.name, task.rows
+    for damage in part.damage(index, tokens, arrays):
+        yield Problem(name, damage, tokens.row)
+    if tokens.row not in rows or tokens.row <= last_row:
+        what = f"out of order, or not one of rows {rows.start} to {rows.stop - 1}"
+        yield Problem(f"{name}/rows.bin", what, tokens.row)
+    yield from _verify_sample(name, tokens, arrays, codec)
 
 
 def _verify_sample(shard: str, tokens: Tokens, arrays: Arrays, codec: Codec) -> Iterator[Problem]:
@@ -221,15 +303,20 @@ def _verify_sample(shard: str, tokens: Tokens, arrays: Arrays, codec: Codec) -> 
         yield Problem(f"{shard}/{fields}", what, row, int(positions[fault.token]))
 
 
-Counts = tuple[int, int, int, int, int | None, int | None]
+def _verify_counts(info: ShardInfo, parts: list[Counts]) -> Iterator[Problem]:
+    """Compare the counts of a part's samples with the manifest, if all could be read."""
+    samples, tokens, answers, without = (sum(part[i] or 0 for part in parts) for i in range(4))
+    ends = [row for part in parts for row in part[4:] if row is not None]
+    found = (samples, tokens, answers, without, *((ends[0], ends[-1]) if ends else (None, None)))
+    if samples == info.samples and found != _listed(info):
+        what = f"{found} found, {MANIFEST} lists {_listed(info)}"
+        yield Problem(info.name, f"samples, tokens, answers, without, first, last row: {what}")
 
 
-def _counts(found: list[tuple[int, int, int]]) -> Counts:
-    rows = [row for row, _, _ in found]
-    tokens, answers = sum(t for _, t, _ in found), sum(a for _, _, a in found)
-    without = sum(a == 0 for _, _, a in found)
-    ends = (rows[0], rows[-1]) if rows else (None, None)
-    return (len(found), tokens, answers, without, *ends)
+def _counts(found: NDArray[np.int64]) -> Counts:
+    rows, tokens, answers = found
+    ends = (int(rows[0]), int(rows[-1])) if rows.size else (None, None)
+    return (rows.size, int(tokens.sum()), int(answers.sum()), int((answers == 0).sum()), *ends)
 
 
 def _listed(info: ShardInfo) -> Counts:
