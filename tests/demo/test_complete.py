@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 
 from tests.checkpoints import models
 from tests.processes import run_script
 
 
+@pytest.mark.slow
 def test_nemo_completes_a_pruned_checkpoint_as_transformers_does(tmp_path: Path) -> None:
     model = models.llama("tied_grouped")
     models.save(model, tmp_path / "hf")

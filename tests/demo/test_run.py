@@ -57,6 +57,7 @@ def test_a_file_that_an_interrupted_step_left_is_not_its_result(tmp_path: Path) 
     assert run.is_done(step, done) and not run.is_done(step, {})
 
 
+@pytest.mark.slow  # a minute
 def test_ctrl_c_ends_it_in_one_line_and_leaves_no_process(tmp_path: Path) -> None:
     for name in ("examples", "conf"):
         shutil.copytree(ROOT / name, tmp_path / name)

@@ -143,6 +143,7 @@ def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
     assert "| K = 4 | 34 | 2.00 | 1.00 [1.00, 1.10] | 2.911 | +0.100 [+0.100, +0.100] |" in text
 
 
+@pytest.mark.slow  # it draws every picture
 def test_the_committed_page_is_that_of_the_committed_results(cfg: Any, tmp_path: Path) -> None:
     """Nothing in it was typed by hand, and nothing is older than the results."""
     text = written(cfg, ROOT / "experiments" / "results", tmp_path)
