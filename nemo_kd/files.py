@@ -24,14 +24,19 @@ from nemo_kd.errors import NemoKDError, StoreError
 
 MAX_JSON = 4 << 20
 """Bytes of a JSON file that `read_json` reads."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class FullDiskError(NemoKDError):
+    """No space is left for a file, or for more of it; the cause is the OSError."""
 
 
 @contextmanager
 def published(path: Path) -> Iterator[Path]:
     """Yield a temporary path for a file that replaces `path` on a clean exit from the context.
 
-    On an exception the temporary file is removed and `path` is unchanged. Raises NemoKDError on a
-    full disk.
+    On an exception the temporary file is removed and `path` is unchanged. Raises FullDiskError
+    on a full disk.
     """
     with full_disk_explained(path.parent):
         temporary = temporary_beside(path)
@@ -51,7 +56,10 @@ def temporary_beside(path: Path) -> Path:
     Unlike `tempfile.mkstemp` it leaves the file's mode to the umask.
     """
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}.tmp")
-    os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    try:
+        os.close(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o666))
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
     return temporary
 
 
@@ -63,15 +71,20 @@ def publish(path: Path, text: str) -> None:
 
 def commit(temporary: Path, path: Path) -> None:
     """Flush `temporary`, a file or a directory of files, to disk, then rename it to `path`."""
-    if temporary.is_dir():
-        for file in temporary.iterdir():
-            _fsync(file)
-    _fsync(temporary)
+    flush(temporary)
     os.replace(temporary, path)
-    _fsync(path.parent)
+    fsync(path.parent)
 
 
-def _fsync(path: Path) -> None:
+def flush(path: Path) -> None:
+    """Flush a file, or a directory of files, to disk."""
+    if path.is_dir():
+        for file in path.iterdir():
+            fsync(file)
+    fsync(path)
+
+
+def fsync(path: Path) -> None:
     """Flush a file's content, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -82,13 +95,13 @@ def _fsync(path: Path) -> None:
 
 @contextmanager
 def full_disk_explained(directory: Path) -> Iterator[None]:
-    """Context manager that raises NemoKDError, with a remedy, on a full disk or exceeded quota."""
+    """Context manager that raises FullDiskError on a full disk, exceeded quota or file size."""
     try:
         yield
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno not in FULL:
             raise
-        raise NemoKDError(
+        raise FullDiskError(
             f"{directory}: {error.strerror}; completed files are kept: free some space and run "
             "the same command to resume"
         ) from error

@@ -70,7 +70,7 @@ def test_bytes_are_on_disk_before_the_name_and_the_name_before_the_end(
 ) -> None:
     """Of a file, and of a directory with the files in it."""
     synced: list[str] = []
-    monkeypatch.setattr(files, "_fsync", lambda path: synced.append(path.name))
+    monkeypatch.setattr(files, "fsync", lambda path: synced.append(path.name))
     renamed = os.replace
 
     def replace(source: Path, target: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.cli.tokenizers import load_tokenizer
+from nemo_kd.outputs import refuse_directory, refuse_inputs
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import (
     Manifest,
@@ -24,7 +25,7 @@ from nemo_kd.store import (
     write_samples,
 )
 from nemo_kd.store.tools.agreement import Agreement
-from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths, existing_chunks
+from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, chunk_paths, existing_chunks
 from nemo_kd.store.tools.jsonl import Padding, lines_of
 from nemo_kd.visible import visible
 
@@ -61,6 +62,9 @@ def to_jsonl(
     """Convert a store to NeMo-Aligner's JSONL."""
     chunked = CHUNK_ID in target
     files = [p for _, p in sorted(existing_chunks(target).items())] if chunked else [Path(target)]
+    refuse_inputs({*files, chunk_path(target, 0)}, [source])
+    if not chunked:
+        refuse_directory(Path(target))
     if any(path.exists() for path in files) and not overwrite:
         raise StoreError(
             f"{files[0]} already exists; use --overwrite to replace it"
@@ -138,6 +142,7 @@ def from_jsonl(
             f"{source} does not record its tokenizer; give its directory or .model file with "
             "--tokenizer"
         )
+    refuse_inputs([target], [*chunk_paths(source), tokenizer])
     loaded = load_tokenizer(tokenizer)
     spec = StoreSpec(
         top_k=first_top_k(source) if top_k is None else top_k,

@@ -26,7 +26,19 @@ PATH_ERRORS = (
     NotADirectoryError,
     PermissionError,
 )
-DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
+DISK_ERRORS = (
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE),
+    *(errno.ENAMETOOLONG, errno.ELOOP, errno.EMFILE, errno.ENFILE),
+)
+REMEDIES = {
+    errno.EACCES: "give this user access to it, or choose another path",
+    errno.EISDIR: "give the path of a file",
+    errno.EFBIG: "raise the limit of this shell (ulimit -f) or of the file system",
+    errno.EIO: "the disk or the network file system failed; try again, or copy the file elsewhere",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EROFS: "choose a path that can be written",
+    errno.ENOSPC: "free some space",
+}
 NEMOS_ERRORS = {"MisconfigurationException", "NeMoBaseException"}
 INTERRUPTED = 130  # 128 + SIGINT, the exit status that shells expect
 WRITER = """
@@ -84,7 +96,8 @@ def _of_a_path(error: OSError) -> str | None:
     if not isinstance(error, PATH_ERRORS) and error.errno not in DISK_ERRORS:
         return None
     path = f"{error.filename}: " if error.filename else ""
-    return f"{path}{(error.strerror or str(error)).lower()}"
+    remedy = REMEDIES.get(error.errno or 0)
+    return f"{path}{(error.strerror or str(error)).lower()}{f'; {remedy}' if remedy else ''}"
 
 
 def is_interrupt(error: BaseException | None) -> bool:

@@ -68,10 +68,12 @@ def show(
     from nemo_kd.cli.row import view_row
     from nemo_kd.cli.tokenizers import Ids, check_tokenizer_path, shown_tokenizer
     from nemo_kd.files import publish
+    from nemo_kd.outputs import refuse_inputs
     from nemo_kd.store import Store
 
     if html is not None:
         check_parent("--html", html)
+        refuse_inputs([html], [store, *([] if tokenizer is None else [tokenizer])])
     opened = Store(store)
     if tokenizer is not None and not ids:
         check_tokenizer_path(tokenizer)

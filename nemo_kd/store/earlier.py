@@ -7,7 +7,6 @@ identical to one dumped from scratch.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterable
 from contextlib import suppress
 from itertools import zip_longest
@@ -27,6 +26,7 @@ from nemo_kd.store.manifest import (
     segment_name,
     shard_name,
 )
+from nemo_kd.store.ours import remove_part
 from nemo_kd.store.sample import Tokens
 from nemo_kd.store.segments import Packing, Segments
 from nemo_kd.store.shard import Shard
@@ -61,7 +61,7 @@ class EarlierStore:
                     self._unpack(number, range(number * size, (number + 1) * size), packing)
         publish(self.directory / SPEC, canonical_json(self._writer.spec.resumable_json()))
         for path in segment_directories(self.directory):
-            shutil.rmtree(path)
+            remove_part(path)
         for name in (INDEX, PACKING):
             (self.directory / name).unlink(missing_ok=True)
 
@@ -117,7 +117,7 @@ class EarlierStore:
         """Remove the shards past the end of the new source and write the new spec."""
         for path in shard_directories(self.directory):
             if shard_number(path) >= num_shards:
-                shutil.rmtree(path)
+                remove_part(path)
         publish(self.directory / SPEC, canonical_json(self.spec.resumable_json()))
 
     def _holds(self, number: int, rows: Iterable[Tokens]) -> bool:

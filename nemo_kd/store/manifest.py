@@ -21,6 +21,7 @@ SHARD = "shard.json"  # the manifest entry of a shard or segment, in its directo
 PACKING = "packing.json"  # the plan of the segments, until the manifest is written
 INDEX = "index.bin"  # the rows and lengths of all samples
 EXCHANGE = "topk.jsonl"  # the store as NeMo-Aligner's JSONL, written if `jsonl=true`
+ANSWERS = "answers.jsonl"  # a generation's answers as SFT rows
 SPEC_KEY = "spec_sha256"
 
 

@@ -32,6 +32,7 @@ from nemo_kd.store.manifest import (
     read_shard_info,
     segment_name,
 )
+from nemo_kd.store.ours import remove_part
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 
@@ -62,7 +63,7 @@ def publish_part(temporary: Path, target: Path, info: ShardInfo, spec: StoreSpec
     description = {**info.to_json(), SPEC_KEY: spec.fingerprint}
     (temporary / SHARD).write_text(canonical_json(description), encoding="utf-8")
     if target.exists():
-        shutil.rmtree(target)  # incomplete: complete parts are not written again
+        remove_part(target)  # incomplete: complete parts are not written again
     commit(temporary, target)
 
 
@@ -155,7 +156,7 @@ class Segments:
         temporary = self.directory / f".{name}.tmp"
         with full_disk_explained(self.directory):
             if temporary.exists():
-                shutil.rmtree(temporary)  # left by a process that was killed
+                remove_part(temporary)  # left by a process that was killed
             temporary.mkdir()
             try:
                 info = self._joined(temporary, name, rows, shards)

@@ -44,6 +44,7 @@ from nemo_kd.store.manifest import (
     segment_name,
     shard_name,
 )
+from nemo_kd.store.ours import refuse_foreign, remove_part
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.segments import (
     INDEX_BYTES,
@@ -60,7 +61,8 @@ from nemo_kd.store.spec import StoreSpec
 class StoreWriter:
     """A store being written; every process of a dump opens it with the same spec.
 
-    With `overwrite` an existing store is removed first. Only one process may do this; the others
+    With `overwrite` an existing store is removed first; a directory that is neither empty nor a
+    store is refused. Only one process may do this; the others
     then open the store without `overwrite`. The caller excludes other jobs with a `DirectoryLock`,
     held by one process of the job.
     """
@@ -71,6 +73,8 @@ class StoreWriter:
         self.codec = codec_of(spec)
         with full_disk_explained(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
+        if overwrite or not (self.directory / SPEC).exists():
+            refuse_foreign(self.directory)
         if overwrite:
             _remove_store(self.directory)
         if (self.directory / SPEC).exists():
@@ -154,7 +158,7 @@ class StoreWriter:
         manifest = Manifest(self.spec, parts, segments.packing.rows_per_segment, index)
         manifest.write(self.directory)
         for path in shard_directories(self.directory):
-            shutil.rmtree(path)
+            remove_part(path)
         publish(self.directory / SPEC, canonical_json(self.spec.to_json()))
         (self.directory / PACKING).unlink(missing_ok=True)
         return manifest
@@ -220,7 +224,7 @@ class ShardWriter:
 
     def __enter__(self) -> ShardWriter:
         if self._directory.exists():
-            shutil.rmtree(self._directory)  # left by a dump that was killed
+            remove_part(self._directory)  # left by a dump that was killed
         with full_disk_explained(self._store.directory):
             self._directory.mkdir()
             for name, dtype in field_dtypes(self._store.codec).items():
@@ -326,20 +330,20 @@ def segment_directories(directory: Path) -> list[Path]:
 
 
 def _remove_store(directory: Path) -> None:
-    """Remove a store, its manifest first, so that an interruption leaves an unfinished store."""
+    """Remove a store; an interruption leaves an unfinished store, recognised by its spec."""
     (directory / MANIFEST).unlink(missing_ok=True)
-    (directory / SPEC).unlink(missing_ok=True)
     for name in (EXCHANGE, INDEX, PACKING):
         (directory / name).unlink(missing_ok=True)
     for path in (*shard_directories(directory), *segment_directories(directory)):
-        shutil.rmtree(path)
+        remove_part(path)
     _remove_leftovers(directory)
+    (directory / SPEC).unlink(missing_ok=True)
 
 
 def _remove_leftovers(directory: Path) -> None:
     """Remove temporary files and directories left by killed processes."""
     for path in (*directory.glob(".shard-*.tmp"), *directory.glob(".segment-*.tmp")):
-        shutil.rmtree(path)
+        remove_part(path)
     for pattern in (
         ".*.json.*.tmp",
         f".{INDEX}.*.tmp",

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_kd.errors import StoreError
+from nemo_kd.lock import DirectoryLock, LockedError
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import BadRows
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
-from nemo_kd.store.lock import DirectoryLock, LockedError
 from nemo_kd.store.sample import Tokens
 from nemo_kd.teacher.layout import Layout
 

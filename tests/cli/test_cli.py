@@ -125,8 +125,10 @@ def test_errors_name_options(text_store: tuple[Path, Path], tmp_path: Path) -> N
     file.write_text("".join(reversed(file.read_text().splitlines(keepends=True))))
     back = ("convert", file, target, "--tokenizer", tokenizer)
     assert "number rows by line with --renumber" in nemo_kd(*back, fails=True)
-    other = nemo_kd(*back, "--renumber", "--top-k", 2, fails=True)
-    assert "holds a store of another configuration" in other and "use --overwrite" in other
+    assert not target.exists()
+    nemo_kd(*back, "--renumber", "--top-k", 2)
+    other = nemo_kd(*back, "--renumber", fails=True)
+    assert "already holds a store" in other and "use --overwrite" in other
     nemo_kd(*back, "--renumber", "--overwrite")
     assert [one.row for one in Store(target)] == [0, 1, 2, 3]
 

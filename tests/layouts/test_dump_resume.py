@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from nemo_kd.store.lock import LOCK
+from nemo_kd.lock import LOCK
 from tests.disk import resize, small_disk
 from tests.layouts.conftest import LAYOUTS, dump_overrides
 from tests.layouts.test_dump import assert_same_teacher

@@ -28,8 +28,8 @@ from transformers import LlamaForCausalLM, PhiConfig, PhiForCausalLM
 
 from nemo_kd.cli.teacher import load, read
 from nemo_kd.hf.teacher import HFForward, HFTeacher
+from nemo_kd.lock import DirectoryLock
 from nemo_kd.sft.rows import Row
-from nemo_kd.store.lock import DirectoryLock
 from nemo_kd.teacher.config import GenerateConfig
 from nemo_kd.teacher.dump import dump
 from nemo_kd.teacher.generation.generate import generate

@@ -24,12 +24,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
+from nemo_kd.outputs import refuse_inputs
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.tools.probabilities import log_probabilities
-from nemo_kd.store.tools.transform import Progress, refuse_own_source, write_samples
+from nemo_kd.store.tools.transform import Progress, write_samples
 from nemo_kd.topk import ABSENT_ID, TopK
 
 
@@ -49,7 +50,7 @@ def average(
 
     Raises StoreError, naming the row or field, if the stores do not hold the same samples.
     """
-    refuse_own_source(stores, [directory])
+    refuse_inputs([directory], [store.directory for store in stores])
     shares = _shares(weights, stores)
     for other in stores[1:]:
         _refuse_other_rows(stores[0], other)

@@ -7,12 +7,13 @@ A gap in the numbers is an error. This also detects a partly replaced set of fil
 from __future__ import annotations
 
 import glob
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemo_kd.errors import StoreError
-from nemo_kd.files import commit
+from nemo_kd.files import flush, fsync
 
 CHUNK_ID = "CHUNK_ID"
 SHOWN = 5  # maximum number of file names in a message
@@ -69,11 +70,19 @@ def existing_chunks(path: str | Path) -> dict[int, Path]:
 
 
 def publish_chunks(path: str | Path, written: Sequence[Path]) -> None:
-    """Replace the existing chunks of `path` with the files `written`, by renaming them."""
+    """Replace the existing chunks of `path` with the files `written`, by renaming them.
+
+    All of them are on disk before the first existing chunk is removed.
+    """
+    for number, file in enumerate(written):
+        flush(file)
+        chunk_path(path, number).parent.mkdir(parents=True, exist_ok=True)
     for _, old in sorted(existing_chunks(path).items()):
         old.unlink()
     for number in reversed(range(len(written))):
-        commit(written[number], chunk_path(path, number))
+        target = chunk_path(path, number)
+        os.replace(written[number], target)
+        fsync(target.parent)
 
 
 def _listed(paths: Sequence[Path]) -> str:

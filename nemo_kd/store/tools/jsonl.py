@@ -26,13 +26,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.files import published, temporary_beside
+from nemo_kd.outputs import install, refuse_directory, work_beside
 from nemo_kd.store.checks import checked_tokens, checked_topk, deep_faults
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.chunks import (
     CHUNK_ID,
-    chunk_path,
     chunk_paths,
     existing_chunks,
     publish_chunks,
@@ -113,7 +112,9 @@ def write_jsonl(
     *,
     samples_per_chunk: int | None = None,
 ) -> int:
-    """Write samples, such as those of a `Store`, atomically to `path`; return their number.
+    """Write samples, such as those of a `Store`, to `path`; return their number.
+
+    The file appears, or replaces an existing one, once it is complete.
 
     Positions without an answer token are filled with zeros: NeMo-Aligner needs a row for each
     position and masks these. With CHUNK_ID in `path`, each chunk has `samples_per_chunk` samples,
@@ -129,24 +130,27 @@ def write_jsonl(
         raise StoreError(f"samples per chunk must be at least 1, not {samples_per_chunk}")
     records = (_record(sample) for sample in samples)
     if samples_per_chunk is None:
-        Path(name).parent.mkdir(parents=True, exist_ok=True)
-        with published(Path(name)) as temporary:
-            return _write_file(temporary, records)
+        target = Path(name).parent.resolve() / Path(name).name  # a link is replaced, not followed
+        refuse_directory(target)
+        with work_beside(target) as work:
+            written = _write_file(work / "0", records)
+            install(work / "0", target)
+        return written
     existing_chunks(name)  # fail before the work if a chunk cannot be replaced
     written, chunks = 0, list[Path]()
-    try:
+    with work_beside(_above_chunks(Path(name).absolute())) as work:
         for number, first in enumerate(records):
-            path = chunk_path(name, number)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            chunks.append(temporary_beside(path))
-            written += _write_file(
-                chunks[-1], chain([first], islice(records, samples_per_chunk - 1))
-            )
+            chunks.append(work / str(number))
+            rest = islice(records, samples_per_chunk - 1)
+            written += _write_file(chunks[-1], chain([first], rest))
         publish_chunks(name, chunks)
-    finally:
-        for path in chunks:
-            path.unlink(missing_ok=True)
     return written
+
+
+def _above_chunks(path: Path) -> Path:
+    """Return the topmost part of a path with CHUNK_ID in it."""
+    parts = [one for one in (path, *path.parents) if CHUNK_ID in one.name]
+    return parts[-1].parent.resolve() / parts[-1].name
 
 
 def _write_file(path: Path, records: Iterable[dict[str, Any]]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import read_json
-from nemo_kd.store.lock import DirectoryLock
+from nemo_kd.lock import DirectoryLock
 from nemo_kd.store.manifest import MANIFEST, PACKING, SPEC, Manifest
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.writer import StoreWriter

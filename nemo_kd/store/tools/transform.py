@@ -8,20 +8,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_kd.errors import StoreError
+from nemo_kd.outputs import refuse_inputs
 from nemo_kd.store.codecs import Sampled
-from nemo_kd.store.lock import DirectoryLock
-from nemo_kd.store.manifest import MANIFEST, Manifest
+from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.splitmix import GOLDEN, counter, unit
+from nemo_kd.store.target import new_store
 from nemo_kd.store.writer import ShardWriter, StoreWriter
 
 Item = TypeVar("Item")
@@ -43,11 +45,13 @@ def write_samples(
 ) -> Manifest:
     """Write samples, given in ascending row order, to a new store.
 
+    The store appears in `directory` once it is complete. With `overwrite` it replaces a store that
+    is there, and nothing else.
     `segment_bytes`: approximate size of a segment; None: 1 GiB, or 1/64 of a larger store.
     """
-    with DirectoryLock(directory):
-        writer = _open_writer(directory, spec, overwrite)
-        return _write(writer, ((s.row, s) for s in samples), _add_sample, progress, segment_bytes)
+    with new_store(directory, overwrite) as new:
+        rows = ((sample.row, sample) for sample in samples)
+        return _write(StoreWriter(new, spec), rows, _add_sample, progress, segment_bytes)
 
 
 def convert(
@@ -66,7 +70,7 @@ def convert(
     None keeps the store's value; a new profile, however, starts without options. If profile,
     options and K are unchanged, samples are copied bit for bit.
     """
-    refuse_own_source([store], [directory])
+    refuse_inputs([directory], [store.directory])
     old = store.spec
     profile = old.profile if profile is None else profile
     if profile_options is None:
@@ -89,10 +93,9 @@ def convert(
         profile_options=profile_options,
     )
     if spec == old:
-        with DirectoryLock(directory):
-            writer = _open_writer(directory, spec, overwrite)
+        with new_store(directory, overwrite) as new:
             encoded = ((one[0].row, one) for one in _encoded(store))
-            return _write(writer, encoded, _add_encoded, progress, segment_bytes)
+            return _write(StoreWriter(new, spec), encoded, _add_encoded, progress, segment_bytes)
     samples = (_cut(store[i], k) for i in range(len(store)))
     return write_samples(
         samples,
@@ -116,7 +119,7 @@ def merge(
     Row r of a store becomes row `r + offset`; the offset is the sum of (last row + 1) over the
     preceding stores. `spec.source` records each store's source and offset.
     """
-    refuse_own_source(stores, [directory])
+    refuse_inputs([directory], [store.directory for store in stores])
     first = stores[0]
     for other in stores[1:]:
         _refuse_unlike(first, other)
@@ -132,9 +135,8 @@ def merge(
         for store, offset in zip(stores, offsets, strict=True)
         for tokens, arrays in _encoded(store)
     )
-    with DirectoryLock(directory):
-        writer = _open_writer(directory, spec, overwrite)
-        return _write(writer, rows, _add_encoded, progress)
+    with new_store(directory, overwrite) as new:
+        return _write(StoreWriter(new, spec), rows, _add_encoded, progress)
 
 
 def split(
@@ -149,50 +151,28 @@ def split(
     """Randomly split a store into parts with the given relative weights.
 
     A sample's part depends only on the seed and its row number, so that stores with the same rows
-    are split identically. Rows keep their numbers.
+    are split identically. Rows keep their numbers. The parts appear once all are complete.
     """
     if len(weights) != len(directories) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise StoreError(
             f"weights must be {len(directories)} non-negative numbers, one per directory, with a "
             f"positive sum, not {list(weights)}"
         )
-    refuse_own_source([store], directories)
+    refuse_inputs(directories, [store.directory])
     bounds = [end / sum(weights) for end in accumulate(weights)]
     manifests = []
-    for part, directory in enumerate(directories):
-        note = {"part": part, "weights": list(weights), "seed": seed, "store": store.fingerprint}
-        source = {**store.spec.source, "split": note}
-        rows = (
-            (tokens.row, (tokens, arrays))
-            for tokens, arrays in _encoded(store)
-            if _part(seed, tokens.row, bounds) == part
-        )
-        spec = replace(store.spec, source=source)
-        with DirectoryLock(directory):
-            writer = _open_writer(directory, spec, overwrite)
-            manifests.append(_write(writer, rows, _add_encoded, progress))
+    with ExitStack() as stack:
+        new = [stack.enter_context(new_store(one, overwrite)) for one in directories]
+        for part, directory in enumerate(new):
+            note = {"part": part, "weights": [*weights], "seed": seed, "store": store.fingerprint}
+            rows = (
+                (tokens.row, (tokens, arrays))
+                for tokens, arrays in _encoded(store)
+                if _part(seed, tokens.row, bounds) == part
+            )
+            spec = replace(store.spec, source={**store.spec.source, "split": note})
+            manifests.append(_write(StoreWriter(directory, spec), rows, _add_encoded, progress))
     return manifests
-
-
-def refuse_own_source(stores: Sequence[Store], directories: Sequence[str | Path]) -> None:
-    """Refuse to overwrite a store that is being read, or to write two stores to one directory."""
-    sources = {store.directory.resolve() for store in stores}
-    targets = [Path(directory).resolve() for directory in directories]
-    for i, target in enumerate(targets):
-        if target in sources:
-            raise StoreError(f"{target} is a source and would be overwritten; give another target")
-        if target in targets[:i]:
-            raise StoreError(f"{target} is given twice; each part needs its own directory")
-
-
-def _open_writer(directory: str | Path, spec: StoreSpec, overwrite: bool) -> StoreWriter:
-    """Open a writer; raise StoreError if a finished store exists and `overwrite` is false."""
-    if (Path(directory) / MANIFEST).exists() and not overwrite:
-        raise StoreError(
-            f"{directory} already holds a store; use overwrite=true to replace it, or choose "
-            "another directory"
-        )
-    return StoreWriter(directory, spec, overwrite=overwrite)
 
 
 def _write(

@@ -18,6 +18,7 @@ from nemo_kd.files import published
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
+from nemo_kd.store.manifest import ANSWERS
 from nemo_kd.teacher.begin import rows_of
 from nemo_kd.teacher.config import GenerateConfig
 from nemo_kd.teacher.dump import calls, store_spec, write_store
@@ -29,8 +30,6 @@ from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import bad_rows, prompt_template, same_file
 from nemo_kd.topk import TopK
-
-ANSWERS = "answers.jsonl"
 
 
 def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:

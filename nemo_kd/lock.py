@@ -1,4 +1,4 @@
-"""A lock on a store's directory: one writer at a time, on any file system, across hosts.
+"""A lock on a directory: one writer at a time, on any file system, across hosts.
 
 The lock is a file that names its holder. The holder creates it (`O_EXCL`) and touches it every few
 seconds. A lock is dead if its process has ended, which can be determined only on the same host, or
@@ -36,6 +36,7 @@ HEARTBEAT = 10.0
 STALE = 120.0
 """Seconds without a touch after which a lock is dead; NFS clients may see touches a minute late."""
 _POLL = 0.5
+ATTEMPTS = 1000
 
 
 class LockedError(StoreError):
@@ -86,13 +87,18 @@ class DirectoryLock:
 
     Creates the directory if it is missing. If another process holds the lock, raises LockedError
     with its host and pid. If that process is on another host, first waits for it to touch the lock,
-    and takes the lock over if it does not.
+    and takes the lock over if it does not. Messages name `shown`, by default the directory.
     """
 
     def __init__(
-        self, directory: str | Path, heartbeat: float = HEARTBEAT, stale: float = STALE
+        self,
+        directory: str | Path,
+        heartbeat: float = HEARTBEAT,
+        stale: float = STALE,
+        shown: str | Path | None = None,
     ) -> None:
         self.directory = Path(directory)
+        self.shown = self.directory if shown is None else shown
         self.path = self.directory / LOCK
         self.heartbeat, self.stale = heartbeat, stale
         self.holder = Holder.this_process()
@@ -103,11 +109,10 @@ class DirectoryLock:
     def __enter__(self) -> DirectoryLock:
         try:
             with full_disk_explained(self.directory):
-                self.directory.mkdir(parents=True, exist_ok=True)
                 self._acquire()
         except OSError as error:
             raise StoreError(
-                f"{self.directory} is not writable ({error.strerror}); choose another directory"
+                f"{self.shown} is not writable ({error.strerror}); choose another directory"
             ) from error
         self._thread.start()
         return self
@@ -129,18 +134,31 @@ class DirectoryLock:
         if self.lost or not self._is_mine():
             there = self._read()
             raise StoreError(
-                f"{self.directory}: this process has lost its lock, "
+                f"{self.shown}: this process has lost its lock, "
                 f"{f'now held by {there}' if there else 'which was removed'}; stopping, so that no "
                 "two processes write to the directory"
             )
 
     def _acquire(self) -> None:
-        while not self._create(self.path):
-            there = self._read()
-            if there is not None and self._is_dead(there):
-                self._take_over(there)
-                if self._is_mine():
+        for attempt in range(ATTEMPTS):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            try:
+                if self._try():
                     return
+            except FileNotFoundError:  # the holder removed the directory together with the lock
+                if attempt == ATTEMPTS - 1:
+                    raise
+        raise LockedError(f"{self.shown}: its lock changes hands all the time; try again later")
+
+    def _try(self) -> bool:
+        """Try once to create the lock or take over a dead one; return whether it is ours."""
+        if self._create(self.path):
+            return True
+        there = self._read()
+        if there is not None and self._is_dead(there):
+            self._take_over(there)
+            return self._is_mine()
+        return False
 
     def _create(self, path: Path) -> bool:
         try:
@@ -188,7 +206,7 @@ class DirectoryLock:
                 raise LockedError(self._refusal(there))
             if not announced:
                 _say(
-                    f"{self.directory} is locked by {there}; if that job was killed, this one "
+                    f"{self.shown} is locked by {there}; if that job was killed, this one "
                     f"takes over the lock in {left:.0f} s"
                 )
                 announced = True
@@ -223,14 +241,14 @@ class DirectoryLock:
             time.sleep(min(_POLL, self.heartbeat))
             return
         if self._read() == dead:
-            _say(f"{self.directory}: taking over the lock of {dead}, which has ended")
+            _say(f"{self.shown}: taking over the lock of {dead}, which has ended")
             os.replace(claim, self.path)
         else:
             claim.unlink(missing_ok=True)
 
     def _refusal(self, there: Holder) -> str:
         return (
-            f"{self.directory} is being written by another job: {there}; wait until it ends, stop "
+            f"{self.shown} is being written by another job: {there}; wait until it ends, stop "
             "it, or choose another directory"
         )
 

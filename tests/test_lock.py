@@ -15,20 +15,20 @@ from pathlib import Path
 
 import pytest
 
+from nemo_kd.lock import LOCK, DirectoryLock, Holder, LockedError
 from nemo_kd.store import StoreError
-from nemo_kd.store.lock import LOCK, DirectoryLock, Holder, LockedError
 from tests.conftest import ROOT
 
 HOLD = """
 import sys
-from nemo_kd.store.lock import DirectoryLock
+from nemo_kd.lock import DirectoryLock
 with DirectoryLock(sys.argv[1], heartbeat=0.1):
     print("held", flush=True)
     sys.stdin.read()
 """
 RACE = """
 import sys, time
-from nemo_kd.store.lock import DirectoryLock, LockedError
+from nemo_kd.lock import DirectoryLock, LockedError
 print("ready", flush=True)
 sys.stdin.readline()
 try:
