@@ -35,7 +35,7 @@ LIBRARIES: dict[str, set[str]] = {
     "core": {"msgspec", "torch"},
     "loss": {"torch", "triton"},
     "settings": {"omegaconf"},
-    "store": {"msgspec", "numpy", "torch"},
+    "store": {"fsspec", "msgspec", "numpy", "tenacity", "torch"},
     "sft": {"numpy", "sentencepiece", "transformers"},
     "data": {"numpy", "torch"},
     "teacher": {"numpy", "rich", "torch"},

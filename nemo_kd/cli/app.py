@@ -38,7 +38,10 @@ def options(
     pass
 
 
-StoreArgument = Annotated[Path, typer.Argument(metavar="STORE", help="Directory of a store.")]
+StoreArgument = Annotated[
+    str, typer.Argument(metavar="STORE", help="Directory of a store, or its URL (s3://...).")
+]
+"""Not a Path, which would join the slashes of a URL."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Jobs = Annotated[
     int, typer.Option(min=0, help="Number of processes; 0: one per core for a large store.")

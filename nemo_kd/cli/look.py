@@ -30,10 +30,12 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
     """Show the specification and totals of a store; reads only its manifest."""
     from nemo_kd.cli import render
     from nemo_kd.files import sha256_of
+    from nemo_kd.store.cache import Origin
     from nemo_kd.store.manifest import MANIFEST, Manifest, refuse_unfinished
 
-    refuse_unfinished(store)
-    manifest, fingerprint = Manifest.read(store), sha256_of(store / MANIFEST)
+    directory = Origin(store).directory
+    refuse_unfinished(directory)
+    manifest, fingerprint = Manifest.read(directory), sha256_of(directory / MANIFEST)
     totals = manifest.totals
     each = totals["bytes"] / max(totals["answer_tokens"], 1)
     if as_json:
@@ -83,7 +85,7 @@ def show(
         typer.echo(visible(note), err=True)
     view = view_row(opened, row, shown, top)
     if html is not None:
-        publish(html, render_html(view, store.name))
+        publish(html, render_html(view, Path(store).name))
         typer.echo(visible(f"wrote {html}"), err=True)
     elif as_json:
         print_json(view.to_json())
@@ -97,11 +99,13 @@ def verify(store: StoreArgument, jobs: Jobs = 0, as_json: Json = False) -> None:
     from dataclasses import asdict
 
     from nemo_kd.store import verify as problems_of
+    from nemo_kd.store.cache import Origin
     from nemo_kd.store.manifest import refuse_unfinished
 
-    refuse_unfinished(store)
+    origin = Origin(store)
+    refuse_unfinished(origin.directory)
     with progress("verify") as advance:
-        problems = list(problems_of(store, advance, jobs))
+        problems = list(problems_of(origin, advance, jobs))
     if as_json:
         print_json({"ok": not problems, "problems": [asdict(p) for p in problems]})
     else:

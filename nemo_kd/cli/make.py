@@ -21,7 +21,7 @@ from nemo_kd.cli.app import (
     report,
 )
 
-Sources = Annotated[list[Path], typer.Argument(help="Stores to read.")]
+Sources = Annotated[list[str], typer.Argument(help="Stores to read.")]
 Target = Annotated[Path, typer.Argument(help="Directory of the store to write.")]
 
 

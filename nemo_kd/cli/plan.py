@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Annotated, Any
 
 import typer
@@ -44,12 +45,21 @@ def plan(
     gpu_tflops: Annotated[str, typer.Option(help="Dense bf16 peak of one GPU, TFLOP/s.")] = "989",
     utilisation: Annotated[str, typer.Option(help="Fraction of peak, 0.35 or 35%.")] = "0.35",
     gpu_memory: Annotated[str, typer.Option(help="Memory of one GPU in GiB.")] = "80",
+    rows_per_shard: Annotated[int, typer.Option(min=1, help="Rows of a shard of the dump.")] = 256,
+    hours_between_failures: Annotated[
+        float | None, typer.Option(min=0.1, help="Mean time between failures of a node.")
+    ] = None,
+    ranks: Annotated[
+        int | None, typer.Option(min=1, help="Training ranks, 8 per node, that read the store.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
-    """Estimate the disk space, time and GPU memory of a dump."""
+    """Estimate the disk space, files, time and GPU memory of a dump, and the cost of reading it."""
+    from nemo_kd.cli import render
     from nemo_kd.store.spec import StoreSpec
     from nemo_kd.teacher.plan import Workload
     from nemo_kd.teacher.plan import plan as plan_of
+    from nemo_kd.teacher.scale import Cluster, scale
 
     answers = TOKENS.parse(tokens)
     total = 2 * answers if total_tokens is None else TOTAL_TOKENS.parse(total_tokens)
@@ -80,12 +90,20 @@ def plan(
         vocab_size=vocab_size,
         profile=profile,
         profile_options={"p": 1.0} if profile == "top_p" else {},
+        rows_per_shard=rows_per_shard,
     )
-    result = plan_of(spec, work, kept).to_json()
+    planned = plan_of(spec, work, kept)
+    cluster = Cluster(hours_between_failures or math.inf, training_ranks=ranks or 8)
+    result, large = planned.to_json(), scale(spec, work, planned, cluster).to_json()
     if as_json:
-        print_json(result)
-    else:
-        _print(result, work.gpus)
+        print_json({**result, "scale": {k: v for k, v in large.items() if math.isfinite(v)}})
+        return
+    rows = _dump_rows(result, work.gpus) | _file_rows(large)
+    if hours_between_failures is not None:
+        rows |= _failure_rows(large, hours_between_failures)
+    if ranks is not None:
+        rows |= _reading_rows(large, ranks)
+    render.console().print(render.pairs("plan", rows))
 
 
 def _check_data(answers: float, total: float, samples: float) -> None:
@@ -129,7 +147,7 @@ def _check_profile(profile: str, *, top_k: int, vocab_size: int, kept: float | N
         raise StoreError(f"--kept {kept:g} is not between 1 and --top-k {top_k}")
 
 
-def _print(result: dict[str, Any], gpus: int) -> None:
+def _dump_rows(result: dict[str, Any], gpus: int) -> dict[str, str]:
     from nemo_kd.cli import render
 
     fits = "fits"
@@ -145,7 +163,7 @@ def _print(result: dict[str, Any], gpus: int) -> None:
         f"{result['bytes_per_answer_token']:.0f} bytes per answer token",
         "as NeMo-Aligner's JSONL": f"about {render.size(result['jsonl_bytes'])}",
         "dump": f"about {render.duration(result['dump_seconds'])} on {gpus} GPUs, "
-        f"{result['gpu_hours']:.1f} GPU hours",
+        f"{result['gpu_hours']:,.1f} GPU hours",
         "memory per GPU": f"about {render.size(memory)}, "
         f"{render.size(result['weights_bytes_per_gpu'])} of it weights; {fits}",
     }
@@ -153,4 +171,34 @@ def _print(result: dict[str, Any], gpus: int) -> None:
         ids = f"{about}{result['ids_per_token']:.0f}"
         source = "more on prose than on code" if about == "about " else "all of --top-k"
         rows["ids per token"] = f"{ids}, {source}; --kept sets it"
-    render.console().print(render.pairs("plan", rows))
+    return rows
+
+
+def _file_rows(large: dict[str, Any]) -> dict[str, str]:
+    from nemo_kd.cli import render
+
+    return {
+        "files": f"{large['files']:,} in {large['segments']:,} segments of "
+        f"{render.size(large['segment_bytes'])}; {large['files_while_dumping']:,} while dumping"
+    }
+
+
+def _failure_rows(large: dict[str, Any], hours: float) -> dict[str, str]:
+    from nemo_kd.cli import render
+
+    return {
+        "with failures": f"about {render.duration(large['dump_seconds'])}, "
+        f"{large['failures']:,.1f} restarts at one failure every {hours:g} h, "
+        f"{render.duration(large['lost_seconds_per_failure'])} lost at each"
+    }
+
+
+def _reading_rows(large: dict[str, Any], ranks: int) -> dict[str, str]:
+    from nemo_kd.cli import render
+
+    return {
+        "opening": f"about {render.size(large['opening_bytes_per_node'])} per node, "
+        f"{render.size(large['opening_bytes'])} for {ranks:,} ranks",
+        "remote epoch": f"about {render.size(large['epoch_bytes_own_caches'])} over the network "
+        f"with a cache per node, {render.size(large['epoch_bytes_shared_cache'])} with one cache",
+    }

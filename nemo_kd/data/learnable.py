@@ -22,7 +22,7 @@ def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
     spec = store.spec
     if config.support == "topk" and spec.top_k == 1:
         raise StoreError(
-            f"store {store.directory} has one id per token (K = 1): with model.kd.support=topk "
+            f"store {store.origin} has one id per token (K = 1): with model.kd.support=topk "
             "both distributions are 1 at that id, and nothing is learned from the teacher; set "
             "model.kd.support=bucket, or dump with a larger dump.top_k"
         )
@@ -32,7 +32,7 @@ def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:
     if wrong:
         settings = ", ".join(f"model.kd.{name}={getattr(config, name)}" for name in wrong)
         raise StoreError(
-            f"store {store.directory} holds draws from the teacher (profile 'sampled'). They are "
+            f"store {store.origin} holds draws from the teacher (profile 'sampled'). They are "
             "unbiased only in a loss whose gradient is linear in the teacher's "
             f"probabilities, which it is not with {settings}{when}; leave that at its default, or "
             "dump with another profile"

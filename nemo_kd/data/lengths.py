@@ -56,7 +56,7 @@ def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> 
     long = np.flatnonzero(lengths > max_seq_length)
     if len(long) and over_long == "error":
         raise StoreError(
-            f"store {store.directory} has {len(long)} of {len(lengths)} samples with more than "
+            f"store {store.origin} has {len(long)} of {len(lengths)} samples with more than "
             f"max_seq_length={max_seq_length} tokens (the longest has {lengths.max()}); raise "
             "max_seq_length of this data set, or set its over_long to truncate or drop"
         )
@@ -65,7 +65,7 @@ def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> 
     used = np.setdiff1d(np.arange(len(lengths)), dropped, assume_unique=True)
     if not len(used):
         raise StoreError(
-            f"store {store.directory} has no sample of at most max_seq_length={max_seq_length} "
+            f"store {store.origin} has no sample of at most max_seq_length={max_seq_length} "
             f"tokens; its shortest has {min(lengths, default=0)}: raise max_seq_length"
         )
     return Fitting(used, truncated=sum(fits), dropped=len(dropped))

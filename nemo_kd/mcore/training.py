@@ -69,7 +69,7 @@ class StoreBatches:
             )
         if len(self.used) < global_batch_size:
             raise StoreError(
-                f"store {store.directory} has {len(self.used)} samples, fewer than "
+                f"store {store.origin} has {len(self.used)} samples, fewer than "
                 f"global_batch_size={global_batch_size}"
             )
 

@@ -77,7 +77,7 @@ def training_data(data_cfg: DictConfig) -> list[Origin]:
     stores = [Store(directory) for directory in split.store]
     files = [Path(file) for file in split.file_names]
     return [
-        *({"path": str(s.directory), "fingerprint": s.fingerprint} for s in stores),
+        *({"path": str(s.origin), "fingerprint": s.fingerprint} for s in stores),
         *({"path": str(file), "fingerprint": sha256_of(file)} for file in files),
     ]
 

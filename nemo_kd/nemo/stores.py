@@ -81,7 +81,7 @@ def micro_batches(model: Student, data_cfg: DictConfig) -> MicroBatches:
 
 
 def _log(store: Store, text: str) -> None:
-    Layout.of_job().say(f"store {store.directory}: {text}")
+    Layout.of_job().say(f"store {store.origin}: {text}")
 
 
 def open_store(model: Student, directory: str) -> Store:

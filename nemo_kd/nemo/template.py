@@ -68,7 +68,7 @@ def _settled(
         return given
     found = [store.spec.template[key] for store in known]
     if any(value != found[0] for value in found):
-        both = f"store {known[0].directory} and other stores differ in the template setting {key}"
+        both = f"store {known[0].origin} and other stores differ in the template setting {key}"
         if Split.of(block).file_names:
             raise StoreError(f"{both}: set {where} for the SFT files blended with them")
         say(f"{both}; the saved model records {where}={found[0]!r}")
@@ -79,9 +79,9 @@ def _compare(store: Store, where: str, key: str, given: Any, say: Say) -> None:
     template = store.spec.template
     if key in template and template[key] != given:
         raise StoreError(
-            f"store {store.directory} was made with {key}={template[key]!r}, but {where} is "
+            f"store {store.origin} was made with {key}={template[key]!r}, but {where} is "
             f"{given!r}; set it to null (the store's) or {template[key]!r}, or dump again with "
             f"{given!r}"
         )
     if key not in template and given != NEMO_DEFAULTS[key]:
-        say(f"store {store.directory} does not record {key}: {where}={given!r} was not compared")
+        say(f"store {store.origin} does not record {key}: {where}={given!r} was not compared")

@@ -11,6 +11,7 @@ from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.average import average
+from nemo_kd.store.tools.copying import pull, push
 from nemo_kd.store.tools.jsonl import read_jsonl, write_jsonl
 from nemo_kd.store.tools.pack import pack
 from nemo_kd.store.tools.stats import stats
@@ -31,6 +32,8 @@ __all__ = [
     "convert",
     "merge",
     "pack",
+    "pull",
+    "push",
     "read_jsonl",
     "split",
     "stats",

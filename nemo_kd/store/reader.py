@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import sha256_of, size_of
+from nemo_kd.store.cache import Origin
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.layout import file_names
 from nemo_kd.store.manifest import INDEX, MANIFEST, Manifest, ShardInfo, refuse_unfinished
@@ -28,6 +29,9 @@ from nemo_kd.store.spec import StoreSpec
 class Store:
     """Sequence of a store's samples: `store[i]` is the i-th sample in row order.
 
+    `directory` may be a URL: the parts of a remote store are fetched to a local cache when they are
+    first read (`nemo_kd.store.cache`).
+
     A store consists of parts: segments, or shards if an earlier version wrote it. Opening reads the
     manifest only. A part is opened, and the sizes of its files are compared with the manifest, when
     it is first read, and a sample's checksums are verified when it is first read; `check_files`
@@ -36,7 +40,8 @@ class Store:
     """
 
     def __init__(self, directory: str | Path) -> None:
-        self.directory = Path(directory)
+        self.origin = Origin(directory)
+        self.directory = self.origin.directory
         refuse_unfinished(self.directory)
         self.manifest = Manifest.read(self.directory)
         # Hash the file itself; `verify` checks that it is the canonical JSON of its values.
@@ -54,7 +59,7 @@ class Store:
     def __getitem__(self, index: int) -> Sample:
         i = index + len(self) if index < 0 else index
         if not 0 <= i < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.directory}")
+            raise IndexError(f"sample {index} of {len(self)} in {self.origin}")
         number = bisect_right(self._ends, i)
         return self.part(number).sample(i - self._first(number))
 
@@ -62,11 +67,11 @@ class Store:
         return (self[i] for i in range(len(self)))
 
     def __getstate__(self) -> dict[str, Any]:
-        return {"directory": self.directory, "fingerprint": self.fingerprint}
+        return {"path": self.origin.path, "fingerprint": self.fingerprint}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         try:
-            Store.__init__(self, state["directory"])
+            Store.__init__(self, state["path"])
         except StoreError as error:
             raise StoreError(f"cannot open a store again: {error}") from error
         self.fingerprint = state["fingerprint"]
@@ -98,7 +103,7 @@ class Store:
         spec = self.spec
         if temperature is not None and temperature not in spec.temperatures:
             raise StoreError(
-                f"temperature={temperature} was not dumped: {self.directory} has "
+                f"temperature={temperature} was not dumped: {self.origin} has "
                 f"{list(spec.temperatures)}; train at one of them, or dump again with "
                 f"temperatures={[*spec.temperatures, temperature]}"
             )
@@ -109,7 +114,7 @@ class Store:
         ):
             if expected is not None and expected != found:
                 raise StoreError(
-                    f"{self.directory}: {name} is {found!r} in the store, expected {expected!r}; "
+                    f"{self.origin}: {name} is {found!r} in the store, expected {expected!r}; "
                     "dump again with the student's tokenizer"
                 )
 
@@ -120,7 +125,7 @@ class Store:
         if index < len(rows) and rows[index] == row:
             return index
         last = int(rows[-1]) if len(rows) else None
-        raise StoreError(f"{self.directory} has no sample for row {row}; its last row is {last}")
+        raise StoreError(f"{self.origin} has no sample for row {row}; its last row is {last}")
 
     def check_files(self) -> None:
         """Raise StoreError if names or sizes of the files differ from the manifest.
@@ -130,7 +135,8 @@ class Store:
         if self.manifest.index is not None:
             self._check_size(self.directory / INDEX, self.manifest.index.bytes)
         for info in self.manifest.parts:
-            self._check_part(info)
+            if not self.origin.lacks(info):
+                self._check_part(info)
 
     def _first(self, number: int) -> int:
         """Return the index of a part's first sample."""
@@ -171,15 +177,16 @@ class Store:
 
     def part(self, number: int) -> Shard:
         """Return an open part; closes the least recently used ones if too many files are open."""
-        return OPEN_PARTS.get(
-            (self._number, number), lambda: self._opened(self.manifest.parts[number])
-        )
+        # Not while OPEN_PARTS is locked: other threads fetch, and one that collects a store waits.
+        self.origin.fetch(self.manifest, number)
+        return OPEN_PARTS.get((self._number, number), lambda: self._opened(number))
 
-    def _opened(self, info: ShardInfo) -> Shard:
+    def _opened(self, number: int) -> Shard:
         """Open a part and check that it is the one in the manifest.
 
         The check follows the opening of the files, so that a concurrent replacement is detected.
         """
+        info = self.manifest.parts[number]
         try:
             self._check_part(info)
             part = Shard(self.directory, info, self.codec)

@@ -41,6 +41,11 @@ SMALLEST, LARGEST, SEGMENTS = 1 << 30, 16 << 30, 64
 """Segments have 1 GiB; a larger store has up to 64 segments, of at most 16 GiB each."""
 
 
+def target_bytes(octets: float) -> float:
+    """Return the default size of the segments of a store whose `.bin` files have `octets`."""
+    return min(max(octets / SEGMENTS, SMALLEST), LARGEST)
+
+
 def complete_part(directory: Path, codec: Codec, fingerprints: Sequence[str]) -> ShardInfo | None:
     """Return the entry of a shard or segment; None unless all its files have their full size.
 
@@ -102,7 +107,7 @@ class Packing:
             if name.endswith(".bin")
         )
         rows = 1 + max((s.last_row for s in shards if s.last_row is not None), default=-1)
-        target = segment_bytes or min(max(octets // SEGMENTS, SMALLEST), LARGEST)
+        target = segment_bytes or int(target_bytes(octets))
         return cls(max(1, -(-rows * target // max(octets, 1))), rows)
 
     @classmethod

@@ -1,6 +1,6 @@
 """Estimate the disk space, time and GPU memory that a dump needs.
 
-disk    = answer tokens * bytes of the profile + tokens * 5 + samples * 20 bytes per file
+disk    = answer tokens * bytes of the profile + tokens * 5 + samples * (36 + 20 per field)
 time    = 2 * parameters * tokens / (GPUs * FLOP/s * utilisation)
 memory  = parameters * 2 / (TP * PP) + logits of the rows at the LM head + activations
 """
@@ -14,10 +14,11 @@ from typing import Any
 from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.layout import ROW_ITEM, field_dtypes
+from nemo_kd.store.segments import INDEX_BYTES
 from nemo_kd.store.spec import StoreSpec
 
 TOKEN_BYTES = 4 + 1  # tokens and loss_mask
-INDEX_BYTES = 4 + 8 + 8  # length, offset and document of a sample in each .idx
+IDX_BYTES = 4 + 8 + 8  # length, offset and document of a sample in each .idx
 JSONL_BYTES_PER_LOGIT = 25  # a logit and its id in NeMo-Aligner's JSONL
 VARIABLE = ("sampled", "top_p")  # profiles whose number of ids varies between tokens
 # K draws have about K^0.68 distinct ids: fitted to a mean Σ_v min(1, K p(v)) of 4.9, 12.4, 23.1,
@@ -79,6 +80,8 @@ class Plan:
     """Origin of `ids_per_token`. `profile`: always K; `kept`: as given; `estimate`: distinct ids of
     K draws; `most`: the upper bound K."""
     disk_bytes: float
+    bin_bytes: float
+    """The part of `disk_bytes` in `.bin` files: all but the indices."""
     jsonl_bytes: float
     """The size of the same data in NeMo-Aligner's JSONL, for comparison."""
     dump_seconds: float
@@ -104,7 +107,8 @@ def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
     ids, ids_from = _ids_per_token(spec, kept)
     each = codec.bytes_per_token(ids)
     tokens = work.total_tokens * TOKEN_BYTES
-    files = work.samples * (ROW_ITEM * 8 + INDEX_BYTES * len(field_dtypes(codec)))
+    values = work.answer_tokens * each + tokens + work.samples * ROW_ITEM * 8
+    indices = work.samples * (IDX_BYTES * len(field_dtypes(codec)) + INDEX_BYTES)
     seconds = 2 * work.teacher_parameters * work.total_tokens
     seconds /= work.gpus * work.gpu_tflops * 1e12 * work.utilisation
     parallel = work.tensor_parallel * work.pipeline_parallel
@@ -115,7 +119,8 @@ def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
         bytes_per_answer_token=each,
         ids_per_token=ids,
         ids_from=ids_from,
-        disk_bytes=work.answer_tokens * each + tokens + files,
+        disk_bytes=values + indices,
+        bin_bytes=values,
         jsonl_bytes=work.total_tokens * spec.top_k * JSONL_BYTES_PER_LOGIT,
         dump_seconds=seconds,
         gpu_hours=seconds * work.gpus / 3600,

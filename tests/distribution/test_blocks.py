@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from nemo_kd.loss import vocab_parallel_topk
 from tests.checkpoints import models
 from tests.conftest import ROOT
 from tests.distribution.blocks import Block, blocks_of, check_bash, check_console
+from tests.store.s3 import serving
 from tests.store.samples import sample, spec, write
 
 PAGES = [
@@ -94,10 +96,22 @@ def names(page: str) -> dict[str, Any]:
     }
 
 
+@pytest.fixture
+def s3(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The server behind `s3://bucket`, for pages that name it."""
+    if "nemo-kd push" not in page.read_text():
+        yield
+        return
+    with serving() as server:
+        for name, value in {**server.environment, "NEMO_KD_CACHE": str(tmp_path / "cache")}.items():
+            monkeypatch.setenv(name, value)
+        yield
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks_of(p)], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_the_blocks_of_a_page_work(page: Path, world: Path) -> None:
+def test_the_blocks_of_a_page_work(page: Path, world: Path, s3: None) -> None:
     namespace = names(page.name)
     for block in blocks_of(page):
         if exempt(block):

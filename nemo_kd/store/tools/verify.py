@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, read_json, sha256_of, size_of
+from nemo_kd.store.cache import Origin
 from nemo_kd.store.checks import deep_faults, topk_faults
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.codecs.base import Arrays, Codec
@@ -65,7 +66,7 @@ class Problem:
 
 
 def verify(
-    store: Store | str | Path,
+    store: Store | Origin | str | Path,
     on_done: Callable[[int, int], None] | None = None,
     jobs: int = 1,
 ) -> Iterator[Problem]:
@@ -74,7 +75,9 @@ def verify(
     `on_done(bytes, total bytes)` is called during the check. `jobs`: number of processes, 0 for one
     per core if the store is large; see `nemo_kd.store.tools.parallel.ordered`.
     """
-    root = store.directory if isinstance(store, Store) else Path(store)
+    origin = store.origin if isinstance(store, Store) else store
+    origin = origin if isinstance(origin, Origin) else Origin(origin)
+    root = origin.directory
     try:
         manifest = Manifest.read(root)
         codec = codec_of(manifest.spec)
@@ -86,7 +89,7 @@ def verify(
         yield Problem(MANIFEST, "differs from the manifest that this store was opened with")
     done, total = 0, max(2 * manifest.totals["bytes"], 1)  # every byte is hashed, then read
     counts: list[Counts] = []
-    for result in ordered(_run, _tasks(root, manifest), processes(jobs, total)):
+    for result in ordered(_run, _tasks(origin, manifest), processes(jobs, total)):
         yield from result.problems
         counts.append(result.counts)
         if result.last:
@@ -122,12 +125,13 @@ class _Result:
     """The part, after its last samples."""
 
 
-def _tasks(root: Path, manifest: Manifest) -> Iterator[_Task]:
+def _tasks(origin: Origin, manifest: Manifest) -> Iterator[_Task]:
     last_row, size = -1, manifest.rows_per_segment or manifest.spec.rows_per_shard
     fingerprint = manifest.spec_fingerprint
     for number, info in enumerate(manifest.parts):
         rows = range(number * size, (number + 1) * size)
-        task = _Task(root, info, manifest.spec, fingerprint, rows, last_row)
+        origin.fetch(manifest, number)
+        task = _Task(origin.directory, info, manifest.spec, fingerprint, rows, last_row)
         yield task
         yield from (replace(task, samples=samples) for samples in split(info, TASK_BYTES))
         last_row = last_row if info.last_row is None else info.last_row

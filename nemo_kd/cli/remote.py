@@ -1,0 +1,38 @@
+"""Commands that copy stores to and from remote storage: push, pull."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_kd.cli.app import Json, StoreArgument, app, progress, report
+
+Address = Annotated[str, typer.Argument(metavar="URL", help="Such as s3://bucket/store.")]
+
+
+@app.command()
+def push(store: StoreArgument, url: Address, as_json: Json = False) -> None:
+    """Copy a store to s3://, gs:// or another address; run it again to resume."""
+    from nemo_kd.cli.conversions import summary
+    from nemo_kd.store.tools.copying import push as push_store
+
+    with progress("push") as advance:
+        manifest = push_store(store, url, advance)
+    report(summary(url, manifest), as_json)
+
+
+@app.command()
+def pull(
+    url: Address,
+    target: Annotated[Path, typer.Argument(help="Directory of the store to write.")],
+    as_json: Json = False,
+) -> None:
+    """Copy a store from s3://, gs:// or another address; run it again to resume."""
+    from nemo_kd.cli.conversions import summary
+    from nemo_kd.store.tools.copying import pull as pull_store
+
+    with progress("pull") as advance:
+        manifest = pull_store(url, target, advance)
+    report(summary(target, manifest), as_json)

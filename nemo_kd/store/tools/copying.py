@@ -1,0 +1,163 @@
+"""Push a store to a URL and pull one from there; both can be interrupted and repeated.
+
+The manifest is pushed last. Until then `transfer.json` names it, so that an unfinished copy is only
+continued with the same store. A pull is made beside its directory, and renamed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from nemo_kd.errors import StoreError
+from nemo_kd.files import canonical_json, commit, full_disk_explained
+from nemo_kd.lock import DirectoryLock
+from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo, refuse_unfinished
+from nemo_kd.store.remote import RemoteFiles, is_intact
+from nemo_kd.store.schema import MAX_MANIFEST
+from nemo_kd.store.transfer import (
+    fetch_part,
+    fetch_top,
+    part_files,
+    part_json,
+    top_files,
+)
+
+TRANSFER = "transfer.json"
+Advance = Callable[[int, int], None]
+"""Function of the number of bytes copied so far and of all bytes."""
+
+
+class _Bar:
+    """Progress in bytes; those of repeated attempts count until their part is complete."""
+
+    def __init__(self, advance: Advance, total: int) -> None:
+        self._advance, self._total, self._done, self._now = advance, total, 0, 0
+
+    def add(self, count: int) -> None:
+        self._now = min(self._now + count, self._total)
+        self._advance(self._now, self._total)
+
+    def complete(self, info: ShardInfo) -> None:
+        """Count a part as copied, in place of what was added since the last call."""
+        self._done = self._now = self._done + sum(file.bytes for file in info.files.values())
+        self._advance(self._now, self._total)
+
+
+def push(directory: str | Path, url: str, advance: Advance = lambda *_: None) -> Manifest:
+    """Copy a store to a URL; files that are there with their size are not copied again.
+
+    Each file's SHA-256 is compared with the manifest before it is copied. Raises StoreError if the
+    URL holds anything else, or if the store is unfinished or damaged.
+    """
+    source, files = Path(directory), RemoteFiles(url)
+    refuse_unfinished(source)
+    manifest, text = Manifest.read(source), (source / MANIFEST).read_bytes()
+    there = files.sizes()
+    _refuse_other_url(files, there, text)
+    if MANIFEST not in there:
+        files.write(TRANSFER, _marker(text))
+    bar = _Bar(advance, manifest.totals["bytes"])
+    for info in manifest.parts:
+        _push_part(source, files, manifest, info, there, bar)
+    files.upload([SPEC, *top_files(manifest)], source)
+    _refuse_missing(files, manifest)
+    if MANIFEST not in there:
+        files.write(MANIFEST, text)
+    if MANIFEST not in there or TRANSFER in there:
+        files.remove(TRANSFER)
+    return manifest
+
+
+def _push_part(
+    source: Path,
+    files: RemoteFiles,
+    manifest: Manifest,
+    info: ShardInfo,
+    there: Mapping[str, int],
+    bar: _Bar,
+) -> None:
+    listed = part_files(manifest, info)
+    missing = [name for name, file in listed.items() if there.get(name) != file.bytes]
+    for name in missing:
+        if not is_intact(source / name, listed[name]):
+            raise StoreError(
+                f"{source / name} differs from the manifest, see `nemo-kd verify`; mend the store "
+                "and push it again"
+            )
+    files.upload(missing, source, bar.add)
+    files.write(f"{info.name}/{SHARD}", part_json(manifest, info).encode())
+    bar.complete(info)
+
+
+def _refuse_other_url(files: RemoteFiles, there: Mapping[str, int], text: bytes) -> None:
+    """Raise StoreError unless the URL is empty, or holds this store or an unfinished copy of it."""
+    if MANIFEST in there:
+        if there[MANIFEST] != len(text) or files.read(MANIFEST, MAX_MANIFEST) != text:
+            raise StoreError(f"{files.url} holds another store; choose another URL")
+    elif TRANSFER in there:
+        if files.read(TRANSFER, MAX_MANIFEST) != _marker(text):
+            raise StoreError(
+                f"{files.url} holds an unfinished copy of another store; remove it, or choose "
+                "another URL"
+            )
+    elif there:
+        raise StoreError(f"{files.url} holds {min(there)}, not a store; choose another URL")
+
+
+def _refuse_missing(files: RemoteFiles, manifest: Manifest) -> None:
+    """Raise StoreError if a file has not arrived at the URL with its size."""
+    there = files.sizes()
+    listed = top_files(manifest)
+    for info in manifest.parts:
+        listed |= part_files(manifest, info)
+    wrong = [name for name, file in listed.items() if there.get(name) != file.bytes]
+    if wrong:
+        raise StoreError(f"{files.url}/{wrong[0]} has not arrived; run the same command again")
+
+
+def _marker(text: bytes) -> bytes:
+    return canonical_json({"manifest_sha256": hashlib.sha256(text).hexdigest()}).encode()
+
+
+def pull(url: str, directory: str | Path, advance: Advance = lambda *_: None) -> Manifest:
+    """Copy the store at a URL to a directory; intact files of an interrupted copy are kept.
+
+    Every file's SHA-256 is compared on arrival. Raises StoreError if the directory holds anything
+    else, or if the remote store is damaged.
+    """
+    files, target = RemoteFiles(url), Path(directory).absolute()
+    text = files.read(MANIFEST, MAX_MANIFEST)
+    if _is_pulled(target, text):
+        return Manifest.read(target)
+    work = target.with_name(f".{target.name}.pull")
+    with full_disk_explained(target.parent), DirectoryLock(work, shown=target):
+        new = work / "store"
+        new.mkdir(exist_ok=True)
+        (new / MANIFEST).write_bytes(text)
+        manifest = Manifest.read(new)
+        bar = _Bar(advance, manifest.totals["bytes"])
+        for number, info in enumerate(manifest.parts):
+            listed = part_files(manifest, info)
+            if not all(is_intact(new / name, file) for name, file in listed.items()):
+                shutil.rmtree(new / info.name, ignore_errors=True)
+                fetch_part(files, manifest, number, new, bar.add)
+            bar.complete(info)
+        fetch_top(files, manifest, new)
+        commit(new, target)
+    work.rmdir()
+    return manifest
+
+
+def _is_pulled(target: Path, text: bytes) -> bool:
+    """Return whether the directory holds this store; raise StoreError if it holds anything else."""
+    if os.path.ismount(target):
+        raise StoreError(f"{target} is a mount point; give a directory in it")
+    if not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return False
+    if (target / MANIFEST).is_file() and (target / MANIFEST).read_bytes() == text:
+        return True
+    raise StoreError(f"{target} exists and is not the store to pull; choose a new directory")
