@@ -50,7 +50,7 @@ LIBRARIES: dict[str, set[str]] = {
         "yaml",
     },
     "doctor": {"torch", "rich"},
-    "cli": {"hydra", "numpy", "omegaconf", "rich", "torch", "typer"},
+    "cli": {"hydra", "numpy", "omegaconf", "rich", "torch", "typer", "yaml"},
 }
 
 # Modules that import another library, and why.

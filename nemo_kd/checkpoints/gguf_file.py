@@ -115,6 +115,7 @@ class GGUFCheckpoint:
         heads = self._required("llama.attention.head_count")
         hidden = self._required("llama.embedding_length")
         return Llama.of(
+            self.name,
             num_layers=self._required("llama.block_count"),
             hidden_size=hidden,
             ffn_hidden_size=self._required("llama.feed_forward_length"),

@@ -161,11 +161,12 @@ def read_llama(config: Mapping[str, Any]) -> Llama:
     for key in ("attention_bias", "mlp_bias"):
         _expect(key, config.get(key, False), False)
     _expect("quantization_config", config.get("quantization_config"), None)
-    sizes = checked(config, _Sizes)
+    sizes = checked("config.json", config, _Sizes)
     heads = sizes.num_attention_heads
     rope = sizes.rope_parameters or sizes.rope_scaling
     scaling = read_rope_scaling(rope)
     return Llama.of(
+        "config.json",
         num_layers=sizes.num_hidden_layers,
         hidden_size=sizes.hidden_size,
         ffn_hidden_size=sizes.intermediate_size,
@@ -191,7 +192,7 @@ def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
         return None
     _expect("rope_scaling.rope_type", kind, "llama3")
     values = {**rope, "original_context": rope.get("original_max_position_embeddings")}
-    return checked(values, RopeScaling)
+    return checked("config.json: rope_scaling", values, RopeScaling)
 
 
 def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:

@@ -41,12 +41,12 @@ def reading(name: str, what: str = "it is damaged or not complete") -> Iterator[
         raise CheckpointError(f"{name}: {what} ({reason})") from error
 
 
-def checked(values: Mapping[str, Any], kind: type[Value]) -> Value:
-    """Return values of a file as `kind`; raise CheckpointError for a wrong type or size."""
+def checked(name: str, values: Mapping[str, Any], kind: type[Value]) -> Value:
+    """Return values of the file `name` as `kind`; raise CheckpointError for a wrong one."""
     try:
         return msgspec.convert(values, kind)
     except msgspec.ValidationError as error:
-        raise CheckpointError(str(error)) from error
+        raise CheckpointError(f"{name}: {error}") from error
 
 
 MAX_REASON = 300  # characters
@@ -93,9 +93,9 @@ class Llama:
             )
 
     @classmethod
-    def of(cls, **values: Any) -> Llama:
-        """Build a model from a file's values; raise CheckpointError for a wrong type or size."""
-        return checked(values, cls)
+    def of(cls, name: str, **values: Any) -> Llama:
+        """Build a model from values of the file `name`; raise CheckpointError for a wrong one."""
+        return checked(name, values, cls)
 
     def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
         """Tensors of one layer under Hugging Face's names; weights are `[out, in]`."""

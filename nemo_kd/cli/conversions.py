@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -26,7 +25,7 @@ from nemo_kd.store import (
 )
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, chunk_paths, existing_chunks
-from nemo_kd.store.tools.jsonl import Padding, lines_of
+from nemo_kd.store.tools.jsonl import Padding, lines_of, record_of
 from nemo_kd.visible import visible
 
 ON_BAD_LINES = ("error", "drop")
@@ -208,8 +207,8 @@ def first_top_k(source: str) -> int:
 
 def _top_k(line: bytes) -> int:
     try:
-        return len(json.loads(line)["topk_token_ids"][0])
-    except (ValueError, KeyError, IndexError, TypeError, RecursionError):
+        return len(record_of(line)["topk_token_ids"][0])
+    except (StoreError, KeyError, IndexError, TypeError):
         return 0
 
 

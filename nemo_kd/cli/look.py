@@ -27,12 +27,18 @@ EXPLAINED = {
 
 @app.command()
 def inspect(store: StoreArgument, as_json: Json = False) -> None:
-    """Show the specification and totals of a store; reads only its manifest."""
+    """Show the specification and totals of a store; reads only its manifest.
+
+    Of a .nemo file, shows its settings and how many pickles it has, without loading it.
+    """
     from nemo_kd.cli import render
     from nemo_kd.files import sha256_of
     from nemo_kd.store.cache import Origin
     from nemo_kd.store.manifest import MANIFEST, Manifest, refuse_unfinished
 
+    if (path := Path(store)).suffix == ".nemo" and path.exists():
+        _inspect_nemo(path, as_json)
+        return
     directory = Origin(store).directory
     refuse_unfinished(directory)
     manifest, fingerprint = Manifest.read(directory), sha256_of(directory / MANIFEST)
@@ -52,6 +58,22 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
     console = render.console()
     console.print(render.pairs(str(store), counts))
     console.print(render.pairs("\nspecification", flat(manifest.spec.to_json())))
+
+
+def _inspect_nemo(path: Path, as_json: bool) -> None:
+    from nemo_kd.cli import render
+    from nemo_kd.cli.archive import inspect_archive
+
+    value = inspect_archive(path)
+    if as_json:
+        print_json(value)
+        return
+    shown = {
+        **value,
+        "bytes": render.size(value["bytes"]),
+        "pickles": f"{value['pickles']}; loading them can run code: load only what you trust",
+    }
+    render.console().print(render.pairs(str(path), shown))
 
 
 @app.command()

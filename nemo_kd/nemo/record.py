@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import os
+import pickle
 import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
+from omegaconf.base import ContainerMetadata, Metadata
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.files import sha256_of
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.resumed_settings import Settings
@@ -98,16 +102,34 @@ def read(checkpoint: str) -> tuple[Progress, Record]:
 
 
 def _without_weights(path: Path) -> dict[str, Any]:
-    """Load a checkpoint without its tensors, from Megatron's directory or Lightning's file."""
-    if path.is_dir():
-        from megatron.core import dist_checkpointing
+    """Load a checkpoint without its tensors, from Megatron's directory or Lightning's file.
 
-        return dict(dist_checkpointing.load_common_state_dict(str(path)))
+    Only OmegaConf's configurations are unpickled, besides torch's own values and plain ones.
+    """
     import torch
 
-    # Model-parallel checkpoints of adapters: one file for each rank, in `mp_rank_00` and so on.
-    file = path if path.is_file() else next(iter(sorted(path.parent.glob(f"*_rank_*/{path.name}"))))
-    return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=False))
+    if path.is_dir():
+        file = path / "common.pt"
+    elif path.is_file():
+        file = path
+    else:  # of adapters, model-parallel: one file for each rank, in `mp_rank_00` and so on
+        file = next(iter(sorted(path.parent.glob(f"*_rank_*/{path.name}"))))
+    try:
+        with torch.serialization.safe_globals(_PICKLED):
+            return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
+    except pickle.UnpicklingError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise NemoKDError(
+            f"{file}: its pickle holds more than a training writes ({reason}); if you trust it, "
+            "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
+        ) from error
+
+
+_PICKLED: list[Any] = [
+    *(DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata),
+    *(dict, list, int, Any, collections.defaultdict),
+]
+"""What a training's checkpoints pickle, besides tensors."""
 
 
 def _named(checkpoint: str, what: str) -> float:

@@ -201,7 +201,8 @@ def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
         raise StoreError(f"{path}: cannot be read ({error})") from error
 
 
-def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Padding) -> Sample:
+def record_of(line: bytes) -> dict[str, Any]:
+    """Parse a line; raise StoreError if it is not a JSON object, or has millions of lists."""
     if line.count(b"[") + line.count(b"{") > MAX_LISTS:
         raise StoreError(f"more than {MAX_LISTS} lists; give each sample a line of its own")
     try:
@@ -210,6 +211,11 @@ def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Pad
         raise StoreError(f"not JSON ({error})") from error
     if not isinstance(record, dict):
         raise StoreError(f"expected a JSON object, not a {type(record).__name__}")
+    return record
+
+
+def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Padding) -> Sample:
+    record = record_of(line)
     missing = [key for key in KEYS if key not in record]
     if missing:
         raise StoreError(f"no {', '.join(missing)} among the keys {sorted(map(str, record))}")
