@@ -58,7 +58,8 @@ def _counts_if_valid(
     own, checksums, sealed = items.reshape(-1, ROW_ITEM).T
     if own[0] <= last_row or (np.diff(own) <= 0).any():
         return None
-    if own[0] not in rows or own[-1] not in rows:
+    # As Python's integers: numpy's would be compared with each row of the range.
+    if int(own[0]) not in rows or int(own[-1]) not in rows:
         return None
     answers = _answers_if_valid(fields, codec.spec.vocab_size, checksums)
     if answers is None or not _teacher_is_valid(fields, codec, answers, own, sealed):
