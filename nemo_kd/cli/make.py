@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from nemo_kd.cli.app import (
+    Jobs,
     Json,
     Overwrite,
     StoreArgument,
@@ -49,6 +50,7 @@ def convert(
     samples_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Samples per file of a JSONL target with CHUNK_ID.")
     ] = None,
+    jobs: Jobs = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -89,13 +91,19 @@ def convert(
         else:
             check_store_target(Path(target))
             with progress("convert") as advance:
-                result = conversions.between_stores(source, target, advance=advance, **common)
+                result = conversions.between_stores(
+                    source, target, advance=advance, jobs=jobs, **common
+                )
     report(result, as_json)
 
 
 @app.command()
 def merge(
-    sources: Sources, target: Target, overwrite: Overwrite = False, as_json: Json = False
+    sources: Sources,
+    target: Target,
+    jobs: Jobs = 0,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
 ) -> None:
     """Concatenate stores that have the same specification; rows are renumbered."""
     from nemo_kd.cli.conversions import summary
@@ -107,7 +115,7 @@ def merge(
     total = sum(map(len, stores))
     with options_named(), progress("merge") as advance:
         manifest = merge_stores(
-            stores, target, overwrite=overwrite, progress=lambda done: advance(done, total)
+            stores, target, overwrite=overwrite, progress=lambda n: advance(n, total), jobs=jobs
         )
     report(summary(target, manifest), as_json)
 
@@ -147,6 +155,7 @@ def split(
     targets: Annotated[list[Path], typer.Argument(help="Directories of the stores to write.")],
     weights: Annotated[str, typer.Option(help="Relative sizes of the parts, such as 0.95,0.05.")],
     seed: Annotated[int, typer.Option(help="Seed of the random split.")] = 0,
+    jobs: Jobs = 0,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -166,6 +175,7 @@ def split(
             seed=seed,
             overwrite=overwrite,
             progress=lambda done: advance(done, len(opened)),
+            jobs=jobs,
         )
     parts = [summary(target, manifest) for target, manifest in zip(targets, manifests, strict=True)]
     if as_json:

@@ -22,7 +22,7 @@ from nemo_kd.store.open_parts import OPEN_PARTS
 from nemo_kd.store.replaced import RESTART, Replacement
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.segments import INDEX_BYTES, read_index
-from nemo_kd.store.shard import Shard
+from nemo_kd.store.shard import Encoded, Shard
 from nemo_kd.store.spec import StoreSpec
 
 
@@ -57,11 +57,13 @@ class Store:
         return self._ends[-1] if self._ends else 0
 
     def __getitem__(self, index: int) -> Sample:
-        i = index + len(self) if index < 0 else index
-        if not 0 <= i < len(self):
-            raise IndexError(f"sample {index} of {len(self)} in {self.origin}")
-        number = bisect_right(self._ends, i)
-        return self.part(number).sample(i - self._first(number))
+        part, place = self._at(index)
+        return part.sample(place)
+
+    def encoded(self, index: int) -> Encoded:
+        """Return a sample's tokens and the profile's arrays, without decoding them."""
+        part, place = self._at(index)
+        return part.encoded(place)
 
     def __iter__(self) -> Iterator[Sample]:
         return (self[i] for i in range(len(self)))
@@ -137,6 +139,14 @@ class Store:
         for info in self.manifest.parts:
             if not self.origin.lacks(info):
                 self._check_part(info)
+
+    def _at(self, index: int) -> tuple[Shard, int]:
+        """Return the part that holds a sample, and the sample's index in it."""
+        i = index + len(self) if index < 0 else index
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {index} of {len(self)} in {self.origin}")
+        number = bisect_right(self._ends, i)
+        return self.part(number), i - self._first(number)
 
     def _first(self, number: int) -> int:
         """Return the index of a part's first sample."""

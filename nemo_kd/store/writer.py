@@ -213,7 +213,7 @@ class ShardWriter:
 
     def __init__(self, store: StoreWriter, shard_index: int) -> None:
         rows = store.spec.rows_per_shard
-        self._store = store
+        self._store, self.spec = store, store.spec
         self._name = shard_name(shard_index)
         self._rows = range(shard_index * rows, (shard_index + 1) * rows)
         self._directory = store.directory / f".{self._name}.tmp"

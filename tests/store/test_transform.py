@@ -129,3 +129,25 @@ def test_planned_disk_is_what_a_store_takes(tmp_path: Path, profile: str) -> Non
         gpus=1,
     )
     assert plan(of, work).disk_bytes == pytest.approx(totals["bytes"], rel=0.01)
+
+
+def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
+    one = Store(store(tmp_path / "a", spec(), rows=20))
+    two = Store(store(tmp_path / "b", spec(), rows=9))
+    for jobs in (1, 2):
+        at = tmp_path / str(jobs)
+        convert(one, at / "compact", profile="compact", top_k=3, jobs=jobs)
+        merge([one, two], at / "merged", jobs=jobs)
+        split(one, [at / "train", at / "rest"], [3, 1], jobs=jobs)
+    assert contents(tmp_path / "1") == contents(tmp_path / "2")
+
+
+def test_rows_far_sparser_than_samples_cost_nothing(tmp_path: Path) -> None:
+    rows = [0, 10**9, 10**12]
+    of = spec(rows_per_shard=10**12)
+    sparse = Store(write(tmp_path / "s", of, [sample(row, of, 2) for row in rows], parts=False))
+    merge([sparse, sparse], tmp_path / "merged")
+    merged = Store(tmp_path / "merged")
+    assert merged.rows.tolist() == [*rows, *(row + 10**12 + 1 for row in rows)]
+    assert sum(1 for _ in (tmp_path / "merged").rglob("*")) < 20
+    assert list(verify(merged)) == []

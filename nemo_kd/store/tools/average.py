@@ -30,7 +30,8 @@ from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.tools.probabilities import log_probabilities
-from nemo_kd.store.tools.transform import Progress, write_samples
+from nemo_kd.store.tools.selection import Progress
+from nemo_kd.store.tools.transform import write_samples
 from nemo_kd.topk import ABSENT_ID, TopK
 
 

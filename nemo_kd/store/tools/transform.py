@@ -7,12 +7,15 @@ to another profile or K decodes and re-encodes, which incurs the quantization er
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.outputs import refuse_inputs
@@ -20,15 +23,11 @@ from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
-from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.splitmix import GOLDEN, counter, unit
 from nemo_kd.store.target import new_store
-from nemo_kd.store.writer import ShardWriter, StoreWriter
-
-Item = TypeVar("Item")
-Progress = Callable[[int], None]
-"""Callback that receives the number of samples written so far."""
+from nemo_kd.store.tools.selection import Progress, Selection, copy
+from nemo_kd.store.writer import StoreWriter
 
 # Spec fields in which merged stores may differ; a tokenizer is identified by its fingerprint.
 MAY_DIFFER = ("source", "tokenizer.path")
@@ -50,8 +49,7 @@ def write_samples(
     `segment_bytes`: approximate size of a segment; None: 1 GiB, or 1/64 of a larger store.
     """
     with new_store(directory, overwrite) as new:
-        rows = ((sample.row, sample) for sample in samples)
-        return _write(StoreWriter(new, spec), rows, _add_sample, progress, segment_bytes)
+        return _write(StoreWriter(new, spec), samples, progress, segment_bytes)
 
 
 def convert(
@@ -64,11 +62,13 @@ def convert(
     segment_bytes: int | None = None,
     overwrite: bool = False,
     progress: Progress | None = None,
+    jobs: int = 1,
 ) -> Manifest:
     """Write the samples of a store in another profile, with the first `top_k` logits per token.
 
     None keeps the store's value; a new profile, however, starts without options. If profile,
-    options and K are unchanged, samples are copied bit for bit.
+    options and K are unchanged, samples are copied bit for bit. `jobs`: number of processes, 0 for
+    one per core if the store is large.
     """
     refuse_inputs([directory], [store.directory])
     old = store.spec
@@ -92,19 +92,15 @@ def convert(
         profile=profile,
         profile_options=profile_options,
     )
-    if spec == old:
-        with new_store(directory, overwrite) as new:
-            encoded = ((one[0].row, one) for one in _encoded(store))
-            return _write(StoreWriter(new, spec), encoded, _add_encoded, progress, segment_bytes)
-    samples = (_cut(store[i], k) for i in range(len(store)))
-    return write_samples(
-        samples,
-        directory,
-        spec,
-        segment_bytes=segment_bytes,
-        overwrite=overwrite,
-        progress=progress,
-    )
+    with new_store(directory, overwrite) as new:
+        return copy(
+            Selection.of(store),
+            new,
+            spec,
+            segment_bytes=segment_bytes,
+            progress=progress,
+            jobs=jobs,
+        )
 
 
 def merge(
@@ -113,6 +109,7 @@ def merge(
     *,
     overwrite: bool = False,
     progress: Progress | None = None,
+    jobs: int = 1,
 ) -> Manifest:
     """Concatenate the samples of several stores into one store.
 
@@ -130,13 +127,9 @@ def merge(
         for store, offset in zip(stores, offsets, strict=True)
     ]
     spec = replace(first.spec, source={"merged": parts})
-    rows = (
-        (tokens.row + offset, (tokens, arrays))
-        for store, offset in zip(stores, offsets, strict=True)
-        for tokens, arrays in _encoded(store)
-    )
+    selection = Selection.concatenated(list(stores), offsets)
     with new_store(directory, overwrite) as new:
-        return _write(StoreWriter(new, spec), rows, _add_encoded, progress)
+        return copy(selection, new, spec, progress=progress, jobs=jobs)
 
 
 def split(
@@ -147,6 +140,7 @@ def split(
     seed: int = 0,
     overwrite: bool = False,
     progress: Progress | None = None,
+    jobs: int = 1,
 ) -> list[Manifest]:
     """Randomly split a store into parts with the given relative weights.
 
@@ -159,66 +153,48 @@ def split(
             f"positive sum, not {list(weights)}"
         )
     refuse_inputs(directories, [store.directory])
-    bounds = [end / sum(weights) for end in accumulate(weights)]
-    manifests = []
+    parts = _parts(seed, store.rows, weights)
+    manifests, done = [], 0
     with ExitStack() as stack:
         new = [stack.enter_context(new_store(one, overwrite)) for one in directories]
         for part, directory in enumerate(new):
             note = {"part": part, "weights": [*weights], "seed": seed, "store": store.fingerprint}
-            rows = (
-                (tokens.row, (tokens, arrays))
-                for tokens, arrays in _encoded(store)
-                if _part(seed, tokens.row, bounds) == part
-            )
             spec = replace(store.spec, source={**store.spec.source, "split": note})
-            manifests.append(_write(StoreWriter(directory, spec), rows, _add_encoded, progress))
+            selection = Selection.of(store, parts == part)
+            manifests.append(
+                copy(
+                    selection,
+                    directory,
+                    spec,
+                    progress=_after(done, progress),
+                    jobs=jobs,
+                )
+            )
+            done += len(selection)
     return manifests
 
 
 def _write(
     writer: StoreWriter,
-    rows: Iterable[tuple[int, Item]],
-    add: Callable[[ShardWriter, int, Item], None],
+    samples: Iterable[Sample],
     progress: Progress | None,
-    segment_bytes: int | None = None,
+    segment_bytes: int | None,
 ) -> Manifest:
-    """Write each (row, item) to the shard of its row, and an empty shard where no row falls."""
-    stream = iter(rows)
+    """Write each sample to the shard of its row, and an empty shard where no row falls."""
+    stream = iter(samples)
     pending = next(stream, None)
     done = shard_index = 0
     while pending is not None:
         with writer.shard(shard_index) as shard:
             end = (shard_index + 1) * writer.spec.rows_per_shard
-            while pending is not None and pending[0] < end:
-                row, item = pending
-                add(shard, row, item)
+            while pending is not None and pending.row < end:
+                shard.add(pending)
                 done += 1
                 pending = next(stream, None)
         shard_index += 1
         if progress is not None:
             progress(done)
     return writer.finish(shard_index, segment_bytes)
-
-
-def _add_sample(shard: ShardWriter, row: int, sample: Sample) -> None:
-    shard.add(sample)
-
-
-def _add_encoded(shard: ShardWriter, row: int, encoded: Encoded) -> None:
-    tokens, arrays = encoded
-    shard.add_encoded(replace(tokens, row=row), arrays)
-
-
-def _encoded(store: Store) -> Iterator[Encoded]:
-    for number, info in enumerate(store.manifest.parts):
-        for index in range(info.samples):
-            yield store.part(number).encoded(index)
-
-
-def _cut(sample: Sample, top_k: int) -> Sample:
-    topk = sample.topk
-    cut = replace(topk, ids=topk.ids[:, :top_k], logits=topk.logits[:, :top_k])
-    return replace(sample, topk=cut)
 
 
 def _refuse_unlike(first: Store, other: Store) -> None:
@@ -231,6 +207,14 @@ def _refuse_unlike(first: Store, other: Store) -> None:
         )
 
 
-def _part(seed: int, row: int, bounds: Sequence[float]) -> int:
-    (share,) = unit(counter(seed * 0xD1342543DE82EF95 + row * GOLDEN))
-    return next(i for i, bound in enumerate(bounds) if share < bound)
+def _after(done: int, progress: Progress | None) -> Progress | None:
+    """Return a callback that adds the samples that were done before."""
+    return None if progress is None else lambda more: progress(done + more)
+
+
+def _parts(seed: int, rows: NDArray[np.int64], weights: Sequence[float]) -> NDArray[np.int64]:
+    """Return the part of each row [rows]."""
+    bounds = [end / sum(weights) for end in accumulate(weights)]
+    (start,) = counter(seed * 0xD1342543DE82EF95)
+    shares = unit(start + rows.astype(np.uint64) * np.uint64(GOLDEN))
+    return np.searchsorted(bounds, shares, side="right")
