@@ -13,7 +13,7 @@ from nemo_kd.errors import NemoKDError
 Problem = Callable[[str], str]
 """Function of a path that returns an error message, or "" if the path is usable."""
 REMOTE = "://"
-"""Marks a remote storage address, which NeMo itself opens."""
+"""Marks a remote storage address, which NeMo or the store's reader opens."""
 
 
 def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> None:

@@ -221,6 +221,11 @@ class Store:
         size = size_of(path)
         if size != octets:
             found = "is missing" if size is None else f"has {size} bytes"
+            if self.origin.url is not None:
+                raise StoreError(
+                    f"{path} {found}, the manifest lists {octets}; remove {path.parent}: it is a "
+                    f"cache of {self.origin}, and is fetched again"
+                )
             remove = "" if path.parent == self.directory else f"remove {path.parent} and "
             raise StoreError(
                 f"{path} {found}, but the manifest lists {octets}; copy it again, or {remove}run "

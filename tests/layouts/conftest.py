@@ -66,7 +66,9 @@ def dense(tiny: Path, shared: Shared) -> dict[str, NDArray[Any]]:
     return dict(np.load(made / "dense.npz"))
 
 
-def train_overrides(tiny: Path, store: Path, heldout: Path, directory: Path) -> list[str]:
+def train_overrides(
+    tiny: Path, store: Path | str, heldout: Path | str, directory: Path
+) -> list[str]:
     return [
         f"model.restore_from_path={tiny}/student.nemo",
         f"model.data.train_ds.store={store}",

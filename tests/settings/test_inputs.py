@@ -130,8 +130,9 @@ def test_a_read_only_directory_is_named(world: Path, monkeypatch: pytest.MonkeyP
     assert f"{world} is read-only or owned by another user" in problem
 
 
-def test_a_storage_that_nemo_reads_itself_is_left_to_it(world: Path) -> None:
-    of_training(world, "exp_manager.explicit_log_dir=s3://bucket/run")
+@pytest.mark.parametrize("key", ["exp_manager.explicit_log_dir", "model.data.train_ds.store"])
+def test_a_remote_address_is_left_to_those_who_open_it(world: Path, key: str) -> None:
+    of_training(world, f"{key}=s3://bucket/path")
 
 
 ROW = {"input": "a", "question": "b", "output": "c"}

@@ -118,6 +118,16 @@ def test_a_part_that_arrives_damaged_is_fetched_again_and_refused_in_the_end(
     assert url in str(caught.value)
 
 
+def test_a_part_that_was_cut_in_the_cache_is_named(url: str) -> None:
+    opened = Store(url)
+    opened[0]
+    opened.origin.wait()
+    part = opened.directory / opened.manifest.parts[1].name
+    os.truncate(part / "tokens.bin", 1)
+    with pytest.raises(StoreError, match=f"remove {part}: it is a cache of {url}"):
+        opened[ROWS // 2]
+
+
 def test_a_server_that_fails_twice_is_asked_again(url: str, s3: Server, tmp_path: Path) -> None:
     failures: Counter[str] = Counter()
 
