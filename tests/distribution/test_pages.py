@@ -34,6 +34,8 @@ SETTING = {
     "nemo/settings/training.py",
     "nemo/start.py",
     "store/tools/jsonl.py",
+    "store/tools/stats.py",
+    "store/tools/verify.py",
     "teacher/begin.py",
     "teacher/generation/generate.py",
     "teacher/tally.py",
