@@ -39,7 +39,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemo_kd.files import sha256_of
-from nemo_kd.store import Manifest, Sample, Store, StoreSpec
+from nemo_kd.store import Manifest, Sample, Store, StoreSpec, merge, stats, verify
 from nemo_kd.store.layout import SAMPLE_FIELDS
 from nemo_kd.store.manifest import INDEX, FileInfo, segment_name
 from nemo_kd.store.tools.transform import write_samples
@@ -222,6 +222,25 @@ def speed(name: str) -> dict[str, int]:
     return {"write_tokens_per_s": round(tokens / write), "read_tokens_per_s": round(tokens / read)}
 
 
+def tools() -> dict[str, int]:
+    """Return megabytes per second of a `plain` store, on one core and in warm memory."""
+    of = StoreSpec(top_k=K, vocab_size=49_152)
+    samples = random_samples(of)
+    with tempfile.TemporaryDirectory() as directory:
+        names = (Path(directory) / str(i) for i in count())
+        several = [replace(one, row=i) for i, one in enumerate(samples * 4)]
+        first = next(names)
+        write_samples(several, first, of)
+        store = Store(first)
+        steps = {
+            "verify": lambda: list(verify(store)),
+            "stats": lambda: stats(store),
+            "merge": lambda: merge([store], next(names)),
+        }
+        size = store.manifest.totals["bytes"] / 1e6
+        return {f"{name}_mb_per_s": round(size / best(step)) for name, step in steps.items()}
+
+
 def best(step: Any) -> float:
     seconds = []
     for _ in range(4):
@@ -317,7 +336,15 @@ def main() -> None:
         f"{opened['mb']} MB; their lengths: {opened['seconds_for_lengths']} s"
     )
     print(f"{where['processor']}, {where['cores']} cores, load {where['load']} in the last minute")
-    result = {"machine": where, "answer_tokens": tokens, "profiles": rows, "opening": opened}
+    speeds = tools()
+    print(", ".join(f"{name.removesuffix('_mb_per_s')} {mb} MB/s" for name, mb in speeds.items()))
+    result = {
+        "machine": where,
+        "answer_tokens": tokens,
+        "profiles": rows,
+        "opening": opened,
+        "tools": speeds,
+    }
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
 
