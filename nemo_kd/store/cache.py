@@ -52,9 +52,10 @@ class Origin:
         self.url: str | None = None
         self._fetched: set[int] = set()
         self._ahead: threading.Thread | None = None
+        self._opened: tuple[int, RemoteFiles] | None = None
         if isinstance(path, str) and is_url(path):
             self.url = path
-            self.directory = _cached(path)
+            self.directory = _cached(self._files(path))
 
     def __str__(self) -> str:
         return self.url or str(self.directory)
@@ -89,13 +90,18 @@ class Origin:
         info, url = manifest.parts[number], self.url
         if url is not None and self.lacks(info):
             part = self.directory / info.name
-            # A file system of fsspec must not be kept across a fork.
-            _once(part, lambda: fetch_part(RemoteFiles(url), manifest, number, self.directory))
+            _once(part, lambda: fetch_part(self._files(url), manifest, number, self.directory))
+
+    def _files(self, url: str) -> RemoteFiles:
+        """Return the files below the URL; a file system of fsspec is of no use after a fork."""
+        process = os.getpid()
+        if self._opened is None or self._opened[0] != process:
+            self._opened = process, RemoteFiles(url)
+        return self._opened[1]
 
 
-def _cached(url: str) -> Path:
-    """Return the directory of the store that is at `url` now, opened in the cache."""
-    files = RemoteFiles(url)
+def _cached(files: RemoteFiles) -> Path:
+    """Return the directory of the store that is at a URL now, opened in the cache."""
     text = files.read(MANIFEST, MAX_MANIFEST)
     key = hashlib.sha256(f"{files.url}\n".encode() + text).hexdigest()[:16]
     name = re.sub(r"[^\w.-]", "_", files.url.rpartition("/")[2])[:64]
