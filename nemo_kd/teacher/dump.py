@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol, TypeVar
@@ -123,7 +124,7 @@ def write_store(
                 writer.begin_joining(shards, config.segment_bytes)
         layout.barrier()
         if not stopped:
-            writer.join(slice(layout.rank, None, layout.size))
+            writer.join(slice(layout.rank, None, layout.size), _say_joined(layout))
             layout.barrier()
         if layout.rank == 0 and not stopped:
             writer.publish()
@@ -131,6 +132,18 @@ def write_store(
                 write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
         layout.barrier()
     return None if stopped else Store(writer.directory).manifest
+
+
+def _say_joined(layout: Layout) -> Callable[[int, int], None]:
+    """Return a callback that reports rank 0's share of the segments, if it is more than one."""
+    start = time.monotonic()
+
+    def on_segment(done: int, total: int) -> None:
+        left = (time.monotonic() - start) * (total - done) / done
+        if total > 1:
+            layout.say(f"joining the shards: {done} of {total} segments, {left:.0f} s left")
+
+    return on_segment
 
 
 def _say_stopped(config: DumpConfig, writer: StoreWriter, shards: int) -> None:
