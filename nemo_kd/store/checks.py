@@ -159,4 +159,5 @@ def _array(name: str, value: Any, dtype: Any, shape: tuple[int, int]) -> NDArray
             f"topk.{name} is {list(array.shape)}, expected {list(shape)} for its {shape[0]} "
             "answer tokens (loss_mask[1:].sum())"
         )
-    return np.ascontiguousarray(array, dtype=dtype)
+    with np.errstate(over="ignore"):  # infinite values are refused by the rules
+        return np.ascontiguousarray(array, dtype=dtype)
