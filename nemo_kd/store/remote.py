@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Mapping
+import threading
+from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -94,49 +96,38 @@ class RemoteFiles:
         Sizes and SHA-256 are compared on arrival. Files that are there already are not copied.
         Raises StoreError if one cannot be read, or differs at every attempt.
         """
-        arrived: set[str] = set()
 
-        def attempt() -> None:
-            for name in files.keys() - arrived:
-                if is_intact(directory / name, files[name]):
-                    arrived.add(name)
-            missing = sorted(files.keys() - arrived)
-            self._refuse_other_sizes({name: files[name] for name in missing})
-            sources = [self._path(name) for name in missing]
-            targets = [str(directory / name) for name in missing]
+        def fetch(name: str) -> None:
+            target, info = directory / name, files[name]
+            if is_intact(target, info):
+                return
+            size = self._system.size(self._path(name))
+            if size is not None and size != info.bytes:
+                raise ArrivalError(f"it has {size} bytes, the manifest lists {info.bytes}")
             with full_disk_explained(directory):
-                self._system.get(sources, targets, callback=_counter(progress))
-            for name in missing:
-                if not is_intact(directory / name, files[name]):
-                    raise ArrivalError(f"{name} has another SHA-256 than in the manifest")
+                self._system.get_file(self._path(name), str(target), callback=_counter(progress))
+            if not is_intact(target, info):
+                raise ArrivalError("it has another SHA-256 than in the manifest")
 
         for name in files:
             (directory / name).parent.mkdir(parents=True, exist_ok=True)
-        self._retried("", attempt)
+        _at_once(lambda name: self._retried(name, lambda: fetch(name)), files)
 
     def upload(
         self, names: list[str], directory: Path, progress: Progress = lambda _: None
     ) -> None:
         """Copy files of `directory` to the same names below the URL, at the same time."""
-        sources = [str(directory / name) for name in names]
-        targets = [self._path(name) for name in names]
 
-        def attempt() -> None:
-            for path in {target.rpartition("/")[0] for target in targets}:
-                self._system.makedirs(path, exist_ok=True)
-            self._system.put(sources, targets, callback=_counter(progress))
+        def send(name: str) -> None:
+            source, target = str(directory / name), self._path(name)
+            self._system.put_file(source, target, callback=_counter(progress))
 
-        self._retried("", attempt)
+        for parent in {self._path(name).rpartition("/")[0] for name in names}:
+            self._retried("", partial(self._system.makedirs, parent, exist_ok=True))
+        _at_once(lambda name: self._retried(name, lambda: send(name)), names)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
-
-    def _refuse_other_sizes(self, files: Mapping[str, FileInfo]) -> None:
-        """Raise ArrivalError before anything is copied that the manifest does not describe."""
-        sizes = self._system.sizes([self._path(name) for name in files])
-        for (name, info), size in zip(files.items(), sizes, strict=True):
-            if size is not None and size != info.bytes:
-                raise ArrivalError(f"{name} has {size} bytes, the manifest lists {info.bytes}")
 
     def _retried(self, name: str, attempt: Callable[[], T]) -> T:
         """Return the result of `attempt`, repeated with growing waits; its last error is final."""
@@ -154,7 +145,7 @@ class RemoteFiles:
             return retrying(attempt)
         except ArrivalError as error:
             raise StoreError(
-                f"{self.url}: {error}; it is damaged, or another store was written there: push "
+                f"{where}: {error}; it is damaged, or another store was written there: push "
                 "the store again to a new URL"
             ) from error
         except NemoKDError:
@@ -201,21 +192,38 @@ def _file_system(url: str) -> tuple[Any, str]:
     return system, root.rstrip("/")
 
 
+def _at_once(function: Callable[[str], None], names: Iterable[str]) -> None:
+    """Call a function for each name, all at the same time; raise an error once all have ended.
+
+    The lists of fsspec are not used: at an error they leave the other copies running, which would
+    write to the files of the next attempt. The threads do not keep a process from being stopped.
+    """
+    errors: list[BaseException] = []
+
+    def run(name: str) -> None:
+        try:
+            function(name)
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=(name,), daemon=True) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+
+
 def _counter(progress: Progress) -> Any:
-    """Return a callback of fsspec that reports the bytes of all files to `progress`."""
+    """Return a callback of fsspec that reports the bytes of a file to `progress`."""
     from fsspec.callbacks import Callback
 
     class Bytes(Callback):
         def relative_update(self, inc: int = 1) -> None:
             progress(inc)
 
-    class Files(Callback):
-        """The callback of a list of files, whose own unit is a file."""
-
-        def branched(self, path_1: str, path_2: str, **kwargs: Any) -> Bytes:
-            return Bytes()
-
-    return Files()
+    return Bytes()
 
 
 def _may_pass(error: BaseException) -> bool:
