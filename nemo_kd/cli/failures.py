@@ -40,6 +40,7 @@ REMEDIES = {
     errno.ENOSPC: "free some space",
 }
 NEMOS_ERRORS = {"MisconfigurationException", "NeMoBaseException"}
+MAX_LINE = 4000  # characters of a message
 INTERRUPTED = 130  # 128 + SIGINT, the exit status that shells expect
 WRITER = """
 import os, select, sys
@@ -112,7 +113,10 @@ def is_interrupt(error: BaseException | None) -> bool:
 
 def write_last(line: str) -> None:
     """Write a line to stderr; under torchrun, from one rank per node and after its output."""
-    text = visible(" ".join(line.split("\n"))) + "\n"
+    text = visible(" ".join(line.split("\n")))
+    if len(text) > MAX_LINE:  # a name from a file may be megabytes long
+        text = f"{text[: MAX_LINE // 2]} ... {text[-MAX_LINE // 2 :]}"
+    text += "\n"
     error_file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     launcher = os.getppid()
     if error_file is None:

@@ -62,6 +62,9 @@ def test_inspect_and_verify_show_names_of_a_store_as_text(tmp_path: Path) -> Non
 def test_the_last_line_of_an_error_is_text(capsys: pytest.CaptureFixture[str]) -> None:
     write_last(f"error: {HOSTILE}")
     assert controls(capsys.readouterr().err) == []
+    write_last("error: " + "x" * 1_000_000 + " the end")
+    printed = capsys.readouterr().err
+    assert len(printed) < 5000 and printed.startswith("error: x") and "the end\n" in printed
 
 
 def test_a_page_has_no_control_characters() -> None:
