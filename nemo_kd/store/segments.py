@@ -36,6 +36,7 @@ from nemo_kd.store.ours import remove_part
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 
+MOST_ROWS = 1 << 62  # rows of a segment; a manifest holds them as an int64
 INDEX_BYTES = 8 + 4  # per sample in `index.bin`
 SMALLEST, LARGEST, SEGMENTS = 1 << 30, 16 << 30, 64
 """Segments have 1 GiB; a larger store has up to 64 segments, of at most 16 GiB each."""
@@ -108,7 +109,7 @@ class Packing:
         )
         rows = 1 + max((s.last_row for s in shards if s.last_row is not None), default=-1)
         target = segment_bytes or int(target_bytes(octets))
-        return cls(max(1, -(-rows * target // max(octets, 1))), rows)
+        return cls(min(max(1, -(-rows * target // max(octets, 1))), MOST_ROWS), rows)
 
     @classmethod
     def read(cls, directory: Path) -> Packing | None:

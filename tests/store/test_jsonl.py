@@ -137,6 +137,11 @@ BROKEN: dict[str, tuple[Any, str]] = {
     ),
     "no row number": (record(index="three"), "index must be a row number"),
     "falling row numbers": (record(0), "rows must ascend"),
+    "a time stamp as row number": (
+        record(1_700_000_000),
+        "index 1700000000 is far larger than the number of lines so far, 2.*renumber=true",
+    ),
+    "a row number of 10^30": (record(10**30), "is far larger"),
     "huge number": (record(topk_token_ids=[[0, 0], [10**30, 4], [4, 2]]), "integers|out of"),
     "deep": ("[" * 100_000, "not JSON"),
 }

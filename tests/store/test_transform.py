@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from nemo_kd.store import Store, StoreError, verify
+from nemo_kd.store.tools.average import average
 from nemo_kd.store.tools.stats import stats
-from nemo_kd.store.tools.transform import convert, merge, split
+from nemo_kd.store.tools.transform import convert, merge, split, write_samples
 from nemo_kd.teacher.plan import Workload, plan
 from tests.store.samples import sample, spec, store, write
 from tests.store.test_writer import contents
@@ -151,3 +152,20 @@ def test_rows_far_sparser_than_samples_cost_nothing(tmp_path: Path) -> None:
     assert merged.rows.tolist() == [*rows, *(row + 10**12 + 1 for row in rows)]
     assert sum(1 for _ in (tmp_path / "merged").rglob("*")) < 20
     assert list(verify(merged)) == []
+
+
+def test_an_average_of_sparse_rows_costs_nothing(tmp_path: Path) -> None:
+    of, rows = spec(rows_per_shard=10**15), [0, 10**9, 10**15 - 1]
+    for name in "ab":
+        write_samples([sample(row, of, 2) for row in rows], tmp_path / name, of)
+    average([Store(tmp_path / "a"), Store(tmp_path / "b")], tmp_path / "mixed", [1, 1])
+    assert Store(tmp_path / "mixed").rows.tolist() == rows
+    assert sum(1 for _ in (tmp_path / "mixed").rglob("*")) < 20
+
+
+def test_rows_beyond_any_file_are_not_merged(tmp_path: Path) -> None:
+    of = spec(rows_per_shard=1 << 62)
+    write_samples([sample((1 << 62) - 1, of, 1)], tmp_path / "s", of)
+    opened = Store(tmp_path / "s")
+    with pytest.raises(StoreError, match="row numbers that cannot be those of a file"):
+        merge([opened, opened], tmp_path / "t")

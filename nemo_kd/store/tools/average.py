@@ -29,6 +29,7 @@ from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
+from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.tools.probabilities import log_probabilities
 from nemo_kd.store.tools.selection import Progress
 from nemo_kd.store.tools.transform import write_samples
@@ -57,6 +58,9 @@ def average(
         _refuse_other_rows(stores[0], other)
     first = stores[0].spec
     spec = replace(first, temperatures=(1.0,), teacher=_description(stores, shares))
+    if len(stores[0]):  # shards so large that rows without a sample cost nothing
+        rows = int(stores[0].rows[-1]) + 1
+        spec = replace(spec, rows_per_shard=ROWS_PER_SHARD * -(-rows // len(stores[0])))
     samples = _averaged(stores, shares, first.top_k)
     return write_samples(samples, directory, spec, overwrite=overwrite, progress=progress)
 

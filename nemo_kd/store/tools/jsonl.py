@@ -45,6 +45,8 @@ MAX_PADDING = 64 * 128
 MAX_LINE = 256 << 20
 """Bytes of a line: a sample of 32,768 tokens with 100 ids each has 50 MB."""
 MAX_LISTS = 1 << 22  # in a line; each token has two
+ROWS_PER_LINE, FREE_ROWS = 1000, 100_000
+"""An index above `ROWS_PER_LINE * lines + FREE_ROWS` is taken for a time stamp or another id."""
 KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
 
 
@@ -70,8 +72,9 @@ def read_jsonl(
     """Yield the samples of `path` at T = 1, cut to the first `spec.top_k` logits.
 
     An invalid line raises StoreError with file and line number; with `on_bad_line` it is skipped
-    and the error is passed to that function. With `renumber` a sample's row is its line number,
-    counted from 0 across all chunks.
+    and the error is passed to that function. An index far larger than the number of lines is
+    invalid: it would leave nearly all rows of the store empty. With `renumber` a sample's row is
+    its line number, counted from 0 across all chunks.
 
     NeMo-Aligner's top-K may include ids of Megatron's vocabulary padding. These ids are dropped and
     counted in `padding`; if that is None, a warning at the end reports their number. The
@@ -93,6 +96,12 @@ def read_jsonl(
                     raise StoreError(
                         f"index {sample.row} after {last_row}: rows must ascend; sort the lines, "
                         "or number rows by line with renumber=true"
+                    )
+                if sample.row > ROWS_PER_LINE * (row + 1) + FREE_ROWS:
+                    raise StoreError(
+                        f"index {sample.row} is far larger than the number of lines so far, "
+                        f"{row + 1}, as if it were no row number; number rows by line with "
+                        "renumber=true"
                     )
             except StoreError as error:
                 bad = StoreError(f"{file_path}, line {number}: {error}")

@@ -23,6 +23,7 @@ from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
+from nemo_kd.store.segments import MOST_ROWS
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.splitmix import GOLDEN, counter, unit
 from nemo_kd.store.target import new_store
@@ -121,7 +122,12 @@ def merge(
     for other in stores[1:]:
         _refuse_unlike(first, other)
     ends = [int(store.rows[-1]) + 1 if len(store) else 0 for store in stores]
-    offsets = [0, *accumulate(ends)][:-1]
+    *offsets, end = [0, *accumulate(ends)]
+    if end > MOST_ROWS:
+        raise StoreError(
+            f"the merged store would have row {end - 1}, more than {MOST_ROWS - 1}: one of the "
+            "stores has row numbers that cannot be those of a file"
+        )
     parts = [
         {"offset": offset, "store": store.fingerprint, "source": store.spec.source}
         for store, offset in zip(stores, offsets, strict=True)
