@@ -6,9 +6,8 @@ It needs no NeMo and builds no model: memory holds the weights once, in the type
 from __future__ import annotations
 
 import hashlib
-import shutil
+import os
 import tarfile
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,8 +18,14 @@ import yaml
 
 from nemo_kd.checkpoints import megatron
 from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
-from nemo_kd.checkpoints.tokenizer import ARTIFACT_NAME, ARTIFACT_PREFIX, pack_tokenizer
-from nemo_kd.files import published
+from nemo_kd.checkpoints.tokenizer import (
+    ARTIFACT_NAME,
+    ARTIFACT_PREFIX,
+    pack_tokenizer,
+    refuse_foreign_tokenizer,
+)
+from nemo_kd.files import flush
+from nemo_kd.outputs import install, refuse_directory, refuse_inputs, work_beside
 
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel"
 
@@ -68,34 +73,38 @@ def write_nemo(
 ) -> Conversion:
     """Write the `keep_layers` of `checkpoint` to `output` (.nemo), and its tokenizer beside it.
 
-    `dtype` None keeps the checkpoint's own. The file appears once it is complete. `layer_read` is
+    `dtype` None keeps the checkpoint's own. An existing model and its
+    tokenizer stay until the new ones are complete. `layer_read` is
     called after each layer.
     """
-    output = Path(output).absolute()
+    output = Path(output).parent.resolve() / Path(output).name
     dtype = dtype or checkpoint.dtype
-    output.parent.mkdir(parents=True, exist_ok=True)
     tokenizer = output.with_suffix(".tokenizer")
-    vocab_size = _write_tokenizer(checkpoint, tokenizer)
-    packed = pack_tokenizer(tokenizer)
-    artifact = f"{hashlib.sha256(packed).hexdigest()[:32]}_{ARTIFACT_NAME}"
-    config = model_config(checkpoint.llama, len(keep_layers))
-    config["tokenizer"] = {
-        "library": "huggingface",
-        "type": str(tokenizer),
-        "model": ARTIFACT_PREFIX + artifact,
-        "vocab_file": None,
-        "merge_file": None,
-        "use_fast": True,
-    }
-    config["converted_from"] = {"checkpoint": checkpoint.name, "layers": list(keep_layers)}
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as scratch:
-        folder = Path(scratch) / "content"
+    refuse_inputs([output, tokenizer], [checkpoint.name])
+    refuse_directory(output)
+    refuse_foreign_tokenizer(tokenizer, output)
+    with work_beside(output) as work:
+        new, folder, archive_path = work / "tokenizer", work / "model", work / "nemo"
+        vocab_size = _write_tokenizer(checkpoint, new)
+        packed = pack_tokenizer(new)
+        artifact = f"{hashlib.sha256(packed).hexdigest()[:32]}_{ARTIFACT_NAME}"
+        config = model_config(checkpoint.llama, len(keep_layers))
+        config["tokenizer"] = {
+            "library": "huggingface",
+            "type": str(tokenizer),
+            "model": ARTIFACT_PREFIX + artifact,
+            "vocab_file": None,
+            "merge_file": None,
+            "use_fast": True,
+        }
+        config["converted_from"] = {"checkpoint": checkpoint.name, "layers": list(keep_layers)}
         state = megatron.sharded_state(checkpoint, keep_layers, vocab_size, dtype, layer_read)
         megatron.save(state, folder / "model_weights")
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
-        with published(output) as temporary, tarfile.open(temporary, "w:") as archive:
+        with tarfile.open(archive_path, "w:") as archive:
             archive.add(folder, arcname=".")
+        _install(archive_path, output, new, tokenizer)
     return Conversion(
         path=output,
         tokenizer=tokenizer,
@@ -107,9 +116,25 @@ def write_nemo(
     )
 
 
+def _install(archive: Path, output: Path, new: Path, tokenizer: Path) -> None:
+    """Replace model and tokenizer, without a moment in which a model is beside another's tokenizer.
+
+    In between there is none, and either model would be read with the copy inside it.
+    """
+    flush(new)
+    previous = new.with_name("previous.tokenizer")
+    if tokenizer.exists():
+        os.rename(tokenizer, previous)
+    try:
+        install(archive, output)
+    except BaseException:
+        if previous.exists():
+            os.rename(previous, tokenizer)
+        raise
+    install(new, tokenizer)
+
+
 def _write_tokenizer(checkpoint: Checkpoint, directory: Path) -> int:
-    if directory.exists():
-        shutil.rmtree(directory)
     vocab_size = checkpoint.save_tokenizer(str(directory))
     if vocab_size > checkpoint.llama.vocab_size:
         raise CheckpointError(

@@ -41,6 +41,27 @@ def pack_tokenizer(directory: Path) -> bytes:
     return buffer.getvalue()
 
 
+def refuse_foreign_tokenizer(directory: Path, nemo: Path) -> None:
+    """Raise CheckpointError if `directory` has a file that was not written with `nemo`."""
+    if not os.path.lexists(directory):
+        return
+    known: set[str] = set()
+    if nemo.is_file() and not directory.is_symlink():
+        with suppress(tarfile.TarError), tarfile.open(nemo, "r:") as archive:
+            names = [name for name in archive.getnames() if name.endswith(f"_{ARTIFACT_NAME}")]
+            with suppress(zipfile.BadZipFile):
+                for name in names:
+                    data = _read_member(nemo, name.removeprefix("./"))
+                    known.update(zipfile.ZipFile(io.BytesIO(data)).namelist())
+    paths = sorted(directory.iterdir()) if directory.is_dir() else [directory]
+    foreign = next((one.name for one in paths if one.name not in known or not one.is_file()), None)
+    if foreign is not None:
+        raise CheckpointError(
+            f"{directory} would be replaced, but {foreign} was not written with {nemo.name}; move "
+            "the directory away, or choose another name for the model"
+        )
+
+
 def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
     """Point `model_cfg.tokenizer.type` at a directory that exists; call before `restore_from`.
 
