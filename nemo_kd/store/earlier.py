@@ -27,11 +27,12 @@ from nemo_kd.store.manifest import (
     shard_name,
 )
 from nemo_kd.store.ours import remove_part
+from nemo_kd.store.parts import segment_directories, shard_directories, shard_number
 from nemo_kd.store.sample import Tokens
 from nemo_kd.store.segments import Packing, Segments
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
-from nemo_kd.store.writer import StoreWriter, segment_directories, shard_directories, shard_number
+from nemo_kd.store.writer import StoreWriter
 
 MAY_DIFFER = {"source.sha256", "source.rows"}
 

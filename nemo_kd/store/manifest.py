@@ -19,6 +19,7 @@ MANIFEST = "manifest.json"
 SPEC = "spec.json"  # the spec, written when a dump starts
 SHARD = "shard.json"  # the manifest entry of a shard or segment, in its directory
 PACKING = "packing.json"  # the plan of the segments, until the manifest is written
+REPLACED = ".replaced"  # the store that an unfinished one overwrites
 INDEX = "index.bin"  # the rows and lengths of all samples
 EXCHANGE = "topk.jsonl"  # the store as NeMo-Aligner's JSONL, written if `jsonl=true`
 ANSWERS = "answers.jsonl"  # a generation's answers as SFT rows

@@ -20,6 +20,7 @@ from nemo_kd.store.manifest import (
     INDEX,
     MANIFEST,
     PACKING,
+    REPLACED,
     SHARD,
     SPEC,
 )
@@ -73,7 +74,9 @@ def remove_part(directory: Path) -> None:
 def _foreign(directory: Path) -> Iterator[str]:
     """Yield the paths, relative to `directory`, that are not a store's."""
     for path in sorted(directory.iterdir()):
-        if PART.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
+        if path.name == REPLACED and path.is_dir() and not path.is_symlink():
+            yield from (f"{path.name}/{name}" for name in _foreign(path))
+        elif PART.fullmatch(path.name) and path.is_dir() and not path.is_symlink():
             yield from (f"{path.name}/{name}" for name in _foreign_in_part(path))
         elif not ((path.name in FILES and path.is_file()) or _is_leftover(path.name)):
             yield path.name

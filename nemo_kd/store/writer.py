@@ -32,7 +32,6 @@ from nemo_kd.store.codecs.base import Arrays
 from nemo_kd.store.indexed import FieldWriter
 from nemo_kd.store.layout import field_dtypes, seal, token_checksum, word_sums
 from nemo_kd.store.manifest import (
-    EXCHANGE,
     INDEX,
     MANIFEST,
     PACKING,
@@ -45,6 +44,7 @@ from nemo_kd.store.manifest import (
     shard_name,
 )
 from nemo_kd.store.ours import refuse_foreign, remove_part
+from nemo_kd.store.parts import shard_directories
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.segments import (
     INDEX_BYTES,
@@ -54,6 +54,7 @@ from nemo_kd.store.segments import (
     publish_part,
     write_index,
 )
+from nemo_kd.store.set_aside import make_room, remove_replaced
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 
@@ -61,10 +62,10 @@ from nemo_kd.store.spec import StoreSpec
 class StoreWriter:
     """A store being written; every process of a dump opens it with the same spec.
 
-    With `overwrite` an existing store is removed first; a directory that is neither empty nor a
-    store is refused. Only one process may do this; the others
-    then open the store without `overwrite`. The caller excludes other jobs with a `DirectoryLock`,
-    held by one process of the job.
+    With `overwrite` the directory may hold another store, which is kept until this one is complete
+    (see `nemo_kd.store.set_aside`); a directory that is neither empty nor a store is refused. Only
+    one process may do this; the others then open the store without `overwrite`. The caller excludes
+    other jobs with a `DirectoryLock`, held by one process of the job.
     """
 
     def __init__(self, directory: str | Path, spec: StoreSpec, overwrite: bool = False) -> None:
@@ -76,7 +77,8 @@ class StoreWriter:
         if overwrite or not (self.directory / SPEC).exists():
             refuse_foreign(self.directory)
         if overwrite:
-            _remove_store(self.directory)
+            make_room(self.directory, spec)
+            _remove_leftovers(self.directory)
         if (self.directory / SPEC).exists():
             self._refuse_other_spec()
         else:
@@ -161,6 +163,7 @@ class StoreWriter:
             remove_part(path)
         publish(self.directory / SPEC, canonical_json(self.spec.to_json()))
         (self.directory / PACKING).unlink(missing_ok=True)
+        remove_replaced(self.directory)
         return manifest
 
     def _refuse_other_shards(self, num_shards: int) -> None:
@@ -311,33 +314,6 @@ class ShardWriter:
         )
         target = self._store.directory / self._name
         publish_part(self._directory, target, info, self._store.spec)
-
-
-def shard_directories(directory: Path) -> list[Path]:
-    """Return the shard directories in order, including incomplete ones."""
-    found = [path for path in directory.glob("shard-*[0-9]") if path.is_dir()]
-    return sorted(found, key=lambda path: (len(path.name), path.name))
-
-
-def shard_number(path: Path) -> int:
-    """Return the index of a shard, given its directory."""
-    return int(path.name.removeprefix("shard-"))
-
-
-def segment_directories(directory: Path) -> list[Path]:
-    """Return the directories of segments, including incomplete ones."""
-    return sorted(path for path in directory.glob("segment-*[0-9]") if path.is_dir())
-
-
-def _remove_store(directory: Path) -> None:
-    """Remove a store; an interruption leaves an unfinished store, recognised by its spec."""
-    (directory / MANIFEST).unlink(missing_ok=True)
-    for name in (EXCHANGE, INDEX, PACKING):
-        (directory / name).unlink(missing_ok=True)
-    for path in (*shard_directories(directory), *segment_directories(directory)):
-        remove_part(path)
-    _remove_leftovers(directory)
-    (directory / SPEC).unlink(missing_ok=True)
 
 
 def _remove_leftovers(directory: Path) -> None:

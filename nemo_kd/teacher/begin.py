@@ -14,6 +14,7 @@ from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import BadRows
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
+from nemo_kd.store.manifest import REPLACED
 from nemo_kd.store.sample import Tokens
 from nemo_kd.teacher.layout import Layout
 
@@ -94,6 +95,10 @@ def open_writer(
     """
     if layout.rank == 0 and overwrite:
         StoreWriter(directory, spec, overwrite=True)
+        if (directory / REPLACED).exists():
+            layout.say(
+                f"{directory}: the old store is kept in {REPLACED} until the new one is complete"
+            )
     layout.barrier()
     earlier = EarlierStore.find(directory, spec)
     layout.barrier()

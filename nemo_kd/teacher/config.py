@@ -167,7 +167,7 @@ class DumpConfig:
     jsonl: bool = False
     """Also write the store's content to `topk.jsonl` in NeMo-Aligner's format."""
     overwrite: bool = False
-    """Replace an existing store written with other settings."""
+    """Replace an existing store; it is kept in `.replaced` until the new one is complete."""
 
 
 @dataclass(frozen=True, kw_only=True)

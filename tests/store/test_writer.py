@@ -89,7 +89,31 @@ def test_another_specification_is_refused_by_name(tmp_path: Path) -> None:
     assert "teacher.name: 'teacher.nemo' in the store, 'other.nemo' now" in message
     (tmp_path / "s" / "topk.jsonl").write_text("the same teacher's, for NeMo-Aligner")
     assert StoreWriter(tmp_path / "s", spec(top_k=4), overwrite=True).spec.top_k == 4
-    assert [path.name for path in (tmp_path / "s").iterdir()] == ["spec.json"]
+    assert sorted(path.name for path in (tmp_path / "s").iterdir()) == [".replaced", "spec.json"]
+
+
+def test_an_overwritten_store_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    directory, now = tmp_path / "s", spec(top_k=4)
+    old = contents(store(directory, spec(), parts=False))
+    expected = contents(store(tmp_path / "fresh", now, parts=False))
+    with StoreWriter(directory, now, overwrite=True).shard(0) as out:
+        for row in range(3):
+            out.add(sample(row, now, 1 + row % 4))
+    assert contents(directory / ".replaced") == old
+    writer = StoreWriter(directory, now, overwrite=True)  # the same command again
+    assert [writer.is_complete(number) for number in range(3)] == [True, False, False]
+    for number in (1, 2):
+        with writer.shard(number) as out:
+            for row in range(3 * number, min(3 * number + 3, 7)):
+                out.add(sample(row, now, 1 + row % 4))
+    writer.finish(3)
+    assert contents(directory) == expected
+
+    # Killed while the old store is moved: the manifest first, the spec last.
+    (directory / ".replaced").mkdir()
+    (directory / "manifest.json").rename(directory / ".replaced/manifest.json")
+    assert not StoreWriter(directory, spec(), overwrite=True).is_complete(0)
+    assert contents(directory / ".replaced") == expected
 
 
 WRITER = """
