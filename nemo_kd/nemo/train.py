@@ -10,7 +10,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.files import publish
+from nemo_kd.files import commit, publish
 from nemo_kd.nemo import run_directory, start, start_of_run
 from nemo_kd.nemo.config import (
     kd_training_config,
@@ -135,8 +135,12 @@ def merge(cfg: DictConfig) -> None:
     from nemo_kd.nemo.merge import merge_lora
 
     merged = merge_lora(model)
-    model.save_to(cfg.output)
+    output = Path(cfg.output)
+    temporary = output.with_name(f".new.{output.name}")  # one name for all ranks
+    model.save_to(str(temporary))
+    torch.distributed.barrier()
     if torch.distributed.get_rank() == 0:
+        commit(temporary, output)
         print(f"{cfg.output}: the complete model, with {merged} adapters merged on each rank")
 
 
