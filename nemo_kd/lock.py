@@ -165,8 +165,12 @@ class DirectoryLock:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
             return False
-        with open(descriptor, "w", encoding="utf-8") as file:
-            file.write(self._text())
+        try:
+            with open(descriptor, "w", encoding="utf-8") as file:
+                file.write(self._text())
+        except OSError:
+            path.unlink(missing_ok=True)  # without its text it would look like another's lock
+            raise
         return True
 
     def _text(self) -> str:

@@ -26,6 +26,7 @@ from nemo_kd.store import (
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, chunk_paths, existing_chunks
 from nemo_kd.store.tools.jsonl import Padding, lines_of, record_of
+from nemo_kd.store.tools.selection import check_intact
 from nemo_kd.visible import visible
 
 ON_BAD_LINES = ("error", "drop")
@@ -69,7 +70,9 @@ def to_jsonl(
             f"{files[0]} already exists; use --overwrite to replace it"
             f"{' and all other chunks of that name' if chunked else ''}"
         )
-    written = write_jsonl(target, Store(source), samples_per_chunk=samples_per_chunk)
+    store = Store(source)
+    check_intact(store)
+    written = write_jsonl(target, store, samples_per_chunk=samples_per_chunk)
     return {"written": target, "samples": written}
 
 

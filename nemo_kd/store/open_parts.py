@@ -6,6 +6,7 @@ number of stores and segments until the process reaches `ulimit -n`.
 
 from __future__ import annotations
 
+import os
 import resource
 import threading
 from collections import OrderedDict
@@ -62,6 +63,11 @@ class OpenParts:
             _, oldest = self._parts.popitem(last=False)
             used -= oldest.descriptors
 
+    def _after_fork(self) -> None:
+        """Replace the lock, which another thread of the parent may have held at the fork."""
+        self._lock = threading.RLock()
+
 
 OPEN_PARTS = OpenParts()
 """Those of this process."""
+os.register_at_fork(after_in_child=OPEN_PARTS._after_fork)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from nemo_kd.errors import StoreError
+from nemo_kd.files import sha256_of
+from nemo_kd.store.manifest import ShardInfo
+
 
 def shard_directories(directory: Path) -> list[Path]:
     """Return the shard directories in order, including incomplete ones."""
@@ -19,6 +23,19 @@ def shard_number(path: Path) -> int:
 def segment_directories(directory: Path) -> list[Path]:
     """Return the directories of segments, including incomplete ones."""
     return sorted(path for path in directory.glob("segment-*[0-9]") if path.is_dir())
+
+
+def check_hashes(directory: Path, info: ShardInfo) -> None:
+    """Raise StoreError unless the files of a part, in `directory`, have their SHA-256.
+
+    Whoever copies a part computes new hashes, which would hide what the old ones show.
+    """
+    for name, file in info.files.items():
+        if sha256_of(directory / name) != file.sha256:
+            raise StoreError(
+                f"{directory / name} is damaged: its SHA-256 differs from that in the store's "
+                f"description; copy it again, or remove {directory} and run the dump again"
+            )
 
 
 def part_directories(directory: Path) -> list[Path]:

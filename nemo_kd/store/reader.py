@@ -136,9 +136,19 @@ class Store:
         """
         if self.manifest.index is not None:
             self._check_size(self.directory / INDEX, self.manifest.index.bytes)
+            self.check_index()
         for info in self.manifest.parts:
             if not self.origin.lacks(info):
                 self._check_part(info)
+
+    def check_index(self) -> None:
+        """Raise StoreError unless `index.bin` has the SHA-256 in the manifest."""
+        index, path = self.manifest.index, self.directory / INDEX
+        if index is not None and sha256_of(path) != index.sha256:
+            raise StoreError(
+                f"{path} is damaged: its SHA-256 differs from that in {MANIFEST}; copy it again, "
+                "or run the dump again"
+            )
 
     def _at(self, index: int) -> tuple[Shard, int]:
         """Return the part that holds a sample, and the sample's index in it."""
@@ -201,7 +211,9 @@ class Store:
             self._check_part(info)
             part = Shard(self.directory, info, self.codec)
         except (OSError, StoreError):
-            self._replacement.refuse(info)
+            manifest = self.directory / MANIFEST
+            if not manifest.is_file() or sha256_of(manifest) != self.fingerprint:
+                self._replacement.refuse(info)
             raise
         self._replacement.refuse(info)
         return part

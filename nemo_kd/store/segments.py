@@ -9,8 +9,8 @@ disk space, and can be interrupted and repeated.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -33,6 +33,7 @@ from nemo_kd.store.manifest import (
     segment_name,
 )
 from nemo_kd.store.ours import remove_part
+from nemo_kd.store.parts import check_hashes
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 
@@ -45,6 +46,11 @@ SMALLEST, LARGEST, SEGMENTS = 1 << 30, 16 << 30, 64
 def target_bytes(octets: float) -> float:
     """Return the default size of the segments of a store whose `.bin` files have `octets`."""
     return min(max(octets / SEGMENTS, SMALLEST), LARGEST)
+
+
+def last_row(parts: Iterable[ShardInfo]) -> int:
+    """Return the last source row of parts; -1 if they have no sample."""
+    return max((part.last_row for part in parts if part.last_row is not None), default=-1)
 
 
 def complete_part(directory: Path, codec: Codec, fingerprints: Sequence[str]) -> ShardInfo | None:
@@ -80,6 +86,8 @@ class Packing:
     rows_per_segment: int
     rows: int
     """One more than the last row that has a sample."""
+    samples: int
+    """Number of samples."""
 
     @property
     def count(self) -> int:
@@ -107,26 +115,29 @@ class Packing:
             for name, info in shard.files.items()
             if name.endswith(".bin")
         )
-        rows = 1 + max((s.last_row for s in shards if s.last_row is not None), default=-1)
+        rows = 1 + last_row(shards)
         target = segment_bytes or int(target_bytes(octets))
-        return cls(min(max(1, -(-rows * target // max(octets, 1))), MOST_ROWS), rows)
+        each = min(max(1, -(-rows * target // max(octets, 1))), MOST_ROWS)
+        return cls(each, rows, sum(shard.samples for shard in shards))
 
     @classmethod
     def read(cls, directory: Path) -> Packing | None:
         """Return the plan of a store that is being joined or is finished; None if it has none."""
-        if (directory / PACKING).exists():
-            value = read_json(directory / PACKING)
-            try:
-                return cls(**value)
-            except TypeError as error:
-                raise StoreError(f"{directory / PACKING} is damaged: remove it") from error
-        if not (directory / MANIFEST).exists():
+        if (directory / MANIFEST).exists():
+            manifest = Manifest.read(directory)
+            if manifest.rows_per_segment is None:
+                return None
+            rows = 1 + last_row(manifest.parts)
+            return cls(manifest.rows_per_segment, rows, manifest.totals["samples"])
+        path = directory / PACKING
+        if not path.exists():
             return None
-        manifest = Manifest.read(directory)
-        if manifest.rows_per_segment is None:
-            return None
-        last = [part.last_row for part in manifest.parts if part.last_row is not None]
-        return cls(manifest.rows_per_segment, 1 + max(last, default=-1))
+        value = read_json(path)
+        names = {field.name for field in fields(cls)}
+        numbers = isinstance(value, dict) and all(type(n) is int and n >= 0 for n in value.values())
+        if not numbers or set(value) != names or not value["rows_per_segment"]:
+            raise StoreError(f"{path} is not a plan of segments: remove it, and run the dump again")
+        return cls(**value)
 
     def write(self, directory: Path) -> None:
         """Write the plan, after which the segments may be joined."""
@@ -183,6 +194,7 @@ class Segments:
         last: int | None = None
         try:
             for info in shards:
+                check_hashes(self.directory / info.name, info)
                 shard = Shard(self.directory, info, self._codec)
                 own = shard.rows()
                 start, stop = np.searchsorted(own, [rows.start, rows.stop])

@@ -44,13 +44,14 @@ from nemo_kd.store.manifest import (
     shard_name,
 )
 from nemo_kd.store.ours import refuse_foreign, remove_part
-from nemo_kd.store.parts import shard_directories
+from nemo_kd.store.parts import segment_directories, shard_directories, shard_number
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.segments import (
     INDEX_BYTES,
     Packing,
     Segments,
     complete_part,
+    last_row,
     publish_part,
     write_index,
 )
@@ -120,9 +121,11 @@ class StoreWriter:
         _remove_leftovers(self.directory)
         if Packing.read(self.directory) is None:
             self._refuse_other_shards(num_shards)
-            (self.directory / MANIFEST).unlink(missing_ok=True)  # of version 1
             shards = [self._required(index) for index in range(num_shards)]
             Packing.of(shards, segment_bytes).write(self.directory)
+            (self.directory / MANIFEST).unlink(missing_ok=True)  # of version 1
+        else:
+            self._refuse_other_plan()
 
     def join(
         self, share: slice = slice(None), on_segment: Callable[[int, int], None] | None = None
@@ -140,8 +143,8 @@ class StoreWriter:
                 segments.join(number, [self._required(shard) for shard in numbers])
             for shard in numbers:
                 if segments.hold(range(shard * size, (shard + 1) * size)):
-                    # Another process may be removing it, too.
-                    shutil.rmtree(self.directory / shard_name(shard), ignore_errors=True)
+                    with suppress(FileNotFoundError):  # another process may be removing it, too
+                        remove_part(self.directory / shard_name(shard))
             if on_segment is not None:
                 on_segment(done, len(mine))
 
@@ -154,6 +157,11 @@ class StoreWriter:
             raise StoreError(f"{self.directory}: {', '.join(missing[:20])} are missing")
         parts = tuple(info for info in found if info is not None)
         samples = sum(info.samples for info in parts)
+        if samples != segments.packing.samples:
+            raise StoreError(
+                f"{self.directory}: the segments hold {samples} samples, "
+                f"{segments.packing.samples} were planned; remove them and run the dump again"
+            )
         with published(self.directory / INDEX) as path:
             write_index(path, (Shard(self.directory, i, self.codec) for i in parts), samples)
         index = FileInfo(samples * INDEX_BYTES, sha256_of(self.directory / INDEX))
@@ -172,6 +180,19 @@ class StoreWriter:
             raise StoreError(
                 f"{self.directory}: {', '.join(beyond)} beyond the {num_shards} shards of this "
                 "source belong to another dump; use overwrite=true to start over"
+            )
+
+    def _refuse_other_plan(self) -> None:
+        """Raise StoreError if the plan of the segments does not end where the samples end."""
+        segments = self._planned()
+        numbers = [shard_number(path) for path in shard_directories(self.directory)]
+        found = [self.complete_shard(number) for number in numbers]
+        found += [segments.complete(int(p.name[8:])) for p in segment_directories(self.directory)]
+        rows = 1 + last_row(info for info in found if info is not None)
+        if rows != segments.packing.rows:
+            raise StoreError(
+                f"{self.directory / PACKING} plans segments of {segments.packing.rows} rows, but "
+                f"the last sample is of row {rows - 1}; remove {PACKING} and run the dump again"
             )
 
     def _required(self, shard_index: int) -> ShardInfo:

@@ -37,6 +37,7 @@ EXEMPT = {
         "NeMo-Aligner's own command, for comparison"
     ),
     ("sizing.md", "seconds = 2 · parameters · tokens"): "a formula",
+    ("security.md", "nemo-kd inspect model.nemo"): "tests/attacks/test_pickles.py",
     ("store.md", "store/"): "a picture",
     ("store.md", "import json, numpy as np"): "tests/store/test_page.py",
 }

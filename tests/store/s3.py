@@ -63,6 +63,7 @@ def serving() -> Iterator[Server]:
     """Start a server with one bucket on a free port."""
     import boto3
     from moto.moto_server.werkzeug_app import DomainDispatcherApplication, create_backend_app
+    from s3fs import S3FileSystem
     from werkzeug.serving import make_server
 
     server = Server()
@@ -74,7 +75,9 @@ def serving() -> Iterator[Server]:
     boto3.client("s3", endpoint_url=server.address, region_name="us-east-1", **keys).create_bucket(
         Bucket=BUCKET
     )
+    S3FileSystem.clear_instance_cache()  # a client of this process may know an earlier server
     try:
         yield server
     finally:
+        S3FileSystem.clear_instance_cache()
         http.shutdown()

@@ -75,7 +75,7 @@ def write(directory: Path, of: StoreSpec, samples: Sequence[Sample], parts: bool
                     out.add(one)
     if parts:
         last = max((one.row for one in samples), default=-1)
-        Packing(of.rows_per_shard, last + 1).write(directory)
+        Packing(of.rows_per_shard, last + 1, len(samples)).write(directory)
     writer.finish(shards)
     return directory
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -116,6 +117,49 @@ def test_joining_an_old_store_goes_on_after_a_kill(tmp_path: Path) -> None:
     assert list(verify(directory)) == []
 
 
+@pytest.mark.parametrize(
+    ("plan", "message"),
+    [
+        ({"rows_per_segment": 3, "rows": 3, "samples": 3}, "the last sample is of row 6"),
+        ({"rows_per_segment": 1, "rows": 10**12, "samples": 7}, "the last sample is of row 6"),
+        ({"rows_per_segment": 9, "rows": 7, "samples": 6}, "hold 7 samples, 6 were planned"),
+        ({"rows_per_segment": 0, "rows": 7, "samples": 7}, "not a plan of segments"),
+        ({"rows_per_segment": 9, "rows": -7, "samples": 7}, "not a plan of segments"),
+        ({"rows_per_segment": 1.5, "rows": 7, "samples": 7}, "not a plan of segments"),
+        ({"rows_per_segment": 9, "rows": 7}, "not a plan of segments"),
+        ("a", "not a plan of segments"),
+    ],
+)
+def test_a_plan_that_does_not_fit_removes_nothing(
+    tmp_path: Path, plan: object, message: str
+) -> None:
+    directory = tmp_path / "old"
+    shutil.copytree(VERSION_1 / "plain", directory)
+    (directory / PACKING).write_text(json.dumps(plan))
+    (directory / MANIFEST).rename(tmp_path / MANIFEST)
+    with pytest.raises(StoreError, match=message):
+        pack(directory)
+    if "planned" not in message:
+        assert bytes_of(directory / "shard-00002") == bytes_of(VERSION_1 / "plain/shard-00002")
+        (tmp_path / MANIFEST).rename(directory / MANIFEST)  # with it, the plan is made anew
+        pack(directory)
+        assert [one.row for one in Store(directory)] == list(range(7))
+
+
+def test_joining_removes_no_foreign_file_and_copies_no_damage(tmp_path: Path) -> None:
+    for name, message in (("notes.txt", "not part of a store"), ("topk_logits.bin", "damaged")):
+        directory = tmp_path / name
+        shutil.copytree(VERSION_1 / "plain", directory)
+        path = directory / "shard-00001" / name
+        path.write_bytes(path.read_bytes()[::-1] if path.exists() else b"mine")
+        with pytest.raises(StoreError, match=message):
+            pack(directory)
+        assert path.exists()
+    with pytest.raises(StoreError, match="no such directory"):
+        pack(tmp_path / "nowhere")
+    assert not (tmp_path / "nowhere").exists()
+
+
 def test_an_unfinished_dump_is_not_joined(tmp_path: Path) -> None:
     shards_written(tmp_path / "s", spec())
     with pytest.raises(StoreError, match="no finished store"):
@@ -200,7 +244,7 @@ def test_plan_of_segments(tmp_path: Path) -> None:
     assert not (directory / PACKING).exists()
     assert (directory / MANIFEST).exists()
     assert not list(directory.glob("shard-*"))
-    packing = Packing(rows_per_segment=10, rows=25)
+    packing = Packing(rows_per_segment=10, rows=25, samples=25)
     assert packing.count == 3
     assert packing.rows_of(2) == range(20, 25)
     assert packing.segments_of(range(9, 11)) == range(2)

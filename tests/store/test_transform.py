@@ -143,6 +143,23 @@ def test_two_processes_write_what_one_writes(tmp_path: Path) -> None:
     assert contents(tmp_path / "1") == contents(tmp_path / "2")
 
 
+@pytest.mark.parametrize("file", ["segment-00001/topk_ids.bin", "index.bin"])
+def test_damage_is_not_copied(tmp_path: Path, file: str) -> None:
+    """Two words exchanged: no sum of words shows it, and new hashes would hide it."""
+    opened = Store(store(tmp_path / "s", spec()))
+    path = tmp_path / "s" / file
+    data = path.read_bytes()
+    path.write_bytes(data[:8] + data[10:12] + data[8:10] + data[12:])
+    for jobs in (1, 2):
+        with pytest.raises(StoreError, match=f"{file} is damaged"):
+            convert(opened, tmp_path / "t", jobs=jobs)
+    with pytest.raises(StoreError, match=f"{file} is damaged"):
+        merge([opened, opened], tmp_path / "t")
+    with pytest.raises(StoreError, match=f"{file} is damaged"):
+        split(opened, [tmp_path / "t", tmp_path / "u"], [1, 1])
+    assert not (tmp_path / "t").exists()
+
+
 def test_rows_far_sparser_than_samples_cost_nothing(tmp_path: Path) -> None:
     rows = [0, 10**9, 10**12]
     of = spec(rows_per_shard=10**12)

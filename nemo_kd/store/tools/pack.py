@@ -9,6 +9,7 @@ from nemo_kd.errors import StoreError
 from nemo_kd.files import read_json
 from nemo_kd.lock import DirectoryLock
 from nemo_kd.store.manifest import MANIFEST, PACKING, SPEC, Manifest
+from nemo_kd.store.ours import refuse_foreign
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.writer import StoreWriter
 
@@ -26,8 +27,11 @@ def pack(
     Errors: StoreError for a directory without a finished store.
     """
     path = Path(directory)
+    if not path.is_dir():
+        raise StoreError(f"no store at {path}: no such directory")
+    refuse_foreign(path)
     with DirectoryLock(path):
-        if (path / PACKING).exists():
+        if (path / PACKING).exists() and not (path / MANIFEST).exists():
             return _joined(path, 0, segment_bytes, on_segment)
         if not (path / MANIFEST).exists():
             raise StoreError(f"{path}: no finished store; run its dump again, which joins it")

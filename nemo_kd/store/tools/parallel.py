@@ -7,7 +7,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import TypeVar
+
+from nemo_kd.errors import StoreError
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -52,5 +55,10 @@ def ordered(
                     yield pending.popleft().result()
             while pending:
                 yield pending.popleft().result()
+        except BrokenProcessPool as error:
+            raise StoreError(
+                "a process that read or wrote the store has ended, perhaps for lack of memory; use "
+                "fewer with --jobs"
+            ) from error
         finally:
             pool.shutdown(cancel_futures=True)

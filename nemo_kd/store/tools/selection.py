@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.store.manifest import Manifest
+from nemo_kd.store.parts import check_hashes
 from nemo_kd.store.reader import Store
 from nemo_kd.store.spec import ROWS_PER_SHARD, StoreSpec
 from nemo_kd.store.tools.parallel import ordered, processes
@@ -50,13 +51,14 @@ class Selection:
     @classmethod
     def of(cls, store: Store, chosen: NDArray[np.bool_] | None = None) -> Selection:
         """Select all samples of a store, or those that are chosen [samples]; rows stay."""
-        index = np.arange(len(store)) if chosen is None else np.flatnonzero(chosen)
-        return cls((store,), np.zeros(len(index), np.int64), index, store.rows[index])
+        rows = store.rows  # checks the size of the index before memory is taken for so many samples
+        index = np.arange(len(rows)) if chosen is None else np.flatnonzero(chosen)
+        return cls((store,), np.zeros(len(index), np.int64), index, rows[index])
 
     @classmethod
     def concatenated(cls, stores: list[Store], offsets: list[int]) -> Selection:
         """Select all samples of all stores; their rows are shifted by the stores' offsets."""
-        sizes = [len(store) for store in stores]
+        sizes = [len(store.rows) for store in stores]
         rows = [store.rows + offset for store, offset in zip(stores, offsets, strict=True)]
         return cls(
             tuple(stores),
@@ -103,6 +105,8 @@ def copy(
     count = -(-rows // spec.rows_per_shard)
     writer, done = StoreWriter(directory, spec), 0
     jobs = processes(jobs, selection.octets)
+    for one in selection.stores:
+        check_intact(one, jobs)
     for written in ordered(_write, _tasks(selection, directory, spec, count), jobs):
         done += written
         if progress is not None:
@@ -110,6 +114,18 @@ def copy(
     writer.begin_joining(count, segment_bytes)
     writer.join()
     return writer.publish()
+
+
+def check_intact(store: Store, jobs: int = 1) -> None:
+    """Raise StoreError unless every file of a store has its SHA-256; damage is not copied."""
+    store.check_index()
+    for _ in ordered(_check_part, ((store, i) for i in range(len(store.manifest.parts))), jobs):
+        pass
+
+
+def _check_part(task: tuple[Store, int]) -> None:
+    store, number = task
+    check_hashes(store.part(number).directory, store.manifest.parts[number])
 
 
 def _tasks(selection: Selection, directory: Path, spec: StoreSpec, count: int) -> Iterator[_Task]:
