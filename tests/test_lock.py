@@ -183,3 +183,26 @@ def test_a_writer_that_lost_its_lock_notices_it(tmp_path: Path) -> None:
         time.sleep(0.3)
         assert lock.lost
     assert files(tmp_path) == [LOCK]  # the other's
+
+
+FULL = """
+import resource, signal, sys
+from nemo_kd.lock import DirectoryLock
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+DirectoryLock(sys.argv[1]).__enter__()
+"""
+
+
+def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path) -> None:
+    """Without its text it would look like the lock of an unknown host."""
+    done = subprocess.run(
+        [sys.executable, "-c", FULL, str(tmp_path / "s")],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode and "File too large" in done.stderr
+    assert not (tmp_path / "s" / LOCK).exists()

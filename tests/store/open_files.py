@@ -1,4 +1,4 @@
-"""How many files of a store are opened by opening it, and stay open when stores are read in turn.
+"""Files of a store: how many are opened by opening it, stay open, and are read after a fork.
 
 open_files.py opening STORE
 open_files.py reading LIMIT STORE...
@@ -8,9 +8,13 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import sys
+import threading
+from collections.abc import Callable
 
 from nemo_kd.store import Store
+from nemo_kd.store.open_parts import OPEN_PARTS
 
 
 def opening(directory: str) -> None:
@@ -28,5 +32,31 @@ def reading(limit: str, *directories: str) -> None:
     print(len(os.listdir("/proc/self/fd")), rows[-1])
 
 
+def forking(directory: str) -> None:
+    """Fork while another thread opens a part; prints the exit status of a child that reads."""
+    store = Store(directory)
+    with OPEN_PARTS._lock:
+        reader = threading.Thread(target=lambda: store[0])
+        thread = threading.Thread(target=fork_and_read, args=(store,))
+        thread.start()
+        thread.join()
+        reader.start()
+    reader.join()
+
+
+def fork_and_read(store: Store) -> None:
+    child = os.fork()  # while the main thread holds the lock
+    if not child:
+        signal.alarm(10)
+        os._exit(len(store[0].input_ids) == 0)
+    _, status = os.waitpid(child, 0)
+    print(status)
+
+
 if __name__ == "__main__":
-    opening(*sys.argv[2:]) if sys.argv[1] == "opening" else reading(*sys.argv[2:])
+    names: dict[str, Callable[..., None]] = {
+        "opening": opening,
+        "reading": reading,
+        "forking": forking,
+    }
+    names[sys.argv[1]](*sys.argv[2:])

@@ -226,6 +226,10 @@ def test_stores_share_a_budget_of_open_files(tmp_path: Path) -> None:
     assert int(opened) < 100
 
 
+def test_a_fork_does_not_inherit_a_held_lock(tmp_path: Path) -> None:
+    assert run_program(PROGRAM, "forking", finished(tmp_path / "s", spec())).stdout == "0\n"
+
+
 def test_a_store_that_is_gone_leaves_no_open_part(tmp_path: Path) -> None:
     from nemo_kd.store import open_parts
 
