@@ -48,7 +48,7 @@ def test_store_is_the_top_of_the_teachers_whole_distribution(
             assert np.abs(sample.topk.logsumexp[:, place] - logsumexp).max() < 1e-5
 
 
-@pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
+@pytest.mark.parametrize("layout", ["tp2", "pp2", pytest.param("dp2", marks=pytest.mark.slow)])
 def test_layouts_agree(dump: Callable[..., Path], layout: str) -> None:
     assert_same_teacher(dump(), dump(layout))
 

@@ -123,6 +123,7 @@ def test_a_signal_ends_the_dump_in_good_order(
     same_bytes(whole, store)
 
 
+@pytest.mark.slow
 def test_long_rows_share_a_micro_batch_with_fewer_others(
     dump: Callable[..., Path], tiny: Path, tmp_path: Path
 ) -> None:

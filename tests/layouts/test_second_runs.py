@@ -116,6 +116,7 @@ def test_nemos_order_of_files_without_a_store_depends_on_the_length(cases: Cases
     )
 
 
+@pytest.mark.slow
 def test_a_longer_run_is_planned_anew_under_what_is_allowed(
     said: dict[str, Any],
     train: Callable[..., Path],

@@ -47,11 +47,11 @@ def test_training_lowers_both_losses_on_held_out_data(train: Callable[..., Path]
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ("tp2", []),
-        ("pp2", []),
         ("dp2", []),
         ("tp2pp2", []),
-        ("one", [FUSED]),
+        pytest.param("tp2", [], marks=pytest.mark.slow),
+        pytest.param("pp2", [], marks=pytest.mark.slow),
+        pytest.param("one", [FUSED], marks=pytest.mark.slow),
         ("tp2sp", [FUSED]),
         pytest.param("pp2", [FUSED], marks=pytest.mark.slow),
         pytest.param("tp4", [], marks=pytest.mark.slow),
@@ -101,6 +101,7 @@ def test_bf16_is_close_to_float32(train: Callable[..., Path], layout: str, preci
         assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_too_little_teacher_mass_is_warned_of_once(train: Callable[..., Path]) -> None:
     """At temperature 2 the twenty stored tokens hold little; at 1 nearly all."""
     warm = train("one", "model.kd.temperature=2.0", "trainer.max_steps=3")
@@ -113,7 +114,7 @@ def test_too_little_teacher_mass_is_warned_of_once(train: Callable[..., Path]) -
 @pytest.mark.parametrize(
     ("layout", "size"),
     [
-        ("dp2", 2),
+        pytest.param("dp2", 2, marks=pytest.mark.slow),
         pytest.param("one", 2, marks=pytest.mark.slow),
         pytest.param("one", 4, marks=pytest.mark.slow),
     ],
