@@ -4,8 +4,8 @@
       manifest.json ... as in a store; a part is there once it has been read
 
 The directory is opened like that of a local store, but only a URL that the user gave leads to it
-and to the network. One process fetches a part, under a
-lock, while the others on all hosts that share the cache wait for it.
+and to the network. One process fetches a part, under a lock, while the others on all hosts that
+share the cache wait for it.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from nemo_kd.store.manifest import (
     shard_name,
 )
 from nemo_kd.store.ours import remove_part
-from nemo_kd.store.parts import segment_directories, shard_directories, shard_number
+from nemo_kd.store.parts import part_number, segment_directories, shard_directories
 from nemo_kd.store.sample import Tokens
 from nemo_kd.store.segments import Packing, Segments
 from nemo_kd.store.shard import Shard
@@ -96,7 +96,7 @@ class EarlierStore:
     @property
     def shards(self) -> list[int]:
         """The indices of the complete shards, ascending."""
-        numbers = (shard_number(path) for path in shard_directories(self.directory))
+        numbers = (part_number(path) for path in shard_directories(self.directory))
         return sorted(number for number in numbers if self._writer.is_complete(number))
 
     def begin(self) -> None:
@@ -117,7 +117,7 @@ class EarlierStore:
     def finish(self, num_shards: int) -> None:
         """Remove the shards past the end of the new source and write the new spec."""
         for path in shard_directories(self.directory):
-            if shard_number(path) >= num_shards:
+            if part_number(path) >= num_shards:
                 remove_part(path)
         publish(self.directory / SPEC, canonical_json(self.spec.resumable_json()))
 

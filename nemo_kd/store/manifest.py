@@ -70,6 +70,11 @@ class ShardInfo:
         return shard
 
 
+def shard_json(info: ShardInfo, spec_fingerprint: str) -> str:
+    """Return the content of `shard.json`, which has the part's entry and its spec's fingerprint."""
+    return canonical_json({**info.to_json(), SPEC_KEY: spec_fingerprint})
+
+
 def read_shard_info(directory: Path) -> tuple[ShardInfo, str | None]:
     """Read `shard.json` in `directory`; return the shard's entry and its spec's fingerprint."""
     value = read_json(directory / SHARD)

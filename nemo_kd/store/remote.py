@@ -17,8 +17,9 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nemo_kd.errors import NemoKDError, StoreError
-from nemo_kd.files import full_disk_explained, sha256_of, size_of
+from nemo_kd.files import full_disk_explained
 from nemo_kd.store.manifest import FileInfo
+from nemo_kd.store.parts import is_intact
 
 T = TypeVar("T")
 Progress = Callable[[int], None]
@@ -152,11 +153,6 @@ class RemoteFiles:
             raise
         except Exception as error:
             raise StoreError(f"{where}: {_what(error)}; {_remedy(error)}") from error
-
-
-def is_intact(path: Path, info: FileInfo) -> bool:
-    """Return whether a file exists with this size and SHA-256."""
-    return size_of(path) == info.bytes and sha256_of(path) == info.sha256
 
 
 def _refuse_secrets(url: str) -> None:

@@ -25,12 +25,12 @@ from nemo_kd.store.manifest import (
     MANIFEST,
     PACKING,
     SHARD,
-    SPEC_KEY,
     FileInfo,
     Manifest,
     ShardInfo,
     read_shard_info,
     segment_name,
+    shard_json,
 )
 from nemo_kd.store.ours import remove_part
 from nemo_kd.store.parts import check_hashes
@@ -72,8 +72,7 @@ def complete_part(directory: Path, codec: Codec, fingerprints: Sequence[str]) ->
 
 def publish_part(temporary: Path, target: Path, info: ShardInfo, spec: StoreSpec) -> None:
     """Describe the files in `temporary`, which are complete, and rename it to `target`."""
-    description = {**info.to_json(), SPEC_KEY: spec.fingerprint}
-    (temporary / SHARD).write_text(canonical_json(description), encoding="utf-8")
+    (temporary / SHARD).write_text(shard_json(info, spec.fingerprint), encoding="utf-8")
     if target.exists():
         remove_part(target)  # incomplete: complete parts are not written again
     commit(temporary, target)

@@ -12,7 +12,7 @@ from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, commit, publish
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.layout import file_names
-from nemo_kd.store.manifest import INDEX, SHARD, SPEC, SPEC_KEY, FileInfo, Manifest, ShardInfo
+from nemo_kd.store.manifest import INDEX, SHARD, SPEC, FileInfo, Manifest, ShardInfo, shard_json
 from nemo_kd.store.remote import Progress, RemoteFiles
 
 
@@ -34,7 +34,7 @@ def top_files(manifest: Manifest) -> dict[str, FileInfo]:
 
 def part_json(manifest: Manifest, info: ShardInfo) -> str:
     """Return the content of a part's `shard.json`."""
-    return canonical_json({**info.to_json(), SPEC_KEY: manifest.spec_fingerprint})
+    return shard_json(info, manifest.spec_fingerprint)
 
 
 def fetch_top(files: RemoteFiles, manifest: Manifest, directory: Path) -> None:

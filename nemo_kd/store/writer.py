@@ -44,7 +44,7 @@ from nemo_kd.store.manifest import (
     shard_name,
 )
 from nemo_kd.store.ours import refuse_foreign, remove_part
-from nemo_kd.store.parts import segment_directories, shard_directories, shard_number
+from nemo_kd.store.parts import part_number, segment_directories, shard_directories
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.segments import (
     INDEX_BYTES,
@@ -73,6 +73,8 @@ class StoreWriter:
         self.directory = Path(directory)
         self.spec = spec
         self.codec = codec_of(spec)
+        # Of a spec, and of one in a shard of version 1.
+        self._fingerprints = [spec.fingerprint, sha256_of_json(spec.resumable_json())]
         with full_disk_explained(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
         if overwrite or not (self.directory / SPEC).exists():
@@ -91,10 +93,12 @@ class StoreWriter:
 
     def is_complete(self, shard_index: int) -> bool:
         """Return whether the rows of a shard are written, in the shard itself or in segments."""
+        return self.complete_shard(shard_index) is not None or self._is_joined(shard_index)
+
+    def _is_joined(self, shard_index: int) -> bool:
         rows = self.spec.rows_per_shard
-        return self.complete_shard(shard_index) is not None or (
-            self._joined is not None
-            and self._joined.hold(range(shard_index * rows, (shard_index + 1) * rows))
+        return self._joined is not None and self._joined.hold(
+            range(shard_index * rows, (shard_index + 1) * rows)
         )
 
     def shard(self, shard_index: int) -> ShardWriter:
@@ -112,7 +116,8 @@ class StoreWriter:
 
         `segment_bytes`: approximate size of a segment; None: see `nemo_kd.store.segments`.
         """
-        missing = [str(index) for index in range(num_shards) if not self.is_complete(index)]
+        found = [self.complete_shard(index) for index in range(num_shards)]
+        missing = [str(i) for i, info in enumerate(found) if not (info or self._is_joined(i))]
         if missing:
             raise StoreError(
                 f"{self.directory}: shards {', '.join(missing[:20])} of {num_shards} are missing "
@@ -121,7 +126,7 @@ class StoreWriter:
         _remove_leftovers(self.directory)
         if Packing.read(self.directory) is None:
             self._refuse_other_shards(num_shards)
-            shards = [self._required(index) for index in range(num_shards)]
+            shards = [info for info in found if info is not None]
             Packing.of(shards, segment_bytes).write(self.directory)
             (self.directory / MANIFEST).unlink(missing_ok=True)  # of version 1
         else:
@@ -185,9 +190,10 @@ class StoreWriter:
     def _refuse_other_plan(self) -> None:
         """Raise StoreError if the plan of the segments does not end where the samples end."""
         segments = self._planned()
-        numbers = [shard_number(path) for path in shard_directories(self.directory)]
+        numbers = [part_number(path) for path in shard_directories(self.directory)]
         found = [self.complete_shard(number) for number in numbers]
-        found += [segments.complete(int(p.name[8:])) for p in segment_directories(self.directory)]
+        numbers = [part_number(path) for path in segment_directories(self.directory)]
+        found += [segments.complete(number) for number in numbers]
         rows = 1 + last_row(info for info in found if info is not None)
         if rows != segments.packing.rows:
             raise StoreError(
@@ -227,9 +233,8 @@ class StoreWriter:
 
     def complete_shard(self, shard_index: int) -> ShardInfo | None:
         """Return the entry of a shard that has this spec and files of full size, else None."""
-        earlier = sha256_of_json(self.spec.resumable_json())  # of a shard of version 1
         directory = self.directory / shard_name(shard_index)
-        return complete_part(directory, self.codec, [self.spec.fingerprint, earlier])
+        return complete_part(directory, self.codec, self._fingerprints)
 
 
 class ShardWriter:

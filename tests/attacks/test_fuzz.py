@@ -156,10 +156,13 @@ def test_values_of_a_manifest(whole: Path, tmp_path: Path, cases: int) -> None:
     fuzz(cases, CHANGES, check)
 
 
-@sizes(400, 15_000)
-def test_bytes_of_the_json_files(whole: Path, tmp_path: Path, cases: int) -> None:
-    directory = shutil.copytree(whole, tmp_path / "s")
-    files = {p.relative_to(whole): p.read_bytes() for p in sorted(whole.rglob("*.json"))}
+def fuzz_files(
+    cases: int,
+    directory: Path,
+    files: dict[Path, bytes],
+    strategy: st.SearchStrategy[list[Edit]],
+) -> None:
+    """Read the store in `directory` with edits of one of its `files` at a time."""
 
     def check(case: tuple[Path, list[Edit]]) -> None:
         name, edits = case
@@ -169,8 +172,14 @@ def test_bytes_of_the_json_files(whole: Path, tmp_path: Path, cases: int) -> Non
         finally:
             (directory / name).write_bytes(files[name])
 
-    edits = st.lists(ANYWHERE, min_size=1, max_size=3)
-    fuzz(cases, st.tuples(st.sampled_from(sorted(files)), edits), check)
+    fuzz(cases, st.tuples(st.sampled_from(sorted(files)), strategy), check)
+
+
+@sizes(400, 15_000)
+def test_bytes_of_the_json_files(whole: Path, tmp_path: Path, cases: int) -> None:
+    directory = shutil.copytree(whole, tmp_path / "s")
+    files = {p.relative_to(whole): p.read_bytes() for p in sorted(whole.rglob("*.json"))}
+    fuzz_files(cases, directory, files, st.lists(ANYWHERE, min_size=1, max_size=3))
 
 
 @pytest.mark.parametrize("profile", ["plain", "compact", "top_p"])
@@ -181,17 +190,7 @@ def test_bytes_of_indices_and_records(tmp_path: Path, profile: str, cases: int) 
     directory = store(tmp_path / "s", of, rows=3)
     paths = [p for p in sorted(directory.rglob("*")) if p.suffix in (".idx", ".bin")]
     files = {p.relative_to(directory): p.read_bytes() for p in paths}
-
-    def check(case: tuple[Path, list[Edit]]) -> None:
-        name, edits = case
-        (directory / name).write_bytes(edited(files[name], edits))
-        try:
-            read(directory)
-        finally:
-            (directory / name).write_bytes(files[name])
-
-    edits = st.lists(IN_PLACE, min_size=1, max_size=4)
-    fuzz(cases, st.tuples(st.sampled_from(sorted(files)), edits), check)
+    fuzz_files(cases, directory, files, st.lists(IN_PLACE, min_size=1, max_size=4))
 
 
 @sizes(1000, 20_000)

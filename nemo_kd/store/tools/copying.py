@@ -16,7 +16,8 @@ from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, commit, full_disk_explained
 from nemo_kd.lock import DirectoryLock
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo, refuse_unfinished
-from nemo_kd.store.remote import RemoteFiles, is_intact
+from nemo_kd.store.parts import is_intact
+from nemo_kd.store.remote import RemoteFiles
 from nemo_kd.store.schema import MAX_MANIFEST
 from nemo_kd.store.transfer import (
     fetch_part,

@@ -96,7 +96,8 @@ def copy(
     """Write the selected samples to the empty `directory`; returns the new store's manifest.
 
     A sample whose store has the same encoding is copied bit for bit, another one is encoded again,
-    with the first K ids. `jobs`: number of processes, 0 for one per core if there is much to copy.
+    with the first K ids. The caller has checked the stores (`check_intact`). `jobs`: number of
+    processes, 0 for one per core if there is much to copy.
     """
     rows = int(selection.row[-1]) + 1 if len(selection) else 0
     # Shards have 256 samples each on average: rows may be far sparser than samples.
@@ -105,8 +106,6 @@ def copy(
     count = -(-rows // spec.rows_per_shard)
     writer, done = StoreWriter(directory, spec), 0
     jobs = processes(jobs, selection.octets)
-    for one in selection.stores:
-        check_intact(one, jobs)
     for written in ordered(_write, _tasks(selection, directory, spec, count), jobs):
         done += written
         if progress is not None:
@@ -119,7 +118,8 @@ def copy(
 def check_intact(store: Store, jobs: int = 1) -> None:
     """Raise StoreError unless every file of a store has its SHA-256; damage is not copied."""
     store.check_index()
-    for _ in ordered(_check_part, ((store, i) for i in range(len(store.manifest.parts))), jobs):
+    tasks = ((store, number) for number in range(len(store.manifest.parts)))
+    for _ in ordered(_check_part, tasks, processes(jobs, store.manifest.totals["bytes"])):
         pass
 
 

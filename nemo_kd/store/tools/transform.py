@@ -27,7 +27,7 @@ from nemo_kd.store.segments import MOST_ROWS
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.splitmix import GOLDEN, counter, unit
 from nemo_kd.store.target import new_store
-from nemo_kd.store.tools.selection import Progress, Selection, copy
+from nemo_kd.store.tools.selection import Progress, Selection, check_intact, copy
 from nemo_kd.store.writer import StoreWriter
 
 # Spec fields in which merged stores may differ; a tokenizer is identified by its fingerprint.
@@ -94,6 +94,7 @@ def convert(
         profile_options=profile_options,
     )
     with new_store(directory, overwrite) as new:
+        check_intact(store, jobs)
         return copy(
             Selection.of(store),
             new,
@@ -135,6 +136,8 @@ def merge(
     spec = replace(first.spec, source={"merged": parts})
     selection = Selection.concatenated(list(stores), offsets)
     with new_store(directory, overwrite) as new:
+        for store in stores:
+            check_intact(store, jobs)
         return copy(selection, new, spec, progress=progress, jobs=jobs)
 
 
@@ -163,6 +166,7 @@ def split(
     manifests, done = [], 0
     with ExitStack() as stack:
         new = [stack.enter_context(new_store(one, overwrite)) for one in directories]
+        check_intact(store, jobs)
         for part, directory in enumerate(new):
             note = {"part": part, "weights": [*weights], "seed": seed, "store": store.fingerprint}
             spec = replace(store.spec, source={**store.spec.source, "split": note})
