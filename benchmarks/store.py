@@ -233,6 +233,7 @@ def tools() -> dict[str, int]:
         write_samples(several, first, of)
         store = Store(first)
         steps = {
+            "checksums": lambda: list(verify(store, checksums_only=True)),
             "verify": lambda: list(verify(store)),
             "stats": lambda: stats(store),
             "merge": lambda: merge([store], next(names)),

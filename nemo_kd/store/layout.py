@@ -84,13 +84,26 @@ def _word_sums(values: NDArray[Any], lengths: NDArray[np.int32]) -> NDArray[np.u
     sums = np.zeros(len(lengths), np.uint16)
     if not len(ends):
         return sums
-    if values.itemsize == 1:  # a byte at an odd place of its sample is the high half of a word
-        odd = (np.arange(values.size) - np.repeat(starts, lengths[filled])) & 1
-        words = values.astype(np.uint16) << (8 * odd).astype(np.uint16)
+    if values.itemsize == 1:
+        # A byte at an odd place of its sample is the high half of a word; the places in `values`
+        # that are odd are its even ones if the sample starts at one.
+        even, odd = (_strided_sums(values[i::2], (starts + 1 - i) // 2) for i in range(2))
+        swapped = starts % 2 == 1
+        low, high = np.where(swapped, odd, even), np.where(swapped, even, odd)
+        sums[filled] = low + (high << np.uint16(8))
     else:
-        words = values.view(np.uint16)
         starts = starts * (values.itemsize // 2)
-    sums[filled] = np.add.reduceat(words, starts, dtype=np.uint16)
+        sums[filled] = np.add.reduceat(values.view(np.uint16), starts, dtype=np.uint16)
+    return sums
+
+
+def _strided_sums(values: NDArray[np.uint8], starts: NDArray[np.int64]) -> NDArray[np.uint16]:
+    """The sum mod 2^16 of each stretch of `values`, up to the next start; some may be empty."""
+    ends = np.append(starts[1:], values.size)
+    sums = np.zeros(len(starts), np.uint16)
+    some = starts < ends
+    if some.any():
+        sums[some] = np.add.reduceat(values, starts[some], dtype=np.uint16)
     return sums
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import read_json
-from nemo_kd.store.manifest import EXCHANGE, INDEX, MANIFEST, PACKING, REPLACED, SPEC
+from nemo_kd.store.manifest import ANSWERS, EXCHANGE, INDEX, MANIFEST, PACKING, REPLACED, SPEC
 from nemo_kd.store.ours import remove_part
 from nemo_kd.store.parts import part_directories
 from nemo_kd.store.spec import StoreSpec
@@ -47,7 +47,7 @@ def remove_replaced(directory: Path) -> None:
 
 def _contents(directory: Path) -> list[Path]:
     """Return the files and directories of the old store, its spec last."""
-    files = [directory / name for name in (EXCHANGE, INDEX, PACKING, SPEC)]
+    files = [directory / name for name in (ANSWERS, EXCHANGE, INDEX, PACKING, SPEC)]
     return [*part_directories(directory), *(path for path in files if path.exists())]
 
 

@@ -171,6 +171,14 @@ def test_rows_far_sparser_than_samples_cost_nothing(tmp_path: Path) -> None:
     assert list(verify(merged)) == []
 
 
+def test_a_row_number_that_is_none_is_refused(tmp_path: Path) -> None:
+    of = spec()
+    samples = [sample(row, of, 2) for row in (0, 1_700_000_000)]
+    with pytest.raises(StoreError, match=r"row 1700000000 is far larger .* so far, 2"):
+        write_samples(samples, tmp_path / "s", of)
+    assert not list(tmp_path.iterdir())
+
+
 def test_an_average_of_sparse_rows_costs_nothing(tmp_path: Path) -> None:
     of, rows = spec(rows_per_shard=10**15), [0, 10**9, 10**15 - 1]
     for name in "ab":

@@ -145,6 +145,19 @@ def test_damage_of_the_store_is_named_by_file(tmp_path: Path, kind: str) -> None
     assert found and any(message in problem.what for problem in found), list(verify(opened))
 
 
+def test_checksums_alone_find_every_changed_byte_and_no_other_fault(tmp_path: Path) -> None:
+    directory = store(tmp_path / "s", spec())
+    assert list(verify(directory, checksums_only=True)) == []
+    steps: list[tuple[int, int]] = []
+    for name in ("segment-00000/tokens.bin", "segment-00001/lse.idx", "index.bin"):
+        path, intact = directory / name, (directory / name).read_bytes()
+        path.write_bytes(intact[:-1] + bytes([intact[-1] ^ 1]))
+        found = list(verify(directory, lambda *step: steps.append(step), checksums_only=True))
+        assert [problem.file for problem in found if "SHA-256" in problem.what] == [name]
+        path.write_bytes(intact)
+    assert all(done <= total for done, total in steps) and steps[-1][0] == steps[-1][1]
+
+
 def test_samples_out_of_order_are_found_though_their_checksums_fit(tmp_path: Path) -> None:
     directory = store(tmp_path / "s", spec())
     edit(

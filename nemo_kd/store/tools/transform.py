@@ -32,6 +32,8 @@ from nemo_kd.store.writer import StoreWriter
 
 # Spec fields in which merged stores may differ; a tokenizer is identified by its fingerprint.
 MAY_DIFFER = ("source", "tokenizer.path")
+SHARDS_PER_SAMPLE, FREE_SHARDS = 4, 400
+"""Up to `SHARDS_PER_SAMPLE * samples + FREE_SHARDS` shards are written, most of them empty."""
 
 
 def write_samples(
@@ -46,7 +48,7 @@ def write_samples(
     """Write samples, given in ascending row order, to a new store.
 
     The store appears in `directory` once it is complete. With `overwrite` it replaces a store that
-    is there, and nothing else.
+    is there, and nothing else. A row number far larger than the number of samples raises StoreError.
     `segment_bytes`: approximate size of a segment; None: 1 GiB, or 1/64 of a larger store.
     """
     with new_store(directory, overwrite) as new:
@@ -195,6 +197,11 @@ def _write(
     pending = next(stream, None)
     done = shard_index = 0
     while pending is not None:
+        if pending.row // writer.spec.rows_per_shard > SHARDS_PER_SAMPLE * (done + 1) + FREE_SHARDS:
+            raise StoreError(
+                f"row {pending.row} is far larger than the number of samples so far, {done + 1}, "
+                "as if it were no row number; number the samples from 0"
+            )
         with writer.shard(shard_index) as shard:
             end = (shard_index + 1) * writer.spec.rows_per_shard
             while pending is not None and pending.row < end:

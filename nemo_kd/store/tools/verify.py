@@ -69,11 +69,14 @@ def verify(
     store: Store | Origin | str | Path,
     on_done: Callable[[int, int], None] | None = None,
     jobs: int = 1,
+    checksums_only: bool = False,
 ) -> Iterator[Problem]:
     """Yield the problems of a store, given open or as a directory; nothing for an intact store.
 
     `on_done(bytes, total bytes)` is called during the check. `jobs`: number of processes, 0 for one
-    per core if the store is large; see `nemo_kd.store.tools.parallel.ordered`.
+    per core if the store is large; see `nemo_kd.store.tools.parallel.ordered`. `checksums_only`:
+    compare the files' sizes and SHA-256 with the manifest, which finds every change since the store
+    was written, and do not read the samples.
     """
     origin = store.origin if isinstance(store, Store) else store
     origin = origin if isinstance(origin, Origin) else Origin(origin)
@@ -87,9 +90,11 @@ def verify(
     yield from _verify_head(root, manifest)
     if isinstance(store, Store) and sha256_of(root / MANIFEST) != store.fingerprint:
         yield Problem(MANIFEST, "differs from the manifest that this store was opened with")
-    done, total = 0, max(2 * manifest.totals["bytes"], 1)  # every byte is hashed, then read
+    passes = 1 if checksums_only else 2  # every byte is hashed, then read
+    done, total = 0, max(passes * manifest.totals["bytes"], 1)
     counts: list[Counts] = []
-    for result in ordered(_run, _tasks(origin, manifest), processes(jobs, total)):
+    tasks = (task for task in _tasks(origin, manifest) if not (checksums_only and task.samples))
+    for result in ordered(_run, tasks, processes(jobs, total)):
         yield from result.problems
         counts.append(result.counts)
         if result.last:
