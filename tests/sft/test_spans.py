@@ -1,0 +1,183 @@
+"""Tokens of a text and the mask of its learned spans, with fast and slow tokenizers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, normalizers, processors
+from tokenizers.models import BPE
+from transformers import PreTrainedTokenizerFast
+
+from nemo_kd.sft import RowError
+from nemo_kd.sft.spans import encode_spans
+from tests.checkpoints import models
+
+
+class Fast:
+    """The part of the tokenizer interface that a fast tokenizer needs: its `tokenizer`."""
+
+    vocab_size, bos_id, eos_id, space_sensitive = 0, None, None, False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def text_to_ids(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def ids_to_text(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+
+    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
+        return list(self.tokenizer.convert_ids_to_tokens(ids))
+
+
+class Slow(Fast):
+    """Without offsets."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        super().__init__(tokenizer)
+        self._fast, self.tokenizer = tokenizer, None
+
+    def text_to_ids(self, text: str) -> list[int]:
+        return list(self._fast(text, add_special_tokens=False)["input_ids"])
+
+
+def byte_level(*, trim: bool = False) -> Any:
+    """Byte-level BPE; `trim` leaves leading spaces out of the offsets, as Llama 3's does."""
+    tokenizer = models.tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<e>"]})
+    tokenizer.add_tokens(["\n\n", "\n   "])
+    if trim:
+        tokenizer.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
+    return tokenizer
+
+
+def sentence_piece() -> Any:
+    """As Llama 2's: a space before each segment, byte fallback, no splitting before BPE."""
+    bytes_ = [f"<0x{i:02X}>" for i in range(256)]
+    pieces = ["<unk>", "▁", "a", "b", "▁a", "▁▁", "ab", "▁ab", *bytes_]
+    merges = [("▁", "a"), ("▁", "▁"), ("a", "b"), ("▁", "ab")]
+    backend = Tokenizer(
+        BPE(
+            vocab={piece: i for i, piece in enumerate(pieces)},
+            merges=merges,
+            byte_fallback=True,
+            unk_token="<unk>",
+            fuse_unk=True,
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<e>"]})
+    return tokenizer
+
+
+FAST = {"bytes": byte_level(), "trimmed": byte_level(trim=True), "pieces": sentence_piece()}
+
+
+def learned(tokenizer: Any, text: str, *spans: tuple[int, int]) -> list[str]:
+    """The tokens with mask 1."""
+    made = encode_spans(tokenizer, text, spans)
+    return [
+        token
+        for token, mask in zip(tokenizer.ids_to_tokens(made.input_ids), made.loss_mask, strict=True)
+        if mask
+    ]
+
+
+def span(text: str, part: str) -> tuple[int, int]:
+    start = text.index(part)
+    return start, start + len(part)
+
+
+@pytest.mark.parametrize("name", FAST)
+@given(
+    before=st.text("ab é😀\n\r\tش", max_size=9),
+    inside=st.text("ab é😀\n\r\tش", max_size=9),
+    after=st.text("ab é😀\n\r\tش", max_size=9),
+)
+def test_spans_between_special_tokens_are_learned_exactly(
+    name: str, before: str, inside: str, after: str
+) -> None:
+    tokenizer = Fast(FAST[name])
+    text = f"{before}<e>{inside}<e>{after}"
+    start = len(before) + 3
+    made = encode_spans(tokenizer, text, [(start, start + len(inside) + 3)])
+    ids = [i for i, mask in zip(made.input_ids, made.loss_mask, strict=True) if mask]
+    assert list(made.input_ids) == FAST[name](text, add_special_tokens=False)["input_ids"]
+    assert ids == FAST[name](f"{inside}<e>", add_special_tokens=False)["input_ids"]
+
+
+@pytest.mark.parametrize("name", FAST)
+def test_all_tokens_of_a_character_are_learned_together(name: str) -> None:
+    text = "<e>😀<e>"
+    assert len(learned(Fast(FAST[name]), text, span(text, "😀"))) in (4, 5)  # 5: with a "▁" before
+
+
+@pytest.mark.parametrize("name", ["bytes", "trimmed"])
+def test_a_token_that_joins_outer_whitespace_with_the_spans_is_learned(name: str) -> None:
+    tokenizer = Fast(FAST[name])
+    assert learned(tokenizer, "a\n\nb<e>", (2, 4)) == ["\n\n", "b"]
+    assert learned(tokenizer, "a\n   b<e>", (2, 9)) == ["\n   ", "b", "<e>"]
+    assert learned(tokenizer, "<e>a\n\nb", (3, 5)) == ["a", "\n\n"]
+
+
+def test_a_token_that_joins_outer_text_with_the_spans_is_an_error() -> None:
+    tokenizer = Fast(FAST["pieces"])
+    with pytest.raises(RowError, match=r"token of 'ab' joins 'a', which is not learned"):
+        encode_spans(tokenizer, "aab", [(2, 3)])
+    with pytest.raises(RowError, match=r"joins 'b'"):
+        encode_spans(tokenizer, "aab", [(0, 2)])
+
+
+def test_a_leading_space_belongs_to_the_word_that_follows() -> None:
+    """Also where the offsets leave it out."""
+    for name in ("bytes", "trimmed"):
+        text = "<e>s of<e>"
+        assert learned(Fast(FAST[name]), text, span(text, " of")) == ["Ġof"]
+
+
+def test_empty_spans_learn_nothing() -> None:
+    assert learned(Fast(FAST["bytes"]), "ab", (1, 1), (2, 2)) == []
+    assert not len(encode_spans(Fast(FAST["bytes"]), "", []).input_ids)
+
+
+def test_a_special_token_that_swallows_whitespace() -> None:
+    tokenizer = byte_level()
+    tokenizer.add_tokens([AddedToken("<end>", rstrip=True, special=True, normalized=False)])
+    text = "a<end>\n<end>\n  a"
+    assert learned(Fast(tokenizer), text, (0, 6)) == ["a", "<end>"]
+    with pytest.raises(RowError, match="joins '<end>"):
+        encode_spans(Fast(tokenizer), text, [(13, 16)])
+
+
+def test_lone_surrogates_are_an_error() -> None:
+    for tokenizer in (Fast(FAST["bytes"]), Slow(FAST["bytes"])):
+        with pytest.raises(RowError, match="lone surrogate"):
+            encode_spans(tokenizer, "a\ud83d", [(0, 1)])
+
+
+def test_without_offsets_spans_are_found_by_prefixes() -> None:
+    text = "a b<e>a é😀\n<e>b"
+    spans = [span(text, "a é😀\n<e>")]
+    slow = encode_spans(Slow(FAST["bytes"]), text, spans)
+    fast = encode_spans(Fast(FAST["bytes"]), text, spans)
+    assert list(slow.input_ids) == list(fast.input_ids)
+    assert slow.loss_mask.tolist() == fast.loss_mask.tolist()
+
+
+def test_without_offsets_a_joined_token_is_an_error() -> None:
+    with pytest.raises(RowError, match="use a fast tokenizer"):
+        encode_spans(Slow(FAST["bytes"]), "a\n\nb", [(2, 4)])
+
+
+def test_a_million_characters() -> None:
+    text = "<e>" + "ab é" * 250_000 + "<e>"
+    made = encode_spans(Fast(FAST["bytes"]), text, [(3, len(text))])
+    assert made.loss_mask.tolist() == [0] + [1] * (len(made.input_ids) - 1)
