@@ -1,0 +1,201 @@
+"""Conversations of SFT rows in OpenAI's shape, whatever shape the row has.
+
+`messages` is OpenAI's: role, content, tool_calls. `conversations` is NeMo's, with system and mask
+beside it, or ShareGPT's. Chat templates get the content as text, the arguments of tool calls as
+objects, no null values, and all other keys as in the row.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from nemo_kd.sft.jsonl import RowError
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bot": "assistant",
+    "tool": "tool",
+    "observation": "tool",
+}
+"""Role of each name of a speaker in `conversations`, in lower case."""
+
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys under which messages hold the reasoning before an answer."""
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """Messages and tools as chat templates read them."""
+
+    messages: list[Message]
+    tools: list[Any] | None
+    weights: list[int | None]
+    """The `weight` of each message: 0 or 1, or None if it has none."""
+
+    def part(self, keep: list[int]) -> Conversation:
+        """Return the conversation of the messages with these indices."""
+        messages, weights = [self.messages[i] for i in keep], [self.weights[i] for i in keep]
+        return Conversation(messages, self.tools, weights)
+
+    def assistant_turns(self) -> list[int]:
+        return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
+
+
+def conversation_of(row: Any) -> Conversation:
+    """Read the conversation of a row.
+
+    Raises RowError, naming the message but neither file nor row.
+    """
+    if not isinstance(row, Mapping):
+        raise RowError(f"a JSON {type(row).__name__}: expected an object with messages")
+    if row.get("functions"):
+        raise RowError("functions are an old form of tools; write tools and tool_calls")
+    if row.get("messages") is not None:
+        turns = _list(row["messages"], "messages")
+    elif row.get("conversations") is not None:
+        turns = _turns(row)
+    else:
+        raise RowError(f"no messages or conversations; the row has {sorted(map(str, row))}")
+    if not turns:
+        raise RowError("the conversation is empty; remove the row")
+    messages = [_message(turn, i) for i, turn in enumerate(turns)]
+    weights = [_weight(message.pop("weight", None), i) for i, message in enumerate(messages)]
+    return Conversation(messages, _tools(row.get("tools")), weights)
+
+
+def _message(turn: Any, number: int) -> Message:
+    where = f"message {number}"
+    if not isinstance(turn, Mapping):
+        raise RowError(f"{where} is {turn!r:.60}: expected an object")
+    message = {key: value for key, value in turn.items() if value is not None}
+    role = message.get("role")
+    if not isinstance(role, str) or not role:
+        raise RowError(f"{where} has role {role!r}: expected system, user, assistant or tool")
+    if "function_call" in message:
+        raise RowError(f"{where}: function_call is an old form; write tool_calls")
+    if "tool_calls" in message:
+        calls = _list(message["tool_calls"], f"{where}: tool_calls")
+        message["tool_calls"] = [_call(call, where) for call in calls]
+        if not calls:
+            del message["tool_calls"]
+    message["content"] = _content(message, where)
+    return message
+
+
+def _content(message: Message, where: str) -> str:
+    """Return the text of a message; empty if it has tool calls or reasoning only."""
+    content = message.get("content")
+    if content is None:
+        if "tool_calls" in message or any(message.get(key) for key in REASONING):
+            return ""
+        raise RowError(f"{where} ({message['role']}) has no content")
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise RowError(f"{where}: content is {content!r:.60}: expected text or a list of parts")
+    return "".join(_part(part, where) for part in content)
+
+
+def _part(part: Any, where: str) -> str:
+    kind = part.get("type") if isinstance(part, Mapping) else type(part).__name__
+    text = part.get("text") if isinstance(part, Mapping) else None
+    if kind != "text" or not isinstance(text, str):
+        raise RowError(
+            f"{where} has a content part of type {kind!r}: only text can be learned from; remove "
+            "the row"
+        )
+    return text
+
+
+def _call(call: Any, where: str) -> dict[str, Any]:
+    """Return a tool call with its arguments as an object, as templates expect them."""
+    function = call.get("function", call) if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
+        raise RowError(f"{where}: tool call {call!r:.60} has no function name")
+    function = {key: value for key, value in function.items() if value is not None}
+    function["arguments"] = _arguments(
+        function.get("arguments", {}), f"{where}: {function['name']}"
+    )
+    if "function" not in call:
+        return function
+    return {**{k: v for k, v in call.items() if v is not None}, "function": function}
+
+
+def _arguments(arguments: Any, where: str) -> dict[str, Any]:
+    value = arguments
+    if isinstance(arguments, str):
+        try:
+            value = json.loads(arguments)
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"{where}: arguments are not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise RowError(f"{where}: arguments are {arguments!r:.60}: expected a JSON object")
+    return value
+
+
+def _tools(tools: Any) -> list[Any] | None:
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError) as error:
+            raise RowError(f"tools are not JSON ({error})") from error
+    tools = [] if tools is None else _list(tools, "tools")
+    for tool in tools:
+        if not isinstance(tool, dict):
+            raise RowError(f"tools: {tool!r:.60}: expected an object")
+    return tools or None
+
+
+def _weight(weight: Any, number: int) -> int | None:
+    if weight is None:
+        return None
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise RowError(f"message {number}: weight is {weight!r:.60}: expected 0 or 1")
+    return int(weight)
+
+
+def _turns(row: Mapping[str, Any]) -> list[Message]:
+    """Return the messages of NeMo's and ShareGPT's `conversations`."""
+    if row.get("type") is not None:
+        raise RowError(
+            f"type {row['type']!r:.60} (labels) is known to data.chat_template=nemo only"
+        )
+    mask = row.get("mask")
+    if mask is not None and _role(mask, "mask") != "user":
+        raise RowError(f"mask {mask!r:.60}: a chat template learns what the assistant says")
+    turns = _list(row["conversations"], "conversations")
+    messages = [_turn(turn, f"message {i}") for i, turn in enumerate(turns)]
+    system = row.get("system")
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"system is {system!r:.60}: expected a string")
+    return [{"role": "system", "content": system}, *messages] if system else messages
+
+
+def _turn(turn: Any, where: str) -> Message:
+    if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
+        raise RowError(f"{where} is {turn!r:.60}: expected an object with from and value")
+    more = {key: turn[key] for key in ("weight", *REASONING) if key in turn}
+    return {"role": _role(turn.get("from"), where), "content": turn["value"], **more}
+
+
+def _role(name: Any, where: str) -> str:
+    role = ROLES.get(name.lower()) if isinstance(name, str) else None
+    if role is None:
+        raise RowError(f"{where}: {name!r:.60} is no known speaker: expected one of {[*ROLES]}")
+    return role
+
+
+def _list(value: Any, what: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RowError(f"{what}: {value!r:.60}: expected a list")
+    return value

@@ -1,0 +1,218 @@
+"""Where the assistant's turns are in a rendered conversation.
+
+A turn begins where the template's generation prompt ends, and ends with its end-of-turn token. Both
+are found by comparing renderings: of the messages before the turn with the generation prompt, and
+of the messages up to the turn. Where these are no prefixes of the conversation (a template that
+drops earlier reasoning, or looks at the messages that follow), the turn's text is replaced by a
+mark, and what stands before and after the mark is compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemo_kd.sft.chat_template import Renderer
+from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.messages import REASONING, Conversation, Message
+from nemo_kd.sft.spans import Span
+
+MARKS = ("\ue0f0\ue0f1", "\U000f1234\U000f4321", "\U0010abcd\U0010dcba")  # for private use
+END_OF_REASONING = "</think>"
+
+
+@dataclass
+class Turns:
+    """The spans of assistant turns in the renderings of a template.
+
+    `added` are the tokenizer's special and added tokens.
+    """
+
+    render: Renderer
+    added: tuple[str, ...]
+    _headers: dict[str, bool] = field(default_factory=dict)
+
+    def spans(self, conversation: Conversation, text: str, turns: Iterable[int]) -> list[Span]:
+        """Return the span in `text`, the rendered conversation, of each message in `turns`.
+
+        Raises RowError if a turn cannot be found, or if its span lacks what the assistant says.
+        """
+        return [_Turn(self, conversation, text, i).span() for i in turns]
+
+    def has_prompt(self, before: Sequence[Message], tools: list[Any] | None, prompt: str) -> bool:
+        """Whether the template adds a generation prompt after a message of the last one's role."""
+        role = before[-1]["role"] if before else ""
+        if role not in self._headers:
+            self._headers[role] = self.render(before, tools) != prompt
+        return self._headers[role]
+
+    def without_space(self, text: str, start: int, stop: int) -> int:
+        """Return the end of a turn: whitespace after an end-of-turn token is not part of it."""
+        turn = text[start:stop].rstrip()
+        return start + len(turn) if turn.endswith(self.added) else stop
+
+    def whole_tokens(self, text: str) -> str:
+        """Return a text up to its last added token; empty if it has none."""
+        ends = [i + len(token) for token in self.added if (i := text.rfind(token)) >= 0]
+        return text[: max(ends, default=0)]
+
+
+@dataclass
+class _Turn:
+    """One assistant turn: message `number` of a conversation rendered as `text`."""
+
+    turns: Turns
+    conversation: Conversation
+    text: str
+    number: int
+
+    def __post_init__(self) -> None:
+        self.messages, self.tools = self.conversation.messages, self.conversation.tools
+        self.message, self.before = self.messages[self.number], self.messages[: self.number]
+
+    def span(self) -> Span:
+        start, stop = self._by_prefixes() or self._by_mark()
+        stop = self.turns.without_space(self.text, start, stop)
+        check_says(self.message, self.text[start:stop], self.number)
+        return start, stop
+
+    def _by_prefixes(self) -> Span | None:
+        prompt = self._rendered(self.before, prompt=True)
+        until: str | None = self.text
+        if self.number + 1 < len(self.messages):
+            until = self._rendered(self.messages[: self.number + 1])
+        if prompt is None or until is None:
+            return None
+        if not (self.text.startswith(until) and until.startswith(prompt)):
+            return None
+        start = len(prompt)
+        if not self.turns.has_prompt(self.before, self.tools, prompt):
+            start += len(self._own_header(prompt, self.text[start:]))
+        return start, len(until)
+
+    def _by_mark(self) -> Span:
+        """Find the turn by a mark in its stead, in the conversation and in its beginning."""
+        mark = next((mark for mark in MARKS if mark not in self.text), None)
+        if mark is None:
+            raise self._unclear("its text holds private-use characters")
+        marked, said = _marked(self.message, mark)
+        before, after = self._around(
+            mark, [*self.before, marked, *self.messages[self.number + 1 :]]
+        )
+        own, end = self._around(mark, [*self.before, marked])
+        text = self.text[len(before) : len(self.text) - len(after)]
+        same = before + text + after == self.text and text.strip() == said.strip()
+        if not same:
+            raise self._unclear("the template renders other messages differently with this turn")
+        return self._start(before, own), len(before) + len(text) + len(self._end(after, end))
+
+    def _start(self, before: str, own: str) -> int:
+        """Return where the turn begins in `before`, the text before its mark.
+
+        `own` is that text if the conversation ended with the turn.
+        """
+        context = self.before
+        prompt = self._rendered(context, prompt=True)
+        if prompt is None:  # some templates render no empty conversation
+            context = [{"role": "user", "content": ""}]
+            prompt = self._rendered(context, prompt=True)
+        bare = self._rendered(context)
+        if prompt is None or bare is None or not prompt.startswith(bare):
+            raise self._unclear("the generation prompt is no end of the rendering")
+        header, own = prompt[len(bare) :], own[len(bare) :]
+        if not header:
+            if not before.endswith(own):
+                raise self._unclear("its header depends on the messages that follow")
+            return len(before) - len(own) + len(self._own_header(prompt, own))
+        for size in range(len(header), 0, -1):  # all of it, or without an opened reasoning
+            if header[:size].strip() and before.endswith(header[:size]):
+                return len(before)
+        for found in (header, _common(header, own)):
+            if found.strip() and found in before and not _says(self.message, found):
+                return before.rindex(found) + len(found)
+        raise self._unclear(f"the generation prompt {header!r:.60} does not precede it")
+
+    def _end(self, after: str, end: str) -> str:
+        """Return the part of `after`, the text after the turn's mark, that belongs to the turn.
+
+        `end` is that text if the conversation ended with the turn.
+        """
+        if after.startswith(end):
+            return end
+        common = _common(after, end)
+        whole = self.turns.whole_tokens(common)
+        if not whole and common.strip():
+            raise self._unclear(f"{end!r:.60} does not follow it")
+        return whole
+
+    def _own_header(self, prompt: str, rest: str) -> str:
+        """Return the header that a template without generation prompt writes before an answer."""
+        mark = MARKS[0]
+        with_mark = self._rendered([*self.before, {"role": "assistant", "content": mark}])
+        plain = (with_mark or "").partition(mark)[0].removeprefix(prompt)
+        header = _common(plain, rest)
+        return header if header.strip() else ""
+
+    def _around(self, mark: str, messages: list[Message]) -> tuple[str, str]:
+        parts = self.turns.render(messages, self.tools).split(mark)
+        if len(parts) != 2:
+            raise self._unclear(f"the template renders its text {len(parts) - 1} times")
+        return parts[0], parts[1]
+
+    def _rendered(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
+        """Render messages; None if the template refuses them without the others."""
+        try:
+            return self.turns.render(messages, self.tools, prompt=prompt)
+        except RowError:
+            return None
+
+    def _unclear(self, why: str) -> RowError:
+        return RowError(
+            f"message {self.number}: its place in the rendered conversation is not clear: {why}; "
+            "mark the assistant's text with {% generation %} in a template of your own "
+            "(data.chat_template=FILE), or remove the row"
+        )
+
+
+def check_says(message: Message, turn: str, number: int) -> None:
+    """Raise RowError unless a turn's text has the message's content and calls.
+
+    Space around the content may differ, and reasoning inside it may be left out.
+    """
+    content = message["content"].strip()
+    answer = content.rpartition(END_OF_REASONING)[2].strip()
+    names = [call.get("function", call)["name"] for call in message.get("tool_calls", [])]
+    for said in ([answer] if content not in turn else []) + names:
+        if said not in turn:
+            raise RowError(
+                f"message {number}: the chat template leaves out or changes what the assistant "
+                f"says: {said!r:.60} is not in {turn!r:.60}; set its weight to 0, remove the row, "
+                "or set data.chat_template=FILE"
+            )
+
+
+def _marked(message: Message, mark: str) -> tuple[Message, str]:
+    """Return a message with a mark instead of what it says, and the text so replaced.
+
+    That is the content after the reasoning, or, if there is none, the name of the first call.
+    """
+    head, end, answer = message["content"].rpartition(END_OF_REASONING)
+    calls = message.get("tool_calls", [])
+    if answer.strip() or not calls:
+        return {**message, "content": head + end + mark}, answer
+    function = calls[0].get("function", calls[0])
+    named = {**function, "name": mark}
+    call = {**calls[0], "function": named} if "function" in calls[0] else named
+    return {**message, "tool_calls": [call, *calls[1:]]}, function["name"]
+
+
+def _says(message: Message, text: str) -> bool:
+    texts = [message["content"], *(message.get(key) for key in REASONING)]
+    return any(isinstance(said, str) and text in said for said in texts)
+
+
+def _common(one: str, other: str) -> str:
+    """Return the longest common prefix."""
+    pairs = enumerate(zip(one, other, strict=False))
+    return one[: next((i for i, (a, b) in pairs if a != b), min(len(one), len(other)))]
