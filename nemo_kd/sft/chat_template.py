@@ -83,8 +83,8 @@ class Renderer:
         today: str,
         say: Callable[[str], None],
     ) -> None:
-        self.library: Any = getattr(tokenizer, "tokenizer", None)
-        if not hasattr(self.library, "get_chat_template"):
+        library = getattr(tokenizer, "tokenizer", None)
+        if library is None or not hasattr(library, "get_chat_template"):
             raise TemplateError(
                 "chat templates need a tokenizer of transformers: SentencePiece alone does not "
                 "recognize special tokens in a text; use a directory with tokenizer.json"
@@ -92,12 +92,13 @@ class Renderer:
         for name in OWN:
             if name in kwargs:
                 raise TemplateError(f"data.chat_template_kwargs.{name} cannot be set; remove it")
+        self.library: Any = library
         self.template, self.say, self.today = template, say, _date(today)
         self.tools = kwargs.get("tools")
         self.variables = {
             "documents": None,
             "strftime_now": self._strftime_now,
-            **self.library.special_tokens_map,
+            **library.special_tokens_map,
             **{name: value for name, value in kwargs.items() if name != "tools"},
         }
         self._said_date = False

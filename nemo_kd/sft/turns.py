@@ -9,8 +9,10 @@ mark, and what stands before and after the mark is compared.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from nemo_kd.sft.chat_template import Renderer
@@ -19,7 +21,7 @@ from nemo_kd.sft.messages import REASONING, Conversation, Message
 from nemo_kd.sft.spans import Span
 
 MARKS = ("\ue0f0\ue0f1", "\U000f1234\U000f4321", "\U0010abcd\U0010dcba")  # for private use
-END_OF_REASONING = "</think>"
+REASONING_TAG, END_OF_REASONING = "<think>", "</think>"
 
 
 @dataclass
@@ -54,8 +56,26 @@ class Turns:
 
     def whole_tokens(self, text: str) -> str:
         """Return a text up to its last added token; empty if it has none."""
-        ends = [i + len(token) for token in self.added if (i := text.rfind(token)) >= 0]
-        return text[: max(ends, default=0)]
+        return text[: max((found.end() for found in self._added.finditer(text)), default=0)]
+
+    def first_token(self, text: str) -> str:
+        """Return a text up to its first added token; all of it if it has none."""
+        found = self._added.search(text)
+        return text[: found.end()] if found else text
+
+    def end_token(self, text: str) -> str:
+        """Return the added token at the start of a text if another one follows it.
+
+        The first of two ends a turn; a single one begins the next.
+        """
+        found = self._added.match(text)
+        follows = found and self._added.match(text[found.end() :].lstrip())
+        return found.group() if found and follows else ""
+
+    @cached_property
+    def _added(self) -> re.Pattern[str]:
+        longest_first = sorted(self.added, key=len, reverse=True)
+        return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 @dataclass
@@ -120,17 +140,26 @@ class _Turn:
         bare = self._rendered(context)
         if prompt is None or bare is None or not prompt.startswith(bare):
             raise self._unclear("the generation prompt is no end of the rendering")
-        header, own = prompt[len(bare) :], own[len(bare) :]
-        if not header:
-            if not before.endswith(own):
-                raise self._unclear("its header depends on the messages that follow")
-            return len(before) - len(own) + len(self._own_header(prompt, own))
-        for size in range(len(header), 0, -1):  # all of it, or without an opened reasoning
-            if header[:size].strip() and before.endswith(header[:size]):
-                return len(before)
-        for found in (header, _common(header, own)):
-            if found.strip() and found in before and not _says(self.message, found):
-                return before.rindex(found) + len(found)
+        header, own = prompt[len(bare) :], own.removeprefix(bare)
+        if header.strip():
+            return self._after_header(before, header)
+        if not before.endswith(own):
+            raise self._unclear("its header depends on the messages that follow")
+        return len(before) - len(own) + len(self._own_header(prompt, own))
+
+    def _after_header(self, before: str, header: str) -> int:
+        """Return the end of the last header in `before`.
+
+        The generation prompt may open or skip the reasoning, as the turn's header need not.
+        """
+        first = self.turns.first_token(header)
+        place = -1 if _says(self.message, first) else before.rfind(first)
+        found, plain = before[max(place, 0) :], header.partition(REASONING_TAG)[0]
+        if place >= 0 and header.startswith(found):
+            return len(before)
+        for start in (header, plain):
+            if place >= 0 and found.startswith(start):
+                return place + len(start)
         raise self._unclear(f"the generation prompt {header!r:.60} does not precede it")
 
     def _end(self, after: str, end: str) -> str:
@@ -141,7 +170,7 @@ class _Turn:
         if after.startswith(end):
             return end
         common = _common(after, end)
-        whole = self.turns.whole_tokens(common)
+        whole = self.turns.whole_tokens(common) or self.turns.end_token(after)
         if not whole and common.strip():
             raise self._unclear(f"{end!r:.60} does not follow it")
         return whole
