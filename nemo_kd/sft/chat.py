@@ -17,7 +17,7 @@ import numpy as np
 
 from nemo_kd.sft.chat_template import GENERATION, Renderer, Template
 from nemo_kd.sft.jsonl import RowError
-from nemo_kd.sft.messages import Conversation
+from nemo_kd.sft.messages import REASONING, Conversation
 from nemo_kd.sft.rows import Encoded, NoAnswerError
 from nemo_kd.sft.spans import Span, encode_spans
 from nemo_kd.sft.template import METHODS, TemplateError
@@ -71,7 +71,7 @@ class ChatTemplate:
     say: Callable[[str], None] = _silent
     """Called with each notice, once per template."""
 
-    _said: list[str] = field(default_factory=list, init=False, repr=False)
+    _said: set[str] = field(default_factory=set, init=False, repr=False)
 
     def __post_init__(self) -> None:
         for name, value, known in (
@@ -137,6 +137,9 @@ class ChatTemplate:
         else:
             text, blocks = self._render.marked(messages, tools)
             spans = self._blocks(conversation, text, blocks, chosen)
+        self._say_what_is_left_out(
+            conversation, "".join(text[slice(*span)] for span in spans), chosen
+        )
         encoded = encode_spans(self.tokenizer, text, spans)
         if not self._inverse:
             return encoded
@@ -164,18 +167,29 @@ class ChatTemplate:
             said = text[slice(*spans[position])] if one_each else learned
             check_says(conversation.messages[i], said, i)
         for _, stop in spans:
-            self._say_unmarked_end(text, stop)
+            added, rest = self._finder.added, text[stop:].lstrip()
+            if rest.startswith(added) and not text[:stop].rstrip().endswith(added):
+                self._say_once(
+                    "the {% generation %} blocks of the chat template end before the end-of-turn "
+                    "token: it is not learned"
+                )
         return spans
 
-    def _say_unmarked_end(self, text: str, stop: int) -> None:
-        """Say once that a template's blocks end before the end-of-turn token."""
-        added, rest = self._finder.added, text[stop:].lstrip()
-        if not self._said and rest.startswith(added) and not text[:stop].rstrip().endswith(added):
-            self._said.append(rest)
-            self.say(
-                "the {% generation %} blocks of the chat template end before the end-of-turn token "
-                f"({rest:.20}): it is not learned"
-            )
+    def _say_what_is_left_out(
+        self, conversation: Conversation, learned: str, chosen: list[int]
+    ) -> None:
+        for message in map(conversation.messages.__getitem__, chosen):
+            for key in REASONING:
+                if str(message.get(key, "")).strip() not in learned:
+                    self._say_once(
+                        f"the chat template leaves out the {key} of some messages (most keep that "
+                        "of the last turn only): it is not learned"
+                    )
+
+    def _say_once(self, notice: str) -> None:
+        if notice not in self._said:
+            self._said.add(notice)
+            self.say(notice)
 
     def _with_fewer_turns(self, conversation: Conversation, chosen: list[int]) -> Encoded:
         """Remove as few messages as possible from one end."""

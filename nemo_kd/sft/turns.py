@@ -22,6 +22,10 @@ from nemo_kd.sft.spans import Span
 
 MARKS = ("\ue0f0\ue0f1", "\U000f1234\U000f4321", "\U0010abcd\U0010dcba")  # for private use
 REASONING_TAG, END_OF_REASONING = "<think>", "</think>"
+LEFT_OUT = (
+    "the chat template leaves out or changes what the assistant says; set the message's weight to "
+    "0, remove the row, or set data.chat_template=FILE"
+)
 
 
 @dataclass
@@ -72,6 +76,14 @@ class Turns:
         follows = found and self._added.match(text[found.end() :].lstrip())
         return found.group() if found and follows else ""
 
+    def difference(self, text: str, other: str) -> int:
+        """Return where a text begins to differ from another one, in whole tokens."""
+        place = len(_common(text, other))
+        for found in self._added.finditer(text):
+            if found.start() < place < found.end():
+                return found.start()
+        return place
+
     @cached_property
     def _added(self) -> re.Pattern[str]:
         longest_first = sorted(self.added, key=len, reverse=True)
@@ -90,6 +102,7 @@ class _Turn:
     def __post_init__(self) -> None:
         self.messages, self.tools = self.conversation.messages, self.conversation.tools
         self.message, self.before = self.messages[self.number], self.messages[: self.number]
+        self.later = self.messages[self.number + 1 :]
 
     def span(self) -> Span:
         start, stop = self._by_prefixes() or self._by_mark()
@@ -100,7 +113,7 @@ class _Turn:
     def _by_prefixes(self) -> Span | None:
         prompt = self._rendered(self.before, prompt=True)
         until: str | None = self.text
-        if self.number + 1 < len(self.messages):
+        if self.later:
             until = self._rendered(self.messages[: self.number + 1])
         if prompt is None or until is None:
             return None
@@ -117,35 +130,48 @@ class _Turn:
         if mark is None:
             raise self._unclear("its text holds private-use characters")
         marked, said = _marked(self.message, mark)
-        before, after = self._around(
-            mark, [*self.before, marked, *self.messages[self.number + 1 :]]
-        )
-        own, end = self._around(mark, [*self.before, marked])
+        before, after = self._around(mark, [*self.before, marked, *self.later])
+        _, end = self._around(mark, [*self.before, marked])
         text = self.text[len(before) : len(self.text) - len(after)]
         same = before + text + after == self.text and text.strip() == said.strip()
         if not same:
             raise self._unclear("the template renders other messages differently with this turn")
-        return self._start(before, own), len(before) + len(text) + len(self._end(after, end))
+        return self._start(before), len(before) + len(text) + len(self._end(after, end))
 
-    def _start(self, before: str, own: str) -> int:
-        """Return where the turn begins in `before`, the text before its mark.
-
-        `own` is that text if the conversation ended with the turn.
-        """
+    def _start(self, before: str) -> int:
+        """Return where the turn begins in `before`, the text before its mark."""
         context = self.before
         prompt = self._rendered(context, prompt=True)
         if prompt is None:  # some templates render no empty conversation
             context = [{"role": "user", "content": ""}]
             prompt = self._rendered(context, prompt=True)
         bare = self._rendered(context)
-        if prompt is None or bare is None or not prompt.startswith(bare):
-            raise self._unclear("the generation prompt is no end of the rendering")
-        header, own = prompt[len(bare) :], own.removeprefix(bare)
+        if prompt is None or bare is None:
+            raise self._unclear("the template refuses the messages before it")
+        header = prompt[self.turns.difference(prompt, bare) :]
         if header.strip():
             return self._after_header(before, header)
-        if not before.endswith(own):
+        return self._after_previous(before)
+
+    def _after_previous(self, before: str) -> int:
+        """Return where the turn begins if the template has no generation prompt.
+
+        That is after the end of the message before, which is found by a mark in its stead, and
+        after a header unless it is whitespace.
+        """
+        if not self.before:
+            return len(before)
+        mark, other = MARKS[:2]
+        previous = [*self.before[:-1], _marked(self.before[-1], other)[0]]
+        plain, own = {"role": "assistant", "content": mark}, _marked(self.message, mark)[0]
+        _, end = self._around(other, previous)
+        _, as_last = self._around(other, [*previous, plain])
+        _, as_is = self._around(other, [*previous, own, *self.later])
+        as_last, as_is = as_last.partition(mark)[0], as_is.partition(mark)[0]
+        if not (as_last.startswith(end) and as_is.startswith(end)):
             raise self._unclear("its header depends on the messages that follow")
-        return len(before) - len(own) + len(self._own_header(prompt, own))
+        header = _common(as_last, as_is)[len(end) :]
+        return len(before) - len(as_is) + len(end) + len(header) * bool(header.strip())
 
     def _after_header(self, before: str, header: str) -> int:
         """Return the end of the last header in `before`.
@@ -179,12 +205,14 @@ class _Turn:
         """Return the header that a template without generation prompt writes before an answer."""
         mark = MARKS[0]
         with_mark = self._rendered([*self.before, {"role": "assistant", "content": mark}])
-        plain = (with_mark or "").partition(mark)[0].removeprefix(prompt)
-        header = _common(plain, rest)
+        plain = (with_mark or "").partition(mark)[0]
+        header = _common(plain[len(prompt) :], rest) if plain.startswith(prompt) else ""
         return header if header.strip() else ""
 
     def _around(self, mark: str, messages: list[Message]) -> tuple[str, str]:
         parts = self.turns.render(messages, self.tools).split(mark)
+        if len(parts) == 1:
+            raise RowError(f"message {self.number}: {LEFT_OUT}")
         if len(parts) != 2:
             raise self._unclear(f"the template renders its text {len(parts) - 1} times")
         return parts[0], parts[1]
@@ -214,11 +242,7 @@ def check_says(message: Message, turn: str, number: int) -> None:
     names = [call.get("function", call)["name"] for call in message.get("tool_calls", [])]
     for said in ([answer] if content not in turn else []) + names:
         if said not in turn:
-            raise RowError(
-                f"message {number}: the chat template leaves out or changes what the assistant "
-                f"says: {said!r:.60} is not in {turn!r:.60}; set its weight to 0, remove the row, "
-                "or set data.chat_template=FILE"
-            )
+            raise RowError(f"message {number}: {said!r:.60} is not in {turn!r:.60}: {LEFT_OUT}")
 
 
 def _marked(message: Message, mark: str) -> tuple[Message, str]:
