@@ -179,7 +179,7 @@ class _Turn:
         The generation prompt may open or skip the reasoning, as the turn's header need not.
         """
         first = self.turns.first_token(header)
-        place = -1 if _says(self.message, first) else before.rfind(first)
+        place = -1 if _reasons(self.message, first) else before.rfind(first)
         found, plain = before[max(place, 0) :], header.partition(REASONING_TAG)[0]
         if place >= 0 and header.startswith(found):
             return len(before)
@@ -260,9 +260,11 @@ def _marked(message: Message, mark: str) -> tuple[Message, str]:
     return {**message, "tool_calls": [call, *calls[1:]]}, function["name"]
 
 
-def _says(message: Message, text: str) -> bool:
-    texts = [message["content"], *(message.get(key) for key in REASONING)]
-    return any(isinstance(said, str) and text in said for said in texts)
+def _reasons(message: Message, text: str) -> bool:
+    """Whether a text is in a message's reasoning, which precedes the mark."""
+    reasoning = message["content"].rpartition(END_OF_REASONING)[0]
+    texts = [reasoning, *(message.get(key) for key in REASONING)]
+    return any(isinstance(one, str) and text in one for one in texts)
 
 
 def _common(one: str, other: str) -> str:

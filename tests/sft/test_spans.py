@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -15,35 +14,7 @@ from transformers import PreTrainedTokenizerFast
 from nemo_kd.sft import RowError
 from nemo_kd.sft.spans import encode_spans
 from tests.checkpoints import models
-
-
-class Fast:
-    """The part of the tokenizer interface that a fast tokenizer needs: its `tokenizer`."""
-
-    vocab_size, bos_id, eos_id, space_sensitive = 0, None, None, False
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def text_to_ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
-
-    def ids_to_text(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(ids, clean_up_tokenization_spaces=False))
-
-    def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
-        return list(self.tokenizer.convert_ids_to_tokens(ids))
-
-
-class Slow(Fast):
-    """Without offsets."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        super().__init__(tokenizer)
-        self._fast, self.tokenizer = tokenizer, None
-
-    def text_to_ids(self, text: str) -> list[int]:
-        return list(self._fast(text, add_special_tokens=False)["input_ids"])
+from tests.sft.chats import Fast, Slow
 
 
 def byte_level(*, trim: bool = False) -> Any:
