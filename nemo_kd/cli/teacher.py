@@ -21,7 +21,9 @@ from nemo_kd.teacher.config import DumpConfig, GenerateConfig, TeacherModelConfi
 from nemo_kd.teacher.layout import LayoutError
 
 if TYPE_CHECKING:
-    from nemo_kd.sft.rows import SFTRows
+    from nemo_kd.sft.config import RowConfig
+    from nemo_kd.sft.reader import Model, NemosEncoder
+    from nemo_kd.sft.rows import Encoder
     from nemo_kd.store import Manifest
     from nemo_kd.teacher.interface import Teacher
 
@@ -39,8 +41,9 @@ def run(cfg: DictConfig) -> None:
     config = read(cfg)
     teacher = load(config, cfg)
     from nemo_kd.teacher.dump import dump
+    from nemo_kd.teacher.rows import sft_rows
 
-    report(config, teacher, dump(config, teacher, rows_of(config, teacher)))
+    report(config, teacher, dump(config, teacher, sft_rows(config, teacher, nemos_encoder())))
 
 
 def run_generation(cfg: DictConfig) -> None:
@@ -98,22 +101,18 @@ def load(config: DumpConfig, cfg: DictConfig) -> Teacher:
     return load_nemo(cfg)
 
 
-def rows_of(config: DumpConfig, teacher: Teacher) -> SFTRows:
-    """Open the rows of `data.file_path`; NeMo reads conversations, whatever the teacher's kind."""
-    from nemo_kd.teacher.rows import max_seq_length, sft_rows
-
-    if not config.data.chat:
-        return sft_rows(config, teacher)
+def nemos_encoder() -> NemosEncoder | None:
+    """Return the maker of encoders by NeMo; None if it is not installed."""
     if importlib.util.find_spec("nemo") is None:
-        raise LayoutError(
-            "data.chat=true: conversations are read by NeMo, which is not installed; install "
-            "nemo_toolkit, or write the format of one turn into data.prompt_template"
-        )
-    start.install()
-    from nemo_kd.nemo.conversations import conversation_rows
+        return None
 
-    length = max_seq_length(config, teacher)
-    return conversation_rows(config.data.file_path, teacher.tokenizer, length)
+    def make(config: RowConfig, model: Model) -> Encoder:
+        start.install()
+        from nemo_kd.nemo.conversations import NemosConversations
+
+        return NemosConversations(config, model)
+
+    return make
 
 
 def check_store_settings(config: DumpConfig) -> None:

@@ -12,12 +12,12 @@ from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.dataset import (
-    FileSFTChatDataset,
+    BlendedFileSFTDataset,
     FileSFTDataset,
     Student,
     TeacherSFTDataset,
 )
-from nemo_kd.nemo.sft_files import SFTChatDataset, SFTDataset, is_chat, sft_arguments
+from nemo_kd.nemo.sft_files import file_rows, sft_arguments
 from nemo_kd.nemo.splits import TrainSplit, ValidationSplit
 from nemo_kd.nemo.stores import micro_batches, store_dataset
 
@@ -87,9 +87,10 @@ def blend_files(model: Student, number: int, data_cfg: DictConfig) -> BlendableD
     prefix: list[Any] = [part for pair in zip(weights, files, strict=True) for part in pair]
     _, _, samples = get_datasets_weights_and_num_samples(prefix, [number])
     arguments = sft_arguments(model, data_cfg, TRAINING)
-    dataset = SFTChatDataset if is_chat(model) else SFTDataset
     datasets = [
-        dataset(file_path=file, max_num_samples=count[0], **arguments)
+        FileSFTDataset(
+            file_rows(model, file, data_cfg, TRAINING), max_num_samples=count[0], **arguments
+        )
         for file, count in zip(files, samples, strict=True)
     ]
     size = sum(count[0] for count in samples)
@@ -98,10 +99,9 @@ def blend_files(model: Student, number: int, data_cfg: DictConfig) -> BlendableD
 
 def _file_dataset(
     model: Student, file: str, data_cfg: DictConfig, where: str
-) -> FileSFTDataset | FileSFTChatDataset:
-    dataset = FileSFTChatDataset if is_chat(model) else FileSFTDataset
-    return dataset(
-        file_path=file,
+) -> BlendedFileSFTDataset:
+    return BlendedFileSFTDataset(
+        file_rows(model, file, data_cfg, where),
         micro_batches=micro_batches(model, data_cfg),
         **sft_arguments(model, data_cfg, where),
     )

@@ -111,15 +111,3 @@ def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:
     Errors: NemoKDError for an unknown key, naming the nearest valid one, and for a wrong value.
     """
     return settings_of(KDTrainingConfig, block, "model.kd")
-
-
-NEMO_TEMPLATE = {
-    "label_key": "output",
-    "add_eos": True,
-    "add_sep": False,
-    "add_bos": False,
-    "truncation_field": "input",
-    "truncation_method": "right",
-    "prompt_template": "{input} {output}",
-}
-"""NeMo's defaults of the settings that turn a row into tokens."""

@@ -1,29 +1,45 @@
-"""Read conversations as token rows, with NeMo's `GPTSFTChatDataset`."""
+"""Read conversations as tokens, with NeMo's `GPTSFTChatDataset`."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import numpy as np
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
+    GPTSFTChatDataset,
+)
 
-from nemo_kd.nemo.sft_files import SFTChatDataset
 from nemo_kd.sft import RowError
-from nemo_kd.sft.rows import NO_ANSWER, Encoded, NoAnswerError, SFTRows
-from nemo_kd.sft.tokenizer import Tokenizer
+from nemo_kd.sft.config import RowConfig
+from nemo_kd.sft.reader import Model
+from nemo_kd.sft.rows import NO_ANSWER, Encoded, NoAnswerError
 
 
-def conversation_rows(path: str, tokenizer: Tokenizer, max_seq_length: int) -> SFTRows:
-    """Return the rows of `path`, truncated on the right to `max_seq_length`.
+class _Rowless(GPTSFTChatDataset):
+    """NeMo's data set without rows of its own."""
 
-    NeMo truncates when it pads a batch, to one more target, since its limit applies to the inputs.
+    def _load_dataset(self) -> None:
+        self.indexed_dataset: Any = [{}]
+
+
+class NemosConversations:
+    """Encoder of conversations with exactly NeMo's tokens and mask.
+
+    NeMo truncates when it pads a batch, to one target more than `max_seq_length` tokens have, since
+    its limit applies to the inputs.
     """
-    dataset: Any = SFTChatDataset(
-        file_path=path, tokenizer=tokenizer, max_seq_length=max_seq_length
-    )
 
-    def encode(value: Any) -> Encoded:
+    def __init__(self, config: RowConfig, model: Model) -> None:
+        self._dataset: Any = _Rowless(
+            file_path="",
+            tokenizer=model.tokenizer,
+            max_seq_length=model.max_seq_length,
+            special_tokens=config.turn_tokens,
+        )
+
+    def __call__(self, value: Any) -> Encoded:
         try:
-            item = dataset._process_example(value)
+            item = self._dataset._process_example(value)
         except KeyError as error:
             fields = sorted(value) if isinstance(value, dict) else value
             raise RowError(
@@ -31,9 +47,14 @@ def conversation_rows(path: str, tokenizer: Tokenizer, max_seq_length: int) -> S
                 "`mask` and `conversations`; remove the row"
             ) from error
         except (TypeError, AttributeError, ValueError, AssertionError, LookupError) as error:
-            raise RowError(f"not a conversation as NeMo's SFT reads them: {error}") from error
-        if not len(item["answer_ids"]):
+            reason = error if str(error) not in ("", "()") else "an assertion of NeMo fails"
+            raise RowError(
+                f"not a conversation as NeMo's SFT reads them: {reason}; data.reader=verbatim "
+                "reads more of them"
+            ) from error
+        if not item["mask"].any():
             raise NoAnswerError(NO_ANSWER)
         return Encoded(item["input_ids"].numpy(), item["mask"].numpy().astype(np.uint8))
 
-    return SFTRows(dataset.indexed_dataset, encode, max_seq_length)
+    def alters(self, value: Any) -> bool:
+        return False  # the rows are compared with those of the reader `verbatim`

@@ -1,16 +1,17 @@
-"""NeMo's SFT data sets over JSONL files, without the index files that NeMo writes beside them."""
+"""SFT files of a training: their rows, read as a dump reads them, for NeMo's data sets."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_chat_dataset import (
-    GPTSFTChatDataset,
-)
-from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.nemo.conversations import NemosConversations
+from nemo_kd.nemo.template import row_config
+from nemo_kd.sft.config import RowConfig
+from nemo_kd.sft.reader import Model, open_rows
+from nemo_kd.sft.rows import Encoder, SFTRows
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.rows import limited_length, same_file
 
@@ -23,29 +24,36 @@ REFUSED = {
 WITHOUT_EFFECT = {"memmap_workers": (None, 0, 1, 2), "index_mapping_dir": (None,)}
 
 
-class FileRows:
-    """Mixin, listed before an SFT data set of NeMo, that makes it read a `JsonlFile`."""
+def file_rows(model: Any, file: str, data_cfg: DictConfig, where: str) -> SFTRows:
+    """Open an SFT file of the block at `where`, whose settings are those of its stores.
 
-    file_path: str
+    Errors: NemoKDError for a key with which NeMo would not read the file row by row, and for
+    settings that do not fit the file.
+    """
+    _check_reading(data_cfg, where)
+    layout = Layout.of_job()
+    length = limited_length(data_cfg.max_seq_length, max_positions(model.cfg), where, layout)
+    student = Model(
+        tokenizer=model.tokenizer,
+        max_seq_length=length,
+        answer_only_loss=model.cfg.get("answer_only_loss", True),
+        sep_id=model.sep_id,
+        virtual_tokens=model.virtual_tokens,
+        tokens_to_generate=data_cfg.get("tokens_to_generate", 0),
+    )
+    config = row_config(model.cfg, data_cfg)
+    return open_rows(config, same_file(file, layout), student, layout.say, _nemos)
 
-    def _load_dataset(self) -> None:
-        self.indexed_dataset: Any = same_file(self.file_path, Layout.of_job())
 
-
-class SFTDataset(FileRows, GPTSFTDataset):
-    """NeMo's data set of the prompts and answers in a file."""
-
-
-class SFTChatDataset(FileRows, GPTSFTChatDataset):
-    """NeMo's data set of the conversations in a file."""
+def _nemos(config: RowConfig, model: Model) -> Encoder:
+    return NemosConversations(config, model)
 
 
 def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any]:
-    """Return the arguments that NeMo's `_build_dataset` gives a data set of the block at `where`.
+    """Return the arguments that NeMo's `_build_dataset` gives a data set, without the template's.
 
-    Errors: NemoKDError for a key with which NeMo would not read the file row by row.
+    Errors: NemoKDError for expert parallelism without padding.
     """
-    _check_reading(data_cfg, where)
     cfg = model.cfg
     if cfg.get("expert_model_parallel_size", 1) > 1 and not data_cfg.get("pad_to_max_length"):
         raise NemoKDError(
@@ -54,27 +62,15 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
         )
     return {
         "tokenizer": model.tokenizer,
-        "max_seq_length": limited_length(
-            data_cfg.max_seq_length, max_positions(cfg), where, Layout.of_job()
-        ),
+        "max_seq_length": data_cfg.max_seq_length,
         "min_seq_length": data_cfg.min_seq_length,
-        "pad_seq_length_to_mult": pad_multiple(cfg),
-        "add_bos": data_cfg.get("add_bos", False),
-        "add_eos": data_cfg.get("add_eos", True),
-        "add_sep": data_cfg.get("add_sep", False),
-        "sep_id": model.sep_id,
         "seed": data_cfg.get("seed", 1234),
-        "label_key": data_cfg.get("label_key", "answer"),
-        "answer_only_loss": cfg.get("answer_only_loss", True),
-        "truncation_field": data_cfg.get("truncation_field", "text"),
-        "truncation_method": data_cfg.get("truncation_method", "right"),
-        "prompt_template": data_cfg.get("prompt_template"),
+        "pad_seq_length_to_mult": pad_multiple(cfg),
         "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
-        "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
+        "truncation_field": None,
         "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
-        "virtual_tokens": model.virtual_tokens,
+        "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
         "tokens_to_generate": data_cfg.get("tokens_to_generate", 0),
-        "special_tokens": cfg.data.get("chat_prompt_tokens", None),
     }
 
 
@@ -92,11 +88,6 @@ def max_positions(cfg: Any) -> int | None:
     """Return the number of learned positions of the model `cfg`; None if it learns none."""
     learned = cfg.get("position_embedding_type") in (None, "learned_absolute")
     return cfg.max_position_embeddings if learned else None
-
-
-def is_chat(model: Any) -> bool:
-    """Whether the model's rows are conversations."""
-    return bool(model.cfg.data.get("chat", False))
 
 
 def _check_reading(data_cfg: DictConfig, where: str) -> None:

@@ -13,17 +13,41 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_kd.nemo.config import NEMO_TEMPLATE
 from nemo_kd.nemo.record import say
 from nemo_kd.nemo.splits import SPLITS, Split
+from nemo_kd.settings.dataclass import settings_of
+from nemo_kd.sft.chat_template import resolved_template
+from nemo_kd.sft.config import RowConfig
 from nemo_kd.store import Store, StoreError
 
-OF_MODEL: dict[str, tuple[str, bool]] = {"chat": ("data", False), "answer_only_loss": ("", True)}
-"""Settings shared by all data sets → the block of `model` that has them, and NeMo's default."""
+OF_MODEL: dict[str, tuple[str, Any]] = {
+    "chat": ("data", False),
+    "chat_prompt_tokens": ("data", None),
+    "answer_only_loss": ("", True),
+}
+"""Settings shared by all data sets → the block of `model` that has them, and the default."""
 
-NEMO_DEFAULTS = {**NEMO_TEMPLATE, **{key: default for key, (_, default) in OF_MODEL.items()}}
+OF_SPLITS = {
+    key: default
+    for key, default in RowConfig().template().items()
+    if key != "max_seq_length" and key not in OF_MODEL
+}
+"""Settings of `train_ds` and `validation_ds` that turn a row into tokens, and their defaults."""
+
+DEFAULTS = {**OF_SPLITS, **{key: default for key, (_, default) in OF_MODEL.items()}}
+
+UNCOMPARED = (("format", "auto"), ("chat_template", "tokenizer"))
+"""Values that say nothing about a store: they are for the files beside it."""
 
 Say = Callable[[str], None]
+
+
+def row_config(model_cfg: DictConfig, data_cfg: DictConfig) -> RowConfig:
+    """Return the settings of the rows of a block, once `settle_template` has filled them in."""
+    given = {key: data_cfg.get(key) for key in (*OF_SPLITS, "max_seq_length")}
+    given |= {key: model_cfg.data.get(key) for key in ("chat", "chat_prompt_tokens")}
+    plain = OmegaConf.create({key: value for key, value in given.items() if value is not None})
+    return settings_of(RowConfig, plain, "model.data")
 
 
 def settle_template(
@@ -32,7 +56,7 @@ def settle_template(
     """Compare the template's settings with those of the stores, and fill in null ones.
 
     Null becomes the value of the block's stores; without stores, the value of train_ds for
-    validation_ds, and NeMo's default for train_ds. `stores`: the stores of `train_ds`
+    validation_ds, and the default for train_ds. `stores`: the stores of `train_ds`
     and of `validation_ds`. `say` prints a line for the user.
 
     Errors: StoreError for a setting that differs from a store's, and for a null setting that SFT
@@ -41,7 +65,7 @@ def settle_template(
     settle = partial(_settled, model_cfg, say)
     values: dict[str, Any] = {}
     # Read all values before writing any: those of validation_ds often refer to train_ds's.
-    for key, default in NEMO_TEMPLATE.items():
+    for key, default in OF_SPLITS.items():
         of_training = default
         for split in SPLITS:
             if model_cfg.data.get(split) is not None:
@@ -62,9 +86,11 @@ def _settled(
     block = OmegaConf.select(model_cfg, parent) if parent else model_cfg
     where, given = ".".join(filter(None, ("model", parent, key))), block.get(key)
     known = [store for store in stores if key in store.spec.template]
-    for store in stores if given is not None else ():
-        _compare(store, where, key, given, say)
     if given is not None:
+        given = _plain(given)
+        given = resolved_template(given) if key == "chat_template" else given
+        for store in stores if (key, given) not in UNCOMPARED else ():
+            _compare(store, where, key, given, say)
         return given
     found = [store.spec.template[key] for store in known]
     if any(value != found[0] for value in found):
@@ -75,6 +101,10 @@ def _settled(
     return found[0] if found else default
 
 
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
 def _compare(store: Store, where: str, key: str, given: Any, say: Say) -> None:
     template = store.spec.template
     if key in template and template[key] != given:
@@ -83,5 +113,5 @@ def _compare(store: Store, where: str, key: str, given: Any, say: Say) -> None:
             f"{given!r}; set it to null (the store's) or {template[key]!r}, or dump again with "
             f"{given!r}"
         )
-    if key not in template and given != NEMO_DEFAULTS[key]:
+    if key not in template and given != DEFAULTS[key]:
         say(f"store {store.origin} does not record {key}: {where}={given!r} was not compared")

@@ -67,7 +67,6 @@ DUMP = EVERYWHERE | {
     "data.index_mapping_dir": "rows are read without an index file",
     "data.hf_dataset": "rows are always read from the file itself",
     "data.global_sample_mapping": "each row is dumped once, in the order of the file",
-    "data.chat_prompt_tokens": "the turn tokens are NeMo's own",
     "data.sample": "each row is dumped once",
     "data.shuffle": "each row is dumped once, in the order of the file",
     "data.drop_last": "each row is dumped once",

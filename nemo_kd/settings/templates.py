@@ -11,6 +11,8 @@ from typing import Any
 
 from nemo_kd.errors import NemoKDError
 
+OTHER_FORMATS = ("messages", "conversations", "text")
+OTHER_FIELDS = {"messages", "conversations", "text"}
 MAX_ROW_BYTES = 1 << 20
 """Maximum number of bytes read of a file's first line."""
 
@@ -21,7 +23,7 @@ def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = 
     Errors: NemoKDError that names the key to change, in the block at `where`.
     """
     template, label = block.get("prompt_template"), block.get("label_key")
-    if template is None or label is None:
+    if template is None or label is None or block.get("format") in OTHER_FORMATS:
         return
     key, names = f"{where}.prompt_template", re.findall("{(.*?)}", template)
     if any(brace in re.sub("{[^{}]*}", "", template) for brace in "{}"):
@@ -49,6 +51,8 @@ def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = 
 
 def _check_first_row(path: str, names: list[str], key: str, label: str) -> None:
     row = _first_row(path)
+    if row is not None and row.keys() & OTHER_FIELDS:
+        return  # a conversation or a text, unless the reader refuses it
     missing = [name for name in names if row is not None and name not in row and name != label]
     if missing and row is not None:
         raise NemoKDError(

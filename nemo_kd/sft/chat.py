@@ -21,7 +21,7 @@ from nemo_kd.sft.messages import REASONING, Conversation
 from nemo_kd.sft.rows import Encoded, NoAnswerError
 from nemo_kd.sft.spans import Span, encode_spans
 from nemo_kd.sft.template import METHODS, TemplateError
-from nemo_kd.sft.tokenizer import Tokenizer
+from nemo_kd.sft.tokenizer import Tokenizer, decoded
 from nemo_kd.sft.turns import Turns, check_says
 
 TRAIN_ON = ("all_assistant", "last_assistant", "all")
@@ -100,6 +100,14 @@ class ChatTemplate:
             return self._with_fewer_turns(conversation, chosen)
         kept = slice(excess, None) if self.truncation_method == "left" else slice(-excess)
         return Encoded(encoded.input_ids[kept], encoded.loss_mask[kept], truncated=True)
+
+    def alters(self, conversation: Conversation) -> bool:
+        """Return whether the tokens of a conversation, decoded, are another text."""
+        encoded = self(conversation)
+        if encoded.truncated:
+            return False
+        text = self._render(conversation.messages, conversation.tools)
+        return decoded(self.tokenizer, encoded.input_ids) != text
 
     @cached_property
     def _render(self) -> Renderer:

@@ -47,6 +47,26 @@ def chat_template_of(tokenizer: Tokenizer) -> Template:
     )
 
 
+def chosen_template(value: Template, tokenizer: Tokenizer) -> Template:
+    """Return the template that `data.chat_template` stands for.
+
+    `tokenizer`: its own; a path: that file's; the text of a template: itself. Raises TemplateError.
+    """
+    if value == "tokenizer":
+        return chat_template_of(tokenizer)
+    return resolved_template(value)
+
+
+def resolved_template(value: Template) -> Template:
+    """Return the template of a path; a text, or `tokenizer` and `nemo`, unchanged.
+
+    Raises TemplateError.
+    """
+    if isinstance(value, dict) or "{{" in value or "{%" in value or value in ("tokenizer", "nemo"):
+        return value
+    return read_chat_template(value)
+
+
 def read_chat_template(path: str | Path) -> Template:
     """Read a template from a Jinja file, or from the `chat_template` of a JSON file.
 

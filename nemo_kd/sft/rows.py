@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, TypeVar
@@ -40,6 +40,23 @@ class Encoded(NamedTuple):
     truncated: bool = False
 
 
+class Encoder(Protocol):
+    """Function from a row's value to its tokens; its RowErrors name neither file nor row."""
+
+    def __call__(self, value: Any, /) -> Encoded: ...
+
+    def alters(self, value: Any, /) -> bool:
+        """Return whether the tokens of a row, decoded, are another text than the row's."""
+
+
+class Check(NamedTuple):
+    """What the check of a usable row found."""
+
+    truncated: bool = False
+    altered: bool = False
+    """The tokens are not those of the text: see `SFTRows.altered_by`."""
+
+
 class NoAnswerError(RowError):
     """Error for a row without an answer token within `max_seq_length`."""
 
@@ -74,15 +91,22 @@ class BadRows:
 class SFTRows:
     """Random access to the tokenized rows of a file.
 
-    `encode` converts a row's value to tokens; its RowErrors need not name file and row.
+    `template`: the settings that determine the tokens, as a store records them. `verbatim`: the
+    rows of the file's text, if these are another reader's.
     """
 
     samples_per_row = 1
 
     def __init__(
-        self, file: JsonlFile, encode: Callable[[Any], Encoded], max_seq_length: int
+        self,
+        file: JsonlFile,
+        encode: Encoder,
+        max_seq_length: int,
+        template: Mapping[str, Any] | None = None,
+        verbatim: SFTRows | None = None,
     ) -> None:
         self.file, self.encode, self.max_seq_length = file, encode, max_seq_length
+        self.template, self.verbatim = dict(template or {}), verbatim
 
     def __len__(self) -> int:
         return len(self.file)
@@ -99,9 +123,49 @@ class SFTRows:
                 raise NoAnswerError(NO_ANSWER)
         return Row(row, input_ids, loss_mask, truncated or len(ids) > len(input_ids))
 
-    def check(self, row: int) -> None:
-        """Raise RowError if the row is unusable."""
-        self[row]
+    @property
+    def altered_by(self) -> str:
+        """What changes the text of altered rows, for a message."""
+        if self.verbatim is not None:
+            return "data.reader=nemo gives other tokens than the text of the file has"
+        return "the tokenizer does not give back the same text, for example after normalizing it"
+
+    def check(self, row: int) -> Check:
+        """Tokenize a row and compare it with its text; raise RowError if the row is unusable."""
+        found = self[row]
+        with errors_name(self.file, row):
+            return Check(found.truncated, self._is_altered(found))
+
+    def _is_altered(self, found: Row) -> bool:
+        if self.verbatim is None:
+            return self.encode.alters(self.file[found.row])
+        try:
+            own = self.verbatim[found.row]
+        except RowError:
+            return True
+        same = np.array_equal(found.input_ids, own.input_ids)
+        return not (same and np.array_equal(found.loss_mask, own.loss_mask))
+
+
+@dataclass(frozen=True)
+class PromptEncoder:
+    """Encoder of rows that have a prompt and an answer."""
+
+    template: PromptTemplate
+    answer_only_loss: bool
+    """Whether only the answer is learned."""
+
+    def __call__(self, value: Any) -> Encoded:
+        prompted = self.template(value)
+        if not prompted.answer:
+            raise NoAnswerError(NO_ANSWER)
+        mask = np.ones(len(prompted.tokens), dtype=np.uint8)
+        if self.answer_only_loss:
+            mask[: len(prompted.prompt)] = 0
+        return Encoded(prompted.tokens, mask, prompted.truncated)
+
+    def alters(self, value: Any) -> bool:
+        return self.template.alters(value)
 
 
 def prompt_rows(file: JsonlFile, template: PromptTemplate, answer_only_loss: bool) -> SFTRows:
@@ -109,17 +173,7 @@ def prompt_rows(file: JsonlFile, template: PromptTemplate, answer_only_loss: boo
 
     Unless `answer_only_loss`, the loss mask includes the prompt.
     """
-
-    def encode(value: Any) -> Encoded:
-        prompted = template(value)
-        if not prompted.answer:
-            raise NoAnswerError(NO_ANSWER)
-        mask = np.ones(len(prompted.tokens), dtype=np.uint8)
-        if answer_only_loss:
-            mask[: len(prompted.prompt)] = 0
-        return Encoded(prompted.tokens, mask, prompted.truncated)
-
-    return SFTRows(file, encode, template.max_seq_length)
+    return SFTRows(file, PromptEncoder(template, answer_only_loss), template.max_seq_length)
 
 
 @contextmanager

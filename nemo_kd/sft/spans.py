@@ -10,14 +10,15 @@ anything else with a span's text is an error.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.rows import Encoded
-from nemo_kd.sft.tokenizer import Tokenizer
+from nemo_kd.sft.tokenizer import Tokenizer, continuation
 
 Span = tuple[int, int]  # [start, stop) in characters
 
@@ -30,10 +31,36 @@ def encode_spans(tokenizer: Tokenizer, text: str, spans: Iterable[Span]) -> Enco
 
     Raises RowError for a lone surrogate, or if the end of a span lies inside a token.
     """
+    return _masked(_places(tokenizer, text), spans)
+
+
+def encode_exactly(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Encoded:
+    """Tokenize a text as `encode_spans` does, but learn no character outside of `spans`.
+
+    If a token joins the end of a span with what is beside it, the text is tokenized in parts, which
+    end where the spans do.
+    """
+    find = _places(tokenizer, text)
+    ends = sorted({0, len(text), *(end for span in spans for end in span)})
+    if all(find.is_between(end) for end in ends):
+        return _masked(find, spans)
+    tokens, learned = continuation(tokenizer), {start for start, _ in spans}
+    ids, mask = list[int](), list[int]()
+    for start, stop in pairwise(ends):
+        part = text[start:stop]
+        ids += tokens(part) if start else tokenizer.text_to_ids(part)
+        mask += [int(start in learned)] * (len(ids) - len(mask))
+    return Encoded(ids, np.array(mask, np.uint8))
+
+
+def _places(tokenizer: Tokenizer, text: str) -> _Offsets | _Prefixes:
     _check_unicode(text)
     library = getattr(tokenizer, "tokenizer", None)
     is_fast = getattr(library, "is_fast", False)
-    find = _Offsets(library, text) if is_fast else _Prefixes(tokenizer, text)
+    return _Offsets(library, text) if is_fast else _Prefixes(tokenizer, text)
+
+
+def _masked(find: _Offsets | _Prefixes, spans: Iterable[Span]) -> Encoded:
     mask = np.zeros(len(find.ids), dtype=np.uint8)
     for start, stop in spans:
         if start < stop:
@@ -54,6 +81,10 @@ class _Offsets:
         self.text = text
         self.ids: list[int] = made["input_ids"]
         self.offsets: list[Span] = made["offset_mapping"]
+
+    def is_between(self, position: int) -> bool:
+        """Return whether no token holds characters on both sides of a position."""
+        return self._ending_by(position) >= self._starting_before(position)
 
     def first(self, start: int) -> int:
         """Index of the first token that holds a character at or after `start`."""
@@ -97,6 +128,10 @@ class _Prefixes:
     def __init__(self, tokenizer: Tokenizer, text: str) -> None:
         self.tokenizer, self.text = tokenizer, text
         self.ids = tokenizer.text_to_ids(text)
+
+    def is_between(self, position: int) -> bool:
+        ids = self.tokenizer.text_to_ids(self.text[:position])
+        return self.ids[: len(ids)] == ids
 
     def first(self, start: int) -> int:
         return self._prefix(start)

@@ -1,27 +1,30 @@
-"""Prompt templates: convert a row's fields to exactly the tokens of NeMo's `GPTSFTDataset`.
+"""Prompt templates: convert a row's fields to tokens.
 
 A template such as `"Q: {question} A: {answer}"` is split before each field and the spaces that
-precede it, and each piece is tokenized separately. Tokens beyond `max_seq_length` are removed from
-the truncation fields in equal shares, then from any piece.
+precede it, and each piece is tokenized separately, as in NeMo's `GPTSFTDataset`. Tokens beyond
+`max_seq_length` are removed from the truncation fields in equal shares, then from any piece.
 
-NeMo's quirks are preserved: leading and trailing spaces of a field's value are dropped, escape
-sequences in the template are decoded as Latin-1, and unless the tokenizer is `space_sensitive` each
-piece loses one leading space.
+With the reader `verbatim` the tokens are those of the text itself. With `nemo` they are exactly
+NeMo's: leading and trailing spaces of a field's value are dropped, the template's bytes are decoded
+as Latin-1 together with its escape sequences, and unless the tokenizer is `space_sensitive` each
+piece loses one leading space, which such a tokenizer adds to every text.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.jsonl import RowError
-from nemo_kd.sft.tokenizer import Tokenizer
+from nemo_kd.sft.tokenizer import Tokenizer, continuation, decoded
 
 METHODS = ("left", "right")
+ESCAPES = re.compile(r"\\(?:[nrt\\]|x[0-9a-fA-F]{2}|u[0-9a-fA-F]{4}|U[0-9a-fA-F]{8})")
+"""Escape sequences of a template, which command lines pass literally; other backslashes stay."""
 
 
 class TemplateError(NemoKDError):
@@ -59,6 +62,9 @@ class PromptTemplate:
 
     max_seq_length: int
     """Maximum number of tokens per row, including virtual and special tokens."""
+
+    reader: str = "verbatim"
+    """`verbatim` or `nemo`."""
 
     add_bos: bool = False
     add_eos: bool = True
@@ -98,12 +104,17 @@ class PromptTemplate:
 
         Raises RowError, naming the field but neither file nor row.
         """
+        return self._assemble(self._pieces_ids(self._values(row)))
+
+    def alters(self, row: Any) -> bool:
+        """Return whether the tokens of a row, decoded, are another text than the row's.
+
+        Special and virtual tokens are not compared. Raises RowError, as a call does.
+        """
         values = self._values(row)
-        try:
-            ids = [self._ids(piece, values) for piece in self.pieces]
-        except (TypeError, ValueError) as error:  # for example a lone surrogate
-            raise RowError(f"its text cannot be tokenized ({error}); fix or remove it") from error
-        return self._assemble(ids)
+        ids = [token for piece in self._pieces_ids(values) for token in piece]
+        texts = (piece.text + (values[piece.field] if piece.field else "") for piece in self.pieces)
+        return decoded(self.tokenizer, ids) != "".join(texts)
 
     @cached_property
     def fields(self) -> list[str]:
@@ -112,7 +123,7 @@ class PromptTemplate:
     @cached_property
     def pieces(self) -> list[Piece]:
         """The parts of the template in order; the last is the answer's field."""
-        drop = 0 if getattr(self.tokenizer, "space_sensitive", False) else 1
+        drop = self.reader == "nemo" and not getattr(self.tokenizer, "space_sensitive", False)
         pieces = []
         for part in filter(None, re.split("( *?{.+?})", self._decoded)):
             text = part[drop:] if part[0] == " " else part
@@ -126,7 +137,9 @@ class PromptTemplate:
     def _decoded(self) -> str:
         """The template with decoded escape sequences, which command lines pass literally."""
         try:
-            return self.prompt_template.encode().decode("unicode_escape")
+            if self.reader == "nemo":
+                return self.prompt_template.encode().decode("unicode_escape")
+            return ESCAPES.sub(lambda found: _unescaped(found[0]), self.prompt_template)
         except UnicodeDecodeError as error:
             raise TemplateError(
                 f"data.prompt_template={self.prompt_template!r} has a bad escape sequence: {error}"
@@ -140,9 +153,10 @@ class PromptTemplate:
         return fields
 
     @cached_property
-    def _constant(self) -> dict[str, list[int]]:
-        texts = [piece.text for piece in self.pieces if piece.field is None]
-        return {text: self.tokenizer.text_to_ids(text) for text in texts}
+    def _constant(self) -> dict[int, list[int]]:
+        """The tokens of the pieces without a field, by their place."""
+        pieces = enumerate(self.pieces)
+        return {i: self._tokens(i, piece.text) for i, piece in pieces if piece.field is None}
 
     def _values(self, row: Any) -> dict[str, str]:
         if not isinstance(row, Mapping):
@@ -155,12 +169,30 @@ class PromptTemplate:
                 )
             if not isinstance(row[field], str):
                 raise RowError(f"{field!r} is {row[field]!r:.60}: expected a string")
-        return {field: row[field].strip(" ") for field in self.fields}
+        if self.reader == "nemo":
+            return {field: row[field].strip(" ") for field in self.fields}
+        return {field: row[field] for field in self.fields}
 
-    def _ids(self, piece: Piece, values: Mapping[str, str]) -> list[int]:
-        if piece.field is None:
-            return self._constant[piece.text]
-        return self.tokenizer.text_to_ids(piece.text + values[piece.field])
+    def _pieces_ids(self, values: Mapping[str, str]) -> list[list[int]]:
+        try:
+            return [
+                self._tokens(i, piece.text + values[piece.field])
+                if piece.field is not None
+                else self._constant[i]
+                for i, piece in enumerate(self.pieces)
+            ]
+        except (TypeError, ValueError) as error:  # for example a lone surrogate
+            raise RowError(f"its text cannot be tokenized ({error}); fix or remove it") from error
+
+    def _tokens(self, place: int, text: str) -> list[int]:
+        """Tokenize a piece; pieces after the first continue the text before them."""
+        if not place or self.reader == "nemo":
+            return self.tokenizer.text_to_ids(text)
+        return self._continued(text)
+
+    @cached_property
+    def _continued(self) -> Callable[[str], list[int]]:
+        return continuation(self.tokenizer)
 
     def _assemble(self, ids: list[list[int]]) -> Prompted:
         """Truncate the tokens of the pieces and add special and virtual tokens."""
@@ -218,3 +250,7 @@ class PromptTemplate:
             "longer than data.max_seq_length, and a truncation field stands in "
             "data.prompt_template twice: its tokens cannot be divided; use each field once"
         )
+
+
+def _unescaped(sequence: str) -> str:
+    return sequence.encode().decode("unicode_escape")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from nemo_kd.errors import NemoKDError
 
@@ -99,6 +101,37 @@ def _missing_special_tokens(tokenizer: Any) -> dict[str, Any]:
             if own is None and token:
                 tokens[f"{name}_token"] = token
     return tokens
+
+
+PREFIXES = ("\x00", "\n", ".", "a")
+"""Texts after which a piece is tokenized, to find its tokens within a text."""
+
+
+def continuation(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """Return a function that tokenizes a text that continues another one.
+
+    Tokenizers such as SentencePiece's put a space before every text; here it must not be there.
+    """
+    if getattr(tokenizer, "space_sensitive", False):
+        return tokenizer.text_to_ids
+    prefixes = [(prefix, tokenizer.text_to_ids(prefix)) for prefix in PREFIXES]
+
+    def tokens(text: str) -> list[int]:
+        for prefix, alone in prefixes:
+            ids = tokenizer.text_to_ids(prefix + text)
+            if alone and ids[: len(alone)] == alone:
+                return ids[len(alone) :]
+        return tokenizer.text_to_ids(text)
+
+    return tokens
+
+
+def decoded(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[Any]) -> str:
+    """Return the text of all tokens, special ones included where the tokenizer can show them."""
+    inner: Any = getattr(tokenizer, "tokenizer", None)
+    if hasattr(inner, "convert_tokens_to_string"):  # a tokenizer of transformers
+        return str(inner.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+    return tokenizer.ids_to_text(list(ids))
 
 
 def tokenizer_fingerprint(tokenizer: Vocabulary) -> str:

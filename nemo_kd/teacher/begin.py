@@ -11,7 +11,7 @@ from typing import Protocol
 from nemo_kd.errors import StoreError
 from nemo_kd.lock import DirectoryLock, LockedError
 from nemo_kd.sft import JsonlFile, RowError
-from nemo_kd.sft.rows import BadRows
+from nemo_kd.sft.rows import BadRows, Check
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
 from nemo_kd.store.manifest import REPLACED
@@ -37,8 +37,12 @@ class Source(Protocol):
 
     def __len__(self) -> int: ...
 
-    def check(self, row: int) -> None:
-        """Raise RowError if the given store row cannot be made."""
+    @property
+    def altered_by(self) -> str:
+        """What changes the text of altered rows, for a message."""
+
+    def check(self, row: int) -> Check:
+        """Return what is noticed about a store row; raise RowError if it cannot be made."""
 
 
 TokensOf = Callable[[Sequence[int]], Iterable[Tokens]]
@@ -151,18 +155,19 @@ def check_rows(source: Source, todo: Sequence[int], bad: BadRows, layout: Layout
     all-gather of a few strings.
     """
     share = layout.share([row for row in todo if row % source.samples_per_row == 0])
-    refused, dropped = _Found(), _Found()
+    refused, dropped, altered = _Found(), _Found(), 0
     last = time.monotonic()
     for count, row in enumerate(share, start=1):
         try:
-            source.check(row)
+            altered += source.check(row).altered
         except RowError as error:
             (dropped if bad.drops(error) else refused).add(row, error)
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             layout.say(f"checking the rows before the first pass: {count} of {len(share)}")
-    parts = layout.gather((len(share), refused, dropped))
+    parts = layout.gather((len(share), refused, dropped, altered))
     refused, dropped = _Found.of(p[1] for p in parts), _Found.of(p[2] for p in parts)
+    altered = sum(part[3] for part in parts)
     path, checked = source.file.path, sum(part[0] for part in parts)
     if refused.count:
         raise RowError(f"{path}: {refused.text(path, checked)}\n{REMEDY}")
@@ -170,6 +175,8 @@ def check_rows(source: Source, todo: Sequence[int], bad: BadRows, layout: Layout
         raise RowError(f"{path}: no row is left to dump: {dropped.text(path, checked)}")
     if dropped.count:
         layout.say(f"{path}: left out {dropped.text(path, checked)}")
+    if altered:
+        layout.say(f"{path}: {altered} of {checked} rows are altered: {source.altered_by}")
 
 
 class _Found:

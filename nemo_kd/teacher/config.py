@@ -5,10 +5,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
-from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.values import (
     ACCELERATOR,
     DEVICES,
@@ -19,9 +18,9 @@ from nemo_kd.settings.values import (
     number,
     one_of,
 )
+from nemo_kd.sft.config import RowConfig
 
 Kind = Annotated[str, one_of("nemo", "hf", hf="huggingface transformers gguf", nemo="megatron")]
-Side = Annotated[str, one_of("left", "right")]
 ErrorOrDrop = Annotated[str, one_of("error", "drop", drop="skip", error="refuse")]
 Profile = Annotated[
     str,
@@ -81,42 +80,7 @@ class TeacherModelConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TemplateConfig:
-    """Keys of `data` that determine a sample's tokens; the store records them as its template."""
-
-    chat: bool = False
-    """`true`: the rows are conversations in the format of NeMo's GPTSFTChatDataset."""
-    max_seq_length: Count = 2048
-    """Longer samples are truncated to this many tokens."""
-    label_key: str = "output"
-    """Name of the row's field that holds the answer."""
-    add_eos: bool = True
-    """End each sample with the end-of-sequence token."""
-    add_sep: bool = False
-    """Put a separator token between prompt and answer."""
-    add_bos: bool = False
-    """Begin each sample with the beginning-of-sequence token."""
-    truncation_field: str | None = "input"
-    """Comma-separated fields to shorten if a sample exceeds `max_seq_length`."""
-    truncation_method: Side = "right"
-    """The end at which a field is truncated."""
-    prompt_template: str | None = "{input} {output}"
-    """Text of a sample with fields in braces; it must end with the answer's field."""
-
-    def __post_init__(self) -> None:
-        if self.prompt_template is None and not self.chat:
-            raise NemoKDError(
-                "prompt_template is null: expected a template, such as '{input} {output}', or "
-                "data.chat=true"
-            )
-
-    def template(self) -> dict[str, Any]:
-        """Return the keys of this class and their values."""
-        return {each.name: getattr(self, each.name) for each in fields(TemplateConfig)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataConfig(TemplateConfig):
+class DataConfig(RowConfig):
     """The block `data`: the SFT file and how its rows are tokenized, as in NeMo's SFT."""
 
     file_path: PathText

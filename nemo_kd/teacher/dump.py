@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import Row, SFTRows, readable
@@ -51,7 +51,7 @@ def dump(config: DumpConfig, teacher: Teacher, rows: SFTRows | None = None) -> M
     and the same command resumes.
     """
     rows = sft_rows(config, teacher) if rows is None else rows
-    spec = store_spec(config, teacher, rows.file)
+    spec = store_spec(config, teacher, rows.file, rows.template)
     forward = teacher.forward(spec, config.rows_per_lm_head)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
@@ -154,8 +154,13 @@ def _say_stopped(config: DumpConfig, writer: StoreWriter, shards: int) -> None:
     )
 
 
-def store_spec(config: DumpConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
-    """Return the spec of this dump's store; only a store with an equal spec is resumed."""
+def store_spec(
+    config: DumpConfig, teacher: Teacher, file: JsonlFile, template: Mapping[str, Any]
+) -> StoreSpec:
+    """Return the spec of this dump's store; only a store with an equal spec is resumed.
+
+    `template`: the settings that made the tokens of the rows.
+    """
     checkpoint = Path(config.model.restore_from_path)
     return StoreSpec(
         top_k=config.dump.top_k,
@@ -173,10 +178,7 @@ def store_spec(config: DumpConfig, teacher: Teacher, file: JsonlFile) -> StoreSp
             "fingerprint": checkpoint_fingerprint(checkpoint),
             "precision": str(config.trainer.precision),
         },
-        template={
-            **config.data.template(),
-            "answer_only_loss": config.model.answer_only_loss,
-        },
+        template=dict(template),
         source={"name": file.path.name, "rows": len(file), "sha256": file.sha256},
     )
 

@@ -3,34 +3,31 @@
 from __future__ import annotations
 
 from nemo_kd.sft import JsonlFile, RowError
-from nemo_kd.sft.rows import BadRows, SFTRows, prompt_rows
-from nemo_kd.sft.template import PromptTemplate
+from nemo_kd.sft.reader import Model, NemosEncoder, open_rows
+from nemo_kd.sft.rows import BadRows, SFTRows
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.layout import Layout
 
 
-def sft_rows(config: DumpConfig, teacher: Teacher) -> SFTRows:
-    """Open the rows of `data.file_path`, which have a prompt and an answer."""
+def sft_rows(config: DumpConfig, teacher: Teacher, nemos: NemosEncoder | None = None) -> SFTRows:
+    """Open the rows of `data.file_path`.
+
+    `nemos` makes the encoder of conversations with `data.reader=nemo`, which NeMo itself reads.
+    """
     file = same_file(config.data.file_path, teacher.layout)
-    return prompt_rows(file, prompt_template(config, teacher), config.model.answer_only_loss)
+    return open_rows(config.data, file, model_of(config, teacher), teacher.layout.say, nemos)
 
 
-def prompt_template(config: DumpConfig, teacher: Teacher) -> PromptTemplate:
-    data = config.data
-    assert data.prompt_template is not None  # required unless `data.chat`
-    return PromptTemplate(
+def model_of(config: DumpConfig, teacher: Teacher, tokens_to_generate: int = 0) -> Model:
+    """Return what the tokens of a row depend on besides `data`."""
+    return Model(
         tokenizer=teacher.tokenizer,
-        prompt_template=data.prompt_template,
-        label_key=data.label_key,
         max_seq_length=max_seq_length(config, teacher),
-        add_bos=data.add_bos,
-        add_eos=data.add_eos,
-        add_sep=data.add_sep,
+        answer_only_loss=config.model.answer_only_loss,
         sep_id=teacher.sep_id,
-        truncation_field=data.truncation_field,
-        truncation_method=data.truncation_method,
         virtual_tokens=teacher.virtual_tokens,
+        tokens_to_generate=tokens_to_generate,
     )
 
 

@@ -8,13 +8,16 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.nemo.config import NEMO_TEMPLATE
-from nemo_kd.nemo.template import settle_template
+from nemo_kd.nemo.template import OF_SPLITS, settle_template
 from nemo_kd.store import Store, StoreError
 from tests.conftest import ROOT
 from tests.store.samples import spec, write
 
-FULL = {**NEMO_TEMPLATE, "chat": False, "answer_only_loss": True, "max_seq_length": 128}
+FULL = {
+    **OF_SPLITS,
+    **{"format": "prompt", "chat_template": "{{ 1 }}"},
+    **{"chat": False, "answer_only_loss": True, "max_seq_length": 128},
+}
 SETTINGS = [
     ("label_key", "answer"),
     ("add_eos", False),
@@ -23,6 +26,13 @@ SETTINGS = [
     ("truncation_field", "output"),
     ("truncation_method", "left"),
     ("prompt_template", "Q: {input} A: {output}"),
+    ("reader", "nemo"),
+    ("format", "messages"),
+    ("truncate_at", "turn"),
+    ("train_on", "all"),
+    ("chat_date", "2025-01-31"),
+    ("chat_template", "{{ messages }}"),
+    ("chat_template_kwargs", {"enable_thinking": False}),
 ]
 
 
@@ -56,7 +66,7 @@ def test_null_is_the_stores_and_a_given_value_is_compared_both_ways(
     assert cfg.data.train_ds[key] == cfg.data.validation_ds[key] == other and not lines
     same = {f"data__train_ds__{key}": other}
     assert settled(configuration(**same), [others], [others])[0].data.validation_ds[key] == other
-    for made, given in ((others, NEMO_TEMPLATE[key]), (nemos, other)):
+    for made, given in ((others, FULL[key]), (nemos, other)):
         with pytest.raises(StoreError) as refused:
             settled(configuration(**{f"data__train_ds__{key}": given}), [made])
         there = made.spec.template[key]
@@ -86,7 +96,7 @@ def test_what_all_data_sets_share_is_compared_too(
 def test_without_a_store_null_is_nemos_default(tmp_path: Path) -> None:
     cfg, lines = settled(configuration(), [])
     for split in ("train_ds", "validation_ds"):
-        assert {key: cfg.data[split][key] for key in NEMO_TEMPLATE} == NEMO_TEMPLATE
+        assert {key: cfg.data[split][key] for key in OF_SPLITS} == OF_SPLITS
     assert cfg.answer_only_loss is True and cfg.data.chat is False and not lines
 
 

@@ -24,8 +24,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
 import numpy as np
 from nemo.collections.common.tokenizers.huggingface.auto_tokenizer import AutoTokenizer
 from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentencePieceTokenizer
+from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 
-from nemo_kd.nemo.sft_files import SFTDataset
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.rows import NoAnswerError, Row, SFTRows, prompt_rows
 from nemo_kd.sft.template import PromptTemplate
@@ -33,6 +33,14 @@ from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
 from tests.checkpoints import models
 from tests.teacher.typist import characters
 from tests.tiny import write_data
+
+
+class SFTDataset(GPTSFTDataset):
+    """NeMo's data set, which makes no index file."""
+
+    def _load_dataset(self) -> None:
+        self.indexed_dataset: Any = JsonlFile(self.file_path)
+
 
 CASES = 400
 ROWS = 5
@@ -89,7 +97,7 @@ def compare(theirs: Any, ours: Any, path: Path, draw: random.Random) -> Iterator
     chosen, answer_only = settings(draw), draw.random() < 0.7
     chosen["add_bos"] &= ours.bos_id is not None
     data = SFTDataset(str(path), theirs, answer_only_loss=answer_only, **chosen)
-    template = PromptTemplate(tokenizer=ours, **chosen)
+    template = PromptTemplate(tokenizer=ours, reader="nemo", **chosen)
     rows = prompt_rows(JsonlFile(path), template, answer_only)
     for i in range(ROWS):
         value, limit = rows.file[i], data.max_seq_length

@@ -66,7 +66,7 @@ def template(text: str = "{input}{output}", **more: Any) -> PromptTemplate:
     ("settings", "message"),
     [
         ({"text": "{output} {input}"}, "must end with {output}, the answer's field"),
-        ({"text": "\\x{output}"}, "bad escape sequence"),
+        ({"text": "\\x{output}", "reader": "nemo"}, "bad escape sequence"),
         ({"truncation_field": "input,context"}, "has no field 'context'"),
         ({"truncation_method": "middle"}, "truncation_method=middle: expected left or right"),
         ({"add_bos": True}, "data.add_bos=true, but the tokenizer has no bos token"),

@@ -27,17 +27,18 @@ from nemo.collections.nlp.data.language_modeling.text_memmap_dataset import JSON
 from omegaconf import OmegaConf
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from nemo_kd.cli.teacher import nemos_encoder
 from nemo_kd.cli.teacher import read as read_settings
-from nemo_kd.cli.teacher import rows_of
 from nemo_kd.hf.teacher import HFTeacher
 from nemo_kd.nemo.blend import blend
-from nemo_kd.nemo.dataset import FileSFTChatDataset, FileSFTDataset, MicroBatches
-from nemo_kd.nemo.sft_files import sft_arguments
+from nemo_kd.nemo.dataset import BlendedFileSFTDataset, MicroBatches
+from nemo_kd.nemo.sft_files import file_rows, sft_arguments
 from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft.reader import prompt_template
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.teacher.generation.prompts import Prompts
 from nemo_kd.teacher.generation.step import Decoding
-from nemo_kd.teacher.rows import prompt_template
+from nemo_kd.teacher.rows import model_of, sft_rows
 from tests.checkpoints import models
 
 LIMIT = 40
@@ -77,6 +78,11 @@ FILES: dict[str, tuple[str, list[str]]] = {
     ),
     "a conversation whose answer is beyond the limit": (lines(CHAT), ["data.chat=true"]),
     "no conversation": (lines(GOOD), ["data.chat=true"]),
+    "no turns": (lines(CHAT, {"system": "s"}), ["data.max_seq_length=100"]),
+    "by nemo": (
+        lines(CHAT, GOOD),
+        ["data.chat=true", "data.reader=nemo", "data.max_seq_length=100"],
+    ),
 }
 
 
@@ -93,7 +99,7 @@ def read(path: Path, overrides: list[str], tokenizer: Any, model: LlamaForCausal
         ],
     )
     try:
-        rows = rows_of(read_settings(cfg), HFTeacher(model, tokenizer))
+        rows = sft_rows(read_settings(cfg), HFTeacher(model, tokenizer), nemos_encoder())
         found = [rows[i] for i in range(len(rows))]
     except RowError as error:
         return str(error)
@@ -114,7 +120,7 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     cfg = compose("dump_teacher_topk", [f"data.file_path={file}", *base])
     talk = compose("dump_teacher_topk", [f"data.file_path={chat}", "data.chat=true", *base])
     teacher = HFTeacher(model, tokenizer)
-    read = [rows_of(read_settings(each), teacher) for each in (cfg, talk)]
+    read = [sft_rows(read_settings(each), teacher, nemos_encoder()) for each in (cfg, talk)]
     block, said = (
         OmegaConf.create({**cfg.data, "min_seq_length": 1, "memmap_workers": 7}),
         io.StringIO(),
@@ -123,13 +129,14 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     student = SimpleNamespace(
         cfg=OmegaConf.create(nemos), tokenizer=tokenizer, sep_id=0, virtual_tokens=0
     )
-    with redirect_stderr(said):
-        arguments = sft_arguments(student, block, "model.data.train_ds")
+    where = "model.data.train_ds"
+    arguments = sft_arguments(student, block, where)
     arguments["micro_batches"] = MicroBatches(size=1, temperature=1.0)
+    with redirect_stderr(said):
+        file_rows(student, str(file), block, where)
     datasets = [
-        FileSFTDataset(file_path=str(file), **arguments),
-        FileSFTChatDataset(file_path=str(chat), **arguments),
-        FileSFTDataset(file_path=str(directory / "1.jsonl"), **arguments),
+        BlendedFileSFTDataset(file_rows(student, str(path), block, where), **arguments)
+        for path in (file, chat, directory / "1.jsonl")
     ]
     torch.distributed.init_process_group(  # NeMo's blend has a barrier
         "gloo",
@@ -141,10 +148,12 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     blended = blend(datasets, 275, train)
     drawn = np.bincount(blended.dataset_index, minlength=3)
     decoding = Decoding(3, (1,), temperature=0.0)
-    prompts = Prompts(JsonlFile(file), prompt_template(read_settings(cfg), teacher), decoding)
+    config = read_settings(cfg)
+    template = prompt_template(config.data, model_of(config, teacher))
+    prompts = Prompts(JsonlFile(file), template, decoding)
     try:
         refused = str(
-            sft_arguments(student, OmegaConf.create({**block, "hf_dataset": True}), "data")
+            file_rows(student, str(file), OmegaConf.create({**block, "hf_dataset": True}), "data")
         )
     except ValueError as error:
         refused = str(error)

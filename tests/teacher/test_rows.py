@@ -45,7 +45,9 @@ def test_conversations_learn_the_assistants_turns_within_the_limit(read: dict[st
         ("an empty answer", "row 1: no answer token: the answer is empty or lies beyond"),
         ("an answer cut away", "row 0: no answer token: the answer is empty or lies beyond"),
         ("a conversation whose answer is beyond the limit", "row 0: no answer token: the answer"),
-        ("no conversation", "row 0: no field 'system'; the row has ['input', 'output']"),
+        ("no conversation", "row 0: no list of turns in `conversations`; the row has ['input', '"),
+        ("no turns", "row 1: no list of turns in `conversations`; the row has ['system']"),
+        ("by nemo", "row 1: no field 'system'; the row has ['input', 'output']"),
     ],
 )
 def test_a_file_that_nothing_can_be_learnt_from(

@@ -76,7 +76,7 @@ def parity(directory: Path) -> dict[str, Any]:
     teacher = start(cfg)
     dump(read(cfg), teacher)
     rows = sft_rows(read(cfg), teacher)
-    spec = store_spec(read(cfg), teacher, rows.file)
+    spec = store_spec(read(cfg), teacher, rows.file, rows.template)
     hf_rows = [rows[i] for i in range(len(rows))]
     forward = teacher.forward(spec, 50)
     ours = [forward([row], 1)[0] for row in hf_rows]

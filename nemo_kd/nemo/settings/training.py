@@ -10,6 +10,7 @@ from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.settings import keys as nemo
 from nemo_kd.nemo.settings.optim import OPTIM
 from nemo_kd.nemo.splits import SPLITS, ResumeConfig, TrainSplit, ValidationSplit
+from nemo_kd.nemo.template import OF_SPLITS
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes
 from nemo_kd.settings.blocks import FREE, Block, check
@@ -24,9 +25,14 @@ from nemo_kd.settings.values import (
     TEXT,
     Kind,
     list_of,
-    one_of,
     optional,
 )
+from nemo_kd.sft.config import RowConfig
+
+
+def _optional(kind: Kind | Block) -> Kind | Block:
+    return optional(kind) if isinstance(kind, Kind) else kind
+
 
 NEMOS: dict[str, Kind | Block] = {  # read by NeMo's `_build_dataset` and `build_data_loader`
     "global_batch_size": COUNT,
@@ -47,14 +53,8 @@ NEMOS: dict[str, Kind | Block] = {  # read by NeMo's `_build_dataset` and `build
     "packed_sequence_return_cu_seqlen": FLAG,
     "tokens_to_generate": NATURAL,
     "sample_weight": optional(TEXT),
-    # Null takes the stores' setting (`nemo_kd.nemo.template`).
-    "label_key": optional(TEXT),
-    "add_eos": optional(FLAG),
-    "add_sep": optional(FLAG),
-    "add_bos": optional(FLAG),
-    "truncation_field": optional(TEXT),
-    "truncation_method": optional(one_of("left", "right")),
-    "prompt_template": optional(TEXT),
+    # Null takes the stores' setting.
+    **{key: _optional(block_of(RowConfig).keys[key]) for key in OF_SPLITS},
 }
 METRIC = Block(
     {

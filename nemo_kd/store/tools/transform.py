@@ -48,7 +48,7 @@ def write_samples(
     """Write samples, given in ascending row order, to a new store.
 
     The store appears in `directory` once it is complete. With `overwrite` it replaces a store that
-    is there, and nothing else. A row number far larger than the number of samples raises StoreError.
+    is there, and nothing else. Raises StoreError for a row far beyond the number of samples.
     `segment_bytes`: approximate size of a segment; None: 1 GiB, or 1/64 of a larger store.
     """
     with new_store(directory, overwrite) as new:

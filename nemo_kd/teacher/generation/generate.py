@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from nemo_kd.files import published
 from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft.reader import PROMPT, prompt_template, recorded, resolved
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.manifest import ANSWERS
@@ -28,7 +29,7 @@ from nemo_kd.teacher.generation.prompts import Prompts
 from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError
 from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.progress import DumpProgress
-from nemo_kd.teacher.rows import bad_rows, prompt_template, same_file
+from nemo_kd.teacher.rows import bad_rows, model_of, same_file
 from nemo_kd.topk import TopK
 
 
@@ -38,16 +39,19 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
     Returns the store's manifest, or None if a signal stopped the run: complete shards are kept, and
     the same command resumes.
     """
-    if config.data.chat:
-        raise GenerationError(
-            "data.chat=true does not work for generation: write the conversation's format into "
-            "data.prompt_template"
-        )
     decoding, keep = read_settings(config, teacher)
     layout, bad = teacher.layout, bad_rows(config)
     file = same_file(config.data.file_path, layout)
-    prompts = Prompts(file, prompt_template(config, teacher), decoding)
-    spec = generation_spec(config, teacher, file)
+    data = resolved(config.data, file)
+    if data.format != PROMPT:
+        raise GenerationError(
+            f"the rows of {file.path} are {data.format}, but answers are generated to rows with a "
+            "prompt: write the conversation's format into data.prompt_template, and set "
+            "data.format=prompt"
+        )
+    model = model_of(config, teacher)
+    prompts = Prompts(file, prompt_template(data, model), decoding)
+    spec = generation_spec(config, teacher, file, recorded(data, model))
     write = teacher.writer(spec, decoding)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
@@ -103,10 +107,12 @@ def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, A
     return decoding, AnswerFilter(settings.filter.pattern, settings.filter.function)
 
 
-def generation_spec(config: GenerateConfig, teacher: Teacher, file: JsonlFile) -> StoreSpec:
+def generation_spec(
+    config: GenerateConfig, teacher: Teacher, file: JsonlFile, template: dict[str, Any]
+) -> StoreSpec:
     """Return the spec of a dump whose template also contains the generation settings."""
-    spec = store_spec(config, teacher, file)
-    return replace(spec, template={**spec.template, "generation": asdict(config.generation)})
+    template = {**template, "generation": asdict(config.generation)}
+    return store_spec(config, teacher, file, template)
 
 
 def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from nemo_kd.sft import JsonlFile, RowError
-from nemo_kd.sft.rows import errors_name
+from nemo_kd.sft.rows import Check, errors_name
 from nemo_kd.sft.template import PromptTemplate
 from nemo_kd.teacher.generation.step import Decoding, Prompt
 
@@ -41,9 +41,12 @@ class Prompts:
                 )
         return Prompt(row, tuple(prompt), length)
 
-    def check(self, row: int) -> None:
+    altered_by = "the tokenizer does not give back the same text"
+
+    def check(self, row: int) -> Check:
         """Raise RowError if the prompt of the store row cannot be made."""
         self[row]
+        return Check()
 
     def source(self, row: int) -> Any:
         """Return the row of the SFT file to which a store row holds an answer."""

@@ -1,0 +1,275 @@
+"""Open an SFT file as tokenized rows, with the settings of a `RowConfig`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from nemo_kd.errors import NemoKDError
+from nemo_kd.sft.chat import ChatTemplate
+from nemo_kd.sft.chat_template import Template, chosen_template
+from nemo_kd.sft.config import RowConfig, template_hash
+from nemo_kd.sft.conversations import NemoTurns, as_conversation
+from nemo_kd.sft.jsonl import JsonlFile, RowError
+from nemo_kd.sft.messages import conversation_of
+from nemo_kd.sft.rows import NO_ANSWER, Encoded, Encoder, NoAnswerError, PromptEncoder, SFTRows
+from nemo_kd.sft.template import PromptTemplate
+from nemo_kd.sft.tokenizer import Tokenizer, decoded
+
+PROMPT, MESSAGES, CONVERSATIONS, TEXT = "prompt", "messages", "conversations", "text"
+LOOKED_AT = 100
+"""Number of rows among which the first one that can be parsed decides on the format."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the tokens of a row depend on besides the settings of `data`."""
+
+    tokenizer: Tokenizer
+    max_seq_length: int
+    """The limit of `data`, or the model's number of positions if that is smaller."""
+
+    answer_only_loss: bool = True
+    sep_id: int = 0
+    virtual_tokens: int = 0
+    tokens_to_generate: int = 0
+
+
+NemosEncoder = Callable[[RowConfig, Model], Encoder]
+"""Makes the encoder of conversations that NeMo itself reads."""
+
+
+def open_rows(
+    config: RowConfig,
+    file: JsonlFile,
+    model: Model,
+    say: Callable[[str], None] = lambda text: None,
+    nemos: NemosEncoder | None = None,
+) -> SFTRows:
+    """Open the rows of a file in the format that `config` names, or that the first row has.
+
+    `say` prints a line for the user. The settings of the result, with `auto` and names of chat
+    templates replaced by what they stand for, are its `template`. Raises NemoKDError for settings
+    that do not fit each other or the tokenizer.
+    """
+    found = resolved(config, file)
+    if config.format == "auto" and found.format != PROMPT and not config.chat:
+        say(f"{file.path}: its rows are read as {found.format}; data.format sets it")
+    verbatim = None
+    if found.reader == "nemo":
+        verbatim = open_rows(replace(found, reader="verbatim"), file, model)
+    text: Template | None = "nemo"
+    if found.reader == "nemo" and found.format == CONVERSATIONS:
+        encoder = _nemos(nemos)(found, model)
+    else:
+        encoder, text = _encoder(found, model, say)
+    return SFTRows(file, encoder, model.max_seq_length, recorded(found, model, text), verbatim)
+
+
+def recorded(
+    found: RowConfig, model: Model, chat_template: Template | None = None
+) -> dict[str, Any]:
+    """Return the settings that determine a row's tokens, as a store records them."""
+    template = {**found.template(), "answer_only_loss": model.answer_only_loss}
+    template["chat_template"] = chat_template
+    if chat_template is not None and chat_template != "nemo":
+        template["chat_template_sha256"] = template_hash(chat_template)
+    return template
+
+
+def _nemos(nemos: NemosEncoder | None) -> NemosEncoder:
+    if nemos is None:
+        raise NemoKDError(
+            "data.reader=nemo: conversations are read by NeMo itself, which is not installed; use "
+            "data.reader=verbatim"
+        )
+    return nemos
+
+
+def resolved(config: RowConfig, file: JsonlFile) -> RowConfig:
+    """Return the settings with the format of the file's rows instead of `auto`."""
+    found = config.format if config.format != "auto" else _format(config, _first_row(file))
+    is_chat = found in (MESSAGES, CONVERSATIONS)
+    if config.chat and not is_chat:
+        raise NemoKDError(
+            f"data.chat=true, but the rows of {file.path} have neither `conversations` nor "
+            "`messages`; set data.chat=false for rows with a prompt template or text"
+        )
+    if found == PROMPT and config.prompt_template is None:
+        raise NemoKDError(
+            f"data.prompt_template is null, but the rows of {file.path} are no conversations: "
+            "expected a template such as '{input} {output}', or data.format=text"
+        )
+    if config.reader == "nemo" and found in (MESSAGES, TEXT):
+        raise NemoKDError(
+            f"data.reader=nemo, but the rows of {file.path} are {found}: NeMo's data sets know "
+            "prompt templates and its own conversations; set data.reader=verbatim"
+        )
+    return replace(config, format=found, chat=is_chat)
+
+
+def _first_row(file: JsonlFile) -> Mapping[str, Any]:
+    """Return the first row that is an object; an empty one if none is found."""
+    for row in range(min(len(file), LOOKED_AT)):
+        try:
+            value = file[row]
+        except RowError:
+            continue  # reported when the rows are checked
+        if isinstance(value, Mapping):
+            return value
+    return {}
+
+
+def _format(config: RowConfig, row: Mapping[str, Any]) -> str:
+    fields = re.findall("{(.*?)}", config.prompt_template or "")
+    if not config.chat and fields and all(field in row for field in fields):
+        return PROMPT
+    for name in (MESSAGES, CONVERSATIONS):
+        if name in row:
+            return name
+    if config.chat:
+        return CONVERSATIONS
+    return TEXT if "text" in row and config.label_key not in row else PROMPT
+
+
+def _encoder(
+    config: RowConfig, model: Model, say: Callable[[str], None]
+) -> tuple[Encoder, Template | None]:
+    """Return the encoder of a format, and the chat template that it uses, as recorded."""
+    if config.format == PROMPT:
+        return PromptEncoder(prompt_template(config, model), model.answer_only_loss), None
+    if config.format == TEXT:
+        return Texts(config, model), None
+    template_name = config.chat_template or (
+        "nemo" if config.format == CONVERSATIONS else "tokenizer"
+    )
+    if template_name == "nemo":
+        return _nemo_turns(config, model), "nemo"
+    template = chosen_template(template_name, model.tokenizer)
+    chat = ChatTemplate(
+        tokenizer=model.tokenizer,
+        template=template,
+        max_seq_length=model.max_seq_length,
+        kwargs=config.chat_template_kwargs,
+        date=config.chat_date,
+        train_on=config.train_on if model.answer_only_loss else "all",
+        truncation_method=config.truncation_method,
+        truncate_at=config.truncate_at,
+        say=say,
+    )
+    return _Chat(chat), template
+
+
+def prompt_template(config: RowConfig, model: Model) -> PromptTemplate:
+    """Return the encoder of prompt and answer."""
+    assert config.prompt_template is not None  # checked by `resolved`
+    return PromptTemplate(
+        tokenizer=model.tokenizer,
+        prompt_template=config.prompt_template,
+        label_key=config.label_key,
+        max_seq_length=model.max_seq_length,
+        reader=config.reader,
+        add_bos=config.add_bos,
+        add_eos=config.add_eos,
+        add_sep=config.add_sep,
+        sep_id=model.sep_id,
+        truncation_field=config.truncation_field,
+        truncation_method=config.truncation_method,
+        virtual_tokens=model.virtual_tokens,
+        tokens_to_generate=model.tokens_to_generate,
+    )
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Encoder of rows with a `text`, of which every token is learned."""
+
+    config: RowConfig
+    model: Model
+
+    def __call__(self, row: Any) -> Encoded:
+        text = _text(row)
+        if not text:
+            raise NoAnswerError(NO_ANSWER)
+        ids = self._special("bos", self.config.add_bos) + self._ids(text)
+        ids += self._special("eos", self.config.add_eos)
+        excess = max(len(ids) - self.model.max_seq_length, 0)
+        if self.config.truncation_method == "left":
+            ids = ids[excess:]
+        return Encoded(ids, np.ones(len(ids), np.uint8), excess > 0)
+
+    def alters(self, row: Any) -> bool:
+        text = _text(row)
+        return decoded(self.model.tokenizer, self._ids(text)) != text
+
+    def _ids(self, text: str) -> list[int]:
+        try:
+            return self.model.tokenizer.text_to_ids(text)
+        except (TypeError, ValueError) as error:
+            raise RowError(f"its text cannot be tokenized ({error}); fix or remove it") from error
+
+    def _special(self, name: str, is_added: bool) -> list[int]:
+        token: int | None = getattr(self.model.tokenizer, f"{name}_id")
+        if is_added and token is None:
+            raise NemoKDError(f"data.add_{name}=true, but the tokenizer has no {name} token")
+        return [token] if is_added and token is not None else []
+
+
+def _text(row: Any) -> str:
+    text = row.get("text") if isinstance(row, Mapping) else None
+    if not isinstance(text, str):
+        raise RowError(f"no text in `text`: {row!r:.60}; fix or remove the row")
+    return text
+
+
+@dataclass(frozen=True)
+class _Chat:
+    """Encoder of `messages` or `conversations` by a chat template."""
+
+    chat: ChatTemplate
+
+    def __call__(self, row: Any) -> Encoded:
+        return self.chat(conversation_of(row))
+
+    def alters(self, row: Any) -> bool:
+        return self.chat.alters(conversation_of(row))
+
+
+@dataclass(frozen=True)
+class _Turns:
+    """Encoder of `messages` or `conversations` as NeMo's turns."""
+
+    turns: NemoTurns
+    of_messages: bool
+
+    def __call__(self, row: Any) -> Encoded:
+        return self.turns(self._row(row))
+
+    def alters(self, row: Any) -> bool:
+        return self.turns.alters(self._row(row))
+
+    def _row(self, row: Any) -> Any:
+        if not self.of_messages:
+            return row
+        conversation = conversation_of(row)
+        if 0 in conversation.weights or conversation.tools:
+            raise RowError(
+                "a message's weight and tools do not fit into NeMo's turns; use the tokenizer's "
+                "chat template"
+            )
+        return as_conversation(conversation.messages)
+
+
+def _nemo_turns(config: RowConfig, model: Model) -> Encoder:
+    if config.train_on == "last_assistant":
+        raise NemoKDError(
+            "data.train_on=last_assistant does not work with NeMo's turns, whose `mask` says what "
+            "is learned; set data.chat_template=tokenizer, or data.train_on=all_assistant"
+        )
+    learn_all = config.train_on == "all" or not model.answer_only_loss
+    turns = NemoTurns(model.tokenizer, config.turn_tokens, learn_all)
+    return _Turns(turns, config.format == MESSAGES)
