@@ -26,6 +26,7 @@ BELOW["teacher"] = {"core", "loss", "settings", "store", "sft"}
 BELOW["checkpoints"] = {"core"}
 BELOW["mcore"] = BELOW["teacher"] | {"teacher", "data"}
 BELOW["hf"] = BELOW["mcore"] | {"checkpoints"}
+BELOW["served"] = BELOW["teacher"] | {"teacher"}
 BELOW["nemo"] = BELOW["mcore"] | {"mcore", "checkpoints"}
 BELOW["doctor"] = {"core", "loss", "store"}
 BELOW["cli"] = set(BELOW)
@@ -45,6 +46,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "mcore": {"megatron", "numpy", "torch"},
     "hf": {"torch", "transformers"},
+    "served": {"httpx", "msgspec", "numpy", "tenacity", "torch"},
     "nemo": {
         *("lightning", "megatron", "nemo", "nltk", "numpy", "omegaconf", "torch", "torchmetrics"),
         "yaml",

@@ -14,6 +14,7 @@ from nemo_kd.settings.dataclass import block_of, checked_settings_of
 from nemo_kd.settings.files import (
     Problem,
     check_files,
+    directory,
     file,
     file_or_directory,
     output_directory,
@@ -88,7 +89,7 @@ def check_inputs(cfg: DictConfig) -> None:
     check_files(
         cfg,
         [
-            ("model.restore_from_path", TEACHERS[cfg.teacher.kind]),
+            TEACHERS[cfg.teacher.kind],
             ("data.file_path", file("SFT file")),
             ("output_dir", output_directory),
         ],
@@ -99,17 +100,25 @@ def check_inputs(cfg: DictConfig) -> None:
         check_template(cfg.data, "data", paths_at(cfg, "data.file_path"))
 
 
-TEACHERS: dict[str, Problem] = {
-    "nemo": file_or_directory(
-        "checkpoint",
-        ("model_config.yaml", "config.json"),  # a later check rejects Hugging Face directories
-        "; set model.restore_from_path to a .nemo file (examples/convert_hf_to_nemo.py makes one "
-        "from a Hugging Face checkpoint)",
+TEACHERS: dict[str, tuple[str, Problem]] = {
+    "nemo": (
+        "model.restore_from_path",
+        file_or_directory(
+            "checkpoint",
+            ("model_config.yaml", "config.json"),  # a later check rejects Hugging Face directories
+            "; set model.restore_from_path to a .nemo file (examples/convert_hf_to_nemo.py makes "
+            "one from a Hugging Face checkpoint)",
+        ),
     ),
-    "hf": file_or_directory(
-        "checkpoint",
-        ("config.json",),
-        "; set model.restore_from_path to a directory with config.json and *.safetensors, or to a "
-        ".gguf file",
+    "hf": (
+        "model.restore_from_path",
+        file_or_directory(
+            "checkpoint",
+            ("config.json",),
+            "; set model.restore_from_path to a directory with config.json and *.safetensors, or "
+            "to a .gguf file",
+        ),
     ),
+    "served": ("teacher.tokenizer", directory("tokenizer")),
 }
+"""Kind of teacher → key of the path that it is loaded from, and the check of the path."""

@@ -31,6 +31,8 @@ PATHS = {
     "output_file_path_prefix",
     "vocab_file",
     "merge_file",
+    "tokenizer",
+    "url",
 }
 PATH_LISTS = {"store", "file_names"}
 TEXTS = {"prompt_template", "pattern", "label_key", "truncation_field"}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import importlib.util
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig, OmegaConf
@@ -94,11 +93,24 @@ def load(config: DumpConfig, cfg: DictConfig) -> Teacher:
         from nemo_kd.hf.teacher import load_teacher as load_hf
 
         return load_hf(config)
+    if config.teacher.kind == "served":
+        return _load_served(config)
     cfg = copy.deepcopy(cfg)  # `prepare` adds keys that NeMo needs
     start.prepare(cfg)  # on a CPU, its patches must precede the imports of NeMo and Megatron
     from nemo_kd.nemo.teacher import load_teacher as load_nemo
 
     return load_nemo(cfg)
+
+
+def _load_served(config: DumpConfig) -> Teacher:
+    missing = [each for each in ("httpx", "tenacity") if importlib.util.find_spec(each) is None]
+    if missing:
+        raise LayoutError(
+            f"teacher.kind=served needs {' and '.join(missing)}: pip install 'nemo-kd[served]'"
+        )
+    from nemo_kd.served.teacher import load_teacher as load_served
+
+    return load_served(config)
 
 
 def nemos_encoder() -> NemosEncoder | None:
@@ -132,9 +144,22 @@ def check_store_settings(config: DumpConfig) -> None:
 def check_kind(config: DumpConfig) -> None:
     """Raise LayoutError if the checkpoint does not match `teacher.kind`, before slow imports.
 
-    Also rejects NeMo-only keys of `model` for a Hugging Face teacher.
+    Also rejects NeMo-only keys of `model` for other teachers, and a checkpoint or a generation with
+    a served one.
     """
-    path = Path(config.model.restore_from_path)
+    if config.teacher.kind == "served":
+        if config.model.restore_from_path is not None:
+            raise LayoutError(
+                "model.restore_from_path is not used with teacher.kind=served, whose model is "
+                "behind teacher.url; leave it out, or set teacher.kind=hf or nemo"
+            )
+        if isinstance(config, GenerateConfig):
+            raise LayoutError(
+                "teacher.kind=served does not generate answers; set teacher.kind=hf or nemo"
+            )
+        _refuse_nemo_only(config, "the server decides how its model is split (teacher.kind=served)")
+        return
+    path = config.model.checkpoint
     if config.teacher.kind == "nemo":
         if (path / "config.json").is_file() or path.suffix == ".gguf":
             raise LayoutError(
@@ -144,12 +169,18 @@ def check_kind(config: DumpConfig) -> None:
         return
     if path.suffix == ".nemo":
         raise LayoutError(f"{path} is NeMo's: set teacher.kind=nemo")
+    _refuse_nemo_only(
+        config,
+        "each rank holds all of a Hugging Face teacher (teacher.kind=hf), in trainer.precision, so "
+        "only data parallelism works",
+        ", or convert the teacher to .nemo with examples/convert_hf_to_nemo.py",
+    )
+
+
+def _refuse_nemo_only(config: DumpConfig, reason: str, instead: str = "") -> None:
     for key in NEMO_ONLY:
         value, default = getattr(config.model, key), getattr(TeacherModelConfig, key)
         if value != default:
             raise LayoutError(
-                f"model.{key}={shown(value)}: each rank holds all of a Hugging Face teacher "
-                "(teacher.kind=hf), in trainer.precision, so only data parallelism works; set it "
-                f"to {shown(default)}, or convert the teacher to .nemo with "
-                "examples/convert_hf_to_nemo.py"
+                f"model.{key}={shown(value)}: {reason}; set it to {shown(default)}{instead}"
             )

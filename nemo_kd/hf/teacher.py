@@ -12,7 +12,6 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint
-from nemo_kd.hf import processes
 from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.hf.writer import HFWriter
 from nemo_kd.settings.batches import processes_of
@@ -20,6 +19,7 @@ from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import Row
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
+from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.forward import AnswerHead, inputs_of
 from nemo_kd.teacher.generation.step import Decoding
@@ -39,6 +39,7 @@ class HFTeacher:
     sep_id = 49704  # NeMo's default, so that rows have the same tokens as with a NeMo teacher
     virtual_tokens = 0
     max_positions = None  # rows that are too long raise an error instead
+    identity = None
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
     transformers loads directories. `nemo_kd.checkpoints` loads .gguf files (Llama family), because
     transformers reads the wrong end-of-sequence id from them.
     """
-    path = Path(config.model.restore_from_path)
+    path = config.model.checkpoint
     dtype = DTYPES[str(config.trainer.precision).partition("-")[0]]
     layout = processes.start(
         processes.Launch.of(os.environ),

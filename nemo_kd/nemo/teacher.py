@@ -39,6 +39,8 @@ NOT_TRAINED = {
 class NemoTeacher:
     """A `teacher.interface.Teacher` of a NeMo model, on any tensor and pipeline layout."""
 
+    identity = None
+
     def __init__(self, model: MegatronGPTSFTModel) -> None:
         self.model: Any = model
         self.layout = layout()

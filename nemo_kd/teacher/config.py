@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import urlsplit
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.values import (
     ACCELERATOR,
     DEVICES,
@@ -20,7 +23,18 @@ from nemo_kd.settings.values import (
 )
 from nemo_kd.sft.config import RowConfig
 
-Kind = Annotated[str, one_of("nemo", "hf", hf="huggingface transformers gguf", nemo="megatron")]
+Kind = Annotated[
+    str,
+    one_of(
+        "nemo",
+        "hf",
+        "served",
+        hf="huggingface transformers gguf",
+        nemo="megatron",
+        served="server vllm sglang openai",
+    ),
+]
+Api = Annotated[str, one_of("vllm", "sglang", vllm="openai")]
 ErrorOrDrop = Annotated[str, one_of("error", "drop", drop="skip", error="refuse")]
 Profile = Annotated[
     str,
@@ -53,18 +67,70 @@ class TrainerConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherConfig:
-    """The block `teacher`: the kind of checkpoint."""
+    """The block `teacher`: the kind of teacher, and for `served` the inference server."""
 
     kind: Kind = "nemo"
-    """`nemo`: a .nemo checkpoint; `hf`: a Hugging Face directory or .gguf, run by transformers."""
+    """`nemo`: a .nemo checkpoint; `hf`: a Hugging Face directory or .gguf, run by transformers;
+    `served`: a model behind an inference server. The other keys are for `served` only."""
+    url: str | None = None
+    """Address of the server, such as `http://127.0.0.1:8000`."""
+    api: Api = "vllm"
+    """`vllm`: `/v1/completions` with `prompt_logprobs`; `sglang`: `/generate`."""
+    model: str | None = None
+    """Name of the served model; null: the only one in the server's `/v1/models`."""
+    tokenizer: PathText | None = None
+    """Directory of the served model's tokenizer; rows are tokenized here and sent as ids."""
+    concurrency: Count = 32
+    """Maximum number of requests in flight, per process."""
+    timeout: Annotated[float, number(0, above=True)] = 600.0
+    """Seconds within which a request must be answered."""
+    retries: Natural = 10
+    """Retries of a request after connection errors, time-outs, 429 and 5xx; the waits double from
+    0.5 s to 60 s."""
+    api_key_env: str | None = None
+    """Name of the environment variable that holds the server's API key."""
+
+    def __post_init__(self) -> None:
+        if self.kind == "served":
+            check_url(self.url)
+            if self.tokenizer is None:
+                raise NemoKDError(
+                    "tokenizer must be given with teacher.kind=served: the directory of the served "
+                    "model's tokenizer"
+                )
+            return
+        for each in fields(self):
+            if each.name != "kind" and getattr(self, each.name) != each.default:
+                raise NemoKDError(
+                    f"{each.name} is for teacher.kind=served, but teacher.kind is {self.kind}"
+                )
+
+
+def check_url(url: str | None) -> None:
+    """Raise NemoKDError, without repeating the URL, unless it is that of an HTTP server."""
+    try:
+        parts = urlsplit(url or "")
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise NemoKDError(
+            "url must be the server's address with teacher.kind=served, such as "
+            "http://127.0.0.1:8000"
+        )
+    if parts.username or parts.password or parts.query or parts.fragment:
+        raise NemoKDError(
+            "url must not contain a user, a password or a query: give the key in an environment "
+            "variable, and its name as teacher.api_key_env"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherModelConfig:
     """The block `model`: the teacher and its layout; a NeMo teacher also accepts NeMo's keys."""
 
-    restore_from_path: PathText
-    """Path of the teacher's checkpoint, of the kind `teacher.kind`."""
+    restore_from_path: PathText | None = None
+    """Path of the teacher's checkpoint, of the kind `teacher.kind`; none for `served`."""
     tensor_model_parallel_size: Count = 1
     """Number of ranks that each layer is split across."""
     pipeline_model_parallel_size: Count = 1
@@ -77,6 +143,16 @@ class TeacherModelConfig:
     """Hold the weights in `trainer.precision` instead of float32."""
     answer_only_loss: bool = True
     """`false`: store the teacher's top-K for prompt tokens too, not only for answers."""
+
+    @property
+    def checkpoint(self) -> Path:
+        """`restore_from_path`; NemoKDError if it is not given."""
+        if self.restore_from_path is None:
+            raise NemoKDError(
+                "model.restore_from_path must be given: add model.restore_from_path=VALUE to the "
+                "command."
+            )
+        return Path(self.restore_from_path)
 
 
 @dataclass(frozen=True, kw_only=True)

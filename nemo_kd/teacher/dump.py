@@ -161,7 +161,6 @@ def store_spec(
 
     `template`: the settings that made the tokens of the rows.
     """
-    checkpoint = Path(config.model.restore_from_path)
     return StoreSpec(
         top_k=config.dump.top_k,
         vocab_size=teacher.tokenizer.vocab_size,
@@ -173,14 +172,19 @@ def store_spec(
             "fingerprint": tokenizer_fingerprint(teacher.tokenizer),
             **teacher.tokenizer_origin,
         },
-        teacher={
-            "name": checkpoint.name,
-            "fingerprint": checkpoint_fingerprint(checkpoint),
-            "precision": str(config.trainer.precision),
-        },
+        teacher=dict(teacher.identity or _identity(config)),
         template=dict(template),
         source={"name": file.path.name, "rows": len(file), "sha256": file.sha256},
     )
+
+
+def _identity(config: DumpConfig) -> dict[str, Any]:
+    checkpoint = config.model.checkpoint
+    return {
+        "name": checkpoint.name,
+        "fingerprint": checkpoint_fingerprint(checkpoint),
+        "precision": str(config.trainer.precision),
+    }
 
 
 def _samples(
@@ -190,19 +194,28 @@ def _samples(
     bad, dropped = bad_rows(config), list[RowError]()
     batch = list(readable(rows, numbers, bad, dropped))
     progress.drop(dropped)
-    # Several micro-batches in flight keep the pipeline stages busy.
-    stages = progress.layout.stages
-    in_flight = 1 if stages == 1 else 2 * stages
-    limit = config.max_tokens_per_micro_batch or sys.maxsize
-    for call, micro_batch_size in calls(batch, config.model.micro_batch_size, limit, in_flight):
+    for call, micro_batch_size in _calls(config, batch, progress.layout):
         results = forward(call, micro_batch_size)
         if results is None:
             continue
         dropped = []
-        kept = list(usable(zip(call, results, strict=True), rows.file, bad, dropped))
-        yield from (sample_of(row, topk) for row, topk in kept)
+        for row, topk in usable(zip(call, results, strict=True), rows.file, bad, dropped):
+            yield sample_of(row, topk)
+            progress.advance([(row, topk)])
         progress.drop(dropped)
-        progress.advance(kept)
+
+
+def _calls(config: DumpConfig, rows: list[Row], layout: Layout) -> Iterator[tuple[list[Row], int]]:
+    """Group rows into forward calls of one micro-batch, more for pipeline stages.
+
+    A server makes its own batches: it gets all rows in one call.
+    """
+    if config.teacher.kind == "served":
+        return calls(rows, 1, sys.maxsize, len(rows))
+    # Several micro-batches in flight keep the pipeline stages busy.
+    in_flight = 1 if layout.stages == 1 else 2 * layout.stages
+    limit = config.max_tokens_per_micro_batch or sys.maxsize
+    return calls(rows, config.model.micro_batch_size, limit, in_flight)
 
 
 def calls(

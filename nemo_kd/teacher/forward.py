@@ -22,7 +22,7 @@ class NoLogitsError(RowError):
 
 
 def usable(
-    pairs: Iterable[tuple[Row, TopK]],
+    pairs: Iterable[tuple[Row, TopK | RowError]],
     file: JsonlFile,
     bad: BadRows,
     dropped: list[RowError],
@@ -30,18 +30,21 @@ def usable(
 ) -> Iterator[tuple[Row, TopK]]:
     """Yield the rows with valid logits.
 
-    Errors of rows that `bad` drops are appended to `dropped`; for any other invalid row,
-    NoLogitsError is raised.
+    Errors of rows that `bad` drops are appended to `dropped`; for any other invalid row, its
+    RowError is raised, a NoLogitsError for invalid logits.
     """
     for row, topk in pairs:
         with bad.skipped(dropped):
             with errors_name(file, row.row // samples_per_row):
-                _check_logits(topk)
+                topk = _valid(topk)
             yield row, topk
 
 
-def _check_logits(topk: TopK) -> None:
-    """Raise NoLogitsError if a token has NaN logits, or no finite largest logit or log-sum-exp."""
+def _valid(topk: TopK | RowError) -> TopK:
+    """Raise a given error; NoLogitsError if a token has NaN logits, or no finite largest logit or
+    log-sum-exp."""
+    if isinstance(topk, RowError):
+        raise topk
     finite = topk.logits[:, 0].isfinite() & ~topk.logits.isnan().any(1)
     finite &= topk.logsumexp.isfinite().all(1)
     if not finite.all():
@@ -50,6 +53,7 @@ def _check_logits(topk: TopK) -> None:
             "a distribution (NaN, +inf, or all -inf); check the checkpoint and trainer.precision, "
             "or set on_bad_row=drop to skip such rows"
         )
+    return topk
 
 
 def sample_of(row: Row, topk: TopK) -> Sample:

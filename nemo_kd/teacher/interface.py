@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
+from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import Row
 from nemo_kd.sft.tokenizer import Tokenizer
 from nemo_kd.store import StoreSpec
@@ -16,10 +17,13 @@ from nemo_kd.topk import TopK
 class Forward(Protocol):
     """A forward pass: maps rows to the top-K of their answer tokens, on the CPU.
 
-    Returns None on ranks without logits.
+    A RowError in place of a row's top-K says why there is none. Returns None on ranks without
+    logits.
     """
 
-    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> list[TopK] | None: ...
+    def __call__(
+        self, rows: Sequence[Row], micro_batch_size: int
+    ) -> Iterable[TopK | RowError] | None: ...
 
 
 class Writer(Protocol):
@@ -39,6 +43,10 @@ class Teacher(Protocol):
     @property
     def tokenizer_origin(self) -> Mapping[str, Any]:
         """`library` and `path` to record in the store's spec; path None: cannot be reloaded."""
+
+    @property
+    def identity(self) -> Mapping[str, Any] | None:
+        """`teacher` in the store's spec; None: name, fingerprint and precision of a checkpoint."""
 
     @property
     def layout(self) -> Layout: ...

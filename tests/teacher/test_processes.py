@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from nemo_kd.hf.processes import Launch, first_host, start
 from nemo_kd.teacher.layout import LayoutError
+from nemo_kd.teacher.processes import Launch, first_host, start
 from tests.conftest import ROOT
 from tests.processes import environment
 
@@ -74,7 +74,7 @@ def test_a_wrong_number_of_processes_is_refused(
 
 RANK = """
 import json, os
-from nemo_kd.hf.processes import Launch, start
+from nemo_kd.teacher.processes import Launch, start
 from nemo_kd.teacher.counters import JobCounters
 layout = start(Launch.of(os.environ), expected=2)
 counters = JobCounters(layout.store("job"), ["rows"])

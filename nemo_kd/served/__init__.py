@@ -1,0 +1,1 @@
+"""Teachers behind an inference server (vLLM, SGLang); needs neither NeMo nor a model here."""

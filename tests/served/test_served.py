@@ -1,0 +1,161 @@
+"""A dump by a server has the content of a dump by the same model in transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from nemo_kd.store import Store
+from nemo_kd.store.tools.verify import verify
+from tests.processes import run_program, run_script
+from tests.served.conftest import ROWS, SHARED, run, served
+from tests.served.server import Server
+
+HALF = 2.0**-11
+"""Relative error of rounding to float16."""
+
+
+def same_to_float16(ours: Store, theirs: Store) -> float:
+    """Compare tokens, ids and log-probabilities; return the largest difference in nats."""
+    most = 0.0
+    assert len(ours) == len(theirs) == ROWS
+    for a, b in zip(ours, theirs, strict=True):
+        assert np.array_equal(a.input_ids, b.input_ids)
+        assert np.array_equal(a.loss_mask, b.loss_mask)
+        assert not a.topk.logsumexp.any()
+        left, right = a.topk.logits, b.topk.logits - b.topk.logsumexp
+        assert np.allclose(left, right, rtol=3 * HALF, atol=1e-5)
+        # Ids may be in another order where log-probabilities are equal in float16.
+        for i, k in zip(*(a.topk.ids != b.topk.ids).nonzero(), strict=True):
+            assert np.isclose(left[i], right[i, k], rtol=3 * HALF).sum() > 1
+        most = max(most, float(np.abs(left - right).max()))
+    return most
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_the_store_is_that_of_the_same_model_in_transformers(
+    teacher: Path, server: Server, tmp_path: Path, api: str
+) -> None:
+    ours = run(*served(server, teacher, tmp_path / "store", f"teacher.api={api}"))
+    assert same_to_float16(ours, Store(teacher / "store")) < 0.01
+    assert not list(verify(tmp_path / "store"))
+    assert ours.spec.teacher == {"name": "teacher", "fingerprint": None, "api": api}
+    assert ours.spec.tokenizer == Store(teacher / "store").spec.tokenizer
+    assert str(server.port) not in (tmp_path / "store/manifest.json").read_text()
+    assert len(server.requests) == ROWS
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_all_ids_of_the_vocabulary(teacher: Path, server: Server, tmp_path: Path, api: str) -> None:
+    more = [f"teacher.api={api}", "dump.top_k=299"]
+    for sample in run(*served(server, teacher, tmp_path / "store", *more)):
+        assert np.allclose(np.exp(sample.topk.logits).sum(1), 1, atol=1e-3)
+
+
+def test_the_bucket_of_other_ids_is_exact(teacher: Path, server: Server, tmp_path: Path) -> None:
+    """1 - Σ p of a served store is that of the model in transformers."""
+    ours = run(*served(server, teacher, tmp_path / "store"))
+    for a, b in zip(ours, Store(teacher / "store"), strict=True):
+        rest = 1 - np.exp(a.topk.logits.astype(float)).sum(1)
+        expected = 1 - np.exp((b.topk.logits - b.topk.logsumexp).astype(float)).sum(1)
+        assert np.allclose(rest, expected, atol=2e-3)
+
+
+@pytest.mark.parametrize("api", ["vllm", "sglang"])
+def test_padding_of_the_lm_head_becomes_absent(teacher: Path, tmp_path: Path, api: str) -> None:
+    with Server(teacher / "padded") as server:
+        server.model.lm_head.weight.data[-1] = 0  # tied: the padding's logit is 0
+        server.model.lm_head.weight.data[:-1] *= 3
+        more = [f"teacher.api={api}", "dump.top_k=299", "on_bad_row=drop"]
+        store = run(*served(server, teacher, tmp_path / "store", *more))
+        ids = np.concatenate([sample.topk.ids for sample in store])
+    assert len(store) and ids.max() == 298
+    assert (ids[:, -1] == -1).any() and (ids[:, :-1] >= 0).all()
+
+
+def test_requests_ask_for_unprocessed_log_probabilities_without_the_cache(
+    teacher: Path, server: Server, tmp_path: Path
+) -> None:
+    run(*served(server, teacher, tmp_path / "store"))
+    bodies = server.requests
+    sent = {tuple(body["prompt"]) for body in bodies}
+    assert sent == {tuple(s.input_ids.tolist()) for s in Store(teacher / "store")}
+    assert len({body["cache_salt"] for body in bodies}) == ROWS
+    for body in bodies:
+        assert (body["temperature"], body["top_p"], body["repetition_penalty"]) == (1, 1, 1)
+        assert (body["max_tokens"], body["prompt_logprobs"]) == (1, 20)
+
+
+def test_requests_in_flight_are_bounded_and_used(
+    teacher: Path, server: Server, tmp_path: Path
+) -> None:
+    server.seconds = 0.05
+    more = ["teacher.concurrency=3", "rows_per_shard=256"]
+    run(*served(server, teacher, tmp_path / "store", *more))
+    assert server.most_in_flight == 3
+
+
+@pytest.mark.parametrize("command", ["examples/dump_teacher_topk.py", "nemo_kd/__main__.py"])
+def test_the_commands_dump(
+    teacher: Path, server: Server, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TEACHER_KEY", "s3cret")
+    server.key = "s3cret"
+    job = ["dump"] if "main" in command else []
+    overrides = served(server, teacher, tmp_path / "store", "teacher.api_key_env=TEACHER_KEY")
+    done = run_program(command, *job, *SHARED, *overrides, PYTHONPATH=_without_nemo())
+    same_to_float16(Store(tmp_path / "store"), Store(teacher / "store"))
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    assert not any(b"s3cret" in content for content in [*files, done.stdout.encode()])
+    assert "s3cret" not in done.stderr
+
+
+def _without_nemo() -> str:
+    from tests.teacher.test_without_nemo import PATH
+
+    return PATH
+
+
+@pytest.mark.slow
+def test_two_processes_share_a_server(teacher: Path, server: Server, tmp_path: Path) -> None:
+    run(*served(server, teacher, tmp_path / "one"))
+    overrides = served(server, teacher, tmp_path / "two", "trainer.devices=2")
+    run_script("dump_teacher_topk.py", *SHARED, *overrides, processes=2)
+    same_files(tmp_path / "one", tmp_path / "two")
+
+
+def same_files(a: Path, b: Path) -> None:
+    names = sorted(path.relative_to(a) for path in a.rglob("*") if path.is_file())
+    assert len(names) > 5
+    assert names == sorted(path.relative_to(b) for path in b.rglob("*") if path.is_file())
+    for name in names:
+        assert (a / name).read_bytes() == (b / name).read_bytes(), name
+
+
+def test_another_replica_finishes_the_store(teacher: Path, server: Server, tmp_path: Path) -> None:
+    run(*served(server, teacher, tmp_path / "one"))
+    overrides = served(server, teacher, tmp_path / "two", "teacher.retries=0")
+    server.faults = lambda number: "500" if number >= ROWS + 8 else ""
+    with pytest.raises(ValueError, match="EngineCore encountered an issue, after 1 attempts"):
+        run(*overrides)
+    assert len(list((tmp_path / "two").glob("shard-*"))) >= 1
+    with Server(teacher / "llama") as other:
+        run(*served(other, teacher, tmp_path / "two"))
+        assert 0 < len(other.requests) < ROWS
+    same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_rows_are_sent_as_tokens_of_the_given_tokenizer_only(
+    teacher: Path, server: Server, tmp_path: Path
+) -> None:
+    """A model name that a LoRA adapter of the server has beside the base model."""
+    server.names = ["base", "teacher"]
+    store = run(*served(server, teacher, tmp_path / "store", "teacher.model=base"))
+    assert store.spec.teacher["name"] == "base"
+    assert {body["model"] for body in server.requests} == {"base"}
+    text = json.loads((teacher / "train.jsonl").read_text().splitlines()[0])
+    decoded = server.tokenizer.decode(store[0].input_ids.tolist()[:-1])
+    assert decoded.startswith(text["input"][:20])
