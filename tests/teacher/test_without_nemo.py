@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -26,6 +27,9 @@ def script() -> Script:
     return run  # type: ignore[return-value]
 
 
+TURNS = [{"from": "User", "value": "hi"}, {"from": "Assistant", "value": "hello"}]
+
+
 def dump(world: Path, store: Path) -> list[str]:
     return [
         *SETTINGS,
@@ -37,9 +41,13 @@ def dump(world: Path, store: Path) -> list[str]:
 
 
 def test_nemo_is_not_there(world: Path, script: Script, tmp_path: Path) -> None:
-    overrides = [*dump(world, tmp_path / "store"), "data.chat=true"]
+    row = {"system": "s", "mask": "User", "conversations": TURNS}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row) + "\n")
+    own = [f"data.file_path={tmp_path}/rows.jsonl"]
+    overrides = [*dump(world, tmp_path / "store"), *own, "data.reader=nemo"]
     done = script("dump_teacher_topk.py", *overrides, fails=True)
-    assert "data.chat=true: conversations are read by NeMo, which is not installed" in done.stderr
+    assert "conversations are read by NeMo itself, which is not installed" in done.stderr
+    script("dump_teacher_topk.py", *dump(world, tmp_path / "store"), *own)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
