@@ -19,7 +19,7 @@ from nemo_kd.sft.chat_template import GENERATION, Renderer, Template
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.messages import REASONING, Conversation
 from nemo_kd.sft.rows import Encoded, NoAnswerError
-from nemo_kd.sft.spans import Span, encode_spans
+from nemo_kd.sft.spans import Span, encode_exactly, encode_spans
 from nemo_kd.sft.template import METHODS, TemplateError
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
 from nemo_kd.sft.turns import Turns, check_says
@@ -148,7 +148,7 @@ class ChatTemplate:
         self._say_what_is_left_out(
             conversation, "".join(text[slice(*span)] for span in spans), chosen
         )
-        encoded = encode_spans(self.tokenizer, text, spans)
+        encoded = encode_exactly(self.tokenizer, text, spans)
         if not self._inverse:
             return encoded
         return encoded._replace(loss_mask=(encoded.loss_mask == 0).astype(np.uint8))
