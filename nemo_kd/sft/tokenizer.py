@@ -48,12 +48,20 @@ class HFTokenizer:
     def __init__(self, path: str | Path) -> None:
         self.tokenizer = _load(str(path))
         self.tokenizer.add_special_tokens(_missing_special_tokens(self.tokenizer))
+        self._backend: Any = None
+        if self.tokenizer.is_fast:  # called directly: a third of the time
+            self._backend = self.tokenizer.backend_tokenizer
+            self._backend.no_truncation()
+            self._backend.no_padding()
         self.vocab_size = len(self.tokenizer)
         self.bos_id = self._id(self.tokenizer.bos_token)
         self.eos_id = self._id(self.tokenizer.eos_token)
         self.space_sensitive = self._tokens("x y") != self._tokens("x") + self._tokens("y")
 
     def text_to_ids(self, text: str) -> list[int]:
+        if self._backend is not None:
+            encoded: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+            return encoded
         ids: list[int] = self.tokenizer.convert_tokens_to_ids(self._tokens(text))
         return ids
 

@@ -82,7 +82,7 @@ def test_a_killed_mix_goes_on_exactly_and_refuses_another_file(
     file.write_text(file.read_text().replace("number", "n", 1))
     longer = [*overrides, "trainer.max_steps=8"]
     message = error_of("train_gpt_sft_kd.py", *longer)
-    assert "the checkpoint to resume from was trained on" in message and str(file) in message
+    assert "resume.allow=[model.data.train_ds.store]" in message and str(file) in message
 
 
 @pytest.mark.slow
