@@ -17,6 +17,7 @@ import numpy as np
 
 from nemo_kd.sft.chat_template import GENERATION, Renderer, Template
 from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.many_turns import find_turns
 from nemo_kd.sft.messages import REASONING, Conversation
 from nemo_kd.sft.rows import Encoded, NoAnswerError
 from nemo_kd.sft.spans import Span, encode_exactly, encode_spans
@@ -141,7 +142,7 @@ class ChatTemplate:
         messages, tools = conversation.messages, conversation.tools
         if not GENERATION.search(self._render.text(tools)):
             text = self._render(messages, tools)
-            spans = self._finder.spans(conversation, text, chosen)
+            spans = find_turns(self._finder, conversation, text, chosen)
         else:
             text, blocks = self._render.marked(messages, tools)
             spans = self._blocks(conversation, text, blocks, chosen)

@@ -44,7 +44,7 @@ class Turns:
 
         Raises RowError if a turn cannot be found, or if its span lacks what the assistant says.
         """
-        return [_Turn(self, conversation, text, i).span() for i in turns]
+        return [Turn(self, conversation, text, i).span() for i in turns]
 
     def has_prompt(self, before: Sequence[Message], tools: list[Any] | None, prompt: str) -> bool:
         """Whether the template adds a generation prompt after a message of the last one's role."""
@@ -91,7 +91,7 @@ class Turns:
 
 
 @dataclass
-class _Turn:
+class Turn:
     """One assistant turn: message `number` of a conversation rendered as `text`."""
 
     turns: Turns
@@ -128,18 +128,23 @@ class _Turn:
         """Find the turn by a mark in its stead, in the conversation and in its beginning."""
         mark = next((mark for mark in MARKS if mark not in self.text), None)
         if mark is None:
-            raise self._unclear("its text holds private-use characters")
-        marked, said = _marked(self.message, mark)
-        before, after = self._around(mark, [*self.before, marked, *self.later])
-        _, end = self._around(mark, [*self.before, marked])
+            raise self.unclear("its text holds private-use characters")
+        marked, said = marked_message(self.message, mark)
+        before, after = self.around(mark, [*self.before, marked, *self.later])
+        _, end = self.around(mark, [*self.before, marked])
         text = self.text[len(before) : len(self.text) - len(after)]
         same = before + text + after == self.text and text.strip() == said.strip()
         if not same:
-            raise self._unclear("the template renders other messages differently with this turn")
-        return self._start(before), len(before) + len(text) + len(self._end(after, end))
+            raise self.unclear("the template renders other messages differently with this turn")
+        return self._start(before), len(before) + len(text) + len(self.end(after, end))
 
     def _start(self, before: str) -> int:
         """Return where the turn begins in `before`, the text before its mark."""
+        header = self.header()
+        return self.after_header(before, header) if header else self._after_previous(before)
+
+    def header(self) -> str:
+        """Return the generation prompt after the messages before; empty if there is none."""
         context = self.before
         prompt = self._rendered(context, prompt=True)
         if prompt is None:  # some templates render no empty conversation
@@ -147,11 +152,9 @@ class _Turn:
             prompt = self._rendered(context, prompt=True)
         bare = self._rendered(context)
         if prompt is None or bare is None:
-            raise self._unclear("the template refuses the messages before it")
+            raise self.unclear("the template refuses the messages before it")
         header = prompt[self.turns.difference(prompt, bare) :]
-        if header.strip():
-            return self._after_header(before, header)
-        return self._after_previous(before)
+        return header if header.strip() else ""
 
     def _after_previous(self, before: str) -> int:
         """Return where the turn begins if the template has no generation prompt.
@@ -162,33 +165,34 @@ class _Turn:
         if not self.before:
             return len(before)
         mark, other = MARKS[:2]
-        previous = [*self.before[:-1], _marked(self.before[-1], other)[0]]
-        plain, own = {"role": "assistant", "content": mark}, _marked(self.message, mark)[0]
-        _, end = self._around(other, previous)
-        _, as_last = self._around(other, [*previous, plain])
-        _, as_is = self._around(other, [*previous, own, *self.later])
+        previous = [*self.before[:-1], marked_message(self.before[-1], other)[0]]
+        plain, own = {"role": "assistant", "content": mark}, marked_message(self.message, mark)[0]
+        _, end = self.around(other, previous)
+        _, as_last = self.around(other, [*previous, plain])
+        _, as_is = self.around(other, [*previous, own, *self.later])
         as_last, as_is = as_last.partition(mark)[0], as_is.partition(mark)[0]
         if not (as_last.startswith(end) and as_is.startswith(end)):
-            raise self._unclear("its header depends on the messages that follow")
+            raise self.unclear("its header depends on the messages that follow")
         header = _common(as_last, as_is)[len(end) :]
         return len(before) - len(as_is) + len(end) + len(header) * bool(header.strip())
 
-    def _after_header(self, before: str, header: str) -> int:
+    def after_header(self, before: str, header: str) -> int:
         """Return the end of the last header in `before`.
 
         The generation prompt may open or skip the reasoning, as the turn's header need not.
         """
         first = self.turns.first_token(header)
-        place = -1 if _reasons(self.message, first) else before.rfind(first)
+        clear = not any(first in text for text in reasoning(self.message))
+        place = before.rfind(first) if clear else -1
         found, plain = before[max(place, 0) :], header.partition(REASONING_TAG)[0]
         if place >= 0 and header.startswith(found):
             return len(before)
         for start in (header, plain):
             if place >= 0 and found.startswith(start):
                 return place + len(start)
-        raise self._unclear(f"the generation prompt {header!r:.60} does not precede it")
+        raise self.unclear(f"the generation prompt {header!r:.60} does not precede it")
 
-    def _end(self, after: str, end: str) -> str:
+    def end(self, after: str, end: str) -> str:
         """Return the part of `after`, the text after the turn's mark, that belongs to the turn.
 
         `end` is that text if the conversation ended with the turn.
@@ -198,7 +202,7 @@ class _Turn:
         common = _common(after, end)
         whole = self.turns.whole_tokens(common) or self.turns.end_token(after)
         if not whole and common.strip():
-            raise self._unclear(f"{end!r:.60} does not follow it")
+            raise self.unclear(f"{end!r:.60} does not follow it")
         return whole
 
     def _own_header(self, prompt: str, rest: str) -> str:
@@ -209,12 +213,12 @@ class _Turn:
         header = _common(plain[len(prompt) :], rest) if plain.startswith(prompt) else ""
         return header if header.strip() else ""
 
-    def _around(self, mark: str, messages: list[Message]) -> tuple[str, str]:
+    def around(self, mark: str, messages: list[Message]) -> tuple[str, str]:
         parts = self.turns.render(messages, self.tools).split(mark)
         if len(parts) == 1:
             raise RowError(f"message {self.number}: {LEFT_OUT}")
         if len(parts) != 2:
-            raise self._unclear(f"the template renders its text {len(parts) - 1} times")
+            raise self.unclear(f"the template renders its text {len(parts) - 1} times")
         return parts[0], parts[1]
 
     def _rendered(self, messages: Sequence[Message], *, prompt: bool = False) -> str | None:
@@ -224,7 +228,7 @@ class _Turn:
         except RowError:
             return None
 
-    def _unclear(self, why: str) -> RowError:
+    def unclear(self, why: str) -> RowError:
         return RowError(
             f"message {self.number}: its place in the rendered conversation is not clear: {why}; "
             "mark the assistant's text with {% generation %} in a template of your own "
@@ -245,26 +249,31 @@ def check_says(message: Message, turn: str, number: int) -> None:
             raise RowError(f"message {number}: {said!r:.60} is not in {turn!r:.60}: {LEFT_OUT}")
 
 
-def _marked(message: Message, mark: str) -> tuple[Message, str]:
+def only_calls(message: Message) -> bool:
+    """Whether a message has tool calls and no words beside them but reasoning."""
+    answer = message["content"].rpartition(END_OF_REASONING)[2]
+    return bool(message.get("tool_calls")) and not answer.strip()
+
+
+def marked_message(message: Message, mark: str) -> tuple[Message, str]:
     """Return a message with a mark instead of what it says, and the text so replaced.
 
     That is the content after the reasoning, or, if there is none, the name of the first call.
     """
-    head, end, answer = message["content"].rpartition(END_OF_REASONING)
-    calls = message.get("tool_calls", [])
-    if answer.strip() or not calls:
+    if not only_calls(message):
+        head, end, answer = message["content"].rpartition(END_OF_REASONING)
         return {**message, "content": head + end + mark}, answer
-    function = calls[0].get("function", calls[0])
+    call, *more = message["tool_calls"]
+    function = call.get("function", call)
     named = {**function, "name": mark}
-    call = {**calls[0], "function": named} if "function" in calls[0] else named
-    return {**message, "tool_calls": [call, *calls[1:]]}, function["name"]
+    marked = {**call, "function": named} if "function" in call else named
+    return {**message, "tool_calls": [marked, *more]}, function["name"]
 
 
-def _reasons(message: Message, text: str) -> bool:
-    """Whether a text is in a message's reasoning, which precedes the mark."""
-    reasoning = message["content"].rpartition(END_OF_REASONING)[0]
-    texts = [reasoning, *(message.get(key) for key in REASONING)]
-    return any(isinstance(one, str) and text in one for one in texts)
+def reasoning(message: Message) -> list[str]:
+    """Return the texts of a message that precede what it says."""
+    texts = [message["content"].rpartition(END_OF_REASONING)[0], *map(message.get, REASONING)]
+    return [text for text in texts if isinstance(text, str)]
 
 
 def _common(one: str, other: str) -> str:

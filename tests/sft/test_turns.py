@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nemo_kd.sft import RowError
+from nemo_kd.sft.many_turns import find_turns
 from nemo_kd.sft.messages import conversation_of
 from tests.sft.chats import (
     SPECIAL,
@@ -247,6 +248,39 @@ def test_random_conversations_learn_exactly_the_assistants_words(
         said(name, text, 2 * i + 2 == len(contents)) for i, text in enumerate(contents[1::2])
     ]
     assert chat.tokenizer.ids_to_text(ids) == "".join(answers)
+
+
+MESSAGE = st.one_of(
+    st.builds(user, TEXT),
+    st.builds(assistant, TEXT),
+    st.builds(lambda text: assistant(text, reasoning_content="r", thinking="r"), TEXT),
+    st.builds(lambda text: assistant(f"<think>q</think>{text}"), TEXT),
+    st.builds(lambda text: assistant(text, tool_calls=[call("add", a=text)]), TEXT),
+    st.builds(tool, TEXT),
+)
+
+
+@pytest.mark.parametrize("name", SPECIAL)
+@settings(deadline=None, max_examples=60)
+@given(messages=st.lists(MESSAGE, min_size=1, max_size=7))
+def test_turns_found_together_are_those_found_one_by_one(
+    name: str, messages: list[dict[str, Any]]
+) -> None:
+    """In whatever order speakers come; what one way refuses, the other refuses as well."""
+    conversation = conversation_of({"messages": [user("first"), *messages]})
+    chat = CHATS[name]
+    try:
+        text = chat._render(conversation.messages, None)
+    except RowError:
+        return
+    found: list[Any] = []
+    for many in (0, len(messages)):
+        try:
+            turns = conversation.assistant_turns()
+            found.append(find_turns(chat._finder, conversation, text, turns, many))
+        except RowError:
+            found.append("refused")
+    assert found[0] == found[1]
 
 
 def said(name: str, text: str, last: bool) -> str:

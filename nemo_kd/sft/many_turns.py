@@ -1,0 +1,109 @@
+"""Where the assistant's turns are in a long conversation.
+
+To render a conversation up to each of its turns takes a time that grows with the square of their
+number. Here one rendering has a mark in the stead of every turn, headers and ends are those of
+short renderings, and both are checked against the text. What does not agree is searched for turn by
+turn.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.messages import Conversation
+from nemo_kd.sft.spans import Span
+from nemo_kd.sft.turns import Turn, Turns, check_says, marked_message, only_calls, reasoning
+
+MANY = 4
+OPEN, CLOSE = "\U0010abcd", "\U0010dcba"  # a mark is a number between these private-use characters
+
+
+def find_turns(
+    turns: Turns, conversation: Conversation, text: str, numbers: list[int], many: int = MANY
+) -> list[Span]:
+    """Return the span in `text`, the rendered conversation, of each message in `numbers`.
+
+    More than `many` are searched for together. Raises RowError if a turn cannot be found, or if its
+    span lacks what the assistant says.
+    """
+    if len(numbers) <= many or OPEN in text:
+        return turns.spans(conversation, text, numbers)
+    try:
+        spans = list(_Together(turns, conversation, text, numbers).spans())
+    except RowError:
+        return turns.spans(conversation, text, numbers)
+    for number, span in zip(numbers, spans, strict=True):
+        check_says(conversation.messages[number], text[slice(*span)], number)
+    return spans
+
+
+class _Together:
+    """Turns of one conversation; methods raise RowError where renderings do not agree."""
+
+    def __init__(
+        self, turns: Turns, conversation: Conversation, text: str, numbers: list[int]
+    ) -> None:
+        self.turns, self.text, self.numbers = turns, text, numbers
+        self.messages, self.tools = conversation.messages, conversation.tools
+        self.each = [Turn(turns, conversation, text, number) for number in numbers]
+        self.headers: dict[str, str] = {}
+        self.gaps: dict[tuple[Any, ...], str] = {}
+        self.ends: dict[tuple[str, bool], str] = {}
+
+    def spans(self) -> list[Span]:
+        said, pieces = self._pieces()
+        place, spans = len(pieces[0]), []
+        for turn, words, before, after in zip(self.each, said, pieces, pieces[1:], strict=False):
+            text = self._words(turn, words, after, place)
+            start = place - len(before) + self._start(turn, before, place)
+            place += len(text)
+            stop = place + len(turn.end(after, self._end(turn)))
+            spans.append((start, self.turns.without_space(self.text, start, stop)))
+            place += len(after)
+        if place != len(self.text):
+            raise RowError("the last turn is unlike the others")
+        return spans
+
+    def _pieces(self) -> tuple[list[str], list[str]]:
+        """Return what the turns say, and the text before, between and after them."""
+        messages, said = [*self.messages], []
+        for number in self.numbers:
+            messages[number], words = marked_message(messages[number], f"{OPEN}{number}{CLOSE}")
+            said.append(words)
+        parts = re.split(f"{OPEN}([0-9]+){CLOSE}", self.turns.render(messages, self.tools))
+        pieces = parts[::2]
+        length = sum(map(len, pieces))
+        if parts[1::2] != [*map(str, self.numbers)] or not self.text.startswith(pieces[0]):
+            raise RowError(f"marks of {len(self.numbers)} turns in {length} characters")
+        return said, pieces
+
+    def _words(self, turn: Turn, said: str, after: str, place: int) -> str:
+        """Return the turn's words as rendered: a template may take off space around them."""
+        for words in (said, said.strip(), said.lstrip("\n"), said.lstrip(), said.rstrip()):
+            if self.text.startswith(words + after, place):
+                return words
+        raise turn.unclear("the template renders its text differently")
+
+    def _start(self, turn: Turn, before: str, place: int) -> int:
+        role = turn.before[-1]["role"] if turn.before else ""
+        if role not in self.headers:
+            self.headers[role] = turn.header()
+        if self.headers[role]:
+            return turn.after_header(before, self.headers[role])
+        kind = role, only_calls(turn.message), *reasoning(turn.message)
+        if kind not in self.gaps:
+            self.gaps[kind] = self.text[turn.span()[0] : place]
+        if not before.endswith(self.gaps[kind]):
+            raise turn.unclear("its header is unlike an earlier one")
+        return len(before) - len(self.gaps[kind])
+
+    def _end(self, turn: Turn) -> str:
+        """Return what follows the turn's words if it ends a short conversation."""
+        calls = str(turn.message.get("tool_calls", "")), only_calls(turn.message)
+        if calls not in self.ends:
+            marked, _ = marked_message(turn.message, OPEN)
+            first = self.messages[: self.numbers[0]]
+            self.ends[calls] = turn.around(OPEN, [*first, marked])[1]
+        return self.ends[calls]
