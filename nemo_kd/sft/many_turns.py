@@ -25,15 +25,31 @@ def find_turns(
 ) -> list[Span]:
     """Return the span in `text`, the rendered conversation, of each message in `numbers`.
 
-    More than `many` are searched for together. Raises RowError if a turn cannot be found, or if its
-    span lacks what the assistant says.
+    More than `many` are searched for together first. Raises RowError if a turn cannot be found, or
+    if its span lacks what the assistant says.
     """
-    if len(numbers) <= many or OPEN in text:
+    if len(numbers) > many:
+        spans = _together(turns, conversation, text, numbers)
+        return turns.spans(conversation, text, numbers) if spans is None else spans
+    try:
         return turns.spans(conversation, text, numbers)
+    except RowError:
+        spans = _together(turns, conversation, text, numbers)
+        if spans is None:
+            raise
+        return spans
+
+
+def _together(
+    turns: Turns, conversation: Conversation, text: str, numbers: list[int]
+) -> list[Span] | None:
+    """Return the spans of turns; None if they cannot be found together."""
+    if OPEN in text:
+        return None
     try:
         spans = list(_Together(turns, conversation, text, numbers).spans())
     except RowError:
-        return turns.spans(conversation, text, numbers)
+        return None
     for number, span in zip(numbers, spans, strict=True):
         check_says(conversation.messages[number], text[slice(*span)], number)
     return spans
@@ -91,13 +107,19 @@ class _Together:
         if role not in self.headers:
             self.headers[role] = turn.header()
         if self.headers[role]:
-            return turn.after_header(before, self.headers[role])
+            return self._after_header(turn, before, self.headers[role], place)
         kind = role, only_calls(turn.message), *reasoning(turn.message)
         if kind not in self.gaps:
             self.gaps[kind] = self.text[turn.span()[0] : place]
         if not before.endswith(self.gaps[kind]):
             raise turn.unclear("its header is unlike an earlier one")
         return len(before) - len(self.gaps[kind])
+
+    def _after_header(self, turn: Turn, before: str, header: str, place: int) -> int:
+        try:
+            return turn.after_header(before, header)
+        except RowError:
+            return len(before) - (place - turn.span()[0])
 
     def _end(self, turn: Turn) -> str:
         """Return what follows the turn's words if it ends a short conversation."""

@@ -182,8 +182,11 @@ class Turn:
         The generation prompt may open or skip the reasoning, as the turn's header need not.
         """
         first = self.turns.first_token(header)
-        clear = not any(first in text for text in reasoning(self.message))
-        place = before.rfind(first) if clear else -1
+        thoughts = [text.strip() for text in reasoning(self.message) if text.strip()]
+        place = -1 if any(first in text for text in thoughts) else before.rfind(first)
+        _, earlier, between = before[: max(place, 0)].rpartition(header)
+        if earlier and any(text in between for text in thoughts):
+            raise self.unclear("a header stands between its reasoning and its text")
         found, plain = before[max(place, 0) :], header.partition(REASONING_TAG)[0]
         if place >= 0 and header.startswith(found):
             return len(before)

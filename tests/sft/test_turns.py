@@ -253,8 +253,8 @@ def test_random_conversations_learn_exactly_the_assistants_words(
 MESSAGE = st.one_of(
     st.builds(user, TEXT),
     st.builds(assistant, TEXT),
-    st.builds(lambda text: assistant(text, reasoning_content="r", thinking="r"), TEXT),
-    st.builds(lambda text: assistant(f"<think>q</think>{text}"), TEXT),
+    st.builds(lambda text: assistant(text, reasoning_content="why", thinking="why"), TEXT),
+    st.builds(lambda text: assistant(f"<think>how</think>{text}"), TEXT),
     st.builds(lambda text: assistant(text, tool_calls=[call("add", a=text)]), TEXT),
     st.builds(tool, TEXT),
 )
