@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from typing import NoReturn
 
 from nemo_kd.served.answer import AnswerError, Wire, topk_of
@@ -107,7 +107,7 @@ class ServedForward:
         self.teacher, self.spec = teacher, spec
         self.wire = WIRES[teacher.config.api]()
 
-    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> Iterator[TopK | RowError]:
+    def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> Generator[TopK | RowError]:
         """Yield each row's top-K in order; an error for a row whose answers do not fit it."""
         with asyncio.Runner() as runner:
             client, tasks = runner.run(self._start(rows))

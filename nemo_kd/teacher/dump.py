@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -199,9 +200,11 @@ def _samples(
         if results is None:
             continue
         dropped = []
-        for row, topk in usable(zip(call, results, strict=True), rows.file, bad, dropped):
-            yield sample_of(row, topk)
-            progress.advance([(row, topk)])
+        # After an error, a pass that is a generator must end now, not when it is collected.
+        with closing(results) if isinstance(results, Generator) else nullcontext():
+            for row, topk in usable(zip(call, results, strict=True), rows.file, bad, dropped):
+                yield sample_of(row, topk)
+                progress.advance([(row, topk)])
         progress.drop(dropped)
 
 

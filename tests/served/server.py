@@ -160,7 +160,7 @@ class Handler(BaseHTTPRequestHandler):
 
 def vllm(server: Server, body: Json, fault: str) -> Json:
     """`/v1/completions` with `prompt_logprobs`: the token's own entry first, then the top-K."""
-    tokens, k = body["prompt"], body["prompt_logprobs"]
+    tokens, k = seen(body["prompt"], fault), body["prompt_logprobs"]
     if body["model"] not in server.names:
         raise ValueError(f"The model `{body['model']}` does not exist.")
     if k > server.max_logprobs:
@@ -180,19 +180,19 @@ def vllm(server: Server, body: Json, fault: str) -> Json:
     choice: Json = {"index": 0, "text": "x", "prompt_logprobs": broken(entries, fault)}
     if body.get("return_token_ids"):
         choice["prompt_token_ids"] = tokens
-    if fault in ("shifted", "rotated", "short"):
+    if fault in ("shifted", "rotated", "short", "other row"):
         del choice["prompt_token_ids"]  # only the positions tell
     return {"choices": [choice], "usage": {"prompt_tokens": len(tokens), "completion_tokens": 1}}
 
 
 def logprob(value: torch.Tensor, rank: int) -> Json:
-    number = float(value) if value.isfinite() else -9999.0
+    number = -9999.0 if value == -torch.inf else float(value)
     return {"logprob": number, "rank": rank, "decoded_token": "é"}
 
 
 def sglang(server: Server, body: Json, fault: str) -> Json:
     """`/generate` with the log-probabilities of the input."""
-    tokens, k = body["input_ids"], body["top_logprobs_num"]
+    tokens, k = seen(body["input_ids"], fault), body["top_logprobs_num"]
     own: list[Any] = [[None, tokens[0], None]]
     tops: list[Any] = [None]
     for token, row in zip(tokens[1:], values(server, tokens, fault), strict=True):
@@ -209,16 +209,20 @@ def sglang(server: Server, body: Json, fault: str) -> Json:
 
 
 def finite(value: torch.Tensor) -> float | None:
-    return float(value) if value.isfinite() else None  # orjson writes null
+    return float(value) if value.isfinite() else None  # as orjson, for NaN too
 
 
 def values(server: Server, tokens: list[int], fault: str) -> torch.Tensor:
-    if fault == "other row":
-        tokens = [*tokens[:1], *reversed(tokens[1:])]
     found = server.logprobs(tokens)
     if fault == "logits":
         found = found - 7.5
+    if fault == "nan":
+        found[7] = torch.nan
     return found
+
+
+def seen(tokens: list[int], fault: str) -> list[int]:
+    return tokens[::-1] if fault == "other row" else tokens
 
 
 def broken(entries: list[Any], fault: str) -> list[Any]:
