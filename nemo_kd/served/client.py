@@ -10,6 +10,7 @@ import asyncio
 import email.utils
 import os
 import random
+import re
 import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
@@ -31,6 +32,10 @@ SECONDS_BETWEEN_LINES = 10.0
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 MAX_SHOWN = 400
 """Characters of a server's message that an error repeats."""
+
+LIMIT = re.compile(r"logprobs\b.*?(?:max(?:imum)? allowed|more than)\D*(\d+)", re.IGNORECASE)
+"""A server's words for a K above its limit, such as vLLM's "Requested prompt logprobs of 100, which
+is greater than max allowed: 20"."""
 
 
 class ServedTeacherError(NemoKDError):
@@ -128,7 +133,8 @@ class Client:
             return answer.content
         message = _message(answer.content)
         status = f"{answer.status_code} {answer.reason_phrase}"
-        if answer.status_code in (408, 429) or answer.status_code >= 500:
+        passes = answer.status_code in (408, 429) or answer.status_code >= 500
+        if passes and LIMIT.search(message) is None:
             raise _TryAgain(f"{status}: {message}", _retry_after(answer.headers))
         raise StatusError(
             f"{self.url}{path}: {status}: {message}{_hint(answer)}", answer.status_code, message

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import os
-import re
 from collections.abc import Generator, Sequence
 from typing import NoReturn
 
 from nemo_kd.served.answer import AnswerError, Wire, topk_of
-from nemo_kd.served.client import Client, ServedTeacherError, StatusError
-from nemo_kd.served.server import Server, describe
+from nemo_kd.served.client import LIMIT, Client, ServedTeacherError, StatusError
+from nemo_kd.served.server import PROBE, Server, describe
 from nemo_kd.served.sglang import SGLang
 from nemo_kd.served.vllm import VLLM
 from nemo_kd.settings.batches import processes_of
@@ -26,9 +25,6 @@ from nemo_kd.teacher.layout import Layout
 from nemo_kd.topk import TopK
 
 WIRES: dict[str, type[Wire]] = {"vllm": VLLM, "sglang": SGLang}
-LIMIT = re.compile(r"logprobs\b.*?(?:max(?:imum)? allowed|more than)\D*(\d+)", re.IGNORECASE)
-"""A server's words for a K above its limit, such as vLLM's "Requested prompt logprobs of 100, which
-is greater than max allowed: 20"."""
 TRIES = 2
 """Requests for a row until an answer that does not fit it is an error."""
 
@@ -52,7 +48,10 @@ class ServedTeacher:
         self.identity = {"name": server.model, "fingerprint": None, "api": config.api}
 
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> ServedForward:
-        return ServedForward(self, spec)
+        """Raise ServedTeacherError if the server refuses K, before a store is begun."""
+        forward = ServedForward(self, spec)
+        asyncio.run(forward.probe())
+        return forward
 
     def writer(self, spec: StoreSpec, decoding: Decoding) -> NoReturn:
         raise ServedTeacherError(
@@ -124,28 +123,39 @@ class ServedForward:
         return client, [asyncio.create_task(self._row(client, row)) for row in rows]
 
     async def _row(self, client: Client, row: Row) -> TopK | RowError:
-        tokens, found = row.input_ids.tolist(), AnswerError("no answer")
+        found = AnswerError("no answer")
         for _ in range(TRIES):
-            body = self.wire.request(self.teacher.server.model, tokens, self.spec.top_k)
-            try:
-                content = await client.post(self.wire.path, body)
-            except StatusError as error:
-                raise self._refused(error, row) from error
+            content = await self._ask(client, row.input_ids.tolist(), f"row {row.row}")
             try:
                 return topk_of(self.wire.parse(content), row, self.spec, self.wire)
             except AnswerError as error:
                 found = error
         return found
 
-    def _refused(self, error: StatusError, row: Row) -> ServedTeacherError:
+    async def probe(self) -> None:
+        """Send a short request, whose answer is not examined."""
+        async with Client(self.teacher.config, self.teacher.layout.say) as client:
+            await self._ask(client, self.teacher.tokenizer.text_to_ids(PROBE)[:4], "a test request")
+
+    async def _ask(self, client: Client, tokens: list[int], what: str) -> bytes:
+        body = self.wire.request(self.teacher.server.model, tokens, self.spec.top_k)
+        try:
+            return await client.post(self.wire.path, body)
+        except StatusError as error:
+            raise self._refused(error, what) from error
+
+    def _refused(self, error: StatusError, what: str) -> ServedTeacherError:
         limit, top_k, option = LIMIT.search(error.message), self.spec.top_k, self.wire.limit_option
-        if limit is None or int(limit[1]) >= top_k:
-            return ServedTeacherError(f"row {row.row}: {error}")
-        raised = f"restart the server with {option} {top_k}, or set" if option else "set"
-        return ServedTeacherError(
-            f"dump.top_k={top_k}, but the server returns at most {limit[1]} log-probabilities per "
-            f"token; {raised} dump.top_k={limit[1]}"
-        )
+        if limit is not None and int(limit[1]) < top_k:
+            restart = f"restart the server with {option} {top_k}, or " if option else ""
+            return ServedTeacherError(
+                f"dump.top_k={top_k}, but the server returns at most {limit[1]} log-probabilities "
+                f"per token; {restart}set dump.top_k={limit[1]}"
+            )
+        hint = ""
+        if option and "logprobs" in error.message.lower():
+            hint = f"; the server's limit on dump.top_k={top_k} is its option {option}"
+        return ServedTeacherError(f"{what}: {error}{hint}")
 
 
 async def _result(task: asyncio.Task[TopK | RowError]) -> TopK | RowError:

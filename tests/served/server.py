@@ -1,6 +1,7 @@
 """A server on 127.0.0.1 with the wire formats of vLLM and SGLang, by a teacher in transformers.
 
-It can be told to fail: `server.faults` maps the number of a scoring request, from 0, to a fault.
+It can be told to fail: `server.faults` maps the number of a request for log-probabilities, from 0,
+to a fault. Number 0 is the test request at the start of a dump.
 As a script, `python -m tests.served.server MODEL PORT`, it serves until it is killed.
 """
 
@@ -12,8 +13,8 @@ import struct
 import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ class Server:
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
+
+    @contextmanager
+    def counted(self) -> Iterator[None]:
+        with self.lock:
+            self.in_flight += 1
+            self.most_in_flight = max(self.most_in_flight, self.in_flight)
+        yield
+        with self.lock:
+            self.in_flight -= 1
 
     @torch.no_grad()
     def logprobs(self, tokens: list[int]) -> torch.Tensor:
@@ -106,17 +116,12 @@ class Handler(BaseHTTPRequestHandler):
         with server.lock:
             number = len(server.requests)
             server.requests.append(body)
-            server.in_flight += 1
-            server.most_in_flight = max(server.most_in_flight, server.in_flight)
-        try:
-            self._score(scoring, body, server.faults(number))
-        finally:
-            with server.lock:
-                server.in_flight -= 1
+        self._score(scoring, body, server.faults(number))
 
     def _score(self, scoring: Callable[[Server, Json, str], Json], body: Json, fault: str) -> None:
         server = self.server_of_tests
-        time.sleep(server.seconds)
+        with server.counted():  # until the answer is sent, when the client may ask again
+            time.sleep(server.seconds)
         if fault == "500":
             return self._send(500, {"error": {"message": "EngineCore encountered an issue"}})
         if fault == "429":
