@@ -1,0 +1,128 @@
+"""Rows as conversations: OpenAI's messages, NeMo's and ShareGPT's conversations."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from nemo_kd.sft import RowError
+from nemo_kd.sft.messages import conversation_of
+
+
+def call(arguments: Any, **more: Any) -> dict[str, Any]:
+    function = {"name": "f", "arguments": arguments, **more}
+    return {"id": "c1", "type": "function", "function": function}
+
+
+ARGUMENTS = '{"x": [1, null]}'
+
+
+def part(text: str) -> dict[str, str]:
+    return {"type": "text", "text": text}
+
+
+def test_messages_keep_what_templates_may_read() -> None:
+    row = {
+        "messages": [
+            {"role": "system", "content": ""},
+            {
+                "role": "user",
+                "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b\n"}],
+            },
+            {
+                "role": "assistant",
+                "content": None,
+                "tool_calls": [call('{"x": [1, null]}', strict=None)],
+            },
+            {"role": "tool", "content": " 2", "tool_call_id": "c1", "name": "f"},
+            {
+                "role": "assistant",
+                "content": "c",
+                "tool_calls": [],
+                "thinking": "r",
+                "weight": 0,
+            },
+            {"role": "user", "content": "d", "name": None, "weight": None},
+        ],
+        "tools": '[{"type": "function"}]',
+    }
+    found = conversation_of(row)
+    assert found.messages == [
+        {"role": "system", "content": ""},
+        {"role": "user", "content": "ab\n"},
+        {"role": "assistant", "content": "", "tool_calls": [call({"x": [1, None]})]},
+        {"role": "tool", "content": " 2", "tool_call_id": "c1", "name": "f"},
+        {"role": "assistant", "content": "c", "thinking": "r"},
+        {"role": "user", "content": "d"},
+    ]
+    assert found.tools == [{"type": "function"}]
+    assert found.weights == [None, None, None, None, 0, None]
+    assert found.assistant_turns() == [2, 4]
+
+
+@pytest.mark.parametrize("tools", [None, [], "", "[]"])
+def test_no_tools(tools: Any) -> None:
+    row = {"messages": [{"role": "user", "content": "a"}], "tools": tools}
+    assert conversation_of(row).tools is None
+
+
+def test_nemos_conversations() -> None:
+    """An empty system text is no system message: NeMo's rows must have the key."""
+    turns = [{"from": "User", "value": "a"}, {"from": "Assistant", "value": " b", "weight": 1}]
+    row = {"system": "s", "mask": "User", "type": None, "conversations": turns}
+    assert conversation_of(row).messages == [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": " b"},
+    ]
+    assert conversation_of(row).weights == [None, None, 1]
+    assert len(conversation_of({**row, "system": ""}).messages) == 2
+
+
+def test_sharegpts_conversations() -> None:
+    names = {"system": "system", "human": "user", "gpt": "assistant", "tool": "tool"}
+    row = {"conversations": [{"from": name, "value": name} for name in names]}
+    assert conversation_of(row).messages == [
+        {"role": role, "content": name} for name, role in names.items()
+    ]
+
+
+def say(**message: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "assistant", **message}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ([], "a JSON list: expected an object"),
+        ({"text": "a"}, r"no messages or conversations; the row has \['text'\]"),
+        ({"messages": "a"}, "messages: 'a': expected a list"),
+        ({"messages": []}, "the conversation is empty"),
+        ({"messages": ["a"]}, "message 0 is 'a': expected an object"),
+        ({"messages": [{"content": "a"}]}, "message 0 has role None"),
+        (say(), r"message 0 \(assistant\) has no content"),
+        (say(content=3), "content is 3: expected text"),
+        (say(content=[{"type": "image_url", "image_url": {}}]), "part of type 'image_url'"),
+        (say(content=["a"]), "part of type 'str'"),
+        (say(content="a", weight=2), "weight is 2: expected 0 or 1"),
+        (say(content="a", weight=True), "weight is True"),
+        (say(content="a", weight="1"), "weight is '1'"),
+        (say(content=None, function_call={"name": "f"}), "function_call is an old form"),
+        (say(content=None, tool_calls="f"), "tool_calls: 'f': expected a list"),
+        (say(content=None, tool_calls=[{"id": "c"}]), "has no function name"),
+        (say(content=None, tool_calls=[call("{")]), "message 0: f: arguments are not JSON"),
+        (say(content=None, tool_calls=[call("[1]")]), "expected a JSON object"),
+        ({**say(content="a"), "tools": "{"}, "tools are not JSON"),
+        ({**say(content="a"), "tools": ["f"]}, "tools: 'f': expected an object"),
+        ({**say(content="a"), "functions": [{}]}, "functions are an old form"),
+        ({"conversations": [{"from": "who", "value": "a"}]}, "'who' is no known speaker"),
+        ({"conversations": [{"from": "User"}]}, "expected an object with from and value"),
+        ({"mask": "Assistant", "conversations": [{}]}, "mask 'Assistant'"),
+        ({"type": "TEXT_TO_VALUE", "conversations": [{}]}, "data.chat_template=nemo only"),
+        ({"system": 3, "conversations": []}, "system is 3: expected a string"),
+    ],
+)
+def test_what_is_no_conversation_is_an_error_by_message(row: Any, message: str) -> None:
+    with pytest.raises(RowError, match=message):
+        conversation_of(row)
