@@ -37,7 +37,7 @@ LIBRARIES: dict[str, set[str]] = {
     "loss": {"torch", "triton"},
     "settings": {"omegaconf"},
     "store": {"fsspec", "msgspec", "numpy", "tenacity", "torch"},
-    "sft": {"numpy", "sentencepiece", "transformers"},
+    "sft": {"numpy", "pyarrow", "sentencepiece", "transformers"},
     "data": {"numpy", "torch"},
     "teacher": {"numpy", "rich", "torch"},
     "checkpoints": {

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_kd.sft import JsonlFile, RowError, jsonl
+from nemo_kd.sft import JsonlFile, RowError, hashed
 
 GOOD = {"input": "Größe 答", "output": "a\u2028b\x85c"}
 
@@ -74,7 +74,7 @@ def test_any_rows_in_any_blocks(
     path = tmp_path_factory.getbasetemp() / "any.jsonl"
     write(path, text if last else text.removesuffix(end))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(jsonl, "BLOCK", block)
+        patch.setattr(hashed, "BLOCK", block)
         file = JsonlFile(path)
     assert [file[i] for i in range(len(file))] == values
     assert file.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
