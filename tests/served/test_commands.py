@@ -9,26 +9,42 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.store import Store
-from tests.processes import run_program, run_script, start_program
+from tests.bare import extra, run_bare
+from tests.processes import ROOT, run_script, start_program
 from tests.served.conftest import SHARED, run, served
 from tests.served.server import Server
 from tests.served.test_served import same_files, same_to_float16
 from tests.teacher.test_without_nemo import PATH
 
 
-@pytest.mark.parametrize("command", ["examples/dump_teacher_topk.py", "nemo_kd/__main__.py"])
-def test_the_commands_dump(
-    teacher: Path, server: Server, tmp_path: Path, command: str, monkeypatch: pytest.MonkeyPatch
+def test_the_example_dumps_without_nemo(
+    teacher: Path, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TEACHER_KEY", "s3cret")
     server.key = "s3cret"
-    job = ["dump"] if "main" in command else []
     overrides = served(server, teacher, tmp_path / "store", "teacher.api_key_env=TEACHER_KEY")
-    done = run_program(command, *job, *SHARED, *overrides, PYTHONPATH=PATH)
+    done = run_script("dump_teacher_topk.py", *SHARED, *overrides, PYTHONPATH=PATH)
     same_to_float16(Store(tmp_path / "store"), Store(teacher / "store"))
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
     assert not any(b"s3cret" in content for content in [*files, done.stdout.encode()])
     assert "s3cret" not in done.stderr
+
+
+MAIN = """
+import sys
+sys.path.insert(0, sys.argv.pop(1))
+from nemo_kd.cli.main import main
+main()
+"""
+
+
+def test_the_extra_served_is_enough(teacher: Path, server: Server, tmp_path: Path) -> None:
+    """`pip install nemo-kd[served]`, without what else is installed here."""
+    overrides = served(server, teacher, tmp_path / "store")
+    arguments = ["-c", MAIN, str(ROOT), "dump", *SHARED, *overrides]
+    done = run_bare(tmp_path / "bare", extra("served"), *arguments)
+    assert done.returncode == 0, done.stderr
+    same_to_float16(Store(tmp_path / "store"), Store(teacher / "store"))
 
 
 @pytest.mark.slow

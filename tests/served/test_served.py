@@ -10,7 +10,8 @@ import pytest
 
 from nemo_kd.store import Store
 from nemo_kd.store.tools.verify import verify
-from tests.served.conftest import ROWS, run, served
+from tests.processes import ROOT
+from tests.served.conftest import ROWS, hf, run, served
 from tests.served.server import Server
 
 HALF = 2.0**-11
@@ -45,6 +46,23 @@ def test_the_store_is_that_of_the_same_model_in_transformers(
     assert ours.spec.tokenizer == Store(teacher / "store").spec.tokenizer
     assert str(server.port) not in (tmp_path / "store/manifest.json").read_text()
     assert len(server.requests) == ROWS + 1
+
+
+def test_conversations_by_a_chat_template(teacher: Path, server: Server, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (teacher / "train.jsonl").read_text().splitlines()]
+    turns = [
+        {"messages": [{"role": "user", "content": r["input"][:30]}, answer, answer]}
+        for r in rows
+        for answer in [{"role": "assistant", "content": r["output"][:30]}]
+    ]
+    data = tmp_path / "messages.jsonl"
+    data.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    template = f"data.chat_template={ROOT}/tests/sft/templates/qwen3.jinja"
+    more = [f"data.file_path={data}", template]
+    ours = run(*served(server, teacher, tmp_path / "store", *more))
+    theirs = run(*hf(teacher, tmp_path / "hf"), *more)
+    same_to_float16(ours, theirs)
+    assert ours.spec.template == theirs.spec.template
 
 
 @pytest.mark.parametrize("api", ["vllm", "sglang"])
