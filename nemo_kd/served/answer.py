@@ -83,7 +83,8 @@ def topk_of(answer: Answer, row: Row, spec: StoreSpec, wire: Wire) -> TopK:
     where = row.loss_mask.nonzero()[0].tolist()
     found = [wire.candidates(answer.positions[i], tokens[i]) for i in where]
     rows = [
-        _without_own(each, i, tokens[i], spec.top_k) for i, each in zip(where, found, strict=True)
+        _without_own(each, i, tokens[i], spec.top_k, wire)
+        for i, each in zip(where, found, strict=True)
     ]
     ids = np.array([each.ids for each in rows], np.int64)
     logprobs = np.array([each.logprobs for each in rows], np.float32)
@@ -136,7 +137,9 @@ def _check_echo(echo: Sequence[int], tokens: list[int], vocab_size: int) -> None
             )
 
 
-def _without_own(found: Candidates, position: int, token: int, top_k: int) -> Candidates:
+def _without_own(
+    found: Candidates, position: int, token: int, top_k: int, wire: Wire
+) -> Candidates:
     """Return the K candidates, without the additional entry of a token outside the top-K."""
     ids, logprobs, own = found
     if own is None:
@@ -150,9 +153,15 @@ def _without_own(found: Candidates, position: int, token: int, top_k: int) -> Ca
     if len(ids) != top_k:
         raise AnswerError(
             f"the answer has {len(found.ids)} ids at position {position}, expected dump.top_k="
-            f"{top_k}, and the token's own if it is not among them"
+            f"{top_k}, and the token's own if it is not among them{_limit(len(ids), top_k, wire)}"
         )
     return Candidates(ids, logprobs, own)
+
+
+def _limit(count: int, top_k: int, wire: Wire) -> str:
+    if count >= top_k or not wire.limit_option:
+        return ""
+    return f"; raise the server's limit ({wire.limit_option}), or lower dump.top_k"
 
 
 class _Checks:

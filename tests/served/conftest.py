@@ -16,7 +16,7 @@ from nemo_kd.store import Store
 from nemo_kd.teacher.dump import dump
 from tests.checkpoints import models
 from tests.processes import ROOT
-from tests.served.server import Server
+from tests.served.server import VLLM_LIMIT, Server
 from tests.tiny import functions
 
 ROWS = 11
@@ -84,7 +84,13 @@ def _server(teacher: Path) -> Iterator[Server]:
 def server(_server: Server) -> Server:
     """The server of llama/, without faults."""
     fresh: dict[str, Any] = {"faults": lambda number: "", "seconds": 0.0, "requests": []}
-    fresh |= {"most_in_flight": 0, "max_logprobs": 400, "key": "", "names": ["teacher"]}
+    fresh |= {
+        "most_in_flight": 0,
+        "limit_words": VLLM_LIMIT,
+        "max_logprobs": 400,
+        "key": "",
+        "names": ["teacher"],
+    }
     for name, value in fresh.items():
         setattr(_server, name, value)
     return _server

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Json = dict[str, Any]
 Faults = Callable[[int], str]
+VLLM_LIMIT = "Requested prompt logprobs of {}, which is greater than max allowed: {}"
 
 
 class Server:
@@ -33,6 +34,7 @@ class Server:
         self.model = AutoModelForCausalLM.from_pretrained(str(model)).eval()
         self.tokenizer: Any = AutoTokenizer.from_pretrained(str(model))
         self.names, self.max_logprobs, self.key = ["teacher"], max_logprobs, ""
+        self.limit_words = VLLM_LIMIT
         self.faults: Faults = lambda number: ""
         self.seconds = 0.0
         """Length of a slow answer, and of every answer's additional time."""
@@ -169,10 +171,9 @@ def vllm(server: Server, body: Json, fault: str) -> Json:
     if body["model"] not in server.names:
         raise ValueError(f"The model `{body['model']}` does not exist.")
     if k > server.max_logprobs:
-        raise ValueError(
-            f"Requested prompt logprobs of {k}, which is greater than max allowed: "
-            f"{server.max_logprobs}"
-        )
+        if fault != "capped":
+            raise ValueError(server.limit_words.format(k, server.max_logprobs))
+        k = server.max_logprobs
     if len(tokens) + body["max_tokens"] > server.model.config.max_position_embeddings:
         raise ValueError("This model's maximum context length is exceeded")
     entries: list[dict[str, Json] | None] = [None]

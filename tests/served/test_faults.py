@@ -128,6 +128,18 @@ def test_a_top_k_above_the_servers_limit_names_its_option(
     assert len(run(*served(server, teacher, tmp_path / "store", "dump.top_k=10"))) == ROWS
 
 
+def test_other_limits_on_top_k_name_the_option_too(
+    teacher: Path, server: Server, tmp_path: Path
+) -> None:
+    server.max_logprobs, overrides = 10, served(server, teacher, tmp_path / "store")
+    server.limit_words = "Cannot request more than {1} prompt logprobs."
+    with pytest.raises(NemoKDError, match=r"more than 10 prompt logprobs.*option --max-logprobs"):
+        run(*overrides)
+    server.faults = lambda number: "capped"
+    with pytest.raises(RowError, match=r"has 1[01] ids at .*server's limit \(--max-logprobs\)"):
+        run(*overrides)
+
+
 def test_another_refusal_is_the_servers_own(teacher: Path, server: Server, tmp_path: Path) -> None:
     overrides = served(server, teacher, tmp_path / "store", "teacher.model=teacher")
     cfg = configuration(*overrides)
