@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,13 +25,13 @@ P = [0.4, 0.3, 0.2, 0.05]
 TOP = {7: P[0], 9: P[1], 1: P[2], 5: P[3]}
 
 
-def answer(position: dict[int, float | None], second: dict[int, float | None]) -> TopK:
+Entries = Mapping[int, float | None]
+
+
+def answer(first: Entries, second: Entries) -> TopK:
     """Parse an answer by vLLM with the given log-probabilities at the two answer tokens."""
-    entries = [
-        None,
-        *({str(i): {"logprob": x} for i, x in each.items()} for each in (position, second)),
-    ]
-    return parse(VLLM(), {"choices": [{"prompt_logprobs": entries}]})
+    given = [{str(i): {"logprob": x} for i, x in each.items()} for each in (first, second)]
+    return parse(VLLM(), {"choices": [{"prompt_logprobs": [None, *given]}]})
 
 
 def parse(wire: Any, value: Any, tokens: list[int] = TOKENS) -> TopK:
@@ -39,7 +40,7 @@ def parse(wire: Any, value: Any, tokens: list[int] = TOKENS) -> TopK:
     return topk_of(wire.parse(json.dumps(value).encode()), row, spec, wire)
 
 
-def logs(top: dict[int, float]) -> dict[int, float | None]:
+def logs(top: Mapping[int, float]) -> dict[int, float | None]:
     return {i: math.log(p) for i, p in top.items()}
 
 
@@ -77,7 +78,7 @@ def test_log_probabilities_rounded_to_bfloat16_are_accepted() -> None:
         p = torch.randn(V, generator=generator).mul(3).softmax(-1)
         top = {int(i): rounded(math.log(p[i])) for i in p.topk(K).indices}
         own = [{token: rounded(math.log(p[token])), **top} for token in TOKENS[1:]]
-        answer(own[0], own[1])  # type: ignore[arg-type]
+        answer(own[0], own[1])
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_log_probabilities_rounded_to_bfloat16_are_accepted() -> None:
 )
 def test_what_contradicts_itself_is_an_error(second: dict[int, float], message: str) -> None:
     with pytest.raises(AnswerError, match=message):
-        answer(logs(TOP), second)  # type: ignore[arg-type]
+        answer(logs(TOP), second)
 
 
 def sglang(own: list[Any], top: dict[int, float]) -> dict[str, Any]:
