@@ -36,7 +36,7 @@ LIBRARIES: dict[str, set[str]] = {
     "core": {"msgspec", "torch"},
     "loss": {"torch", "triton"},
     "settings": {"omegaconf"},
-    "store": {"fsspec", "msgspec", "numpy", "tenacity", "torch"},
+    "store": {"fsspec", "msgspec", "numpy", "pyarrow", "tenacity", "torch"},
     "sft": {"numpy", "pyarrow", "sentencepiece", "transformers"},
     "data": {"numpy", "torch"},
     "teacher": {"numpy", "rich", "torch"},

@@ -1,9 +1,10 @@
-"""Implementation of `nemo-kd convert`, in its three directions, and `nemo-kd average`."""
+"""Implementation of `nemo-kd convert`, in all its directions, and `nemo-kd average`."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from nemo_kd.store import (
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, chunk_paths, existing_chunks
 from nemo_kd.store.tools.jsonl import Padding, lines_of, record_of
+from nemo_kd.store.tools.parquet import read_parquet, spec_of, widest, write_parquet
 from nemo_kd.store.tools.selection import check_intact
 from nemo_kd.visible import visible
 
@@ -36,24 +38,31 @@ MASS_SAMPLES = 64  # evenly spaced samples read to measure the mass that a conve
 _PROFILE = ("--profile", "--p", "--top-k", "--segment-bytes")
 OPTIONS = {
     "from a store to JSONL": ("--samples-per-chunk",),
+    "from a store to Parquet": (),
     "from JSONL to a store": (*_PROFILE, "--tokenizer", "--bad-lines", "--renumber"),
+    "from Parquet to a store": (*_PROFILE, "--tokenizer"),
     "from a store to a store": _PROFILE,
 }
+KINDS = {".jsonl": "JSONL", ".parquet": "Parquet"}
 
 
 def refuse_idle_options(source: str, target: str, given: Mapping[str, Any]) -> None:
     """Raise StoreError for options that have no effect in this direction of conversion."""
-    if source.endswith(".jsonl") and target.endswith(".jsonl"):
-        raise StoreError(f"{source} and {target} are both JSONL; convert to a store first")
-    to_jsonl, from_jsonl = target.endswith(".jsonl"), source.endswith(".jsonl")
-    first, second = ("JSONL" if it else "a store" for it in (from_jsonl, to_jsonl))
+    first, second = kind_of(source), kind_of(target)
     direction = f"from {first} to {second}"
+    if direction not in OPTIONS:
+        raise StoreError(f"{source} is {first}, {target} {second}; convert to a store first")
     idle = [n for n, value in given.items() if value is not None and n not in OPTIONS[direction]]
     if idle:
         raise StoreError(
             f"{', '.join(idle)} has no effect {direction}, where the options are "
-            f"{', '.join(OPTIONS[direction])}; omit it, or convert in two steps"
+            f"{', '.join(OPTIONS[direction]) or 'none'}; omit it, or convert in two steps"
         )
+
+
+def kind_of(path: str) -> str:
+    """Return what a path names, by its suffix: JSONL, Parquet or a store."""
+    return KINDS.get(Path(path).suffix, "a store")
 
 
 def to_jsonl(
@@ -74,6 +83,73 @@ def to_jsonl(
     check_intact(store)
     written = write_jsonl(target, store, samples_per_chunk=samples_per_chunk)
     return {"written": target, "samples": written}
+
+
+def to_parquet(
+    source: str, target: str, *, overwrite: bool, advance: Callable[[int, int], None]
+) -> dict[str, Any]:
+    """Convert a store to a Parquet file."""
+    refuse_inputs([target], [source])
+    if Path(target).exists() and not overwrite:
+        raise StoreError(f"{target} already exists; use --overwrite to replace it")
+    store = Store(source)
+    check_intact(store)
+    written = write_parquet(target, store, lambda done: advance(done, len(store)))
+    return {"written": target, "samples": written}
+
+
+def from_parquet(
+    source: str,
+    target: str,
+    *,
+    profile: str | None,
+    profile_options: dict[str, Any] | None,
+    top_k: int | None,
+    segment_bytes: int | None,
+    tokenizer: str | None,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Convert a Parquet file to a store: the one that it was made of, unless options change it."""
+    refuse_inputs([target], [source, *([tokenizer] if tokenizer else [])])
+    recorded = spec_of(source)
+    if recorded is None:
+        if tokenizer is None:
+            raise StoreError(_needs_tokenizer(source))
+        recorded = StoreSpec(
+            top_k=max(widest(source), 1) if top_k is None else top_k,
+            vocab_size=load_tokenizer(tokenizer).vocab_size,
+            tokenizer=_identified(tokenizer),
+            source={"name": Path(source).name, "format": "Parquet"},
+        )
+    elif tokenizer is not None:
+        raise StoreError(f"--tokenizer has no effect: {source} records its own")
+    spec = replace(
+        recorded,
+        top_k=recorded.top_k if top_k is None else top_k,
+        profile=recorded.profile if profile is None else profile,
+        profile_options=(
+            (profile_options or {})
+            if profile not in (None, recorded.profile) or profile_options is not None
+            else recorded.profile_options
+        ),
+    )
+    manifest = write_samples(
+        read_parquet(source, spec), target, spec, segment_bytes=segment_bytes, overwrite=overwrite
+    )
+    return summary(target, manifest)
+
+
+def _needs_tokenizer(source: str) -> str:
+    return (
+        f"{source} does not record its tokenizer; give its directory or .model file with "
+        "--tokenizer"
+    )
+
+
+def _identified(tokenizer: str) -> dict[str, Any]:
+    """Return what a store's spec records of a tokenizer."""
+    fingerprint = tokenizer_fingerprint(load_tokenizer(tokenizer))
+    return {"fingerprint": fingerprint, "path": str(Path(tokenizer).absolute())}
 
 
 def between_stores(
@@ -140,10 +216,7 @@ def from_jsonl(
         if not path.exists() or path.is_dir():
             raise StoreError(f"{path}: {'is a directory' if path.is_dir() else 'no such file'}")
     if tokenizer is None:
-        raise StoreError(
-            f"{source} does not record its tokenizer; give its directory or .model file with "
-            "--tokenizer"
-        )
+        raise StoreError(_needs_tokenizer(source))
     refuse_inputs([target], [*chunk_paths(source), tokenizer])
     loaded = load_tokenizer(tokenizer)
     spec = StoreSpec(
@@ -151,10 +224,7 @@ def from_jsonl(
         vocab_size=loaded.vocab_size,
         profile="plain" if profile is None else profile,
         profile_options=profile_options or {},
-        tokenizer={
-            "fingerprint": tokenizer_fingerprint(loaded),
-            "path": str(Path(tokenizer).absolute()),
-        },
+        tokenizer=_identified(tokenizer),
         source={"name": Path(source).name, "format": "NeMo-Aligner JSONL"},
     )
     dropped: list[StoreError] = []

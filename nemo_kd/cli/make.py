@@ -28,11 +28,11 @@ Target = Annotated[Path, typer.Argument(help="Directory of the store to write.")
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A store, or NeMo-Aligner's JSONL.")],
-    target: Annotated[str, typer.Argument(help="Directory of a store, or a .jsonl file.")],
+    source: Annotated[str, typer.Argument(help="A store, NeMo-Aligner's .jsonl, or a .parquet.")],
+    target: Annotated[str, typer.Argument(help="Directory of a store, a .jsonl or a .parquet.")],
     profile: Annotated[
         str | None,
-        typer.Option(help="plain, compact or top_p; default: the store's, or plain for JSONL."),
+        typer.Option(help="plain, compact or top_p; default: the source's, or plain for JSONL."),
     ] = None,
     p: Annotated[float | None, typer.Option("--p", help="Total probability for top_p.")] = None,
     top_k: Annotated[int | None, typer.Option(min=1, help="Keep fewer logits per token.")] = None,
@@ -54,7 +54,10 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Convert a store to another profile or to NeMo-Aligner's JSONL, or JSONL to a store."""
+    """Convert a store to another profile, to NeMo-Aligner's JSONL or to Parquet, and back.
+
+    Parquet is loaded by pandas and datasets; converted back, it is the same store.
+    """
     from nemo_kd.cli import conversions
 
     options = {
@@ -76,10 +79,19 @@ def convert(
         "overwrite": overwrite,
     }
     with options_named():
-        if target.endswith(".jsonl"):
-            result = conversions.to_jsonl(source, target, samples_per_chunk, overwrite=overwrite)
-        elif source.endswith(".jsonl"):
+        kind, made = conversions.kind_of(source), conversions.kind_of(target)
+        if made == "a store":
             check_store_target(Path(target))
+        if made == "Parquet":
+            with progress("convert") as advance:
+                result = conversions.to_parquet(
+                    source, target, overwrite=overwrite, advance=advance
+                )
+        elif kind == "Parquet":
+            result = conversions.from_parquet(source, target, tokenizer=tokenizer, **common)
+        elif made == "JSONL":
+            result = conversions.to_jsonl(source, target, samples_per_chunk, overwrite=overwrite)
+        elif kind == "JSONL":
             result = conversions.from_jsonl(
                 source,
                 target,
@@ -89,7 +101,6 @@ def convert(
                 **common,
             )
         else:
-            check_store_target(Path(target))
             with progress("convert") as advance:
                 result = conversions.between_stores(
                     source, target, advance=advance, jobs=jobs, **common

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,3 +48,11 @@ class Sample(Tokens):
     topk: TopK
     """The teacher's top-K, A rows: row a describes p(. | input_ids[:t]) at the a-th answer position
     t; the log-sum-exp [A, T] is at the spec's temperatures."""
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedSample(Tokens):
+    """A sample whose top-K is encoded in the profile of the store that it is written to."""
+
+    arrays: dict[str, NDArray[Any]]
+    """The profile's arrays, by field."""

@@ -45,7 +45,7 @@ from nemo_kd.store.manifest import (
 )
 from nemo_kd.store.ours import refuse_foreign, remove_part
 from nemo_kd.store.parts import part_number, segment_directories, shard_directories
-from nemo_kd.store.sample import Sample, Tokens
+from nemo_kd.store.sample import EncodedSample, Sample, Tokens
 from nemo_kd.store.segments import (
     INDEX_BYTES,
     Packing,
@@ -260,16 +260,19 @@ class ShardWriter:
                 self._fields[name] = FieldWriter(self._directory / name, dtype)
         return self
 
-    def add(self, sample: Sample) -> None:
+    def add(self, sample: Sample | EncodedSample) -> None:
         """Append one sample; raise StoreError, naming the row, if it does not match the spec.
 
-        Samples must be added in ascending row order.
+        Samples must be added in ascending row order. Of an encoded one only the tokens are checked.
         """
         row, spec = int(sample.row), self._store.spec
         try:
             input_ids, loss_mask, answers = checked_tokens(
                 sample.input_ids, sample.loss_mask, spec.vocab_size
             )
+            if isinstance(sample, EncodedSample):
+                self.add_encoded(Tokens(row, input_ids, loss_mask), sample.arrays)
+                return
             arrays = self._store.codec.encode(checked_topk(sample, answers, spec))
         except StoreError as error:
             raise StoreError(f"row {row}: {error}") from error

@@ -77,6 +77,21 @@ def test_stats(a_store: Path) -> None:
     assert "label rank" in text and "%" in text
 
 
+def test_convert_to_parquet_and_back(a_store: Path, tmp_path: Path) -> None:
+    file, fewer = tmp_path / "s.parquet", tmp_path / "fewer"
+    nemo_kd("convert", a_store, file)
+    assert "already exists; use --overwrite" in nemo_kd("convert", a_store, file, fails=True)
+    nemo_kd("convert", file, tmp_path / "back")
+    assert "no problems" in nemo_kd("verify", tmp_path / "back")
+    for one, other in zip(Store(a_store), Store(tmp_path / "back"), strict=True):
+        assert one.row == other.row and (one.topk.logits == other.topk.logits).all()
+    nemo_kd("convert", file, fewer, "--top-k", 2, "--profile", "compact")
+    assert (Store(fewer).spec.top_k, Store(fewer).spec.profile) == (2, "compact")
+    refused = nemo_kd("convert", file, tmp_path / "x", "--renumber", fails=True)
+    assert "--renumber has no effect from Parquet to a store" in refused
+    assert "convert to a store first" in nemo_kd("convert", file, "x.jsonl", fails=True)
+
+
 def test_convert_to_jsonl_and_back_and_to_profiles(a_store: Path, tmp_path: Path) -> None:
     nemo_kd("convert", a_store, tmp_path / "topk.jsonl")
     record = json.loads((tmp_path / "topk.jsonl").read_text().splitlines()[0])

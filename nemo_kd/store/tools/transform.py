@@ -22,7 +22,7 @@ from nemo_kd.outputs import refuse_inputs
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
-from nemo_kd.store.sample import Sample
+from nemo_kd.store.sample import EncodedSample, Sample
 from nemo_kd.store.segments import MOST_ROWS
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.splitmix import GOLDEN, counter, unit
@@ -37,7 +37,7 @@ SHARDS_PER_SAMPLE, FREE_SHARDS = 4, 400
 
 
 def write_samples(
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | EncodedSample],
     directory: str | Path,
     spec: StoreSpec,
     *,
@@ -188,7 +188,7 @@ def split(
 
 def _write(
     writer: StoreWriter,
-    samples: Iterable[Sample],
+    samples: Iterable[Sample | EncodedSample],
     progress: Progress | None,
     segment_bytes: int | None,
 ) -> Manifest:
