@@ -15,7 +15,6 @@ from nemo_kd.settings.files import (
     Problem,
     check_files,
     directory,
-    file,
     file_or_directory,
     output_directory,
     paths_at,
@@ -23,6 +22,7 @@ from nemo_kd.settings.files import (
 from nemo_kd.settings.moved import DUMP
 from nemo_kd.settings.templates import check_template
 from nemo_kd.settings.values import shown
+from nemo_kd.sft.previews import first_rows, problem_of
 from nemo_kd.teacher.config import DumpConfig, GenerateConfig, TopKConfig
 
 EARLIER = "model.kd"
@@ -90,14 +90,16 @@ def check_inputs(cfg: DictConfig) -> None:
         cfg,
         [
             TEACHERS[cfg.teacher.kind],
-            ("data.file_path", file("SFT file")),
             ("output_dir", output_directory),
         ],
     )
+    files = list(paths_at(cfg, "data.file_path"))
+    if found := problem_of(files):
+        raise NemoKDError(f"data.file_path: {found}")
     check_processes(cfg)
     data_parallel_size(cfg)
     if not cfg.data.chat:
-        check_template(cfg.data, "data", paths_at(cfg, "data.file_path"))
+        check_template(cfg.data, "data", first_rows(files))
 
 
 TEACHERS: dict[str, tuple[str, Problem]] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, open_dict
@@ -11,6 +10,7 @@ from nemo_kd.data import fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.record import Progress, say
 from nemo_kd.nemo.splits import Split
+from nemo_kd.sft import open_files
 from nemo_kd.store import Store
 
 NO_EPOCH_LIMIT = 9999
@@ -52,20 +52,13 @@ def samples_of(data_cfg: DictConfig) -> list[int]:
     split, length = Split.of(data_cfg), data_cfg.max_seq_length
     return [
         *(_used(Store(directory), split, length) for directory in split.store),
-        *(rows_of(Path(file)) for file in split.file_names),
+        *(rows_of(file) for file in split.file_names),
     ]
 
 
-def rows_of(path: Path) -> int:
-    """Count the lines of a JSONL file as NeMo does: without empty ones at its end."""
-    rows, newlines = 0, 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 24):
-            stripped = len(block.rstrip(b"\n"))
-            if stripped:
-                rows = newlines + block.count(b"\n", 0, stripped) + 1
-            newlines += block.count(b"\n")
-    return rows
+def rows_of(file: str) -> int:
+    """Count the rows of an SFT file or of the files of a glob."""
+    return len(open_files(file))
 
 
 def _used(store: Store, split: Split, length: int) -> int:

@@ -16,10 +16,10 @@ from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
 from omegaconf.base import ContainerMetadata, Metadata
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.files import sha256_of
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.resumed_settings import Settings
 from nemo_kd.nemo.splits import TrainSplit
+from nemo_kd.sft import open_files
 from nemo_kd.store import Store
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.visible import visible
@@ -79,10 +79,9 @@ def training_data(data_cfg: DictConfig) -> list[Origin]:
     """Return paths and fingerprints of the training data, stores first."""
     split = TrainSplit.of(data_cfg)
     stores = [Store(directory) for directory in split.store]
-    files = [Path(file) for file in split.file_names]
     return [
         *({"path": str(s.origin), "fingerprint": s.fingerprint} for s in stores),
-        *({"path": str(file), "fingerprint": sha256_of(file)} for file in files),
+        *({"path": str(Path(f)), "fingerprint": open_files(f).sha256} for f in split.file_names),
     ]
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 from collections.abc import Iterable, Mapping
 from itertools import islice
@@ -13,12 +11,14 @@ from nemo_kd.errors import NemoKDError
 
 OTHER_FORMATS = ("messages", "conversations", "text")
 OTHER_FIELDS = {"messages", "conversations", "text"}
-MAX_ROW_BYTES = 1 << 20
-"""Maximum number of bytes read of a file's first line."""
 
 
-def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = ()) -> None:
-    """Check the template of a data block against the block's keys and each file's first row.
+def check_template(
+    block: Mapping[str, Any], where: str, first_rows: Iterable[tuple[str, Any]] = ()
+) -> None:
+    """Check the template of a data block against the block's keys and the first row of each file.
+
+    `first_rows`: paths and their first rows, None for what cannot be read.
 
     Errors: NemoKDError that names the key to change, in the block at `where`.
     """
@@ -45,29 +45,19 @@ def check_template(block: Mapping[str, Any], where: str, files: Iterable[str] = 
                 f"from "
                 f"{', '.join(names)}"
             )
-    for path in files:
-        _check_first_row(path, names, key, label)
+    for path, row in first_rows:
+        if isinstance(row, dict):  # the reader refuses other rows
+            _check_first_row(path, row, names, key, label)
 
 
-def _check_first_row(path: str, names: list[str], key: str, label: str) -> None:
-    row = _first_row(path)
-    if row is not None and row.keys() & OTHER_FIELDS:
+def _check_first_row(
+    path: str, row: dict[str, Any], names: list[str], key: str, label: str
+) -> None:
+    if row.keys() & OTHER_FIELDS:
         return  # a conversation or a text, unless the reader refuses it
-    missing = [name for name in names if row is not None and name not in row and name != label]
-    if missing and row is not None:
+    missing = [name for name in names if name not in row and name != label]
+    if missing:
         raise NemoKDError(
             f"{key} names {{{missing[0]}}}, which the rows of {path} do not have: the first has "
             f"{', '.join(islice(row, 10)) or 'no fields'}"
         )
-
-
-def _first_row(path: str) -> dict[str, Any] | None:
-    """Return the first row of a JSONL file; None if it is not an object (its reader reports it)."""
-    if not os.path.isfile(path):
-        return None
-    with open(path, "rb") as lines:
-        try:
-            row = json.loads(lines.readline(MAX_ROW_BYTES))
-        except (ValueError, RecursionError):
-            return None
-    return row if isinstance(row, dict) else None

@@ -61,7 +61,7 @@ CLASSES: dict[Kind, type[JsonlFile] | type[ParquetFile] | type[SavedDataset]] = 
 }
 
 
-def open_rows(paths: str | Path | Sequence[str | Path]) -> RowFile:
+def open_files(paths: str | Path | Sequence[str | Path]) -> RowFile:
     """Open a file, or several as one sequence; each path may be a glob.
 
     The files of a glob are sorted by name. Raises RowError for a path or glob without a file, a

@@ -14,7 +14,7 @@ from nemo_kd.sft.jsonl import BOM
 from nemo_kd.sft.saved_dataset import STATE
 
 JSON_LINES = (".jsonl", ".ndjson")
-KINDS = "JSONL, a JSON array, Parquet, or a directory written by save_to_disk of `datasets`"
+KINDS = "SFT file (JSONL, a JSON array or Parquet) or a directory that `datasets` saved"
 LINE_BYTES = 1 << 20
 """Number of bytes that are read of a first line."""
 REFUSED = {

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemo_kd.settings.files import REMOTE
+from nemo_kd.settings.files import REMOTE, file
 from nemo_kd.sft.hashed import RowError
 
 
@@ -43,8 +43,7 @@ def _matches(given: str) -> list[Path]:
 
 
 def _identity(path: Path) -> tuple[int, int]:
-    try:
-        status = os.stat(path)
-    except OSError as error:
-        raise RowError(f"no SFT file at {path} ({error.strerror})") from error
+    if not os.path.exists(path):
+        raise RowError(file("SFT file")(str(path)))
+    status = os.stat(path)
     return status.st_dev, status.st_ino

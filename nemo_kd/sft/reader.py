@@ -14,7 +14,8 @@ from nemo_kd.sft.chat import ChatTemplate
 from nemo_kd.sft.chat_template import Template, chosen_template
 from nemo_kd.sft.config import RowConfig, template_hash
 from nemo_kd.sft.conversations import NemoTurns, as_conversation
-from nemo_kd.sft.jsonl import JsonlFile, RowError
+from nemo_kd.sft.files import RowFile
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import conversation_of
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, Encoder, NoAnswerError, PromptEncoder, SFTRows
 from nemo_kd.sft.template import PromptTemplate
@@ -45,7 +46,7 @@ NemosEncoder = Callable[[RowConfig, Model], Encoder]
 
 def open_rows(
     config: RowConfig,
-    file: JsonlFile,
+    file: RowFile,
     model: Model,
     say: Callable[[str], None] = lambda text: None,
     nemos: NemosEncoder | None = None,
@@ -90,7 +91,7 @@ def _nemos(nemos: NemosEncoder | None) -> NemosEncoder:
     return nemos
 
 
-def resolved(config: RowConfig, file: JsonlFile) -> RowConfig:
+def resolved(config: RowConfig, file: RowFile) -> RowConfig:
     """Return the settings with the format of the file's rows instead of `auto`."""
     found = config.format if config.format != "auto" else _format(config, _first_row(file))
     is_chat = found in (MESSAGES, CONVERSATIONS)
@@ -112,7 +113,7 @@ def resolved(config: RowConfig, file: JsonlFile) -> RowConfig:
     return replace(config, format=found, chat=is_chat)
 
 
-def _first_row(file: JsonlFile) -> Mapping[str, Any]:
+def _first_row(file: RowFile) -> Mapping[str, Any]:
     """Return the first row that is an object; an empty one if none is found."""
     for row in range(min(len(file), LOOKED_AT)):
         try:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from nemo_kd.sft.jsonl import JsonlFile, RowError
+from nemo_kd.sft.files import RowFile
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.template import PromptTemplate
 from nemo_kd.store.sample import Tokens
 
@@ -99,7 +100,7 @@ class SFTRows:
 
     def __init__(
         self,
-        file: JsonlFile,
+        file: RowFile,
         encode: Encoder,
         max_seq_length: int,
         template: Mapping[str, Any] | None = None,
@@ -168,7 +169,7 @@ class PromptEncoder:
         return self.template.alters(value)
 
 
-def prompt_rows(file: JsonlFile, template: PromptTemplate, answer_only_loss: bool) -> SFTRows:
+def prompt_rows(file: RowFile, template: PromptTemplate, answer_only_loss: bool) -> SFTRows:
     """Return the tokenized rows of a file whose rows have a prompt and an answer.
 
     Unless `answer_only_loss`, the loss mask includes the prompt.
@@ -177,12 +178,12 @@ def prompt_rows(file: JsonlFile, template: PromptTemplate, answer_only_loss: boo
 
 
 @contextmanager
-def errors_name(file: JsonlFile, row: int) -> Iterator[None]:
+def errors_name(file: RowFile, row: int) -> Iterator[None]:
     """Context manager that prefixes the messages of RowErrors with file and row."""
     try:
         yield
     except RowError as error:
-        raise type(error)(f"{file.path}, row {row}: {error}") from error
+        raise type(error)(f"{file.where(row)}: {error}") from error
 
 
 class Indexed(Protocol[Item_co]):

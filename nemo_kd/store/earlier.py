@@ -34,7 +34,7 @@ from nemo_kd.store.shard import Shard
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.writer import StoreWriter
 
-MAY_DIFFER = {"source.sha256", "source.rows"}
+MAY_DIFFER = {"source.sha256", "source.rows", "source.files"}
 
 
 class EarlierStore:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 from nemo_kd.errors import StoreError
 from nemo_kd.lock import DirectoryLock, LockedError
-from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.rows import BadRows, Check
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
@@ -31,7 +31,7 @@ REMEDY = (
 class Source(Protocol):
     """The rows of an SFT file from which the rows of a store are made."""
 
-    file: JsonlFile
+    file: RowFile
     samples_per_row: int
     """Number of store rows per row of the file."""
 

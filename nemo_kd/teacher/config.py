@@ -14,12 +14,14 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.values import (
     ACCELERATOR,
     DEVICES,
+    PATH,
     PRECISION,
     Count,
     Natural,
     PathText,
     number,
     one_of,
+    one_or_more,
 )
 from nemo_kd.sft.config import RowConfig
 
@@ -159,8 +161,9 @@ class TeacherModelConfig:
 class DataConfig(RowConfig):
     """The block `data`: the SFT file and how its rows are tokenized, as in NeMo's SFT."""
 
-    file_path: PathText
-    """Path of the SFT file (JSONL)."""
+    file_path: Annotated[str | list[str], one_or_more(PATH)]
+    """The SFT file: JSONL, a JSON array, Parquet, or a directory that `datasets` saved; a glob or
+    a list of files are read as one."""
     no_answer: ErrorOrDrop = "error"
     """`drop`: skip rows that have no answer token within `max_seq_length`."""
 

@@ -9,7 +9,7 @@ from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.rows import Row, SFTRows, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
@@ -156,7 +156,7 @@ def _say_stopped(config: DumpConfig, writer: StoreWriter, shards: int) -> None:
 
 
 def store_spec(
-    config: DumpConfig, teacher: Teacher, file: JsonlFile, template: Mapping[str, Any]
+    config: DumpConfig, teacher: Teacher, file: RowFile, template: Mapping[str, Any]
 ) -> StoreSpec:
     """Return the spec of this dump's store; only a store with an equal spec is resumed.
 
@@ -175,8 +175,14 @@ def store_spec(
         },
         teacher=dict(teacher.identity or _identity(config)),
         template=dict(template),
-        source={"name": file.path.name, "rows": len(file), "sha256": file.sha256},
+        source=_source(file),
     )
+
+
+def _source(file: RowFile) -> dict[str, Any]:
+    """Return name, rows and hash of the SFT file; those of each file too if there are several."""
+    whole = {"name": file.path.name, "rows": len(file), "sha256": file.sha256}
+    return {**whole, "files": file.files} if len(file.files) > 1 else whole
 
 
 def _identity(config: DumpConfig) -> dict[str, Any]:

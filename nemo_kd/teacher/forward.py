@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
-from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.rows import BadRows, Row, errors_name
 from nemo_kd.store import Sample, StoreSpec
 from nemo_kd.teacher.layout import Layout
@@ -23,7 +23,7 @@ class NoLogitsError(RowError):
 
 def usable(
     pairs: Iterable[tuple[Row, TopK | RowError]],
-    file: JsonlFile,
+    file: RowFile,
     bad: BadRows,
     dropped: list[RowError],
     samples_per_row: int = 1,

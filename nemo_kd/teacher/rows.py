@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from nemo_kd.sft import JsonlFile, RowError
+from collections.abc import Sequence
+
+from nemo_kd.sft import RowError, RowFile, open_files
 from nemo_kd.sft.reader import Model, NemosEncoder, open_rows
 from nemo_kd.sft.rows import BadRows, SFTRows
 from nemo_kd.teacher.config import DumpConfig
@@ -45,12 +47,12 @@ def limited_length(length: int, limit: int | None, where: str, layout: Layout) -
     return limit
 
 
-def same_file(path: str, layout: Layout) -> JsonlFile:
-    """Open an SFT file on every rank and check that all ranks read the same content.
+def same_file(paths: str | Sequence[str], layout: Layout) -> RowFile:
+    """Open an SFT file, or several as one, on every rank; check that all read the same content.
 
     Raises RowError if they do not. Collectives over all ranks: one small all-gather.
     """
-    file = JsonlFile(path)
+    file = open_files(paths)
     if len(set(layout.gather(file.sha256))) > 1:
         raise RowError(
             f"{file.path} differs between nodes: its SHA-256 here is {file.sha256}, of {len(file)} "

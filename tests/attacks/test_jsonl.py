@@ -10,8 +10,8 @@ import pytest
 
 from nemo_kd.cli.conversions import first_top_k
 from nemo_kd.errors import NemoKDError
-from nemo_kd.settings import templates
 from nemo_kd.sft.jsonl import JsonlFile
+from nemo_kd.sft.previews import first_row
 from nemo_kd.store import StoreError, read_jsonl, write_jsonl
 from nemo_kd.store.tools import jsonl
 from tests.attacks.bounds import bounded
@@ -85,7 +85,7 @@ def test_a_hostile_line_is_one_error_wherever_lines_are_read(tmp_path: Path, kin
         if kind not in ("millions of lists", "a number"):  # JSON, which a template refuses
             with pytest.raises(NemoKDError, match="row 0"):
                 JsonlFile(path)[0]
-            assert templates._first_row(str(path)) is None
+            assert first_row(path) is None
 
 
 def test_a_line_without_an_end_is_not_read_to_it(

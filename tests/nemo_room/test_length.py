@@ -11,6 +11,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.length import fit_length, rows_of
 from nemo_kd.nemo.record import Progress
+from nemo_kd.sft import RowError
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec, write
 
@@ -97,12 +98,19 @@ def test_an_epoch_goes_on_where_another_batch_size_left_it(directory: Path) -> N
 
 @pytest.mark.parametrize(
     ("text", "rows"),
-    [("", 0), ("a\nb", 2), ("a\nb\n", 2), ("a\n\nb\n\n\n", 3), ("\n", 0)],
+    [("a\nb", 2), ("a\nb\n", 2), ("a\n\nb\n\n\n", 3)],
 )
 def test_rows_are_lines_but_for_empty_ones_at_the_end(tmp_path: Path, text: str, rows: int) -> None:
     file = tmp_path / "rows.jsonl"
     file.write_text(text)
-    assert rows_of(file) == rows
+    assert rows_of(str(file)) == rows
+
+
+@pytest.mark.parametrize("text", ["", "\n"])
+def test_a_file_without_rows_is_refused(tmp_path: Path, text: str) -> None:
+    (tmp_path / "rows.jsonl").write_text(text)
+    with pytest.raises(RowError, match="has no rows"):
+        rows_of(str(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize(

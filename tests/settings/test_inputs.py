@@ -18,6 +18,7 @@ from nemo_kd.nemo.settings import training
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes, data_parallel_size
 from nemo_kd.settings.templates import check_template
+from nemo_kd.sft.previews import first_rows
 from tests.settings.test_keys import TRAIN, configuration
 
 
@@ -164,10 +165,10 @@ def test_templates(tmp_path: Path, settings: dict[str, Any], message: str | None
         "truncation_field": "input",
     } | settings
     if message is None:
-        check_template(block, "data", [str(path)])
+        check_template(block, "data", first_rows([str(path)]))
         return
     with pytest.raises(NemoKDError, match=r"^data\.\w+") as caught:
-        check_template(block, "data", [str(path)])
+        check_template(block, "data", first_rows([str(path)]))
     assert message in str(caught.value)
 
 
@@ -176,7 +177,9 @@ def test_a_first_row_that_is_no_json_is_left_to_whoever_reads_it(tmp_path: Path)
     for text in ("", "not json\n", "[1]\n", "\xff\n"):
         path.write_bytes(text.encode("latin-1"))
         check_template(
-            {"prompt_template": "{x} {output}", "label_key": "output"}, "data", [str(path)]
+            {"prompt_template": "{x} {output}", "label_key": "output"},
+            "data",
+            first_rows([str(path)]),
         )
 
 

@@ -24,9 +24,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_kd.sft import RowError, RowFile, hashed, open_rows
-from nemo_kd.sft.first_row import first_row
+from nemo_kd.sft import RowError, RowFile, hashed, open_files
 from nemo_kd.sft.json_array import JsonArrayFile
+from nemo_kd.sft.previews import first_row
 
 datasets.disable_progress_bars()
 
@@ -100,7 +100,7 @@ def values(file: RowFile) -> list[Any]:
 def test_a_row_has_the_same_value_in_every_kind_of_file(
     tmp_path: Path, write: Write, rows: list[Any]
 ) -> None:
-    file = open_rows(write(tmp_path / "a", rows))
+    file = open_files(write(tmp_path / "a", rows))
     assert text_of(values(file)) == text_of(rows)
     assert first_row(file.path) == rows[0]
 
@@ -123,7 +123,7 @@ def test_a_row_has_the_same_value_in_every_kind_of_file(
 def test_any_values(tmp_path_factory: pytest.TempPathFactory, rows: Any, data: Any) -> None:
     write = data.draw(st.sampled_from(KINDS))
     path = tmp_path_factory.mktemp("any") / "a"
-    assert text_of(values(open_rows(write(path, rows)))) == text_of(rows)
+    assert text_of(values(open_files(write(path, rows)))) == text_of(rows)
 
 
 @settings(max_examples=60, deadline=None)
@@ -171,17 +171,17 @@ def test_any_array_in_any_blocks(
 def test_a_file_that_is_no_array_of_rows(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "a.json").write_text(text)
     with pytest.raises(RowError, match=message):
-        open_rows(tmp_path / "a.json")
+        open_files(tmp_path / "a.json")
 
 
 def test_a_json_file_of_lines(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "a", ROWS).rename(tmp_path / "a.json")
-    assert values(open_rows(path)) == ROWS
+    assert values(open_files(path)) == ROWS
 
 
 def test_not_utf8_in_an_array_is_an_error_of_its_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"a": "\xe4"}, {"a": 2}]')
-    file = open_rows(tmp_path / "a.json")
+    file = open_files(tmp_path / "a.json")
     assert file[1] == {"a": 2}
     with pytest.raises(RowError, match=r"a.json, row 0: not UTF-8 .* byte 7 of the row"):
         file[0]
@@ -204,7 +204,7 @@ def test_dates_and_decimal_numbers_are_text(tmp_path: Path) -> None:
         "price": "1.50",
     }
     for write in (write_parquet, write_dataset):
-        assert open_rows(write(tmp_path / "a", [row]))[0] == expected
+        assert open_files(write(tmp_path / "a", [row]))[0] == expected
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_dates_and_decimal_numbers_are_text(tmp_path: Path) -> None:
 def test_types_of_arrow(tmp_path: Path, array: pa.Array, expected: list[Any]) -> None:
     table = pa.table({"a": array})
     pq.write_table(table, tmp_path / "a.parquet", row_group_size=2)
-    found = [row["a"] for row in values(open_rows(tmp_path / "a.parquet"))]
+    found = [row["a"] for row in values(open_files(tmp_path / "a.parquet"))]
     assert repr(found) == repr(expected)
 
 
@@ -235,20 +235,20 @@ def test_types_of_arrow(tmp_path: Path, array: pa.Array, expected: list[Any]) ->
 def test_a_column_that_json_does_not_have(tmp_path: Path, value: Any) -> None:
     path = write_parquet(tmp_path / "a", [{"text": "x", "image": value}])
     with pytest.raises(RowError, match=r"a.parquet: the column image has type .*; remove"):
-        open_rows(path)
+        open_files(path)
 
 
 def test_two_columns_of_one_name(tmp_path: Path) -> None:
     table = pa.table([pa.array([1]), pa.array([2])], names=["a", "a"])
     pq.write_table(table, tmp_path / "a.parquet")
     with pytest.raises(RowError, match="two columns 'a'"):
-        open_rows(tmp_path / "a.parquet")
+        open_files(tmp_path / "a.parquet")
 
 
 def test_rows_of_many_row_groups_in_any_order(tmp_path: Path) -> None:
     rows = [{"i": i, "t": "x" * (i % 7)} for i in range(2500)]
     for size in (1, 7, 999, 10_000):
-        file = open_rows(write_parquet(tmp_path / "a", rows, row_group_size=size))
+        file = open_files(write_parquet(tmp_path / "a", rows, row_group_size=size))
         order = random.Random(size).sample(range(len(rows)), len(rows))
         assert [file[i] for i in order] == [rows[i] for i in order]
     with pytest.raises(IndexError):
@@ -260,10 +260,10 @@ def test_a_damaged_parquet_file(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
     with pytest.raises(RowError, match=r"a.parquet is not a readable Parquet file"):
-        open_rows(path)
+        open_files(path)
     path.write_bytes(whole[:4] + bytes(200) + whole[204:])
     with pytest.raises(RowError, match=r"a.parquet is not a readable Parquet file"):
-        open_rows(path)[0]
+        open_files(path)[0]
 
 
 def test_a_saved_dataset_is_as_datasets_reads_it_and_nothing_is_written(tmp_path: Path) -> None:
@@ -271,7 +271,7 @@ def test_a_saved_dataset_is_as_datasets_reads_it_and_nothing_is_written(tmp_path
     data = datasets.Dataset.from_list(rows).shuffle(seed=1).select(range(40))
     data.save_to_disk(tmp_path / "a", num_shards=3)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
-    file = open_rows(tmp_path / "a")
+    file = open_files(tmp_path / "a")
     found = values(file)
     loaded = datasets.load_from_disk(tmp_path / "a")
     assert [row["i"] for row in found] == loaded["i"] == data["i"]
@@ -282,14 +282,14 @@ def test_a_saved_dataset_is_as_datasets_reads_it_and_nothing_is_written(tmp_path
 
 def test_an_index_file_of_old_versions_of_datasets(tmp_path: Path) -> None:
     path = write_dataset(tmp_path / "a", ROWS)
-    plain = open_rows(path).sha256
+    plain = open_files(path).sha256
     indices = pa.table({"indices": pa.array([2, 0], pa.uint64())})
     with pa.ipc.new_stream(path / "indices.arrow", indices.schema) as writer:
         writer.write_table(indices)
     state = json.loads((path / "state.json").read_text())
     state["_indices_data_files"] = [{"filename": "indices.arrow"}]
     (path / "state.json").write_text(json.dumps(state))
-    file = open_rows(path)
+    file = open_files(path)
     assert values(file) == [ROWS[2], ROWS[0]] and file.sha256 != plain
 
 
@@ -297,19 +297,19 @@ def test_the_hash_of_a_saved_dataset_is_that_of_its_arrow_files(tmp_path: Path) 
     path = write_dataset(tmp_path / "a", ROWS, shards=2)
     parts = sorted(path.glob("*.arrow"))
     hashes = "".join(hashlib.sha256(part.read_bytes()).hexdigest() for part in parts)
-    assert open_rows(path).sha256 == hashlib.sha256(hashes.encode()).hexdigest()
+    assert open_files(path).sha256 == hashlib.sha256(hashes.encode()).hexdigest()
 
 
 @all_kinds
 def test_several_files_are_one_sequence(tmp_path: Path, write: Write) -> None:
     first = write(tmp_path / "b", ROWS)
     second = write_jsonl(tmp_path / "c", TALKS)
-    file = open_rows([second, str(first)])
+    file = open_files([second, str(first)])
     assert values(file) == [*TALKS, *ROWS]
     assert file.where(2) == f"{second}, row 2" and file.where(3) == f"{first}, row 0"
     assert [each["name"] for each in file.files] == [second.name, first.name]
     assert [each["rows"] for each in file.files] == [3, 3]
-    hashes = open_rows(second).sha256 + open_rows(first).sha256
+    hashes = open_files(second).sha256 + open_files(first).sha256
     assert file.sha256 == hashlib.sha256(hashes.encode()).hexdigest()
     assert file.path.name == "c.jsonl and 1 more"
     with pytest.raises(IndexError):
@@ -319,15 +319,15 @@ def test_several_files_are_one_sequence(tmp_path: Path, write: Write) -> None:
 def test_a_glob_is_sorted_and_one_match_is_that_file(tmp_path: Path) -> None:
     for name, row in (("b-2", 2), ("b-10", 10), ("a[1]", 1)):
         write_jsonl(tmp_path / name, [row])
-    assert values(open_rows(f"{tmp_path}/b-*.jsonl")) == [10, 2]
-    assert values(open_rows([f"{tmp_path}/b-2*", f"{tmp_path}/a*"])) == [2, 1]
-    assert values(open_rows(tmp_path / "a[1].jsonl")) == [1]  # exists: not a glob
-    assert open_rows(f"{tmp_path}/b-*.jsonl").path.name == "b-*.jsonl"
-    one, path = open_rows(f"{tmp_path}/b-1*.jsonl"), tmp_path / "b-10.jsonl"
+    assert values(open_files(f"{tmp_path}/b-*.jsonl")) == [10, 2]
+    assert values(open_files([f"{tmp_path}/b-2*", f"{tmp_path}/a*"])) == [2, 1]
+    assert values(open_files(tmp_path / "a[1].jsonl")) == [1]  # exists: not a glob
+    assert open_files(f"{tmp_path}/b-*.jsonl").path.name == "b-*.jsonl"
+    one, path = open_files(f"{tmp_path}/b-1*.jsonl"), tmp_path / "b-10.jsonl"
     assert one.path == path and one.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
     (tmp_path / "deep" / "er").mkdir(parents=True)
     write_jsonl(tmp_path / "deep" / "er" / "c", [3])
-    assert values(open_rows(f"{tmp_path}/deep/**/*.jsonl")) == [3]
+    assert values(open_files(f"{tmp_path}/deep/**/*.jsonl")) == [3]
 
 
 def test_paths_that_give_no_file_or_one_twice(tmp_path: Path) -> None:
@@ -342,7 +342,7 @@ def test_paths_that_give_no_file_or_one_twice(tmp_path: Path) -> None:
     ]
     for twice, message in given:
         with pytest.raises(RowError, match=message):
-            open_rows(twice)
+            open_files(twice)
     wrong: list[tuple[str | Path | list[Path], str]] = [
         (f"{tmp_path}/x*.jsonl", r"no file matches .*/x\*.jsonl"),
         (tmp_path / "x.jsonl", "no SFT file at .*x.jsonl"),
@@ -352,7 +352,7 @@ def test_paths_that_give_no_file_or_one_twice(tmp_path: Path) -> None:
     ]
     for missing, message in wrong:
         with pytest.raises(RowError, match=message):
-            open_rows(missing)
+            open_files(missing)
 
 
 def test_more_files_than_descriptors(tmp_path: Path) -> None:
@@ -360,7 +360,7 @@ def test_more_files_than_descriptors(tmp_path: Path) -> None:
         (tmp_path / f"{i:03}.jsonl").write_text(f"{i}\n")
     few = "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (120, 120)); "
     read = (
-        "from nemo_kd.sft import open_rows; import sys; file = open_rows(sys.argv[1]); "
+        "from nemo_kd.sft import open_files; import sys; file = open_files(sys.argv[1]); "
         "print(sum(file[i] for i in [*range(150), *range(150)])); file.check_unchanged()"
     )
     done = subprocess.run(
@@ -372,7 +372,7 @@ def test_more_files_than_descriptors(tmp_path: Path) -> None:
 @all_kinds
 def test_a_change_is_noticed(tmp_path: Path, write: Write) -> None:
     path = write(tmp_path / "a", ROWS)
-    alone, several = open_rows(path), open_rows([write_jsonl(tmp_path / "z", [1]), path])
+    alone, several = open_files(path), open_files([write_jsonl(tmp_path / "z", [1]), path])
     inside = [path] if path.is_file() else sorted(path.glob("*.arrow"))
     for each in inside:
         os.utime(each, ns=(1, 1))
@@ -391,7 +391,7 @@ def test_a_change_is_noticed(tmp_path: Path, write: Write) -> None:
 def test_another_process_opens_it_anew(tmp_path: Path, write: Write) -> None:
     path = write(tmp_path / "a", ROWS)
     paths: list[Path | list[Path]] = [path, [write_jsonl(tmp_path / "z", [1]), path]]
-    texts = [pickle.dumps(open_rows(each)) for each in paths]
+    texts = [pickle.dumps(open_files(each)) for each in paths]
     assert [pickle.loads(text)[-1 + len(pickle.loads(text))] for text in texts] == [ROWS[2]] * 2
     if path.is_dir():
         shutil.rmtree(path)
@@ -420,40 +420,40 @@ def test_what_is_no_sft_file(tmp_path: Path) -> None:
         (next(write_dataset(tmp_path / "d", ROWS).glob("*.arrow")), "is an Arrow stream: expected"),
     ):
         with pytest.raises(RowError, match=message):
-            open_rows(wrong)
+            open_files(wrong)
     empty = tmp_path / "empty.jsonl"
     for text, what in (("", "the file is empty"), ("\n \n", "all of its lines are blank")):
         empty.write_text(text)
         with pytest.raises(RowError, match=f"empty.jsonl has no rows: {what}"):
-            open_rows(empty)
+            open_files(empty)
     pq.write_table(pa.table({"a": pa.array([], pa.int64())}), tmp_path / "none.parquet")
     with pytest.raises(RowError, match=r"none.parquet has no rows"):
-        open_rows(tmp_path / "none.parquet")
+        open_files(tmp_path / "none.parquet")
 
 
 def test_directories_that_are_no_saved_dataset(tmp_path: Path) -> None:
     one = datasets.Dataset.from_list(ROWS)
     datasets.DatasetDict(train=one, test=one).save_to_disk(tmp_path / "splits")
     with pytest.raises(RowError, match="has the splits test, train: give one of them, such as"):
-        open_rows(tmp_path / "splits")
-    assert len(open_rows(tmp_path / "splits" / "train")) == 3
+        open_files(tmp_path / "splits")
+    assert len(open_files(tmp_path / "splits" / "train")) == 3
     (tmp_path / "hub" / "data").mkdir(parents=True)
     write_parquet(tmp_path / "hub" / "data" / "train-0", ROWS)
     with pytest.raises(RowError, match=r"name the files in it, such as '.*/hub/data/\*.parquet'"):
-        open_rows(tmp_path / "hub")
+        open_files(tmp_path / "hub")
     with pytest.raises(RowError, match=r"such as '.*/data/\*.parquet'"):
-        open_rows(tmp_path / "hub" / "data")
+        open_files(tmp_path / "hub" / "data")
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(RowError, match="nothing is a directory: expected JSONL, a JSON array"):
-        open_rows(tmp_path / "nothing")
+    with pytest.raises(RowError, match="nothing is a directory: expected SFT file .JSONL, a JSON array"):
+        open_files(tmp_path / "nothing")
 
 
 def test_without_pyarrow_jsonl_works_and_parquet_says_what_to_install(tmp_path: Path) -> None:
     jsonl, parquet = write_jsonl(tmp_path / "a", ROWS), write_parquet(tmp_path / "a", ROWS)
     code = (
-        "import sys; sys.modules['pyarrow'] = None; from nemo_kd.sft import open_rows\n"
-        "print(len(open_rows(sys.argv[1])))\n"
-        "try: open_rows(sys.argv[2])\nexcept ValueError as error: print(error)"
+        "import sys; sys.modules['pyarrow'] = None; from nemo_kd.sft import open_files\n"
+        "print(len(open_files(sys.argv[1])))\n"
+        "try: open_files(sys.argv[2])\nexcept ValueError as error: print(error)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, jsonl, parquet], capture_output=True, text=True, check=True

@@ -28,6 +28,7 @@ from nemo_kd.settings.values import (
     optional,
 )
 from nemo_kd.sft.config import RowConfig
+from nemo_kd.sft.previews import first_rows, problem_of
 
 
 def _optional(kind: Kind | Block) -> Kind | Block:
@@ -154,7 +155,8 @@ def check_templates(cfg: DictConfig) -> None:
         return
     for split in SPLITS:
         where = f"model.data.{split}"
-        check_template(cfg.model.data[split], where, files.paths_at(cfg, f"{where}.file_names"))
+        paths = files.paths_at(cfg, f"{where}.file_names")
+        check_template(cfg.model.data[split], where, first_rows(list(paths)))
 
 
 DEFAULTS: dict[str, Any] = {
@@ -190,7 +192,7 @@ OF_A_RUN: dict[str, Any] = {
     "exp_manager.log_tflops_per_sec_per_gpu": False,  # NeMo does not compute it for fine-tuning
     "exp_manager.checkpoint_callback_params": {},
 }
-SFT_FILE, STORE = files.file("SFT file"), files.directory("store")
+STORE = files.directory("store")
 FILES = [
     (
         "model.restore_from_path",
@@ -206,7 +208,7 @@ FILES = [
     ("model.tokenizer.vocab_file", files.file("vocabulary")),
     ("model.tokenizer.merge_file", files.file("file of merges")),
     *((f"model.data.{split}.store", STORE) for split in SPLITS),
-    *((f"model.data.{split}.file_names", SFT_FILE) for split in (*SPLITS, "test_ds")),
+    *((f"model.data.{split}.file_names", problem_of) for split in (*SPLITS, "test_ds")),
     ("exp_manager.explicit_log_dir", files.output_directory),
     ("exp_manager.exp_dir", files.output_directory),
 ]

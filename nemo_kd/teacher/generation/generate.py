@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.files import published
-from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.reader import PROMPT, prompt_template, recorded, resolved
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
@@ -108,7 +108,7 @@ def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, A
 
 
 def generation_spec(
-    config: GenerateConfig, teacher: Teacher, file: JsonlFile, template: dict[str, Any]
+    config: GenerateConfig, teacher: Teacher, file: RowFile, template: dict[str, Any]
 ) -> StoreSpec:
     """Return the spec of a dump whose template also contains the generation settings."""
     template = {**template, "generation": asdict(config.generation)}

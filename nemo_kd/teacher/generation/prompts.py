@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.rows import Check, errors_name
 from nemo_kd.sft.template import PromptTemplate
 from nemo_kd.teacher.generation.step import Decoding, Prompt
@@ -18,7 +18,7 @@ class Prompts:
     Prompts are truncated by SFT's rules, leaving room for `max_new_tokens`.
     """
 
-    def __init__(self, file: JsonlFile, template: PromptTemplate, decoding: Decoding) -> None:
+    def __init__(self, file: RowFile, template: PromptTemplate, decoding: Decoding) -> None:
         self.file, self.template, self.decoding = file, template, decoding
         self.samples_per_row = decoding.samples_per_prompt
         self._open = replace(template, tokens_to_generate=decoding.max_new_tokens)

@@ -1,16 +1,35 @@
-"""The first row of an SFT file, for checks before the file is opened."""
+"""Checks of SFT files before they are opened: their paths, kinds and first rows."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.arrow import Batches, arrow, plain_schema
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.jsonl import BOM
 from nemo_kd.sft.kinds import LINE_BYTES, Kind, kind_of
+from nemo_kd.sft.paths import expanded
 from nemo_kd.sft.saved_dataset import arrow_files, batches_of
+
+
+def problem_of(paths: str | Sequence[str]) -> str:
+    """Return why paths or globs are no SFT files; "" if they are."""
+    try:
+        for path in expanded(paths):
+            kind_of(path)
+    except RowError as error:
+        return str(error)
+    return ""
+
+
+def first_rows(paths: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Yield path and first row of each file that `paths` name."""
+    for path in expanded(paths) if paths else ():
+        yield str(path), first_row(path)
 
 
 def first_row(path: Path) -> Any:
