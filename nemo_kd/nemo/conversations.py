@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import numpy as np
@@ -39,7 +40,7 @@ class NemosConversations:
 
     def __call__(self, value: Any) -> Encoded:
         try:
-            item = self._dataset._process_example(value)
+            item = self._dataset._process_example(copy.deepcopy(value))  # NeMo changes it
         except KeyError as error:
             fields = sorted(value) if isinstance(value, dict) else value
             raise RowError(

@@ -114,7 +114,9 @@ class SFTRows:
 
     def __getitem__(self, row: int) -> Row:
         """Tokenize a row; raise RowError, naming file, row and reason, if it is unusable."""
-        value = self.file[row]
+        return self._row(row, self.file[row])
+
+    def _row(self, row: int, value: Any) -> Row:
         with errors_name(self.file, row):
             ids, mask, truncated = self.encode(value)
             input_ids = np.asarray(ids[: self.max_seq_length], dtype=np.int32)
@@ -133,15 +135,16 @@ class SFTRows:
 
     def check(self, row: int) -> Check:
         """Tokenize a row and compare it with its text; raise RowError if the row is unusable."""
-        found = self[row]
+        value = self.file[row]
+        found = self._row(row, value)
         with errors_name(self.file, row):
-            return Check(found.truncated, self._is_altered(found))
+            return Check(found.truncated, self._is_altered(found, value))
 
-    def _is_altered(self, found: Row) -> bool:
+    def _is_altered(self, found: Row, value: Any) -> bool:
         if self.verbatim is None:
-            return self.encode.alters(self.file[found.row])
+            return self.encode.alters(value)
         try:
-            own = self.verbatim[found.row]
+            own = self.verbatim._row(found.row, value)
         except RowError:
             return True
         same = np.array_equal(found.input_ids, own.input_ids)

@@ -75,7 +75,14 @@ def altered(path: Path) -> list[bool]:
     path.write_text("".join(json.dumps(value) + "\n" for value in values))
     model = Model(tokenizer=gpt2_like(), max_seq_length=100)
     rows = open_rows(RowConfig(reader="nemo"), JsonlFile(path), model)
-    return [rows.check(i).altered for i in range(3)]
+    found = [rows.check(i).altered for i in range(3)]
+    turns = [("User", "a"), ("Assistant", "b"), ("User", "c"), ("Assistant", "d")]
+    for end in ("", "\n"):  # NeMo's mask is shifted after a newline
+        values = [{"from": name, "value": text + end} for name, text in turns]
+        path.write_text(json.dumps({"system": "s", "conversations": values, "mask": "User"}) + "\n")
+        talk = open_rows(RowConfig(reader="nemo"), JsonlFile(path), model, nemos=NemosConversations)
+        found.append(talk.check(0).altered)
+    return found
 
 
 def main(result: str) -> None:
