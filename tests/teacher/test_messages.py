@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from transformers import AutoTokenizer
 
 from nemo_kd.sft.config import template_hash
@@ -113,3 +115,8 @@ def test_a_file_beside_the_store_is_read_in_the_same_way(
     )
     (line,) = validations(files / "run")
     assert line["val/file/sft_loss"] == pytest.approx(line["val/heldout/sft_loss"], abs=SAME_LINE)
+    (trained,) = (files / "run/checkpoints").glob("*.nemo")
+    with tarfile.open(trained) as archive:
+        (name,) = (name for name in archive.getnames() if name.endswith("model_config.yaml"))
+        saved = yaml.safe_load(archive.extractfile(name))  # type: ignore[arg-type]
+    assert saved["data"]["train_ds"]["chat_template"] == TEMPLATE
