@@ -25,6 +25,7 @@ from nemo_kd.cli.overrides import accept_every_spelling
 from nemo_kd.cli.teacher import read
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.settings import training
+from nemo_kd.served.vllm import VLLM
 from tests import nemo_file
 from tests.conftest import ROOT
 
@@ -113,6 +114,8 @@ def check_command(words: list[str]) -> None:
     elif words[0] == "nemo-kd":
         if words[1] not in NOT_RUN:
             run_nemo_kd(words[1:])
+    elif words[:2] == ["vllm", "serve"]:  # with the options that the messages name
+        assert {VLLM.limit_option, VLLM.cache_option} <= set(words)
     elif words[0] in DOWNLOADS or (words[0] == "python" and words[1].startswith(NEMO)):
         pass
     elif words[0] == "examples/slurm/submit.sh":
