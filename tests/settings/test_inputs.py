@@ -96,6 +96,9 @@ TRAIN_DS, VALIDATION_DS = "model.data.train_ds", "model.data.validation_ds"
         (of_dump, "model.restore_from_path=empty", "the directory empty has no"),
         (of_dump, "data.file_path=no.jsonl", ": no SFT file at no.jsonl"),
         (of_dump, "data.file_path=store", ": store is a directory: expected SFT file"),
+        (of_dump, "data.file_path=*.none", ": no file matches *.none"),
+        (of_dump, "data.file_path=[rows.jsonl,rows.*]", ": the SFT files are rows.jsonl twice"),
+        (of_training, f"{TRAIN_DS}.file_names=[*.none]", ": no file matches *.none"),
         (of_dump, "output_dir=rows.jsonl", ": rows.jsonl is a file: expected a directory"),
     ],
 )
