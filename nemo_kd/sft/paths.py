@@ -44,6 +44,7 @@ def _matches(given: str) -> list[Path]:
 
 def _identity(path: Path) -> tuple[int, int]:
     if not os.path.exists(path):
-        raise RowError(file("SFT file")(str(path)))
+        hint = f"; several files are a list, [{path}]" if "," in str(path) else ""
+        raise RowError(file("SFT file", hint)(str(path)))
     status = os.stat(path)
     return status.st_dev, status.st_ino
