@@ -10,7 +10,7 @@ anything else with a span's text is an error.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import pairwise
 from typing import Any
 
@@ -31,6 +31,7 @@ def encode_spans(tokenizer: Tokenizer, text: str, spans: Iterable[Span]) -> Enco
 
     Raises RowError for a lone surrogate, or if the end of a span lies inside a token.
     """
+    _check_unicode(text)
     return _masked(_places(tokenizer, text), spans)
 
 
@@ -40,10 +41,12 @@ def encode_exactly(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> En
     If a token joins the end of a span with what is beside it, the text is tokenized in parts, which
     end where the spans do.
     """
-    find = _places(tokenizer, text)
+    _check_unicode(text)
     ends = sorted({0, len(text), *(end for span in spans for end in span)})
-    if all(find.is_between(end) for end in ends):
-        return _masked(find, spans)
+    if not any(_is_joined(tokenizer, text, end) for end in ends):
+        find = _places(tokenizer, text)
+        if all(find.is_between(end) for end in ends):
+            return _masked(find, spans)
     tokens, learned = continuation(tokenizer), {start for start, _ in spans}
     ids, mask = list[int](), list[int]()
     for start, stop in pairwise(ends):
@@ -53,8 +56,29 @@ def encode_exactly(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> En
     return Encoded(ids, np.array(mask, np.uint8))
 
 
+NEIGHBOURHOOD = 32
+
+
+def _is_joined(tokenizer: Tokenizer, text: str, position: int) -> bool:
+    """Return whether the characters around a position surely are of one token.
+
+    Decided by tokenizing only these characters, which saves tokenizing the text twice. That the
+    token ends before them on both sides shows that others do not matter, if the tokenizer splits
+    the text into words first.
+    """
+    if not text[position - 1 : position].isspace() or not text[position : position + 1].isspace():
+        return False
+    library: Any = getattr(tokenizer, "tokenizer", None)
+    if not getattr(library, "is_fast", False) or library.backend_tokenizer.pre_tokenizer is None:
+        return False
+    start = max(position - NEIGHBOURHOOD, 0)
+    near = text[start : position + NEIGHBOURHOOD]
+    find = _Offsets(library, near)
+    within = find.around(position - start)
+    return within is not None and within[0] > 0 and within[1] < len(near)
+
+
 def _places(tokenizer: Tokenizer, text: str) -> _Offsets | _Prefixes:
-    _check_unicode(text)
     library = getattr(tokenizer, "tokenizer", None)
     is_fast = getattr(library, "is_fast", False)
     return _Offsets(library, text) if is_fast else _Prefixes(tokenizer, text)
@@ -76,19 +100,30 @@ class _Offsets:
     """
 
     def __init__(self, library: Any, text: str) -> None:
-        with_offsets = {"return_offsets_mapping": True, "return_attention_mask": False}
-        made = library(text, add_special_tokens=False, verbose=False, **with_offsets)
+        backend = library.backend_tokenizer
+        if backend.truncation is None and backend.padding is None:
+            made = backend.encode(text, add_special_tokens=False)
+        else:  # the library sets both
+            made = library(text, add_special_tokens=False, verbose=False).encodings[0]
         self.text = text
-        self.ids: list[int] = made["input_ids"]
-        self.offsets: list[Span] = made["offset_mapping"]
+        self.ids: list[int] = made.ids
+        self.offsets: Callable[[int], Span] = made.token_to_chars
+        self._counts = {0: (0, 0), len(text): (len(self.ids), len(self.ids))}
 
     def is_between(self, position: int) -> bool:
         """Return whether no token holds characters on both sides of a position."""
-        return self._ending_by(position) >= self._starting_before(position)
+        return self.around(position) is None
+
+    def around(self, position: int) -> Span | None:
+        """Return the span of the token that holds characters on both sides of a position."""
+        ending, starting = self._before(position)
+        if ending >= starting:
+            return None
+        return self._start(ending), self._stop(starting - 1)
 
     def first(self, start: int) -> int:
         """Index of the first token that holds a character at or after `start`."""
-        token, whole = self._ending_by(start), self._starting_before(start)
+        token, whole = self._before(start)
         if token >= whole:
             return whole
         self._check_space(token, self._start(token), start)
@@ -96,25 +131,31 @@ class _Offsets:
 
     def end(self, stop: int) -> int:
         """Index after the last token that holds a character before `stop`."""
-        end = self._starting_before(stop)
-        if self._ending_by(stop) < end:
-            self._check_space(end - 1, stop, self.offsets[end - 1][1])
-        return end
+        ending, starting = self._before(stop)
+        if ending < starting:
+            self._check_space(starting - 1, stop, self._stop(starting - 1))
+        return starting
+
+    def _before(self, position: int) -> tuple[int, int]:
+        """Return how many tokens end at or before a position, and how many start before it."""
+        if position not in self._counts:
+            tokens = range(len(self.ids))
+            ending = bisect_right(tokens, position, key=self._stop)
+            starting = bisect_left(tokens, position, key=self._start)
+            self._counts[position] = ending, starting
+        return self._counts[position]
 
     def _start(self, token: int) -> int:
-        start = self.offsets[token][0]
-        return min(start, self.offsets[token - 1][1]) if token else 0
+        start = self.offsets(token)[0]
+        return min(start, self._stop(token - 1)) if token else 0
 
-    def _starting_before(self, position: int) -> int:
-        return bisect_left(range(len(self.ids)), position, key=self._start)
-
-    def _ending_by(self, position: int) -> int:
-        return bisect_right(self.offsets, position, key=_stop)
+    def _stop(self, token: int) -> int:
+        return self.offsets(token)[1]
 
     def _check_space(self, token: int, start: int, stop: int) -> None:
         """Raise RowError unless the part of a token outside the span is whitespace."""
         if not self.text[start:stop].isspace():
-            joined = self.text[self._start(token) : self.offsets[token][1]]
+            joined = self.text[self._start(token) : self._stop(token)]
             raise RowError(
                 f"the token of {joined!r:.60} joins {self.text[start:stop]!r:.60}, which is not "
                 "learned, with learned text; change the template so that a special token or a line "
@@ -158,7 +199,3 @@ def _check_unicode(text: str) -> None:
             f"its text cannot be tokenized: {text[error.start]!r} is half a character (a lone "
             "surrogate); fix or remove it"
         ) from error
-
-
-def _stop(offset: Span) -> int:
-    return offset[1]

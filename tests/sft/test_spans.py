@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from nemo_kd.sft import RowError
-from nemo_kd.sft.spans import encode_spans
+from nemo_kd.sft.spans import encode_exactly, encode_spans
 from tests.checkpoints import models
 from tests.sft.chats import Fast, Slow
 
@@ -112,6 +112,29 @@ def test_a_leading_space_belongs_to_the_word_that_follows() -> None:
     for name in ("bytes", "trimmed"):
         text = "<e>s c<e>"
         assert learned(Fast(FAST[name]), text, span(text, " c")) == ["Ġc"]
+
+
+SPACES = st.text(st.sampled_from("ab \n\t"), max_size=40)
+
+
+@given(before=SPACES, inside=SPACES, after=SPACES)
+def test_a_text_is_tokenized_in_parts_only_where_a_token_joins_them(
+    before: str, inside: str, after: str
+) -> None:
+    """By definition: as one text if its tokens end where the span does, otherwise in parts."""
+    tokenizer = Fast(FAST["bytes"])
+    text = f"<e>{before}{inside}{after}"
+    start, stop = len(before) + 3, len(before) + 3 + len(inside)
+    made = encode_exactly(tokenizer, text, [(start, stop)] if inside else [])
+    whole = FAST["bytes"](text, add_special_tokens=False, return_offsets_mapping=True)
+    ends = (start, stop) if inside else ()
+    if any(a < end < b for a, b in whole["offset_mapping"] for end in ends):
+        parts = (text[:start], inside, after)
+        assert list(made.input_ids) == [i for part in parts for i in tokenizer.text_to_ids(part)]
+    else:
+        assert list(made.input_ids) == whole["input_ids"]
+    learned_ids = [i for i, mask in zip(made.input_ids, made.loss_mask, strict=True) if mask]
+    assert tokenizer.ids_to_text(learned_ids) == inside
 
 
 def test_empty_spans_learn_nothing() -> None:
