@@ -8,19 +8,20 @@ follows the generation prompt (`nemo_kd.sft.turns`).
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from nemo_kd.sft.chat_template import GENERATION, Renderer, Template
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.many_turns import find_turns
 from nemo_kd.sft.messages import REASONING, Conversation
 from nemo_kd.sft.rows import Encoded, NoAnswerError
-from nemo_kd.sft.spans import Span, encode_exactly, encode_spans
+from nemo_kd.sft.spans import Span, encode_spans
 from nemo_kd.sft.template import METHODS, TemplateError
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
 from nemo_kd.sft.turns import Turns, check_says
@@ -74,6 +75,11 @@ class ChatTemplate:
 
     _said: set[str] = field(default_factory=set, init=False, repr=False)
 
+    _latest: list[tuple[Conversation, Sequence[int] | NDArray[Any], str]] = field(
+        default_factory=list, init=False, repr=False, compare=False
+    )
+    """The conversation encoded last, its tokens and text: they are compared right afterwards."""
+
     def __post_init__(self) -> None:
         for name, value, known in (
             ("train_on", self.train_on, TRAIN_ON),
@@ -104,11 +110,12 @@ class ChatTemplate:
 
     def alters(self, conversation: Conversation) -> bool:
         """Return whether the tokens of a conversation, decoded, are another text."""
-        encoded = self(conversation)
-        if encoded.truncated:
-            return False
-        text = self._render(conversation.messages, conversation.tools)
-        return decoded(self.tokenizer, encoded.input_ids) != text
+        latest = self._latest[0] if self._latest else None
+        if latest is None or latest[0] != conversation:
+            if self(conversation).truncated:
+                return False
+            latest = self._latest[0]
+        return decoded(self.tokenizer, latest[1]) != latest[2]
 
     @cached_property
     def _render(self) -> Renderer:
@@ -149,7 +156,8 @@ class ChatTemplate:
         self._say_what_is_left_out(
             conversation, "".join(text[slice(*span)] for span in spans), chosen
         )
-        encoded = encode_exactly(self.tokenizer, text, spans)
+        encoded = encode_spans(self.tokenizer, text, spans)
+        self._latest[:] = [(conversation, encoded.input_ids, text)]
         if not self._inverse:
             return encoded
         return encoded._replace(loss_mask=(encoded.loss_mask == 0).astype(np.uint8))

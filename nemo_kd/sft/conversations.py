@@ -17,7 +17,7 @@ from typing import Any
 
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, NoAnswerError
-from nemo_kd.sft.spans import Span, encode_exactly
+from nemo_kd.sft.spans import Span, encode_spans
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
 
 TYPES = (None, "TEXT_TO_VALUE", "VALUE_TO_TEXT")
@@ -42,12 +42,12 @@ class NemoTurns:
         text, spans = self.layout(row)
         if not spans:
             raise NoAnswerError(NO_ANSWER)
-        return encode_exactly(self.tokenizer, text, [(0, len(text))] if self.learn_all else spans)
+        return encode_spans(self.tokenizer, text, [(0, len(text))] if self.learn_all else spans)
 
     def alters(self, row: Any) -> bool:
         """Return whether the tokens of a row, decoded, are another text."""
         text, spans = self.layout(row)
-        return decoded(self.tokenizer, list(encode_exactly(self.tokenizer, text, spans)[0])) != text
+        return decoded(self.tokenizer, list(encode_spans(self.tokenizer, text, spans)[0])) != text
 
     def layout(self, row: Any) -> tuple[str, list[Span]]:
         """Return a conversation's text, and the [start, stop) of the characters to learn."""

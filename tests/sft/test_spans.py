@@ -12,7 +12,7 @@ from tokenizers.models import BPE
 from transformers import PreTrainedTokenizerFast
 
 from nemo_kd.sft import RowError
-from nemo_kd.sft.spans import encode_exactly, encode_spans
+from nemo_kd.sft.spans import encode_spans
 from tests.checkpoints import models
 from tests.sft.chats import Fast, Slow
 
@@ -92,19 +92,18 @@ def test_all_tokens_of_a_character_are_learned_together(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["bytes", "trimmed"])
-def test_a_token_that_joins_outer_whitespace_with_the_spans_is_learned(name: str) -> None:
+def test_a_token_that_joins_two_parts_is_divided(name: str) -> None:
     tokenizer = Fast(FAST[name])
-    assert learned(tokenizer, "a\n\nb<e>", (2, 4)) == ["\n\n", "b"]
-    assert learned(tokenizer, "a\n   b<e>", (2, 9)) == ["\n   ", "b", "<e>"]
-    assert learned(tokenizer, "<e>a\n\nb", (3, 5)) == ["a", "\n\n"]
+    assert learned(tokenizer, "a\n\nb<e>", (2, 4)) == ["Ċ", "b"]
+    assert learned(tokenizer, "a\n   b<e>", (2, 9)) == ["ĠĠ", "Ġ", "b", "<e>"]
+    assert learned(tokenizer, "<e>a\n\nb", (3, 5)) == ["a", "Ċ"]
 
 
-def test_a_token_that_joins_outer_text_with_the_spans_is_an_error() -> None:
+def test_words_are_divided_too() -> None:
+    """Without splitting into words, and with a space before each text that is not one's own."""
     tokenizer = Fast(FAST["pieces"])
-    with pytest.raises(RowError, match=r"token of 'ab' joins 'a', which is not learned"):
-        encode_spans(tokenizer, "aab", [(2, 3)])
-    with pytest.raises(RowError, match=r"joins 'b'"):
-        encode_spans(tokenizer, "aab", [(0, 2)])
+    assert learned(tokenizer, "aab", (2, 3)) == ["b"]
+    assert learned(tokenizer, "aab", (0, 2)) == ["▁a", "a"]
 
 
 def test_a_leading_space_belongs_to_the_word_that_follows() -> None:
@@ -125,7 +124,7 @@ def test_a_text_is_tokenized_in_parts_only_where_a_token_joins_them(
     tokenizer = Fast(FAST["bytes"])
     text = f"<e>{before}{inside}{after}"
     start, stop = len(before) + 3, len(before) + 3 + len(inside)
-    made = encode_exactly(tokenizer, text, [(start, stop)] if inside else [])
+    made = encode_spans(tokenizer, text, [(start, stop)] if inside else [])
     whole = FAST["bytes"](text, add_special_tokens=False, return_offsets_mapping=True)
     ends = (start, stop) if inside else ()
     if any(a < end < b for a, b in whole["offset_mapping"] for end in ends):
@@ -147,8 +146,7 @@ def test_a_special_token_that_swallows_whitespace() -> None:
     tokenizer.add_tokens([AddedToken("<end>", rstrip=True, special=True, normalized=False)])
     text = "a<end>\n<end>\n  a"
     assert learned(Fast(tokenizer), text, (0, 6)) == ["a", "<end>"]
-    with pytest.raises(RowError, match="joins '<end>"):
-        encode_spans(Fast(tokenizer), text, [(13, 16)])
+    assert learned(Fast(tokenizer), text, (13, 16)) == ["Ġ", "Ġa"]
 
 
 def test_lone_surrogates_are_an_error() -> None:
@@ -166,9 +164,10 @@ def test_without_offsets_spans_are_found_by_prefixes() -> None:
     assert slow.loss_mask.tolist() == fast.loss_mask.tolist()
 
 
-def test_without_offsets_a_joined_token_is_an_error() -> None:
-    with pytest.raises(RowError, match="use a fast tokenizer"):
-        encode_spans(Slow(FAST["bytes"]), "a\n\nb", [(2, 4)])
+def test_without_offsets_a_joined_token_is_divided() -> None:
+    made = encode_spans(Slow(FAST["bytes"]), "a\n\nb", [(2, 4)])
+    assert FAST["bytes"].convert_ids_to_tokens(made.input_ids) == ["a", "Ċ", "Ċ", "b"]
+    assert made.loss_mask.tolist() == [0, 0, 1, 1]
 
 
 def test_a_million_characters() -> None:
