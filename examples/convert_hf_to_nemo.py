@@ -10,7 +10,6 @@ tensor and pipeline parallel size, with TransformerEngine (in the container) and
 
 from __future__ import annotations
 
-import json
 import time
 from enum import StrEnum
 from pathlib import Path
@@ -21,7 +20,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from nemo_kd.checkpoints import CheckpointError, open_checkpoint, parse_layers, write_nemo
+from nemo_kd.checkpoints import open_checkpoint, parse_layers, write_nemo
 from nemo_kd.cli.failures import reported
 from nemo_kd.nemo import cpu
 
@@ -32,16 +31,6 @@ class Precision(StrEnum):
     own = "own"
     float32 = "float32"
     bfloat16 = "bfloat16"
-
-
-def _layer_list(option: str | None) -> str | None:
-    """Return the option's list, or for `@FILE` the list `kept` of that JSON file."""
-    if option is None or not option.startswith("@"):
-        return option
-    path = Path(option.removeprefix("@"))
-    if not path.is_file():
-        raise CheckpointError(f"--keep-layers {option}: no file {path}")
-    return ",".join(map(str, json.loads(path.read_text())["kept"]))
 
 
 def main(
@@ -66,7 +55,7 @@ def main(
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         checkpoint = open_checkpoint(source)
-        layers = parse_layers(_layer_list(keep_layers), checkpoint.llama.num_layers)
+        layers = parse_layers(keep_layers, checkpoint.llama.num_layers)
         cpu.install()  # megatron-core's checkpoint writer calls CUDA
         # Writing takes about as long as reading a third of the layers.
         bar.update(task, description="converting", total=len(layers) * 4 // 3)

@@ -45,7 +45,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("torch", "transformers", "yaml"),
     },
     "mcore": {"megatron", "numpy", "torch"},
-    "hf": {"torch", "transformers"},
+    "hf": {"numpy", "torch", "transformers"},
     "served": {"httpx", "msgspec", "numpy", "tenacity", "torch"},
     "nemo": {
         *("lightning", "megatron", "nemo", "nltk", "numpy", "omegaconf", "torch", "torchmetrics"),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -195,11 +195,14 @@ def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
     return checked("config.json: rope_scaling", values, RopeScaling)
 
 
-def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:
-    """Load the checkpoint as a float32 transformers model."""
+def to_transformers(
+    checkpoint: Checkpoint, keep_layers: Sequence[int] | None = None
+) -> LlamaForCausalLM:
+    """Load the checkpoint, or some of its layers, as a float32 transformers model."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    llama = checkpoint.llama
+    kept = range(checkpoint.llama.num_layers) if keep_layers is None else keep_layers
+    llama = replace(checkpoint.llama, num_layers=len(kept))
     config = LlamaConfig(
         vocab_size=llama.vocab_size,
         hidden_size=llama.hidden_size,
@@ -216,7 +219,7 @@ def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:
     )
     with torch.device("meta"):
         model = LlamaForCausalLM(config)
-    state = {name: checkpoint.tensor(name).float() for name in llama.shapes()}
+    state = {name: checkpoint.tensor(_source(name, kept)).float() for name in llama.shapes()}
     if llama.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
     model.load_state_dict(state, assign=True)
@@ -224,6 +227,15 @@ def to_transformers(checkpoint: Checkpoint) -> LlamaForCausalLM:
     # The only buffer; it is not in the state and was created on the meta device.
     model.model.rotary_emb = type(model.model.rotary_emb)(config)
     return model.eval()
+
+
+def _source(name: str, kept: Sequence[int]) -> str:
+    """Return a tensor's name in the checkpoint of which the layers `kept` are kept."""
+    prefix, layers, rest = name.partition("model.layers.")
+    if not layers:
+        return name
+    layer, _, rest = rest.partition(".")
+    return f"{prefix}{layers}{kept[int(layer)]}.{rest}"
 
 
 def _rope_scaling_config(scaling: RopeScaling | None) -> dict[str, Any] | None:

@@ -13,18 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import yaml
 
 from nemo_kd.checkpoints import megatron
-from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
+from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama, reading
 from nemo_kd.checkpoints.tokenizer import (
     ARTIFACT_NAME,
     ARTIFACT_PREFIX,
     pack_tokenizer,
     refuse_foreign_tokenizer,
 )
-from nemo_kd.files import flush
+from nemo_kd.files import decode_json, flush
 from nemo_kd.outputs import install, refuse_directory, refuse_inputs, work_beside
 
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel"
@@ -46,9 +47,14 @@ class Conversion:
 
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
-    """`"0,1,8-10"` → (0, 1, 8, 9, 10); None → all layers."""
+    """`"0,1,8-10"` → (0, 1, 8, 9, 10); `@FILE` → the list `kept` of that JSON file; None → all.
+
+    Errors: CheckpointError for another text, layers that do not ascend or do not exist.
+    """
     if text is None:
         return tuple(range(num_layers))
+    if text.startswith("@"):
+        text = _kept(Path(text.removeprefix("@")))
     layers: list[int] = []
     for part in text.split(","):
         first, dash, last = part.strip().partition("-")
@@ -62,6 +68,18 @@ def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
             f"keep-layers is {text!r}; expected ascending layer numbers from 0 to {num_layers - 1}"
         )
     return tuple(layers)
+
+
+class _Kept(msgspec.Struct):
+    kept: list[int]
+
+
+def _kept(path: Path) -> str:
+    """Return the list `kept` of a JSON file, such as examples/demo/block_influence.py writes."""
+    if not path.is_file():
+        raise CheckpointError(f"keep-layers is @{path}, but there is no such file")
+    with reading(str(path)):
+        return ",".join(map(str, decode_json(path.read_bytes(), _Kept).kept))
 
 
 def write_nemo(

@@ -78,7 +78,7 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
         accelerator=config.trainer.accelerator,
     )
     if path.is_dir():
-        model, tokenizer_path = _from_directory(path, dtype), str(path.absolute())
+        model, tokenizer_path = from_directory(path, dtype), str(path.absolute())
         tokenizer = HFTokenizer(tokenizer_path)
     elif path.is_file():
         from nemo_kd.checkpoints.huggingface import to_transformers
@@ -99,7 +99,8 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
     return teacher
 
 
-def _from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+def from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+    """Load the causal LM of a directory; raise HFTeacherError unless it is complete."""
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
             str(path),

@@ -46,7 +46,7 @@ class HFTokenizer:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.tokenizer = _load(str(path))
+        self.tokenizer = load_tokenizer(path)
         self.tokenizer.add_special_tokens(_missing_special_tokens(self.tokenizer))
         self._backend: Any = None
         if self.tokenizer.is_fast:  # called directly: a third of the time
@@ -82,7 +82,7 @@ class HFTokenizer:
         return None if token is None else int(self.tokenizer.convert_tokens_to_ids(token))
 
 
-def _load(path: str) -> Any:
+def load_tokenizer(path: str | Path) -> Any:
     """Load the fast tokenizer, or the slow one if that fails; raise NemoKDError if both fail.
 
     Nothing is downloaded, and no code beside the tokenizer is run.

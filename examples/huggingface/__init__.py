@@ -1,0 +1,1 @@
+"""Distillation in trainers of transformers' kind."""

@@ -1,0 +1,79 @@
+"""Distil a student of transformers from a store, in transformers' Trainer.
+
+    python examples/huggingface/train.py Qwen2.5-0.5B/ --store store --output run --lora 16
+    torchrun --nproc_per_node=2 examples/huggingface/train.py student/ --store store --output run
+
+STUDENT is a Hugging Face directory, or a .gguf file of the Llama family.
+"""
+
+from __future__ import annotations
+
+import argparse
+
+from transformers import Trainer, TrainingArguments
+
+from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
+from nemo_kd.hf.student import load_student
+from nemo_kd.loss import SUPPORTS, KDConfig
+
+
+class StoreTrainer(StoreLossMixin, Trainer):
+    """`Trainer` with the loss of a store."""
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("student", help="directory or .gguf file")
+    parser.add_argument("--keep-layers", help="layers to keep, such as 0,1,8-11, or @FILE")
+    parser.add_argument("--store", nargs="+", required=True, help="one or several stores")
+    parser.add_argument("--output", required=True, help="directory for the trained student")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters, by peft")
+    parser.add_argument("--alpha", type=float, help="weight of the distillation")
+    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--support", choices=SUPPORTS, default="bucket")
+    parser.add_argument("--max-seq-length", type=int, help="refuse longer samples")
+    parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=8, help="samples per process and batch")
+    parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
+    parser.add_argument("--lr", type=float, default=4e-4)
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = arguments()
+    model, tokenizer = load_student(args.student, args.keep_layers)
+    if args.lora:
+        from peft import LoraConfig, get_peft_model
+
+        lora = LoraConfig(r=args.lora, target_modules="all-linear", task_type="CAUSAL_LM")
+        model = get_peft_model(model, lora)
+    config = KDConfig(alpha=args.alpha, temperature=args.temperature, support=args.support)
+    data = StoreDataset(args.store, config, max_seq_length=args.max_seq_length, tokenizer=tokenizer)
+    training = TrainingArguments(
+        args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        average_tokens_across_devices=True,
+        learning_rate=args.lr,
+        warmup_steps=10,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+    trainer = StoreTrainer(
+        model=model,
+        args=training,
+        data_collator=StoreCollator(data),
+        train_dataset=data,
+        processing_class=tokenizer,
+    )
+    trainer.train()
+    trainer.save_model()
+    trainer.save_state()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The samples of one or several stores as a torch data set."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from nemo_kd.data import check_learnable, fit_lengths, truncate_prompt
+from nemo_kd.loss import KDConfig
+from nemo_kd.sft.tokenizer import tokenizer_fingerprint
+from nemo_kd.store import Sample, Store, StoreError
+
+
+class StoreDataset(torch.utils.data.Dataset[Sample]):
+    """Samples of `stores`, one store after the other, for a distillation by `config`.
+
+    `max_seq_length`: most tokens of a sample, prompt and answer; None: no limit. `over_long`:
+    `error`, `truncate` or `drop` longer samples, as `model.data.train_ds.over_long` of a NeMo
+    training does. `tokenizer`: the student's, of transformers, to compare with the stores'.
+    A data set is picklable: a worker process opens the stores again.
+
+    Errors: StoreError for a store that `config` cannot learn from, without samples, with too long
+    ones, without the temperature, of another tokenizer, or of another vocabulary than the first.
+    """
+
+    def __init__(
+        self,
+        stores: Store | str | Path | Sequence[Store | str | Path],
+        config: KDConfig,
+        *,
+        max_seq_length: int | None = None,
+        over_long: str = "error",
+        tokenizer: Any = None,
+    ) -> None:
+        each = [stores] if isinstance(stores, Store | str | Path) else list(stores)
+        if not each:
+            raise StoreError("no store to train on: give at least one directory")
+        self.config = config
+        self.stores = tuple(one if isinstance(one, Store) else Store(one) for one in each)
+        self.max_seq_length = max_seq_length
+        self.vocab_size = self.stores[0].spec.vocab_size
+        """Number of ids of the tokenizer; further columns of a model's logits are padding."""
+        self.top_k = max(store.spec.top_k for store in self.stores)
+        """Most ids per answer token."""
+        fingerprint = self.stores[0].spec.tokenizer.get("fingerprint")
+        if tokenizer is not None:
+            fingerprint = tokenizer_fingerprint(_Vocabulary(tokenizer))
+        for store in self.stores:
+            store.check(
+                tokenizer_fingerprint=fingerprint,
+                vocab_size=self.vocab_size,
+                temperature=config.temperature,
+            )
+            check_learnable(store, config)
+        self._used = [_used(store, max_seq_length, over_long) for store in self.stores]
+        self._ends = list(accumulate(map(len, self._used)))
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, index: int) -> Sample:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        number = bisect_right(self._ends, index)
+        start = self._ends[number - 1] if number else 0
+        sample = self.stores[number][int(self._used[number][index - start])]
+        return (
+            sample if self.max_seq_length is None else truncate_prompt(sample, self.max_seq_length)
+        )
+
+
+def _used(store: Store, max_seq_length: int | None, over_long: str) -> NDArray[np.int64]:
+    """Return the store's indices of the samples to use [samples]."""
+    if not len(store):
+        raise StoreError(f"store {store.origin} has no samples")
+    longest = int(store.lengths.max()) if max_seq_length is None else max_seq_length
+    return fit_lengths(store, longest, over_long).used
+
+
+class _Vocabulary:
+    """The vocabulary of a transformers tokenizer."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.vocab_size = len(tokenizer)
+        self.ids_to_tokens = tokenizer.convert_ids_to_tokens

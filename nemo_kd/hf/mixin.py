@@ -1,0 +1,125 @@
+"""The loss of a store in transformers' `Trainer` and classes derived from it."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nemo_kd.errors import NemoKDError
+from nemo_kd.hf.collator import TEACHER, StoreCollator, mean
+
+TERMS = ("loss", "sft_loss", "kd_loss", "answer_tokens")
+REFUSED = {
+    "label_smoothing_factor": "the loss has no label smoothing",
+    "packing": "samples are not packed",
+    "padding_free": "samples are not packed",
+    "use_liger_kernel": "the loss needs the logits",
+}
+"""Arguments of trainers that change the loss or the batches in a way that has no effect here."""
+
+
+class StoreLossMixin:
+    """Mixin for a subclass of `transformers.Trainer` whose `data_collator` is a `StoreCollator`.
+
+        class StoreTrainer(StoreLossMixin, transformers.Trainer): ...
+
+    The loss of a step is the mean over the answer tokens of all its batches (gradient
+    accumulation) and, with `average_tokens_across_devices=True`, of all processes. The loss of an
+    evaluation is the mean over all of its answer tokens; the logs have `sft_loss` and `kd_loss`
+    beside it, over all processes. The model gets neither labels nor teacher.
+
+    Errors: NemoKDError on construction for another collator and for arguments that the loss
+    cannot follow.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.model_accepts_loss_kwargs = True  # so that Trainer counts labels and does not divide
+        self.label_names: list[str] = ["labels"]  # with adapters, Trainer does not find them
+        self._sums = {"train": _Sums(), "eval": _Sums()}
+        _check(self)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: Mapping[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Any:
+        """Return the loss, and with `return_outputs` the model's outputs; Trainer calls it."""
+        trainer: Any = self
+        shown = {name: x for name, x in inputs.items() if name not in (TEACHER, "labels")}
+        outputs = model(**shown)
+        sums = trainer.data_collator.sums(outputs.logits, inputs)
+        self._sums["train" if model.training else "eval"].add(sums)
+        loss = mean(sums, num_items_in_batch)
+        if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
+            loss = loss * trainer.accelerator.num_processes  # whose gradients are averaged
+        return (loss, outputs) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log with the means of `sft_loss` and `kd_loss` since the last time; Trainer calls it."""
+        parent: Any = super()
+        if "loss" in logs:
+            means = self._sums["train"].means(self)
+            logs = {**logs, **{name: means[name] for name in ("sft_loss", "kd_loss")}}
+        parent.log(logs, *args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """Evaluate with means over answer tokens instead of over batches; Trainer calls it."""
+        parent: Any = super()
+        self._sums["eval"] = _Sums()
+        output = parent.evaluation_loop(*args, **kwargs)
+        prefix = kwargs.get("metric_key_prefix", "eval")
+        if f"{prefix}_loss" in output.metrics:
+            means = self._sums["eval"].means(self)
+            output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
+        return output
+
+
+class _Sums:
+    """Sums of the loss's terms over answer tokens, kept on the device."""
+
+    def __init__(self) -> None:
+        self.total: Tensor | None = None
+
+    def add(self, sums: Mapping[str, Tensor]) -> None:
+        exact = torch.float32 if sums["loss"].device.type == "mps" else torch.float64
+        values = torch.stack([sums[name].detach().to(exact) for name in TERMS])
+        self.total = values if self.total is None else self.total + values
+
+    def means(self, trainer: Any) -> dict[str, float]:
+        """Means over the answer tokens of all processes since the last call; collective."""
+        assert self.total is not None
+        *sums, count = trainer.accelerator.reduce(self.total, "sum").tolist()
+        self.total = None
+        return {name: value / max(count, 1) for name, value in zip(TERMS, sums, strict=False)}
+
+
+def _check(trainer: Any) -> None:
+    args, collator = trainer.args, trainer.data_collator
+    if not isinstance(collator, StoreCollator):
+        raise NemoKDError(
+            f"data_collator is a {type(collator).__name__}; expected a StoreCollator, which pads "
+            "the teacher's rows beside the tokens"
+        )
+    for name, reason in REFUSED.items():
+        if getattr(args, name, None):
+            raise NemoKDError(f"{name}={getattr(args, name)}: {reason}; leave it at its default")
+    if trainer.compute_loss_func is not None:
+        raise NemoKDError("compute_loss_func would not be called: leave it out")
+    if getattr(trainer.model.config, "output_router_logits", False):
+        raise NemoKDError(
+            "model.config.output_router_logits=True: the experts' balance loss would not be added; "
+            "set it to False"
+        )
+    if args.world_size > 1 and not args.average_tokens_across_devices:
+        warnings.warn(
+            "average_tokens_across_devices=False: each process divides by its own answer tokens, "
+            "so that tokens in short answers weigh more; set it to True",
+            stacklevel=4,
+        )

@@ -1,0 +1,39 @@
+"""A student for trainers of transformers' kind: a checkpoint, or some of its layers."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from nemo_kd.checkpoints import open_checkpoint, parse_layers
+from nemo_kd.checkpoints.huggingface import to_transformers
+from nemo_kd.hf.teacher import from_directory
+from nemo_kd.sft.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreTrainedModel, Any]:
+    """Load (model in float32, tokenizer) of a Hugging Face directory or a `.gguf` file.
+
+    `keep_layers` prunes a model of the Llama family as examples/convert_hf_to_nemo.py does: layer
+    numbers such as `0,1,8-11`, or `@FILE`. Nothing is downloaded and no code is run.
+
+    Errors: NemoKDError for a checkpoint that cannot be loaded completely, or not pruned.
+    """
+    path = Path(path)
+    if path.is_dir() and keep_layers is None:
+        return from_directory(path, torch.float32), load_tokenizer(path)
+    checkpoint = open_checkpoint(path)
+    model = to_transformers(checkpoint, parse_layers(keep_layers, checkpoint.llama.num_layers))
+    with tempfile.TemporaryDirectory() as directory:
+        checkpoint.save_tokenizer(directory)
+        tokenizer = load_tokenizer(directory)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        for config in (model.config, model.generation_config):
+            setattr(config, name, getattr(tokenizer, name))
+    return model, tokenizer

@@ -1,0 +1,173 @@
+"""One loss in every trainer: transformers', TRL's, with adapters, of several processes."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+
+from nemo_kd.errors import NemoKDError
+from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
+from nemo_kd.loss import KDConfig
+from tests.checkpoints.models import tokenizer
+from tests.hf import steps
+from tests.hf.student import assert_gradients, expected, student, write_store
+from tests.processes import run_program
+
+CONFIG = KDConfig(alpha=0.7, temperature=2.0)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Path:
+    return write_store(tmp_path / "store", [4, 1, 7, 2])
+
+
+def assert_one_step(result: dict[str, Any], store: Path) -> None:
+    """The loss and the change of the weights are those of one batch of all samples of `store`."""
+    value, gradients = expected(CONFIG, store)
+    logged = result["log"][0]
+    assert logged["loss"] == pytest.approx(value, abs=1e-4)  # logged with 4 digits
+    both = 0.3 * logged["sft_loss"] + 0.7 * logged["kd_loss"]
+    assert both == pytest.approx(value, rel=1e-6)
+    model = student()
+    for name, parameter in model.named_parameters():
+        parameter.grad = parameter.data - result["weights"][name]
+    assert_gradients(model, gradients, 3e-5)  # a difference of weights of about 1
+
+
+@pytest.mark.parametrize(("size", "accumulated"), [(4, 1), (2, 2), (1, 4), (3, 2)])
+def test_a_step_of_trainer_is_that_of_one_batch(
+    store: Path, tmp_path: Path, size: int, accumulated: int
+) -> None:
+    """Also where the last batch of the step is smaller."""
+    batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+    assert_one_step(steps.run(tmp_path / "step.pt", str(store), CONFIG, **batches), store)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "apart": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "dispatched": {
+        "per_device_train_batch_size": 2,
+        "accelerator_config": {"dispatch_batches": True},
+        "pad_to": 12,
+    },
+    "split": {
+        "per_device_train_batch_size": 4,
+        "accelerator_config": {"split_batches": True, "dispatch_batches": True},
+    },
+}
+
+
+def test_two_processes_make_the_step_of_one(store: Path, tmp_path: Path) -> None:
+    runs = {name: {**run, "average_tokens_across_devices": True} for name, run in RUNS.items()}
+    config = json.dumps({"alpha": CONFIG.alpha, "temperature": CONFIG.temperature})
+    program = "tests/hf/steps.py"
+    run_program(program, tmp_path, store, config, json.dumps(runs), processes=2)
+    for name in RUNS:
+        assert_one_step(torch.load(tmp_path / f"{name}.pt", weights_only=True), store)
+
+
+def trainer_of(kind: type, store: Path, directory: Path, model: Any = None, **more: Any) -> Any:
+    """A trainer of class `kind` with the loss of `store`; `more` are its arguments."""
+    data = StoreDataset(store, CONFIG)
+    arguments = transformers.TrainingArguments
+    if kind is not transformers.Trainer:
+        arguments = importlib.import_module("trl").SFTConfig
+        more = {
+            "dataset_kwargs": {"skip_prepare_dataset": True},
+            "completion_only_loss": False,
+            "bf16": False,
+            **more,
+        }
+    inputs = {"processing_class": tokenizer()} if "dataset_kwargs" in more else {}
+    return type("StoreTrainer", (StoreLossMixin, kind), {})(
+        model=model or student(),
+        args=arguments(**steps.arguments(directory, **more)),
+        data_collator=StoreCollator(data),
+        train_dataset=data,
+        eval_dataset=data,
+        **inputs,
+    )
+
+
+def result_of(trainer: Any) -> dict[str, Any]:
+    trainer.train()
+    return {"log": trainer.state.log_history, "weights": trainer.model.state_dict()}
+
+
+def test_trls_trainer_makes_the_same_step(store: Path, tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    assert_one_step(result_of(trainer_of(trl.SFTTrainer, store, tmp_path, **batches)), store)
+
+
+def test_adapters_learn_and_the_rest_stays(store: Path, tmp_path: Path) -> None:
+    """New adapters change nothing: the first loss is the student's; later ones are below it."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+    model = peft.get_peft_model(student(), config)
+    rate = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 1e-2}
+    batch = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    trainer = trainer_of(transformers.Trainer, store, tmp_path, model, **rate, **batch)
+    value, _ = expected(CONFIG, store)
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(value, rel=1e-6)
+    trainer.train()
+    losses = [line["loss"] for line in trainer.state.log_history if "loss" in line]
+    assert losses[0] == pytest.approx(value, abs=1e-4)
+    assert trainer.evaluate()["eval_loss"] < losses[0] - 0.1
+    trainer.save_model(str(tmp_path / "adapter"))
+    again = peft.PeftModel.from_pretrained(student(), str(tmp_path / "adapter"))
+    merged = again.merge_and_unload()
+    data = StoreDataset(store, CONFIG)
+    collator = StoreCollator(data)
+    inputs = collator([data[i] for i in range(4)])
+    logits = merged(inputs["input_ids"], attention_mask=inputs["attention_mask"]).logits
+    after = collator.loss(logits, inputs).item()
+    assert after == pytest.approx(trainer.evaluate()["eval_loss"], rel=1e-5)
+
+
+def test_an_evaluation_is_the_mean_over_answer_tokens(store: Path, tmp_path: Path) -> None:
+    trainer = trainer_of(transformers.Trainer, store, tmp_path, per_device_eval_batch_size=3)
+    found = trainer.evaluate()
+    assert found["eval_loss"] == pytest.approx(expected(CONFIG, store)[0], rel=1e-6)
+    both = 0.3 * found["eval_sft_loss"] + 0.7 * found["eval_kd_loss"]
+    assert found["eval_loss"] == pytest.approx(both, rel=1e-6)
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == (4, 11, 64)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the loss has no label"),
+        ({"packing": True, "packing_strategy": "wrapped"}, "packing=True: samples are not packed"),
+    ],
+)
+def test_arguments_without_effect_are_refused(
+    store: Path, tmp_path: Path, arguments: dict[str, Any], message: str
+) -> None:
+    kind: type = transformers.Trainer
+    if "packing" in arguments:
+        kind = pytest.importorskip("trl").SFTTrainer
+    with pytest.raises(NemoKDError, match=message):
+        trainer_of(kind, store, tmp_path, **arguments)
+
+
+def test_other_losses_and_collators_are_refused(store: Path, tmp_path: Path) -> None:
+    class StoreTrainer(StoreLossMixin, transformers.Trainer):
+        pass
+
+    data = StoreDataset(store, CONFIG)
+    collator = StoreCollator(data)
+    with pytest.raises(NemoKDError, match="data_collator is a function; expected a StoreColl"):
+        StoreTrainer(model=student(), train_dataset=data)
+    with pytest.raises(NemoKDError, match="compute_loss_func would not be called"):
+        StoreTrainer(model=student(), data_collator=collator, compute_loss_func=max)
+    model = student()
+    model.config.output_router_logits = True
+    with pytest.raises(NemoKDError, match="balance loss would not be added"):
+        StoreTrainer(model=model, data_collator=collator)
