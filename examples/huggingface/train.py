@@ -21,7 +21,7 @@ class StoreTrainer(StoreLossMixin, Trainer):
     """`Trainer` with the loss of a store."""
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,11 +38,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch-size", type=int, default=8, help="samples per process and batch")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
     parser.add_argument("--lr", type=float, default=4e-4)
-    return parser.parse_args()
+    return parser
 
 
 def main() -> None:
-    args = arguments()
+    args = parser().parse_args()
     model, tokenizer = load_student(args.student, args.keep_layers)
     if args.lora:
         from peft import LoraConfig, get_peft_model

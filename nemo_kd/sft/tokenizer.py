@@ -89,6 +89,7 @@ def load_tokenizer(path: str | Path) -> Any:
     """
     from transformers import AutoTokenizer
 
+    path = str(path)
     local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
         return AutoTokenizer.from_pretrained(path, use_fast=True, **local)

@@ -146,6 +146,8 @@ def run_nemo_kd(arguments: list[str]) -> str:
 def check_script(name: str, arguments: list[str]) -> None:
     if (ROOT / "conf" / f"{name}.yaml").exists():
         check_overrides(name, arguments)
+    elif hasattr(module := example(name), "parser"):
+        module.parser().parse_args(arguments)
     else:  # a typer program
         command = program(name)
         context = typer.Context(command)

@@ -178,10 +178,11 @@ def test_stores_follow_one_another_in_any_profile(tmp_path: Path, profile: str) 
 def test_workers_read_what_the_process_itself_reads(store: Path, start: str) -> None:
     data = StoreDataset(store, KDConfig(), max_seq_length=8, over_long="truncate")
     collator = StoreCollator(data)
-    here, there = (
-        list(DataLoader(data, batch_size=2, collate_fn=collator, num_workers=n, **more))
-        for n, more in ((0, {}), (1, {"multiprocessing_context": start}))
+    here = list(DataLoader(data, batch_size=2, collate_fn=collator))
+    workers = DataLoader(
+        data, batch_size=2, collate_fn=collator, num_workers=1, multiprocessing_context=start
     )
+    there = list(workers)
     assert len(here) == len(there) == len(data) / 2
     for one, other in zip(here, there, strict=True):
         assert all(torch.equal(one[name], other[name]) for name in one)
@@ -193,10 +194,11 @@ def test_long_samples_are_refused_truncated_or_dropped_as_in_training(store: Pat
     with pytest.raises(StoreError, match="3 of 6 samples with more than max_seq_length=7 tokens"):
         StoreDataset(store, config, max_seq_length=7)
     dropped = StoreDataset(store, config, max_seq_length=7, over_long="drop")
-    assert [one.row for one in dropped] == [0, 1, 3]
+    assert [dropped[i].row for i in range(len(dropped))] == [0, 1, 3]
     cut = StoreDataset(store, config, max_seq_length=7, over_long="truncate")
-    assert [one.row for one in cut] == [0, 1, 3, 4, 5]  # no prompt would be left of sample 2
-    assert [len(one.input_ids) for one in cut] == [6, 4, 7, 7, 7]
+    samples = [cut[i] for i in range(len(cut))]
+    assert [one.row for one in samples] == [0, 1, 3, 4, 5]  # no prompt would be left of sample 2
+    assert [len(one.input_ids) for one in samples] == [6, 4, 7, 7, 7]
     whole = Store(store)[4]
     assert np.array_equal(cut[3].input_ids, whole.input_ids[-7:])
     batch = StoreCollator(cut)([cut[3]])
@@ -230,12 +232,12 @@ def test_what_cannot_be_learned_is_refused(tmp_path: Path, store: Path) -> None:
     )
     larger = spec(vocab_size=70, temperatures=(1.0, 2.0))
     other = write(tmp_path / "other", larger, [sample(0, larger, 2)])
-    foreign = {"tokenizer": {"fingerprint": "c" * 64, "library": "huggingface", "path": None}}
+    tokenizer = {"fingerprint": "c" * 64, "library": "huggingface", "path": None}
     for stores, message in (
         ([], "no store to train on"),
         ([store, cold], "temperature=2.0 was not dumped"),
         ([store, other], "vocabulary size is 70 in the store, expected 61"),
-        ([store, write_store(tmp_path / "foreign", **foreign)], "tokenizer is 'cccc"),
+        ([store, write_store(tmp_path / "foreign", tokenizer=tokenizer)], "tokenizer is 'cccc"),
         (write_store(tmp_path / "empty", []), "has no samples"),
     ):
         with pytest.raises(StoreError, match=message):

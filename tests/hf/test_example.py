@@ -1,0 +1,126 @@
+"""The example: its first step's loss is the NeMo student's on the same weights and samples."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
+from tests.bare import extra, run_bare
+from tests.checkpoints import models
+from tests.conftest import ROOT, Shared
+from tests.processes import run_program, run_script
+from tests.runs import metrics
+from tests.store.samples import sample, spec, write
+
+EXAMPLE = "examples/huggingface/train.py"
+SAMPLES = 4
+LOSS = 1e-4  # two implementations of a model in float32, on losses of about 10 nats
+
+
+@pytest.fixture(scope="session")
+def students(shared: Shared) -> Path:
+    """`llama`, `pruned.nemo`, its layers 0 and 3, and `store` of as many samples as a step has."""
+
+    def make(directory: Path) -> None:
+        models.save(models.llama("tied_grouped"), directory / "llama")
+        tokenizer = HFTokenizer(directory / "llama")
+        (directory / "layers.json").write_text(json.dumps({"kept": [0, 3]}))
+        of = spec(
+            vocab_size=tokenizer.vocab_size,
+            temperatures=(1.0, 2.0),
+            tokenizer={
+                "fingerprint": tokenizer_fingerprint(tokenizer),
+                "library": "huggingface",
+                "path": str(directory / "llama"),
+            },
+        )
+        rows = [sample(i, of, 3 + 2 * i, prompt=2 + i) for i in range(SAMPLES)]
+        write(directory / "store", of, rows)
+        pruned = [f"{directory}/llama", f"{directory}/pruned.nemo"]
+        run_script("convert_hf_to_nemo.py", *pruned, f"--keep-layers=@{directory}/layers.json")
+
+    return shared("students", make)
+
+
+def first_step(log: list[dict[str, Any]]) -> dict[str, float]:
+    return {name: log[0][name] for name in ("loss", "sft_loss", "kd_loss")}
+
+
+def by_transformers(students: Path, out: Path, *options: str) -> dict[str, float]:
+    """The losses of the example's first step, whose `loss` it logs with four digits."""
+    layers = f"--keep-layers=@{students}/layers.json"
+    given = [f"{students}/llama", layers, f"--store={students}/store", f"--output={out}"]
+    run_program(EXAMPLE, *given, "--steps=2", *options)
+    return first_step(json.loads((out / "trainer_state.json").read_text())["log_history"])
+
+
+def by_nemo(students: Path, out: Path, *overrides: str) -> dict[str, float]:
+    run_script(
+        "train_gpt_sft_kd.py",
+        f"model.restore_from_path={students}/pruned.nemo",
+        f"model.data.train_ds.store={students}/store",
+        "model.data.train_ds.max_seq_length=128",
+        f"exp_manager.explicit_log_dir={out}",
+        "exp_manager.create_checkpoint_callback=false",
+        "trainer.precision=32",
+        "trainer.max_steps=1",
+        "trainer.enable_progress_bar=false",
+        f"model.global_batch_size={SAMPLES}",
+        f"model.micro_batch_size={SAMPLES}",
+        *overrides,
+    )
+    return first_step(metrics(out))
+
+
+@pytest.mark.parametrize(
+    ("options", "overrides"),
+    [
+        (
+            ["--batch-size=4", "--alpha=0.7", "--temperature=2"],
+            ["+model.kd.alpha=0.7", "+model.kd.temperature=2.0"],
+        ),
+        pytest.param(
+            ["--batch-size=1", "--accumulate=4", "--support=topk", "--lora=4"],
+            ["+model.kd.support=topk"],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["temperature", "adapters"],
+)
+def test_the_first_step_has_the_nemo_students_loss(
+    students: Path, tmp_path: Path, options: list[str], overrides: list[str]
+) -> None:
+    """All samples of the store are in the first step: their order does not count."""
+    ours = by_transformers(students, tmp_path / "huggingface", *options)
+    nemos = by_nemo(students, tmp_path / "nemo", *overrides)
+    assert nemos["kd_loss"] > 0.1
+    assert ours == pytest.approx(nemos, abs=LOSS)
+
+
+def test_the_trained_student_is_saved_with_its_tokenizer(students: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    by_transformers(students, tmp_path / "out", "--batch-size=4", "--lr=0.01")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.config.num_hidden_layers == 2
+    assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
+    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == models.TOKENS
+
+
+def test_the_extra_trainer_is_enough(students: Path, tmp_path: Path) -> None:
+    """Without Hydra, NeMo, Megatron and whatever else is installed here."""
+    code = "import sys; sys.path[:0] = [{root!r}]; sys.argv[0] = {path!r}; import runpy; "
+    code = code.format(root=str(ROOT), path=str(ROOT / EXAMPLE)) + "runpy.run_path(sys.argv[0], "
+    given = [f"{students}/llama", "--keep-layers=0", f"--store={students}/store"]
+    given += [f"--output={tmp_path}/out", "--steps=1", "--lora=2"]
+    done = run_bare(tmp_path, extra("trainer"), "-c", f"{code}run_name='__main__')", *given)
+    assert (tmp_path / "out/adapter_model.safetensors").is_file(), done.stderr
+
+
+def test_help() -> None:
+    done = run_program(EXAMPLE, "--help")
+    assert "--lora RANK" in done.stdout
