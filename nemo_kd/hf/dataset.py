@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from nemo_kd.data import check_learnable, fit_lengths, truncate_prompt
 from nemo_kd.loss import KDConfig
-from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Sample, Store, StoreError
+from nemo_kd.store.fingerprint import vocabulary_fingerprint
 
 
 class StoreDataset(torch.utils.data.Dataset[Sample]):
@@ -51,7 +51,8 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
         """Most ids per answer token."""
         fingerprint = self.stores[0].spec.tokenizer.get("fingerprint")
         if tokenizer is not None:
-            fingerprint = tokenizer_fingerprint(_Vocabulary(tokenizer))
+            tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+            fingerprint = vocabulary_fingerprint(tokens)
         for store in self.stores:
             store.check(
                 tokenizer_fingerprint=fingerprint,
@@ -83,11 +84,3 @@ def _used(store: Store, max_seq_length: int | None, over_long: str) -> NDArray[n
         raise StoreError(f"store {store.origin} has no samples")
     longest = int(store.lengths.max()) if max_seq_length is None else max_seq_length
     return fit_lengths(store, longest, over_long).used
-
-
-class _Vocabulary:
-    """The vocabulary of a transformers tokenizer."""
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.vocab_size = len(tokenizer)
-        self.ids_to_tokens = tokenizer.convert_ids_to_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -10,6 +9,7 @@ from typing import Any, Protocol
 from numpy.typing import NDArray
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.store.fingerprint import vocabulary_fingerprint
 
 
 class Vocabulary(Protocol):
@@ -148,10 +148,7 @@ def tokenizer_fingerprint(tokenizer: Vocabulary) -> str:
 
     It depends on the vocabulary and its order, not on the tokenizer's path.
     """
-    digest = hashlib.sha256()
-    for token in tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size))):
-        digest.update(str(token).encode("utf-8", "surrogatepass") + b"\0")
-    return digest.hexdigest()
+    return vocabulary_fingerprint(tokenizer.ids_to_tokens(list(range(tokenizer.vocab_size))))
 
 
 def first_difference(ours: Vocabulary, origin: Mapping[str, Any]) -> str:

@@ -1,8 +1,9 @@
-"""A fingerprint of a checkpoint's weights that is cheap to compute."""
+"""Fingerprints: of a checkpoint's weights, cheap to compute, and of a vocabulary."""
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 BLOCK = 1 << 16
@@ -27,4 +28,12 @@ def checkpoint_fingerprint(path: Path) -> str:
                 digest.update(stream.read(BLOCK))
                 if size <= BLOCK:
                     break
+    return digest.hexdigest()
+
+
+def vocabulary_fingerprint(tokens: Iterable[str]) -> str:
+    """Hex SHA-256 over the token of every id, in id order."""
+    digest = hashlib.sha256()
+    for token in tokens:
+        digest.update(str(token).encode("utf-8", "surrogatepass") + b"\0")
     return digest.hexdigest()
