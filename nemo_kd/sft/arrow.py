@@ -58,7 +58,10 @@ class Batches:
         part = bisect_right(self._ends, row)
         batch = self._batches[part]
         batch = batch.slice(row - (self._ends[part] - batch.num_rows), 1)
-        (value,) = (batch if self._is_plain else batch.cast(self._schema)).to_pylist()
+        try:
+            (value,) = (batch if self._is_plain else batch.cast(self._schema)).to_pylist()
+        except OverflowError as error:  # a date after the year 9999
+            raise ValueError(str(error)) from error
         return {key: _plain(each) for key, each in value.items()}
 
 

@@ -19,6 +19,10 @@ class RowError(NemoKDError):
     """Error for an SFT file, or a row of one, that cannot be used."""
 
 
+class DamagedFileError(NemoKDError):
+    """Error for a file none of whose rows can be read: they are not dropped as bad rows are."""
+
+
 class OneFile:
     """What the kinds of SFT files share: names in messages, and pickling."""
 

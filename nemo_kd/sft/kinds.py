@@ -61,9 +61,9 @@ def kind_of(path: Path) -> Kind:
     if line.startswith(b"PAR1"):
         arrow()
         return Kind.PARQUET
-    if path.suffix == ".parquet":
+    if path.suffix.lower() == ".parquet":
         raise RowError(f"{path} is not a Parquet file; rename it if it is another kind")
-    if path.suffix in JSON_LINES:
+    if path.suffix.lower() in JSON_LINES:
         return Kind.JSONL
     return _json_kind(path, line)
 
@@ -75,7 +75,7 @@ def _json_kind(path: Path, line: bytes) -> Kind:
         text = _first_text(path)
     if text.startswith(b"["):
         return Kind.JSON
-    if path.suffix == ".json" and text.startswith(b"{") and len(line) < LINE_BYTES:
+    if path.suffix.lower() == ".json" and text.startswith(b"{") and len(line) < LINE_BYTES:
         try:
             json.loads(text)
         except (ValueError, RecursionError) as error:

@@ -14,9 +14,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.files import FULL
+from nemo_kd.files import FULL, FullDiskError
 from nemo_kd.sft.arrow import Batches, arrow, plain_schema
-from nemo_kd.sft.hashed import HashedFile, RowError
+from nemo_kd.sft.hashed import DamagedFileError, HashedFile, RowError
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 1 << 22
@@ -26,8 +26,8 @@ READ_BYTES = 1 << 20
 class ParquetFile(HashedFile):
     """A Parquet file as a sequence of rows: `file[i]` is row i as a dict.
 
-    `sha256` is the hash of the file. Raises RowError for a file without rows, one that is damaged,
-    and for columns that rows of text cannot hold.
+    `sha256` is the hash of the file. Raises RowError for a file without rows and for columns that
+    JSON does not have; DamagedFileError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -42,7 +42,10 @@ class ParquetFile(HashedFile):
         return self._rows
 
     def __getitem__(self, row: int) -> dict[str, Any]:
-        """Return a row's value; raise RowError, naming file, row and reason."""
+        """Return a row's value; raise RowError, naming file, row and reason.
+
+        The first one decodes the file: DamagedFileError, and FullDiskError for the temporary file.
+        """
         self.check_number(row)
         batches = self._batches
         try:
@@ -52,25 +55,29 @@ class ParquetFile(HashedFile):
 
     @cached_property
     def _batches(self) -> Batches:
-        pa = arrow()
-        with self._file() as file, tempfile.TemporaryFile() as temporary:
-            try:
-                with pa.ipc.new_file(temporary, self._schema) as writer:
-                    for batch in file.iter_batches(_batch_rows(file.metadata), use_threads=False):
-                        writer.write_batch(batch.cast(self._schema))
-                temporary.flush()
-            except OSError as error:
-                if error.errno not in FULL:
-                    raise
-                raise RowError(
-                    f"no space to decode {self.path} to a temporary file in {tempfile.gettempdir()}"
-                    " (needed to read its rows in any order); set TMPDIR to a larger directory"
-                ) from error
-            with pa.memory_map(f"/proc/self/fd/{temporary.fileno()}") as mapped:
-                reader = pa.ipc.open_file(mapped)
-                batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        try:
+            batches = self._decoded()
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+            raise FullDiskError(
+                f"no space to decode {self.path} to a temporary file in {tempfile.gettempdir()} "
+                "(needed to read its rows in any order); set TMPDIR to a larger directory"
+            ) from error
         self.check_unchanged()
         return Batches(batches, self._schema)
+
+    def _decoded(self) -> list[Any]:
+        """Decode the file; return its record batches, mapped into memory."""
+        pa = arrow()
+        with self._file() as file, tempfile.TemporaryFile() as temporary:
+            with pa.ipc.new_file(temporary, self._schema) as writer:
+                for batch in file.iter_batches(_batch_rows(file.metadata), use_threads=False):
+                    writer.write_batch(batch.cast(self._schema))
+            temporary.flush()
+            with pa.memory_map(f"/proc/self/fd/{temporary.fileno()}") as mapped:
+                reader = pa.ipc.open_file(mapped)
+                return [reader.get_batch(i) for i in range(reader.num_record_batches)]
 
     @contextmanager
     def _file(self) -> Iterator[Any]:
@@ -84,7 +91,9 @@ class ParquetFile(HashedFile):
         except (pa.ArrowException, OSError) as error:
             if isinstance(error, OSError) and error.errno:
                 raise
-            raise RowError(f"{self.path} is not a readable Parquet file: {error}") from error
+            raise DamagedFileError(
+                f"{self.path} is not a readable Parquet file: {error}"
+            ) from error
         finally:
             self.close()
 

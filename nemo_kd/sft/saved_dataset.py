@@ -15,7 +15,14 @@ from numpy.typing import NDArray
 
 from nemo_kd.files import read_json
 from nemo_kd.sft.arrow import Batches, arrow, plain_schema
-from nemo_kd.sft.hashed import HashedFile, OneFile, RowError, changed, joint_sha256
+from nemo_kd.sft.hashed import (
+    DamagedFileError,
+    HashedFile,
+    OneFile,
+    RowError,
+    changed,
+    joint_sha256,
+)
 
 STATE = "state.json"
 
@@ -24,7 +31,7 @@ class SavedDataset(OneFile):
     """The directory `path` as a sequence of rows: `dataset[i]` is row i as a dict.
 
     `sha256` is the hash of its Arrow files (`joint_sha256`). Raises RowError for a directory
-    without rows, a damaged one, and for columns that JSON does not have.
+    without rows and for columns that JSON does not have; DamagedFileError.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -89,6 +96,8 @@ def _inside(directory: Path, entry: dict[str, str]) -> Path:
     name = entry["filename"]
     if Path(name).name != name:
         raise RowError(f"{directory / STATE} names {name!r}: expected a file in {directory}")
+    if not (directory / name).is_file():
+        raise DamagedFileError(f"{directory} is incomplete: {name} is missing; save it again")
     return directory / name
 
 
@@ -99,4 +108,4 @@ def batches_of(path: Path) -> tuple[Any, Sequence[Any]]:
         with pa.memory_map(str(path)) as mapped, pa.ipc.open_stream(mapped) as reader:
             return reader.schema, list(reader)
     except (pa.ArrowException, OSError) as error:
-        raise RowError(f"{path} is not a readable Arrow file: {error}") from error
+        raise DamagedFileError(f"{path} is not a readable Arrow file: {error}") from error

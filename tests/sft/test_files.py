@@ -10,6 +10,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -24,7 +25,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nemo_kd.files import FullDiskError
 from nemo_kd.sft import RowError, RowFile, hashed, open_files
+from nemo_kd.sft.hashed import DamagedFileError
 from nemo_kd.sft.json_array import JsonArrayFile
 from nemo_kd.sft.previews import first_row
 
@@ -259,11 +262,44 @@ def test_a_damaged_parquet_file(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "a", ROWS)
     whole = path.read_bytes()
     path.write_bytes(whole[:-20])
-    with pytest.raises(RowError, match=r"a.parquet is not a readable Parquet file"):
+    with pytest.raises(DamagedFileError, match=r"a.parquet is not a readable Parquet file"):
         open_files(path)
     path.write_bytes(whole[:4] + bytes(200) + whole[204:])
-    with pytest.raises(RowError, match=r"a.parquet is not a readable Parquet file"):
+    with pytest.raises(DamagedFileError, match=r"a.parquet is not a readable Parquet file"):
         open_files(path)[0]
+
+
+def test_a_full_disk_is_no_fault_of_a_row(tmp_path: Path) -> None:
+    path = write_parquet(tmp_path / "a", [{"t": "x" * 1000}] * 5000)
+    limit = (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+    before, file = resource.getrlimit(resource.RLIMIT_FSIZE), open_files(path)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+    try:
+        with pytest.raises(FullDiskError, match=r"no space to decode .*a.parquet.*set TMPDIR"):
+            file[0]
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert file[4999] == {"t": "x" * 1000}
+
+
+def test_a_value_that_python_does_not_have_is_an_error_of_its_row(tmp_path: Path) -> None:
+    days = pa.array([1, 10**8], pa.int32()).cast(pa.date32())
+    pq.write_table(pa.table({"day": days}), tmp_path / "a.parquet")
+    file = open_files(tmp_path / "a.parquet")
+    assert file[0] == {"day": "1970-01-02"}
+    with pytest.raises(RowError, match=r"a.parquet, row 1: .*fix or remove the row"):
+        file[1]
+
+
+def test_a_damaged_saved_dataset(tmp_path: Path) -> None:
+    path = write_dataset(tmp_path / "a", ROWS)
+    (data,) = path.glob("*.arrow")
+    data.write_bytes(data.read_bytes()[:100])
+    with pytest.raises(DamagedFileError, match="is not a readable Arrow file"):
+        open_files(path)
+    data.unlink()
+    with pytest.raises(DamagedFileError, match="a is incomplete: data-.*.arrow is missing"):
+        open_files(path)
 
 
 def test_a_saved_dataset_is_as_datasets_reads_it_and_nothing_is_written(tmp_path: Path) -> None:
