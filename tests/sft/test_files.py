@@ -298,7 +298,7 @@ def test_a_damaged_saved_dataset(tmp_path: Path) -> None:
     with pytest.raises(DamagedFileError, match="is not a readable Arrow file"):
         open_files(path)
     data.unlink()
-    with pytest.raises(DamagedFileError, match="a is incomplete: data-.*.arrow is missing"):
+    with pytest.raises(DamagedFileError, match=r"a is incomplete: data-.*.arrow is missing"):
         open_files(path)
 
 
