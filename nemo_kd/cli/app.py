@@ -7,13 +7,16 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
 import nemo_kd
 from nemo_kd.visible import visible
+
+if TYPE_CHECKING:
+    from nemo_kd.store import Manifest
 
 app = typer.Typer(
     help="Inspect, check and transform stores of teacher logits; run jobs; check a machine.",
@@ -104,6 +107,18 @@ def options_named() -> Iterator[None]:
 def print_json(value: Any) -> None:
     """Print a result as JSON, for scripts."""
     typer.echo(visible(json.dumps(value, indent=1, ensure_ascii=False)))
+
+
+def summary(target: str | Path, manifest: Manifest) -> dict[str, Any]:
+    """Return the values that a command reports about a store it wrote."""
+    spec = manifest.spec
+    kept = {"profile": spec.profile, "top_k": spec.top_k}
+    return {
+        "written": str(target),
+        "fingerprint": manifest.fingerprint,
+        **kept,
+        **manifest.totals,
+    }
 
 
 def report(result: dict[str, Any], as_json: bool) -> None:

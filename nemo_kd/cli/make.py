@@ -20,6 +20,7 @@ from nemo_kd.cli.app import (
     print_json,
     progress,
     report,
+    summary,
 )
 
 Sources = Annotated[list[str], typer.Argument(help="Stores to read.")]
@@ -28,7 +29,10 @@ Target = Annotated[Path, typer.Argument(help="Directory of the store to write.")
 
 @app.command()
 def convert(
-    source: Annotated[str, typer.Argument(help="A store, NeMo-Aligner's .jsonl, or a .parquet.")],
+    source: Annotated[
+        str,
+        typer.Argument(help="A store, a .jsonl, a .parquet, or a directory of another program."),
+    ],
     target: Annotated[str, typer.Argument(help="Directory of a store, a .jsonl or a .parquet.")],
     profile: Annotated[
         str | None,
@@ -42,11 +46,26 @@ def convert(
     ] = None,
     tokenizer: TokenizerPath = None,
     bad_lines: Annotated[
-        str | None, typer.Option(help="JSONL source: on invalid lines, error (default) or drop.")
+        str | None,
+        typer.Option(help="Other programs' files: on invalid rows, error (default) or drop."),
     ] = None,
     renumber: Annotated[
         bool, typer.Option("--renumber", help="JSONL source: number rows by line, not by `index`.")
     ] = False,
+    compression_config: Annotated[
+        str | None,
+        typer.Option(
+            help="DistillKit source: its compression's YAML; default: compression_config.yaml "
+            "beside it."
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Megatron-LM source: the run's samples in order, JSONL with input_ids or an "
+            "indexed data set."
+        ),
+    ] = None,
     samples_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Samples per file of a JSONL target with CHUNK_ID.")
     ] = None,
@@ -56,9 +75,19 @@ def convert(
 ) -> None:
     """Convert a store to another profile, to NeMo-Aligner's JSONL or to Parquet, and back.
 
-    Parquet is loaded by pandas and datasets; converted back, it is the same store.
+    Parquet is loaded by pandas and datasets; converted back, it is the same store. What vLLM
+    (responses with prompt_logprobs as JSONL), DistillKit (Parquet) and Megatron-LM (shards of
+    --logits-save-dir) saved of a teacher becomes a store.
+
+    nemo-kd convert store out.parquet
+
+    nemo-kd convert responses.jsonl store --tokenizer teacher/
+
+    nemo-kd convert captured/ store --tokenizer teacher/
+
+    nemo-kd convert logits/ store --data samples.jsonl --tokenizer teacher/
     """
-    from nemo_kd.cli import conversions
+    from nemo_kd.cli import caches, conversions
 
     options = {
         "--profile": profile,
@@ -68,6 +97,8 @@ def convert(
         "--tokenizer": tokenizer,
         "--bad-lines": bad_lines,
         "--renumber": renumber or None,
+        "--compression-config": compression_config,
+        "--data": data,
         "--samples-per-chunk": samples_per_chunk,
     }
     conversions.refuse_idle_options(source, target, options)
@@ -79,7 +110,7 @@ def convert(
         "overwrite": overwrite,
     }
     with options_named():
-        kind, made = conversions.kind_of(source), conversions.kind_of(target)
+        kind, made = conversions.kind_of(source), conversions.kind_by_suffix(target)
         if made == "a store":
             check_store_target(Path(target))
         if made == "Parquet":
@@ -87,18 +118,16 @@ def convert(
                 result = conversions.to_parquet(
                     source, target, overwrite=overwrite, advance=advance
                 )
-        elif kind == "Parquet":
-            result = conversions.from_parquet(source, target, tokenizer=tokenizer, **common)
         elif made == "JSONL":
             result = conversions.to_jsonl(source, target, samples_per_chunk, overwrite=overwrite)
-        elif kind == "JSONL":
-            result = conversions.from_jsonl(
-                source,
-                target,
-                tokenizer=tokenizer,
-                bad_lines=bad_lines,
-                renumber=renumber,
-                **common,
+        elif kind == "Parquet":
+            result = conversions.from_parquet(source, target, tokenizer=tokenizer, **common)
+        elif kind != "a store":
+            cache = caches.opened_cache(
+                kind, source, renumber=renumber, configuration=compression_config, data=data
+            )
+            result = caches.from_cache(
+                cache, source, target, tokenizer=tokenizer, bad_lines=bad_lines, **common
             )
         else:
             with progress("convert") as advance:
@@ -117,7 +146,6 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Concatenate stores that have the same specification; rows are renumbered."""
-    from nemo_kd.cli.conversions import summary
     from nemo_kd.store import Store
     from nemo_kd.store import merge as merge_stores
 
@@ -171,7 +199,7 @@ def split(
     as_json: Json = False,
 ) -> None:
     """Randomly split a store, for example into train and held-out; rows keep their numbers."""
-    from nemo_kd.cli.conversions import numbers, summary
+    from nemo_kd.cli.conversions import numbers
     from nemo_kd.store import Store
     from nemo_kd.store import split as split_store
 
@@ -206,7 +234,6 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Join the many shards of a store that an earlier version wrote to a few segments, in place."""
-    from nemo_kd.cli.conversions import summary
     from nemo_kd.store import pack as pack_store
 
     with options_named(), progress("pack") as advance:

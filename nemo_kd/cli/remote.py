@@ -15,7 +15,7 @@ Address = Annotated[str, typer.Argument(metavar="URL", help="Such as s3://bucket
 @app.command()
 def push(store: StoreArgument, url: Address, as_json: Json = False) -> None:
     """Copy a store to s3://, gs:// or another address; run it again to resume."""
-    from nemo_kd.cli.conversions import summary
+    from nemo_kd.cli.app import summary
     from nemo_kd.store.tools.copying import push as push_store
 
     with progress("push") as advance:
@@ -30,7 +30,7 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Copy a store from s3://, gs:// or another address; run it again to resume."""
-    from nemo_kd.cli.conversions import summary
+    from nemo_kd.cli.app import summary
     from nemo_kd.store.tools.copying import pull as pull_store
 
     with progress("pull") as advance:

@@ -15,6 +15,8 @@ class Tokenizer(Protocol):
     """Interface of a tokenizer that can be fingerprinted and can convert ids to text."""
 
     vocab_size: int
+    pad_id: int | None
+    """The id of the pad token; None if there is none, or it is also an end of sequence."""
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
 
@@ -34,6 +36,8 @@ class HuggingFaceTokenizer:
         )
         # The largest id plus 1, not the number of entries: ids may have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        pad, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
+        self.pad_id: int | None = None if pad == end else pad
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         tokens: list[str] = self._tokenizer.convert_ids_to_tokens(list(ids))
@@ -53,6 +57,8 @@ class SentencePieceTokenizer:
 
         self._processor = SentencePieceProcessor(model_file=path)
         self.vocab_size = int(self._processor.get_piece_size())
+        pad = int(self._processor.pad_id())
+        self.pad_id: int | None = None if pad < 0 else pad
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [str(self._processor.id_to_piece(int(i))) for i in ids]
@@ -65,6 +71,7 @@ class Ids:
     """Stand-in for a tokenizer that shows ids as `⟨17⟩`."""
 
     vocab_size = 0
+    pad_id: int | None = None
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:
         return [f"⟨{i}⟩" for i in ids]

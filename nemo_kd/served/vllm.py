@@ -27,7 +27,9 @@ class _Logprob(msgspec.Struct):
     rank: int | None = None
 
 
-class _Choice(msgspec.Struct):
+class Choice(msgspec.Struct):
+    """What an answer says about one prompt."""
+
     prompt_logprobs: list[dict[int, _Logprob] | None] | None = None
     prompt_token_ids: list[int] | None = None
 
@@ -37,7 +39,7 @@ class _Usage(msgspec.Struct):
 
 
 class _Completion(msgspec.Struct):
-    choices: list[_Choice]
+    choices: list[Choice]
     usage: _Usage | None = None
 
 

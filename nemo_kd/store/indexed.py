@@ -15,6 +15,7 @@ import hashlib
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +152,29 @@ def mapped(path: Path) -> NDArray[np.uint8]:
         if not os.fstat(file.fileno()).st_size:  # an empty file cannot be mapped
             return np.zeros(0, np.uint8)
         return np.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), np.uint8)
+
+
+def sequences(path: Path) -> Iterator[NDArray[Any]]:
+    """Yield the sequences of any indexed data set of Megatron, given its prefix or a file of it.
+
+    Raises StoreError if it is damaged or not one.
+    """
+    prefix = path.with_suffix("") if path.suffix in (".bin", ".idx") else path
+    try:
+        index, octets = (mapped(Path(f"{prefix}.{end}")) for end in ("idx", "bin"))
+    except OSError as error:
+        raise StoreError(f"{prefix}.idx and .bin cannot be read: {error}") from error
+    if index.size < _HEADER.size:
+        raise StoreError(f"{prefix}.idx is not the index of a Megatron data set")
+    magic, version, code, count, _ = _HEADER.unpack(index[: _HEADER.size].tobytes())
+    end = _HEADER.size + 12 * count
+    if magic != b"MMIDIDX\0\0" or version != 1 or not 0 < code <= len(DTYPES) or end > index.size:
+        raise StoreError(f"{prefix}.idx is not the index of a Megatron data set")
+    dtype = np.dtype(DTYPES[code - 1]).newbyteorder("<")
+    lengths = index[_HEADER.size : _HEADER.size + 4 * count].view("<i4")
+    offsets = index[_HEADER.size + 4 * count : end].view("<i8")
+    for number, (length, offset) in enumerate(zip(lengths.tolist(), offsets.tolist(), strict=True)):
+        stop = offset + length * dtype.itemsize
+        if length < 0 or not 0 <= offset <= stop <= octets.size:
+            raise StoreError(f"{prefix}.idx: sequence {number} does not lie within the .bin file")
+        yield np.frombuffer(octets[offset:stop].tobytes(), dtype)

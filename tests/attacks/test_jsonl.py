@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from nemo_kd.cli.conversions import first_top_k
+from nemo_kd.cli.caches import Aligner
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.jsonl import JsonlFile
 from nemo_kd.sft.previews import first_row
@@ -81,7 +81,7 @@ def test_a_hostile_line_is_one_error_wherever_lines_are_read(tmp_path: Path, kin
         with pytest.raises(StoreError, match="line 1"):
             list(read_jsonl(path, spec()))
         with pytest.raises(StoreError, match="no line has topk_token_ids"):
-            first_top_k(str(path))
+            Aligner(str(path), renumber=False).top_k()
         if kind not in ("millions of lists", "a number"):  # JSON, which a template refuses
             with pytest.raises(NemoKDError, match="row 0"):
                 JsonlFile(path)[0]

@@ -60,6 +60,11 @@ class Padding:
     mass: float = 0.0
     """Total probability of the dropped ids, summed over answer tokens."""
 
+    def add(self, other: Padding) -> None:
+        self.ids += other.ids
+        self.tokens += other.tokens
+        self.mass += other.mass
+
 
 def read_jsonl(
     path: str | Path,
@@ -92,17 +97,7 @@ def read_jsonl(
             row = next(lines)
             try:
                 sample = _sample(line, row, renumber, spec, dropped)
-                if sample.row <= last_row:
-                    raise StoreError(
-                        f"index {sample.row} after {last_row}: rows must ascend; sort the lines, "
-                        "or number rows by line with renumber=true"
-                    )
-                if sample.row > ROWS_PER_LINE * (row + 1) + FREE_ROWS:
-                    raise StoreError(
-                        f"index {sample.row} is far larger than the number of lines so far, "
-                        f"{row + 1}, as if it were no row number; number rows by line with "
-                        "renumber=true"
-                    )
+                check_ascending(sample.row, last_row, row)
             except StoreError as error:
                 bad = StoreError(f"{file_path}, line {number}: {error}")
                 if on_bad_line is None:
@@ -113,6 +108,23 @@ def read_jsonl(
             yield sample
     if padding is None and dropped.ids:
         warnings.warn(f"{path}: dropped {dropped.ids} padding ids of the vocabulary", stacklevel=2)
+
+
+def check_ascending(row: int, last: int, lines: int) -> None:
+    """Raise StoreError for a row not above the `last`, or far above the number of `lines` so far.
+
+    A row far beyond would leave nearly all rows of the store empty.
+    """
+    if row <= last:
+        raise StoreError(
+            f"index {row} after {last}: rows must ascend; sort the lines, "
+            "or number rows by line with renumber=true"
+        )
+    if row > ROWS_PER_LINE * (lines + 1) + FREE_ROWS:
+        raise StoreError(
+            f"index {row} is far larger than the number of lines so far, {lines + 1}, as if it "
+            "were no row number; number rows by line with renumber=true"
+        )
 
 
 def write_jsonl(
@@ -235,8 +247,8 @@ def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Pad
 
 
 def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding) -> Sample:
-    tokens, labels = _array(record, "tokens", "iu", 1), _array(record, "labels", "iu", 1)
-    mask = _array(record, "loss_mask", "iufb", 1)
+    tokens, labels = list_in(record, "tokens", "iu", 1), list_in(record, "labels", "iu", 1)
+    mask = list_in(record, "loss_mask", "iufb", 1)
     length = len(tokens)
     if not len(labels) == len(mask) == length >= 1:
         raise StoreError(
@@ -252,7 +264,7 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
     input_ids, loss_mask, _ = checked_tokens(
         np.append(tokens[:end], labels[end - 1]), np.append(0, mask[:end]), spec.vocab_size
     )
-    logsumexp = _array(record, "log_sum_exp_logits", "iuf", 1, length)[answers, None]
+    logsumexp = list_in(record, "log_sum_exp_logits", "iuf", 1, length)[answers, None]
     logits = _teacher_rows(record, "topk_logits", "iuf", answers, length, spec.top_k)
     ids = _teacher_rows(record, "topk_token_ids", "iu", answers, length, spec.top_k)
     if ids.shape != logits.shape:
@@ -261,19 +273,17 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
         )
     absent = np.isfinite(logsumexp) & (logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2)
     ids, logits = np.where(absent, ABSENT_ID, ids), np.where(absent, -np.inf, logits)
-    ids, logits, found = _without_padding(ids, logits, logsumexp, spec.vocab_size)
+    ids, logits, found = without_padding(ids, logits, logsumexp, spec.vocab_size)
     ids, logits = ids[:, : spec.top_k], logits[:, : spec.top_k]
     sample = Sample(row, input_ids, loss_mask, TopK(ids=ids, logits=logits, logsumexp=logsumexp))
     topk = checked_topk(sample, len(answers), spec)
     for fault in deep_faults(topk, spec):
         raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
-    padding.ids += found.ids
-    padding.tokens += found.tokens
-    padding.mass += found.mass
+    padding.add(found)
     return replace(sample, topk=topk)
 
 
-def _without_padding(
+def without_padding(
     ids: NDArray[Any], logits: NDArray[Any], logsumexp: NDArray[Any], vocab_size: int
 ) -> tuple[NDArray[Any], NDArray[Any], Padding]:
     """Remove padding ids from ids and logits [A, K]; return both and the counts of padding ids.
@@ -295,7 +305,7 @@ def _teacher_rows(
     record: dict[str, Any], key: str, kinds: str, answers: NDArray[Any], length: int, top_k: int
 ) -> NDArray[Any]:
     """Return the answer tokens' rows [A, >= K] of the list of S - 1 rows under `key`."""
-    values = _array(record, key, kinds, 2, length)
+    values = list_in(record, key, kinds, 2, length)
     if values.shape[1] < top_k:
         raise StoreError(
             f"{key} has {values.shape[1]} values per token, but top_k is {top_k}; lower it to "
@@ -305,7 +315,7 @@ def _teacher_rows(
     return rows
 
 
-def _array(
+def list_in(
     record: dict[str, Any], key: str, kinds: str, dimensions: int, length: int | None = None
 ) -> NDArray[Any]:
     """Return the list under `key` as an array whose dtype is one of numpy's `kinds`."""

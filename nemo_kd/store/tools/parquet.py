@@ -17,7 +17,6 @@ is encoded anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,25 +34,15 @@ from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import EncodedSample, Sample, Tokens
 from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.store.tools.arrow import arrow, columns_of, lists_of, numbers_of, opened, rows_of
 from nemo_kd.topk import ABSENT_ID, TopK, t1_index
 
 SPEC = b"nemo_kd.spec"
 ENCODED = "encoded_"
 COLUMNS = ("row", "input_ids", "loss_mask", "topk_ids", "topk_logprobs")
+BATCH = 64  # rows that are decoded at a time
 GROUP_BYTES = 1 << 25
 """Approximate bytes of the encoded samples of a row group."""
-MAX_GROUP = 1 << 31
-"""Largest uncompressed row group that is read."""
-
-
-def arrow() -> Any:
-    """Import pyarrow; raise StoreError if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise StoreError(f"Parquet needs pyarrow ({error}): pip install pyarrow") from error
-    return pyarrow
 
 
 def write_parquet(
@@ -84,7 +73,7 @@ def spec_of(path: str | Path) -> StoreSpec | None:
 
     Raises StoreError if the file is no Parquet, lacks a column, or has an invalid spec.
     """
-    with _opened(path) as file:
+    with opened(path) as file:
         missing = [name for name in COLUMNS if name not in file.schema_arrow.names]
         if missing:
             raise StoreError(
@@ -102,7 +91,7 @@ def spec_of(path: str | Path) -> StoreSpec | None:
 
 def widest(path: str | Path) -> int:
     """Return the largest number of ids of an answer token in the first row group."""
-    with _opened(path) as file:
+    with opened(path) as file:
         if not file.num_row_groups:
             return 0
         column = file.read_row_group(0, columns=["topk_ids"]).column(0)
@@ -117,42 +106,19 @@ def read_parquet(path: str | Path, spec: StoreSpec) -> Iterator[Sample | Encoded
     """
     recorded = spec_of(path)
     own = recorded is not None and _encoding(recorded) == _encoding(spec)
-    with _opened(path) as file:
-        names = [f"{ENCODED}{name}" for name in codec_of(spec).dtypes]
-        names = names if own and set(names) <= set(file.schema_arrow.names) else []
-        known = [*COLUMNS, *(["logsumexp"] if "logsumexp" in file.schema_arrow.names else [])]
-        number = 0
-        for group in range(file.num_row_groups):
-            octets = file.metadata.row_group(group).total_byte_size
-            if not 0 <= octets <= MAX_GROUP:
-                raise StoreError(
-                    f"{path}: row group {group} has {octets} bytes, more than {MAX_GROUP}; write "
-                    "smaller row groups"
-                )
-            for batch in file.iter_batches(64, row_groups=[group], columns=[*known, *names]):
-                for values in _rows(batch):
-                    try:
-                        yield _sample(values, spec, names)
-                    except (AttributeError, StoreError, TypeError, ValueError) as error:
-                        raise StoreError(f"{path}, row {number}: {error}") from error
-                    number += 1
+    columns = columns_of(path)
+    names = [f"{ENCODED}{name}" for name in codec_of(spec).dtypes]
+    names = names if own and set(names) <= set(columns) else []
+    known = [*COLUMNS, *(["logsumexp"] if "logsumexp" in columns else [])]
+    for number, values in enumerate(rows_of(path, [*known, *names], BATCH)):
+        try:
+            yield _sample(values, spec, names)
+        except (AttributeError, StoreError, TypeError, ValueError) as error:
+            raise StoreError(f"{path}, row {number}: {error}") from error
 
 
 def _encoding(spec: StoreSpec) -> tuple[Any, ...]:
     return spec.profile, spec.profile_options, spec.top_k, spec.vocab_size, spec.temperatures
-
-
-@contextmanager
-def _opened(path: str | Path) -> Iterator[Any]:
-    """Yield a pyarrow ParquetFile; pyarrow's errors become StoreErrors."""
-    pa = arrow()
-    try:
-        with pa.parquet.ParquetFile(str(path)) as file:
-            yield file
-    except StoreError:
-        raise
-    except (OSError, ValueError, pa.ArrowException) as error:  # also of its names' encoding
-        raise StoreError(f"{path} cannot be read as Parquet: {error}") from error
 
 
 def _schema(spec: StoreSpec) -> Any:
@@ -222,19 +188,12 @@ def _nested(values: NDArray[Any], lengths: list[NDArray[np.int64]], kind: Any) -
     return array
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any]]:
-    """Yield the values of each row: numbers, and Arrow arrays for lists."""
-    columns = {name: batch.column(name) for name in batch.schema.names}
-    for index in range(batch.num_rows):
-        yield {name: column[index] for name, column in columns.items()}
-
-
 def _sample(values: dict[str, Any], spec: StoreSpec, names: list[str]) -> Sample | EncodedSample:
     """Return a row as a sample, encoded if its `encoded_` columns `names` decode to the others."""
     row = values["row"].as_py()
     if type(row) is not int or row < 0:
         raise StoreError(f"row is {row!r:.40}: expected a number of at least 0")
-    input_ids, mask = (_numbers(values[name], name) for name in ("input_ids", "loss_mask"))
+    input_ids, mask = (numbers_of(values[name], name) for name in ("input_ids", "loss_mask"))
     if input_ids.shape != mask.shape or not ((mask == 0) | (mask == 1)).all():
         raise StoreError(f"{input_ids.size} input_ids, {mask.size} values of 0 or 1 in loss_mask")
     tokens = Tokens(row, input_ids.astype(np.int32), mask.astype(np.uint8))
@@ -257,8 +216,8 @@ class _Read:
 
     @classmethod
     def of(cls, values: dict[str, Any], answers: int, spec: StoreSpec) -> _Read:
-        flat_ids, counts = _lists(values["topk_ids"], "topk_ids")
-        flat, same = _lists(values["topk_logprobs"], "topk_logprobs")
+        flat_ids, counts = lists_of(values["topk_ids"], "topk_ids")
+        flat, same = lists_of(values["topk_logprobs"], "topk_logprobs")
         if len(counts) != answers or not np.array_equal(counts, same):
             raise StoreError(
                 f"{answers} answer tokens, but topk_ids has {len(counts)} lists and topk_logprobs "
@@ -310,7 +269,7 @@ def _logsumexp(values: dict[str, Any], answers: int, spec: StoreSpec) -> NDArray
         if spec.temperatures != (1.0,):
             raise StoreError("no logsumexp: it is needed at temperatures other than 1")
         return np.zeros((answers, 1), np.float32)  # that of log-probabilities
-    found, widths = _lists(values["logsumexp"], "logsumexp")
+    found, widths = lists_of(values["logsumexp"], "logsumexp")
     if len(widths) != answers or (widths != temperatures).any():
         raise StoreError(f"logsumexp does not have {answers} lists of {temperatures}")
     return found.astype(np.float32).reshape(answers, temperatures)
@@ -327,26 +286,3 @@ def _encoded(values: dict[str, Any], spec: StoreSpec, names: list[str]) -> Array
             return None
         arrays[name] = np.frombuffer(octets, dtype)
     return arrays
-
-
-def _numbers(value: Any, name: str) -> NDArray[Any]:
-    """Return an Arrow list of numbers as an array."""
-    if not value.is_valid or value.values.null_count:
-        raise StoreError(f"{name} is null, or has a null")
-    found: NDArray[Any] = value.values.to_numpy(zero_copy_only=False)
-    if found.dtype.kind not in "iuf":
-        raise StoreError(f"{name} has {value.values.type}: expected numbers")
-    return found
-
-
-def _lists(value: Any, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
-    """Return an Arrow list of lists as one array, and the lengths of the lists."""
-    if not value.is_valid or value.values.null_count:
-        raise StoreError(f"{name} is null, or has a null")
-    if not hasattr(value.values, "value_lengths"):
-        raise StoreError(f"{name} has {value.values.type}: expected a list for each answer token")
-    flat = value.values.flatten()
-    if flat.null_count or flat.to_numpy(zero_copy_only=False).dtype.kind not in "iuf":
-        raise StoreError(f"{name} has nulls, or {flat.type}: expected numbers")
-    lengths = value.values.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
-    return flat.to_numpy(zero_copy_only=False), lengths
