@@ -27,7 +27,10 @@ def check_template(
         return
     key, names = f"{where}.prompt_template", re.findall("{(.*?)}", template)
     if any(brace in re.sub("{[^{}]*}", "", template) for brace in "{}"):
-        raise NemoKDError(f"{key}={template!r} has an unmatched brace")
+        raise NemoKDError(
+            f"{key}={template!r} has an unmatched brace: braces name fields, and a template can "
+            "hold no others"
+        )
     if label not in names:
         raise NemoKDError(
             f"{key}={template!r} has no {{{label}}}, the answer's field "

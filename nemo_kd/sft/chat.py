@@ -109,13 +109,18 @@ class ChatTemplate:
         return Encoded(encoded.input_ids[kept], encoded.loss_mask[kept], truncated=True)
 
     def alters(self, conversation: Conversation) -> bool:
-        """Return whether the tokens of a conversation, decoded, are another text."""
+        """Return whether the tokens of a conversation, decoded, are another text.
+
+        That is also so if the template takes something off what the assistant says.
+        """
         latest = self._latest[0] if self._latest else None
         if latest is None or latest[0] != conversation:
             if self(conversation).truncated:
                 return False
             latest = self._latest[0]
-        return decoded(self.tokenizer, latest[1]) != latest[2]
+        said = [conversation.messages[i]["content"] for i in conversation.assistant_turns()]
+        is_trimmed = not all(text in latest[2] for text in said)
+        return is_trimmed or decoded(self.tokenizer, latest[1]) != latest[2]
 
     @cached_property
     def _render(self) -> Renderer:

@@ -58,7 +58,8 @@ def open_rows(
     that do not fit each other or the tokenizer.
     """
     found = resolved(config, file)
-    if config.format == "auto" and found.format != PROMPT and not config.chat:
+    is_clear = found.format == PROMPT and not {MESSAGES, CONVERSATIONS} & _first_row(file).keys()
+    if config.format == "auto" and not (is_clear or config.chat):
         say(f"{file.path}: its rows are read as {found.format}; data.format sets it")
     verbatim = None
     if found.reader == "nemo":
@@ -97,8 +98,7 @@ def resolved(config: RowConfig, file: RowFile) -> RowConfig:
     is_chat = found in (MESSAGES, CONVERSATIONS)
     if config.chat and not is_chat:
         raise NemoKDError(
-            f"data.chat=true, but the rows of {file.path} have neither `conversations` nor "
-            "`messages`; set data.chat=false for rows with a prompt template or text"
+            f"data.chat=true is for conversations, but data.format={found}; set data.chat=false"
         )
     if found == PROMPT and config.prompt_template is None:
         raise NemoKDError(

@@ -131,7 +131,10 @@ class SFTRows:
         """What changes the text of altered rows, for a message."""
         if self.verbatim is not None:
             return "data.reader=nemo gives other tokens than the text of the file has"
-        return "the tokenizer does not give back the same text, for example after normalizing it"
+        return (
+            "the tokens do not give back the row's text: the tokenizer normalizes it, or the chat "
+            "template takes something off an answer, such as spaces at its ends"
+        )
 
     def check(self, row: int) -> Check:
         """Tokenize a row and compare it with its text; raise RowError if the row is unusable."""

@@ -1,0 +1,173 @@
+"""Rows of every format: which one a file has, what is learned, what is recorded and refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tokenizers import decoders
+
+from nemo_kd.errors import NemoKDError
+from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft.config import RowConfig, template_hash
+from nemo_kd.sft.reader import Model, open_rows
+from nemo_kd.sft.rows import SFTRows
+from nemo_kd.sft.tokenizer import HFTokenizer, decoded
+from tests.sft.test_spans import sentence_piece
+from tests.sft.vocabularies import gpt2_like, saved
+
+PROMPT = {"input": "größe?", "output": "  two\n"}
+MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
+TURNS = [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a"}]
+TALK = {"system": "s", "mask": "User", "conversations": TURNS}
+CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
+
+
+def spaced() -> HFTokenizer:
+    """As Llama 2's, which puts a space before every text."""
+    tokenizer = sentence_piece()
+    parts = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.backend_tokenizer.decoder = decoders.Sequence([*parts, decoders.Strip(" ", 1, 0)])
+    return saved(tokenizer)
+
+
+def read(
+    path: Path, *values: Any, tokenizer: Any = None, length: int = 100, **settings: Any
+) -> tuple[SFTRows, list[str]]:
+    file, said = path / "rows.jsonl", list[str]()
+    file.write_text("".join(json.dumps(value) + "\n" for value in values))
+    model = Model(tokenizer=tokenizer or gpt2_like(), max_seq_length=length)
+    return open_rows(RowConfig(**settings), JsonlFile(file), model, said.append), said
+
+
+def texts(rows: SFTRows, row: int = 0, tokenizer: Any = None) -> tuple[str, str]:
+    """All text of a row, and what is learned."""
+    found, tokenizer = rows[row], tokenizer or gpt2_like()
+    learned = decoded(tokenizer, found.input_ids[found.loss_mask == 1])
+    return decoded(tokenizer, found.input_ids), learned
+
+
+@pytest.mark.parametrize(
+    ("value", "settings", "found", "whole", "learned"),
+    [
+        (PROMPT, {}, "prompt", "größe?   two\n<eos>", "   two\n<eos>"),
+        (MESSAGES, {"chat_template": CHAT}, "messages", "[user]q<eos>[assistant]a<eos>", "a<eos>"),
+        (TALK, {}, "conversations", None, "a\n<extra_id_1>"),
+        ({"text": " all"}, {}, "text", " all<eos>", "all<eos>"),
+        ({**PROMPT, "text": "x"}, {}, "prompt", "größe?   two\n<eos>", "   two\n<eos>"),
+        ({**PROMPT, "text": "x"}, {"format": "text"}, "text", "x<eos>", "<eos>"),
+        (MESSAGES, {"chat_template": "nemo"}, "messages", None, "a\n<extra_id_1>"),
+        (TALK, {"chat_template": CHAT}, "conversations", None, "a<eos>"),
+    ],
+)
+def test_the_first_row_decides_unless_the_format_is_set(
+    tmp_path: Path, value: Any, settings: Any, found: str, whole: str | None, learned: str
+) -> None:
+    rows, said = read(tmp_path, [1], value, **settings)
+    assert rows.template["format"] == found
+    assert rows.template["chat"] == (found in ("messages", "conversations"))
+    text, own = texts(rows, 1)
+    assert whole in (None, text) and own == learned
+    assert len(said) == (found != "prompt" and "format" not in settings)
+    assert not rows.check(1).altered
+
+
+def test_rows_with_two_formats_are_said_to_have_one(tmp_path: Path) -> None:
+    rows, said = read(tmp_path, {**PROMPT, **MESSAGES})
+    assert rows.template["format"] == "prompt" and "are read as prompt; data.format" in said[0]
+
+
+def test_the_chat_template_is_recorded_with_its_hash(tmp_path: Path) -> None:
+    (tmp_path / "own.jinja").write_text(CHAT)
+    rows, _ = read(tmp_path, MESSAGES, chat_template=str(tmp_path / "own.jinja"))
+    assert rows.template["chat_template"] == CHAT
+    assert rows.template["chat_template_sha256"] == template_hash(CHAT)
+    assert "chat_template_sha256" not in read(tmp_path, PROMPT)[0].template
+
+
+@pytest.mark.parametrize(
+    ("template", "whole"),
+    [
+        ("Größe: {input}\\n答:{output}", "Größe: größe?\n答:  two\n"),
+        ("\\\\nabla \\alpha {input}\\t{output}", "\\nabla \\alpha größe?\t  two\n"),
+        ("\\u00e9 {input} {output}", "é größe?   two\n"),
+        ("{input}{output}", "größe?  two\n"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["bytes", "sentence pieces"])
+def test_templates_and_fields_are_taken_as_they_are(
+    tmp_path: Path, template: str, whole: str, kind: str
+) -> None:
+    tokenizer = gpt2_like() if kind == "bytes" else spaced()
+    rows, _ = read(tmp_path, PROMPT, tokenizer=tokenizer, prompt_template=template, add_eos=False)
+    text, learned = texts(rows, 0, tokenizer)
+    assert text == whole and whole.endswith(learned) and learned.endswith(" two\n")
+    assert not rows.check(0).altered
+
+
+def test_a_text_is_cut_on_either_side(tmp_path: Path) -> None:
+    right, _ = read(tmp_path, {"text": "abcdef"}, length=4)
+    left, _ = read(tmp_path, {"text": "abcdef"}, length=4, truncation_method="left")
+    assert (texts(right)[0], texts(left)[0]) == ("abcd", "def<eos>")
+    assert right[0].truncated and left[0].truncated
+
+
+def test_what_a_template_takes_off_an_answer_is_counted(tmp_path: Path) -> None:
+    trimming = CHAT.replace("m.content", "m.content | trim")
+    indented = {"messages": [MESSAGES["messages"][0], {"role": "assistant", "content": "    x"}]}
+    rows, _ = read(tmp_path, MESSAGES, indented, chat_template=trimming)
+    assert [rows.check(i).altered for i in range(2)] == [False, True]
+    assert "the chat template takes something off" in " ".join(rows.altered_by.split())
+
+
+@pytest.mark.parametrize(
+    ("value", "settings", "message"),
+    [
+        (PROMPT, {"chat": True}, "row 0: no list of turns in `conversations`; the row has"),
+        (PROMPT, {"chat": True, "format": "prompt"}, "data.chat=true is for conversations"),
+        (PROMPT, {"prompt_template": None}, "data.prompt_template is null, but the rows"),
+        (MESSAGES, {"reader": "nemo"}, "data.reader=nemo, but the rows of .* are messages"),
+        (TALK, {"reader": "nemo"}, "conversations are read by NeMo itself, which is not installed"),
+        (MESSAGES, {}, "has no chat template; name a Jinja file with data.chat_template=FILE"),
+        (MESSAGES, {"chat_template": "{% if %}"}, "the chat template cannot be compiled"),
+        (MESSAGES, {"chat_template": "no.jinja"}, "no.jinja is no chat template"),
+        (TALK, {"train_on": "last_assistant"}, "does not work with NeMo's turns"),
+        ({"text": "x"}, {"add_bos": True}, "the tokenizer has no bos token"),
+    ],
+)
+def test_settings_that_do_not_fit_the_rows_are_refused(
+    tmp_path: Path, value: Any, settings: Any, message: str
+) -> None:
+    with pytest.raises(NemoKDError, match=message):
+        rows, _ = read(tmp_path, value, **settings)
+        rows[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"chat_date": "today"}, "chat_date is 'today': expected a date"),
+        ({"chat_prompt_tokens": {"turn": "x"}}, "chat_prompt_tokens has 'turn': its keys are"),
+        ({"reader": "nemo", "format": "messages"}, "format=messages cannot be read with reader="),
+    ],
+)
+def test_settings_that_no_row_fits_are_refused(settings: Any, message: str) -> None:
+    with pytest.raises(NemoKDError, match=message):
+        RowConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"text": ""}, "no answer token"),
+        ({"text": 3}, "no text in `text`"),
+        ({"text": "\ud800"}, "cannot be tokenized"),
+        (3, "no text in `text`"),
+    ],
+)
+def test_a_row_without_text_is_named(tmp_path: Path, value: Any, message: str) -> None:
+    rows, _ = read(tmp_path, {"text": "x"}, value, format="text")
+    with pytest.raises(RowError, match=f"row 1: .*{message}"):
+        rows[1]
