@@ -118,5 +118,5 @@ def test_a_file_beside_the_store_is_read_in_the_same_way(
     (trained,) = (files / "run/checkpoints").glob("*.nemo")
     with tarfile.open(trained) as archive:
         (name,) = (name for name in archive.getnames() if name.endswith("model_config.yaml"))
-        saved = yaml.safe_load(archive.extractfile(name))  # type: ignore[arg-type]
+        saved = yaml.safe_load(archive.extractfile(name))
     assert saved["data"]["train_ds"]["chat_template"] == TEMPLATE
