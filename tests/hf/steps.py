@@ -2,8 +2,8 @@
 
     python tests/hf/steps.py DIRECTORY STORE CONFIG RUNS
 
-CONFIG is the JSON of a `KDConfig`, RUNS that of name → `TrainingArguments`. Writes the new weights
-and the logged losses to DIRECTORY/NAME.pt.
+CONFIG is the JSON of a `KDConfig`, RUNS that of name → `TrainingArguments`. Writes the losses
+of an evaluation and of the step, and the new weights, to DIRECTORY/NAME.pt.
 """
 
 from __future__ import annotations
@@ -54,8 +54,10 @@ def run(
         train_dataset=data,
         eval_dataset=data,
     )
+    before = trainer.evaluate()
     trainer.train()
-    result = {"log": trainer.state.log_history, "weights": trainer.model.state_dict()}
+    log = [line for line in trainer.state.log_history if "loss" in line]
+    result = {"eval": before, "log": log, "weights": trainer.model.state_dict()}
     if trainer.args.process_index == 0:
         torch.save(result, out)
     return result

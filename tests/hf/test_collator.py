@@ -66,6 +66,19 @@ def test_a_batchs_loss_and_gradient_are_the_mean_over_its_answer_tokens(
     assert_gradients(model, gradients)
 
 
+@pytest.mark.parametrize("form", [int, torch.tensor, lambda n: torch.tensor([[n], [n]])])
+def test_the_number_of_items_divides_in_each_form_that_trainers_give(
+    store: Path, form: Callable[[int], Any]
+) -> None:
+    """A number, a tensor, or repeated for each device of a process."""
+    data = StoreDataset(store, KDConfig())
+    collator = StoreCollator(data)
+    batch = collator([data[0], data[1]])
+    logits = torch.zeros(*batch["labels"].shape, COLUMNS)
+    mean = collator.loss(logits, batch)
+    torch.testing.assert_close(collator.loss(logits, batch, form(50)), mean * 5 / 50)
+
+
 @pytest.mark.parametrize("size", [1, 2, 3, 4])
 def test_batches_of_a_step_add_up_to_one(store: Path, size: int) -> None:
     config = KDConfig(alpha=0.7, temperature=2.0)

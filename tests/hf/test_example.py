@@ -27,33 +27,45 @@ def students(shared: Shared) -> Path:
 
     def make(directory: Path) -> None:
         models.save(models.llama("tied_grouped"), directory / "llama")
-        tokenizer = HFTokenizer(directory / "llama")
-        (directory / "layers.json").write_text(json.dumps({"kept": [0, 3]}))
-        of = spec(
-            vocab_size=tokenizer.vocab_size,
-            temperatures=(1.0, 2.0),
-            tokenizer={
-                "fingerprint": tokenizer_fingerprint(tokenizer),
-                "library": "huggingface",
-                "path": str(directory / "llama"),
-            },
-        )
-        rows = [sample(i, of, 3 + 2 * i, prompt=2 + i) for i in range(SAMPLES)]
-        write(directory / "store", of, rows)
-        pruned = [f"{directory}/llama", f"{directory}/pruned.nemo"]
-        run_script("convert_hf_to_nemo.py", *pruned, f"--keep-layers=@{directory}/layers.json")
+        prepare(directory, directory / "llama", [0, 3])
 
     return shared("students", make)
+
+
+def prepare(directory: Path, source: Path, kept: list[int]) -> None:
+    """Write `pruned.nemo` and `store`, whose teacher is made up."""
+    (directory / "layers.json").write_text(json.dumps({"kept": kept}))
+    pruned = [str(source), f"{directory}/pruned.nemo"]
+    run_script("convert_hf_to_nemo.py", *pruned, f"--keep-layers=@{directory}/layers.json")
+    tokenizer = HFTokenizer(directory / "pruned.tokenizer")
+    of = spec(
+        vocab_size=tokenizer.vocab_size,
+        temperatures=(1.0, 2.0),
+        tokenizer={
+            "fingerprint": tokenizer_fingerprint(tokenizer),
+            "library": "huggingface",
+            "path": str(directory / "pruned.tokenizer"),
+        },
+    )
+    rows = [sample(i, of, 3 + 2 * i, prompt=2 + i) for i in range(SAMPLES)]
+    write(directory / "store", of, rows)
 
 
 def first_step(log: list[dict[str, Any]]) -> dict[str, float]:
     return {name: log[0][name] for name in ("loss", "sft_loss", "kd_loss")}
 
 
-def by_transformers(students: Path, out: Path, *options: str) -> dict[str, float]:
+def by_transformers(
+    students: Path, out: Path, *options: str, source: Path | None = None
+) -> dict[str, float]:
     """The losses of the example's first step, whose `loss` it logs with four digits."""
     layers = f"--keep-layers=@{students}/layers.json"
-    given = [f"{students}/llama", layers, f"--store={students}/store", f"--output={out}"]
+    given = [
+        str(source or students / "llama"),
+        layers,
+        f"--store={students}/store",
+        f"--output={out}",
+    ]
     run_program(EXAMPLE, *given, "--steps=2", *options)
     return first_step(json.loads((out / "trainer_state.json").read_text())["log_history"])
 
@@ -97,6 +109,18 @@ def test_the_first_step_has_the_nemo_students_loss(
     """All samples of the store are in the first step: their order does not count."""
     ours = by_transformers(students, tmp_path / "huggingface", *options)
     nemos = by_nemo(students, tmp_path / "nemo", *overrides)
+    assert nemos["kd_loss"] > 0.1
+    assert ours == pytest.approx(nemos, abs=LOSS)
+
+
+@pytest.mark.slow
+def test_smollm2_pruned_as_in_the_demo_has_the_nemo_students_loss(tmp_path: Path) -> None:
+    from tests.checkpoints.parity import smollm2_gguf
+
+    prepare(tmp_path, smollm2_gguf(), [0, 1, 2, 3, 5, 6, 8, 9, 10, 12, 14, 16, 28, 29])
+    options = ["--batch-size=4", "--alpha=0.9"]
+    ours = by_transformers(tmp_path, tmp_path / "out", *options, source=smollm2_gguf())
+    nemos = by_nemo(tmp_path, tmp_path / "nemo", "+model.kd.alpha=0.9")
     assert nemos["kd_loss"] > 0.1
     assert ours == pytest.approx(nemos, abs=LOSS)
 

@@ -65,12 +65,22 @@ RUNS: dict[str, dict[str, Any]] = {
 
 
 def test_two_processes_make_the_step_of_one(store: Path, tmp_path: Path) -> None:
-    runs = {name: {**run, "average_tokens_across_devices": True} for name, run in RUNS.items()}
+    runs = {
+        name: {
+            **run,
+            "per_device_eval_batch_size": 4 if name == "split" else 2,
+            "average_tokens_across_devices": True,
+        }
+        for name, run in RUNS.items()
+    }
     config = json.dumps({"alpha": CONFIG.alpha, "temperature": CONFIG.temperature})
     program = "tests/hf/steps.py"
     run_program(program, tmp_path, store, config, json.dumps(runs), processes=2)
     for name in RUNS:
-        assert_one_step(torch.load(tmp_path / f"{name}.pt", weights_only=True), store)
+        result = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+        assert_one_step(result, store)
+        wanted = expected(CONFIG, store)[0]
+        assert result["eval"]["eval_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
 def trainer_of(kind: type, store: Path, directory: Path, model: Any = None, **more: Any) -> Any:
