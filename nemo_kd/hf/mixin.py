@@ -33,7 +33,7 @@ class StoreLossMixin:
     beside it, over all processes. The model gets neither labels nor teacher.
 
     Errors: NemoKDError on construction for another collator and for arguments that the loss
-    cannot follow.
+    cannot follow; in the first step of several processes after an evaluation.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -52,6 +52,7 @@ class StoreLossMixin:
     ) -> Any:
         """Return the loss, and with `return_outputs` the model's outputs; Trainer calls it."""
         trainer: Any = self
+        _check_averaged(trainer, model)
         shown = {name: x for name, x in inputs.items() if name not in (TEACHER, "labels")}
         outputs = model(**shown)
         sums = trainer.data_collator.sums(outputs.logits, inputs)
@@ -79,6 +80,16 @@ class StoreLossMixin:
             means = self._sums["eval"].means(self)
             output.metrics.update({f"{prefix}_{name}": value for name, value in means.items()})
         return output
+
+
+def _check_averaged(trainer: Any, model: Any) -> None:
+    """Raise NemoKDError if several processes train copies of the model that drift apart."""
+    several = trainer.accelerator.distributed_type.value.startswith("MULTI_")
+    if model.training and several and model is trainer.model:
+        raise NemoKDError(
+            "the gradients of the processes are not averaged, because accelerate does not wrap a "
+            "model that was evaluated before: evaluate after training, or set eval_on_start=True"
+        )
 
 
 class _Sums:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
 from nemo_kd.loss import KDConfig
 from tests.hf.student import student
@@ -44,7 +45,12 @@ def arguments(directory: Path, **more: Any) -> dict[str, Any]:
 
 
 def run(
-    out: Path, store: str, config: KDConfig, pad_to: int | None = None, **more: Any
+    out: Path,
+    store: str,
+    config: KDConfig,
+    pad_to: int | None = None,
+    early: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
     data = StoreDataset(store, config)
     trainer = StoreTrainer(
@@ -54,10 +60,12 @@ def run(
         train_dataset=data,
         eval_dataset=data,
     )
-    before = trainer.evaluate()
+    if early:
+        trainer.evaluate()
     trainer.train()
+    after = trainer.evaluate()
     log = [line for line in trainer.state.log_history if "loss" in line]
-    result = {"eval": before, "log": log, "weights": trainer.model.state_dict()}
+    result = {"eval": after, "log": log, "weights": trainer.model.state_dict()}
     if trainer.args.process_index == 0:
         torch.save(result, out)
     return result
@@ -66,4 +74,8 @@ def run(
 if __name__ == "__main__":
     directory, store, config, runs = sys.argv[1:]
     for name, more in json.loads(runs).items():
-        run(Path(directory) / f"{name}.pt", store, KDConfig(**json.loads(config)), **more)
+        out = Path(directory) / f"{name}.pt"
+        try:
+            run(out, store, KDConfig(**json.loads(config)), **more)
+        except NemoKDError as error:
+            torch.save(str(error), out)

@@ -56,9 +56,12 @@ def expected_losses(model: Any, one: Sample, config: KDConfig) -> Tensor:
     return reference.sft_kd_loss(logits[before], labels, teacher, config)[0]
 
 
-def expected(config: KDConfig, *stores: Path) -> tuple[float, dict[str, Tensor]]:
+def expected(
+    config: KDConfig, *stores: Path, weights: dict[str, Tensor] | None = None
+) -> tuple[float, dict[str, Tensor]]:
     """The mean over all answer tokens of `stores`, and its gradient, in float64."""
     model = student()
+    model.load_state_dict(weights or model.state_dict())
     losses = [expected_losses(model, one, config) for path in stores for one in Store(path)]
     loss = torch.cat(losses).mean()
     loss.backward()

@@ -51,7 +51,11 @@ def test_a_step_of_trainer_is_that_of_one_batch(
 
 
 RUNS: dict[str, dict[str, Any]] = {
-    "apart": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
+    "apart": {
+        "per_device_train_batch_size": 1,
+        "gradient_accumulation_steps": 2,
+        "eval_on_start": True,
+    },
     "dispatched": {
         "per_device_train_batch_size": 2,
         "accelerator_config": {"dispatch_batches": True},
@@ -74,12 +78,14 @@ def test_two_processes_make_the_step_of_one(store: Path, tmp_path: Path) -> None
         for name, run in RUNS.items()
     }
     config = json.dumps({"alpha": CONFIG.alpha, "temperature": CONFIG.temperature})
+    runs["early"] = {**runs["apart"], "early": True}
     program = "tests/hf/steps.py"
     run_program(program, tmp_path, store, config, json.dumps(runs), processes=2)
+    assert "gradients of the processes are not averaged" in torch.load(tmp_path / "early.pt")
     for name in RUNS:
         result = torch.load(tmp_path / f"{name}.pt", weights_only=True)
         assert_one_step(result, store)
-        wanted = expected(CONFIG, store)[0]
+        wanted, _ = expected(CONFIG, store, weights=result["weights"])
         assert result["eval"]["eval_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
