@@ -46,7 +46,10 @@ def test_a_step_of_trainer_is_that_of_one_batch(
     store: Path, tmp_path: Path, size: int, accumulated: int
 ) -> None:
     """Also where the last batch of the step is smaller."""
-    batches = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+    batches: dict[str, Any] = {
+        "per_device_train_batch_size": size,
+        "gradient_accumulation_steps": accumulated,
+    }
     assert_one_step(steps.run(tmp_path / "step.pt", str(store), CONFIG, **batches), store)
 
 
