@@ -115,6 +115,14 @@ def test_raw_rows_need_no_configuration_and_are_sorted(tmp_path: Path) -> None:
     assert one.topk.ids.tolist() == [[1], [4], [3]]
 
 
+@pytest.mark.parametrize("inner", [pa.list_(pa.uint8(), 8), pa.large_list(pa.uint8())])
+@pytest.mark.parametrize("outer", [pa.list_, pa.large_list])
+def test_other_kinds_of_lists_are_read(tmp_path: Path, outer: Any, inner: Any) -> None:
+    types = {"compressed_logprobs": outer(inner)}
+    (one,), _ = read(write(tmp_path / "x.parquet", columns(), types=types))
+    assert np.exp(one.topk.logits) == pytest.approx(np.array(P))
+
+
 def test_labels_choose_the_learned_tokens(tmp_path: Path) -> None:
     path = write(tmp_path / "x.parquet", columns(labels=[-100, -100, 2, 3]))
     (one,), _ = read(path)

@@ -79,12 +79,15 @@ def lists_of(value: Any, name: str) -> tuple[NDArray[Any], NDArray[np.int64]]:
         raise StoreError(f"{name} has {value.type}: expected lists")
     if not value.is_valid or value.values.null_count:
         raise StoreError(f"{name} is null, or has a null")
-    if not hasattr(value.values, "value_lengths"):
-        raise StoreError(f"{name} has {value.values.type}: expected a list for each answer token")
-    flat = value.values.flatten()
+    lists, kinds = value.values, arrow().types
+    if kinds.is_fixed_size_list(lists.type):
+        lists = lists.cast(arrow().list_(lists.type.value_type))
+    if not (kinds.is_list(lists.type) or kinds.is_large_list(lists.type)):
+        raise StoreError(f"{name} has {lists.type}: expected a list for each answer token")
+    flat = lists.flatten()
     if flat.null_count or flat.to_numpy(zero_copy_only=False).dtype.kind not in "iuf":
         raise StoreError(f"{name} has nulls, or {flat.type}: expected numbers")
-    lengths = value.values.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
+    lengths = lists.value_lengths().to_numpy(zero_copy_only=False).astype(np.int64)
     return flat.to_numpy(zero_copy_only=False), lengths
 
 
