@@ -109,7 +109,8 @@ def read_responses(
 def _named(path: Path, number: int, error: Exception) -> StoreError:
     """Return an error that names the line; the checks are a dump's, and name its settings."""
     text = str(error).replace(", or teacher.api is not its format", "")
-    return StoreError(f"{path}, line {number}: {text.replace('teacher.tokenizer', '--tokenizer')}")
+    text = text.replace("teacher.tokenizer", "--tokenizer").replace("dump.top_k=", "K=")
+    return StoreError(f"{path}, line {number}: {text}")
 
 
 def _sample(line: bytes, count: int, renumber: bool, spec: StoreSpec) -> Sample:

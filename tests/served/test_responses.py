@@ -144,6 +144,7 @@ def test_fewer_ids_are_kept_and_those_beyond_the_vocabulary_are_absent(tmp_path:
     assert np.isneginf(one.topk.logits[-1, 1])
 
 
+MANY = [(1, 0.4, 1), (0, 0.3, 2), (2, 0.2, 3), (3, 0.1, 4)]
 BAD: dict[str, tuple[Any, str]] = {
     "not JSON": ("{", "not a response in JSON"),
     "deep": ("[" * 10**5, "not a response in JSON"),
@@ -187,6 +188,10 @@ BAD: dict[str, tuple[Any, str]] = {
             ]
         ),
         "not the log-probabilities of a softmax",
+    ),
+    "more ids at one token": (
+        line(choices=[choice(prompt_logprobs=[None, entry(*MANY), *POSITIONS[2:]])]),
+        "has 4 ids at position 1, expected K=2",
     ),
     "an index that falls": (line(index=0), "rows must ascend"),
     "a time stamp": (line(index=1700000000), "far larger than the number of lines"),
