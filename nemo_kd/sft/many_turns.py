@@ -14,10 +14,11 @@ from typing import Any
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.messages import Conversation
 from nemo_kd.sft.spans import Span
-from nemo_kd.sft.turns import Turn, Turns, check_says, marked_message, only_calls, reasoning
+from nemo_kd.sft.turns import MARKS, Turn, Turns, check_says, marked_message, only_calls, reasoning
 
 MANY = 4
-OPEN, CLOSE = "\U0010abcd", "\U0010dcba"  # a mark is a number between these private-use characters
+CLOSE = "\U0010dcba"
+"""A mark is a number between this character, for private use, and one that is not in the text."""
 
 
 def find_turns(
@@ -25,9 +26,19 @@ def find_turns(
 ) -> list[Span]:
     """Return the span in `text`, the rendered conversation, of each message in `numbers`.
 
-    More than `many` are searched for together first. Raises RowError if a turn cannot be found, or
-    if its span lacks what the assistant says.
+    More than `many` are searched for together first. Raises RowError if a turn cannot be found, if
+    its span lacks what the assistant says, or if spans overlap.
     """
+    spans = _find(turns, conversation, text, numbers, many)
+    for (_, stop), (start, _), number in zip(spans, spans[1:], numbers[1:], strict=False):
+        if start < stop:
+            raise Turn(turns, conversation, text, number).unclear("it overlaps with an earlier one")
+    return spans
+
+
+def _find(
+    turns: Turns, conversation: Conversation, text: str, numbers: list[int], many: int
+) -> list[Span]:
     if len(numbers) > many:
         spans = _together(turns, conversation, text, numbers)
         return turns.spans(conversation, text, numbers) if spans is None else spans
@@ -44,8 +55,6 @@ def _together(
     turns: Turns, conversation: Conversation, text: str, numbers: list[int]
 ) -> list[Span] | None:
     """Return the spans of turns; None if they cannot be found together."""
-    if OPEN in text:
-        return None
     try:
         spans = list(_Together(turns, conversation, text, numbers).spans())
     except RowError:
@@ -63,6 +72,10 @@ class _Together:
     ) -> None:
         self.turns, self.text, self.numbers = turns, text, numbers
         self.messages, self.tools = conversation.messages, conversation.tools
+        unused = [mark for mark in MARKS if mark not in text]
+        if not unused:
+            raise RowError("its text holds too many private-use characters")
+        self.mark = unused[0]
         self.each = [Turn(turns, conversation, text, number) for number in numbers]
         self.headers: dict[str, str] = {}
         self.gaps: dict[tuple[Any, ...], str] = {}
@@ -74,6 +87,7 @@ class _Together:
         for turn, words, before, after in zip(self.each, said, pieces, pieces[1:], strict=False):
             text = self._words(turn, words, after, place)
             start = place - len(before) + self._start(turn, before, place)
+            self._check_own(turn, self.text[start:place])
             place += len(text)
             stop = place + len(turn.end(after, self._end(turn)))
             spans.append((start, self.turns.without_space(self.text, start, stop)))
@@ -86,9 +100,11 @@ class _Together:
         """Return what the turns say, and the text before, between and after them."""
         messages, said = [*self.messages], []
         for number in self.numbers:
-            messages[number], words = marked_message(messages[number], f"{OPEN}{number}{CLOSE}")
+            messages[number], words = marked_message(
+                messages[number], f"{self.mark}{number}{CLOSE}"
+            )
             said.append(words)
-        parts = re.split(f"{OPEN}([0-9]+){CLOSE}", self.turns.render(messages, self.tools))
+        parts = re.split(f"{self.mark}([0-9]+){CLOSE}", self.turns.render(messages, self.tools))
         pieces = parts[::2]
         length = sum(map(len, pieces))
         if parts[1::2] != [*map(str, self.numbers)] or not self.text.startswith(pieces[0]):
@@ -101,6 +117,14 @@ class _Together:
             if self.text.startswith(words + after, place):
                 return words
         raise turn.unclear("the template renders its text differently")
+
+    def _check_own(self, turn: Turn, generated: str) -> None:
+        """Raise RowError if the words of another message may stand before the turn's words."""
+        since = max((number for number in self.numbers if number < turn.number), default=-1)
+        for message in self.messages[since + 1 : turn.number]:
+            words = message["content"].strip()
+            if words and words in generated:
+                raise turn.unclear(f"{words!r:.60} stands before it")
 
     def _start(self, turn: Turn, before: str, place: int) -> int:
         role = turn.before[-1]["role"] if turn.before else ""
@@ -125,7 +149,7 @@ class _Together:
         """Return what follows the turn's words if it ends a short conversation."""
         calls = str(turn.message.get("tool_calls", "")), only_calls(turn.message)
         if calls not in self.ends:
-            marked, _ = marked_message(turn.message, OPEN)
+            marked, _ = marked_message(turn.message, self.mark)
             first = self.messages[: self.numbers[0]]
-            self.ends[calls] = turn.around(OPEN, [*first, marked])[1]
+            self.ends[calls] = turn.around(self.mark, [*first, marked])[1]
         return self.ends[calls]

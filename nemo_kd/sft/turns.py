@@ -9,8 +9,10 @@ mark, and what stands before and after the mark is compared.
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -20,7 +22,8 @@ from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.messages import REASONING, Conversation, Message
 from nemo_kd.sft.spans import Span
 
-MARKS = ("\ue0f0\ue0f1", "\U000f1234\U000f4321", "\U0010abcd\U0010dcba")  # for private use
+MARKS = [chr(0x10F000 + i) for i in range(64)]
+"""Characters for private use, which stand for the words of a message."""
 REASONING_TAG, END_OF_REASONING = "<think>", "</think>"
 LEFT_OUT = (
     "the chat template leaves out or changes what the assistant says; set the message's weight to "
@@ -38,6 +41,7 @@ class Turns:
     render: Renderer
     added: tuple[str, ...]
     _headers: dict[str, bool] = field(default_factory=dict)
+    _tails: dict[str, str] = field(default_factory=dict)
 
     def spans(self, conversation: Conversation, text: str, turns: Iterable[int]) -> list[Span]:
         """Return the span in `text`, the rendered conversation, of each message in `turns`.
@@ -52,6 +56,37 @@ class Turns:
         if role not in self._headers:
             self._headers[role] = self.render(before, tools) != prompt
         return self._headers[role]
+
+    def tail(self, tools: list[Any] | None) -> str:
+        """Return what the template writes after every last message, as no part of it.
+
+        The text after a last answer is compared with that after an answer and before a question.
+        What both begin with, up to a token that opens messages, is the end of the turn.
+        """
+        key = self.render.text(tools)
+        if key not in self._tails:
+            try:
+                self._tails[key] = self._find_tail(tools)
+            except RowError:
+                self._tails[key] = ""  # a template that refuses such conversations
+        return self._tails[key]
+
+    def _find_tail(self, tools: list[Any] | None) -> str:
+        words, question = MARKS[:2]
+        asks = {"role": "user", "content": question}
+        turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": words}]
+        end = self.render(turns, tools).partition(words)[2]
+        between = self.render([*turns, asks], tools).partition(words)[2].partition(question)[0]
+        whole = self.whole_tokens(_common(between, end))
+        if between.startswith(end) or not whole:
+            return ""
+        first = self.render([asks], tools).partition(question)[0]
+        opening = self._added.search(
+            first.removeprefix(str(self.render.variables.get("bos_token")))
+        )
+        if opening and opening.group() in whole:
+            whole = whole[: whole.rindex(opening.group())]
+        return end[len(whole) :]
 
     def without_space(self, text: str, start: int, stop: int) -> int:
         """Return the end of a turn: whitespace after an end-of-turn token is not part of it."""
@@ -122,13 +157,14 @@ class Turn:
         start = len(prompt)
         if not self.turns.has_prompt(self.before, self.tools, prompt):
             start += len(self._own_header(prompt, self.text[start:]))
-        return start, len(until)
+        return start, len(self._without_tail(until))
+
+    def _without_tail(self, text: str) -> str:
+        return text.removesuffix(self.turns.tail(self.tools))
 
     def _by_mark(self) -> Span:
         """Find the turn by a mark in its stead, in the conversation and in its beginning."""
-        mark = next((mark for mark in MARKS if mark not in self.text), None)
-        if mark is None:
-            raise self.unclear("its text holds private-use characters")
+        mark, _ = self._marks
         marked, said = marked_message(self.message, mark)
         before, after = self.around(mark, [*self.before, marked, *self.later])
         _, end = self.around(mark, [*self.before, marked])
@@ -138,10 +174,33 @@ class Turn:
             raise self.unclear("the template renders other messages differently with this turn")
         return self._start(before), len(before) + len(text) + len(self.end(after, end))
 
+    @property
+    def _marks(self) -> tuple[str, str]:
+        """Two characters that are not in the conversation."""
+        unused = [mark for mark in MARKS if mark not in self.text]
+        if len(unused) < 2:
+            raise self.unclear("its text holds too many private-use characters")
+        return unused[0], unused[1]
+
     def _start(self, before: str) -> int:
         """Return where the turn begins in `before`, the text before its mark."""
-        header = self.header()
-        return self.after_header(before, header) if header else self._after_previous(before)
+        header, near = self.header(), self._near(before)
+        if header:
+            return len(before) - len(near) + self.after_header(near, header)
+        return self._after_previous(before)
+
+    def _near(self, before: str) -> str:
+        """Return the part of `before` that follows the words of the message before."""
+        if not self.before:
+            return before
+        mark, other = self._marks
+        previous = [*self.before[:-1], marked_message(self.before[-1], other)[0]]
+        own = marked_message(self.message, mark)[0]
+        _, rest = self.around(other, [*previous, own, *self.later])
+        near = rest.partition(mark)[0]
+        if not before.endswith(near):
+            raise self.unclear("the template changes it with the message before")
+        return near
 
     def header(self) -> str:
         """Return the generation prompt after the messages before; empty if there is none."""
@@ -164,7 +223,7 @@ class Turn:
         """
         if not self.before:
             return len(before)
-        mark, other = MARKS[:2]
+        mark, other = self._marks
         previous = [*self.before[:-1], marked_message(self.before[-1], other)[0]]
         plain, own = {"role": "assistant", "content": mark}, marked_message(self.message, mark)[0]
         _, end = self.around(other, previous)
@@ -200,6 +259,7 @@ class Turn:
 
         `end` is that text if the conversation ended with the turn.
         """
+        end = self._without_tail(end)
         if after.startswith(end):
             return end
         common = _common(after, end)
@@ -210,7 +270,7 @@ class Turn:
 
     def _own_header(self, prompt: str, rest: str) -> str:
         """Return the header that a template without generation prompt writes before an answer."""
-        mark = MARKS[0]
+        mark, _ = self._marks
         with_mark = self._rendered([*self.before, {"role": "assistant", "content": mark}])
         plain = (with_mark or "").partition(mark)[0]
         header = _common(plain[len(prompt) :], rest) if plain.startswith(prompt) else ""
@@ -246,10 +306,35 @@ def check_says(message: Message, turn: str, number: int) -> None:
     """
     content = message["content"].strip()
     answer = content.rpartition(END_OF_REASONING)[2].strip()
-    names = [call.get("function", call)["name"] for call in message.get("tool_calls", [])]
-    for said in ([answer] if content not in turn else []) + names:
-        if said not in turn:
-            raise RowError(f"message {number}: {said!r:.60} is not in {turn!r:.60}: {LEFT_OUT}")
+    missing = [answer] if content not in turn and answer not in turn else []
+    own = [text for text in (content if content in turn else answer, *reasoning(message)) if text]
+    calls = [call.get("function", call) for call in message.get("tool_calls", [])]
+    names = Counter(call["name"] for call in calls)
+    for name, count in names.items():
+        elsewhere = sum(text.count(name) for text in own if text in turn)
+        missing += [name] * (turn.count(name) - elsewhere < count)
+    missing += [
+        value for call in calls for value in _values(call["arguments"]) if not _is_in(value, turn)
+    ]
+    if missing:
+        raise RowError(f"message {number}: {missing[0]!r:.60} is not in {turn!r:.60}: {LEFT_OUT}")
+
+
+def _values(arguments: Any) -> Iterator[str]:
+    """Yield the keys, texts and numbers of a call's arguments."""
+    if isinstance(arguments, dict):
+        yield from arguments
+        yield from (text for value in arguments.values() for text in _values(value))
+    elif isinstance(arguments, list):
+        yield from (text for value in arguments for text in _values(value))
+    elif isinstance(arguments, str) or (arguments and not isinstance(arguments, bool)):
+        yield str(arguments)
+
+
+def _is_in(value: str, turn: str) -> bool:
+    """Return whether a value is in a text, as it is or in JSON or Python."""
+    forms = (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
+    return any(form in turn for form in (*forms, repr(value)[1:-1]))
 
 
 def only_calls(message: Message) -> bool:

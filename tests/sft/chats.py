@@ -17,6 +17,10 @@ from nemo_kd.sft.messages import conversation_of
 TEMPLATES = Path(__file__).parent / "templates"
 SPECIAL = {
     "alpaca": ["</s>"],
+    "cohere": [
+        *("<BOS>", "<|START|>", "<|END|>", "<|SYSTEM|>", "<|USER|>", "<|CHATBOT|>"),
+        *("<|RESPONSE|>", "<|END_RESPONSE|>"),
+    ],
     "deepseek": [
         "<｜begin▁of▁sentence｜>",
         "<｜User｜>",
@@ -38,6 +42,7 @@ SPECIAL = {
     "qwen3": ["<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>"],
 }
 BOS = {
+    "cohere": "<BOS>",
     "deepseek": "<｜begin▁of▁sentence｜>",
     "gemma": "<bos>",
     "llama3": "<|begin_of_text|>",
@@ -88,7 +93,7 @@ def single_bytes(name: str) -> Any:
     backend.decoder = decoders.ByteLevel()
     ends: dict[str, Any] = {"bos_token": BOS.get(name), "eos_token": EOS.get(name)}
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, **ends)
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[name]})
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL.get(name, [])})
     tokenizer.chat_template = (TEMPLATES / f"{name}.jinja").read_text()
     return tokenizer
 

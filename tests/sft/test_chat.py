@@ -297,7 +297,7 @@ def test_a_million_characters(name: str) -> None:
 
 def test_ten_thousand_turns() -> None:
     """In time linear in their number: one by one they would take an hour."""
-    messages = [user("a"), assistant("b")] * 5000
+    messages = [user("a\U0010f000"), assistant("b")] * 5000  # a private-use character, as marks are
     made = chat_template("qwen3")(conversation_of({"messages": messages}))
     assert made.loss_mask.sum() == 5000 * 2 + 6  # "b" and its end; the last with empty reasoning
 

@@ -34,6 +34,9 @@ TURNS = [user("a"), assistant("b\n"), user("é"), assistant("")]
 EXPECTED = {
     "alpaca": "### Instruction:\na\n\n### Response:\n⟦b\n</s>⟧\n\n"
     "### Instruction:\né\n\n### Response:\n⟦</s>⟧\n\n",
+    "cohere": "<BOS><|START|><|SYSTEM|>You are helpful.<|END|><|START|><|USER|>a<|END|>"
+    "<|START|><|CHATBOT|><|RESPONSE|>⟦b\n<|END_RESPONSE|><|END|>⟧<|START|><|USER|>é<|END|>"
+    "<|START|><|CHATBOT|><|RESPONSE|>⟦<|END_RESPONSE|><|END|>⟧<|START|><|CHATBOT|>",
     "deepseek": "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜>⟦b\n<｜end▁of▁sentence｜>⟧"
     "<｜User｜>é<｜Assistant｜>⟦<｜end▁of▁sentence｜>⟧",
     "ends_once": "USER: a\nASSISTANT: ⟦b\n⟧\nUSER: é\nASSISTANT: ⟦\n</s>⟧",
@@ -227,6 +230,21 @@ def test_special_tokens_inside_contents_are_text_of_the_turn(name: str) -> None:
     assert f"x{marks}y" in found and "u" not in found.partition("x")[0].replace("user", "")
 
 
+@pytest.mark.parametrize("first", ["", "b"])
+def test_a_header_of_an_earlier_turn_is_not_taken(first: str) -> None:
+    """The template's header before answers is not its generation prompt: refused, not guessed."""
+    row = {"messages": [user("a"), assistant(first), user("c"), assistant("d")]}
+    with pytest.raises(RowError, match="its place in the rendered conversation is not clear"):
+        chat_template("indented")(conversation_of(row))
+
+
+def test_a_dropped_call_is_an_error_if_its_name_is_in_the_words() -> None:
+    one = assistant("I will add 1.", tool_calls=[call("add", a=1)])
+    for name in ("generation", "deepseek", "harmony"):
+        with pytest.raises(RowError, match=r"'add' is not in .* leaves out or changes"):
+            CHATS[name](conversation_of(with_tools(user("1"), one)))
+
+
 TEXT = st.text(st.sampled_from("ab \n\r\t<>|é😀ش\u200f\u00a0\u2028{}%"), max_size=12)
 
 
@@ -290,6 +308,7 @@ def said(name: str, text: str, last: bool) -> str:
     end = {
         "ends_once": "\n</s>" if last else "",
         "generation_no_end": "",
+        "cohere": "<|END_RESPONSE|><|END|>",
         "gemma": "<end_of_turn>",
         "harmony": "<|return|>" if last else "<|end|>",
         "llama3": "<|eot_id|>",
