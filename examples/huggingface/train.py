@@ -51,6 +51,7 @@ def main() -> None:
         model = get_peft_model(model, lora)
     config = KDConfig(alpha=args.alpha, temperature=args.temperature, support=args.support)
     data = StoreDataset(args.store, config, max_seq_length=args.max_seq_length, tokenizer=tokenizer)
+    tokenizer.chat_template = data.chat_template or tokenizer.chat_template
     training = TrainingArguments(
         args.output,
         max_steps=args.steps,

@@ -63,6 +63,15 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
         self._used = [_used(store, max_seq_length, over_long) for store in self.stores]
         self._ends = list(accumulate(map(len, self._used)))
 
+    @property
+    def chat_template(self) -> Any:
+        """The chat template of the stores' rows, for the student's tokenizer.
+
+        None if they have none, have NeMo's turns or differ in it.
+        """
+        first, *others = (store.spec.template.get("chat_template") for store in self.stores)
+        return None if first == "nemo" or any(other != first for other in others) else first
+
     def __len__(self) -> int:
         return self._ends[-1]
 

@@ -238,6 +238,19 @@ def test_padding_columns_of_the_logits_do_not_count(store: Path) -> None:
     assert torch.equal(collator.loss(logits, batch), before)
 
 
+def test_the_chat_template_of_the_stores_is_known_where_they_have_one(tmp_path: Path) -> None:
+    paths = {
+        name: write_store(tmp_path / name, template={"chat_template": text})
+        for name, text in {"a": "{{ messages }}", "b": "{{ messages }}", "c": "nemo"}.items()
+    }
+
+    def of(*names: str) -> Any:
+        return StoreDataset([paths[name] for name in names], KDConfig()).chat_template
+
+    assert of("a") == of("a", "b") == "{{ messages }}"
+    assert of("c") is of("a", "c") is None
+
+
 def test_what_cannot_be_learned_is_refused(tmp_path: Path, store: Path) -> None:
     config = KDConfig(temperature=2.0)
     cold = write(

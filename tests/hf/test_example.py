@@ -46,6 +46,7 @@ def prepare(directory: Path, source: Path, kept: list[int]) -> None:
             "library": "huggingface",
             "path": str(directory / "pruned.tokenizer"),
         },
+        template={"max_seq_length": 128, "chat_template": "{{ messages }}"},
     )
     rows = [sample(i, of, 3 + 2 * i, prompt=2 + i) for i in range(SAMPLES)]
     write(directory / "store", of, rows)
@@ -132,7 +133,9 @@ def test_the_trained_student_is_saved_with_its_tokenizer(students: Path, tmp_pat
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.config.num_hidden_layers == 2
     assert (model.config.bos_token_id, model.config.eos_token_id) == (0, 1)
-    assert len(AutoTokenizer.from_pretrained(tmp_path / "out")) == models.TOKENS
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert len(tokenizer) == models.TOKENS
+    assert tokenizer.chat_template == "{{ messages }}"
 
 
 def test_the_extra_trainer_is_enough(students: Path, tmp_path: Path) -> None:
