@@ -28,6 +28,8 @@ from nemo_kd.sft.turns import Turns, check_says
 
 TRAIN_ON = ("all_assistant", "last_assistant", "all")
 TRUNCATE_AT = ("token", "turn")
+FEW = 64
+"""Up to this many ways of shortening a conversation are all tried."""
 SYSTEM = ("system", "developer")
 CHAT_DATE = "2024-07-26"
 
@@ -216,8 +218,10 @@ class ChatTemplate:
     def _with_fewer_turns(self, conversation: Conversation, chosen: list[int]) -> Encoded:
         """Remove as few messages as possible from one end."""
         choices = self._shortened(conversation)
-        fits = bisect_left(choices, True, key=lambda keep: self._fits(conversation.part(keep)))
-        keep = choices[fits] if fits < len(choices) else []
+        if len(choices) > FEW:  # lengths fall with the number of messages, but not always
+            near = bisect_left(choices, True, key=lambda keep: self._fits(conversation.part(keep)))
+            choices = choices[max(near - FEW, 0) : near + FEW]
+        keep = next((keep for keep in choices if self._fits(conversation.part(keep))), [])
         rest = [position for position, i in enumerate(keep) if i in chosen]
         if not keep or not (rest or self._inverse):
             raise NoAnswerError(NO_TURN_FITS)

@@ -22,6 +22,7 @@ ROLES = {
     "gpt": "assistant",
     "chatgpt": "assistant",
     "bot": "assistant",
+    "model": "assistant",
     "tool": "tool",
     "observation": "tool",
 }
@@ -81,6 +82,8 @@ def _message(turn: Any, number: int) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise RowError(f"{where} has role {role!r}: expected system, user, assistant or tool")
+    if role != "assistant" and ROLES.get(role.lower()) == "assistant":
+        raise RowError(f"{where} has role {role!r}: write assistant, whose messages are learned")
     if "function_call" in message:
         raise RowError(f"{where}: function_call is an old form; write tool_calls")
     if "tool_calls" in message:

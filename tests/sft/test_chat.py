@@ -155,6 +155,22 @@ def rendered(chat: ChatTemplate, messages: list[Any]) -> list[int]:
     return list(library.apply_chat_template(messages, strftime_now=lambda _: "26 Jul 2024"))
 
 
+def test_the_most_messages_are_kept_where_fewer_are_longer() -> None:
+    """Mistral's system prompt is in the last question only: without the answer it is longer."""
+    messages = [system("s" * 40), user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
+    conversation = conversation_of({"messages": messages})
+    for side in ("left", "right"):
+        chat = chat_template(
+            "mistral", max_seq_length=20, truncation_method=side, truncate_at="turn"
+        )
+        if side == "right":
+            made = chat(conversation)
+            assert made.input_ids == rendered(chat, messages[:5])
+        else:
+            with pytest.raises(NoAnswerError):
+                chat(conversation)
+
+
 def test_a_last_turn_that_is_cut_off_is_not_replaced_by_another() -> None:
     chat = chat_template("qwen3", max_seq_length=50, truncate_at="turn", train_on="last_assistant")
     with pytest.raises(NoAnswerError, match="no assistant turn fits"):

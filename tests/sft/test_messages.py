@@ -101,6 +101,8 @@ def say(**message: Any) -> dict[str, Any]:
         ({"messages": []}, "the conversation is empty"),
         ({"messages": ["a"]}, "message 0 is 'a': expected an object"),
         ({"messages": [{"content": "a"}]}, "message 0 has role None"),
+        ({"messages": [{"role": "Assistant", "content": "a"}]}, "role 'Assistant': write assist"),
+        ({"messages": [{"role": "model", "content": "a"}]}, "role 'model': write assistant"),
         (say(), r"message 0 \(assistant\) has no content"),
         (say(content=3), "content is 3: expected text"),
         (say(content=[{"type": "image_url", "image_url": {}}]), "part of type 'image_url'"),
