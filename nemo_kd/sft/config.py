@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import canonical_json
 from nemo_kd.settings.values import MAPPING, PATH, Count, either, one_of
+from nemo_kd.sft.template import unescaped
 
 Reader = Annotated[str, one_of("verbatim", "nemo", verbatim="plain exact own", nemo="megatron")]
 Format = Annotated[
@@ -120,8 +121,9 @@ class RowConfig:
 
     @property
     def turn_tokens(self) -> dict[str, str]:
-        """All texts around NeMo's turns."""
-        return {**TURN_TOKENS, **self.chat_prompt_tokens}
+        """All texts around NeMo's turns; as in a template, command lines pass \\n literally."""
+        given = self.chat_prompt_tokens.items()
+        return {**TURN_TOKENS, **{name: unescaped(text) for name, text in given}}
 
     def template(self) -> dict[str, Any]:
         """Return the keys of this class and their values."""

@@ -139,7 +139,7 @@ class PromptTemplate:
         try:
             if self.reader == "nemo":
                 return self.prompt_template.encode().decode("unicode_escape")
-            return ESCAPES.sub(lambda found: _unescaped(found[0]), self.prompt_template)
+            return unescaped(self.prompt_template)
         except UnicodeDecodeError as error:
             raise TemplateError(
                 f"data.prompt_template={self.prompt_template!r} has a bad escape sequence: {error}"
@@ -252,5 +252,6 @@ class PromptTemplate:
         )
 
 
-def _unescaped(sequence: str) -> str:
-    return sequence.encode().decode("unicode_escape")
+def unescaped(text: str) -> str:
+    """Return a text with its escape sequences decoded; raise UnicodeDecodeError for a bad one."""
+    return ESCAPES.sub(lambda found: found[0].encode().decode("unicode_escape"), text)

@@ -31,7 +31,7 @@ PAGES = [
 ]
 # Page and first line of each block without a check here → where it has one, or why it needs none.
 EXEMPT = {
-    ("store.md", "for i in range(iterations * global_batch_size):"),  # in a Megatron training
+    ("store.md", "for i in range(iterations * global_batch_size):"): "in a Megatron training",
     ("loss.md", "loss = sft_weight · CE + kd_weight · T² · D(p, q)       nats per token"): (
         "formulas"
     ),

@@ -107,6 +107,11 @@ def test_templates_and_fields_are_taken_as_they_are(
     assert not rows.check(0).altered
 
 
+def test_the_marks_of_turns_may_have_escape_sequences(tmp_path: Path) -> None:
+    rows, _ = read(tmp_path, TALK, chat_prompt_tokens={"end_of_turn": "<end>\\n"})
+    assert texts(rows)[1] == "a<end>\n<extra_id_1>"
+
+
 def test_a_text_is_cut_on_either_side(tmp_path: Path) -> None:
     right, _ = read(tmp_path, {"text": "abcdef"}, length=4)
     left, _ = read(tmp_path, {"text": "abcdef"}, length=4, truncation_method="left")

@@ -151,6 +151,13 @@ def test_a_row_that_is_no_sample_is_named(
     assert not (tmp_path / "t").exists()
 
 
+def test_shuffled_rows_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    write_parquet(tmp_path / "s.parquet", Store(store(tmp_path / "s", spec())))
+    pd.read_parquet(tmp_path / "s.parquet")[::-1].to_parquet(tmp_path / "x.parquet")
+    with pytest.raises(StoreError, match=r"x.parquet, row 1: row \d+ after \d+: sort the file by"):
+        list(read_parquet(tmp_path / "x.parquet", spec()))
+
+
 def test_what_is_no_parquet_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.parquet"
     with pytest.raises(StoreError, match="cannot be read as Parquet"):

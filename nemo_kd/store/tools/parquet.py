@@ -110,9 +110,14 @@ def read_parquet(path: str | Path, spec: StoreSpec) -> Iterator[Sample | Encoded
     names = [f"{ENCODED}{name}" for name in codec_of(spec).dtypes]
     names = names if own and set(names) <= set(columns) else []
     known = [*COLUMNS, *(["logsumexp"] if "logsumexp" in columns else [])]
+    last = -1
     for number, values in enumerate(rows_of(path, [*known, *names], BATCH)):
         try:
-            yield _sample(values, spec, names)
+            sample = _sample(values, spec, names)
+            if sample.row <= last:
+                raise StoreError(f"row {sample.row} after {last}: sort the file by its column row")
+            last = sample.row
+            yield sample
         except (AttributeError, StoreError, TypeError, ValueError) as error:
             raise StoreError(f"{path}, row {number}: {error}") from error
 
