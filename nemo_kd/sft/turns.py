@@ -306,18 +306,24 @@ def check_says(message: Message, turn: str, number: int) -> None:
     """
     content = message["content"].strip()
     answer = content.rpartition(END_OF_REASONING)[2].strip()
-    missing = [answer] if content not in turn and answer not in turn else []
-    own = [text for text in (content if content in turn else answer, *reasoning(message)) if text]
-    calls = [call.get("function", call) for call in message.get("tool_calls", [])]
-    names = Counter(call["name"] for call in calls)
-    for name, count in names.items():
-        elsewhere = sum(text.count(name) for text in own if text in turn)
-        missing += [name] * (turn.count(name) - elsewhere < count)
-    missing += [
-        value for call in calls for value in _values(call["arguments"]) if not _is_in(value, turn)
-    ]
+    missing = [] if content in turn or answer in turn else [answer]
+    missing += _missing_calls(message, content if content in turn else answer, turn)
     if missing:
         raise RowError(f"message {number}: {missing[0]!r:.60} is not in {turn!r:.60}: {LEFT_OUT}")
+
+
+def _missing_calls(message: Message, content: str, turn: str) -> list[str]:
+    """Return names and arguments of tool calls that a turn lacks beside the message's words."""
+    calls = [call.get("function", call) for call in message.get("tool_calls", ())]
+    if not calls:
+        return []
+    own = [text for text in (content, *reasoning(message)) if text and text in turn]
+    missing = []
+    for name, count in Counter(call["name"] for call in calls).items():
+        elsewhere = sum(text.count(name) for text in own)
+        missing += [name] * (turn.count(name) - elsewhere < count)
+    values = [value for call in calls for value in _values(call["arguments"])]
+    return missing + [value for value in values if not _is_in(value, turn)]
 
 
 def _values(arguments: Any) -> Iterator[str]:
