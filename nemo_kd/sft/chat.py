@@ -187,6 +187,9 @@ class ChatTemplate:
             )
         spans = [blocks[turns.index(i)] for i in chosen] if one_each else blocks * bool(chosen)
         learned = "".join(text[slice(*span)] for span in spans)
+        if not one_each:
+            marked = [self._finder.without_tokens(text[slice(*span)]) for span in spans]
+            self._check_others(conversation, marked)
         for position, i in enumerate(chosen):
             said = text[slice(*spans[position])] if one_each else learned
             check_says(conversation.messages[i], said, i)
@@ -198,6 +201,20 @@ class ChatTemplate:
                     "token: it is not learned"
                 )
         return spans
+
+    def _check_others(self, conversation: Conversation, blocks: list[str]) -> None:
+        """Raise RowError if a block has the words of a message that is not the assistant's."""
+        turns = conversation.assistant_turns()
+        own = [conversation.messages[i]["content"] for i in turns]
+        for i, message in enumerate(conversation.messages):
+            words = message["content"].strip()
+            if i in turns or not words or any(words in text for text in own):
+                continue
+            if any(words in block for block in blocks):
+                raise RowError(
+                    f"message {i} ({message['role']}) is in a {{% generation %}} block of the chat "
+                    "template; only the assistant's may be; set data.chat_template=FILE"
+                )
 
     def _say_what_is_left_out(
         self, conversation: Conversation, learned: str, chosen: list[int]

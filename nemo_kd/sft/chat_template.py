@@ -13,7 +13,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from datetime import date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.jsonl import RowError
@@ -25,6 +25,7 @@ Template = str | dict[str, str]
 """Text of a chat template, or of several by name (`default`, `tool_use`)."""
 
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+Result = TypeVar("Result")
 OWN = ("messages", "add_generation_prompt")  # variables that only this package sets
 
 
@@ -121,9 +122,19 @@ class Renderer:
             **library.special_tokens_map,
             **{name: value for name, value in kwargs.items() if name != "tools"},
         }
-        self._said_date = False
+        self._said_date = self._arguments_as_text = False
         for text in [template] if isinstance(template, str) else template.values():
             _compiled(text)
+        self._check_used([name for name in kwargs if name != "tools"])
+
+    def _check_used(self, names: list[str]) -> None:
+        texts = [self.template] if isinstance(self.template, str) else self.template.values()
+        for name in names:
+            if not any(re.search(rf"\b{re.escape(name)}\b", text) for text in texts):
+                raise TemplateError(
+                    f"data.chat_template_kwargs.{name}: the chat template does not read it; "
+                    "correct the name, or remove it"
+                )
 
     def __call__(
         self, messages: Sequence[Message], tools: list[Any] | None, *, prompt: bool = False
@@ -132,7 +143,10 @@ class Renderer:
 
         Raises RowError with the template's own words.
         """
-        return "".join(self._blocks(self.text(tools), messages, tools, prompt))
+        text = self.text(tools)
+        return self._in_either_form(
+            messages, lambda form: "".join(self._blocks(text, form, tools, prompt))
+        )
 
     def text(self, tools: list[Any] | None) -> str:
         """Return the template for conversations with or without tools, as transformers does."""
@@ -152,10 +166,32 @@ class Renderer:
     ) -> tuple[str, list[tuple[int, int]]]:
         """Render messages; return the text and the spans of its `{% generation %}` blocks."""
         text = self.text(tools)
-        blocks, spans = [""], list[tuple[int, int]]()  # the tracker takes an empty list for none
-        with _compiled(text).environment.activate_tracker(blocks, spans):
-            self._blocks(text, messages, tools, prompt=False, into=blocks)
-        return "".join(blocks), spans
+
+        def render(form: Sequence[Message]) -> tuple[str, list[tuple[int, int]]]:
+            blocks, spans = [""], list[tuple[int, int]]()  # the tracker takes [] for none
+            with _compiled(text).environment.activate_tracker(blocks, spans):
+                self._blocks(text, form, tools, prompt=False, into=blocks)
+            return "".join(blocks), spans
+
+        return self._in_either_form(messages, render)
+
+    def _in_either_form(
+        self, messages: Sequence[Message], render: Callable[[Sequence[Message]], Result]
+    ) -> Result:
+        """Render arguments of tool calls as objects, or as JSON if the template expects text."""
+        if not any("tool_calls" in message for message in messages):
+            return render(messages)
+        if self._arguments_as_text:
+            return render(_with_texts(messages))
+        try:
+            return render(messages)
+        except RowError as error:
+            try:
+                found = render(_with_texts(messages))
+            except RowError:
+                raise error from error.__cause__
+            self._arguments_as_text = True
+            return found
 
     def _blocks(
         self,
@@ -190,6 +226,23 @@ class Renderer:
                 f"the chat template asks for today's date: it gets data.chat_date={self.today}"
             )
         return datetime.combine(self.today, datetime.min.time()).strftime(form)
+
+
+def _with_texts(messages: Sequence[Message]) -> list[Message]:
+    """Return messages whose tool calls have their arguments as JSON."""
+
+    def call_of(call: dict[str, Any]) -> dict[str, Any]:
+        if "function" in call:
+            return {**call, "function": call_of(call["function"])}
+        arguments = call.get("arguments")
+        return {**call, "arguments": getattr(arguments, "text", arguments)}
+
+    return [
+        {**message, "tool_calls": [call_of(call) for call in message["tool_calls"]]}
+        if "tool_calls" in message
+        else message
+        for message in messages
+    ]
 
 
 def _compiled(text: str) -> Any:

@@ -16,7 +16,7 @@ from nemo_kd.sft.messages import Conversation
 from nemo_kd.sft.spans import Span
 from nemo_kd.sft.turns import MARKS, Turn, Turns, check_says, marked_message, only_calls, reasoning
 
-MANY = 4
+MANY = 1
 CLOSE = "\U0010dcba"
 """A mark is a number between this character, for private use, and one that is not in the text."""
 

@@ -134,7 +134,13 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     return {**{k: v for k, v in call.items() if v is not None}, "function": function}
 
 
-def _arguments(arguments: Any, where: str) -> dict[str, Any]:
+class Arguments(dict[str, Any]):
+    """Arguments of a tool call, with their JSON as in the row for templates that write it."""
+
+    text: str
+
+
+def _arguments(arguments: Any, where: str) -> Arguments:
     value = arguments
     if isinstance(arguments, str):
         try:
@@ -143,7 +149,10 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any]:
             raise RowError(f"{where}: arguments are not JSON ({error})") from error
     if not isinstance(value, dict):
         raise RowError(f"{where}: arguments are {arguments!r:.60}: expected a JSON object")
-    return value
+    made = Arguments(value)
+    is_text = isinstance(arguments, str)
+    made.text = arguments if is_text else json.dumps(value, ensure_ascii=False)
+    return made
 
 
 def _tools(tools: Any) -> list[Any] | None:

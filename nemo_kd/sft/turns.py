@@ -97,6 +97,10 @@ class Turns:
         """Return a text up to its last added token; empty if it has none."""
         return text[: max((found.end() for found in self._added.finditer(text)), default=0)]
 
+    def without_tokens(self, text: str) -> str:
+        """Return a text without added tokens."""
+        return self._added.sub("", text)
+
     def first_token(self, text: str) -> str:
         """Return a text up to its first added token; all of it if it has none."""
         found = self._added.search(text)

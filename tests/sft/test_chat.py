@@ -195,6 +195,31 @@ def test_kwargs_that_would_replace_the_conversation_are_refused() -> None:
         chat_template("qwen3", kwargs={"messages": []})
 
 
+def test_kwargs_that_the_template_does_not_read_are_refused() -> None:
+    with pytest.raises(TemplateError, match=r"enable_thinkng: the chat template does not read it"):
+        chat_template("qwen3", kwargs={"enable_thinkng": False})
+
+
+def test_generation_blocks_around_a_user_are_an_error() -> None:
+    text = "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}"
+    with pytest.raises(RowError, match=r"message 0 \(user\) is in a {% generation %} block"):
+        with_text(text)(conversation_of({"messages": [user("question"), assistant("b")]}))
+
+
+def test_arguments_as_json_for_templates_that_write_text() -> None:
+    """As published for DeepSeek V3; the text is the row's own, its spaces included."""
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name + c.function.arguments }}{% endfor %}"
+        "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    one = call("f")
+    one["function"]["arguments"] = '{ "x":1 }'
+    row = {"messages": [user("a"), assistant("", tool_calls=[one])]}
+    assert learned(with_text(text), row) == ['f{ "x":1 }<|im_end|>']
+
+
 def test_todays_date_is_a_fixed_one_and_said_once() -> None:
     notices: list[str] = []
     chat = chat_template("llama3", date="2025-02-03", say=notices.append)
