@@ -44,7 +44,20 @@ def encode_spans(tokenizer: Tokenizer, text: str, spans: Sequence[Span]) -> Enco
             for start, stop in spans:
                 mask[found.count(start) : found.count(stop)] = 1
             return Encoded(found.ids, mask)
+        _check_added(tokenizer, text, [found.around(end) for end in ends])
     return _in_parts(tokenizer, text, spans, [0, *ends, len(text)])
+
+
+def _check_added(tokenizer: Tokenizer, text: str, joined: list[Span | None]) -> None:
+    """Raise RowError if a token to be divided is a special or added one."""
+    library: Any = getattr(tokenizer, "tokenizer", None)
+    added = getattr(library, "added_tokens_encoder", {})
+    for token in [text[slice(*span)] for span in joined if span]:
+        if token in added and not token.isspace():
+            raise RowError(
+                f"what is learned ends inside the token {token!r}; mark it with {{% generation %}} "
+                "in a template of your own (data.chat_template=FILE), or remove the row"
+            )
 
 
 def _in_parts(
@@ -144,6 +157,9 @@ class _Prefixes:
     def is_between(self, position: int) -> bool:
         ids = self.tokenizer.text_to_ids(self.text[:position])
         return self.ids[: len(ids)] == ids
+
+    def around(self, position: int) -> Span | None:
+        """Return None: the spans of tokens are not known."""
 
     def count(self, position: int) -> int:
         return len(self.tokenizer.text_to_ids(self.text[:position]))

@@ -118,10 +118,8 @@ class Turns:
     def difference(self, text: str, other: str) -> int:
         """Return where a text begins to differ from another one, in whole tokens."""
         place = len(_common(text, other))
-        for found in self._added.finditer(text):
-            if found.start() < place < found.end():
-                return found.start()
-        return place
+        spans = [found.span() for each in (text, other) for found in self._added.finditer(each)]
+        return min([start for start, stop in spans if start < place < stop], default=place)
 
     @cached_property
     def _added(self) -> re.Pattern[str]:
@@ -236,7 +234,7 @@ class Turn:
         as_last, as_is = as_last.partition(mark)[0], as_is.partition(mark)[0]
         if not (as_last.startswith(end) and as_is.startswith(end)):
             raise self.unclear("its header depends on the messages that follow")
-        header = _common(as_last, as_is)[len(end) :]
+        header = as_is[len(end) : self.turns.difference(as_is, as_last)]
         return len(before) - len(as_is) + len(end) + len(header) * bool(header.strip())
 
     def after_header(self, before: str, header: str) -> int:
@@ -277,7 +275,8 @@ class Turn:
         mark, _ = self._marks
         with_mark = self._rendered([*self.before, {"role": "assistant", "content": mark}])
         plain = (with_mark or "").partition(mark)[0]
-        header = _common(plain[len(prompt) :], rest) if plain.startswith(prompt) else ""
+        plain = plain[len(prompt) :] if plain.startswith(prompt) else ""
+        header = rest[: self.turns.difference(rest, plain)]
         return header if header.strip() else ""
 
     def around(self, mark: str, messages: list[Message]) -> tuple[str, str]:

@@ -149,6 +149,11 @@ def test_a_special_token_that_swallows_whitespace() -> None:
     assert learned(Fast(tokenizer), text, (13, 16)) == ["Ġ", "Ġa"]
 
 
+def test_a_special_token_is_never_divided() -> None:
+    with pytest.raises(RowError, match="ends inside the token '<e>'"):
+        encode_spans(Fast(FAST["bytes"]), "a<e>b", [(2, 5)])
+
+
 def test_lone_surrogates_are_an_error() -> None:
     for tokenizer in (Fast(FAST["bytes"]), Slow(FAST["bytes"])):
         with pytest.raises(RowError, match="lone surrogate"):
