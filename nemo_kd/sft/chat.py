@@ -220,8 +220,10 @@ class ChatTemplate:
         self, conversation: Conversation, learned: str, chosen: list[int]
     ) -> None:
         for message in map(conversation.messages.__getitem__, chosen):
-            for key in REASONING:
-                if str(message.get(key, "")).strip() not in learned:
+            inside = message["content"].rpartition("</think>")[0].rpartition("<think>")[2]
+            texts = {"reasoning in the content": inside, **{k: message.get(k) for k in REASONING}}
+            for key, text in texts.items():
+                if str(text or "").strip() not in learned:
                     self._say_once(
                         f"the chat template leaves out the {key} of some messages (most keep that "
                         "of the last turn only): it is not learned"

@@ -14,7 +14,17 @@ from typing import Any
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.messages import Conversation
 from nemo_kd.sft.spans import Span
-from nemo_kd.sft.turns import MARKS, Turn, Turns, check_says, marked_message, only_calls, reasoning
+from nemo_kd.sft.turns import (
+    LEFT_OUT,
+    MARKS,
+    Turn,
+    Turns,
+    check_says,
+    marked_message,
+    named_calls,
+    only_calls,
+    reasoning,
+)
 
 MANY = 1
 CLOSE = "\U0010dcba"
@@ -30,10 +40,29 @@ def find_turns(
     its span lacks what the assistant says, or if spans overlap.
     """
     spans = _find(turns, conversation, text, numbers, many)
+    _check_calls(turns, conversation, text, numbers)
     for (_, stop), (start, _), number in zip(spans, spans[1:], numbers[1:], strict=False):
         if start < stop:
             raise Turn(turns, conversation, text, number).unclear("it overlaps with an earlier one")
     return spans
+
+
+def _check_calls(turns: Turns, conversation: Conversation, text: str, numbers: list[int]) -> None:
+    """Raise RowError if the template leaves out tool calls, found by marks for their names."""
+    messages = [*conversation.messages]
+    callers = [number for number in numbers if "tool_calls" in messages[number]]
+    mark = next((mark for mark in MARKS if mark not in text), "")
+    if not callers or not mark:
+        return
+    for number in callers:
+        messages[number] = named_calls(messages[number], mark)
+    count = sum(len(messages[number]["tool_calls"]) for number in callers)
+    try:
+        marked = turns.render(messages, conversation.tools)
+    except RowError:  # a template that knows the names of tools
+        return
+    if marked.count(mark) < count:
+        raise RowError(f"message {callers[0]} or a later one: tool calls: {LEFT_OUT}")
 
 
 def _find(

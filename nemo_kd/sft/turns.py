@@ -352,6 +352,17 @@ def only_calls(message: Message) -> bool:
     return bool(message.get("tool_calls")) and not answer.strip()
 
 
+def named_calls(message: Message, name: str) -> Message:
+    """Return a message whose tool calls all have another name."""
+
+    def named(call: Message) -> Message:
+        if "function" in call:
+            return {**call, "function": named(call["function"])}
+        return {**call, "name": name}
+
+    return {**message, "tool_calls": [named(call) for call in message["tool_calls"]]}
+
+
 def marked_message(message: Message, mark: str) -> tuple[Message, str]:
     """Return a message with a mark instead of what it says, and the text so replaced.
 

@@ -246,6 +246,10 @@ def test_a_reasoning_that_the_template_leaves_out_is_said_once() -> None:
     for _ in range(2):
         shown(chat, {"messages": [user("a"), one, user("c"), assistant("d")]})
     assert len(notices) == 1 and "leaves out the reasoning_content" in notices[0]
+    shown(
+        chat, {"messages": [user("a"), assistant("<think>so</think>b"), user("c"), assistant("d")]}
+    )
+    assert len(notices) == 2 and "leaves out the reasoning in the content" in notices[1]
 
 
 @pytest.mark.parametrize(

@@ -245,6 +245,13 @@ def test_a_dropped_call_is_an_error_if_its_name_is_in_the_words() -> None:
             CHATS[name](conversation_of(with_tools(user("1"), one)))
 
 
+@pytest.mark.parametrize("name", ["f", "final", "message"])
+def test_a_dropped_call_is_an_error_if_its_name_is_in_the_header(name: str) -> None:
+    row = with_tools(user("1"), assistant("", tool_calls=[call(name, a=1)]))
+    with pytest.raises(RowError, match="leaves out or changes"):
+        CHATS["harmony"](conversation_of(row))
+
+
 TEXT = st.text(st.sampled_from("ab \n\r\t<>|é😀ش\u200f\u00a0\u2028{}%"), max_size=12)
 
 
