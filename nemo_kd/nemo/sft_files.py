@@ -28,7 +28,7 @@ def file_rows(model: Any, file: str, data_cfg: DictConfig, where: str) -> SFTRow
     """Open an SFT file of the block at `where`, whose settings are those of its stores.
 
     Errors: NemoKDError for a key with which NeMo would not read the file row by row, and for
-    settings that do not fit the file.
+    settings that do not fit the file or its first row.
     """
     _check_reading(data_cfg, where)
     layout = Layout.of_job()
@@ -42,7 +42,9 @@ def file_rows(model: Any, file: str, data_cfg: DictConfig, where: str) -> SFTRow
         tokens_to_generate=data_cfg.get("tokens_to_generate", 0),
     )
     config = row_config(model.cfg, data_cfg)
-    return open_rows(config, same_file(file, layout), student, layout.say, _nemos)
+    rows = open_rows(config, same_file(file, layout), student, layout.say, _nemos)
+    rows.check(0)  # not in the middle of the training, if the file has rows of another format
+    return rows
 
 
 def _nemos(config: RowConfig, model: Model) -> Encoder:

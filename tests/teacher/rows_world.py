@@ -157,7 +157,13 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
         )
     except ValueError as error:
         refused = str(error)
+    try:  # before the training, not when the row is drawn
+        file_rows(student, str(file), OmegaConf.create({**block, "format": "conversations"}), where)
+        other = "accepted"
+    except RowError as error:
+        other = str(error)
     return {
+        "other format": other,
         "rows": [len(one) for one in read],
         "last rows": [len(one[4]) > 10 for one in read],
         "prompts": len(prompts),

@@ -69,6 +69,10 @@ def test_rows_that_came_after_nemos_index_are_read_everywhere(read: dict[str, An
     )
 
 
+def test_a_training_refuses_a_file_of_another_format_at_its_start(read: dict[str, Any]) -> None:
+    assert "grown.jsonl, row 0: no list of turns" in read["grown"]["other format"]
+
+
 def test_settings_of_nemos_index_have_no_effect_and_it_is_said(read: dict[str, Any]) -> None:
     assert read["grown"]["said"].splitlines() == [
         f"{where}.memmap_workers=7 has no effect: no index of the rows is kept"
