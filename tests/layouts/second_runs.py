@@ -80,6 +80,7 @@ def trained_on_files(rows: Path, directory: Path) -> None:
         kept = common["nemo_kd"]
         kept["train_stores"] = [{"path": str(rows), "fingerprint": sha256_of(rows)}]
         kept["settings"]["model"]["kd"]["alpha"] = 0
+        kept["settings"]["model"]["data"]["train_ds"]["format"] = "auto"  # without a store's
 
     edit(last(directory), change)
 

@@ -26,7 +26,8 @@ PROFILES: dict[str, dict[str, Any]] = {
 @pytest.fixture(scope="module")
 def page() -> dict[str, Any]:
     text = (ROOT / "docs" / "store.md").read_text()
-    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    blocks = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    (code,) = (block for block in blocks if block.startswith("import json, numpy"))
     assert re.findall(r"import .*", code) == ["import json, numpy as np"]
     namespace: dict[str, Any] = {}
     exec(code, namespace)
