@@ -33,6 +33,7 @@ SETTING = {
     "nemo/resume.py",
     "nemo/settings/training.py",
     "nemo/start.py",
+    "sft/messages.py",
     "store/tools/distillkit.py",
     "store/tools/logprobs.py",
     "store/tools/stats.py",

@@ -48,9 +48,9 @@ def test_training_lowers_both_losses_on_held_out_data(train: Callable[..., Path]
     ("layout", "options"),
     [
         ("dp2", []),
-        ("tp2pp2", []),
+        pytest.param("tp2pp2", [], marks=pytest.mark.slow),
         pytest.param("tp2", [], marks=pytest.mark.slow),
-        pytest.param("pp2", [], marks=pytest.mark.slow),
+        ("pp2", []),
         pytest.param("one", [FUSED], marks=pytest.mark.slow),
         ("tp2sp", [FUSED]),
         pytest.param("pp2", [FUSED], marks=pytest.mark.slow),
