@@ -12,6 +12,7 @@ import argparse
 
 from transformers import Trainer, TrainingArguments
 
+from nemo_kd.cli.failures import reported
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
 from nemo_kd.hf.student import load_student
 from nemo_kd.loss import SUPPORTS, KDConfig
@@ -77,4 +78,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()
