@@ -148,6 +148,8 @@ class FileSFTDataset(GPTSFTDataset):
 
     def __init__(self, rows: SFTRows, **gpt_sft_arguments: Any) -> None:
         self.rows = rows
+        fields = re.findall("{(.*?)}", rows.template["prompt_template"] or "")
+        self._used = {*fields, *CHAT_FIELDS}
         super().__init__(file_path=str(rows.file.path), **gpt_sft_arguments)
 
     def _load_dataset(self) -> None:
@@ -157,16 +159,14 @@ class FileSFTDataset(GPTSFTDataset):
         """Skip NeMo's check: the rows are tokenized here."""
 
     def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
-        row = self.rows[example["row"]]
+        number = example["row"]
+        value = self.rows.file[number]
+        row = self.rows.tokenized(number, value)
         unlearned = np.flatnonzero(row.loss_mask == 0)
         item = _item(row, int(unlearned[-1]) + 1 if unlearned.size else 0, example)
-        return {**item, "metadata": {**self._other_fields(row.row), **item["metadata"]}}
-
-    def _other_fields(self, row: int) -> dict[str, Any]:
-        """Return the fields of a row that are not part of its tokens, for prediction files."""
-        value = self.rows.file[row]
-        used = {*re.findall("{(.*?)}", self.rows.template["prompt_template"] or ""), *CHAT_FIELDS}
-        return {key: each for key, each in value.items() if key not in used}
+        # The fields that are not part of the tokens are for prediction files.
+        others = {key: each for key, each in value.items() if key not in self._used}
+        return {**item, "metadata": {**others, **item["metadata"]}}
 
     def _build_loss_mask(self, processed_example: dict[str, Any]) -> list[float]:
         loss_mask: list[float] = processed_example["loss_mask"]

@@ -9,9 +9,8 @@ from omegaconf import DictConfig
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.conversations import NemosConversations
 from nemo_kd.nemo.template import row_config
-from nemo_kd.sft.config import RowConfig
 from nemo_kd.sft.reader import Model, open_rows
-from nemo_kd.sft.rows import Encoder, SFTRows
+from nemo_kd.sft.rows import SFTRows
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.rows import limited_length, same_file
 
@@ -42,13 +41,9 @@ def file_rows(model: Any, file: str, data_cfg: DictConfig, where: str) -> SFTRow
         tokens_to_generate=data_cfg.get("tokens_to_generate", 0),
     )
     config = row_config(model.cfg, data_cfg)
-    rows = open_rows(config, same_file(file, layout), student, layout.say, _nemos)
+    rows = open_rows(config, same_file(file, layout), student, layout.say, NemosConversations)
     rows.check(0)  # not in the middle of the training, if the file has rows of another format
     return rows
-
-
-def _nemos(config: RowConfig, model: Model) -> Encoder:
-    return NemosConversations(config, model)
 
 
 def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any]:
@@ -62,11 +57,16 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
             f"{where}.pad_to_max_length must be true with model.expert_model_parallel_size="
             f"{cfg.expert_model_parallel_size}: Megatron requires sequences of equal length"
         )
+    return {**shared_arguments(model, data_cfg), "seed": data_cfg.get("seed", 1234)}
+
+
+def shared_arguments(model: Any, data_cfg: DictConfig) -> dict[str, Any]:
+    """Return the arguments of NeMo's SFT data sets that those of files and of stores share."""
+    cfg = model.cfg
     return {
         "tokenizer": model.tokenizer,
         "max_seq_length": data_cfg.max_seq_length,
         "min_seq_length": data_cfg.min_seq_length,
-        "seed": data_cfg.get("seed", 1234),
         "pad_seq_length_to_mult": pad_multiple(cfg),
         "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
         "truncation_field": None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import torch
 from megatron.core import parallel_state
@@ -13,7 +12,7 @@ from nemo_kd.data import check_learnable, fit_lengths, pack_samples
 from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
-from nemo_kd.nemo.sft_files import pad_multiple
+from nemo_kd.nemo.sft_files import shared_arguments
 from nemo_kd.nemo.splits import TrainSplit
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
@@ -46,28 +45,15 @@ def store_dataset(
         _log(store, f"more than max_seq_length={length} tokens: {fitting}")
     if training:
         _log_what_is_learned(model, store, alpha)
-    arguments = shared_arguments(model, data_cfg)
+    arguments = {
+        "micro_batches": micro_batches(model, data_cfg),
+        **shared_arguments(model, data_cfg),
+    }
     if not split.packed_sequence:
         return StoreSFTDataset(store, fitting, alpha, **arguments)
     packing = pack_samples(store, fitting, length, split.shuffle_seed if split.shuffle else None)
     _log(store, str(packing))
     return PackedStoreSFTDataset(store, packing, alpha, **arguments)
-
-
-def shared_arguments(model: Student, data_cfg: DictConfig) -> dict[str, Any]:
-    """Return the arguments of NeMo's SFT data sets that data sets of stores share."""
-    return {
-        "micro_batches": micro_batches(model, data_cfg),
-        "tokenizer": model.tokenizer,
-        "max_seq_length": data_cfg.max_seq_length,
-        "min_seq_length": data_cfg.min_seq_length,
-        "pad_seq_length_to_mult": pad_multiple(model.cfg),
-        "pad_to_max_length": data_cfg.get("pad_to_max_length", False),
-        "truncation_field": None,
-        "get_attention_mask_from_fusion": data_cfg.get("get_attention_mask_from_fusion", True),
-        "ceil_to_power_2": data_cfg.get("ceil_to_power_2", False),
-        "tokens_to_generate": data_cfg.get("tokens_to_generate", 0),
-    }
 
 
 def micro_batches(model: Student, data_cfg: DictConfig) -> MicroBatches:

@@ -30,7 +30,7 @@ from nemo_kd.served.vllm import VLLM, Choice
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import Sample, StoreError, StoreSpec
 from nemo_kd.store.checks import checked_tokens
-from nemo_kd.store.tools.jsonl import check_ascending, lines_of
+from nemo_kd.store.tools.jsonl import check_ascending, lines_of, skip_or_raise
 from nemo_kd.topk import TopK
 
 MAX_OBJECTS = 1 << 22  # in a line; each kept id has one
@@ -98,9 +98,7 @@ def read_responses(
             check_ascending(sample.row, last, count)
         except (AnswerError, StoreError) as error:
             bad = _named(path, number, error)
-            if on_bad_line is None:
-                raise bad from error
-            on_bad_line(bad)
+            skip_or_raise(bad, error, on_bad_line)
             continue
         last = sample.row
         yield sample

@@ -9,8 +9,8 @@ from typing import Any
 
 from nemo_kd.errors import NemoKDError
 
-OTHER_FORMATS = ("messages", "conversations", "text")
-OTHER_FIELDS = {"messages", "conversations", "text"}
+OTHER_FORMATS = {"messages", "conversations", "text"}
+"""Formats without a template; a row of one has a field of that name."""
 
 
 def check_template(
@@ -56,7 +56,7 @@ def check_template(
 def _check_first_row(
     path: str, row: dict[str, Any], names: list[str], key: str, label: str
 ) -> None:
-    if row.keys() & OTHER_FIELDS:
+    if row.keys() & OTHER_FORMATS:
         return  # a conversation or a text, unless the reader refuses it
     missing = [name for name in names if name not in row and name != label]
     if missing:

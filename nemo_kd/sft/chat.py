@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.sft.chat_template import GENERATION, Renderer, Template
+from nemo_kd.sft.config import CHAT_DATE
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.many_turns import find_turns
 from nemo_kd.sft.messages import REASONING, Conversation
@@ -31,7 +32,6 @@ TRUNCATE_AT = ("token", "turn")
 FEW = 64
 """Up to this many ways of shortening a conversation are all tried."""
 SYSTEM = ("system", "developer")
-CHAT_DATE = "2024-07-26"
 
 NO_TURN = (
     "no assistant turn is learned: there is none, or their weight is 0; set data.no_answer=drop to "

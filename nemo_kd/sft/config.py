@@ -43,6 +43,9 @@ Template = Annotated[str | dict[str, str], either(PATH, MAPPING)]
 """Text of a chat template, or of several by name (`default`, `tool_use`), as transformers has."""
 Side = Annotated[str, one_of("left", "right")]
 
+CHAT_DATE = "2024-07-26"
+"""What a chat template gets that asks for today's date."""
+
 TURN_TOKENS = {
     "system_turn_start": "<extra_id_0>",
     "turn_start": "<extra_id_1>",
@@ -93,7 +96,7 @@ class RowConfig:
     `nemo`: NeMo's turns. null: `tokenizer` for `messages`, `nemo` for `conversations`."""
     chat_template_kwargs: dict[str, Any] = field(default_factory=dict)
     """Variables for the chat template, such as `{enable_thinking: false}` or `tools`."""
-    chat_date: str = "2024-07-26"
+    chat_date: str = CHAT_DATE
     """The date that a chat template is given if it asks for today's."""
     chat_prompt_tokens: dict[str, str] = field(default_factory=dict)
     """Texts around NeMo's turns, as in NeMo: `turn_start`, `end_of_turn` and so on."""

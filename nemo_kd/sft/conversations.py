@@ -47,7 +47,7 @@ class NemoTurns:
     def alters(self, row: Any) -> bool:
         """Return whether the tokens of a row, decoded, are another text."""
         text, spans = self.layout(row)
-        return decoded(self.tokenizer, list(encode_spans(self.tokenizer, text, spans)[0])) != text
+        return decoded(self.tokenizer, encode_spans(self.tokenizer, text, spans).input_ids) != text
 
     def layout(self, row: Any) -> tuple[str, list[Span]]:
         """Return a conversation's text, and the [start, stop) of the characters to learn."""

@@ -58,9 +58,10 @@ def open_rows(
     that do not fit each other or the tokenizer.
     """
     found = resolved(config, file)
-    is_clear = found.format == PROMPT and not {MESSAGES, CONVERSATIONS} & _first_row(file).keys()
-    if config.format == "auto" and not (is_clear or config.chat):
-        say(f"{file.path}: its rows are read as {found.format}; data.format sets it")
+    if config.format == "auto" and not config.chat:
+        others = {MESSAGES, CONVERSATIONS} & _first_row(file).keys()
+        if others or found.format != PROMPT:
+            say(f"{file.path}: its rows are read as {found.format}; data.format sets it")
     verbatim = None
     if found.reader == "nemo":
         verbatim = open_rows(replace(found, reader="verbatim"), file, model)

@@ -114,9 +114,10 @@ class SFTRows:
 
     def __getitem__(self, row: int) -> Row:
         """Tokenize a row; raise RowError, naming file, row and reason, if it is unusable."""
-        return self._row(row, self.file[row])
+        return self.tokenized(row, self.file[row])
 
-    def _row(self, row: int, value: Any) -> Row:
+    def tokenized(self, row: int, value: Any) -> Row:
+        """Tokenize a row whose value has been read; raise RowError, as `self[row]` does."""
         with errors_name(self.file, row):
             ids, mask, truncated = self.encode(value)
             input_ids = np.asarray(ids[: self.max_seq_length], dtype=np.int32)
@@ -139,7 +140,7 @@ class SFTRows:
     def check(self, row: int) -> Check:
         """Tokenize a row and compare it with its text; raise RowError if the row is unusable."""
         value = self.file[row]
-        found = self._row(row, value)
+        found = self.tokenized(row, value)
         with errors_name(self.file, row):
             return Check(found.truncated, self._is_altered(found, value))
 
@@ -147,7 +148,7 @@ class SFTRows:
         if self.verbatim is None:
             return self.encode.alters(value)
         try:
-            own = self.verbatim._row(found.row, value)
+            own = self.verbatim.tokenized(found.row, value)
         except RowError:
             return True
         same = np.array_equal(found.input_ids, own.input_ids)
@@ -173,14 +174,6 @@ class PromptEncoder:
 
     def alters(self, value: Any) -> bool:
         return self.template.alters(value)
-
-
-def prompt_rows(file: RowFile, template: PromptTemplate, answer_only_loss: bool) -> SFTRows:
-    """Return the tokenized rows of a file whose rows have a prompt and an answer.
-
-    Unless `answer_only_loss`, the loss mask includes the prompt.
-    """
-    return SFTRows(file, PromptEncoder(template, answer_only_loss), template.max_seq_length)
 
 
 @contextmanager

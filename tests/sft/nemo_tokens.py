@@ -27,7 +27,7 @@ from nemo.collections.common.tokenizers.sentencepiece_tokenizer import SentenceP
 from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import GPTSFTDataset
 
 from nemo_kd.sft import JsonlFile, RowError
-from nemo_kd.sft.rows import NoAnswerError, Row, SFTRows, prompt_rows
+from nemo_kd.sft.rows import NoAnswerError, PromptEncoder, Row, SFTRows
 from nemo_kd.sft.template import PromptTemplate
 from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
 from tests.checkpoints import models
@@ -98,7 +98,8 @@ def compare(theirs: Any, ours: Any, path: Path, draw: random.Random) -> Iterator
     chosen["add_bos"] &= ours.bos_id is not None
     data = SFTDataset(str(path), theirs, answer_only_loss=answer_only, **chosen)
     template = PromptTemplate(tokenizer=ours, reader="nemo", **chosen)
-    rows = prompt_rows(JsonlFile(path), template, answer_only)
+    encode = PromptEncoder(template, answer_only)
+    rows = SFTRows(JsonlFile(path), encode, template.max_seq_length)
     for i in range(ROWS):
         value, limit = rows.file[i], data.max_seq_length
         try:

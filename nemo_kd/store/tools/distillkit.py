@@ -29,6 +29,7 @@ from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.arrow import columns_of, numbers_of, rows_of, table_of
 from nemo_kd.store.tools.distillkit_codec import Compression, decoded_ids, decoded_logprobs
+from nemo_kd.store.tools.jsonl import skip_or_raise
 from nemo_kd.store.tools.logprobs import Changes, sample_of
 
 CONFIGURATION = "compression_config.yaml"
@@ -99,9 +100,7 @@ def read_distillkit(
                 ]
             except StoreError as error:
                 bad = StoreError(f"{file}, row {row}: {error}")
-                if on_bad_row is None:
-                    raise bad from error
-                on_bad_row(bad)
+                skip_or_raise(bad, error, on_bad_row)
                 continue
             number += len(samples)
             yield from samples

@@ -100,14 +100,21 @@ def read_jsonl(
                 check_ascending(sample.row, last_row, row)
             except StoreError as error:
                 bad = StoreError(f"{file_path}, line {number}: {error}")
-                if on_bad_line is None:
-                    raise bad from error
-                on_bad_line(bad)
+                skip_or_raise(bad, error, on_bad_line)
                 continue
             last_row = sample.row
             yield sample
     if padding is None and dropped.ids:
         warnings.warn(f"{path}: dropped {dropped.ids} padding ids of the vocabulary", stacklevel=2)
+
+
+def skip_or_raise(
+    bad: StoreError, cause: Exception, on_bad: Callable[[StoreError], None] | None
+) -> None:
+    """Pass the error of a bad line or row to `on_bad`, which leaves it out; raise it if None."""
+    if on_bad is None:
+        raise bad from cause
+    on_bad(bad)
 
 
 def check_ascending(row: int, last: int, lines: int) -> None:

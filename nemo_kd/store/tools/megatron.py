@@ -22,7 +22,7 @@ from nemo_kd.store.checks import checked_tokens
 from nemo_kd.store.indexed import sequences
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.spec import StoreSpec
-from nemo_kd.store.tools.jsonl import lines_of, list_in, record_of
+from nemo_kd.store.tools.jsonl import lines_of, list_in, record_of, skip_or_raise
 from nemo_kd.store.tools.logprobs import Changes, sample_of
 from nemo_kd.store.tools.megatron_shards import MicroBatch, iterations
 
@@ -66,9 +66,7 @@ def read_megatron(
                     yield _sample(number, row, batch, b, spec, changes)
                 except StoreError as error:
                     bad = StoreError(f"{row.where}, iteration {iteration}: {error}")
-                    if on_bad_row is None:
-                        raise bad from error
-                    on_bad_row(bad)
+                    skip_or_raise(bad, error, on_bad_row)
                 number += 1
         read = number
 

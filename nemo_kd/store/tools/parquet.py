@@ -35,6 +35,7 @@ from nemo_kd.store.sample import EncodedSample, Sample, Tokens
 from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.arrow import arrow, columns_of, lists_of, numbers_of, opened, rows_of
+from nemo_kd.store.tools.selection import same_encoding
 from nemo_kd.topk import ABSENT_ID, TopK, t1_index
 
 SPEC = b"nemo_kd.spec"
@@ -105,7 +106,7 @@ def read_parquet(path: str | Path, spec: StoreSpec) -> Iterator[Sample | Encoded
     Raises StoreError, naming file and row, for a row that is not a sample.
     """
     recorded = spec_of(path)
-    own = recorded is not None and _encoding(recorded) == _encoding(spec)
+    own = recorded is not None and same_encoding(recorded, spec)
     columns = columns_of(path)
     names = [f"{ENCODED}{name}" for name in codec_of(spec).dtypes]
     names = names if own and set(names) <= set(columns) else []
@@ -120,10 +121,6 @@ def read_parquet(path: str | Path, spec: StoreSpec) -> Iterator[Sample | Encoded
             yield sample
         except (AttributeError, StoreError, TypeError, ValueError) as error:
             raise StoreError(f"{path}, row {number}: {error}") from error
-
-
-def _encoding(spec: StoreSpec) -> tuple[Any, ...]:
-    return spec.profile, spec.profile_options, spec.top_k, spec.vocab_size, spec.temperatures
 
 
 def _schema(spec: StoreSpec) -> Any:

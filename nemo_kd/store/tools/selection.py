@@ -154,9 +154,14 @@ def _write(task: _Task) -> int:
     return len(chosen)
 
 
+def same_encoding(one: StoreSpec, other: StoreSpec) -> bool:
+    """Return whether two stores encode the same sample as the same bytes."""
+    return all(getattr(one, name) == getattr(other, name) for name in ENCODING)
+
+
 def _copy(out: ShardWriter, store: Store, index: int, row: int) -> None:
     theirs, ours = store.spec, out.spec
-    if all(getattr(theirs, name) == getattr(ours, name) for name in ENCODING):
+    if same_encoding(theirs, ours):
         tokens, arrays = store.encoded(index)
         out.add_encoded(replace(tokens, row=row), arrays)
         return
