@@ -36,7 +36,12 @@ def checks(environment: Environment) -> Iterator[Check]:
         yield series_check(name, environment)
     if environment.packages["nemo_toolkit"] is not None:
         yield tried("NeMo's MegatronGPTSFTModel", "NeMo", environment, install)
-        yield tried("NeMo's data helper", "NeMo's helper", environment, HELPER_REMEDY)
+        yield tried(
+            "megatron-core's data helper",
+            "data helper",
+            environment,
+            "pip install --force-reinstall --no-deps megatron-core (its wheel has it compiled)",
+        )
     yield tried(
         "scripts (Hydra)", "Hydra", environment, _install(environment, "hydra-core omegaconf")
     )
@@ -59,12 +64,6 @@ def checks(environment: Environment) -> Iterator[Check]:
     )
     for name, finding, remedy in optional:
         yield tried(name, finding, environment, remedy, required=False)
-
-
-HELPER_REMEDY = (
-    "apt-get install make g++, pip install pybind11; the package's directory must be writable at "
-    "the first start"
-)
 
 
 def _own_install(environment: Environment) -> str:

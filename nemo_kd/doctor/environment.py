@@ -26,6 +26,7 @@ PACKAGES = (
 # the unrelated PyPI package of that name.
 IMPORTS = {
     "megatron-core": ("megatron.core",),
+    "data helper": ("megatron.core.datasets.helpers_cpp",),
     "TransformerEngine": ("transformer_engine.pytorch",),
     "apex": ("apex", "amp_C"),
     "Triton": ("triton", "triton.language"),
@@ -36,7 +37,6 @@ IMPORTS = {
 }
 PROBES: Mapping[str, Callable[[], str | None]] = {
     "NeMo": probes.nemo_fault,
-    "NeMo's helper": probes.helper_fault,
     "C++": probes.compiler_fault,
     "nemo-kd": probes.program_fault,
     **{name: partial(probes.import_fault, *modules) for name, modules in IMPORTS.items()},

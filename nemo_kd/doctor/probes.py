@@ -11,7 +11,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import sysconfig
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,17 +20,9 @@ from pathlib import Path
 import nemo_kd
 
 PATIENCE = 300.0  # seconds; importing NeMo takes 10 on an idle machine, minutes on a slow network
-HELPERS = "collections/nlp/data/language_modeling/megatron"  # NeMo's, with its Makefile
 NOT_INSTALLED = "not installed"
 
 _WITH_PATH = "import json, sys; sys.path[:] = json.loads(sys.argv.pop(1))\n"
-_LOAD_HELPER = """
-from importlib.util import module_from_spec, spec_from_file_location
-spec = spec_from_file_location("helpers", sys.argv[1])
-module = module_from_spec(spec)
-spec.loader.exec_module(module)
-assert module.build_blending_indices
-"""
 
 
 @dataclass(frozen=True)
@@ -94,37 +85,6 @@ def nemo_fault() -> str | None:
         "    MegatronGPTSFTModel)"
     )
     return python(code).fault
-
-
-def helper_fault() -> str | None:
-    """Load the C++ helper of NeMo's package, or compile a copy of it."""
-    spec = find_spec("nemo")
-    locations = spec.submodule_search_locations if spec else None
-    if not locations:
-        return NOT_INSTALLED
-    return compiled_fault(Path(next(iter(locations))) / HELPERS)
-
-
-def compiled_fault(source: Path) -> str | None:
-    """Load the helper in `source`; if it is not compiled yet, compile a copy of it.
-
-    NeMo compiles it at its first start into `source`, which must then be writable.
-    """
-    name = f"helpers{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if (source / name).is_file():
-        return python(_LOAD_HELPER, str(source / name)).fault
-    with tempfile.TemporaryDirectory() as directory:
-        for file in ("Makefile", "helpers.cpp"):
-            if not (source / file).is_file():
-                return f"{source / file} is missing"
-            shutil.copy(source / file, directory)
-        made = run(["make"], cwd=directory)
-        fault = made.fault or python(_LOAD_HELPER, f"{directory}/{name}").fault
-    if fault is not None:
-        return f"not compiled yet, and compiling it fails: {fault}"
-    if not os.access(source, os.W_OK):
-        return f"not compiled yet, and {source} is read-only"
-    return None
 
 
 def program_fault() -> str | None:

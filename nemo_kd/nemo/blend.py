@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+from megatron.core.datasets import helpers_cpp
 from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils import (
     get_datasets_weights_and_num_samples,
 )
@@ -21,7 +23,32 @@ from nemo_kd.nemo.sft_files import file_rows, sft_arguments
 from nemo_kd.nemo.splits import TrainSplit, ValidationSplit
 from nemo_kd.nemo.stores import micro_batches, store_dataset
 
+MAX_DATASETS = 255  # as in NeMo, whose index of data sets has one byte
+
 TRAINING, VALIDATION = "model.data.train_ds", "model.data.validation_ds"
+
+
+class Blend(BlendableDataset):
+    """NeMo's blend, in its order, without its start.
+
+    NeMo compiles a C++ helper into its own installed package when the first blend is built, which
+    needs a compiler and fails where two jobs do so at once. Megatron-core's wheel has the function.
+    """
+
+    def __init__(self, datasets: list[Any], weights: list[float], size: int) -> None:
+        if len(datasets) > MAX_DATASETS:
+            raise NemoKDError(
+                f"{len(datasets)} stores and files in one blend; at most {MAX_DATASETS} are "
+                "supported: merge some with nemo-kd merge"
+            )
+        self.datasets, self.size = datasets, size
+        index = np.zeros(size, dtype=np.int16)
+        self.dataset_sample_index = np.zeros(size, dtype=np.int64)
+        shares = np.asarray(weights, dtype=np.float64)
+        helpers_cpp.build_blending_indices(
+            index, self.dataset_sample_index, shares / shares.sum(), len(datasets), size, False
+        )
+        self.dataset_index = index.astype(np.uint8)
 
 
 def build_datasets(
@@ -52,7 +79,7 @@ def build_datasets(
     return datasets
 
 
-def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) -> BlendableDataset:
+def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) -> Blend:
     """Blend training data sets: at least `number` samples, in NeMo's order of a blend.
 
     The first samples do not depend on `number`, so a run can be extended.
@@ -72,10 +99,10 @@ def blend(datasets: list[TeacherSFTDataset], number: int, data_cfg: DictConfig) 
     for dataset, count in zip(datasets, samples, strict=True):
         dataset.draw(count[0], split.shuffle_seed, split.shuffle)
     size = sum(count[0] for count in samples)
-    return BlendableDataset(datasets=datasets, weights=probabilities, size=size)
+    return Blend(datasets, probabilities, size)
 
 
-def blend_files(model: Student, number: int, data_cfg: DictConfig) -> BlendableDataset:
+def blend_files(model: Student, number: int, data_cfg: DictConfig) -> Blend:
     """Blend SFT files without a store: at least `number` samples, in the order of NeMo's SFT."""
     split = TrainSplit.of(data_cfg)
     files, weights = split.file_names, split.concat_sampling_probabilities
@@ -94,7 +121,7 @@ def blend_files(model: Student, number: int, data_cfg: DictConfig) -> BlendableD
         for file, count in zip(files, samples, strict=True)
     ]
     size = sum(count[0] for count in samples)
-    return BlendableDataset(datasets=datasets, weights=weights, size=size)
+    return Blend(datasets, weights, size)
 
 
 def _file_dataset(

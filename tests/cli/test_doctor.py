@@ -5,12 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
-import shutil
-import sysconfig
 from contextlib import redirect_stdout
 from dataclasses import replace
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -184,24 +181,3 @@ def test_a_program_that_is_not_on_the_path_is_said(monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("PATH", "/nowhere")
     assert "not on PATH" in (probes.program_fault() or "")
     assert "g++ cannot be started" in (probes.compiler_fault() or "")
-
-
-@pytest.fixture
-def helper(tmp_path: Path) -> Path:
-    """A copy of NeMo's folder as it is before the first start."""
-    spec = find_spec("nemo")
-    assert spec and spec.submodule_search_locations
-    source = Path(spec.submodule_search_locations[0]) / probes.HELPERS
-    for name in ("Makefile", "helpers.cpp"):
-        shutil.copy(source / name, tmp_path)
-    return tmp_path
-
-
-def test_nemos_helper_is_compiled_and_loaded(helper: Path) -> None:
-    assert probes.compiled_fault(helper) is None
-    assert sorted(path.name for path in helper.iterdir()) == ["Makefile", "helpers.cpp"]
-    (helper / "helpers.cpp").write_text("#include <no/such/header.h>\n")
-    assert "no/such/header.h" in (probes.compiled_fault(helper) or "")
-    suffix = sysconfig.get_config_var("EXT_SUFFIX")
-    (helper / f"helpers{suffix}").write_bytes(b"no library")
-    assert "ImportError" in (probes.compiled_fault(helper) or "")

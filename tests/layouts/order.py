@@ -78,10 +78,16 @@ def file_rows(file: str, samples: int, split: TrainSplit) -> list[int]:
         truncation_field="input",
         memmap_workers=1,
     )
-    blended = BlendableDataset([dataset], [1.0], samples)
+    blended = blend.Blend([dataset], [1.0], samples)
     reorder_files(blended, split)
     places = blended.dataset_sample_index
     return [int(dataset.samples_mapping[int(place)][0]) for place in places]
+
+
+def shares(*weights: float) -> list[list[int]]:
+    """(data set, its sample) of the first 300 places of a blend."""
+    blended = blend.Blend([None] * len(weights), list(weights), 300)
+    return np.stack([blended.dataset_index, blended.dataset_sample_index], 1).tolist()
 
 
 def packs(dataset: BlendableDataset) -> list[list[int]]:
@@ -176,6 +182,7 @@ def main(first: str, second: str, file: str, out: Path) -> None:
         "other_seed": rows(blended([first], 24, shuffle_seed=7)),
         "two": rows(blended([first, second], 12)),
         "weighted": rows(blended([first, second], 24, concat_sampling_probabilities=[0.75, 0.25])),
+        "shares": [shares(3, 1, 2), shares(0.5, 0.25, 0.25), shares(1)],
         "dropped": rows(blended([first], 24, over_long="drop", max_seq_length=60)),
         "in_order": rows(blended([first], 24, shuffle=False)),
         "two_in_order": rows(blended([first, second], 12, shuffle=False)),

@@ -49,6 +49,21 @@ def test_stores_are_mixed_in_proportion_or_by_weight(
     assert abs(weighted.count(1) / len(weighted) - 0.25) < 0.02
 
 
+def test_the_next_sample_is_of_the_data_set_that_is_furthest_behind_its_share(
+    order: dict[str, Any],
+) -> None:
+    for weights, places in zip(([3, 1, 2], [2, 1, 1], [1]), order["shares"], strict=True):
+        taken = [0] * len(weights)
+        for place, found in enumerate(places):
+            behind = [
+                weight / sum(weights) * max(place, 1) - count
+                for weight, count in zip(weights, taken, strict=True)
+            ]
+            first = behind.index(max(behind))
+            assert found == [first, taken[first]]
+            taken[first] += 1
+
+
 def test_dropped_samples_never_appear(order: dict[str, Any], dump: Callable[..., Path]) -> None:
     rows = [row for _, row in order["dropped"]]
     assert 0 < len(order["used"]) < len(Store(dump()))
