@@ -15,6 +15,7 @@ from gguf import GGUFReader, dequantize
 
 from nemo_kd.checkpoints.gguf_header import check_header
 from nemo_kd.checkpoints.llama import CheckpointError, Llama, check_tensors, finite, reading
+from nemo_kd.vocabulary import VocabularySize
 
 GLOBAL_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -76,14 +77,14 @@ class GGUFCheckpoint:
             return _halves(values, self.llama.num_kv_heads)
         return values
 
-    def save_tokenizer(self, directory: str) -> int:
-        """Write the file's tokenizer for transformers; return its vocabulary size."""
+    def save_tokenizer(self, directory: str) -> VocabularySize:
+        """Write the file's tokenizer for transformers; return its vocabulary's size."""
         from nemo_kd.checkpoints.gguf_tokenizer import build_tokenizer
 
         with reading(self.name, "its tokenizer is damaged"):
             tokenizer = build_tokenizer(self.name, self.field)
             tokenizer.save_pretrained(directory)
-            return len(tokenizer)
+            return VocabularySize.of(tokenizer)
 
     def field(self, key: str, default: Any = None) -> Any:
         """A metadata value of the file, or `default`."""

@@ -25,6 +25,7 @@ from nemo_kd.checkpoints.llama import (
     reading,
 )
 from nemo_kd.files import decode_json, read_bounded
+from nemo_kd.vocabulary import VocabularySize
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -78,8 +79,8 @@ class HuggingFaceCheckpoint:
         with reading(f"{self.name}: {name}"):
             return finite(self.name, name, self._files[name].get_tensor(name))
 
-    def save_tokenizer(self, directory: str) -> int:
-        """Load the tokenizer with transformers and save it; return its vocabulary size."""
+    def save_tokenizer(self, directory: str) -> VocabularySize:
+        """Load the tokenizer with transformers and save it; return its vocabulary's size."""
         from transformers import AutoTokenizer
 
         with reading(
@@ -91,7 +92,7 @@ class HuggingFaceCheckpoint:
                 str(self.directory), local_files_only=True, trust_remote_code=False
             )
             tokenizer.save_pretrained(directory)
-            return len(tokenizer)
+            return VocabularySize.of(tokenizer)
 
 
 def _config(path: Path) -> dict[str, Any]:

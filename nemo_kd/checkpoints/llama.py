@@ -18,6 +18,7 @@ import msgspec
 import torch
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.vocabulary import VocabularySize
 
 Value = TypeVar("Value")
 
@@ -138,7 +139,7 @@ class Checkpoint(Protocol):
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a Hugging Face name, in `dtype`."""
 
-    def save_tokenizer(self, directory: str) -> int:
+    def save_tokenizer(self, directory: str) -> VocabularySize:
         """Write a tokenizer that transformers loads to `directory`; return its vocabulary size."""
 
 

@@ -27,6 +27,7 @@ from nemo_kd.checkpoints.tokenizer import (
 )
 from nemo_kd.files import decode_json, flush
 from nemo_kd.outputs import install, refuse_directory, refuse_inputs, work_beside
+from nemo_kd.vocabulary import VocabularySize
 
 TARGET = "nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model.MegatronGPTSFTModel"
 
@@ -103,10 +104,13 @@ def write_nemo(
     refuse_foreign_tokenizer(tokenizer, output)
     with work_beside(output) as work:
         new, folder, archive_path = work / "tokenizer", work / "model", work / "nemo"
-        vocab_size = _write_tokenizer(checkpoint, new)
+        vocabulary = _write_tokenizer(checkpoint, new)
         packed = pack_tokenizer(new)
         artifact = f"{hashlib.sha256(packed).hexdigest()[:32]}_{ARTIFACT_NAME}"
         config = model_config(checkpoint.llama, len(keep_layers))
+        if vocabulary.tokens < vocabulary.ids:  # NeMo would count the tokens
+            multiple = config["make_vocab_size_divisible_by"]
+            config["override_vocab_size"] = -(-vocabulary.ids // multiple) * multiple
         config["tokenizer"] = {
             "library": "huggingface",
             "type": str(tokenizer),
@@ -116,7 +120,7 @@ def write_nemo(
             "use_fast": True,
         }
         config["converted_from"] = {"checkpoint": checkpoint.name, "layers": list(keep_layers)}
-        state = megatron.sharded_state(checkpoint, keep_layers, vocab_size, dtype, layer_read)
+        state = megatron.sharded_state(checkpoint, keep_layers, vocabulary.ids, dtype, layer_read)
         megatron.save(state, folder / "model_weights")
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
@@ -127,10 +131,10 @@ def write_nemo(
         path=output,
         tokenizer=tokenizer,
         layers=tuple(keep_layers),
-        parameters=megatron.count_parameters(checkpoint.llama, len(keep_layers), vocab_size),
-        vocab_size=vocab_size,
+        parameters=megatron.count_parameters(checkpoint.llama, len(keep_layers), vocabulary.ids),
+        vocab_size=vocabulary.ids,
         dtype=dtype,
-        dropped_rows=checkpoint.llama.vocab_size - vocab_size,
+        dropped_rows=checkpoint.llama.vocab_size - vocabulary.ids,
     )
 
 
@@ -152,14 +156,14 @@ def _install(archive: Path, output: Path, new: Path, tokenizer: Path) -> None:
     install(new, tokenizer)
 
 
-def _write_tokenizer(checkpoint: Checkpoint, directory: Path) -> int:
-    vocab_size = checkpoint.save_tokenizer(str(directory))
-    if vocab_size > checkpoint.llama.vocab_size:
+def _write_tokenizer(checkpoint: Checkpoint, directory: Path) -> VocabularySize:
+    vocabulary = checkpoint.save_tokenizer(str(directory))
+    if vocabulary.ids > checkpoint.llama.vocab_size:
         raise CheckpointError(
-            f"{checkpoint.name}: the tokenizer has {vocab_size} tokens, but the embedding "
-            f"{checkpoint.llama.vocab_size} rows; they belong to different models"
+            f"{checkpoint.name}: the tokenizer's largest id is {vocabulary.ids - 1}, but the "
+            f"embedding has {checkpoint.llama.vocab_size} rows; they belong to different models"
         )
-    return vocab_size
+    return vocabulary
 
 
 def model_config(llama: Llama, num_layers: int) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from nemo_kd.errors import StoreError
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.vocabulary import VocabularySize
 
 
 class Tokenizer(Protocol):
@@ -34,8 +35,7 @@ class HuggingFaceTokenizer:
         self._tokenizer = AutoTokenizer.from_pretrained(
             path, local_files_only=True, trust_remote_code=False
         )
-        # The largest id plus 1, not the number of entries: ids may have gaps.
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = VocabularySize.of(self._tokenizer).ids
         pad, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
         self.pad_id: int | None = None if pad == end else pad
 

@@ -16,6 +16,7 @@ from nemo_kd.data import check_learnable, fit_lengths, truncate_prompt
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Sample, Store, StoreError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
+from nemo_kd.vocabulary import VocabularySize
 
 
 class StoreDataset(torch.utils.data.Dataset[Sample]):
@@ -51,7 +52,7 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
         """Most ids per answer token."""
         fingerprint = self.stores[0].spec.tokenizer.get("fingerprint")
         if tokenizer is not None:
-            tokens = tokenizer.convert_ids_to_tokens(list(range(len(tokenizer))))
+            tokens = tokenizer.convert_ids_to_tokens(list(range(VocabularySize.of(tokenizer).ids)))
             fingerprint = vocabulary_fingerprint(tokens)
         for store in self.stores:
             store.check(

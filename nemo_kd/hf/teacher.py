@@ -135,8 +135,8 @@ def _check(teacher: HFTeacher, config: DumpConfig) -> None:
     width = teacher.split.check()
     if width < size:
         raise HFTeacherError(
-            f"{name}: the tokenizer has {size} tokens, but the model {width} logits; they belong "
-            "to different models"
+            f"{name}: the tokenizer's largest id is {size - 1}, but the model has {width} logits; "
+            "they belong to different models"
         )
 
 

@@ -17,9 +17,6 @@ from megatron.core.num_microbatches_calculator import (
     get_num_microbatches,
     reconfigure_num_microbatches_calculator,
 )
-from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-    MegatronGPTSFTModel,
-)
 from omegaconf import DictConfig
 
 from nemo_kd.loss import MassWatch
@@ -32,9 +29,10 @@ from nemo_kd.nemo.metrics import (
 )
 from nemo_kd.nemo.splits import ValidationSplit
 from nemo_kd.nemo.student_loss import StudentLoss
+from nemo_kd.nemo.vocabulary import SFTModel
 
 
-class ReportingSFTModel(MegatronGPTSFTModel):
+class ReportingSFTModel(SFTModel):
     """SFT model that begins each step of its `StudentLoss` and logs the metrics."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:

@@ -5,9 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 import torch
-from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-    MegatronGPTSFTModel,
-)
 from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.mcore.layout import layout
@@ -15,6 +12,7 @@ from nemo_kd.mcore.teacher import TopKForward
 from nemo_kd.mcore.writer import MegatronWriter
 from nemo_kd.nemo import start
 from nemo_kd.nemo.sft_files import max_positions
+from nemo_kd.nemo.vocabulary import SFTModel
 from nemo_kd.store import StoreSpec
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ class NemoTeacher:
 
     identity = None
 
-    def __init__(self, model: MegatronGPTSFTModel) -> None:
+    def __init__(self, model: SFTModel) -> None:
         self.model: Any = model
         self.layout = layout()
         self.tokenizer = model.tokenizer
@@ -66,7 +64,7 @@ def load_teacher(cfg: DictConfig) -> NemoTeacher:
     _complete(cfg)
     trainer = start.build_trainer(cfg)
     start.start_process_groups(cfg.model, trainer)
-    model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTModel, cfg, trainer)
+    model = start.restore(cfg.model.restore_from_path, SFTModel, cfg, trainer)
     model.freeze()
     return NemoTeacher(model.to(torch.cuda.current_device()))
 

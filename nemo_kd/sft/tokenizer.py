@@ -10,13 +10,16 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
+from nemo_kd.vocabulary import VocabularySize
 
 
 class Vocabulary(Protocol):
     """Interface of a vocabulary: its size and the token of each id."""
 
     @property
-    def vocab_size(self) -> int: ...
+    def vocab_size(self) -> int:
+        """The largest id plus 1; an id without a token has None in `ids_to_tokens`."""
+
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]: ...
 
 
@@ -53,7 +56,7 @@ class HFTokenizer:
             self._backend = self.tokenizer.backend_tokenizer
             self._backend.no_truncation()
             self._backend.no_padding()
-        self.vocab_size = len(self.tokenizer)
+        self.vocab_size = VocabularySize.of(self.tokenizer).ids
         self.bos_id = self._id(self.tokenizer.bos_token)
         self.eos_id = self._id(self.tokenizer.eos_token)
         self.space_sensitive = self._tokens("x y") != self._tokens("x") + self._tokens("y")
@@ -67,7 +70,7 @@ class HFTokenizer:
 
     def ids_to_text(self, ids: Sequence[int]) -> str:
         special = set(self.tokenizer.all_special_tokens)
-        tokens = [token for token in self.ids_to_tokens(ids) if token not in special]
+        tokens = [token for token in self.ids_to_tokens(ids) if token and token not in special]
         return str(self.tokenizer.convert_tokens_to_string(tokens))
 
     def ids_to_tokens(self, ids: Sequence[int]) -> list[str]:

@@ -90,6 +90,25 @@ def test_the_converted_teacher_has_the_same_ids_and_logits(world: Path) -> None:
     assert figures["store_fits_the_converted_student"]
 
 
+@pytest.mark.parametrize("store", ["gap_hf", "gap_nemo"])
+@torch.no_grad()
+def test_a_token_beyond_a_gap_of_the_ids_keeps_its_logit(world: Path, store: str) -> None:
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        world / "gap", torch_dtype=torch.float64
+    )
+    found = Store(world / store)
+    assert found.spec.vocab_size == 351  # its end of sequence is 350; the model has 360 rows
+    for sample in found:
+        assert sample.input_ids[-1] == 350
+        logits = model(torch.tensor(sample.input_ids)[None].long()).logits[0, :, :351]
+        expected = logits[sample.answer_positions() - 1].numpy()
+        kept = np.take_along_axis(expected, sample.topk.ids, 1)
+        assert (sample.topk.ids == 350).any(1).all()
+        assert np.abs(kept - sample.topk.logits).max() < 2**-6  # float16
+        logsumexp = np.log(np.exp(expected).sum(1))
+        assert np.abs(logsumexp - sample.topk.logsumexp[:, 0]).max() < 1e-4
+
+
 def test_another_tokenizer_is_refused_by_its_first_other_token(world: Path) -> None:
     renamed, longer, unknown = json.loads((world / "parity.json").read_text())["differences"]
     assert renamed == "; the first difference is id 1: '<end>' in the store, '</s>' here"
@@ -192,7 +211,7 @@ def test_what_does_not_go_together_is_refused(overrides: str, message: str) -> N
 def test_unusable_checkpoints_are_refused(world: Path) -> None:
     refusals = json.loads((world / "refusals.json").read_text())
     assert "lacks 1 of the model's tensors, such as lm_head.weight" in refusals["headless"]
-    assert "the tokenizer has 299 tokens, but the model 61 logits" in refusals["small"]
+    assert "the tokenizer's largest id is 298, but the model has 61 logits" in refusals["small"]
     assert "set data.max_seq_length=128 or less" in refusals["long"]
     assert "no checkpoint at" in refusals["nowhere"]
     assert "transformers does not load" in refusals["empty"]

@@ -106,6 +106,26 @@ def parity(directory: Path) -> dict[str, Any]:
     }
 
 
+def gap(directory: Path) -> None:
+    """Dump a teacher whose end of sequence has an id far above the others, and its conversion."""
+    model = models.llama("untied_llama3")
+    model.resize_token_embeddings(360)
+    models.save(model, directory / "gap")
+    for file in (directory / "gap").glob("*token*.json"):
+        file.write_text(file.read_text().replace("</s>", "<end>"))
+    path = directory / "gap/tokenizer.json"
+    backend = json.loads(path.read_text())
+    backend["model"]["vocab"]["<end>"] = backend["added_tokens"][1]["id"] = 350
+    path.write_text(json.dumps(backend))
+    write_nemo(open_checkpoint(directory / "gap"), directory / "gap.nemo", range(4))
+    first_row = (directory / "train.jsonl").read_text().partition("\n")[0]
+    (directory / "short.jsonl").write_text(first_row + "\n")
+    settings = ["dump.top_k=351", f"data.file_path={directory}/short.jsonl"]
+    for kind, name in (("hf", "gap"), ("nemo", "gap.nemo")):
+        cfg = configuration(directory, name, f"gap_{kind}", f"teacher.kind={kind}", *settings)
+        dump(read(cfg), start(cfg))
+
+
 def without_answers(directory: Path) -> None:
     """Dump rows of which some, and all of one shard, have no answer within the limit."""
     rows = [json.loads(line) for line in (directory / "train.jsonl").read_text().splitlines()]
@@ -249,6 +269,7 @@ def main(directory: Path) -> None:
     cfg = configuration(directory, "llama.gguf", "gguf_store", "teacher.kind=hf")
     dump(read(cfg), start(cfg))
     without_answers(directory)
+    gap(directory)
     write_typist(directory / "typist")
     generations(directory)
     (directory / "refusals.json").write_text(json.dumps(refusals(directory)))
