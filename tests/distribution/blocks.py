@@ -7,6 +7,7 @@ import io
 import re
 import shlex
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
@@ -116,6 +117,11 @@ def check_command(words: list[str]) -> None:
             run_nemo_kd(words[1:])
     elif words[:2] == ["vllm", "serve"]:  # with the options that the messages name
         assert {VLLM.limit_option, VLLM.cache_option} <= set(words)
+    elif words[0] == "lm_eval":
+        check_lm_eval(words[1:])
+    elif words[:2] == ["pip", "install"]:
+        assert words[2:4] == ["-c", "constraints.txt"]
+        assert set(words[4].strip(".[]").split(",")) <= set(extras()), words[4]
     elif words[0] in DOWNLOADS or (words[0] == "python" and words[1].startswith(NEMO)):
         pass
     elif words[0] == "examples/slurm/submit.sh":
@@ -126,6 +132,21 @@ def check_command(words: list[str]) -> None:
         assert (ROOT / "Dockerfile").is_file()
     else:
         assert words[0] == "export", f"no check for the command {shlex.join(words)}"
+
+
+def check_lm_eval(arguments: list[str]) -> None:
+    """Its own parser knows the options; tests/hf/test_lm_eval.py runs the tasks."""
+    from lm_eval._cli.harness import HarnessCLI
+
+    given = HarnessCLI()._parser.parse_args(arguments)
+    assert given.include_path is None or (ROOT / given.include_path).is_dir()
+
+
+def extras() -> dict[str, list[str]]:
+    """The package's optional dependencies."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    found: dict[str, list[str]] = project["optional-dependencies"]
+    return found
 
 
 def scripts_of(job: Path) -> str:
