@@ -1,0 +1,236 @@
+"""The configuration of a Hugging Face directory, with every setting of its file.
+
+A configuration of transformers takes any key, and a key that its class does not know has no effect.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import transformers
+from transformers import AutoConfig, PretrainedConfig
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from nemo_kd.checkpoints.settings import SettingsError, to_version_4
+from nemo_kd.errors import NemoKDError
+
+OF_ALL_MODELS = {
+    *re.findall(r'kwargs\.(?:pop|get)\(\s*"(\w+)"', inspect.getsource(PretrainedConfig.__init__)),
+    *PretrainedConfig._get_global_generation_defaults(),
+    *("model_type", "quantization_config", "original_max_position_embeddings"),
+}
+"""Keys that transformers reads in the configuration of any model."""
+
+HARMLESS = re.compile(
+    # Records of who wrote the file, and how.
+    r"auto_map|unsloth_\w+|transformers\.js_config|_\w*attn\w*|use_flash_attn\w*|use_mambapy"
+    r"|use_falcon_mambapy|ignore_keys_at_rope_validation|model_max_length|use_cache|cache_\w+"
+    # What training alone computes with.
+    r"|\w*(dropout|drop|pdrop)|\w*initializer\w*|\w*(loss|aux)_coef\w*|output_router_logits"
+    # Biases and norms whose tensors are missed if the model should have them, and left over if not.
+    r"|(use_)?(attention|attn|mlp|ffn|qkv|q|k|v|o|proj|conv|linear|lm_head|head)(_\w+)?_bias"
+    r"|use_qk_norm|qk_layernorm"
+    # Ids of the parts of a prompt that are no text; tokens that end or pad one.
+    r"|(image|video|audio|vision|boi|eoi)\w*_token(_id|_index)?|\w*(bos|eos|pad|sep)_token(_id)?"
+    # Layers that predict further tokens, beside the model.
+    r"|num_nextn_predict_layers"
+)
+"""Keys that do not change the logits of a text, known to the class or not."""
+
+OFF: dict[str, tuple[Any, ...]] = {
+    "use_bidirectional_attention": (False,),
+    "use_sliding_window": (False,),
+    "position_embedding_type": ("rope", "absolute"),
+}
+"""Values of unknown keys that name what a model does without the key."""
+
+
+class ConfigError(NemoKDError):
+    """Error for a `config.json` with a setting that would have no effect."""
+
+
+def read_config(directory: Path) -> PretrainedConfig:
+    """Return the configuration of a directory; raise ConfigError if a setting had no effect.
+
+    Files of transformers 5 are translated. Errors of transformers pass through.
+    """
+    settings, _ = PretrainedConfig.get_config_dict(str(directory), local_files_only=True)
+    kind = settings.get("model_type")
+    if kind in CONFIG_MAPPING:
+        found = CONFIG_MAPPING[kind]
+    else:  # an error of transformers, or the model type in the directory's name
+        found = type(
+            AutoConfig.from_pretrained(
+                str(directory), local_files_only=True, trust_remote_code=False
+            )
+        )
+    try:
+        settings = _translated(settings, found)
+        config: PretrainedConfig = found.from_dict(settings)
+        _check(settings, config)
+        _fix_windows(config.get_text_config())
+    except SettingsError as error:
+        raise ConfigError(f"{directory}/config.json: {error}{_remedy(settings)}") from error
+    return config
+
+
+def _remedy(settings: Mapping[str, Any]) -> str:
+    written, read = str(settings.get("transformers_version")), transformers.__version__
+    newer = _version(written) > _version(read)
+    install = f"install transformers {written}, which wrote it, or " if newer else ""
+    return (
+        f". This is transformers {read}: {install}remove the setting if the logits do not depend "
+        "on it"
+    )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(number) for number in re.findall(r"\d+", text)[:3])
+
+
+def _translated(settings: Mapping[str, Any], found: Any) -> dict[str, Any]:
+    """Translate the settings and those of the configurations inside."""
+    new = to_version_4(settings, lambda key: _reads(found, key))
+    for key, part in (found.sub_configs or {}).items():
+        value = new.get(key)
+        if isinstance(value, Mapping):
+            kind = value.get("model_type")
+            if kind in CONFIG_MAPPING:
+                part = CONFIG_MAPPING[kind]
+            if isinstance(part, type) and part is not AutoConfig:
+                new[key] = _translated(value, part)
+    return new
+
+
+def _check(settings: Mapping[str, Any], config: PretrainedConfig) -> None:
+    for key, value in _unread(settings, config):
+        raise SettingsError(
+            f"{key}={_short(value)} is not a setting of {type(config).__name__} and would have no "
+            "effect"
+        )
+
+
+def _fix_windows(config: PretrainedConfig) -> None:
+    """Take away a window that the settings turn off, which transformers 4.51 would mask with.
+
+    `max_window_layers`: the first layer with a window. Raises SettingsError if it is between the
+    first and the last: transformers 4.51 gives the window to all.
+    """
+    first = _first_with_window(config)
+    if first is None or getattr(config, "sliding_window", None) is None:
+        return
+    if not config.use_sliding_window or first >= config.num_hidden_layers:
+        config.sliding_window = None
+    elif first > 0:
+        raise SettingsError(
+            f"max_window_layers={first} gives a sliding window to some of the "
+            f"{config.num_hidden_layers} layers, and this version to all"
+        )
+
+
+def _first_with_window(config: PretrainedConfig) -> Any:
+    """Return the first layer with a window, for Qwen's; None for others."""
+    # transformers 5 gives it to all layers of this one.
+    return 0 if config.model_type == "qwen3_moe" else getattr(config, "max_window_layers", None)
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value, default=str)
+    return text if len(text) < 100 else f"{text[:100]}..."
+
+
+def _unread(settings: Mapping[str, Any], config: PretrainedConfig) -> Iterator[tuple[str, Any]]:
+    """Yield the settings that have no effect on `config`, and might have one on the logits."""
+    found: Any = type(config)
+    for key, value in settings.items():
+        inner = getattr(config, key, None)
+        if isinstance(inner, PretrainedConfig) and isinstance(value, Mapping):
+            yield from _unread(value, inner)
+        elif not (
+            _reads(found, key)
+            or _means_nothing(key, value)
+            or (key == "layer_types" and value == layer_types(config))
+            or (key in _made(found) and inner == value)
+        ):
+            yield key, value
+
+
+def _means_nothing(key: str, value: Any) -> bool:
+    return value is None or bool(HARMLESS.fullmatch(key)) or value in OFF.get(key, ())
+
+
+@cache
+def _reads(found: Any, key: str) -> bool:
+    """Whether the class takes a key: in a signature, under another name, or in its model's code."""
+    if key in OF_ALL_MODELS or key in found.attribute_map:
+        return True
+    own = [one for one in found.__mro__ if issubclass(one, PretrainedConfig)]
+    own.remove(PretrainedConfig)
+    if any("__init__" in vars(one) and key in _parameters(one) for one in own):
+        return True
+    return bool(re.search(rf"config\.{re.escape(key)}\b|[\"']{re.escape(key)}[\"']", _code(found)))
+
+
+def _parameters(found: Any) -> Mapping[str, Any]:
+    return inspect.signature(found.__init__).parameters
+
+
+@cache
+def _code(found: Any) -> str:
+    """Return the source of the modules of a configuration and of its models."""
+    modules = [
+        one.__module__
+        for one in found.__mro__
+        if issubclass(one, PretrainedConfig) and one is not PretrainedConfig
+    ]
+    text = ""
+    for name in dict.fromkeys(modules):
+        text += inspect.getsource(import_module(name))
+        model = name.replace(".configuration_", ".modeling_")
+        spec = Path(str(import_module(name).__file__)).with_name(f"{model.rpartition('.')[2]}.py")
+        text += spec.read_text() if spec.is_file() else ""
+    return text
+
+
+@cache
+def _made(found: Any) -> frozenset[str]:
+    """Return the attributes that the class sets itself."""
+    try:
+        return frozenset(vars(found()))
+    except (TypeError, ValueError):  # a class without defaults
+        return frozenset()
+
+
+def layer_types(config: PretrainedConfig) -> list[str]:
+    """Return what transformers 4.51 does in each layer, in the words of transformers 5."""
+    window, kind = getattr(config, "sliding_window", None), config.model_type
+    layers = range(config.num_hidden_layers)
+    if kind == "gemma2":
+        slides = [layer % 2 == 0 for layer in layers]
+    elif kind in ("gemma3_text", "cohere2"):
+        slides = [(layer + 1) % config.sliding_window_pattern != 0 for layer in layers]
+    elif hasattr(config, "max_window_layers"):  # Qwen's; see `_fix_windows`
+        first = _first_with_window(config)
+        slides = [bool(config.use_sliding_window) and layer >= first for layer in layers]
+    else:
+        slides = [window is not None] * len(layers)
+    return ["sliding_attention" if one else "full_attention" for one in slides]
+
+
+def attention(config: PretrainedConfig) -> str | None:
+    """Return the implementation of attention that computes with all settings; None: the default.
+
+    With PyTorch's own, transformers 4.51 leaves out these settings, or computes them in other ways.
+    """
+    text = config.get_text_config()
+    eager = getattr(text, "attn_logit_softcapping", None) is not None  # Gemma 2
+    eager |= bool(getattr(text, "scale_attn_by_inverse_layer_idx", False))  # GPT-2
+    eager |= text.model_type == "falcon" and bool(text.alibi)
+    return "eager" if eager else None
