@@ -1,4 +1,4 @@
-"""Convert a Llama-family Hugging Face checkpoint (a directory or a .gguf file) to .nemo.
+"""Convert a Hugging Face directory, or the .gguf file of a Llama, to .nemo.
 
     python examples/convert_hf_to_nemo.py SmolLM2-135M/ teacher.nemo
     python examples/convert_hf_to_nemo.py model.gguf student.nemo --keep-layers 0,1,8,9,19-24,29
@@ -55,21 +55,26 @@ def main(
     with Progress(*Progress.get_default_columns(), console=console, transient=True) as bar:
         task = bar.add_task("reading", total=None)
         checkpoint = open_checkpoint(source)
-        layers = parse_layers(keep_layers, checkpoint.llama.num_layers)
+        layers = parse_layers(keep_layers, checkpoint.model.num_layers)
         cpu.install()  # megatron-core's checkpoint writer calls CUDA
         # Writing takes about as long as reading a third of the layers.
         bar.update(task, description="converting", total=len(layers) * 4 // 3)
         done = write_nemo(checkpoint, output, layers, wanted, lambda: bar.advance(task))
     console.print(
-        f"{done.path}: {len(layers)} of {checkpoint.llama.num_layers} layers, "
+        f"{done.path}: {len(layers)} of {checkpoint.model.num_layers} layers, "
         f"{done.parameters / 1e6:.1f} M parameters, {str(done.dtype).removeprefix('torch.')}, "
         f"{done.path.stat().st_size / 1e6:.0f} MB, {time.perf_counter() - start:.1f} s",
         soft_wrap=True,
     )
-    if done.dropped_rows:
+    if done.unused_rows:
         console.print(
-            f"{done.dropped_rows} embedding rows beyond the tokenizer's {done.vocab_size} tokens "
-            "were dropped"
+            f"{done.unused_rows} embedding rows beyond the tokenizer's {done.vocab_size} ids are "
+            "kept, but not trained"
+        )
+    if checkpoint.model.max_tokens is not None:
+        console.print(
+            f"for rows of at most {checkpoint.model.max_tokens} tokens: beyond, its positions or "
+            "its attention change, which Megatron-core does not do"
         )
 
 

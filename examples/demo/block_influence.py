@@ -75,7 +75,7 @@ def main(
             directory, local_files_only=True, trust_remote_code=False
         )
         model = to_transformers(checkpoint)
-    count = checkpoint.llama.num_layers
+    count = checkpoint.model.num_layers
     if not 0 < keep <= count:
         raise typer.BadParameter(f"--keep {keep}: expected 1 to {count}, the teacher's layers")
     rows = [json.loads(line) for line in data.read_text().splitlines()[:samples]]

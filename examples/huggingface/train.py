@@ -3,7 +3,7 @@
     python examples/huggingface/train.py Qwen2.5-0.5B/ --store store --output run --lora 16
     torchrun --nproc_per_node=2 examples/huggingface/train.py student/ --store store --output run
 
-STUDENT is a Hugging Face directory, or a .gguf file of the Llama family.
+STUDENT is a Hugging Face directory, or the .gguf file of a Llama.
 """
 
 from __future__ import annotations

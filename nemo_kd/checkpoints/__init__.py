@@ -1,10 +1,10 @@
-"""Convert Hugging Face and GGUF checkpoints of the Llama family to NeMo's `.nemo`."""
+"""Convert checkpoints between Hugging Face and Megatron; `families.py` has what is converted."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
+from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, Model
 from nemo_kd.checkpoints.nemo_file import Conversion, parse_layers, write_nemo
 from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 
@@ -12,7 +12,7 @@ __all__ = [
     "Checkpoint",
     "CheckpointError",
     "Conversion",
-    "Llama",
+    "Model",
     "open_checkpoint",
     "parse_layers",
     "resolve_tokenizer",

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from gguf import GGUFReader, dequantize
 
+from nemo_kd.checkpoints.families import check_tensors
 from nemo_kd.checkpoints.gguf_header import check_header
-from nemo_kd.checkpoints.llama import CheckpointError, Llama, check_tensors, finite, reading
+from nemo_kd.checkpoints.model import CheckpointError, Model, finite, reading
 from nemo_kd.vocabulary import VocabularySize
 
 GLOBAL_NAMES = {
@@ -50,7 +51,7 @@ class GGUFCheckpoint:
             check_header(self.path)
             self._reader = GGUFReader(self.path)
             self._tensors = {_hf_name(tensor.name): tensor for tensor in self._reader.tensors}
-            self.llama = self._read_llama()
+            self.model = self._read_model()
         for name, tensor in self._tensors.items():
             if tensor.tensor_type.name in INTEGERS:
                 raise CheckpointError(
@@ -62,7 +63,28 @@ class GGUFCheckpoint:
             name: tuple(int(n) for n in reversed(tensor.shape))
             for name, tensor in self._tensors.items()
         }
-        check_tensors(self.name, self.llama, shapes)
+        check_tensors(self.name, self.model, shapes)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The model's `config.json`, as transformers would write it."""
+        model = self.model
+        return {
+            "architectures": [model.architecture],
+            "model_type": "llama",
+            "num_hidden_layers": model.num_layers,
+            "hidden_size": model.hidden_size,
+            "intermediate_size": model.ffn_hidden_size,
+            "num_attention_heads": model.num_heads,
+            "num_key_value_heads": model.num_kv_heads,
+            "head_dim": model.head_dim,
+            "vocab_size": model.vocab_size,
+            "max_position_embeddings": model.context,
+            "rms_norm_eps": model.norm_eps,
+            "rope_theta": model.rope.base,
+            "tie_word_embeddings": model.tied,
+            "hidden_act": "silu",
+        }
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a Hugging Face name, float32 `[out, in]`."""
@@ -72,9 +94,9 @@ class GGUFCheckpoint:
             array = np.require(dequantize(stored.data, stored.tensor_type), np.float32, ["C", "W"])
         values = finite(self.name, name, torch.from_numpy(array))
         if name.endswith("q_proj.weight"):
-            return _halves(values, self.llama.num_heads)
+            return _halves(values, self.model.num_heads)
         if name.endswith("k_proj.weight"):
-            return _halves(values, self.llama.num_kv_heads)
+            return _halves(values, self.model.num_kv_heads)
         return values
 
     def save_tokenizer(self, directory: str) -> VocabularySize:
@@ -97,7 +119,7 @@ class GGUFCheckpoint:
             raise CheckpointError(f"{self.name} lacks {key}; it is not a complete GGUF of a Llama")
         return value
 
-    def _read_llama(self) -> Llama:
+    def _read_model(self) -> Model:
         architecture = self.field("general.architecture")
         if architecture != "llama":
             raise CheckpointError(
@@ -115,8 +137,9 @@ class GGUFCheckpoint:
             )
         heads = self._required("llama.attention.head_count")
         hidden = self._required("llama.embedding_length")
-        return Llama.of(
+        return Model.of(
             self.name,
+            architecture="LlamaForCausalLM",
             num_layers=self._required("llama.block_count"),
             hidden_size=hidden,
             ffn_hidden_size=self._required("llama.feed_forward_length"),
@@ -127,8 +150,7 @@ class GGUFCheckpoint:
             context=self._required("llama.context_length"),
             # Stored in float32: 9.9999997e-06 is 1e-05.
             norm_eps=float(f"{self._required(RMS_EPSILON):.6g}"),
-            rope_base=self.field("llama.rope.freq_base", 10000.0),
-            rope_scaling=None,
+            rope={"base": self.field("llama.rope.freq_base", 10000.0)},
             tied="lm_head.weight" not in self._tensors,
         )
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from nemo_kd.checkpoints.llama import CheckpointError
+from nemo_kd.checkpoints.model import CheckpointError
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,47 +11,21 @@ import msgspec
 import torch
 from safetensors import safe_open
 
-from nemo_kd.checkpoints.llama import (
-    Checkpoint,
-    CheckpointError,
-    Layers,
-    Llama,
-    Positive,
-    RopeScaling,
-    Size,
-    check_tensors,
-    checked,
-    finite,
-    reading,
-)
+from nemo_kd.checkpoints.config_json import completed, read_model
+from nemo_kd.checkpoints.families import check_tensors, family_of, shapes_of
+from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, finite, reading
 from nemo_kd.files import decode_json, read_bounded
 from nemo_kd.vocabulary import VocabularySize
 
 if TYPE_CHECKING:
-    from transformers import LlamaForCausalLM
+    from transformers import PreTrainedModel
 
-ARCHITECTURE = "LlamaForCausalLM"
+SINGLE = "model.safetensors"
+OTHER_FORMAT = "consolidated"
+"""Start of the names of Mistral's own files, copies of the weights under other names."""
 FLOATS = ("F64", "F32", "F16", "BF16")
 """Types of weights, by safetensors' names."""
 MAX_CONFIG, MAX_INDEX = 4 << 20, 64 << 20  # bytes of config.json and of the index
-
-
-class _Sizes(msgspec.Struct):
-    """The keys of `config.json` that give sizes and constants."""
-
-    num_hidden_layers: Layers
-    hidden_size: Size
-    intermediate_size: Size
-    num_attention_heads: Size
-    vocab_size: Size
-    max_position_embeddings: Size
-    rms_norm_eps: Positive
-    num_key_value_heads: Size | None = None
-    head_dim: Size | None = None
-    rope_theta: Positive | None = None
-    rope_parameters: dict[str, Any] | None = None
-    rope_scaling: dict[str, Any] | None = None
-    tie_word_embeddings: bool | None = None
 
 
 class HuggingFaceCheckpoint:
@@ -62,16 +36,19 @@ class HuggingFaceCheckpoint:
         self.name = str(self.directory)
         path = self.directory / "config.json"
         with reading(str(path)):
-            self.llama = read_llama(_config(path))
+            self.config = _config(path)
+            self.model = read_model(self.config)
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in _weight_files(self.directory):
             with reading(str(path)):
                 file: Any = safe_open(str(path), framework="pt")
                 for key in file.keys():  # noqa: SIM118 (not a dict)
+                    if key in shapes:
+                        raise CheckpointError(f"{path}: {key} is in another file too")
                     self._files[key] = file
                     shapes[key] = _shape(path, key, file.get_slice(key))
-        check_tensors(self.name, self.llama, shapes)
+        check_tensors(self.name, self.model, shapes)
         self.dtype = self.tensor("model.norm.weight").dtype
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -132,102 +109,69 @@ def _indexed(index: Path) -> list[str]:
 
 
 def _weight_files(directory: Path) -> list[Path]:
-    index = directory / "model.safetensors.index.json"
-    if index.is_file():
-        names = _indexed(index)
-        absent = [name for name in names if not (directory / name).is_file()]
-        if absent:
-            raise CheckpointError(
-                f"{index} lists {len(names)} files, of which {len(absent)} are missing (first: "
-                f"{absent[0]}); download them"
-            )
-        return [directory / name for name in names]
-    files = [path for path in sorted(directory.glob("*.safetensors")) if path.is_file()]
-    if not files:
+    """The files that transformers reads; raise CheckpointError if others lie beside them.
+
+    transformers takes `model.safetensors` if it is there, else what the index names.
+    """
+    single, index = directory / SINGLE, directory / f"{SINGLE}.index.json"
+    if single.is_file():
+        files, found = [single], f"{SINGLE} is there"
+    elif index.is_file():
+        files, found = [directory / name for name in _indexed(index)], f"{index.name} names others"
+    else:
         raise CheckpointError(
-            f"no *.safetensors in {directory}; pickled weights (*.bin) are not read: save them "
-            "again with transformers' save_pretrained(..., safe_serialization=True)"
+            f"{directory} has neither {SINGLE} nor {index.name}; pickled weights (*.bin) are not "
+            "read: save them again with transformers' save_pretrained(..., safe_serialization=True)"
+        )
+    absent = [path.name for path in files if not path.is_file()]
+    if absent:
+        raise CheckpointError(
+            f"{index} lists {len(files)} files, of which {len(absent)} are missing (first: "
+            f"{absent[0]}); download them"
+        )
+    left = [path.name for path in sorted(directory.glob("*.safetensors")) if path not in files]
+    left = [name for name in left if not name.startswith(OTHER_FORMAT)]
+    if single.is_file() and index.is_file():
+        left.append(index.name)
+    if left:
+        raise CheckpointError(
+            f"{directory}: {left[0]} would not be read, because {found}; remove the files that do "
+            "not belong to the model"
         )
     return files
 
 
-def read_llama(config: Mapping[str, Any]) -> Llama:
-    """Parse a `config.json`.
-
-    Errors: CheckpointError for a setting that Megatron's Llama does not support.
-    """
-    found = config.get("architectures") or [config.get("model_type")]
-    _expect("architectures", found, [ARCHITECTURE])
-    _expect("hidden_act", config.get("hidden_act", "silu"), "silu")
-    for key in ("attention_bias", "mlp_bias"):
-        _expect(key, config.get(key, False), False)
-    _expect("quantization_config", config.get("quantization_config"), None)
-    sizes = checked("config.json", config, _Sizes)
-    heads = sizes.num_attention_heads
-    rope = sizes.rope_parameters or sizes.rope_scaling
-    scaling = read_rope_scaling(rope)
-    return Llama.of(
-        "config.json",
-        num_layers=sizes.num_hidden_layers,
-        hidden_size=sizes.hidden_size,
-        ffn_hidden_size=sizes.intermediate_size,
-        num_heads=heads,
-        num_kv_heads=sizes.num_key_value_heads or heads,
-        head_dim=sizes.head_dim or sizes.hidden_size // heads,
-        vocab_size=sizes.vocab_size,
-        context=sizes.max_position_embeddings,
-        norm_eps=sizes.rms_norm_eps,
-        rope_base=float(sizes.rope_theta or (rope or {}).get("rope_theta", 10000.0)),
-        rope_scaling=None if scaling is None else asdict(scaling),
-        tied=bool(sizes.tie_word_embeddings),
-    )
-
-
-def read_rope_scaling(rope: Mapping[str, Any] | None) -> RopeScaling | None:
-    """Llama 3.1's scaling, the only kind that NeMo supports; None without scaling.
-
-    Errors: CheckpointError for another kind.
-    """
-    kind = (rope or {}).get("rope_type", (rope or {}).get("type", "default"))
-    if rope is None or kind == "default":
-        return None
-    _expect("rope_scaling.rope_type", kind, "llama3")
-    values = {**rope, "original_context": rope.get("original_max_position_embeddings")}
-    return checked("config.json: rope_scaling", values, RopeScaling)
-
-
 def to_transformers(
     checkpoint: Checkpoint, keep_layers: Sequence[int] | None = None
-) -> LlamaForCausalLM:
+) -> PreTrainedModel:
     """Load the checkpoint, or some of its layers, as a float32 transformers model."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    kept = range(checkpoint.llama.num_layers) if keep_layers is None else keep_layers
-    llama = replace(checkpoint.llama, num_layers=len(kept))
-    config = LlamaConfig(
-        vocab_size=llama.vocab_size,
-        hidden_size=llama.hidden_size,
-        intermediate_size=llama.ffn_hidden_size,
-        num_hidden_layers=llama.num_layers,
-        num_attention_heads=llama.num_heads,
-        num_key_value_heads=llama.num_kv_heads,
-        head_dim=llama.head_dim,
-        max_position_embeddings=llama.context,
-        rms_norm_eps=llama.norm_eps,
-        rope_theta=llama.rope_base,
-        rope_scaling=_rope_scaling_config(llama.rope_scaling),
-        tie_word_embeddings=llama.tied,
-    )
+    kept = range(checkpoint.model.num_layers) if keep_layers is None else keep_layers
+    model = replace(checkpoint.model, num_layers=len(kept))
+    family = family_of(model)
+    settings, _ = completed(cut_layers(checkpoint.config, kept), family)
+    config = AutoConfig.for_model(family.model_type, **{**settings, "torch_dtype": "float32"})
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
-    state = {name: checkpoint.tensor(_source(name, kept)).float() for name in llama.shapes()}
-    if llama.tied:
+        built = AutoModelForCausalLM.from_config(config)
+    state = {name: checkpoint.tensor(_source(name, kept)).float() for name in shapes_of(model)}
+    if model.tied:
         state["lm_head.weight"] = state["model.embed_tokens.weight"]
-    model.load_state_dict(state, assign=True)
-    model.tie_weights()
+    built.load_state_dict(state, assign=True)
+    built.tie_weights()
     # The only buffer; it is not in the state and was created on the meta device.
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    return model.eval()
+    built.model.rotary_emb = type(built.model.rotary_emb)(config)
+    return built.eval()
+
+
+def cut_layers(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:
+    """The settings of a model of the layers `kept`."""
+    count = config["num_hidden_layers"]
+    cut = {key: value for key, value in config.items() if key != "model_type"}
+    cut["num_hidden_layers"] = len(kept)
+    if isinstance(config.get("layer_types"), list) and len(config["layer_types"]) == count:
+        cut["layer_types"] = [config["layer_types"][layer] for layer in kept]
+    return cut
 
 
 def _source(name: str, kept: Sequence[int]) -> str:
@@ -237,18 +181,3 @@ def _source(name: str, kept: Sequence[int]) -> str:
         return name
     layer, _, rest = rest.partition(".")
     return f"{prefix}{layers}{kept[int(layer)]}.{rest}"
-
-
-def _rope_scaling_config(scaling: RopeScaling | None) -> dict[str, Any] | None:
-    if scaling is None:
-        return None
-    values = asdict(scaling)
-    context = values.pop("original_context")
-    return {"rope_type": "llama3", **values, "original_max_position_embeddings": context}
-
-
-def _expect(key: str, actual: Any, expected: Any) -> None:
-    if actual != expected:
-        raise CheckpointError(
-            f"config.json: {key} is {actual!r}; only {expected!r} can be converted"
-        )

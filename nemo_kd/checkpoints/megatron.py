@@ -1,107 +1,90 @@
-"""A Llama's weights as a Megatron distributed checkpoint, which loads at any TP × PP.
+"""A model's weights as a Megatron distributed checkpoint, which loads at any TP x PP.
 
 The names are those of TransformerEngine's layers, under which megatron-core's local layers
-(CPU, no TransformerEngine) save and load as well. Layers are slices of one tensor `[L, …]`:
-
-    linear_qkv  [L, G·(H/G + 2)·D, hidden]   for each query group: its queries, its key, its value
-    linear_fc1  [L, 2·ffn, hidden]           gate above up
-
-with H heads, G query groups, D head size.
+(CPU, no TransformerEngine) save and load as well. Layers are slices of one tensor `[L, …]`, experts
+of one tensor `[L, E, …]`; `families.py` has names and shapes.
 """
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama
+from nemo_kd.checkpoints.families import Part, family_of, global_parts, layer_parts, shapes_of
+from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, Model
 
 LAYERS = "model.decoder.layers"
 # TransformerEngine's layers keep FP8 scales under these names, empty without FP8, and megatron-core
-# requires all of them on loading. Its local layers have only the four linear ones, so a .nemo that
-# NeMo saves on a CPU lacks those of the attention and the final norm.
-LAYER_EXTRA_STATES = (
+# requires all of them on loading. Its local layers have only the linear ones, so a .nemo that
+# NeMo saves on a CPU lacks the others.
+EXTRA_STATES = (
     "self_attention.core_attention",
     "self_attention.linear_qkv",
     "self_attention.linear_proj",
-    "mlp.linear_fc1",
-    "mlp.linear_fc2",
 )
-
-
-def qkv_weight(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, groups: int, head_dim: int
-) -> torch.Tensor:
-    """`[H·D, hidden], [G·D, hidden], [G·D, hidden]` → `[G·(H/G + 2)·D, hidden]`, by query group."""
-    hidden = q.shape[-1]
-    parts = [weight.view(groups, -1, head_dim, hidden) for weight in (q, k, v)]
-    return torch.cat(parts, dim=1).reshape(-1, hidden)
-
-
-def layer_weights(checkpoint: Checkpoint, layer: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Megatron's name within the layer, weight) of each tensor."""
-    llama = checkpoint.llama
-
-    def read(name: str) -> torch.Tensor:
-        return checkpoint.tensor(f"model.layers.{layer}.{name}.weight")
-
-    q, k, v = (read(f"self_attn.{part}_proj") for part in "qkv")
-    qkv = qkv_weight(q, k, v, llama.num_kv_heads, llama.head_dim)
-    yield "self_attention.linear_qkv.weight", qkv
-    yield "self_attention.linear_qkv.layer_norm_weight", read("input_layernorm")
-    yield "self_attention.linear_proj.weight", read("self_attn.o_proj")
-    yield "mlp.linear_fc1.weight", torch.cat([read("mlp.gate_proj"), read("mlp.up_proj")])
-    yield "mlp.linear_fc1.layer_norm_weight", read("post_attention_layernorm")
-    yield "mlp.linear_fc2.weight", read("mlp.down_proj")
-
-
-def global_weights(checkpoint: Checkpoint) -> Iterator[tuple[str, torch.Tensor]]:
-    """(Megatron's name, weight) of each tensor outside the layers."""
-    yield "model.embedding.word_embeddings.weight", checkpoint.tensor("model.embed_tokens.weight")
-    yield "model.decoder.final_layernorm.weight", checkpoint.tensor("model.norm.weight")
-    if not checkpoint.llama.tied:
-        yield "model.output_layer.weight", checkpoint.tensor("lm_head.weight")
+MLP_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
+QK_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 def sharded_state(
     checkpoint: Checkpoint,
     keep_layers: Sequence[int],
-    vocab_size: int,
     dtype: torch.dtype,
     layer_read: Callable[[], None],
 ) -> dict[str, Any]:
-    """Sharded state of the kept layers; embedding and LM head are cut to `vocab_size` rows.
+    """Sharded state of the kept layers.
 
+    Embedding and LM head keep their rows beyond the tokenizer's vocabulary; on loading, Megatron
+    takes as many as its padded vocabulary has.
     `layer_read` is called after each layer.
     """
     from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
 
     state: dict[str, Any] = {}
     count = len(keep_layers)
-    for key, weight in global_weights(checkpoint):
-        cut = weight[:vocab_size] if weight.dim() == 2 else weight
-        state[key] = ShardedTensor.from_rank_offsets(key, cut.to(dtype).contiguous())
+    for part in global_parts(checkpoint.model):
+        weight, key = _read(checkpoint, part), f"model.{part.megatron}"
+        state[key] = ShardedTensor.from_rank_offsets(key, weight.to(dtype).contiguous())
     final = "model.decoder.final_layernorm._extra_state"
     state[final] = ShardedObject(final, None, (1,), (0,))
     for position, layer in enumerate(keep_layers):
-        for name, weight in layer_weights(checkpoint, layer):
-            state[f"{LAYERS}.{position}.{name}"] = ShardedTensor.from_rank_offsets(
-                f"{LAYERS}.{name}",
-                weight.to(dtype).contiguous(),
-                (0, position, count),
-                prepend_axis_num=1,
+        for part in layer_parts(checkpoint.model, layer):
+            weight, key = _read(checkpoint, part), f"{LAYERS}.{part.megatron}"
+            at = [(0, position, count), *([(1, *part.expert)] if part.expert else [])]
+            name = ".".join(map(str, [key, position, *(part.expert or [])[:1]]))
+            state[name] = ShardedTensor.from_rank_offsets(
+                key, weight.to(dtype).contiguous(), *at, prepend_axis_num=len(at)
             )
-        for name in LAYER_EXTRA_STATES:
+        for name, places in _extra_states(checkpoint.model):
             key = f"{LAYERS}.{name}._extra_state"
-            state[f"{LAYERS}.{position}.{name}._extra_state"] = ShardedObject(
-                key, None, (count,), (position,)
-            )
+            shape = (count, len(places)) if places[0] else (count,)
+            for place in places:
+                at_place = (position, *place)
+                state[f"{key}.{at_place}"] = ShardedObject(key, None, shape, at_place)
         layer_read()
     return state
+
+
+def _read(checkpoint: Checkpoint, part: Part) -> torch.Tensor:
+    return part.join([checkpoint.tensor(name) for name in part.shapes])
+
+
+def _extra_states(model: Model) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
+    """Yield each name within a layer, and its places within the layer: none, or the experts."""
+    for name in (*EXTRA_STATES, *(QK_EXTRA_STATES if family_of(model).qk_norm else ())):
+        yield name, [()]
+    if model.experts is None:
+        for name in MLP_EXTRA_STATES:
+            yield name, [()]
+        return
+    yield "pre_mlp_layernorm", [()]
+    for name in ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"):
+        yield name, [(number,) for number in range(model.experts.number)]
 
 
 def save(state: dict[str, Any], directory: Path) -> None:
@@ -131,8 +114,7 @@ def _process_group_of_one() -> Iterator[None]:
         torch.distributed.destroy_process_group()
 
 
-def count_parameters(llama: Llama, num_layers: int, vocab_size: int) -> int:
-    """Number of weights in the converted model."""
-    shapes = [torch.Size(shape) for shape in llama.layer_shapes(0).values()]
-    embedding = vocab_size * llama.hidden_size * (1 if llama.tied else 2)
-    return num_layers * sum(shape.numel() for shape in shapes) + embedding + llama.hidden_size
+def count_parameters(model: Model, vocab_size: int) -> int:
+    """Number of weights in the converted model, whose embedding has `vocab_size` rows."""
+    shapes = shapes_of(replace(model, vocab_size=vocab_size))
+    return sum(torch.Size(shape).numel() for shape in shapes.values())

@@ -6,10 +6,11 @@ It needs no NeMo and builds no model: memory holds the weights once, in the type
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import tarfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,15 @@ import torch
 import yaml
 
 from nemo_kd.checkpoints import megatron
-from nemo_kd.checkpoints.llama import Checkpoint, CheckpointError, Llama, reading
+from nemo_kd.checkpoints.families import family_of
+from nemo_kd.checkpoints.model import (
+    Checkpoint,
+    CheckpointError,
+    Experts,
+    Model,
+    Rope,
+    reading,
+)
 from nemo_kd.checkpoints.tokenizer import (
     ARTIFACT_NAME,
     ARTIFACT_PREFIX,
@@ -43,8 +52,8 @@ class Conversion:
     parameters: int
     vocab_size: int
     dtype: torch.dtype
-    dropped_rows: int
-    """Embedding rows beyond the tokenizer's vocabulary, which were left out."""
+    unused_rows: int
+    """Embedding rows beyond the tokenizer's vocabulary: kept, but no part of the training."""
 
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
@@ -107,7 +116,8 @@ def write_nemo(
         vocabulary = _write_tokenizer(checkpoint, new)
         packed = pack_tokenizer(new)
         artifact = f"{hashlib.sha256(packed).hexdigest()[:32]}_{ARTIFACT_NAME}"
-        config = model_config(checkpoint.llama, len(keep_layers))
+        model = replace(checkpoint.model, num_layers=len(keep_layers))
+        config = model_config(model)
         if vocabulary.tokens < vocabulary.ids:  # NeMo would count the tokens
             multiple = config["make_vocab_size_divisible_by"]
             config["override_vocab_size"] = -(-vocabulary.ids // multiple) * multiple
@@ -119,8 +129,12 @@ def write_nemo(
             "merge_file": None,
             "use_fast": True,
         }
-        config["converted_from"] = {"checkpoint": checkpoint.name, "layers": list(keep_layers)}
-        state = megatron.sharded_state(checkpoint, keep_layers, vocabulary.ids, dtype, layer_read)
+        config["converted_from"] = {
+            "checkpoint": checkpoint.name,
+            "layers": list(keep_layers),
+            "config": dict(checkpoint.config),
+        }
+        state = megatron.sharded_state(checkpoint, keep_layers, dtype, layer_read)
         megatron.save(state, folder / "model_weights")
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
@@ -131,10 +145,10 @@ def write_nemo(
         path=output,
         tokenizer=tokenizer,
         layers=tuple(keep_layers),
-        parameters=megatron.count_parameters(checkpoint.llama, len(keep_layers), vocabulary.ids),
+        parameters=megatron.count_parameters(model, vocabulary.ids),
         vocab_size=vocabulary.ids,
         dtype=dtype,
-        dropped_rows=checkpoint.llama.vocab_size - vocabulary.ids,
+        unused_rows=checkpoint.model.vocab_size - vocabulary.ids,
     )
 
 
@@ -158,40 +172,43 @@ def _install(archive: Path, output: Path, new: Path, tokenizer: Path) -> None:
 
 def _write_tokenizer(checkpoint: Checkpoint, directory: Path) -> VocabularySize:
     vocabulary = checkpoint.save_tokenizer(str(directory))
-    if vocabulary.ids > checkpoint.llama.vocab_size:
+    if vocabulary.ids > checkpoint.model.vocab_size:
         raise CheckpointError(
             f"{checkpoint.name}: the tokenizer's largest id is {vocabulary.ids - 1}, but the "
-            f"embedding has {checkpoint.llama.vocab_size} rows; they belong to different models"
+            f"embedding has {checkpoint.model.vocab_size} rows; they belong to different models"
         )
     return vocabulary
 
 
-def model_config(llama: Llama, num_layers: int) -> dict[str, Any]:
-    """NeMo's `model` section for a Llama in NVIDIA's container.
+def model_config(model: Model) -> dict[str, Any]:
+    """NeMo's `model` section for a model in NVIDIA's container.
 
     Sizes, RoPE, norm and activation describe the model; the rest are NeMo's pre-training defaults,
     which a training configuration overrides.
     """
-    config: dict[str, Any] = {
+    family = family_of(model)
+    return {
         "target": TARGET,
         "mcore_gpt": True,
-        "encoder_seq_length": llama.context,
-        "max_position_embeddings": llama.context,
-        "num_layers": num_layers,
-        "hidden_size": llama.hidden_size,
-        "ffn_hidden_size": llama.ffn_hidden_size,
-        "num_attention_heads": llama.num_heads,
-        "num_query_groups": llama.num_kv_heads,
-        "kv_channels": llama.head_dim,
-        "normalization": "rmsnorm",
-        "layernorm_epsilon": llama.norm_eps,
-        "activation": "fast-swiglu",
+        # Only this one of NeMo's layer specifications reads qk_layernorm.
+        **({"name": "decoder_block_gpt", "qk_layernorm": True} if family.qk_norm else {}),
+        "encoder_seq_length": model.context,
+        "max_position_embeddings": model.context,
+        "num_layers": model.num_layers,
+        "hidden_size": model.hidden_size,
+        "ffn_hidden_size": model.ffn_hidden_size,
+        "num_attention_heads": model.num_heads,
+        "num_query_groups": model.num_kv_heads,
+        "kv_channels": model.head_dim,
+        "normalization": family.norm,
+        "layernorm_epsilon": model.norm_eps,
+        "activation": "fast-swiglu" if family.gated else "squared-relu",
         "bias": False,
-        "position_embedding_type": "rope",
-        "rotary_base": llama.rope_base,
-        "rotary_percentage": 1.0,
-        "seq_len_interpolation_factor": None,
-        "share_embeddings_and_output_weights": llama.tied,
+        "qkv_bias": family.qkv_bias,
+        **_rope(model.rope),
+        **_limits(model),
+        **_experts(model.experts),
+        "share_embeddings_and_output_weights": model.tied,
         "make_vocab_size_divisible_by": 128,
         "pre_process": True,
         "post_process": True,
@@ -228,12 +245,51 @@ def model_config(llama: Llama, num_layers: int) -> dict[str, Any]:
         "data": {},
         "peft": {"peft_scheme": "none"},
     }
-    if llama.rope_scaling is not None:
+
+
+def _rope(rope: Rope) -> dict[str, Any]:
+    config: dict[str, Any] = {
+        "position_embedding_type": "rope",
+        "rotary_base": rope.base,
+        "rotary_percentage": rope.fraction,
+        "seq_len_interpolation_factor": rope.interpolation,
+    }
+    if rope.llama3 is not None:
         config |= {
             "scale_positional_embedding": True,
-            "scale_factor": llama.rope_scaling.factor,
-            "low_freq_factor": llama.rope_scaling.low_freq_factor,
-            "high_freq_factor": llama.rope_scaling.high_freq_factor,
-            "old_context_len": llama.rope_scaling.original_context,
+            "scale_factor": rope.llama3.factor,
+            "low_freq_factor": rope.llama3.low_freq_factor,
+            "high_freq_factor": rope.llama3.high_freq_factor,
+            "old_context_len": rope.llama3.original_context,
         }
+    if rope.frequencies is not None:
+        # Without a base, a NeMo that does not know the frequencies fails at once.
+        config |= {"rotary_base": None, "rope_frequencies": list(rope.frequencies)}
     return config
+
+
+def _limits(model: Model) -> dict[str, Any]:
+    config: dict[str, Any] = {}
+    if model.window is not None:
+        config["window_size"] = [model.window - 1, 0]
+    if model.max_tokens is not None:
+        config["max_tokens"] = model.max_tokens
+    if model.rope.attention_factor != 1:  # of queries and of keys
+        config["softmax_scale"] = model.rope.attention_factor**2 / math.sqrt(model.head_dim)
+    return config
+
+
+def _experts(experts: Experts | None) -> dict[str, Any]:
+    if experts is None:
+        return {}
+    return {
+        "num_moe_experts": experts.number,
+        "moe_router_topk": experts.active,
+        "moe_ffn_hidden_size": experts.ffn_hidden_size,
+        # Softmax over all experts, or over the active ones alone.
+        "moe_router_pre_softmax": not experts.normalized,
+        "moe_router_load_balancing_type": "aux_loss",
+        "moe_aux_loss_coeff": 0.0,
+        "moe_grouped_gemm": False,
+        "expert_model_parallel_size": 1,
+    }

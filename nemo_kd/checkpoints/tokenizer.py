@@ -22,7 +22,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
-from nemo_kd.checkpoints.llama import CheckpointError, reading
+from nemo_kd.checkpoints.model import CheckpointError, reading
 from nemo_kd.files import commit, read_bounded
 
 ARTIFACT_NAME = "tokenizer.zip"

@@ -18,7 +18,7 @@ import transformers
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from nemo_kd.checkpoints.settings import SettingsError, to_version_4
+from nemo_kd.checkpoints.settings import HARMLESS, OFF, SettingsError, to_version_4
 from nemo_kd.errors import NemoKDError
 
 OF_ALL_MODELS = {
@@ -27,29 +27,6 @@ OF_ALL_MODELS = {
     *("model_type", "quantization_config", "original_max_position_embeddings"),
 }
 """Keys that transformers reads in the configuration of any model."""
-
-HARMLESS = re.compile(
-    # Records of who wrote the file, and how.
-    r"auto_map|unsloth_\w+|transformers\.js_config|_\w*attn\w*|use_flash_attn\w*|use_mambapy"
-    r"|use_falcon_mambapy|ignore_keys_at_rope_validation|model_max_length|use_cache|cache_\w+"
-    # What training alone computes with.
-    r"|\w*(dropout|drop|pdrop)|\w*initializer\w*|\w*(loss|aux)_coef\w*|output_router_logits"
-    # Biases and norms whose tensors are missed if the model should have them, and left over if not.
-    r"|(use_)?(attention|attn|mlp|ffn|qkv|q|k|v|o|proj|conv|linear|lm_head|head)(_\w+)?_bias"
-    r"|use_qk_norm|qk_layernorm"
-    # Ids of the parts of a prompt that are no text; tokens that end or pad one.
-    r"|(image|video|audio|vision|boi|eoi)\w*_token(_id|_index)?|\w*(bos|eos|pad|sep)_token(_id)?"
-    # Layers that predict further tokens, beside the model.
-    r"|num_nextn_predict_layers"
-)
-"""Keys that do not change the logits of a text, known to the class or not."""
-
-OFF: dict[str, tuple[Any, ...]] = {
-    "use_bidirectional_attention": (False,),
-    "use_sliding_window": (False,),
-    "position_embedding_type": ("rope", "absolute"),
-}
-"""Values of unknown keys that name what a model does without the key."""
 
 
 class ConfigError(NemoKDError):

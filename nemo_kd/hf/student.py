@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreTrainedModel, Any]:
     """Load (model in float32, tokenizer) of a Hugging Face directory or a `.gguf` file.
 
-    `keep_layers` prunes a model of the Llama family as examples/convert_hf_to_nemo.py does: layer
+    `keep_layers` prunes a convertible model as examples/convert_hf_to_nemo.py does: layer
     numbers such as `0,1,8-11`, or `@FILE`. Nothing is downloaded and no code is run.
 
     Errors: NemoKDError for a checkpoint that cannot be loaded completely, or not pruned.
@@ -29,7 +29,7 @@ def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreT
     if path.is_dir() and keep_layers is None:
         return from_directory(path, torch.float32), load_tokenizer(path)
     checkpoint = open_checkpoint(path)
-    model = to_transformers(checkpoint, parse_layers(keep_layers, checkpoint.llama.num_layers))
+    model = to_transformers(checkpoint, parse_layers(keep_layers, checkpoint.model.num_layers))
     with tempfile.TemporaryDirectory() as directory:
         checkpoint.save_tokenizer(directory)
         tokenizer = load_tokenizer(directory)

@@ -69,7 +69,7 @@ class HFTeacher:
 def load_teacher(config: DumpConfig) -> HFTeacher:
     """Load the teacher at `model.restore_from_path` in `trainer.precision` on this rank's device.
 
-    transformers loads directories. `nemo_kd.checkpoints` loads .gguf files (Llama family), because
+    transformers loads directories. `nemo_kd.checkpoints` loads .gguf files (of Llamas), because
     transformers reads the wrong end-of-sequence id from them.
     """
     path = config.model.checkpoint

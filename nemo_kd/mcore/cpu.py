@@ -166,8 +166,40 @@ class _TypesOfCuda(TorchFunctionMode):
 # --- megatron-core -----------------------------------------------------------------------------
 
 
+def local_layer_spec(config: Any) -> Any:
+    """Megatron-core's layer of torch modules, for the model of a TransformerConfig.
+
+    Checkpoints have the names of TransformerEngine's layers, in which the norm before a mixture of
+    experts is a module of its own; Megatron's local layers call it by the name of a dense layer.
+    """
+    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    spec = get_gpt_layer_local_spec(
+        num_experts=config.num_moe_experts,
+        qk_layernorm=config.qk_layernorm,
+        normalization=config.normalization,
+    )
+    if config.num_moe_experts is not None:
+        del spec.submodules.sharded_state_dict_keys_map["pre_mlp_layernorm."]
+    return spec
+
+
+class ZeroCenteredLayerNorm(torch.nn.LayerNorm):
+    """LayerNorm whose weight is one less than the factor, as TransformerEngine's."""
+
+    def reset_parameters(self) -> None:
+        torch.nn.init.zeros_(self.weight)
+        torch.nn.init.zeros_(self.bias)
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.layer_norm(
+            input, self.normalized_shape, self.weight + 1, self.bias, self.eps
+        )
+
+
 def _patch_megatron() -> None:
     import megatron.core.tensor_parallel.random as random
+    import megatron.core.transformer.moe.moe_utils as moe
     from megatron.core.transformer.torch_norm import WrappedTorchNorm
 
     random._get_cuda_rng_state = lambda *args, **kwargs: torch.get_rng_state()
@@ -175,13 +207,17 @@ def _patch_megatron() -> None:
 
     def norm(cls: Any, config: Any, hidden_size: int, eps: float = 1e-5, **kwargs: Any) -> Any:
         """Build torch's norm, with its parameters marked for sequence parallelism."""
-        kind = torch.nn.LayerNorm if config.normalization == "LayerNorm" else torch.nn.RMSNorm
+        kind = torch.nn.RMSNorm if config.normalization == "RMSNorm" else torch.nn.LayerNorm
+        if config.layernorm_zero_centered_gamma and kind is torch.nn.LayerNorm:
+            kind = ZeroCenteredLayerNorm
         module = kind(normalized_shape=hidden_size, eps=eps)
         for parameter in module.parameters():
             parameter.sequence_parallel = config.sequence_parallel  # type: ignore[attr-defined]
         return module
 
     WrappedTorchNorm.__new__ = norm
+    if not hasattr(moe, "te_general_gemm"):  # the router reads it anyway
+        moe.te_general_gemm = None
     _patch_packed_attention()
     _patch_megatron_optimizers()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,7 @@ class Blend(BlendableDataset):
     needs a compiler and fails where two jobs do so at once. Megatron-core's wheel has the function.
     """
 
-    def __init__(self, datasets: list[Any], weights: list[float], size: int) -> None:
+    def __init__(self, datasets: list[Any], weights: Sequence[float], size: int) -> None:
         if len(datasets) > MAX_DATASETS:
             raise NemoKDError(
                 f"{len(datasets)} stores and files in one blend; at most {MAX_DATASETS} are "

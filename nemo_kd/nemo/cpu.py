@@ -68,10 +68,11 @@ def _patch_nemo() -> None:
     importlib.metadata.version = version_of
 
     import nemo.collections.nlp.models.language_modeling.megatron_gpt_model as gpt
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
+
+    from nemo_kd.mcore.cpu import local_layer_spec
 
     def get_specs(spec_name: str, transformer_config: Any = None, *args: Any, **kwargs: Any) -> Any:
-        return get_gpt_layer_local_spec(normalization=transformer_config.normalization)
+        return local_layer_spec(transformer_config)
 
     gpt.get_specs = get_specs
 

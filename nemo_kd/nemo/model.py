@@ -22,8 +22,9 @@ from torch.utils.data import DataLoader
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.mcore.lm_head import gpt_module
-from nemo_kd.nemo.blend import blend, blend_files, build_datasets
+from nemo_kd.nemo.blend import TRAINING, VALIDATION, blend, blend_files, build_datasets
 from nemo_kd.nemo.config import kd_training_config
+from nemo_kd.nemo.families import check_length
 from nemo_kd.nemo.generation import GeneratingSFTModel, check_generation
 from nemo_kd.nemo.order import reorder_files
 from nemo_kd.nemo.packed import check_packing
@@ -69,6 +70,8 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
 
     def _build_dataset(self, data_cfg: DictConfig, is_train: bool = True) -> Any:
         check_packing(data_cfg)
+        where = TRAINING if is_train else VALIDATION
+        check_length(self.cfg, data_cfg.max_seq_length, where)
         if not is_train:
             return self._build_validation(data_cfg)
         split = TrainSplit.of(data_cfg)

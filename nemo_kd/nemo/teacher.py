@@ -11,6 +11,7 @@ from nemo_kd.mcore.layout import layout
 from nemo_kd.mcore.teacher import TopKForward
 from nemo_kd.mcore.writer import MegatronWriter
 from nemo_kd.nemo import start
+from nemo_kd.nemo.families import check_length
 from nemo_kd.nemo.sft_files import max_positions
 from nemo_kd.nemo.vocabulary import SFTModel
 from nemo_kd.store import StoreSpec
@@ -65,6 +66,7 @@ def load_teacher(cfg: DictConfig) -> NemoTeacher:
     trainer = start.build_trainer(cfg)
     start.start_process_groups(cfg.model, trainer)
     model = start.restore(cfg.model.restore_from_path, SFTModel, cfg, trainer)
+    check_length(model.cfg, cfg.data.max_seq_length, "data")
     model.freeze()
     return NemoTeacher(model.to(torch.cuda.current_device()))
 

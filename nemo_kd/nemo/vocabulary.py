@@ -6,10 +6,8 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from nemo.collections.common.tokenizers import AutoTokenizer
-from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
-    MegatronGPTSFTModel,
-)
 
+from nemo_kd.nemo.families import FamilyModel
 from nemo_kd.vocabulary import VocabularySize
 
 
@@ -26,7 +24,7 @@ class WholeTokenizer(AutoTokenizer):
         return str(super().ids_to_text(known, remove_special_tokens))
 
 
-class SFTModel(MegatronGPTSFTModel):
+class SFTModel(FamilyModel):
     """SFT model whose embedding has a row for every id of its tokenizer.
 
     Of NeMo's, the embedding and what generation may choose end at the number of tokens.

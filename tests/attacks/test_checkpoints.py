@@ -20,6 +20,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from nemo_kd.checkpoints import CheckpointError, open_checkpoint, resolve_tokenizer
+from nemo_kd.checkpoints.families import shapes_of
 from tests.attacks.bounds import bounded
 from tests.checkpoints import models
 
@@ -40,13 +41,23 @@ def intact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def read_all(path: Path, directory: Path) -> None:
     """Read every tensor and the tokenizer of a checkpoint."""
     checkpoint = open_checkpoint(path)
-    for name in checkpoint.llama.shapes():
+    for name in shapes_of(checkpoint.model):
         checkpoint.tensor(name)
     checkpoint.save_tokenizer(str(directory / "saved"))
 
 
 def text(name: str, content: bytes) -> Spoil:
     return lambda directory: (directory / name).write_bytes(content)
+
+
+def index(content: bytes) -> Spoil:
+    """Put an index in place of the weights' single file."""
+
+    def change(directory: Path) -> None:
+        (directory / WEIGHTS).rename(directory / "one.safetensors")
+        (directory / INDEX).write_bytes(content)
+
+    return change
 
 
 def setting(**values: Any) -> Spoil:
@@ -110,22 +121,22 @@ DIRECTORIES: dict[str, tuple[Spoil, str]] = {
     "RoPE as a list": (setting(rope_scaling=[1]), "rope_scaling"),
     "RoPE without factors": (
         setting(rope_scaling={"rope_type": "llama3"}),
-        "rope_scaling: Expected",
+        "Missing required keys in `rope_scaling`",
     ),
-    "an index {": (text(INDEX, b"{"), INDEX),
-    "an index without weight_map": (text(INDEX, b"{}"), "missing required field `weight_map`"),
-    "an index with numbers": (text(INDEX, b'{"weight_map": {"a": 1}}'), "Expected `str`"),
+    "an index {": (index(b"{"), INDEX),
+    "an index without weight_map": (index(b"{}"), "missing required field `weight_map`"),
+    "an index with numbers": (index(b'{"weight_map": {"a": 1}}'), "Expected `str`"),
     "an index to elsewhere": (
-        text(INDEX, b'{"weight_map": {"a": "../hf/model.safetensors"}}'),
+        index(b'{"weight_map": {"a": "../hf/model.safetensors"}}'),
         "without a directory",
     ),
-    "an absolute index": (text(INDEX, b'{"weight_map": {"a": "/etc/passwd"}}'), "without a dir"),
-    "an index to nothing": (text(INDEX, b'{"weight_map": {"a": "b"}}'), "1 are missing"),
+    "an absolute index": (index(b'{"weight_map": {"a": "/etc/passwd"}}'), "without a dir"),
+    "an index to nothing": (index(b'{"weight_map": {"a": "b"}}'), "1 are missing"),
     "weights cut": (cut(WEIGHTS, 5000), WEIGHTS),
     "weights of 4 bytes": (cut(WEIGHTS, 4), WEIGHTS),
     "no weights": (cut(WEIGHTS, 0), WEIGHTS),
     "a header of 2^62 bytes": (text(WEIGHTS, struct.pack("<Q", 1 << 62) + b"{}"), WEIGHTS),
-    "weights are a FIFO": (fifo(WEIGHTS), "no *.safetensors"),
+    "weights are a FIFO": (fifo(WEIGHTS), "has neither model.safetensors nor"),
     "NaN": (norm(float("nan")), "model.norm.weight has values that are NaN"),
     "infinite": (norm(float("inf")), "model.norm.weight has values that are NaN"),
     "int8": (norm(torch.ones(48, dtype=torch.int8)), "model.norm.weight is I8"),

@@ -1,4 +1,4 @@
-"""Tiny Llamas of transformers with random weights, saved as its users save them, and as GGUF."""
+"""Tiny models of transformers with random weights, saved as its users save them, and as GGUF."""
 
 from __future__ import annotations
 
@@ -15,7 +15,13 @@ from gguf import GGUFWriter
 from numpy.typing import NDArray
 from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 TEXT = textwrap.__doc__ + Path(textwrap.__file__).read_text()
 TOKENS = 299
@@ -46,6 +52,70 @@ MODELS: dict[str, dict[str, Any]] = {
     },
 }
 
+SMALL_EXPERTS = {"num_experts_per_tok": 2, "num_hidden_layers": 2}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "mistral": {
+        "model_type": "mistral",
+        "head_dim": 16,
+        "sliding_window": None,
+        "vocab_size": 1000,  # more than Megatron's padding adds to the tokens
+    },
+    "qwen2": {"model_type": "qwen2", "tie_word_embeddings": True},
+    "qwen3": {"model_type": "qwen3", "head_dim": 16},
+    "phi3": {"model_type": "phi3", "pad_token_id": 1, "sliding_window": None},
+    "phi3_partial": {"model_type": "phi3", "pad_token_id": 1, "partial_rotary_factor": 0.5},
+    "phi3_longrope": {
+        "model_type": "phi3",
+        "pad_token_id": 1,
+        "max_position_embeddings": 512,
+        "original_max_position_embeddings": 160,
+        "rope_scaling": {
+            "type": "longrope",
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+            "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 9.0],
+        },
+    },
+    "nemotron": {"model_type": "nemotron", "hidden_act": "relu2", "norm_eps": 1e-5},
+    "mixtral": {"model_type": "mixtral", "num_local_experts": 4, **SMALL_EXPERTS},
+    "qwen3_moe": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": True,
+        **SMALL_EXPERTS,
+    },
+    "qwen3_moe_unnormalized": {
+        "model_type": "qwen3_moe",
+        "head_dim": 16,
+        "num_experts": 4,
+        "moe_intermediate_size": 40,
+        "norm_topk_prob": False,
+        **SMALL_EXPERTS,
+    },
+}
+ROPES: dict[str, dict[str, Any]] = {
+    "linear": {"rope_scaling": {"rope_type": "linear", "factor": 3.0}},
+    "dynamic": {"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}},
+    "yarn": {
+        "max_position_embeddings": 512,
+        "rope_scaling": {
+            "rope_type": "yarn",
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "longrope": {
+        "max_position_embeddings": 256,
+        "rope_scaling": {
+            "rope_type": "longrope",
+            "factor": 4.0,
+            "short_factor": [1.0, 1.1, 1.3, 1.6, 2.0, 2.5],
+            "long_factor": [1.0, 1.5, 2.0, 3.0, 5.0, 9.0],
+        },
+    },
+}
+
 
 def tokenizer() -> PreTrainedTokenizerFast:
     """A byte-level BPE of `TOKENS` tokens; begin, end and padding have ids 0, 1, 1."""
@@ -66,16 +136,34 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 def llama(name: str) -> LlamaForCausalLM:
     """Random weights, norms included, large enough that a swapped tensor shows in the logits."""
+    model: LlamaForCausalLM = build("llama", **MODELS[name])
+    return model
+
+
+def family(name: str) -> PreTrainedModel:
+    """A model of `FAMILIES`, or of a rope of `ROPES`."""
+    settings = FAMILIES[name] if name in FAMILIES else {**ROPES[name], "model_type": "llama"}
+    settings = {**MODELS["tied_grouped"], "tie_word_embeddings": False, **settings}
+    if "norm_eps" in settings:
+        del settings["rms_norm_eps"]
+    return build(settings.pop("model_type"), **settings)
+
+
+def build(model_type: str, **settings: Any) -> Any:
     torch.manual_seed(1)
-    model = LlamaForCausalLM(LlamaConfig(**SHARED, **MODELS[name], initializer_range=0.15))
+    settings = {**SHARED, "initializer_range": 0.15, **settings}
+    config = AutoConfig.for_model(model_type, **settings)
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for key, parameter in model.named_parameters():
             if "norm" in key:
                 parameter.uniform_(0.5, 1.5)
+            elif key.endswith("bias"):
+                parameter.uniform_(-0.5, 0.5)
     return model.eval()
 
 
-def save(model: LlamaForCausalLM, directory: Path, shard_size: str = "5GB") -> Path:
+def save(model: PreTrainedModel, directory: Path, shard_size: str = "5GB") -> Path:
     """What `save_pretrained` writes, with the tokenizer."""
     model.save_pretrained(directory, max_shard_size=shard_size)
     tokenizer().save_pretrained(directory)

@@ -27,6 +27,7 @@ from tests.checkpoints import models
 cpu.install()
 
 LAYOUTS = {"dp2": (1, 1), "tp2": (2, 1), "pp2": (1, 2)}
+FAMILIES = sorted([*models.FAMILIES, *models.ROPES])
 SMOLLM2_TEXT = Path(json.__file__)
 
 
@@ -38,7 +39,13 @@ def make(directory: Path, rank: int) -> None:
     if rank == 0:
         for name in models.MODELS:
             make_tiny(directory, name, models.llama(name), range(4))
+        for name in FAMILIES[::2]:
+            model = models.family(name)
+            make_tiny(directory, name, model, range(model.config.num_hidden_layers))
     else:
+        for name in FAMILIES[1::2]:
+            model = models.family(name)
+            make_tiny(directory, name, model, range(model.config.num_hidden_layers))
         make_tiny(directory, "pruned", models.llama("untied_llama3"), [0, 3])
         # A .nemo that was moved away from its tokenizer unpacks the copy inside.
         (directory / "pruned.tokenizer").rename(directory / "elsewhere")
@@ -55,11 +62,12 @@ def make_tiny(directory: Path, name: str, model: Any, layers: Sequence[int]) -> 
         models.save(model, directory / name, shard_size="60KB")
     done = write_nemo(open_checkpoint(directory / name), directory / f"{name}.nemo", layers)
     assert (done.dtype is torch.bfloat16) == (name == "untied_llama3")
-    assert done.dropped_rows == 1
+    assert done.unused_rows == model.config.vocab_size - models.TOKENS
     model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in layers)
     for position, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = position
     ids = models.tokenizer()(models.TEXT[:400], return_tensors="pt").input_ids
+    ids = ids[:, : open_checkpoint(directory / name).model.max_tokens]
     remember(directory / f"{name}.pt", model, ids, models.TOKENS)
 
 
@@ -68,11 +76,11 @@ def make_smollm2(directory: Path) -> None:
     from transformers import AutoTokenizer
 
     source = open_checkpoint(smollm2_gguf())
-    done = write_nemo(source, directory / "smollm2.nemo", range(source.llama.num_layers))
+    done = write_nemo(source, directory / "smollm2.nemo", range(source.model.num_layers))
     tokenizer = AutoTokenizer.from_pretrained(str(done.tokenizer))
     ids = tokenizer(SMOLLM2_TEXT.read_text()[:600], return_tensors="pt").input_ids
     model = to_transformers(source)
-    remember(directory / "smollm2.pt", model, ids, source.llama.vocab_size)
+    remember(directory / "smollm2.pt", model, ids, source.model.vocab_size)
 
 
 def smollm2_gguf() -> Path:
@@ -107,13 +115,16 @@ def restore(checkpoint: Path, cfg: DictConfig, trainer: Any) -> Any:
     )
     from nemo.collections.nlp.parts.nlp_overrides import NLPSaveRestoreConnector
 
+    from nemo_kd.nemo.vocabulary import SFTModel
+
     common = {"trainer": trainer, "save_restore_connector": NLPSaveRestoreConnector()}
     stored = MegatronGPTSFTModel.restore_from(str(checkpoint), return_config=True, **common)
     OmegaConf.set_struct(stored, False)
     merged = OmegaConf.merge(stored, cfg.model)
     assert isinstance(merged, DictConfig)
     resolve_tokenizer(merged, checkpoint)
-    return MegatronGPTSFTModel.restore_from(str(checkpoint), override_config_path=merged, **common)
+    kind = SFTModel if "rope_frequencies" in merged else MegatronGPTSFTModel
+    return kind.restore_from(str(checkpoint), override_config_path=merged, **common)
 
 
 @torch.no_grad()

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.checkpoints import models
 from tests.processes import run_program
 
 LAYOUTS = ("dp2", "tp2", "pp2")
-TINY = ("tied_grouped", "untied_llama3", "pruned")
+TINY = ("tied_grouped", "untied_llama3", "pruned", *models.FAMILIES, *models.ROPES)
 
 
 @pytest.fixture(scope="session")
@@ -67,6 +68,7 @@ def test_gguf_weights_and_ids_equal_those_of_transformers_own_loader() -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    from nemo_kd.checkpoints.families import shapes_of
     from nemo_kd.checkpoints.gguf_file import GGUFCheckpoint
     from nemo_kd.checkpoints.gguf_tokenizer import build_tokenizer
     from tests.checkpoints.parity import smollm2_gguf
@@ -76,7 +78,7 @@ def test_gguf_weights_and_ids_equal_those_of_transformers_own_loader() -> None:
     theirs = AutoModelForCausalLM.from_pretrained(
         str(path.parent), gguf_file=path.name, torch_dtype=torch.float32
     ).state_dict()
-    for name in ours.llama.shapes():
+    for name in shapes_of(ours.model):
         assert torch.equal(ours.tensor(name), theirs[name]), name
     tokenizer = build_tokenizer(ours.name, ours.field)
     assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id) == (1, 2, 2)

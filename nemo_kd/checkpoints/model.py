@@ -1,10 +1,7 @@
-"""A Llama-family checkpoint: its sizes, and the name and shape of every tensor.
+"""A causal language model in a checkpoint: its sizes and constants, and what a reader provides.
 
-    layer(x) = h + W_down(silu(W_gate n) * W_up n)
-    n = rmsnorm(h),  h = x + attention(rmsnorm(x))
-
-Readers (`huggingface.py`, `gguf_file.py`) provide a `Llama` and tensors under Hugging Face's names
-to the writer (`megatron.py`).
+Readers (`huggingface.py`, `gguf_file.py`) provide a `Model` and tensors under Hugging Face's names
+to the writer (`megatron.py`); `families.py` says how the two are named.
 """
 
 from __future__ import annotations
@@ -54,6 +51,7 @@ MAX_REASON = 300  # characters
 Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
 Layers = Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
 Positive = Annotated[float, msgspec.Meta(gt=0, lt=1e30)]
+Fraction = Annotated[float, msgspec.Meta(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
@@ -67,9 +65,41 @@ class RopeScaling:
 
 
 @dataclass(frozen=True)
-class Llama:
-    """Sizes and constants of a model."""
+class Rope:
+    """Rotary position embedding of the first `fraction` of each head.
 
+    Pair i of d rotated dimensions turns by `base ** (-2 i / d)` per position, unless changed.
+    """
+
+    base: Positive
+    fraction: Fraction = 1.0
+    interpolation: Positive | None = None
+    """Divisor of all positions (linear scaling)."""
+    llama3: RopeScaling | None = None
+    frequencies: tuple[float, ...] | None = None
+    """Angle per position of each pair, for other scalings; `base` is not used then."""
+    attention_factor: Positive = 1.0
+    """Multiplies queries and keys after the rotation."""
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A mixture of experts in place of each layer's MLP."""
+
+    number: Size
+    active: Size
+    """Experts that see a token."""
+    ffn_hidden_size: Size
+    normalized: bool
+    """Whether the weights of the active experts sum to one."""
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes and constants of a model; its family has what all models of an architecture share."""
+
+    architecture: str
+    """Key of `families.FAMILIES`."""
     num_layers: Layers
     hidden_size: Size
     ffn_hidden_size: Size
@@ -81,10 +111,14 @@ class Llama:
     """Rows of the embedding, which may exceed the tokenizer's vocabulary."""
     context: Size
     norm_eps: Positive
-    rope_base: Positive
-    rope_scaling: RopeScaling | None
+    rope: Rope
     tied: bool
     """Whether the LM head shares the embedding's weight."""
+    experts: Experts | None = None
+    window: Size | None = None
+    """Tokens that a position attends to, itself included; None: all before it."""
+    max_tokens: Size | None = None
+    """Rows of more tokens need a setting that Megatron does not have; None without a limit."""
 
     def __post_init__(self) -> None:
         if self.num_heads % self.num_kv_heads:
@@ -94,47 +128,22 @@ class Llama:
             )
 
     @classmethod
-    def of(cls, name: str, **values: Any) -> Llama:
+    def of(cls, name: str, **values: Any) -> Model:
         """Build a model from values of the file `name`; raise CheckpointError for a wrong one."""
         return checked(name, values, cls)
-
-    def layer_shapes(self, layer: int) -> dict[str, tuple[int, ...]]:
-        """Tensors of one layer under Hugging Face's names; weights are `[out, in]`."""
-        hidden, ffn = self.hidden_size, self.ffn_hidden_size
-        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        shapes: dict[str, tuple[int, ...]] = {
-            "input_layernorm": (hidden,),
-            "post_attention_layernorm": (hidden,),
-            "self_attn.q_proj": (q, hidden),
-            "self_attn.k_proj": (kv, hidden),
-            "self_attn.v_proj": (kv, hidden),
-            "self_attn.o_proj": (hidden, q),
-            "mlp.gate_proj": (ffn, hidden),
-            "mlp.up_proj": (ffn, hidden),
-            "mlp.down_proj": (hidden, ffn),
-        }
-        return {f"model.layers.{layer}.{name}.weight": shape for name, shape in shapes.items()}
-
-    def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the model, name → shape."""
-        shapes: dict[str, tuple[int, ...]] = {
-            "model.embed_tokens.weight": (self.vocab_size, self.hidden_size),
-            "model.norm.weight": (self.hidden_size,),
-        }
-        for layer in range(self.num_layers):
-            shapes |= self.layer_shapes(layer)
-        if not self.tied:
-            shapes["lm_head.weight"] = (self.vocab_size, self.hidden_size)
-        return shapes
 
 
 class Checkpoint(Protocol):
     """An open checkpoint, whose tensors are read on access."""
 
-    llama: Llama
+    model: Model
     dtype: torch.dtype
     """The weights' type; float32 for quantised weights."""
     name: str
+
+    @property
+    def config(self) -> Mapping[str, Any]:
+        """The whole `config.json`, or what it would have for a file of another format."""
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a Hugging Face name, in `dtype`."""
@@ -143,36 +152,8 @@ class Checkpoint(Protocol):
         """Write a tokenizer that transformers loads to `directory`; return its vocabulary size."""
 
 
-# A buffer that older versions of transformers saved; it follows from the configuration.
-IGNORED = ("rotary_emb.inv_freq",)
-
-
 def finite(name: str, key: str, tensor: torch.Tensor) -> torch.Tensor:
     """Return the tensor; raise CheckpointError if a value is NaN or infinite."""
     if not bool(torch.isfinite(tensor).all()):
         raise CheckpointError(f"{name}: {key} has values that are NaN or infinite")
     return tensor
-
-
-def check_tensors(name: str, llama: Llama, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless the tensors `found` are exactly those of `llama`."""
-    expected = llama.shapes()
-    missing = [key for key in expected if key not in found]
-    if missing:
-        raise CheckpointError(
-            f"{name} lacks {len(missing)} of {len(expected)} tensors that its configuration "
-            f"({llama.num_layers} layers) requires (first: {missing[0]}); is a shard missing?"
-        )
-    for key, shape in expected.items():
-        if tuple(found[key]) != shape:
-            raise CheckpointError(
-                f"{name}: {key} has shape {tuple(found[key])}, but "
-                f"the configuration requires {shape}; they belong to different models"
-            )
-    ignored = (*IGNORED, "lm_head.weight") if llama.tied else IGNORED
-    extra = [key for key in found if key not in expected and not key.endswith(ignored)]
-    if extra:
-        raise CheckpointError(
-            f"{name} has {len(extra)} tensors that a Llama without biases does not have (first: "
-            f"{extra[0]}); only plain Llama models can be converted"
-        )
