@@ -151,7 +151,8 @@ def to_transformers(
     model = replace(checkpoint.model, num_layers=len(kept))
     family = family_of(model)
     settings, _ = completed(cut_layers(checkpoint.config, kept), family)
-    config = AutoConfig.for_model(family.model_type, **{**settings, "torch_dtype": "float32"})
+    settings |= {"model_type": family.model_type, "torch_dtype": "float32"}
+    config = AutoConfig.for_model(**settings)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
     state = {name: checkpoint.tensor(_source(name, kept)).float() for name in shapes_of(model)}
