@@ -11,7 +11,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import commit, publish
-from nemo_kd.nemo import run_directory, start, start_of_run
+from nemo_kd.nemo import end_of_run, run_directory, start, start_of_run
 from nemo_kd.nemo.config import (
     kd_training_config,
 )
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
+    from nemo_kd.nemo.run_directory import RunDirectory
 
 
 def run(cfg: DictConfig) -> None:
@@ -49,16 +50,14 @@ def run(cfg: DictConfig) -> None:
         if then is None:
             start_of_run.begin(directory)
         elif not start_of_run.resume(cfg, directory, done, then, record, raw):
+            end_of_run.say_where(directory.student or directory.checkpoint, directory)
             return
-    student = directory.student if directory is not None else None
-    _train(cfg, record, done.step, student)
+    trainer = _train(cfg, record, done.step, directory)
+    end_of_run.say_where(end_of_run.written(trainer, directory), directory)
 
 
-def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> None:
-    """Train the remaining steps.
-
-    `done`: steps of earlier starts; `student`: the `.nemo` to write at the end of the run.
-    """
+def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory | None) -> Trainer:
+    """Train the remaining steps; `done` are those of earlier starts."""
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
 
@@ -79,9 +78,11 @@ def _train(cfg: DictConfig, record: Record, done: int, student: Path | None) -> 
         cfg.model[DATA_KEY] = record.train_stores
     model = _student(cfg, trainer)
     trainer.fit(model)
+    student = directory.student if directory is not None else None
     if student and done == trainer.max_steps:  # Lightning does not call NeMo's on_train_end
         note_steps(trainer, model)
         model.save_to(str(student))
+    return trainer
 
 
 def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
@@ -142,6 +143,8 @@ def merge(cfg: DictConfig) -> None:
     if torch.distributed.get_rank() == 0:
         commit(temporary, output)
         print(f"{cfg.output}: the complete model, with {merged} adapters merged on each rank")
+        hf = output.with_name(f"{output.stem}-hf")
+        print(f"for transformers: {end_of_run.export_command(output, hf)}")
 
 
 def check_settings(cfg: DictConfig) -> None:

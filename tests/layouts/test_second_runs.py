@@ -53,6 +53,7 @@ def test_a_run_that_is_over_says_so(cases: Cases, name: str) -> None:
     (line,) = [one for one in case["said"] if "nothing to train" in one]
     assert "all 6 steps are done" in line and f"checkpoints/{student}" in line
     assert "trainer.max_steps" in line and "exp_manager.explicit_log_dir" in line
+    assert f"checkpoints/{student}; for transformers: nemo-kd export " in case["said"][-1]
 
 
 def test_a_checkpoint_without_settings_is_not_compared_and_says_so(cases: Cases) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import shlex
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +13,7 @@ import pytest
 
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Store
-from tests.layouts.conftest import FUSED
+from tests.layouts.conftest import FUSED, train_overrides
 from tests.processes import run_program, run_script
 from tests.runs import LAYOUT, SAME_LINE, SPLIT, assert_close, steps, validations
 
@@ -35,6 +37,36 @@ def test_every_step_logs_all_metrics(train: Callable[..., Path]) -> None:
         assert set(STEP_METRICS) <= set(line)
         assert line["loss"] == pytest.approx(sft * line["sft_loss"] + kd * line["kd_loss"])
         assert 0 < line["teacher_mass"] < 1 and 0 < line["student_mass"] < 1
+
+
+def last_line(text: str) -> tuple[str, list[str]]:
+    """Path of the model, and the words of the command that exports it."""
+    said = re.fullmatch(r"the model is (.+); for transformers: (.+)", text.splitlines()[-1])
+    assert said, text
+    return said[1], shlex.split(said[2])
+
+
+def test_the_last_line_names_the_model_and_the_command_that_exports_it(
+    train: Callable[..., Path],
+) -> None:
+    run = train()
+    model, command = last_line((run / "stderr.txt").read_text())
+    assert model == f"{run}/checkpoints/gpt_sft_kd.nemo" and Path(model).exists()
+    assert command == ["nemo-kd", "export", model, f"{run}/hf"]
+
+
+@pytest.mark.slow
+def test_without_a_nemo_file_the_last_line_names_the_checkpoint_or_that_there_is_none(
+    tiny: Path, dump: Callable[..., Path], tmp_path: Path
+) -> None:
+    base = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path / "run")
+    base += ["trainer.max_steps=2", "trainer.val_check_interval=2"]
+    no_file = "+exp_manager.checkpoint_callback_params.save_nemo_on_train_end=false"
+    model, command = last_line(run_script("train_gpt_sft_kd.py", *base, no_file).stderr)
+    assert Path(model).is_dir() and Path(model).name.endswith("step=2-consumed_samples=8.0-last")
+    assert command == ["nemo-kd", "export", model, f"{tmp_path}/run/hf"]
+    nothing = run_script("train_gpt_sft_kd.py", *base, "exp_manager=null").stderr
+    assert nothing.splitlines()[-1].startswith("no model was written")
 
 
 def test_training_lowers_both_losses_on_held_out_data(train: Callable[..., Path]) -> None:
