@@ -20,9 +20,8 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from nemo_kd.checkpoints import open_checkpoint, parse_layers, write_nemo
+from nemo_kd.checkpoints import open_checkpoint, parse_layers, write_nemo, written_bytes
 from nemo_kd.cli.failures import reported
-from nemo_kd.nemo import cpu
 
 
 class Precision(StrEnum):
@@ -56,10 +55,9 @@ def main(
         task = bar.add_task("reading", total=None)
         checkpoint = open_checkpoint(source)
         layers = parse_layers(keep_layers, checkpoint.model.num_layers)
-        cpu.install()  # megatron-core's checkpoint writer calls CUDA
-        # Writing takes about as long as reading a third of the layers.
-        bar.update(task, description="converting", total=len(layers) * 4 // 3)
-        done = write_nemo(checkpoint, output, layers, wanted, lambda: bar.advance(task))
+        size = written_bytes(checkpoint, len(layers), wanted)
+        bar.update(task, description="converting", total=size)
+        done = write_nemo(checkpoint, output, layers, wanted, lambda n: bar.advance(task, n))
     console.print(
         f"{done.path}: {len(layers)} of {checkpoint.model.num_layers} layers, "
         f"{done.parameters / 1e6:.1f} M parameters, {str(done.dtype).removeprefix('torch.')}, "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, Model
-from nemo_kd.checkpoints.nemo_file import Conversion, parse_layers, write_nemo
+from nemo_kd.checkpoints.nemo_file import Conversion, parse_layers, write_nemo, written_bytes
 from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "parse_layers",
     "resolve_tokenizer",
     "write_nemo",
+    "written_bytes",
 ]
 
 

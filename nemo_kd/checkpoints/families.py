@@ -129,6 +129,8 @@ class Part:
 
     megatron: str
     """Name within the layer, or within the model for a tensor outside the layers."""
+    shape: tuple[int, ...]
+    """Megatron's shape, without the axes of layers and experts."""
     shapes: Mapping[str, tuple[int, ...]]
     """Hugging Face's names and shapes, in the order of `join`; weights are `[out, in]`."""
     join: Callable[[Tensors], torch.Tensor] = lambda tensors: tensors[0]
@@ -184,7 +186,7 @@ def layer_parts(model: Model, layer: int) -> Iterator[Part]:
 
 
 def _same(megatron: str, name: str, shape: tuple[int, ...], **settings: Any) -> Part:
-    return Part(megatron, {name: shape}, **settings)
+    return Part(megatron, shape, {name: shape}, **settings)
 
 
 def _norm(model: Model, megatron: str, name: str) -> Iterator[Part]:
@@ -215,7 +217,7 @@ def _qkv(model: Model, attention: str) -> Iterator[Part]:
             parts = from_query_groups(tensor, model)
             return [torch.cat(list(parts))] if family.fused else parts
 
-        yield Part(f"self_attention.linear_qkv.{kind}", shapes, join, split)
+        yield Part(f"self_attention.linear_qkv.{kind}", (sum(rows), *inner), shapes, join, split)
 
 
 def by_query_group(qkv: Tensors, model: Model) -> torch.Tensor:
@@ -250,6 +252,7 @@ def _gate_and_up(megatron: str, names: Sequence[str], shape: tuple[int, int], **
     """Gate above up."""
     return Part(
         megatron,
+        (2 * shape[0], shape[1]),
         dict.fromkeys(names, shape),
         lambda tensors: torch.cat(list(tensors)),
         lambda tensor: tensor.chunk(2),

@@ -7,16 +7,14 @@ of one tensor `[L, E, …]`; `families.py` has names and shapes.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
 import torch
 
+from nemo_kd.checkpoints.distributed import Place, Slice
 from nemo_kd.checkpoints.families import Part, family_of, global_parts, layer_parts, shapes_of
-from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, Model
+from nemo_kd.checkpoints.model import Checkpoint, Model
 
 LAYERS = "model.decoder.layers"
 # TransformerEngine's layers keep FP8 scales under these names, empty without FP8, and megatron-core
@@ -31,87 +29,53 @@ MLP_EXTRA_STATES = ("mlp.linear_fc1", "mlp.linear_fc2")
 QK_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
-def sharded_state(
-    checkpoint: Checkpoint,
-    keep_layers: Sequence[int],
-    dtype: torch.dtype,
-    layer_read: Callable[[], None],
-) -> dict[str, Any]:
-    """Sharded state of the kept layers.
+def slices(
+    checkpoint: Checkpoint, keep_layers: Sequence[int], dtype: torch.dtype
+) -> Iterator[Slice]:
+    """Yield the tensors of the kept layers and those outside the layers, in `dtype`.
 
     Embedding and LM head keep their rows beyond the tokenizer's vocabulary; on loading, Megatron
     takes as many as its padded vocabulary has.
-    `layer_read` is called after each layer.
     """
-    from megatron.core.dist_checkpointing import ShardedObject, ShardedTensor
-
-    state: dict[str, Any] = {}
-    count = len(keep_layers)
     for part in global_parts(checkpoint.model):
-        weight, key = _read(checkpoint, part), f"model.{part.megatron}"
-        state[key] = ShardedTensor.from_rank_offsets(key, weight.to(dtype).contiguous())
-    final = "model.decoder.final_layernorm._extra_state"
-    state[final] = ShardedObject(final, None, (1,), (0,))
+        yield _slice(checkpoint, part, f"model.{part.megatron}", dtype)
     for position, layer in enumerate(keep_layers):
+        place = (position, len(keep_layers))
         for part in layer_parts(checkpoint.model, layer):
-            weight, key = _read(checkpoint, part), f"{LAYERS}.{part.megatron}"
-            at = [(0, position, count), *([(1, *part.expert)] if part.expert else [])]
-            name = ".".join(map(str, [key, position, *(part.expert or [])[:1]]))
-            state[name] = ShardedTensor.from_rank_offsets(
-                key, weight.to(dtype).contiguous(), *at, prepend_axis_num=len(at)
-            )
-        for name, places in _extra_states(checkpoint.model):
-            key = f"{LAYERS}.{name}._extra_state"
-            shape = (count, len(places)) if places[0] else (count,)
+            at = (place,) if part.expert is None else (place, part.expert)
+            yield _slice(checkpoint, part, f"{LAYERS}.{part.megatron}", dtype, at)
+
+
+def _slice(
+    checkpoint: Checkpoint, part: Part, key: str, dtype: torch.dtype, at: Place = ()
+) -> Slice:
+    def read() -> torch.Tensor:
+        return part.join([checkpoint.tensor(name) for name in part.shapes])
+
+    return Slice(key, part.shape, dtype, read, at)
+
+
+def extra_states(model: Model, num_layers: int) -> Iterator[tuple[str, Place]]:
+    """Yield (key, place) of each state of TransformerEngine, of which all are empty."""
+    yield "model.decoder.final_layernorm._extra_state", ()
+    for position in range(num_layers):
+        for name, places in _extra_states(model):
             for place in places:
-                at_place = (position, *place)
-                state[f"{key}.{at_place}"] = ShardedObject(key, None, shape, at_place)
-        layer_read()
-    return state
+                yield f"{LAYERS}.{name}._extra_state", ((position, num_layers), *place)
 
 
-def _read(checkpoint: Checkpoint, part: Part) -> torch.Tensor:
-    return part.join([checkpoint.tensor(name) for name in part.shapes])
-
-
-def _extra_states(model: Model) -> Iterator[tuple[str, list[tuple[int, ...]]]]:
-    """Yield each name within a layer, and its places within the layer: none, or the experts."""
+def _extra_states(model: Model) -> Iterator[tuple[str, list[Place]]]:
+    """Yield each name within a layer, and its places within the layer: one, or the experts."""
     for name in (*EXTRA_STATES, *(QK_EXTRA_STATES if family_of(model).qk_norm else ())):
         yield name, [()]
     if model.experts is None:
         for name in MLP_EXTRA_STATES:
             yield name, [()]
         return
+    number = model.experts.number
     yield "pre_mlp_layernorm", [()]
     for name in ("mlp.experts.experts.linear_fc1", "mlp.experts.experts.linear_fc2"):
-        yield name, [(number,) for number in range(model.experts.number)]
-
-
-def save(state: dict[str, Any], directory: Path) -> None:
-    """Write `state` to `directory` from a single process, in a process group of one."""
-    from megatron.core import dist_checkpointing
-
-    directory.mkdir(parents=True)
-    with _process_group_of_one():
-        dist_checkpointing.save(state, str(directory))
-
-
-@contextlib.contextmanager
-def _process_group_of_one() -> Iterator[None]:
-    if torch.distributed.is_initialized():
-        if torch.distributed.get_world_size() > 1:
-            raise CheckpointError(
-                f"a conversion runs in one process, not in {torch.distributed.get_world_size()}: "
-                "start it with python instead of torchrun"
-            )
-        yield
-        return
-    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        torch.distributed.destroy_process_group()
+        yield name, [((expert, number),) for expert in range(number)]
 
 
 def count_parameters(model: Model, vocab_size: int) -> int:

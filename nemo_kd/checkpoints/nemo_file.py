@@ -1,6 +1,6 @@
 """Write a `.nemo`: a tar of NeMo's configuration, the distributed checkpoint and the tokenizer.
 
-It needs no NeMo and builds no model: memory holds the weights once, in the type that is written.
+It needs no NeMo and builds no model: memory holds one tensor at a time.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import msgspec
 import torch
 import yaml
 
-from nemo_kd.checkpoints import megatron
+from nemo_kd.checkpoints import distributed, megatron
 from nemo_kd.checkpoints.families import family_of
 from nemo_kd.checkpoints.model import (
     Checkpoint,
@@ -97,13 +97,12 @@ def write_nemo(
     output: str | Path,
     keep_layers: Sequence[int],
     dtype: torch.dtype | None = None,
-    layer_read: Callable[[], None] = lambda: None,
+    written: Callable[[int], object] = lambda size: None,
 ) -> Conversion:
     """Write the `keep_layers` of `checkpoint` to `output` (.nemo), and its tokenizer beside it.
 
-    `dtype` None keeps the checkpoint's own. An existing model and its
-    tokenizer stay until the new ones are complete. `layer_read` is
-    called after each layer.
+    `dtype` None keeps the checkpoint's own. An existing model and its tokenizer stay until the new
+    ones are complete. `written` is called with the bytes of each tensor when it is written.
     """
     output = Path(output).parent.resolve() / Path(output).name
     dtype = dtype or checkpoint.dtype
@@ -134,8 +133,12 @@ def write_nemo(
             "layers": list(keep_layers),
             "config": dict(checkpoint.config),
         }
-        state = megatron.sharded_state(checkpoint, keep_layers, dtype, layer_read)
-        megatron.save(state, folder / "model_weights")
+        distributed.write(
+            megatron.slices(checkpoint, keep_layers, dtype),
+            megatron.extra_states(checkpoint.model, len(keep_layers)),
+            folder / "model_weights",
+            written,
+        )
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
         with tarfile.open(archive_path, "w:") as archive:
@@ -150,6 +153,13 @@ def write_nemo(
         dtype=dtype,
         unused_rows=checkpoint.model.vocab_size - vocabulary.ids,
     )
+
+
+def written_bytes(checkpoint: Checkpoint, num_layers: int, dtype: torch.dtype | None = None) -> int:
+    """Bytes of the weights that `write_nemo` writes."""
+    model = replace(checkpoint.model, num_layers=num_layers)
+    count = megatron.count_parameters(model, model.vocab_size)
+    return count * (dtype or checkpoint.dtype).itemsize
 
 
 def _install(archive: Path, output: Path, new: Path, tokenizer: Path) -> None:

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 from tests.store.test_writer import contents
 
 
-def failing() -> None:
+def failing(size: int) -> None:
     raise RuntimeError
 
 
@@ -29,7 +29,7 @@ def test_a_failed_conversion_changes_nothing(tmp_path: Path) -> None:
     write_nemo(source, output, [0])
     before = contents(tmp_path / "out")
     with pytest.raises(RuntimeError):
-        write_nemo(source, output, [1], layer_read=failing)
+        write_nemo(source, output, [1], written=failing)
     assert contents(tmp_path / "out") == before
     write_nemo(source, output, [1])
     after = contents(tmp_path / "out")
@@ -46,8 +46,8 @@ import os, signal, sys
 from nemo_kd.nemo import cpu
 from nemo_kd.checkpoints import open_checkpoint, write_nemo
 cpu.install()
-kill = lambda: os.kill(os.getpid(), signal.SIGKILL)
-write_nemo(open_checkpoint(sys.argv[1]), sys.argv[2], [1], layer_read=kill)
+kill = lambda size: os.kill(os.getpid(), signal.SIGKILL)
+write_nemo(open_checkpoint(sys.argv[1]), sys.argv[2], [1], written=kill)
 """
 
 
