@@ -184,12 +184,11 @@ def show(number: int, reports: list[dict[str, torch.Tensor]]) -> None:
     if not parallel_state.is_pipeline_last_stage():
         return
     sums = {name: sum(report[name].double() for report in reports) for name in reports[0]}
-    for value in sums.values():
+    for value in sums.values():  # [sum, number of answer tokens]
         torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
-    count = sums.pop("answer_tokens")
     if parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
         return
-    means = ", ".join(f"{name} {float(value / count):.5f}" for name, value in sums.items())
+    means = ", ".join(f"{name} {float(a / b):.5f}" for name, (a, b) in sums.items())
     print(f"step {number}: {means}", flush=True)
 
 

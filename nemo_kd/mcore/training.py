@@ -116,8 +116,9 @@ def kd_forward_step(
 ) -> Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]:
     """Return a `forward_step_func` for Megatron's schedules that trains a `GPTModel`.
 
-    Its loss function returns (Σ loss over the micro-batch's answer tokens, their number, sums for
-    the logs): the schedule divides by the number of answer tokens, of the micro-batch or, with
+    Its loss function returns (Σ loss over the micro-batch's answer tokens, their number, a report):
+    each term of the report is [Σ, number] over the answer tokens, of which Megatron-LM and
+    Megatron-Bridge log the quotient of their sums over micro-batches and ranks. The schedule divides by the number of answer tokens, of the micro-batch or, with
     `TransformerConfig.calculate_per_token_loss`, of the global batch. Supports tensor, pipeline,
     sequence and data parallelism, and context parallelism if the model's attention does. Under a
     virtual pipeline each chunk of the model needs its own `StoreBatches`.
@@ -139,7 +140,7 @@ def _loss(
     vocab_size: int,
     logits: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return (Σ loss, number of answer tokens, sums for the logs) of a micro-batch.
+    """Return (Σ loss, number of answer tokens, term → [Σ, number]) of a micro-batch.
 
     labels [B, S], logits [B, S, Vp]: of this tensor- and context-parallel rank.
     """
@@ -153,8 +154,12 @@ def _loss(
         positions=answers.positions,
         inplace=True,
     )
-    count = torch.full((), len(answers.positions), device=logits.device)
-    sums = {"sft_loss": result.nll, "kd_loss": result.kd, "loss": result.loss}
-    report = {name: value.detach().sum() for name, value in sums.items()}
-    report["answer_tokens"] = count
-    return result.loss.sum(), count.clamp(min=1).to(torch.int), report
+    number = len(answers.positions)
+    count = torch.full((), number, dtype=torch.float32, device=logits.device)
+    terms = {"sft_loss": result.nll, "kd_loss": result.kd, "loss": result.loss}
+    report = {
+        name: torch.stack([value.detach().sum(dtype=torch.float32), count])
+        for name, value in terms.items()
+    }
+    divisor = torch.full((), max(number, 1), dtype=torch.int, device=logits.device)
+    return result.loss.sum(), divisor, report
