@@ -72,7 +72,7 @@ def tiny(shared: Shared) -> Path:
 
 def make_tiny(directory: Path) -> None:
     """The teacher is fine-tuned by the product's own script: plain SFT on the JSONL."""
-    run_program("tests/tiny.py", directory)
+    run_program("tests/tiny.py", directory, fork=True)
     run_script(
         "train_gpt_sft_kd.py",
         "name=teacher",

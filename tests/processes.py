@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import os
+import select
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import IO
 
 import psutil
 
 ROOT = Path(__file__).parent.parent
+Done = subprocess.CompletedProcess[str]
+TIMEOUT = 600  # seconds
 TRAIN, DUMP = "examples/train_gpt_sft_kd.py", "examples/dump_teacher_topk.py"
 
 
@@ -35,28 +41,72 @@ def run_program(
     processes: int = 1,
     fails: bool = False,
     cwd: Path | None = None,
+    fork: bool = False,
     **variables: str,
-) -> subprocess.CompletedProcess[str]:
-    """Run `command(…)`; raise its output unless it succeeds or, with `fails`, fails."""
-    done = subprocess.run(
-        command(program, *arguments, processes=processes),
-        env=environment(**variables),
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+) -> Done:
+    """Run `command(…)`; raise its output unless it succeeds or, with `fails`, fails.
+
+    `fork`: run it in a fork of a process that has imported NeMo (`tests/forks.py`).
+    """
+    if fork:
+        job = {"processes": processes, "cwd": str(cwd or Path.cwd())}
+        words = [str(ROOT / program), *map(str, arguments)]
+        done = _run_in_a_fork(words, {**job, "environment": environment(**variables)})
+    else:
+        done = subprocess.run(
+            command(program, *arguments, processes=processes),
+            env=environment(**variables),
+            cwd=cwd,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT,
+        )
     if (done.returncode != 0) != fails:
         raise AssertionError(done.stdout[-4000:] + done.stderr[-8000:])
     return done
 
 
+def _run_in_a_fork(words: list[str], job: dict[str, object]) -> Done:
+    server = _forks()
+    assert server.stdin and server.stdout
+    with TemporaryDirectory() as directory:
+        stdout, stderr = Path(directory, "stdout"), Path(directory, "stderr")
+        stdout.touch()
+        stderr.touch()
+        job = {**job, "program": words[0], "arguments": words[1:]}
+        job |= {"stdout": str(stdout), "stderr": str(stderr)}
+        server.stdin.write(json.dumps(job) + "\n")
+        server.stdin.flush()
+        if not select.select([server.stdout], [], [], TIMEOUT)[0]:
+            kill(server)
+            _forks.cache_clear()
+            raise subprocess.TimeoutExpired(words, TIMEOUT, stdout.read_bytes())
+        status = int(server.stdout.readline())
+        return subprocess.CompletedProcess(words, status, stdout.read_text(), stderr.read_text())
+
+
+@cache
+def _forks() -> subprocess.Popen[str]:
+    """The server `tests/forks.py`, one for each process of pytest, which it ends with."""
+    pipe = subprocess.PIPE
+    variables = environment(HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")  # as the scripts
+    return subprocess.Popen(
+        command("tests/forks.py"), env=variables, stdin=pipe, stdout=pipe, text=True
+    )
+
+
 def run_script(
-    name: str, *overrides: str, processes: int = 1, fails: bool = False, **variables: str
-) -> subprocess.CompletedProcess[str]:
-    """Run `examples/NAME`."""
-    program = f"examples/{name}"
-    return run_program(program, *overrides, processes=processes, fails=fails, cwd=None, **variables)
+    name: str,
+    *overrides: str,
+    processes: int = 1,
+    fails: bool = False,
+    fork: bool = True,
+    **variables: str,
+) -> Done:
+    """Run `examples/NAME`; not in a fork if `variables` could change what it imports."""
+    fork = fork and not variables.keys() - {"NEMO_KD_TRACEBACK"}
+    options = {"processes": processes, "fails": fails, "fork": fork, **variables}
+    return run_program(f"examples/{name}", *overrides, **options)  # type: ignore[arg-type]
 
 
 def error_of(name: str, *overrides: str) -> str:

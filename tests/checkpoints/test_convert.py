@@ -21,7 +21,9 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The checkpoints and `parity.json` of `parity.py`, run once on two processes."""
     directory = tmp_path_factory.mktemp("converted")
     cache = str(directory / "cache")
-    run_program("tests/checkpoints/parity.py", directory, processes=2, XDG_CACHE_HOME=cache)
+    run_program(
+        "tests/checkpoints/parity.py", directory, processes=2, fork=True, XDG_CACHE_HOME=cache
+    )
     return directory
 
 

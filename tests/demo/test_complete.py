@@ -19,7 +19,11 @@ def test_nemo_completes_a_pruned_checkpoint_as_transformers_does(tmp_path: Path)
     (tmp_path / "layers.json").write_text('{"kept": [0, 2, 3]}')
     nemo, layers = tmp_path / "pruned.nemo", tmp_path / "layers.json"
     converted = run_script(
-        "convert_hf_to_nemo.py", f"{tmp_path}/hf", str(nemo), f"--keep-layers=@{layers}"
+        "convert_hf_to_nemo.py",
+        f"{tmp_path}/hf",
+        str(nemo),
+        f"--keep-layers=@{layers}",
+        fork=False,
     )
     prompts = models.TEXT.split("\n\n")[1:4]  # of different lengths
     rows = [json.dumps({"input": text.strip(" "), "output": "none"}) for text in prompts]
@@ -32,6 +36,7 @@ def test_nemo_completes_a_pruned_checkpoint_as_transformers_does(tmp_path: Path)
         f"--output={tmp_path}/out.json",
         "--samples=3",
         "--tokens=12",
+        fork=False,
     )
     assert converted.stderr == completed.stderr == ""  # no warnings of apex and the like
     samples = json.loads((tmp_path / "out.json").read_text())["samples"]

@@ -60,9 +60,11 @@ def dump_overrides(tiny: Path, split: str, directory: Path) -> list[str]:
 @pytest.fixture(scope="session")
 def dense(tiny: Path, shared: Shared) -> dict[str, NDArray[Any]]:
     """The teacher's whole distribution over the first rows: see `dense.py`."""
-    made = shared(
-        "dense", lambda path: run_program("tests/layouts/dense.py", tiny, path / "dense.npz")
-    )
+
+    def make(path: Path) -> None:
+        run_program("tests/layouts/dense.py", tiny, path / "dense.npz", fork=True)
+
+    made = shared("dense", make)
     return dict(np.load(made / "dense.npz"))
 
 
@@ -107,7 +109,9 @@ def train(tiny: Path, dump: Callable[..., Path], shared: Shared) -> Callable[...
 
         def make(directory: Path) -> None:
             base = train_overrides(tiny, *stores, directory)
-            done = run_script("train_gpt_sft_kd.py", *base, *overrides, *more, processes=processes)
+            overridden = [*base, *overrides, *more]
+            fork = layout != "dp2"  # one that torchrun starts
+            done = run_script("train_gpt_sft_kd.py", *overridden, processes=processes, fork=fork)
             (directory / "stderr.txt").write_text(done.stderr)
 
         name = hashlib.sha256(" ".join(more).encode()).hexdigest()[:12]

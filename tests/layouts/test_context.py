@@ -14,7 +14,7 @@ from tests.processes import run_program
 def test_loss_gradient_and_metrics_over_nemos_own_cut_are_those_of_the_whole(
     tmp_path: Path, ranks: int
 ) -> None:
-    run_program("tests/layouts/context.py", tmp_path / "found.json", processes=ranks)
+    run_program("tests/layouts/context.py", tmp_path / "found.json", processes=ranks, fork=True)
     found = json.loads((tmp_path / "found.json").read_text())
     # Float32 sums of 100 tokens, in nats below 10, in another order; a gradient of at most 1e-2.
     assert found["loss"] < 1e-6 and found["gradient"] < 1e-7 < 1e-3 < found["largest_gradient"]

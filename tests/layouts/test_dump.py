@@ -97,7 +97,7 @@ def test_no_collective_is_as_wide_as_the_vocabulary(
     processes, overrides = LAYOUTS["tp2"]
     base = dump_overrides(tiny, "train", tmp_path / "store")
     arguments = [str(tmp_path / "moved"), *base, *overrides]
-    run_program("tests/layouts/moved.py", *arguments, processes=processes)
+    run_program("tests/layouts/moved.py", *arguments, processes=processes, fork=True)
     answers = sum(len(sample.topk.ids) for sample in Store(dump()))
     for rank in range(processes):
         moved = json.loads((tmp_path / f"moved.{rank}").read_text())

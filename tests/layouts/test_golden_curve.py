@@ -22,7 +22,7 @@ RELATIVE = 2e-5
 
 
 def curve(directory: Path) -> list[dict[str, float]]:
-    run_program("tests/layouts/golden.py", directory)
+    run_program("tests/layouts/golden.py", directory, fork=True)
     run_script(
         "train_gpt_sft_kd.py",
         f"model.restore_from_path={directory}/student.nemo",

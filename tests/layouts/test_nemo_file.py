@@ -30,7 +30,7 @@ def test_nemos_file_trains_with_a_store_added(
     ]
     working = tmp_path / "working"
     working.mkdir()
-    run_program(TRAIN, *arguments, cwd=working)
+    run_program(TRAIN, *arguments, cwd=working, fork=True)
     lines = steps(tmp_path / "run")
     assert len(lines) == 3
     for step in lines:

@@ -19,7 +19,7 @@ def order(
 ) -> dict[str, Any]:
     out = tmp_path_factory.mktemp("order") / "order.json"
     file = tiny / "train.jsonl"
-    run_program("tests/layouts/order.py", dump(), dump(split="heldout"), file, out)
+    run_program("tests/layouts/order.py", dump(), dump(split="heldout"), file, out, fork=True)
     result: dict[str, Any] = json.loads(out.read_text())
     return result
 

@@ -30,6 +30,7 @@ def evaluated(model: Path, store: Path, directory: Path, *more: str) -> dict[str
         "trainer.precision=32",
         f"output={output}",
         *more,
+        fork=False,  # as a user starts it
     )
     figures: dict[str, float] = json.loads(output.read_text())
     return figures
@@ -90,6 +91,7 @@ def test_merged_it_is_a_plain_model_of_the_same_losses(
         ALL,
         *more,
         processes=processes,
+        fork=False,  # as a user starts it
     )
     expected = validations(run)[-1]
     for name, value in evaluated(merged, dump(split="heldout"), tmp_path).items():

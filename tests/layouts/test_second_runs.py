@@ -30,7 +30,8 @@ def said(
     work = tmp_path_factory.mktemp("again")
     overrides = train_overrides(tiny, dump(), dump(split="heldout"), work)
     overrides = [one for one in overrides if "explicit_log_dir" not in one]
-    run_program("tests/layouts/second_runs.py", train(), work, work / "out.json", *overrides)
+    arguments = [train(), work, work / "out.json", *overrides]
+    run_program("tests/layouts/second_runs.py", *arguments, fork=True)
     out: dict[str, Any] = json.loads((work / "out.json").read_text())
     return out
 

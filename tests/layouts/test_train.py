@@ -103,7 +103,7 @@ def test_alpha_zero_is_nemos_own_sft_bit_for_bit(
 ) -> None:
     """NeMo's own class, on the JSONL; ours with alpha 0, on the store."""
     ours = steps(train("one", "+model.kd.alpha=0", "++model.kd.count_padding=true"))
-    run_program("tests/layouts/nemo_sft.py", tiny, tmp_path)
+    run_program("tests/layouts/nemo_sft.py", tiny, tmp_path, fork=True)
     nemo = json.loads((tmp_path / "losses.json").read_text())
     assert len(nemo) == 6
     assert [line["reduced_train_loss"] for line in ours] == nemo
@@ -187,6 +187,7 @@ def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
         "trainer.precision=32",
         "model.global_batch_size=4",
         f"exp_manager.explicit_log_dir={tmp_path}",
+        fork=False,  # as a user starts it
     )
     assert "\r" not in done.stdout and "Transformer Engine" not in done.stderr
     assert [line[:15] for line in done.stdout.splitlines() if "/3 " in line] == ["Epoch 0: 3/3 in"]

@@ -131,7 +131,8 @@ def test_messages_become_nemos_turns() -> None:
 
 @pytest.fixture(scope="module")
 def compared(shared: Shared) -> dict[str, Any]:
-    path = shared("talk", lambda path: run_program("tests/sft/nemo_talk.py", path / "found.json"))
+    program = "tests/sft/nemo_talk.py"
+    path = shared("talk", lambda path: run_program(program, path / "found.json", fork=True))
     found: dict[str, Any] = json.loads((path / "found.json").read_text())
     return found
 

@@ -19,7 +19,8 @@ NAMES = ["bytes", "characters", "bare", "sentencepiece"]
 @pytest.fixture(scope="module")
 def compared(shared: Shared) -> dict[str, Any]:
     """Tokenizer → which attributes are NeMo's, and the number of random rows of each outcome."""
-    path = shared("sft", lambda path: run_program("tests/sft/nemo_tokens.py", path / "found.json"))
+    program = "tests/sft/nemo_tokens.py"
+    path = shared("sft", lambda path: run_program(program, path / "found.json", fork=True))
     found: dict[str, Any] = json.loads((path / "found.json").read_text())
     return found
 

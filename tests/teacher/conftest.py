@@ -23,4 +23,5 @@ SETTINGS = [
 @pytest.fixture(scope="session")
 def world(shared: Shared) -> Path:
     """The output of `world.py`: checkpoints, data, stores, `parity.json`."""
-    return shared("hf", lambda path: run_program("tests/teacher/world.py", path, *SETTINGS))
+    program = "tests/teacher/world.py"
+    return shared("hf", lambda path: run_program(program, path, *SETTINGS, fork=True))

@@ -19,7 +19,8 @@ PRESENT = (1, 40, 41, 47, 100, 298)
 
 @pytest.fixture(scope="module")
 def world(shared: Shared) -> Path:
-    return shared("bad rows", lambda path: run_program("tests/teacher/bad_rows_world.py", path))
+    program = "tests/teacher/bad_rows_world.py"
+    return shared("bad rows", lambda path: run_program(program, path, fork=True))
 
 
 @pytest.fixture(scope="module")

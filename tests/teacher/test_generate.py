@@ -249,7 +249,7 @@ def test_the_script_at_two_ranks_writes_the_same_bytes(
     world: Path, script: Script, tmp_path: Path
 ) -> None:
     settings = generation(world, "typist", tmp_path / "store")
-    done = script("generate_with_teacher.py", *settings, processes=2)
+    done = script("generate_with_teacher.py", *settings, processes=2, fork=False)
     assert "dropped, not ended within generation.max_new_tokens" in done.stdout
     total = len(Store(world / "answers"))
     assert f"{total} answers as text; SFT tokenizes {total} of them" in done.stdout

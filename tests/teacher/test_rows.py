@@ -14,7 +14,7 @@ from tests.processes import run_program
 def read(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """File → [tokens, first answer token, answer tokens, truncated] of each row, or the refusal."""
     result = tmp_path_factory.mktemp("rows") / "read.json"
-    run_program("tests/teacher/rows_world.py", result)
+    run_program("tests/teacher/rows_world.py", result, fork=True)
     found: dict[str, Any] = json.loads(result.read_text())
     return found
 
