@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.hf.rope import LengthDependentRope
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,12 +29,14 @@ class SplitModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.decoder = model.get_decoder() if hasattr(model, "get_decoder") else model.base_model
+        self.rope = LengthDependentRope(model)
 
     def hidden(self, tokens: torch.Tensor) -> Any:
         """Run the decoder on tokens [B, S]; its output has `last_hidden_state` [B, S, H].
 
         Right padding needs no mask: in a causal model, earlier positions do not attend to it.
         """
+        self.rope.reset()
         return self.decoder(input_ids=tokens, use_cache=False)
 
     def logits(self, output: Any, hidden: torch.Tensor) -> torch.Tensor:
@@ -51,6 +54,7 @@ class SplitModel:
         Raises HFTeacherError if they do not.
         """
         tokens = torch.arange(16, device=self.model.device).unsqueeze(0)
+        self.rope.reset()
         full = self.model(input_ids=tokens, use_cache=False).logits[0].float()
         output = self.hidden(tokens)
         halves = self.logits(output, output.last_hidden_state[0]).float()

@@ -55,9 +55,12 @@ class HFTeacher:
         self.tokenizer = tokenizer
         self.tokenizer_origin = {"library": "huggingface", "path": tokenizer_path}
         self.layout = layout or Layout()
-        self.context: int | None = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
+        context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        # XLNet has -1 for no limit.
+        self.context: int | None = context if context is None or context > 0 else None
+
+    def regime(self, positions: int) -> int:
+        return self.split.rope.regime(positions)
 
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> HFForward:
         return HFForward(self, spec, rows_per_lm_head)

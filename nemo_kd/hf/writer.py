@@ -34,7 +34,7 @@ class HFWriter:
     """
 
     def __init__(self, model: PreTrainedModel, spec: StoreSpec, decoding: Decoding) -> None:
-        self.model = model
+        self.model, self.split = model, SplitModel(model)
         self.decoding = decoding
         self.select = Selection(spec)
         self.settings = GenerationConfig(
@@ -56,6 +56,7 @@ class HFWriter:
         for b, prompt in enumerate(prompts):  # left padding: all answers start at the same position
             tokens[b, longest - len(prompt.ids) :] = torch.tensor(prompt.ids)
             mask[b, longest - len(prompt.ids) :] = 1
+        self.split.rope.reset()
         self.model.generate(
             tokens.to(self.model.device),
             attention_mask=mask.to(self.model.device),
@@ -73,7 +74,7 @@ class HFWriter:
         # The shortest prompt has the most padding.
         b = min(range(len(answers.prompts)), key=lambda b: len(answers.prompts[b].ids))
         prompt, answer = answers.prompts[b].ids, answers.ids[b]
-        split = SplitModel(self.model)
+        split = self.split
         ids = torch.tensor([[*prompt, *answer[:-1]]], device=self.model.device)
         output = split.hidden(ids)
         hidden = output.last_hidden_state[0, len(prompt) - 1 :]

@@ -53,6 +53,9 @@ class NemoTeacher:
         self.sep_id, self.virtual_tokens = model.sep_id, model.virtual_tokens
         self.max_positions = max_positions(model.cfg)
 
+    def regime(self, positions: int) -> int:
+        return 0
+
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> TopKForward:
         return TopKForward(self.model.model, spec, self.layout, rows_per_lm_head)
 

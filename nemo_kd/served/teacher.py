@@ -47,6 +47,9 @@ class ServedTeacher:
         # identifies its weights.
         self.identity = {"name": server.model, "fingerprint": None, "api": config.api}
 
+    def regime(self, positions: int) -> int:
+        return 0
+
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> ServedForward:
         """Raise ServedTeacherError if the server refuses K, before a store is begun."""
         forward = ServedForward(self, spec)

@@ -56,6 +56,8 @@ class Check(NamedTuple):
     truncated: bool = False
     altered: bool = False
     """The tokens are not those of the text: see `SFTRows.altered_by`."""
+    length: int = 0
+    """Number of tokens."""
 
 
 class NoAnswerError(RowError):
@@ -142,7 +144,7 @@ class SFTRows:
         value = self.file[row]
         found = self.tokenized(row, value)
         with errors_name(self.file, row):
-            return Check(found.truncated, self._is_altered(found, value))
+            return Check(found.truncated, self._is_altered(found, value), len(found))
 
     def _is_altered(self, found: Row, value: Any) -> bool:
         if self.verbatim is None:

@@ -147,25 +147,32 @@ def _keep_unchanged(
     layout.barrier()
 
 
-def check_rows(source: Source, todo: Sequence[int], bad: BadRows, layout: Layout) -> None:
+def check_rows(
+    source: Source, todo: Sequence[int], bad: BadRows, layout: Layout
+) -> tuple[int, int] | None:
     """Check the rows `todo` of this replica, divided among its ranks, before the first pass.
 
+    Returns the numbers of the shortest and the longest row of all replicas; None without a row.
     Raises RowError on every rank, naming the first bad rows of all replicas, if there are any that
     `bad` does not drop, or if no row of the source is left. Collectives over all ranks: an
     all-gather of a few strings.
     """
     share = layout.share([row for row in todo if row % source.samples_per_row == 0])
     refused, dropped, altered = _Found(), _Found(), 0
+    lengths: list[tuple[int, int]] = []
     last = time.monotonic()
     for count, row in enumerate(share, start=1):
         try:
-            altered += source.check(row).altered
+            found = source.check(row)
+            altered += found.altered
+            lengths.append((found.length, row))
         except RowError as error:
             (dropped if bad.drops(error) else refused).add(row, error)
         if time.monotonic() - last > SECONDS_BETWEEN_LINES:
             last = time.monotonic()
             layout.say(f"checking the rows before the first pass: {count} of {len(share)}")
-    parts = layout.gather((len(share), refused, dropped, altered))
+    lengths = [min(lengths), max(lengths)] if lengths else []
+    parts = layout.gather((len(share), refused, dropped, altered, lengths))
     refused, dropped = _Found.of(p[1] for p in parts), _Found.of(p[2] for p in parts)
     altered = sum(part[3] for part in parts)
     path, checked = source.file.path, sum(part[0] for part in parts)
@@ -177,6 +184,8 @@ def check_rows(source: Source, todo: Sequence[int], bad: BadRows, layout: Layout
         layout.say(f"{path}: left out {dropped.text(path, checked)}")
     if altered:
         layout.say(f"{path}: {altered} of {checked} rows are altered: {source.altered_by}")
+    lengths = [each for part in parts for each in part[4]]
+    return (min(lengths)[1], max(lengths)[1]) if lengths else None
 
 
 class _Found:

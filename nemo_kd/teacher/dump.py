@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, nullcontext
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -24,6 +25,7 @@ from nemo_kd.teacher.begin import (
     rows_of,
     shards_of,
 )
+from nemo_kd.teacher.checks import Company, check_teacher
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.interface import Forward, Teacher
@@ -55,13 +57,20 @@ def dump(config: DumpConfig, teacher: Teacher, rows: SFTRows | None = None) -> M
     spec = store_spec(config, teacher, rows.file, rows.template)
     forward = teacher.forward(spec, config.rows_per_lm_head)
 
+    company = Company()
+
+    def check(numbers: Sequence[int]) -> None:
+        nonlocal company
+        company = check_teacher(config, teacher, spec, [rows[number] for number in numbers])
+
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
-        return _samples(config, rows, rows_of(shard, spec, len(rows)), forward, progress)
+        numbers = rows_of(shard, spec, len(rows))
+        return _samples(config, rows, numbers, forward, progress, company)
 
     def tokens(numbers: Sequence[int]) -> Iterator[Row]:
         return readable(rows, numbers, bad_rows(config), [])
 
-    return write_store(config, spec, teacher.layout, rows, samples, tokens)
+    return write_store(config, spec, teacher.layout, rows, samples, check, tokens)
 
 
 def write_store(
@@ -70,6 +79,7 @@ def write_store(
     layout: Layout,
     source: Source,
     samples_of: Callable[[int, DumpProgress], Iterable[Sample]],
+    check: Callable[[Sequence[int]], None],
     tokens_of: TokensOf | None = None,
     progress_class: type[DumpProgress] = DumpProgress,
 ) -> Manifest | None:
@@ -77,7 +87,9 @@ def write_store(
 
     Returns its manifest, or None if a signal stopped the dump. Replica r writes the shards i with
     `i % replicas = r` that are not complete yet. `samples_of(shard, progress)` yields the samples
-    of a shard in any order, on the writing rank; `tokens_of` is passed to `open_writer`.
+    of a shard in any order, on the writing rank; `check(row numbers)` is called before the first
+    shard with the shortest and the longest row, on every rank; `tokens_of` is passed to
+    `open_writer`.
     Collectives over all ranks: a few small ones before the first shard and two after the last.
     """
     with locked(config.output_dir, layout) as check_lock:
@@ -94,7 +106,9 @@ def write_store(
         todo = [shard for shard in mine if not writer.is_complete(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
         # Its collective also keeps a rank from writing before others have listed complete shards.
-        check_rows(source, todo_rows, bad_rows(config), layout)
+        extremes = check_rows(source, todo_rows, bad_rows(config), layout)
+        if extremes is not None:
+            check(extremes)
         done = len(mine) - len(todo)
         with (
             StopOnSignal(layout) as stop,
@@ -195,13 +209,18 @@ def _identity(config: DumpConfig) -> dict[str, Any]:
 
 
 def _samples(
-    config: DumpConfig, rows: SFTRows, numbers: range, forward: Forward, progress: DumpProgress
+    config: DumpConfig,
+    rows: SFTRows,
+    numbers: range,
+    forward: Forward,
+    progress: DumpProgress,
+    company: Company,
 ) -> Iterator[Sample]:
     """Yield the samples of the given rows, longest first; nothing on ranks without logits."""
     bad, dropped = bad_rows(config), list[RowError]()
     batch = list(readable(rows, numbers, bad, dropped))
     progress.drop(dropped)
-    for call, micro_batch_size in _calls(config, batch, progress.layout):
+    for call, micro_batch_size in _calls(config, batch, progress.layout, company):
         results = forward(call, micro_batch_size)
         if results is None:
             continue
@@ -214,7 +233,9 @@ def _samples(
         progress.drop(dropped)
 
 
-def _calls(config: DumpConfig, rows: list[Row], layout: Layout) -> Iterator[tuple[list[Row], int]]:
+def _calls(
+    config: DumpConfig, rows: list[Row], layout: Layout, company: Company
+) -> Iterator[tuple[list[Row], int]]:
     """Group rows into forward calls of one micro-batch, more for pipeline stages.
 
     A server makes its own batches: it gets all rows in one call.
@@ -222,21 +243,33 @@ def _calls(config: DumpConfig, rows: list[Row], layout: Layout) -> Iterator[tupl
     if config.teacher.kind == "served":
         return calls(rows, 1, sys.maxsize, len(rows))
     # Several micro-batches in flight keep the pipeline stages busy.
-    in_flight = 1 if layout.stages == 1 else 2 * layout.stages
+    in_flight = 1 if layout.stages == 1 or company.alone else 2 * layout.stages
     limit = config.max_tokens_per_micro_batch or sys.maxsize
-    return calls(rows, config.model.micro_batch_size, limit, in_flight)
+    size = 1 if company.alone else config.model.micro_batch_size
+    return calls(rows, size, limit, in_flight, lambda row: company.group(len(row) - 1))
 
 
 def calls(
-    rows: list[Work], micro_batch_size: int, max_tokens: int, in_flight: int
+    rows: list[Work],
+    micro_batch_size: int,
+    max_tokens: int,
+    in_flight: int,
+    group: Callable[[Work], object] = lambda row: 0,
 ) -> Iterator[tuple[list[Work], int]]:
     """Group rows of similar length into forward calls; yield each group and its micro-batch size.
 
     A micro-batch has at most `micro_batch_size` rows and `max_tokens` tokens, but at least one row.
     A call has at most `in_flight` micro-batches. Megatron's schedules need micro-batches of equal
-    size, so that the remainder is processed in smaller calls.
+    size, so that the remainder is processed in smaller calls. A call has rows of one `group`, which
+    depends on their length.
     """
-    ordered = sorted(rows, key=lambda row: (-len(row), row.row))
+    for _, together in groupby(sorted(rows, key=lambda row: (-len(row), row.row)), group):
+        yield from _calls_of_group(list(together), micro_batch_size, max_tokens, in_flight)
+
+
+def _calls_of_group(
+    ordered: list[Work], micro_batch_size: int, max_tokens: int, in_flight: int
+) -> Iterator[tuple[list[Work], int]]:
     start = 0
     while start < len(ordered):
         left = len(ordered) - start

@@ -58,6 +58,12 @@ class Teacher(Protocol):
     def max_positions(self) -> int | None:
         """Maximum number of tokens per row for learned positions; None without a limit."""
 
+    def regime(self, positions: int) -> int:
+        """Return which of the model's regimes a row with this number of positions is computed in.
+
+        A row's logits are right only among rows of its own regime. 0 for a model with only one.
+        """
+
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> Forward: ...
 
     def writer(self, spec: StoreSpec, decoding: Decoding) -> Writer: ...

@@ -151,8 +151,9 @@ def meddling(path: Path, text: str) -> Any:
 
     class Forward(HFForward):
         def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> Any:
-            with path.open("a") as file:
-                file.write(text)
+            if self.select.spec.top_k == 20:  # a pass of the dump, not of the check before it
+                with path.open("a") as file:
+                    file.write(text)
             return super().__call__(rows, micro_batch_size)
 
     class Teacher(HFTeacher):

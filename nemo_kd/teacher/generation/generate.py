@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from nemo_kd.files import published
 from nemo_kd.sft import RowError, RowFile
@@ -21,12 +23,13 @@ from nemo_kd.sft.rows import Row, readable
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.manifest import ANSWERS
 from nemo_kd.teacher.begin import rows_of
+from nemo_kd.teacher.checks import Company, check_teacher
 from nemo_kd.teacher.config import GenerateConfig
 from nemo_kd.teacher.dump import calls, store_spec, write_store
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.generation.filter import AnswerFilter
 from nemo_kd.teacher.generation.prompts import Prompts
-from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError
+from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError, Prompt
 from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import bad_rows, model_of, same_file
@@ -52,7 +55,12 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
     model = model_of(config, teacher)
     prompts = Prompts(file, prompt_template(data, model), decoding)
     spec = generation_spec(config, teacher, file, recorded(data, model))
-    write = teacher.writer(spec, decoding)
+    write, company = teacher.writer(spec, decoding), Company()
+
+    def check(numbers: Sequence[int]) -> None:
+        nonlocal company
+        rows = [_as_row(prompts[number]) for number in numbers]
+        company = check_teacher(config, teacher, spec, rows)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
         assert isinstance(progress, GenerateProgress)
@@ -60,7 +68,9 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
         batch = list(readable(prompts, rows_of(shard, spec, len(prompts)), bad, dropped))
         progress.drop(dropped)
         limit = config.max_tokens_per_micro_batch or sys.maxsize
-        for call, _ in calls(batch, config.model.micro_batch_size, limit, in_flight=1):
+        size = 1 if company.alone else config.model.micro_batch_size
+        for call, _ in calls(batch, size, limit, 1, lambda prompt: company.group(len(prompt.ids))):
+            _check_regime(teacher, call)
             answers = write(call)
             if answers is not None:
                 yield from kept(answers, progress)
@@ -81,7 +91,9 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
             else:
                 yield sample_of(row, topk)
 
-    manifest = write_store(config, spec, layout, prompts, samples, progress_class=GenerateProgress)
+    manifest = write_store(
+        config, spec, layout, prompts, samples, check, progress_class=GenerateProgress
+    )
     if manifest is not None and layout.rank == 0:
         path = Path(config.output_dir) / ANSWERS
         total, same = write_answers(path, Store(config.output_dir), prompts)
@@ -90,6 +102,21 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
             "store"
         )
     return manifest
+
+
+def _as_row(prompt: Prompt) -> Row:
+    return Row(prompt.row, np.array(prompt.ids, np.int32), np.ones(len(prompt.ids), np.uint8))
+
+
+def _check_regime(teacher: Teacher, prompts: Sequence[Prompt]) -> None:
+    """Raise GenerationError if an answer could grow into a regime that its keys do not have."""
+    for prompt in prompts:
+        if teacher.regime(len(prompt.ids)) != teacher.regime(len(prompt) - 1):
+            raise GenerationError(
+                f"row {prompt.row}: the teacher computes {len(prompt) - 1} positions with other "
+                f"frequencies than the prompt's {len(prompt.ids)}, and cannot continue from the "
+                "keys of the prompt; reduce generation.max_new_tokens or the prompt"
+            )
 
 
 def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, AnswerFilter]:
