@@ -62,9 +62,10 @@ experiments: $(DEMO)  ## run all experiments of docs/results.md; takes hours, ca
 	$(BIN)/python experiments/time_steps.py results=$(RESULTS)
 	$(BIN)/python experiments/write_report.py results=$(RESULTS)
 
-# Two workers, one test file at a time; one thread each, since torch would use all cores.
+# Two workers, one test file at a time in the order of tests/conftest.py, not by number of tests;
+# one thread each, since torch would use all cores.
 WORKERS ?= 2
-PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 test: $(DEV)  ## run the tests, at most 15 minutes on 2 cores
 	$(PYTEST)

@@ -19,9 +19,13 @@ from tests.processes import run_program, run_script
 Script = Callable[..., subprocess.CompletedProcess[str]]
 Shared = Callable[[str, Callable[[Path], object]], Path]
 
+LONG = ("checkpoints", "layouts", "teacher", "hf", "cli")
+"""Folders whose tests begin, so that no worker is left with one of them at the end."""
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark as `nemo` the tests whose fixtures start a process group or NeMo."""
+    """Mark as `nemo` the tests whose fixtures start a process group or NeMo; sort by `LONG`."""
+    items.sort(key=lambda item: (*LONG, item.path.parent.name).index(item.path.parent.name))
     for item in items:
         if {"nemo", "ranks", "shared"} & set(getattr(item, "fixturenames", ())):
             item.add_marker("nemo")
