@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,7 +40,7 @@ class HuggingFaceCheckpoint:
             self.model = read_model(self.config)
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
-        for path in _weight_files(self.directory):
+        for path in weight_files(self.directory):
             with reading(str(path)):
                 file: Any = safe_open(str(path), framework="pt")
                 for key in file.keys():  # noqa: SIM118 (not a dict)
@@ -108,7 +108,7 @@ def _indexed(index: Path) -> list[str]:
     return names
 
 
-def _weight_files(directory: Path) -> list[Path]:
+def weight_files(directory: Path) -> list[Path]:
     """The files that transformers reads; raise CheckpointError if others lie beside them.
 
     transformers takes `model.safetensors` if it is there, else what the index names.
@@ -139,6 +139,16 @@ def _weight_files(directory: Path) -> list[Path]:
             "not belong to the model"
         )
     return files
+
+
+def stored(directory: Path, names: Collection[str]) -> dict[str, torch.Tensor]:
+    """Return those of the named tensors that the directory's safetensors have."""
+    found: dict[str, torch.Tensor] = {}
+    for path in weight_files(directory):
+        with reading(str(path)):
+            file: Any = safe_open(str(path), framework="pt")
+            found |= {name: file.get_tensor(name) for name in set(names) & set(file.keys())}
+    return found
 
 
 def to_transformers(

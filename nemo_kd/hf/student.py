@@ -10,7 +10,7 @@ import torch
 
 from nemo_kd.checkpoints import open_checkpoint, parse_layers
 from nemo_kd.checkpoints.huggingface import to_transformers
-from nemo_kd.hf.teacher import from_directory
+from nemo_kd.hf.loading import from_directory
 from nemo_kd.sft.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:

@@ -5,15 +5,12 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import AutoModelForCausalLM
 
 from nemo_kd.checkpoints import open_checkpoint
-from nemo_kd.errors import NemoKDError
-from nemo_kd.hf.settings import attention, read_config
+from nemo_kd.hf.loading import from_directory
 from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.hf.writer import HFWriter
 from nemo_kd.settings.batches import processes_of
@@ -102,34 +99,6 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
     teacher = HFTeacher(model, tokenizer, tokenizer_path, layout)
     _check(teacher, config)
     return teacher
-
-
-def from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
-    """Load the causal LM of a directory; raise HFTeacherError unless it is complete."""
-    try:
-        config = read_config(path)
-        model, info = AutoModelForCausalLM.from_pretrained(
-            str(path),
-            config=config,
-            torch_dtype=dtype,
-            attn_implementation=attention(config),
-            output_loading_info=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
-    except NemoKDError:
-        raise
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RuntimeError) as error:
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise HFTeacherError(
-            f"transformers does not load {path} as a causal language model: {reason}"
-        ) from error
-    if info["missing_keys"]:
-        raise HFTeacherError(
-            f"{path} lacks {len(info['missing_keys'])} of the model's tensors, such as "
-            f"{sorted(info['missing_keys'])[0]}; transformers would initialize them at random"
-        )
-    return model
 
 
 def _check(teacher: HFTeacher, config: DumpConfig) -> None:

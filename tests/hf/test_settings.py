@@ -12,8 +12,8 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from nemo_kd.hf.loading import from_directory
 from nemo_kd.hf.settings import ConfigError, read_config
-from nemo_kd.hf.teacher import from_directory
 
 LLAMA = {
     **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
