@@ -118,7 +118,8 @@ def kd_forward_step(
 
     Its loss function returns (Σ loss over the micro-batch's answer tokens, their number, a report):
     each term of the report is [Σ, number] over the answer tokens, of which Megatron-LM and
-    Megatron-Bridge log the quotient of their sums over micro-batches and ranks. The schedule divides by the number of answer tokens, of the micro-batch or, with
+    Megatron-Bridge log the quotient of their sums over micro-batches and ranks. The schedule
+    divides by the number of answer tokens, of the micro-batch or, with
     `TransformerConfig.calculate_per_token_loss`, of the global batch. Supports tensor, pipeline,
     sequence and data parallelism, and context parallelism if the model's attention does. Under a
     virtual pipeline each chunk of the model needs its own `StoreBatches`.
