@@ -21,6 +21,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from nemo_kd.checkpoints import open_checkpoint, parse_layers, write_nemo, written_bytes
+from nemo_kd.checkpoints.verify import is_verified
 from nemo_kd.cli.failures import reported
 
 
@@ -42,6 +43,13 @@ def main(
     dtype: Annotated[
         Precision, typer.Option(help="own: as in the checkpoint; float32 if it is quantised")
     ] = Precision.own,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            help="compare logits with transformers' and refuse a model that differs; "
+            "default: up to 1 billion parameters, if NeMo is installed"
+        ),
+    ] = None,
 ) -> None:
     """Convert SOURCE to the .nemo file OUTPUT, for NeMo's MegatronGPTSFTModel."""
     console = Console()
@@ -57,13 +65,27 @@ def main(
         layers = parse_layers(keep_layers, checkpoint.model.num_layers)
         size = written_bytes(checkpoint, len(layers), wanted)
         bar.update(task, description="converting", total=size)
-        done = write_nemo(checkpoint, output, layers, wanted, lambda n: bar.advance(task, n))
+        compare = is_verified(verify, checkpoint, len(layers))
+
+        def written(count: int) -> None:
+            bar.advance(task, count)
+            if compare and bar.finished:
+                bar.update(task, description="comparing logits", total=None)
+
+        done = write_nemo(checkpoint, output, layers, wanted, written, compare=compare)
     console.print(
         f"{done.path}: {len(layers)} of {checkpoint.model.num_layers} layers, "
         f"{done.parameters / 1e6:.1f} M parameters, {str(done.dtype).removeprefix('torch.')}, "
         f"{done.path.stat().st_size / 1e6:.0f} MB, {time.perf_counter() - start:.1f} s",
         soft_wrap=True,
     )
+    if done.verified:
+        console.print(
+            f"logits of {done.verified.tokens} tokens differ from transformers' by at most "
+            f"{done.verified.difference:.1e}"
+        )
+    else:
+        console.print("logits were not compared with transformers': --verify does it")
     if done.unused_rows:
         console.print(
             f"{done.unused_rows} embedding rows beyond the tokenizer's {done.vocab_size} ids are "

@@ -34,6 +34,7 @@ from nemo_kd.checkpoints.tokenizer import (
     pack_tokenizer,
     refuse_foreign_tokenizer,
 )
+from nemo_kd.checkpoints.verify import Verified, verify
 from nemo_kd.files import decode_json, flush
 from nemo_kd.outputs import install, refuse_directory, refuse_inputs, work_beside
 from nemo_kd.vocabulary import VocabularySize
@@ -54,6 +55,7 @@ class Conversion:
     dtype: torch.dtype
     unused_rows: int
     """Embedding rows beyond the tokenizer's vocabulary: kept, but no part of the training."""
+    verified: Verified | None
 
 
 def parse_layers(text: str | None, num_layers: int) -> tuple[int, ...]:
@@ -98,11 +100,14 @@ def write_nemo(
     keep_layers: Sequence[int],
     dtype: torch.dtype | None = None,
     written: Callable[[int], object] = lambda size: None,
+    *,
+    compare: bool = False,
 ) -> Conversion:
     """Write the `keep_layers` of `checkpoint` to `output` (.nemo), and its tokenizer beside it.
 
     `dtype` None keeps the checkpoint's own. An existing model and its tokenizer stay until the new
-    ones are complete. `written` is called with the bytes of each tensor when it is written.
+    ones are complete. `written` is called with the bytes of each tensor when it is written. With
+    `compare`, the logits are compared with transformers', and another model is a CheckpointError.
     """
     output = Path(output).parent.resolve() / Path(output).name
     dtype = dtype or checkpoint.dtype
@@ -141,6 +146,7 @@ def write_nemo(
         )
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
+        verified = verify(checkpoint, keep_layers, dtype, folder, new) if compare else None
         with tarfile.open(archive_path, "w:") as archive:
             archive.add(folder, arcname=".")
         _install(archive_path, output, new, tokenizer)
@@ -152,6 +158,7 @@ def write_nemo(
         vocab_size=vocabulary.ids,
         dtype=dtype,
         unused_rows=checkpoint.model.vocab_size - vocabulary.ids,
+        verified=verified,
     )
 
 
