@@ -62,7 +62,7 @@ def test_a_tar_is_read_in_place(tmp_path: Path) -> None:
 def test_megatron_core_reads_ours_and_we_read_its(tmp_path: Path) -> None:
     """On two processes: rows are split, and a table is padded."""
     made(tmp_path / "ours")
-    run_program("tests/checkpoints/megatron_world.py", tmp_path, processes=2)
+    run_program("tests/checkpoints/megatron_world.py", tmp_path, processes=2, fork=True)
     read: dict[str, Any] = torch.load(tmp_path / "read.pt", weights_only=True)
     assert torch.equal(read["w"], torch.stack([*map(value, range(LAYERS))]))
     assert torch.equal(read["table"][:6], value(7).bfloat16())

@@ -69,7 +69,7 @@ def by_transformers(
         f"--store={students}/store",
         f"--output={out}",
     ]
-    run_program(EXAMPLE, *given, "--steps=2", *options)
+    run_program(EXAMPLE, *given, "--steps=2", *options, fork=True)
     return first_step(json.loads((out / "trainer_state.json").read_text())["log_history"])
 
 

@@ -83,7 +83,7 @@ def test_two_processes_make_the_step_of_one(store: Path, tmp_path: Path) -> None
     config = json.dumps({"alpha": CONFIG.alpha, "temperature": CONFIG.temperature})
     runs["early"] = {**runs["apart"], "early": True}
     program = "tests/hf/steps.py"
-    run_program(program, tmp_path, store, config, json.dumps(runs), processes=2)
+    run_program(program, tmp_path, store, config, json.dumps(runs), processes=2, fork=True)
     assert "gradients of the processes are not averaged" in torch.load(tmp_path / "early.pt")
     for name in RUNS:
         result = torch.load(tmp_path / f"{name}.pt", weights_only=True)
