@@ -43,6 +43,7 @@ class GGUFCheckpoint:
     """A memory-mapped GGUF file, whose tensors are dequantised to float32 on access."""
 
     dtype = torch.float32
+    generation_config = None
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

@@ -38,6 +38,9 @@ class HuggingFaceCheckpoint:
         with reading(str(path)):
             self.config = _config(path)
             self.model = read_model(self.config)
+        path = self.directory / "generation_config.json"
+        with reading(str(path)):
+            self.generation_config = _object(path) if path.is_file() else None
         self._files: dict[str, Any] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in weight_files(self.directory):
@@ -78,8 +81,12 @@ def _config(path: Path) -> dict[str, Any]:
             f"no config.json in {path.parent}; expected a Hugging Face checkpoint directory "
             "(config.json and *.safetensors) or a .gguf file"
         )
-    config: dict[str, Any] = decode_json(read_bounded(path, MAX_CONFIG), dict[str, Any])
-    return config
+    return _object(path)
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found: dict[str, Any] = decode_json(read_bounded(path, MAX_CONFIG), dict[str, Any])
+    return found
 
 
 def _shape(path: Path, key: str, part: Any) -> tuple[int, ...]:

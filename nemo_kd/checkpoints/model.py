@@ -145,6 +145,10 @@ class Checkpoint(Protocol):
     def config(self) -> Mapping[str, Any]:
         """The whole `config.json`, or what it would have for a file of another format."""
 
+    @property
+    def generation_config(self) -> Mapping[str, Any] | None:
+        """The whole `generation_config.json`; None without one."""
+
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of a Hugging Face name, in `dtype`."""
 

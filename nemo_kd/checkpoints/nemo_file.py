@@ -137,6 +137,7 @@ def write_nemo(
             "checkpoint": checkpoint.name,
             "layers": list(keep_layers),
             "config": dict(checkpoint.config),
+            "generation_config": checkpoint.generation_config,
         }
         distributed.write(
             megatron.slices(checkpoint, keep_layers, dtype),
