@@ -183,7 +183,10 @@ def show(number: int, reports: list[dict[str, torch.Tensor]]) -> None:
 
     if not parallel_state.is_pipeline_last_stage():
         return
-    sums = {name: sum(report[name].double() for report in reports) for name in reports[0]}
+    sums = {
+        name: torch.stack([report[name].double() for report in reports]).sum(0)
+        for name in reports[0]
+    }
     for value in sums.values():  # [sum, number of answer tokens]
         torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
