@@ -44,8 +44,8 @@ LIBRARIES: dict[str, set[str]] = {
     "data": {"numpy", "torch"},
     "teacher": {"numpy", "rich", "torch"},
     "checkpoints": {
-        *("gguf", "megatron", "msgspec", "numpy", "omegaconf", "safetensors", "tokenizers"),
-        *("torch", "transformers", "yaml"),
+        *("gguf", "megatron", "msgspec", "numpy", "omegaconf", "safetensors", "sentencepiece"),
+        *("tokenizers", "torch", "transformers", "yaml"),
     },
     "mcore": {"megatron", "numpy", "torch"},
     "hf": {"numpy", "torch", "transformers"},

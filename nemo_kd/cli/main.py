@@ -24,7 +24,15 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is None:
         _own_the_process()
     try:
-        from nemo_kd.cli import doctor, look, make, plan, remote, run  # noqa: F401 (each adds commands)
+        from nemo_kd.cli import (  # noqa: F401 (each adds commands)
+            doctor,
+            export,
+            look,
+            make,
+            plan,
+            remote,
+            run,
+        )
         from nemo_kd.cli.app import app
     except ModuleNotFoundError as error:
         if error.name not in ("msgspec", "numpy", "rich", "typer"):

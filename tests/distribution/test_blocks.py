@@ -16,6 +16,7 @@ import torch
 import yaml
 
 import nemo_kd.loss
+from nemo_kd.checkpoints import open_checkpoint, write_nemo
 from nemo_kd.cli.main import main
 from nemo_kd.loss import vocab_parallel_topk
 from tests.checkpoints import models
@@ -115,10 +116,18 @@ def s3(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         yield
 
 
+@pytest.fixture
+def student(page: Path, world: Path) -> None:
+    """`student.nemo`, for pages that export it."""
+    if "nemo-kd export student.nemo" in page.read_text():
+        source = open_checkpoint(models.save(models.llama("tied_grouped"), world / "source"))
+        write_nemo(source, world / "student.nemo", range(4))
+
+
 @pytest.mark.parametrize(
     "page", [p for p in PAGES if blocks_of(p)], ids=lambda page: str(page.relative_to(ROOT))
 )
-def test_the_blocks_of_a_page_work(page: Path, world: Path, s3: None) -> None:
+def test_the_blocks_of_a_page_work(page: Path, world: Path, s3: None, student: None) -> None:
     namespace = names(page.name)
     for block in blocks_of(page):
         if exempt(block):

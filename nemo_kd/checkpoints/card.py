@@ -1,0 +1,108 @@
+"""The model card of an exported model: what its checkpoint records, and nothing else.
+
+Format of the first lines: huggingface.co/docs/hub/model-cards, "Model card metadata".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from nemo_kd.checkpoints.source import Source
+
+STORES, STEPS = "kd_train_stores", "kd_trained_steps"
+"""Keys of NeMo's configuration in which a training records its data and its length."""
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+SETTINGS = ("alpha", "sft_weight", "kd_weight", "divergence", "support", "temperature")
+"""Settings of `model.kd` that a card names."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """What is known beside the checkpoint's own configuration."""
+
+    stores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Fingerprint of a store → `teacher` and `top_k`, of stores that can be read."""
+    figures: Mapping[str, float] = field(default_factory=dict)
+    """Figures that the training logged last, by their names."""
+
+
+def model_card(
+    card: Card, source: Source, config: Mapping[str, Any], library: str = "transformers"
+) -> str:
+    """The text of a README.md."""
+    section = source.section or {}
+    base = base_name(section, config)
+    data = [one for one in section.get(STORES) or [] if isinstance(one, Mapping)]
+    kd = section.get("kd") if isinstance(section.get("kd"), Mapping) else None
+    distilled = kd is not None and STEPS in section and bool(kd.get("alpha") or kd.get("kd_weight"))
+    head: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
+    if HUB_NAME.fullmatch(base or ""):
+        head["base_model"] = base
+    tags = ["nemo", *(["knowledge-distillation"] if distilled else [])]
+    lines = ["---", yaml.safe_dump({**head, "tags": tags}, sort_keys=False).strip(), "---", ""]
+    lines += [f"# {source.path.name.removesuffix('.nemo')}", ""]
+    lines += ["Exported from a NeMo or Megatron-core checkpoint with `nemo-kd export`.", ""]
+    rows = _rows(base, section, data, kd if STEPS in section else None, card)
+    if rows:
+        lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows), ""]
+    if card.figures:
+        lines += ["Figures of the training's last validation, on the stores it was given:", ""]
+        lines += ["| figure | value |", "|---|---|"]
+        lines += [f"| {_cell(key)} | {value:.4f} |" for key, value in sorted(card.figures.items())]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def base_name(
+    section: Mapping[str, Any], config: Mapping[str, Any], *, full: bool = False
+) -> str | None:
+    """The model before training: its name on the hub if recorded, else its directory's.
+
+    `full`: with the directories above it.
+    """
+    recorded = str(config.get("_name_or_path") or "")
+    if HUB_NAME.fullmatch(recorded) and not Path(recorded).exists():
+        return recorded
+    converted = section.get("converted_from")
+    name = converted.get("checkpoint") if isinstance(converted, Mapping) else None
+    if not name:
+        return None
+    return str(Path(str(name)).resolve()) if full else Path(str(name)).name
+
+
+def _rows(
+    base: str | None,
+    section: Mapping[str, Any],
+    data: list[Mapping[str, Any]],
+    kd: Mapping[str, Any] | None,
+    card: Card,
+) -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    converted = section.get("converted_from")
+    if base:
+        rows.append(("base model", base))
+    if isinstance(converted, Mapping) and isinstance(converted.get("config"), Mapping):
+        kept, total = len(converted["layers"]), converted["config"].get("num_hidden_layers")
+        if kept != total:
+            layers = ", ".join(map(str, converted["layers"]))
+            rows.append(("layers of the base", f"{kept} of {total}: {layers}"))
+    for one in data:
+        known = card.stores.get(str(one.get("fingerprint")), {})
+        rows.append(("training data", f"{Path(str(one.get('path'))).name}"))
+        rows.append(("its fingerprint (SHA-256)", one.get("fingerprint")))
+        rows += [(key.replace("_", " "), value) for key, value in known.items()]
+    if STEPS in section:
+        rows.append(("steps", section[STEPS]))
+    rows += [(f"kd.{key}", kd[key]) for key in SETTINGS if kd and kd.get(key) is not None]
+    return rows
+
+
+def _cell(value: Any) -> str:
+    """A value within a table's cell."""
+    return re.sub(r"[\s|]+", " ", str(value))

@@ -1,0 +1,52 @@
+"""Directories that exports write: complete or absent, and replaced only if an export wrote them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from nemo_kd.checkpoints import safetensors_file
+from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.outputs import install, refuse_inputs, work_beside
+
+
+@contextmanager
+def new_directory(
+    output: str | Path, inputs: Iterable[str | Path], *, overwrite: bool
+) -> Iterator[Path]:
+    """Yield an empty directory that becomes `output` on a clean exit from the context.
+
+    Errors: NemoKDError if `output` is or holds one of `inputs`, or is not empty, unless an export
+    wrote it and `overwrite` is set.
+    """
+    output = Path(output).parent.resolve() / Path(output).name
+    refuse_inputs([output], inputs)
+    _refuse_foreign(output, overwrite=overwrite)
+    with work_beside(output) as work:
+        new = work / "model"
+        new.mkdir()
+        yield new
+        install(new, output)
+
+
+def _refuse_foreign(output: Path, *, overwrite: bool) -> None:
+    """Raise CheckpointError if the directory `output` may not be replaced."""
+    if output.is_symlink() or (output.exists() and not output.is_dir()):
+        raise CheckpointError(f"{output} is not a directory; give another path")
+    found = {one.name for one in output.iterdir()} if output.exists() else set()
+    foreign = found - safetensors_file.written_files(output) if found else found
+    if foreign:
+        raise CheckpointError(
+            f"{output} would be replaced, but {min(foreign)} was not written by an export; move "
+            "the directory away, or choose another name"
+        )
+    if found and not overwrite:
+        raise CheckpointError(f"{output} already exists; use --overwrite to replace it")
+
+
+def dump(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file as transformers does."""
+    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")

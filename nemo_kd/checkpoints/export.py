@@ -1,0 +1,217 @@
+"""Write a model of NeMo or Megatron-core as a Hugging Face directory.
+
+    config.json, model.safetensors (or several, with an index), the tokenizer,
+    generation_config.json, README.md
+
+Weights are read, split by `families.py` and written one Megatron tensor at a time, from any layout
+of ranks. The directory appears under its name when it is complete.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_kd.checkpoints import nemo_settings, safetensors_file
+from nemo_kd.checkpoints.card import Card, model_card
+from nemo_kd.checkpoints.config_json import read_model
+from nemo_kd.checkpoints.directory import dump, new_directory
+from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
+from nemo_kd.checkpoints.families import family_of
+from nemo_kd.checkpoints.lora import MergedWeights, open_adapters
+from nemo_kd.checkpoints.model import CheckpointError, Model, finite, reading
+from nemo_kd.checkpoints.safetensors_file import Entry
+from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.weights import Weights
+from nemo_kd.files import decode_json, read_bounded
+from nemo_kd.vocabulary import VocabularySize
+
+CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
+MAX_JSON = 4 << 20  # bytes
+STEPS = "kd_trained_steps"
+"""Key of a section that a training has changed."""
+IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote."""
+
+    path: Path
+    model: Model
+    parameters: int
+    nbytes: int
+    dtype: torch.dtype
+    stored_rows: int
+    """Rows of the embedding in the checkpoint, padding included."""
+
+
+@dataclass(frozen=True)
+class Student:
+    """A model to export: all that is written, but for the weights themselves."""
+
+    source: Source
+    record: Source
+    """The source whose configuration records the training: the adapters, if any were merged."""
+    model: Model
+    config: dict[str, Any]
+    tokenizer: Any
+    generation: dict[str, Any]
+    weights: Weights
+
+
+def open_student(
+    path: str | Path,
+    base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    base_model: str | Path | None = None,
+) -> Student:
+    """Open the model at `path` and check that all of it can be exported.
+
+    `base` is a Hugging Face directory whose config.json describes the model, `tokenizer` one that
+    replaces the model's own. With `base_model`, `path` has LoRA adapters, which are merged into it.
+    Errors: CheckpointError for a model that a config.json cannot describe.
+    """
+    source = open_source(path if base_model is None else base_model)
+    if source.weights is None:
+        raise CheckpointError(
+            f"{source.path} has adapters only: give the model that they were trained on by "
+            "--base-model to merge them, or --peft to write them for the PEFT library"
+        )
+    name = str(source.path)
+    config = config_of(source, base)
+    loaded = tokenizer_of(source, base, tokenizer)
+    stored = source.weights.shapes.get(f"{source.prefix}{EMBEDDING}")
+    if stored is None:
+        raise CheckpointError(f"{name} has no {EMBEDDING}; is it a language model?")
+    config.setdefault("vocab_size", stored[0])
+    model = read_model(config)
+    trained = base_model is not None or STEPS in (source.section or {})
+    rows = config["vocab_size"] if stored[0] == config["vocab_size"] and not trained else None
+    rows = _rows(source, stored[0], rows, VocabularySize.of(loaded))
+    tied = f"{source.prefix}output_layer.weight" not in source.weights.shapes
+    if tied != model.tied:
+        config["tie_word_embeddings"] = tied
+    if source.section is not None:
+        nemo_settings.check(name, source.section, model)
+    config["vocab_size"] = rows
+    config.setdefault("architectures", [model.architecture])
+    config.setdefault("model_type", family_of(model).model_type)
+    model = replace(model, vocab_size=rows, tied=tied)
+    generation = _generation(config, base, loaded)
+    if base is None and nemo_settings.CONVERTED not in (source.section or {}):
+        config = {**generation, **config}  # the class's own ids would be another tokenizer's
+    weights, record = Weights(source.weights, source.prefix, model), source
+    if base_model is not None:
+        adapters = open_adapters(path, model)
+        weights, record = MergedWeights(weights, adapters), adapters.source
+    return Student(source, record, model, config, loaded, generation, weights)
+
+
+def config_of(source: Source, base: str | Path | None) -> dict[str, Any]:
+    """The config.json that describes a source, before what the export changes."""
+    if base is not None:
+        return nemo_settings.both_versions(_read_json(Path(base) / CONFIG))
+    if source.section is None:
+        raise CheckpointError(
+            f"{source.path} is a checkpoint without NeMo's configuration: give --base, a Hugging "
+            "Face directory with config.json and the tokenizer of the model"
+        )
+    return nemo_settings.config_of(str(source.path), source.section)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist; give a Hugging Face directory")
+    with reading(str(path)):
+        found: dict[str, Any] = decode_json(read_bounded(path, MAX_JSON), dict[str, Any])
+        return found
+
+
+def _rows(source: Source, stored: int, kept: int | None, vocabulary: VocabularySize) -> int:
+    """Rows of the embedding to write: `kept` of an untouched conversion, else the tokenizer's ids.
+
+    Rows beyond are Megatron's padding: no training learns them and no evaluation counts them.
+    """
+    if vocabulary.ids > stored:
+        raise CheckpointError(
+            f"{source.path}: the tokenizer's largest id is {vocabulary.ids - 1}, but the embedding "
+            f"has {stored} rows; they belong to different models"
+        )
+    return vocabulary.ids if kept is None else kept
+
+
+def _generation(
+    config: Mapping[str, Any], base: str | Path | None, tokenizer: Any
+) -> dict[str, Any]:
+    """generation_config.json: the base's, if there is one, with the token that ends an answer."""
+    path = Path(base) / GENERATION if base is not None else None
+    if path is not None and path.is_file():
+        found = _read_json(path)
+    else:
+        found = {key: config[key] for key in IDS if config.get(key) is not None}
+    for key in IDS:
+        value = getattr(tokenizer, key)
+        if key not in found and value is not None:
+            found[key] = value
+    ends = found.get("eos_token_id")
+    ends = ends if isinstance(ends, list) else [ends]
+    if tokenizer.eos_token_id not in (None, *ends):
+        found["eos_token_id"] = [tokenizer.eos_token_id, *(one for one in ends if one is not None)]
+    return found
+
+
+def export(
+    student: Student,
+    output: str | Path,
+    *,
+    inputs: tuple[str | Path, ...] = (),
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    card: Card | None = None,
+    progress: Callable[[int, int], object] = lambda done, total: None,
+) -> Exported:
+    """Write `student` to the directory `output`.
+
+    `dtype` None keeps each tensor's own. `inputs` are further paths that must not be overwritten.
+    `progress` is called with the bytes written and their total.
+    Errors: NemoKDError if `output` is not empty, unless an export wrote it and `overwrite` is set.
+    """
+    entries = [
+        Entry(name, shape, dtype or kind) for name, shape, kind in student.weights.described()
+    ]
+    shards = safetensors_file.shards_of(entries)
+    total = sum(entry.nbytes for entry in entries)
+    config = student.config | {"torch_dtype": str(entries[0].dtype).removeprefix("torch.")}
+    if "dtype" in config:  # transformers 5 reads it first
+        config["dtype"] = config["torch_dtype"]
+    sources = [student.source.path, student.record.path, *inputs]
+    with new_directory(output, sources, overwrite=overwrite) as new:
+        student.tokenizer.save_pretrained(str(new))
+        dump(new / CONFIG, config)
+        dump(new / GENERATION, student.generation)
+        (new / CARD).write_text(model_card(card or Card(), student.record, config))
+        if len(shards) > 1:
+            (new / safetensors_file.INDEX).write_text(safetensors_file.index_of(shards))
+        files = [*(one.name for one in new.iterdir()), *shards]
+        done = 0
+        for size in safetensors_file.write(new, shards, _tensors(student, entries), files):
+            done += size
+            progress(done, total)
+    return Exported(
+        path=Path(output),
+        model=student.model,
+        parameters=sum(torch.Size(entry.shape).numel() for entry in entries),
+        nbytes=total,
+        dtype=entries[0].dtype,
+        stored_rows=student.weights.stored_rows,
+    )
+
+
+def _tensors(student: Student, entries: list[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
+    for (name, tensor), entry in zip(student.weights.tensors(), entries, strict=True):
+        yield name, finite(str(student.source.path), name, tensor.to(entry.dtype))

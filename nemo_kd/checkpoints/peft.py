@@ -1,0 +1,99 @@
+"""Write LoRA adapters of NeMo as a directory of the PEFT library.
+
+Format: huggingface.co/docs/peft, "PEFT checkpoint format".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemo_kd.checkpoints import safetensors_file
+from nemo_kd.checkpoints.card import Card, base_name, model_card
+from nemo_kd.checkpoints.config_json import read_model
+from nemo_kd.checkpoints.directory import dump, new_directory
+from nemo_kd.checkpoints.export import CARD, config_of
+from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
+from nemo_kd.checkpoints.lora import Adapters, open_adapters, split
+from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.safetensors_file import Entry
+from nemo_kd.checkpoints.source import open_source
+
+CONFIG, SINGLE = "adapter_config.json", "adapter_model.safetensors"
+
+
+def export_adapters(
+    path: str | Path,
+    output: str | Path,
+    *,
+    base: str | Path | None = None,
+    tokenizer: str | Path | None = None,
+    dtype: torch.dtype | None = None,
+    overwrite: bool = False,
+    card: Card | None = None,
+) -> int:
+    """Write the adapters at `path` to the directory `output`; return their number.
+
+    `base` is the Hugging Face directory of the model that they belong to; None: the one it was
+    converted from.
+    Errors: CheckpointError for a base that is not recorded, and those of `open_adapters`.
+    """
+    source = open_source(path)
+    config = config_of(source, base)
+    config.setdefault("vocab_size", 1)
+    section = source.section or {}
+    name = str(Path(base).resolve()) if base is not None else _recorded(path, section, config)
+    model = read_model(config)
+    adapters = open_adapters(path, model)
+    loaded = tokenizer_of(source, base, tokenizer)
+    tensors = [(key, tensor.to(dtype or tensor.dtype)) for key, tensor in split(adapters, model)]
+    entries = [Entry(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors]
+    inputs = [one for one in (path, base, tokenizer) if one is not None]
+    with new_directory(output, inputs, overwrite=overwrite) as new:
+        loaded.save_pretrained(str(new))
+        dump(
+            new / CONFIG, peft_config(adapters, [key for key, _ in tensors], name, model.num_layers)
+        )
+        (new / CARD).write_text(model_card(card or Card(), source, config, library="peft"))
+        files = [*(one.name for one in new.iterdir()), SINGLE]
+        for _ in safetensors_file.write(new, {SINGLE: entries}, iter(tensors), files):
+            pass
+    return len(adapters.pairs)
+
+
+def _recorded(path: str | Path, section: Mapping[str, Any], config: Mapping[str, Any]) -> str:
+    """The base's name on the hub, or the directory that it was converted from."""
+    converted = section.get("converted_from")
+    if isinstance(converted, Mapping) and len(converted["layers"]) == converted["config"].get(
+        "num_hidden_layers"
+    ):
+        name = base_name(section, config, full=True)
+        if name:
+            return name
+    raise CheckpointError(
+        f"{path} does not record a Hugging Face directory with the layers of its base; give it by "
+        "--base (export the base first, if there is none)"
+    )
+
+
+def peft_config(adapters: Adapters, names: list[str], base: str, num_layers: int) -> dict[str, Any]:
+    """adapter_config.json for tensors `names`; `base` is the model's name or directory."""
+    layers = sorted({layer for layer, _ in adapters.pairs})
+    config: dict[str, Any] = {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": adapters.dim,
+        "lora_alpha": adapters.alpha,
+        "lora_dropout": 0.0,
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "target_modules": sorted({name.split(".")[-3] for name in names}),
+    }
+    if len(layers) < num_layers:
+        config |= {"layers_to_transform": layers, "layers_pattern": "layers"}
+    return config

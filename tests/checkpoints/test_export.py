@@ -1,0 +1,286 @@
+"""An exported model is the same model in transformers, whatever saved it and in how many parts."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from nemo_kd.checkpoints import (
+    distributed,
+    families,
+    megatron,
+    open_checkpoint,
+    safetensors_file,
+    write_nemo,
+)
+from nemo_kd.checkpoints.distributed import Slice
+from nemo_kd.checkpoints.export import export, open_student
+from nemo_kd.checkpoints.model import CheckpointError
+from tests.checkpoints import models
+from tests.conftest import ROOT
+from tests.store.test_writer import contents
+
+FAMILIES = (*models.MODELS, *models.FAMILIES, *models.ROPES)
+TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+
+
+def built(name: str) -> PreTrainedModel:
+    return models.llama(name) if name in models.MODELS else models.family(name)
+
+
+def saved(model: PreTrainedModel, directory: Path) -> Path:
+    """The model and a tokenizer with a chat template, as `save_pretrained` writes them."""
+    model.save_pretrained(directory)
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def converted(source: Path, layers: Sequence[int] | None = None) -> Path:
+    """`source` as a `.nemo` beside it."""
+    checkpoint = open_checkpoint(source)
+    kept = range(checkpoint.model.num_layers) if layers is None else layers
+    return write_nemo(checkpoint, source.with_suffix(".nemo"), kept).path
+
+
+def tensors(directory: Path) -> dict[str, torch.Tensor]:
+    found: dict[str, torch.Tensor] = {}
+    for path in directory.glob("*.safetensors"):
+        found |= load_file(path)
+    return found
+
+
+def assert_equal(found: Mapping[str, torch.Tensor], wanted: Mapping[str, torch.Tensor]) -> None:
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype, name
+        assert torch.equal(found[name], tensor), name
+
+
+def config(directory: Path) -> dict[str, Any]:
+    loaded: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    return loaded
+
+
+@torch.no_grad()
+def logits(directory: Path) -> torch.Tensor:
+    """Of transformers, `[S, V]`."""
+    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32)
+    ids = models.tokenizer()(models.TEXT[:200], return_tensors="pt").input_ids
+    found: torch.Tensor = model.eval()(ids).logits[0]
+    return found
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_round_trip_gives_the_same_bytes(tmp_path: Path, name: str) -> None:
+    model = built(name)
+    if name in ("untied_llama3", "phi3", "mixtral"):
+        model = model.bfloat16()
+    source = saved(model, tmp_path / "source")
+    output = export(open_student(converted(source)), tmp_path / "out").path
+    assert_equal(tensors(output), tensors(source))
+    assert config(output) == config(source)
+    assert torch.equal(logits(output), logits(source))
+    tokenizer = AutoTokenizer.from_pretrained(output)
+    assert tokenizer(models.TEXT).input_ids == models.tokenizer()(models.TEXT).input_ids
+    assert tokenizer.chat_template == TEMPLATE
+
+
+def test_an_unpacked_nemo_and_several_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = saved(models.llama("untied_llama3"), tmp_path / "source")
+    with tarfile.open(converted(source)) as archive:
+        archive.extractall(tmp_path / "unpacked", filter="data")
+    monkeypatch.setattr(
+        safetensors_file.shards_of, "__defaults__", (safetensors_file.SINGLE, 100_000)
+    )
+    output = export(open_student(tmp_path / "unpacked"), tmp_path / "out").path
+    files = sorted(output.glob("model-*.safetensors"))
+    assert len(files) > 2 and files[0].name == f"model-00001-of-{len(files):05}.safetensors"
+    assert all(path.stat().st_size < 110_000 for path in files[1:])
+    assert_equal(tensors(output), tensors(source))
+    assert torch.equal(logits(output), logits(source))
+
+
+def test_a_pruned_model_has_the_settings_of_its_layers(tmp_path: Path) -> None:
+    """Of four layers every second has a window in Qwen 3's `layer_types`."""
+    model = models.family("qwen3")
+    source = saved(model, tmp_path / "source")
+    kinds = ["full_attention"] * 4
+    settings = config(source) | {"layer_types": kinds}
+    (source / "config.json").write_text(json.dumps(settings))
+    output = export(open_student(converted(source, [0, 3])), tmp_path / "out").path
+    assert config(output) == settings | {"num_hidden_layers": 2, "layer_types": kinds[:2]}
+    wanted = tensors(source)
+    kept = {"model.layers.0.": "model.layers.0.", "model.layers.1.": "model.layers.3."}
+    for name, tensor in tensors(output).items():
+        for new, old in kept.items():
+            name = name.replace(new, old) if name.startswith(new) else name
+        assert torch.equal(tensor, wanted[name]), name
+    assert len(tensors(output)) == len(wanted) - 2 * 11
+    assert "2 of 4: 0, 3" in (output / "README.md").read_text()
+
+
+def write_megatron(source: Path, directory: Path, rows: int) -> None:
+    """Megatron-core's names, a padded vocabulary and an optimizer's state."""
+    checkpoint = open_checkpoint(source)
+    parts = []
+    for one in megatron.slices(checkpoint, range(checkpoint.model.num_layers), torch.float32):
+        key, shape, read = one.key.removeprefix("model."), one.shape, one.read
+        if shape[0] == checkpoint.model.vocab_size:
+            shape = (rows, *shape[1:])
+            read = padded(one, rows)
+        parts.append(Slice(key, shape, one.dtype, read, one.at))
+        parts.append(Slice(f"optimizer.state.exp_avg.{key}", shape, one.dtype, read, one.at))
+    distributed.write(parts, [], directory)
+
+
+def padded(one: Slice, rows: int) -> Any:
+    return lambda: torch.nn.functional.pad(one.read(), (0, 0, 0, rows - one.shape[0]), value=7.0)
+
+
+def test_a_checkpoint_of_megatron_core_takes_settings_and_tokenizer_from_its_base(
+    tmp_path: Path,
+) -> None:
+    source = saved(models.llama("untied_llama3"), tmp_path / "source")
+    (source / "generation_config.json").write_text('{"eos_token_id": 5, "top_k": 7}')
+    write_megatron(source, tmp_path / "run/iter_0000010", rows=384)
+    (tmp_path / "run/latest_checkpointed_iteration.txt").write_text("10")
+    with pytest.raises(CheckpointError, match="give --base"):
+        open_student(tmp_path / "run")
+    output = export(open_student(tmp_path / "run", base=source), tmp_path / "out").path
+    wanted = tensors(source)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        wanted[name] = wanted[name][: models.TOKENS]
+    assert_equal(tensors(output), wanted)
+    assert config(output) == config(source) | {"vocab_size": models.TOKENS}
+    generation = json.loads((output / "generation_config.json").read_text())
+    assert generation["top_k"] == 7 and generation["eos_token_id"] == [1, 5]
+    other = saved(models.llama("tied_grouped"), tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"linear_qkv\.weight has shape"):
+        open_student(tmp_path / "run", base=other)
+
+
+def changed(nemo: Path, directory: Path, **settings: Any) -> Path:
+    """The `.nemo` unpacked, with other settings."""
+    with tarfile.open(nemo) as archive:
+        archive.extractall(directory, filter="data")
+    path = directory / "model_config.yaml"
+    path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | settings))
+    return directory
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "rope": ({"rotary_base": 1234.0}, r"model\.rotary_base is 1234\.0"),
+    "interpolation": ({"seq_len_interpolation_factor": 2}, "seq_len_interpolation_factor is 2"),
+    "epsilon": ({"layernorm_epsilon": 0.1}, r"layernorm_epsilon is 0\.1"),
+    "activation": ({"activation": "gelu"}, "activation is 'gelu'"),
+    "window": ({"window_size": [15, 0]}, "window_size is"),
+    "scale": ({"softmax_scale": 2.0}, "softmax_scale is"),
+    "fraction": ({"rotary_percentage": 0.5}, r"rotary_percentage is 0\.5"),
+    "gemma": ({"apply_embedding_scaling": True}, "apply_embedding_scaling is True"),
+    "layers": ({"num_layers": 3}, "num_layers is 3"),
+    "learned": ({"converted_from": None, "position_embedding_type": None}, "learned_absolute"),
+    "layernorm": ({"converted_from": None, "normalization": "layernorm1p"}, "layernorm1p"),
+    "tokenizer": ({"tokenizer": {"library": "megatron"}}, "'megatron', which is not converted"),
+    "no tokenizer": ({"tokenizer": None}, "--tokenizer"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_setting_that_changes_the_model_is_refused_by_its_name(
+    plain: Path, tmp_path: Path, case: str
+) -> None:
+    settings, message = REFUSED[case]
+    with pytest.raises(CheckpointError, match=message):
+        open_student(changed(plain, tmp_path / "changed", **settings))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("plain")
+    return converted(saved(models.llama("tied_grouped"), directory / "source"))
+
+
+def test_a_llama_without_its_config_json_is_described_by_nemos_settings(
+    plain: Path, tmp_path: Path
+) -> None:
+    nemo = changed(plain, tmp_path / "changed", converted_from=None)
+    output = export(open_student(nemo), tmp_path / "out").path
+    wanted = logits(plain.parent / "source")[:, : models.TOKENS]
+    torch.testing.assert_close(logits(output)[:, : models.TOKENS], wanted, rtol=0, atol=1e-5)
+
+
+def test_what_is_no_checkpoint_is_refused(plain: Path, tmp_path: Path) -> None:
+    empty, text = tmp_path / "empty", tmp_path / "text.nemo"
+    empty.mkdir()
+    text.write_text("text")
+    for path in (empty, text, tmp_path / "absent"):
+        with pytest.raises(CheckpointError, match=r"expected a \.nemo"):
+            open_student(path)
+    with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
+        open_student(plain, base=empty)
+
+
+def test_only_what_an_export_wrote_is_replaced(plain: Path, tmp_path: Path) -> None:
+    student, output = open_student(plain), tmp_path / "out"
+    export(student, output)
+    before = contents(output)
+    with pytest.raises(CheckpointError, match="already exists; use --overwrite"):
+        export(student, output)
+    export(student, output, dtype=torch.bfloat16, overwrite=True)
+    assert contents(output) != before
+    assert config(output)["torch_dtype"] == "bfloat16"
+    (output / "mine").write_text("mine")
+    before = contents(output)
+    with pytest.raises(CheckpointError, match="mine was not written by an export"):
+        export(student, output, overwrite=True)
+    foreign = plain.parent / "source"  # written by transformers
+    with pytest.raises(CheckpointError, match="was not written by an export"):
+        export(student, foreign, overwrite=True)
+    assert contents(output) == before and not list(tmp_path.glob(".*"))
+
+
+KILLED = """
+import os, signal, sys
+from nemo_kd.checkpoints.export import export, open_student
+kill = lambda done, total: os.kill(os.getpid(), signal.SIGKILL) if done > total / 2 else None
+export(open_student(sys.argv[1]), sys.argv[2], overwrite=True, progress=kill)
+"""
+
+
+def test_a_killed_export_leaves_the_old_one_and_the_next_cleans_up(
+    plain: Path, tmp_path: Path
+) -> None:
+    output = export(open_student(plain), tmp_path / "out", dtype=torch.bfloat16).path
+    before = contents(output)
+    command = [sys.executable, "-c", KILLED, str(plain), str(output)]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == -signal.SIGKILL
+    assert contents(output) == before
+    export(open_student(plain), output, overwrite=True)
+    assert contents(output) != before
+    assert [one.name for one in tmp_path.iterdir()] == ["out"]
+
+
+def test_the_page_lists_the_families() -> None:
+    listed = re.findall(
+        r"^\| `(\w+)` \| `(\w+)` \|$", (ROOT / "docs/checkpoints.md").read_text(), re.M
+    )
+    assert listed == [(name, family.model_type) for name, family in families.FAMILIES.items()]

@@ -1,0 +1,183 @@
+"""LoRA adapters of NeMo, merged and for PEFT, give the logits of transformers' weights with B A."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from nemo_kd.checkpoints.config_json import read_model
+from nemo_kd.checkpoints.export import export, open_student
+from nemo_kd.checkpoints.families import by_query_group
+from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.peft import export_adapters
+from tests.checkpoints import models
+from tests.checkpoints.test_export import converted, logits, saved
+
+DIM, ALPHA = 3, 5
+BLOCKS = {
+    "self_attention.adapter_layer.lora_kqv_adapter": ("self_attn", ("q", "k", "v")),
+    "self_attention.adapter_layer.lora_dense_attention_adapter": ("self_attn", ("o",)),
+    "mlp.adapter_layer.lora_hto4h_adapter": ("mlp", ("gate", "up")),
+    "mlp.adapter_layer.lora_4htoh_adapter": ("mlp", ("down",)),
+}
+INPUT_IS_PARALLEL = ("lora_dense_attention_adapter", "lora_4htoh_adapter")
+State = dict[str, torch.Tensor]
+
+
+def adapted(model: Any, layers: Sequence[int]) -> tuple[State, State]:
+    """NeMo's state of random adapters, at one rank, and transformers' weights with B A added."""
+    torch.manual_seed(3)
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    sizes = read_model(model.config.to_dict())
+    state: State = {}
+    for layer in layers:
+        for adapter, (block, names) in BLOCKS.items():
+            keys = [f"model.layers.{layer}.{block}.{name}_proj.weight" for name in names]
+            a = torch.randn(DIM, weights[keys[0]].shape[1])
+            parts = [torch.randn(weights[key].shape[0], DIM) * 0.1 for key in keys]
+            for key, b in zip(keys, parts, strict=True):
+                weights[key] += ALPHA / DIM * (b @ a)
+            joined = by_query_group(parts, sizes) if len(parts) == 3 else torch.cat(parts)
+            state[f"model.decoder.layers.{layer}.{adapter}.linear_in.weight"] = a
+            state[f"model.decoder.layers.{layer}.{adapter}.linear_out.weight"] = joined
+    return state, weights
+
+
+def divided(state: State, tensor: int, stages: int, layers: int) -> dict[str, State]:
+    """The state of each rank, under NeMo's names of their folders."""
+    ranks: dict[str, State] = {}
+    for key, value in state.items():
+        layer, rest = key.removeprefix("model.decoder.layers.").split(".", 1)
+        stage, local = divmod(int(layer), layers // stages)
+        rows = value.chunk(tensor)
+        if "linear_in" in key and any(name in key for name in INPUT_IS_PARALLEL):
+            rows = value.chunk(tensor, dim=1)
+        if "lora_hto4h_adapter.linear_out" in key:  # each rank: its gate above its up
+            gate, up = (half.chunk(tensor) for half in value.chunk(2))
+            rows = tuple(torch.cat(pair) for pair in zip(gate, up, strict=True))
+        for rank, part in enumerate(rows):
+            folder = f"tp_rank_{rank:02d}_pp_rank_{stage:03d}/" if stages > 1 else ""
+            folder = folder or (f"mp_rank_{rank:02d}/" if tensor > 1 else "")
+            ranks.setdefault(folder, {})[f"model.decoder.layers.{local}.{rest}"] = part
+    return ranks
+
+
+def write_adapters(base: Path, path: Path, ranks: dict[str, State], **settings: Any) -> Path:
+    """A `.nemo` of adapters, as NeMo saves them, with the configuration of the model `base`."""
+    with tarfile.open(base) as archive, tarfile.open(path, "w:") as target:
+        for member in archive:
+            if member.isfile() and "model_weights" not in member.name:
+                data = archive.extractfile(member).read()  # type: ignore[union-attr]
+                if member.name.endswith("model_config.yaml"):
+                    section = yaml.safe_load(data)
+                    lora = {"adapter_dim": DIM, "alpha": ALPHA, "variant": "nemo"}
+                    section["peft"] = {"peft_scheme": "lora", "lora_tuning": lora}
+                    for key, value in settings.items():
+                        lora.update(value) if key == "lora" else section.update({key: value})
+                    data = yaml.safe_dump(section).encode()
+                add(target, member.name, data)
+        for folder, state in ranks.items():
+            buffer = io.BytesIO()
+            torch.save(state, buffer)
+            add(target, f"./{folder}model_weights.ckpt", buffer.getvalue())
+    return path
+
+
+def add(archive: tarfile.TarFile, name: str, data: bytes) -> None:
+    info = tarfile.TarInfo(name)
+    info.size = len(data)
+    archive.addfile(info, io.BytesIO(data))
+
+
+@torch.no_grad()
+def expected(source: Path, weights: State) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32).eval()
+    model.load_state_dict(weights)
+    ids = models.tokenizer()(models.TEXT[:200], return_tensors="pt").input_ids
+    found: torch.Tensor = model(ids).logits[0]
+    return found
+
+
+@pytest.mark.parametrize(("tensor", "stages"), [(1, 1), (2, 1), (2, 2)])
+@pytest.mark.parametrize("layers", [range(4), [1, 2]])
+def test_merged_and_by_peft_they_give_the_same_logits(
+    tmp_path: Path, tensor: int, stages: int, layers: Sequence[int]
+) -> None:
+    model = models.llama("tied_grouped")
+    source = saved(model, tmp_path / "source")
+    nemo = converted(source)
+    state, weights = adapted(model, layers)
+    wanted = expected(source, weights)
+    assert (wanted - logits(source)).abs().max() > 0.1  # the comparison can fail
+    settings = {"tensor_model_parallel_size": tensor, "pipeline_model_parallel_size": stages}
+    adapters = write_adapters(
+        nemo, tmp_path / "adapters.nemo", divided(state, tensor, stages, 4), **settings
+    )
+    merged = export(open_student(adapters, base_model=nemo), tmp_path / "merged").path
+    close(logits(merged), wanted[:, : models.TOKENS])
+    export_adapters(adapters, tmp_path / "peft")
+    base = AutoModelForCausalLM.from_pretrained(source, torch_dtype=torch.float32)
+    by_peft = PeftModel.from_pretrained(base, str(tmp_path / "peft")).eval()
+    ids = models.tokenizer()(models.TEXT[:200], return_tensors="pt").input_ids
+    with torch.no_grad():
+        close(by_peft(ids).logits[0], wanted)
+
+
+def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
+    """Float32 sums in another order: of logits below 100, 1e-5 each."""
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
+
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    "scheme": ({"peft": {"peft_scheme": "ia3"}}, "peft_scheme is ia3"),
+    "variant": ({"lora": {"variant": "canonical"}}, "variant is canonical"),
+    "tied": ({"lora": {"weight_tying": True}}, "weight_tying is True"),
+    "rope": ({"rotary_base": 7.0}, r"model\.rotary_base is 7\.0"),
+    "ranks": ({"tensor_model_parallel_size": 2}, r"lacks mp_rank_00/model_weights\.ckpt"),
+}
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("base")
+    return converted(saved(models.llama("tied_grouped"), directory / "source"))
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_is_not_plain_lora_is_refused_by_its_name(
+    base: Path, tmp_path: Path, case: str
+) -> None:
+    settings, message = REFUSED[case]
+    state, _ = adapted(models.llama("tied_grouped"), range(4))
+    adapters = write_adapters(base, tmp_path / "a.nemo", {"": state}, **settings)
+    with pytest.raises(CheckpointError, match=message):
+        open_student(adapters, base_model=base)
+    with pytest.raises(CheckpointError, match=message):
+        export_adapters(adapters, tmp_path / "peft")
+    assert not (tmp_path / "peft").exists()
+
+
+def test_adapters_and_models_are_not_mistaken_for_each_other(base: Path, tmp_path: Path) -> None:
+    state, _ = adapted(models.llama("tied_grouped"), range(4))
+    adapters = write_adapters(base, tmp_path / "a.nemo", {"": state})
+    with pytest.raises(CheckpointError, match="--base-model to merge them, or --peft"):
+        open_student(adapters)
+    with pytest.raises(CheckpointError, match="a complete model, not adapters"):
+        open_student(base, base_model=base)
+    other = converted(saved(models.llama("untied_llama3"), tmp_path / "other"))
+    with pytest.raises(CheckpointError, match=r"model\.\w+ is|is for a weight of shape"):
+        open_student(adapters, base_model=other)
+    name = "model.decoder.layers.0.mlp.adapter_layer.mlp_infused.scalers"
+    extra = state | {name: torch.ones(80)}
+    broken = write_adapters(base, tmp_path / "b.nemo", {"": extra})
+    with pytest.raises(CheckpointError, match="is not of a LoRA adapter"):
+        open_student(broken, base_model=base)
