@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from nemo_kd.cli import doctor, look, make, plan, remote  # noqa: F401 (each adds its commands)
+from nemo_kd.cli import doctor, export, look, make, plan, remote  # noqa: F401 (each adds its commands)
 from nemo_kd.cli.app import app
 from nemo_kd.nemo.config import KDTrainingConfig
 from tests.conftest import ROOT

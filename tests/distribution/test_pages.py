@@ -23,6 +23,7 @@ PATCHING = {
 SETTING = {
     "checkpoints/gguf_tokenizer.py",
     "checkpoints/huggingface.py",
+    "checkpoints/sentencepiece_tokenizer.py",
     "checkpoints/tokenizer.py",
     "cli/run.py",
     "hf/settings.py",
