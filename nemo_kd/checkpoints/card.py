@@ -27,7 +27,9 @@ class Card:
     """What is known beside the checkpoint's own configuration."""
 
     stores: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    """Fingerprint of a store → `teacher` and `top_k`, of stores that can be read."""
+    """Fingerprint of a store → facts about it by their names, of stores that can be read."""
+    kd: Mapping[str, Any] = field(default_factory=dict)
+    """Settings of `model.kd`, defaults filled in; empty without knowledge distillation."""
     figures: Mapping[str, float] = field(default_factory=dict)
     """Figures that the training logged last, by their names."""
 
@@ -39,16 +41,14 @@ def model_card(
     section = source.section or {}
     base = base_name(section, config)
     data = [one for one in section.get(STORES) or [] if isinstance(one, Mapping)]
-    kd = section.get("kd") if isinstance(section.get("kd"), Mapping) else None
-    distilled = kd is not None and STEPS in section and bool(kd.get("alpha") or kd.get("kd_weight"))
     head: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
     if HUB_NAME.fullmatch(base or ""):
         head["base_model"] = base
-    tags = ["nemo", *(["knowledge-distillation"] if distilled else [])]
+    tags = ["nemo", *(["knowledge-distillation"] if card.kd else [])]
     lines = ["---", yaml.safe_dump({**head, "tags": tags}, sort_keys=False).strip(), "---", ""]
     lines += [f"# {source.path.name.removesuffix('.nemo')}", ""]
     lines += ["Exported from a NeMo or Megatron-core checkpoint with `nemo-kd export`.", ""]
-    rows = _rows(base, section, data, kd if STEPS in section else None, card)
+    rows = _rows(base, section, data, card)
     if rows:
         lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows), ""]
     if card.figures:
@@ -80,7 +80,6 @@ def _rows(
     base: str | None,
     section: Mapping[str, Any],
     data: list[Mapping[str, Any]],
-    kd: Mapping[str, Any] | None,
     card: Card,
 ) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
@@ -96,10 +95,10 @@ def _rows(
         known = card.stores.get(str(one.get("fingerprint")), {})
         rows.append(("training data", f"{Path(str(one.get('path'))).name}"))
         rows.append(("its fingerprint (SHA-256)", one.get("fingerprint")))
-        rows += [(key.replace("_", " "), value) for key, value in known.items()]
+        rows += known.items()
     if STEPS in section:
         rows.append(("steps", section[STEPS]))
-    rows += [(f"kd.{key}", kd[key]) for key in SETTINGS if kd and kd.get(key) is not None]
+    rows += [(f"kd.{key}", card.kd[key]) for key in SETTINGS if card.kd.get(key) is not None]
     return rows
 
 

@@ -9,7 +9,7 @@ of ranks. The directory appears under its name when it is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from nemo_kd.checkpoints.directory import dump, new_directory
 from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
 from nemo_kd.checkpoints.families import family_of
 from nemo_kd.checkpoints.lora import MergedWeights, open_adapters
-from nemo_kd.checkpoints.model import CheckpointError, Model, finite, reading
+from nemo_kd.checkpoints.model import CheckpointError, Model, reading
 from nemo_kd.checkpoints.safetensors_file import Entry
 from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
 from nemo_kd.checkpoints.weights import Weights
@@ -88,20 +88,19 @@ def open_student(
     stored = source.weights.shapes.get(f"{source.prefix}{EMBEDDING}")
     if stored is None:
         raise CheckpointError(f"{name} has no {EMBEDDING}; is it a language model?")
-    config.setdefault("vocab_size", stored[0])
-    model = read_model(config)
     trained = base_model is not None or STEPS in (source.section or {})
-    rows = config["vocab_size"] if stored[0] == config["vocab_size"] and not trained else None
-    rows = _rows(source, stored[0], rows, VocabularySize.of(loaded))
+    untouched = config.get("vocab_size") == stored[0] and not trained
+    rows = _rows(source, stored[0], VocabularySize.of(loaded), all_of_them=untouched)
+    config["vocab_size"] = rows
+    model = read_model(config)
     tied = f"{source.prefix}output_layer.weight" not in source.weights.shapes
     if tied != model.tied:
         config["tie_word_embeddings"] = tied
     if source.section is not None:
         nemo_settings.check(name, source.section, model)
-    config["vocab_size"] = rows
     config.setdefault("architectures", [model.architecture])
     config.setdefault("model_type", family_of(model).model_type)
-    model = replace(model, vocab_size=rows, tied=tied)
+    model = replace(model, tied=tied)
     generation = _generation(config, base, loaded)
     if base is None and nemo_settings.CONVERTED not in (source.section or {}):
         config = {**generation, **config}  # the class's own ids would be another tokenizer's
@@ -132,8 +131,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         return found
 
 
-def _rows(source: Source, stored: int, kept: int | None, vocabulary: VocabularySize) -> int:
-    """Rows of the embedding to write: `kept` of an untouched conversion, else the tokenizer's ids.
+def _rows(source: Source, stored: int, vocabulary: VocabularySize, *, all_of_them: bool) -> int:
+    """Rows of the embedding to write: all of an untouched conversion, else the tokenizer's ids.
 
     Rows beyond are Megatron's padding: no training learns them and no evaluation counts them.
     """
@@ -142,7 +141,7 @@ def _rows(source: Source, stored: int, kept: int | None, vocabulary: VocabularyS
             f"{source.path}: the tokenizer's largest id is {vocabulary.ids - 1}, but the embedding "
             f"has {stored} rows; they belong to different models"
         )
-    return vocabulary.ids if kept is None else kept
+    return stored if all_of_them else vocabulary.ids
 
 
 def _generation(
@@ -199,7 +198,7 @@ def export(
             (new / safetensors_file.INDEX).write_text(safetensors_file.index_of(shards))
         files = [*(one.name for one in new.iterdir()), *shards]
         done = 0
-        for size in safetensors_file.write(new, shards, _tensors(student, entries), files):
+        for size in safetensors_file.write(new, shards, student.weights.tensors(), files):
             done += size
             progress(done, total)
     return Exported(
@@ -210,8 +209,3 @@ def export(
         dtype=entries[0].dtype,
         stored_rows=student.weights.stored_rows,
     )
-
-
-def _tensors(student: Student, entries: list[Entry]) -> Iterator[tuple[str, torch.Tensor]]:
-    for (name, tensor), entry in zip(student.weights.tensors(), entries, strict=True):
-        yield name, finite(str(student.source.path), name, tensor.to(entry.dtype))

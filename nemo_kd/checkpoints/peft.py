@@ -49,8 +49,8 @@ def export_adapters(
     model = read_model(config)
     adapters = open_adapters(path, model)
     loaded = tokenizer_of(source, base, tokenizer)
-    tensors = [(key, tensor.to(dtype or tensor.dtype)) for key, tensor in split(adapters, model)]
-    entries = [Entry(key, tuple(tensor.shape), tensor.dtype) for key, tensor in tensors]
+    tensors = list(split(adapters, model))
+    entries = [Entry(key, tuple(one.shape), dtype or one.dtype) for key, one in tensors]
     inputs = [one for one in (path, base, tokenizer) if one is not None]
     with new_directory(output, inputs, overwrite=overwrite) as new:
         loaded.save_pretrained(str(new))

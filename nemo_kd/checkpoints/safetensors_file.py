@@ -19,11 +19,15 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from nemo_kd.checkpoints.model import finite
+
 SINGLE = "model.safetensors"
 INDEX = f"{SINGLE}.index.json"
 MAX_SHARD = 5_000_000_000
 """Bytes of a file's tensors, as in `save_pretrained`; a larger tensor has a file of its own."""
 ALIGNMENT = 8
+PIECE = 1 << 22
+"""Values that are converted and checked at a time, since that needs copies."""
 FILES = "nemo_kd_files"
 """Key of a file's metadata: the files of the directory that an export wrote with it, by name."""
 NAMES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -73,19 +77,20 @@ def write(
 ) -> Iterator[int]:
     """Write `shards` to `directory`, and yield the bytes of each tensor after it is written.
 
-    `tensors` yields (name, tensor) in the order of `shards`, with shapes and types of the entries.
-    `files` are the names of all files of the export.
+    `tensors` yields (name, tensor) in the order of `shards`; each is converted to the type of its
+    entry. `files` are the names of all files of the export.
+    Errors: CheckpointError for a value that is NaN or infinite in its type.
     """
     for name, entries in shards.items():
         with (directory / name).open("wb") as file:
             file.write(_header(entries, files))
             for entry in entries:
                 key, tensor = next(tensors)
-                if (key, tuple(tensor.shape), tensor.dtype) != (
-                    *(entry.name, entry.shape, entry.dtype),
-                ):
+                if (key, tuple(tensor.shape)) != (entry.name, entry.shape):
                     raise ValueError(f"{key} {tuple(tensor.shape)} was written for {entry}")
-                file.write(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                for piece in tensor.reshape(-1).split(PIECE):
+                    piece = finite(name, key, piece.to(entry.dtype))
+                    file.write(piece.view(torch.uint8).numpy().data)
                 del tensor
                 yield entry.nbytes
 

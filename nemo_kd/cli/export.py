@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -107,7 +108,7 @@ def export(
 
 def card_of(source: Source) -> Card:
     """What a model card can say beside the checkpoint's configuration: from stores and metrics."""
-    from nemo_kd.checkpoints.card import STORES, Card
+    from nemo_kd.checkpoints.card import STEPS, STORES, Card
     from nemo_kd.store import Store, StoreError
 
     section, stores = source.section or {}, {}
@@ -117,8 +118,31 @@ def card_of(source: Source) -> Card:
         except (StoreError, OSError, KeyError, TypeError):
             continue  # moved, or an SFT file
         if store.fingerprint == one.get("fingerprint"):
-            stores[store.fingerprint] = {**store.spec.teacher, "top_k": store.spec.top_k}
-    return Card(stores, _figures(source, section.get("kd_trained_steps")))
+            of_teacher = {f"teacher's {key}": value for key, value in store.spec.teacher.items()}
+            stores[store.fingerprint] = {**of_teacher, "K": store.spec.top_k}
+    steps = section.get(STEPS)
+    return Card(stores, _distillation(section) if steps else {}, _figures(source, steps))
+
+
+def _distillation(section: dict[str, Any]) -> dict[str, Any]:
+    """Settings of `model.kd`, if the training had a store and a weight of the KD loss."""
+    from omegaconf import OmegaConf
+
+    from nemo_kd.errors import NemoKDError
+    from nemo_kd.nemo.config import kd_training_config
+
+    data = section.get("data")
+    train = data.get("train_ds") if isinstance(data, dict) else None
+    if not isinstance(train, dict) or not train.get("store"):
+        return {}
+    try:
+        config = kd_training_config(OmegaConf.create(section.get("kd") or {}))
+    except NemoKDError:  # of another version
+        return {}
+    settings = dataclasses.asdict(config)
+    if (config.sft_weight, config.kd_weight) == (None, None):
+        settings["alpha"] = config.weights[1] if train.get("alpha") is None else train["alpha"]
+    return settings if config.distils else {}
 
 
 def _figures(source: Source, steps: int | None) -> dict[str, float]:

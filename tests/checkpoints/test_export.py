@@ -284,3 +284,12 @@ def test_the_page_lists_the_families() -> None:
         r"^\| `(\w+)` \| `(\w+)` \|$", (ROOT / "docs/checkpoints.md").read_text(), re.M
     )
     assert listed == [(name, family.model_type) for name, family in families.FAMILIES.items()]
+
+
+def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model = models.llama("tied_grouped")
+    model.state_dict()["model.layers.2.mlp.down_proj.weight"][0, 0] = 1e6
+    nemo = converted(saved(model, tmp_path / "source"))
+    with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.down_proj\.weight has .* infinite"):
+        export(open_student(nemo), tmp_path / "out", dtype=torch.float16)
+    assert not (tmp_path / "out").exists()

@@ -63,7 +63,7 @@ def test_a_student_has_the_losses_and_answers_of_nemo(
     card = (tmp_path / "hf/README.md").read_text()
     train_store = Store(dump())
     assert train_store.fingerprint in card and "- knowledge-distillation" in card
-    assert "| steps | 6 |" in card and "| top k | 20 |" in card
+    assert "| steps | 6 |" in card and "| K | 20 |" in card and "| kd.alpha | 0.9 |" in card
     assert f"| heldout/sft_loss | {wanted:.4f} |" in card
     run_script(
         "generate_with_teacher.py",
