@@ -293,3 +293,25 @@ def test_values_that_a_type_cannot_hold_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"layers\.2\.mlp\.down_proj\.weight has .* infinite"):
         export(open_student(nemo), tmp_path / "out", dtype=torch.float16)
     assert not (tmp_path / "out").exists()
+
+
+def test_settings_of_transformers_5_are_written_for_4_as_well(tmp_path: Path) -> None:
+    source = saved(models.llama("untied_llama3"), tmp_path / "source")
+    wanted, settings = logits(source), config(source)
+    rope = settings.pop("rope_scaling") | {"rope_theta": settings.pop("rope_theta")}
+    settings |= {"rope_parameters": rope, "dtype": settings.pop("torch_dtype")}
+    (source / "config.json").write_text(json.dumps(settings))
+    assert (logits(source) - wanted).abs().max() > 0.1  # transformers 4 does not read them
+    output = export(open_student(converted(source)), tmp_path / "out").path
+    assert torch.equal(logits(output), wanted)
+    assert config(output)["rope_parameters"] == rope
+
+
+def test_a_gguf_becomes_a_hugging_face_directory(tmp_path: Path) -> None:
+    model = models.llama("tied_grouped")
+    path = models.write_gguf(model, tmp_path / "model.gguf")
+    nemo = write_nemo(open_checkpoint(path), tmp_path / "model.nemo", range(4)).path
+    output = export(open_student(nemo), tmp_path / "out").path
+    saved(model, tmp_path / "source")
+    assert_equal(tensors(output), tensors(tmp_path / "source"))
+    assert torch.equal(logits(output), logits(tmp_path / "source"))
