@@ -9,7 +9,7 @@ of ranks. The directory appears under its name when it is complete.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -101,7 +101,7 @@ def open_student(
     config.setdefault("architectures", [model.architecture])
     config.setdefault("model_type", family_of(model).model_type)
     model = replace(model, tied=tied)
-    generation = _generation(config, base, loaded)
+    generation = _generation(source, config, base, loaded)
     if base is None and nemo_settings.CONVERTED not in (source.section or {}):
         config = {**generation, **config}  # the class's own ids would be another tokenizer's
     weights, record = Weights(source.weights, source.prefix, model), source
@@ -145,23 +145,35 @@ def _rows(source: Source, stored: int, vocabulary: VocabularySize, *, all_of_the
 
 
 def _generation(
-    config: Mapping[str, Any], base: str | Path | None, tokenizer: Any
+    source: Source, config: Mapping[str, Any], base: str | Path | None, tokenizer: Any
 ) -> dict[str, Any]:
-    """generation_config.json: the base's, if there is one, with the token that ends an answer."""
+    """generation_config.json: the base's, else that of the conversion's source, else three ids.
+
+    The tokenizer's end of sequence, with which answers end in training, ends a generation as well.
+    """
     path = Path(base) / GENERATION if base is not None else None
+    converted = (source.section or {}).get(nemo_settings.CONVERTED) or {}
     if path is not None and path.is_file():
         found = _read_json(path)
+    elif base is None and converted.get("generation_config"):
+        found = dict(converted["generation_config"])
     else:
-        found = {key: config[key] for key in IDS if config.get(key) is not None}
-    for key in IDS:
-        value = getattr(tokenizer, key)
-        if key not in found and value is not None:
-            found[key] = value
+        ids = {key: config.get(key, getattr(tokenizer, key)) for key in IDS}
+        found = {key: value for key, value in ids.items() if value is not None}
     ends = found.get("eos_token_id")
     ends = ends if isinstance(ends, list) else [ends]
     if tokenizer.eos_token_id not in (None, *ends):
-        found["eos_token_id"] = [tokenizer.eos_token_id, *(one for one in ends if one is not None)]
+        ends = [tokenizer.eos_token_id, *(one for one in ends if one is not None)]
+        found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
     return found
+
+
+def _dtype(config: Mapping[str, Any], entries: Sequence[Entry]) -> dict[str, str]:
+    """The type that config.json states: its own if any tensor has it, else the embedding's."""
+    names = [str(entry.dtype).removeprefix("torch.") for entry in entries]
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    name = config[key] if config.get(key) in names else names[0]
+    return {"torch_dtype": name} | ({"dtype": name} if "dtype" in config else {})
 
 
 def export(
@@ -185,9 +197,7 @@ def export(
     ]
     shards = safetensors_file.shards_of(entries)
     total = sum(entry.nbytes for entry in entries)
-    config = student.config | {"torch_dtype": str(entries[0].dtype).removeprefix("torch.")}
-    if "dtype" in config:  # transformers 5 reads it first
-        config["dtype"] = config["torch_dtype"]
+    config = student.config | _dtype(student.config, entries)
     sources = [student.source.path, student.record.path, *inputs]
     with new_directory(output, sources, overwrite=overwrite) as new:
         student.tokenizer.save_pretrained(str(new))

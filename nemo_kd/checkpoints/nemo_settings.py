@@ -48,6 +48,7 @@ DEFAULTS: dict[str, Any] = {
     "apply_embedding_scaling": False,
     "mcore_customization_config": None,
     "drop_layers": None,
+    "no_rope_freq": None,
     "num_moe_experts": None,
 }
 """Settings that decide the logits, and what NeMo 2.4 takes where one is missing."""
@@ -60,6 +61,10 @@ EXPERTS = {
     "moe_shared_expert_intermediate_size": None,
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
+    "moe_router_num_groups": None,
+    "moe_router_enable_expert_bias": False,
+    "moe_apply_probs_on_input": False,
+    "moe_expert_capacity_factor": None,
 }
 """Settings that count only with Llama 3's scaling, or with experts."""
 

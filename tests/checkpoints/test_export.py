@@ -101,6 +101,36 @@ def test_the_round_trip_gives_the_same_bytes(tmp_path: Path, name: str) -> None:
     assert tokenizer.chat_template == TEMPLATE
 
 
+@pytest.mark.parametrize(
+    ("given", "ends"),
+    [
+        ({"eos_token_id": [1, 7], "temperature": 0.6, "top_p": 0.9, "do_sample": True}, [1, 7]),
+        ({"eos_token_id": 7, "max_length": 50}, [1, 7]),
+        ({"bos_token_id": 0}, 1),
+        (None, 1),
+    ],
+)
+def test_generation_ends_as_before_and_at_the_tokenizers_end(
+    tmp_path: Path, given: dict[str, Any] | None, ends: int | list[int]
+) -> None:
+    """Never at the end of the configuration's class, 2 of a Llama, an ordinary token here."""
+    source = saved(models.llama("tied_grouped"), tmp_path / "source")
+    settings = config(source)
+    for key in ("bos_token_id", "eos_token_id"):
+        del settings[key]
+    (source / "config.json").write_text(json.dumps(settings))
+    (source / "generation_config.json").unlink()
+    if given is not None:
+        (source / "generation_config.json").write_text(json.dumps(given))
+    output = export(open_student(converted(source)), tmp_path / "out").path
+    found = json.loads((output / "generation_config.json").read_text())
+    if given is None:
+        given = {"bos_token_id": 0, "pad_token_id": 1}
+    assert found == given | {"eos_token_id": ends}
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.generation_config.eos_token_id == ends
+
+
 def test_an_unpacked_nemo_and_several_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
