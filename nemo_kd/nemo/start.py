@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_kd.checkpoints.distributed import METADATA, DistributedCheckpoint, files_of
+from nemo_kd.checkpoints.source import WEIGHTS
 from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import cpu
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_model import MegatronGPTModel
 
 Model = TypeVar("Model", bound="MegatronGPTModel")
+
+EMBEDDING = "model.embedding.word_embeddings.weight"
 
 CPU_PRECISIONS = ("32", "bf16", "bf16-mixed")
 """Values of `trainer.precision` that work on a CPU."""
@@ -176,12 +180,31 @@ def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer
             merged[key] = value
         merged.precision = cfg.trainer.precision
         merged.target = f"{model_class.__module__}.{model_class.__qualname__}"
-    return model_class.restore_from(
+    model = model_class.restore_from(
         str(path),
         override_config_path=merged,
         trainer=trainer,
         save_restore_connector=_connector(path),
     )
+    _check_rows(Path(path), model)
+    return model
+
+
+def _check_rows(path: Path, model: Any) -> None:
+    """Refuse a tokenizer with ids beyond the checkpoint's embedding: NeMo leaves them as they are.
+
+    Megatron loads an embedding of another size without a word, since its padding may differ.
+    """
+    files = files_of(path, WEIGHTS)
+    if METADATA not in files:
+        return
+    shape = DistributedCheckpoint(str(path), files).shapes.get(EMBEDDING)
+    if shape is not None and shape[0] < model.tokenizer.vocab_size:
+        raise NemoKDError(
+            f"{path}: the tokenizer's largest id is {model.tokenizer.vocab_size - 1}, but the "
+            f"embedding has {shape[0]} rows: the tokenizer is another model's, or the conversion "
+            "cut the rows beyond a gap of the ids; convert the checkpoint again"
+        )
 
 
 def _connector(path: str | Path) -> Any:

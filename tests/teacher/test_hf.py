@@ -109,6 +109,11 @@ def test_a_token_beyond_a_gap_of_the_ids_keeps_its_logit(world: Path, store: str
         assert np.abs(logsumexp - sample.topk.logsumexp[:, 0]).max() < 1e-4
 
 
+def test_a_tokenizer_beyond_the_rows_of_a_nemo_is_refused(world: Path) -> None:
+    said = (world / "cut.txt").read_text()
+    assert "the tokenizer's largest id is 350, but the embedding has 300 rows" in said
+
+
 def test_another_tokenizer_is_refused_by_its_first_other_token(world: Path) -> None:
     renamed, longer, unknown = json.loads((world / "parity.json").read_text())["differences"]
     assert renamed == "; the first difference is id 1: '<end>' in the store, '</s>' here"

@@ -124,6 +124,12 @@ def gap(directory: Path) -> None:
     for kind, name in (("hf", "gap"), ("nemo", "gap.nemo")):
         cfg = configuration(directory, name, f"gap_{kind}", f"teacher.kind={kind}", *settings)
         dump(read(cfg), start(cfg))
+    write_nemo(open_checkpoint(directory / "llama"), directory / "cut.nemo", range(1))
+    shutil.copytree(directory / "gap.tokenizer", directory / "cut.tokenizer", dirs_exist_ok=True)
+    try:
+        start(configuration(directory, "cut.nemo", "none"))
+    except ValueError as error:
+        (directory / "cut.txt").write_text(str(error))
 
 
 def without_answers(directory: Path) -> None:
