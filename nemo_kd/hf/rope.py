@@ -20,7 +20,7 @@ class LengthDependentRope:
         config: Any = model.config.get_text_config()
         scaling = getattr(config, "rope_scaling", None) or {}
         kind = scaling.get("rope_type") or scaling.get("type") or "default"
-        self.dynamic = "dynamic" in kind
+        self.dynamic, self.factor = "dynamic" in kind, scaling.get("factor", 1.0)
         self.limit: int | None = None
         if self.dynamic:
             self.limit = config.max_position_embeddings
@@ -39,6 +39,11 @@ class LengthDependentRope:
         if self.limit is None or positions <= self.limit:
             return 0
         return positions if self.dynamic else 1
+
+    @property
+    def reach(self) -> float:
+        """How many times `max_position_embeddings` a dynamic model computes; 1 for others."""
+        return float(self.factor) if self.dynamic else 1.0
 
     def reset(self) -> None:
         """Restore the state of a model that has seen no batch."""

@@ -53,8 +53,9 @@ class HFTeacher:
         self.tokenizer_origin = {"library": "huggingface", "path": tokenizer_path}
         self.layout = layout or Layout()
         context = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-        # XLNet has -1 for no limit.
-        self.context: int | None = context if context is None or context > 0 else None
+        self.context: int | None = None
+        if context is not None and context > 0:  # XLNet has -1 for no limit
+            self.context = int(context * self.split.rope.reach)
 
     def regime(self, positions: int) -> int:
         return self.split.rope.regime(positions)

@@ -26,6 +26,7 @@ SETTING = {
     "checkpoints/sentencepiece_tokenizer.py",
     "checkpoints/tokenizer.py",
     "cli/run.py",
+    "hf/rope.py",
     "hf/settings.py",
     "loss/compiling.py",
     "mcore/writer.py",

@@ -94,7 +94,6 @@ def test_every_row_has_the_logits_that_it_has_alone(
 ) -> None:
     original = model(family, **SIZES | settings)
     teacher = HFTeacher(original, tokenizer)
-    teacher.context = None
     assert_as_alone(dumped(teacher, tmp_path), original)
     assert "teacher's logits" not in capsys.readouterr().err
 
