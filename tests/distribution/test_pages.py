@@ -25,6 +25,7 @@ SETTING = {
     "checkpoints/huggingface.py",
     "checkpoints/sentencepiece_tokenizer.py",
     "checkpoints/tokenizer.py",
+    "checkpoints/verify.py",
     "cli/run.py",
     "hf/rope.py",
     "hf/settings.py",
