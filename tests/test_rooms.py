@@ -15,7 +15,7 @@ import nemo_kd
 PACKAGE = Path(nemo_kd.__file__).parent
 CORE = {
     *("nemo_kd", "errors", "files", "lock", "outputs", "spelling", "topk", "visible"),
-    "vocabulary",
+    *("tokenizer_files", "vocabulary"),
 }
 
 # Room → the rooms below that it may import.
@@ -36,7 +36,7 @@ BELOW["cli"] = set(BELOW)
 
 # Room → the libraries that it may import beside the standard library.
 LIBRARIES: dict[str, set[str]] = {
-    "core": {"msgspec", "torch"},
+    "core": {"msgspec", "torch", "transformers"},
     "loss": {"torch", "triton"},
     "settings": {"omegaconf"},
     "store": {"fsspec", "msgspec", "numpy", "pyarrow", "tenacity", "torch"},

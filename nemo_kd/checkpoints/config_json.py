@@ -108,12 +108,15 @@ def _family(config: Mapping[str, Any]) -> tuple[str, Family]:
     if found is None:  # files of old versions of transformers
         kind = config.get("model_type")
         found = [name for name, family in FAMILIES.items() if family.model_type == kind] or [kind]
-    if not isinstance(found, list) or len(found) != 1 or found[0] not in FAMILIES:
-        reason = next((f" ({REFUSED[name]})" for name in found if name in REFUSED), "")
+    names = found if isinstance(found, list) else [found]
+    if len(names) != 1 or names[0] not in FAMILIES:
+        reason = next((f" ({REFUSED[name]})" for name in names if name in REFUSED), "")
         raise CheckpointError(
             f"{FILE}: architectures is {found!r}{reason}; converted are {', '.join(FAMILIES)}"
         )
-    return found[0], FAMILIES[found[0]]
+    family = FAMILIES[names[0]]
+    _expect("model_type", config.get("model_type", family.model_type), family.model_type)
+    return names[0], family
 
 
 def completed(config: Mapping[str, Any], family: Family) -> tuple[dict[str, Any], set[str]]:
@@ -142,12 +145,12 @@ def _refuse_unread(config: Mapping[str, Any], family: Family, base: set[str]) ->
     if family.mixture is not None:
         known |= {family.mixture.number, family.mixture.ffn, family.mixture.normalized or ""}
     unread = {key: value for key, value in config.items() if key not in known}
-    # What is off or empty has no effect.
-    nothing: tuple[Any, ...] = (None, False, 0, [], {}, "")
+    nothing: tuple[Any, ...] = (None, [], {}, "")
     effective = [
         key
         for key, value in unread.items()
         if value not in (*nothing, *OFF.get(key, ())) and not HARMLESS.fullmatch(key)
+        if value or key not in WITH_EFFECT  # off, these are what a decoder is
     ]
     if effective:
         raise CheckpointError(
@@ -178,7 +181,12 @@ def _experts(config: Mapping[str, Any], sizes: _Sizes, family: Family) -> dict[s
         "ffn_hidden_size": config.get(names.ffn),
         "normalized": normalized,
     }
-    checked(FILE, values, Experts)
+    experts = checked(FILE, values, Experts)
+    if experts.active > experts.number:
+        raise CheckpointError(
+            f"{FILE}: num_experts_per_tok is {experts.active}, but there are {experts.number} "
+            "experts"
+        )
     return values
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import pickle
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,6 +66,10 @@ class Slice:
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
     at: Place = ()
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 # --- writing -----------------------------------------------------------------------------------

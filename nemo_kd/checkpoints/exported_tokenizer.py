@@ -13,18 +13,15 @@ from nemo_kd.checkpoints.model import CheckpointError, reading
 from nemo_kd.checkpoints.sentencepiece_tokenizer import from_sentencepiece
 from nemo_kd.checkpoints.source import Source
 from nemo_kd.checkpoints.tokenizer import ARTIFACT_PREFIX, MAX_BYTES, resolve_tokenizer
+from nemo_kd.tokenizer_files import load_files
 
 GIVE = "give its directory in Hugging Face's format by --tokenizer"
 
 
 def load(directory: str | Path) -> Any:
     """Load a tokenizer of transformers from local files."""
-    from transformers import AutoTokenizer
-
     with reading(str(directory), f"no tokenizer that transformers can load; {GIVE}"):
-        return AutoTokenizer.from_pretrained(
-            str(directory), local_files_only=True, trust_remote_code=False
-        )
+        return load_files(directory)
 
 
 def tokenizer_of(

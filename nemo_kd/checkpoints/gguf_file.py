@@ -100,6 +100,9 @@ class GGUFCheckpoint:
             return _halves(values, self.model.num_kv_heads)
         return values
 
+    def dtype_of(self, name: str) -> torch.dtype:
+        return self.dtype
+
     def save_tokenizer(self, directory: str) -> VocabularySize:
         """Write the file's tokenizer for transformers; return its vocabulary's size."""
         from nemo_kd.checkpoints.gguf_tokenizer import build_tokenizer

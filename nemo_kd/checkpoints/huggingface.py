@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +17,7 @@ from nemo_kd.checkpoints.config_json import completed, read_model
 from nemo_kd.checkpoints.families import check_tensors, family_of, shapes_of
 from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, finite, reading
 from nemo_kd.files import decode_json, read_bounded
+from nemo_kd.tokenizer_files import load_files
 from nemo_kd.vocabulary import VocabularySize
 
 if TYPE_CHECKING:
@@ -23,7 +26,12 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 OTHER_FORMAT = "consolidated"
 """Start of the names of Mistral's own files, copies of the weights under other names."""
-FLOATS = ("F64", "F32", "F16", "BF16")
+FLOATS = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 """Types of weights, by safetensors' names."""
 MAX_CONFIG, MAX_INDEX = 4 << 20, 64 << 20  # bytes of config.json and of the index
 
@@ -34,6 +42,11 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.name = str(self.directory)
+        if (self.directory / "adapter_config.json").exists():
+            raise CheckpointError(
+                f"{self.name} has an adapter_config.json: transformers would load its adapter too; "
+                "merge the adapter (peft: merge_and_unload), or remove the file"
+            )
         path = self.directory / "config.json"
         with reading(str(path)):
             self.config = _config(path)
@@ -52,7 +65,27 @@ class HuggingFaceCheckpoint:
                     self._files[key] = file
                     shapes[key] = _shape(path, key, file.get_slice(key))
         check_tensors(self.name, self.model, shapes)
-        self.dtype = self.tensor("model.norm.weight").dtype
+        self._check_tied()
+        self._dtypes = {key: FLOATS[self._files[key].get_slice(key).get_dtype()] for key in shapes}
+        sizes = Counter[torch.dtype]()
+        for key, shape in shapes.items():
+            sizes[self._dtypes[key]] += math.prod(shape)
+        self.dtype = sizes.most_common(1)[0][0]
+
+    def _check_tied(self) -> None:
+        """Raise CheckpointError if the file has an LM head beside a tied embedding, and another."""
+        head, table = "lm_head.weight", "model.embed_tokens.weight"
+        if not self.model.tied or head not in self._files:
+            return
+        if not torch.equal(self.tensor(head), self.tensor(table)):
+            raise CheckpointError(
+                f"{self.name}: tie_word_embeddings is true, but {head} is not {table}; set it to "
+                "false in config.json if they are two"
+            )
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The stored type of the tensor of this name."""
+        return self._dtypes[name]
 
     def tensor(self, name: str) -> torch.Tensor:
         """The tensor of this name, `[out, in]`."""
@@ -61,16 +94,12 @@ class HuggingFaceCheckpoint:
 
     def save_tokenizer(self, directory: str) -> VocabularySize:
         """Load the tokenizer with transformers and save it; return its vocabulary's size."""
-        from transformers import AutoTokenizer
-
         with reading(
             self.name,
             "no tokenizer that transformers can load; put tokenizer.json and "
             "tokenizer_config.json beside config.json",
         ):
-            tokenizer = AutoTokenizer.from_pretrained(
-                str(self.directory), local_files_only=True, trust_remote_code=False
-            )
+            tokenizer = load_files(self.directory)
             tokenizer.save_pretrained(directory)
             return VocabularySize.of(tokenizer)
 

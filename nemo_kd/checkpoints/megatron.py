@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 
 import torch
 
@@ -30,9 +31,11 @@ QK_EXTRA_STATES = ("self_attention.q_layernorm", "self_attention.k_layernorm")
 
 
 def slices(
-    checkpoint: Checkpoint, keep_layers: Sequence[int], dtype: torch.dtype
+    checkpoint: Checkpoint, keep_layers: Sequence[int], dtype: torch.dtype | None
 ) -> Iterator[Slice]:
-    """Yield the tensors of the kept layers and those outside the layers, in `dtype`.
+    """Yield the tensors outside the layers and of the kept layers, in `dtype`.
+
+    `dtype` None keeps each tensor's own, the widest of those that are joined.
 
     Embedding and LM head keep their rows beyond the tokenizer's vocabulary; on loading, Megatron
     takes as many as its padded vocabulary has.
@@ -47,12 +50,14 @@ def slices(
 
 
 def _slice(
-    checkpoint: Checkpoint, part: Part, key: str, dtype: torch.dtype, at: Place = ()
+    checkpoint: Checkpoint, part: Part, key: str, dtype: torch.dtype | None, at: Place = ()
 ) -> Slice:
+    own = reduce(torch.promote_types, map(checkpoint.dtype_of, part.shapes))
+
     def read() -> torch.Tensor:
         return part.join([checkpoint.tensor(name) for name in part.shapes])
 
-    return Slice(key, part.shape, dtype, read, at)
+    return Slice(key, part.shape, dtype or own, read, at)
 
 
 def extra_states(model: Model, num_layers: int) -> Iterator[tuple[str, Place]]:

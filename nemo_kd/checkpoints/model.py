@@ -138,7 +138,7 @@ class Checkpoint(Protocol):
 
     model: Model
     dtype: torch.dtype
-    """The weights' type; float32 for quantised weights."""
+    """The type of most weights; float32 for quantised weights."""
     name: str
 
     @property
@@ -150,7 +150,10 @@ class Checkpoint(Protocol):
         """The whole `generation_config.json`; None without one."""
 
     def tensor(self, name: str) -> torch.Tensor:
-        """The tensor of a Hugging Face name, in `dtype`."""
+        """The tensor of a Hugging Face name."""
+
+    def dtype_of(self, name: str) -> torch.dtype:
+        """The type of the tensor of a Hugging Face name."""
 
     def save_tokenizer(self, directory: str) -> VocabularySize:
         """Write a tokenizer that transformers loads to `directory`; return its vocabulary size."""

@@ -105,13 +105,13 @@ def write_nemo(
 ) -> Conversion:
     """Write the `keep_layers` of `checkpoint` to `output` (.nemo), and its tokenizer beside it.
 
-    `dtype` None keeps the checkpoint's own. An existing model and its tokenizer stay until the new
+    `dtype` None keeps each tensor's own. An existing model and its tokenizer stay until the new
     ones are complete. `written` is called with the bytes of each tensor when it is written. With
     `compare`, the logits are compared with transformers', and another model is a CheckpointError.
     """
     output = Path(output).parent.resolve() / Path(output).name
-    dtype = dtype or checkpoint.dtype
     tokenizer = output.with_suffix(".tokenizer")
+    written_as = dtype or checkpoint.dtype
     refuse_inputs([output, tokenizer], [checkpoint.name])
     refuse_directory(output)
     refuse_foreign_tokenizer(tokenizer, output)
@@ -147,7 +147,7 @@ def write_nemo(
         )
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
-        verified = verify(checkpoint, keep_layers, dtype, folder, new) if compare else None
+        verified = verify(checkpoint, keep_layers, written_as, folder, new) if compare else None
         with tarfile.open(archive_path, "w:") as archive:
             archive.add(folder, arcname=".")
         _install(archive_path, output, new, tokenizer)
@@ -157,7 +157,7 @@ def write_nemo(
         layers=tuple(keep_layers),
         parameters=megatron.count_parameters(model, vocabulary.ids),
         vocab_size=vocabulary.ids,
-        dtype=dtype,
+        dtype=written_as,
         unused_rows=checkpoint.model.vocab_size - vocabulary.ids,
         verified=verified,
     )
@@ -165,9 +165,8 @@ def write_nemo(
 
 def written_bytes(checkpoint: Checkpoint, num_layers: int, dtype: torch.dtype | None = None) -> int:
     """Bytes of the weights that `write_nemo` writes."""
-    model = replace(checkpoint.model, num_layers=num_layers)
-    count = megatron.count_parameters(model, model.vocab_size)
-    return count * (dtype or checkpoint.dtype).itemsize
+    kept = range(num_layers)
+    return sum(one.nbytes for one in megatron.slices(checkpoint, kept, dtype))
 
 
 def _install(archive: Path, output: Path, new: Path, tokenizer: Path) -> None:

@@ -51,6 +51,8 @@ HARMLESS = re.compile(
 
 OFF: dict[str, tuple[Any, ...]] = {
     "use_bidirectional_attention": (False,),
+    "use_mrope": (False,),
+    "use_parallel_residual": (False,),
     "use_sliding_window": (False,),
     "position_embedding_type": ("rope", "absolute"),
 }

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from nemo_kd.errors import StoreError
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store.spec import StoreSpec
+from nemo_kd.tokenizer_files import load_files
 from nemo_kd.vocabulary import VocabularySize
 
 
@@ -30,11 +31,7 @@ class HuggingFaceTokenizer:
     library = "huggingface"
 
     def __init__(self, path: str) -> None:
-        from transformers import AutoTokenizer
-
-        self._tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
+        self._tokenizer = load_files(path)
         self.vocab_size = VocabularySize.of(self._tokenizer).ids
         pad, end = self._tokenizer.pad_token_id, self._tokenizer.eos_token_id
         self.pad_id: int | None = None if pad == end else pad

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
+from nemo_kd.tokenizer_files import load_files
 from nemo_kd.vocabulary import VocabularySize
 
 
@@ -90,15 +91,11 @@ def load_tokenizer(path: str | Path) -> Any:
 
     Nothing is downloaded, and no code beside the tokenizer is run.
     """
-    from transformers import AutoTokenizer
-
-    path = str(path)
-    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
     try:
-        return AutoTokenizer.from_pretrained(path, use_fast=True, **local)
+        return load_files(path)
     except Exception:
         try:
-            return AutoTokenizer.from_pretrained(path, use_fast=False, **local)
+            return load_files(path, use_fast=False)
         except Exception as error:  # transformers raises errors of many types
             raise NemoKDError(
                 f"transformers cannot load a tokenizer from {path}: {error}"

@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoTokenizer
 
-from nemo_kd.checkpoints import CheckpointError, open_checkpoint
+from nemo_kd.checkpoints import CheckpointError, open_checkpoint, write_nemo
 from nemo_kd.checkpoints.config_json import read_model
+from nemo_kd.checkpoints.distributed import DistributedCheckpoint, files_of
 from nemo_kd.checkpoints.families import FAMILIES, global_parts, layer_parts
 from nemo_kd.checkpoints.huggingface import to_transformers
 from nemo_kd.checkpoints.nemo_file import model_config
@@ -70,6 +71,14 @@ def of(architecture: str, **changes: Any) -> dict[str, Any]:
     [
         (of("LlamaForCausalLM", attn_logit_softcapping=50.0), "attn_logit_softcapping is 50.0"),
         (of("LlamaForCausalLM", head_dim=None, rope_interleaved=True), "rope_interleaved is True"),
+        (of("LlamaForCausalLM", is_causal=False), "is_causal is False"),
+        (of("LlamaForCausalLM", use_rope=False), "use_rope is False"),
+        (of("LlamaForCausalLM", model_type="mistral"), "model_type is 'mistral'"),
+        ({**CONFIG, "architectures": 3}, "architectures is 3"),
+        (
+            of("MixtralForCausalLM", num_local_experts=4, num_experts_per_tok=9),
+            "num_experts_per_tok is 9, but there are 4 experts",
+        ),
         (of("LlamaForCausalLM", partial_rotary_factor=0.5), "partial_rotary_factor is 0.5"),
         (of("LlamaForCausalLM", rope_scaling={"type": "ntk", "factor": 2}), "rope_type is 'ntk'"),
         (of("LlamaForCausalLM", rope_scaling={"type": "linear", "factor": "4"}), "interpolation"),
@@ -170,3 +179,51 @@ def test_a_tensor_in_two_files_is_named(tmp_path: Path) -> None:
     save_file(tensors, second)
     with pytest.raises(CheckpointError, match="is in another file too"):
         open_checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("own", ["norm", "router", "rest"])
+def test_each_tensor_keeps_its_type(tmp_path: Path, own: str) -> None:
+    models.save(models.family("mixtral").bfloat16(), tmp_path / "hf")
+    file = tmp_path / "hf/model.safetensors"
+    wide = {
+        key: value.float() if (own in key or "gate.weight" in key) == (own != "rest") else value
+        for key, value in load_file(file).items()
+    }
+    save_file(wide, file, {"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path / "hf")
+    done = write_nemo(checkpoint, tmp_path / "a.nemo", [0, 1])
+    written = DistributedCheckpoint("a", files_of(done.path, "model_weights"))
+    norm = "norm.weight"
+    assert written.dtype("model.decoder.final_layernorm.weight") is wide[f"model.{norm}"].dtype
+    gate = "model.layers.1.block_sparse_moe.gate.weight"
+    router = written.read("model.decoder.layers.mlp.router.weight", (1,))
+    assert router.dtype is wide[gate].dtype and torch.equal(router, wide[gate])
+
+
+def test_a_head_that_is_not_the_tied_embedding_is_named(tmp_path: Path) -> None:
+    models.save(models.llama("tied_grouped"), tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] * 2
+    save_file(tensors, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"tie_word_embeddings is true, but lm_head\.weight"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_adapter_beside_the_model_is_named(tmp_path: Path) -> None:
+    models.save(models.llama("tied_grouped"), tmp_path)
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="transformers would load its adapter"):
+        open_checkpoint(tmp_path)
+
+
+def test_a_tokenizer_of_transformers_5_is_read(tmp_path: Path) -> None:
+    models.save(models.llama("tied_grouped"), tmp_path / "hf")
+    file = tmp_path / "hf/tokenizer_config.json"
+    config = json.loads(file.read_text())
+    config |= {"tokenizer_class": "TokenizersBackend", "extra_special_tokens": ["<s>"]}
+    file.write_text(json.dumps(config | {"backend": "tokenizers", "is_local": True}))
+    size = open_checkpoint(tmp_path / "hf").save_tokenizer(str(tmp_path / "saved"))
+    assert size.ids == models.TOKENS
+    saved = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert saved(models.TEXT).input_ids == models.tokenizer()(models.TEXT).input_ids
+    assert saved.additional_special_tokens == ["<s>"] and saved.eos_token == "</s>"
