@@ -89,7 +89,7 @@ def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     with gzip.open(path, "wt") as file:
         file.write('{"message_id": "1", "text": "no tree"}\n')
     done = convert(path, tmp_path / "out")
-    words = " ".join(done.stderr.replace("│", " ").split())  # in a box, wrapped by the path's length
+    words = " ".join(done.stderr.replace("│", " ").split())  # in a box, wrapped anywhere
     assert done.returncode == 2 and "line 1: no message tree" in words
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
