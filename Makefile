@@ -51,7 +51,7 @@ endif
 endif
 endif
 
-demo: $(DEMO)  ## run teacher -> dump -> train -> report on real data, about 18 minutes on 2 cores
+demo: $(DEMO)  ## run teacher -> dump -> train -> export on real data, about 18 minutes on 2 cores
 	@$(BIN)/python examples/demo/run.py
 
 # Runs with committed results are skipped: `make experiments RESULTS=outputs/again` runs all.

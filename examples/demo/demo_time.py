@@ -22,6 +22,9 @@ REFERENCE = {
     "measure on held-out data: sft": 20,
     "measure on held-out data: kd": 20,
     "complete held-out prompts": 60,
+    "measure on held-out data: kd-float32": 25,
+    "export the student": 10,
+    "load the student with transformers": 30,
 }
 PRIOR = 60  # seconds at the reference's speed, added to both sides because short steps vary
 

@@ -41,6 +41,13 @@ def main(
     path.write_text(page(results), encoding="utf-8")
     console = Console()
     console.print(terminal_table(results))
+    exported = results.exported
+    console.print(
+        f"exported student, float32: {exported['sft_loss']:.5f} in transformers, "
+        f"{exported['evaluated']:.5f} in NeMo",
+        soft_wrap=True,
+        highlight=False,
+    )
     console.print(f"report: {path}", soft_wrap=True)
 
 

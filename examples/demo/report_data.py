@@ -69,6 +69,8 @@ class Demo:
     evaluation: dict[str, dict[str, float]]
     """Model → metric → value over all held-out answer tokens."""
     completions: dict[str, Any]
+    exported: dict[str, Any]
+    """The student in transformers, as `check_export.py` writes it."""
     steps: dict[str, dict[str, Any]]
     """Title → command and seconds, in the order they ran."""
     data: dict[str, Any]
@@ -114,6 +116,7 @@ def read_demo(directory: Path) -> Demo:
         runs={name: read_run(directory / "runs" / name / "metrics.jsonl") for name in STUDENTS},
         evaluation=evaluation,
         completions=json.loads(_read(directory / "completions.json")),
+        exported=json.loads(_read(directory / "exported.json")),
         steps=json.loads(_read(directory / "steps.json")),
         data=json.loads(_read(directory / "data.json")),
         layers=json.loads(_read(directory / "layers.json")),

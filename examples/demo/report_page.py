@@ -69,6 +69,7 @@ def page(demo: Demo) -> str:
         layers(demo),
         "<h2>Held-out prompts, completed greedily</h2>",
         *(sample(row) for row in demo.completions["samples"]),
+        in_transformers(demo),
         what_was_run(demo),
     ]
     return (
@@ -171,6 +172,22 @@ def sample(row: dict[str, Any]) -> str:
     return (
         f"<div class='card'><p class='origin'>{escape(origin)}</p>"
         f"<pre>{python(row['prompt'])}</pre><div class='grid'>{cells}</div></div>"
+    )
+
+
+def in_transformers(demo: Demo) -> str:
+    """Show how to load the exported student, and that it is the one that NeMo measured."""
+    exported = demo.exported
+    code = (
+        "from transformers import AutoModelForCausalLM\n"
+        f"model = AutoModelForCausalLM.from_pretrained({exported['model']!r})"
+    )
+    return (
+        "<h2>The student in transformers</h2>"
+        f"<div class='card'><pre>{python(code)}</pre></div>"
+        f"<p>In float32 its held-out cross-entropy is {exported['sft_loss']:.5f} nats per token "
+        f"in transformers and {exported['evaluated']:.5f} in NeMo; {exported['same_completions']} "
+        f"of the {exported['completions']} completions above are the same text.</p>"
     )
 
 

@@ -1,4 +1,4 @@
-"""Distil on a laptop, end to end: data, teacher, dump, two students, report.
+"""Distil on a laptop, end to end: data, teacher, dump, two students, export, report.
 
 Each step is one command of the scripts in `examples/`, printed before it runs. Finished steps are
 recorded in `outputs/demo/steps.json` and skipped: run the same command to resume. Remove
@@ -29,6 +29,7 @@ from nemo_kd.loss import KDConfig
 ROOT = Path(__file__).parents[2]
 OUT = Path("outputs/demo")
 STEPS = OUT / "steps.json"
+EXPORTED = OUT / "hf"
 STOPS = {signal.SIGINT, signal.SIGTERM}
 
 SAMPLES, HELDOUT, MAX_TOKENS = 400, 96, 96
@@ -102,16 +103,38 @@ def dump(split: str, teacher: Path) -> Step:
     return Step(f"dump the teacher's top-100 ({split})", "dump_teacher_topk.py", arguments, product)
 
 
-def evaluate(name: str, model: Path) -> Step:
-    product = OUT / "evaluation" / f"{name}.json"
+def evaluate(name: str, model: Path, *more: str, result: str = "") -> Step:
+    product = OUT / "evaluation" / f"{result or name}.json"
     arguments = [
         f"model.restore_from_path={model}",
         f"model.data.validation_ds.store={OUT}/store-heldout",
         "model.data.validation_ds.names=[heldout]",
         f"output={product}",
         *[override for override in COMMON if "exp_manager" not in override],
+        *more,
     ]
-    return Step(f"measure on held-out data: {name}", "evaluate_gpt_sft_kd.py", arguments, product)
+    title = f"measure on held-out data: {result or name}"
+    return Step(title, "evaluate_gpt_sft_kd.py", arguments, product)
+
+
+def export(model: Path, completions: Path) -> Iterator[Step]:
+    """The distilled student in Hugging Face's format, compared with NeMo's figures of it."""
+    # Training and the table are in bf16-mixed, which rounds differently in transformers.
+    yield (figures := evaluate("kd", model, "trainer.precision=32", result="kd-float32"))
+    yield Step("export the student", "convert_nemo_to_hf.py", [str(model), str(EXPORTED)], EXPORTED)
+    checked = OUT / "exported.json"
+    yield Step(
+        "load the student with transformers",
+        "demo/check_export.py",
+        [
+            str(EXPORTED),
+            f"--store={OUT}/store-heldout",
+            f"--evaluation={figures.product}",
+            f"--completions={completions}",
+            f"--output={checked}",
+        ],
+        checked,
+    )
 
 
 def steps() -> Iterator[Step]:
@@ -177,6 +200,7 @@ def steps() -> Iterator[Step]:
         [*named, f"--prompts={OUT}/heldout.jsonl", f"--output={completions}"],
         completions,
     )
+    yield from export(models["kd"], completions)
 
 
 def is_done(step: Step, done: dict[str, Any]) -> bool:
@@ -239,7 +263,7 @@ def run_all() -> None:
     report = [sys.executable, "examples/demo/report.py", f"--demo={OUT}"]
     if code := run_command(report, dict(os.environ)):
         sys.exit(code)
-    print(f"student: {OUT}/runs/kd/checkpoints/kd.nemo")
+    print(f"student: {EXPORTED} for transformers, {OUT}/runs/kd/checkpoints/kd.nemo for NeMo")
 
 
 def main() -> None:

@@ -62,6 +62,9 @@ def demo(tmp_path: Path) -> Path:
     row: dict[str, Any] = {"prompt": 'def f(x):\n    """<b>&</b>"""', "reference": "\n    return 1"}
     row |= {"module": "a.b", "function": "f", "completions": completions}
     write_json(tmp_path / "completions.json", {"tokens": 64, "samples": [row]})
+    exported = {"model": "out/<hf>", "sft_loss": 1.96449, "evaluated": 1.96452}
+    exported |= {"same_completions": 5, "completions": 6}
+    write_json(tmp_path / "exported.json", exported)
     write_store(tmp_path / "store-train")
     return tmp_path
 
@@ -127,6 +130,16 @@ def test_the_summary_tells_either_outcome(demo: Path, kd: float, word: str) -> N
     assert word in text
     assert "KD + SFT (alpha 0.9) has" in text
     assert "After 4 steps" in text
+
+
+def test_the_exported_student_is_compared_with_what_nemo_measured(
+    demo: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    report.main(demo)
+    assert "1.96449 in transformers, 1.96452 in NeMo" in capsys.readouterr().out
+    text = report_page.in_transformers(report_data.read_demo(demo))
+    assert "1.96449 nats per token in transformers and 1.96452 in NeMo; 5 of the 6" in text
+    assert "out/&lt;hf&gt;" in text
 
 
 def test_text_of_models_and_commands_is_escaped(demo: Path) -> None:

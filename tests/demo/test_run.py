@@ -74,7 +74,7 @@ def test_ctrl_c_ends_it_in_one_line_and_leaves_no_process(tmp_path: Path) -> Non
         line = process.stdout.readline()
         assert line, printed
         printed += line
-    assert "[1/14] convert the teacher; about" in printed
+    assert "[1/17] convert the teacher; about" in printed
     process.send_signal(signal.SIGINT)
     rest, _ = process.communicate(timeout=60)
     assert process.returncode == 130

@@ -21,6 +21,7 @@ import typer
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
+from nemo_kd.cli.app import app
 from nemo_kd.cli.main import main
 from nemo_kd.cli.overrides import accept_every_spelling
 from nemo_kd.cli.teacher import read
@@ -112,6 +113,10 @@ def check_command(words: list[str]) -> None:
     elif scripts and words[0] in ("python", "torchrun", "docker"):
         path = words[scripts[0]].partition("examples/")[2]
         check_script(path.removesuffix(".py"), words[scripts[0] + 1 :])
+    elif words[:2] == ["nemo-kd", "export"]:  # run by tests/distribution/test_laptop.py
+        commands_of = typer.main.get_command(app)
+        assert isinstance(commands_of, typer.core.TyperGroup)
+        parse(commands_of.commands["export"], words[2:])
     elif words[0] == "nemo-kd":
         if words[1] not in NOT_RUN:
             run_nemo_kd(words[1:])
@@ -170,9 +175,12 @@ def check_script(name: str, arguments: list[str]) -> None:
     elif hasattr(module := example(name), "parser"):
         module.parser().parse_args(arguments)
     else:  # a typer program
-        command = program(name)
-        context = typer.Context(command)
-        command.make_parser(context).parse_args(list(arguments))
+        parse(program(name), arguments)
+
+
+def parse(command: Any, arguments: list[str]) -> None:
+    """A typer command knows the arguments."""
+    command.make_parser(typer.Context(command)).parse_args(list(arguments))
 
 
 def check_overrides(name: str, overrides: list[str]) -> None:

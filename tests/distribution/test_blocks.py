@@ -92,6 +92,8 @@ def names(page: str) -> dict[str, Any]:
         model = models.llama("tied_grouped")
         optimizer = torch.optim.SGD(model.parameters(), 0.1)
         return {"model": model, "optimizer": optimizer, "tokenizer": models.tokenizer()}
+    if page == "tutorial.md":  # the end of its export
+        models.save(models.llama("untied_llama3"), Path("runs/kd/hf"))
     if page != "loss.md":
         return {}
     teacher = vocab_parallel_topk(torch.randn(5, 300), 7)

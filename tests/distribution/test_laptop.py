@@ -6,8 +6,10 @@ import json
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
 from tests.checkpoints import models
 from tests.conftest import ROOT
@@ -38,7 +40,7 @@ def test_a_store_that_no_command_makes_is_found(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_page_works_from_its_first_model_to_the_last_figure(tmp_path: Path) -> None:
     """Its commands, run by bash as they are printed, on a tiny teacher of the same depth."""
-    from transformers import LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
     config = models.llama("tied_grouped").config
     config.num_hidden_layers = 30
@@ -62,6 +64,24 @@ def test_the_page_works_from_its_first_model_to_the_last_figure(tmp_path: Path) 
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-5000:]
     figures = json.loads((tmp_path / "student.json").read_text())
     assert 0 < figures["set0/sft_loss"] < 20
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "student_hf")
+    rows = [json.loads(line) for line in (tmp_path / "heldout.jsonl").read_text().splitlines()]
+    # The page evaluates in bf16-mixed; transformers computes in float32.
+    assert held_out_loss(exported, rows) == pytest.approx(figures["set0/sft_loss"], rel=0.01)
+    assert (tmp_path / "student_hf/README.md").is_file()
     lines = (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     rates = {row["step"]: row["lr"] for row in map(json.loads, lines) if "lr" in row}
     assert max(rates, key=lambda step: rates[step]) <= 11
+
+
+@torch.no_grad()
+def held_out_loss(model: Any, rows: list[dict[str, str]]) -> float:
+    """Of the tokens of each output and the end of sequence after it, in nats per token."""
+    tokenizer, losses = models.tokenizer(), []
+    for row in rows:
+        prompt = tokenizer(row["input"]).input_ids
+        answer = [*tokenizer(" " + row["output"]).input_ids, tokenizer.eos_token_id]
+        logits = model(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        loss = torch.nn.functional.cross_entropy(logits, torch.tensor(answer), reduction="none")
+        losses += loss.tolist()
+    return sum(losses) / len(losses)

@@ -16,6 +16,8 @@ def reads_and_writes(words: list[str]) -> tuple[list[str], list[str]]:
     """Paths that a command reads, and those that it makes; of a list `[a,b]` each."""
     if ">" in words:
         return [words[words.index(">") - 1]], [words[-1]]
+    if words[:2] == ["nemo-kd", "export"]:
+        return [words[2]], [words[3]]
     if words[0] == "nemo-kd":
         return ([words[2]] if words[1] in LOOKS else []), []
     if "examples/convert_hf_to_nemo.py" in words:
