@@ -6,24 +6,35 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from omegaconf import DictConfig
+
 from nemo_kd.nemo.record import say
 from nemo_kd.nemo.run_directory import RunDirectory
+
+EXPORTED = ("none", "lora")
+"""Values of `model.peft.peft_scheme` whose result `nemo-kd export` writes."""
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
 
 
-def say_where(model: str | Path | None, directory: RunDirectory | None) -> None:
-    """Print the path of the model and the command that exports it beside the run's checkpoints."""
+def say_where(cfg: DictConfig, model: str | Path | None, directory: RunDirectory | None) -> None:
+    """Print the path of the model and the command that exports it to the run's directory."""
     if model is None or directory is None:
         say("no model was written: exp_manager writes neither a .nemo nor checkpoints")
         return
-    say(f"the model is {model}; for transformers: {export_command(model, directory.path / 'hf')}")
+    scheme = cfg.model.peft.peft_scheme or "none"
+    what = "model is" if scheme == "none" else f"adapters ({scheme}) are"
+    command = ""
+    if scheme in EXPORTED:
+        options = [] if scheme == "none" else ["--base-model", str(cfg.model.restore_from_path)]
+        command = f"; for transformers: {export_command(model, directory.path / 'hf', *options)}"
+    say(f"the {what} {model}{command}")
 
 
-def export_command(model: str | Path, output: str | Path) -> str:
+def export_command(model: str | Path, output: str | Path, *options: str) -> str:
     """`nemo-kd export MODEL OUTPUT`, quoted for a shell."""
-    return shlex.join(["nemo-kd", "export", str(model), str(output)])
+    return shlex.join(["nemo-kd", "export", str(model), str(output), *options])
 
 
 def written(trainer: Trainer, directory: RunDirectory | None) -> Path | None:

@@ -50,10 +50,10 @@ def run(cfg: DictConfig) -> None:
         if then is None:
             start_of_run.begin(directory)
         elif not start_of_run.resume(cfg, directory, done, then, record, raw):
-            end_of_run.say_where(directory.student or directory.checkpoint, directory)
+            end_of_run.say_where(cfg, directory.student or directory.checkpoint, directory)
             return
     trainer = _train(cfg, record, done.step, directory)
-    end_of_run.say_where(end_of_run.written(trainer, directory), directory)
+    end_of_run.say_where(cfg, end_of_run.written(trainer, directory), directory)
 
 
 def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory | None) -> Trainer:

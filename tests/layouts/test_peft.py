@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.distribution.blocks import run_nemo_kd
 from tests.layouts.conftest import LAYOUTS
 from tests.processes import run_script
 from tests.runs import LAYOUT, SPLIT, steps, validations
@@ -56,6 +57,11 @@ def test_lora_lowers_the_loss_and_its_file_gives_it_back(
     expected = validations(run)[-1]
     for name, value in figures.items():
         assert value == pytest.approx(expected[f"val/{name}"], abs=SPLIT), name
+    command = f"nemo-kd export {adapters} {run}/hf --base-model {tiny}/student.nemo"
+    last = (run / "stderr.txt").read_text().splitlines()[-1]
+    assert last == f"the adapters (lora) are {adapters}; for transformers: {command}"
+    run_nemo_kd(command.replace(f"{run}/hf", str(tmp_path / "hf")).split()[1:])
+    assert (tmp_path / "hf/model.safetensors").is_file()
 
 
 @pytest.mark.slow
@@ -105,3 +111,5 @@ def test_other_schemes_train(train: Callable[..., Path], scheme: str) -> None:
     assert steps(run)[0]["loss"] == pytest.approx(steps(train())[0]["loss"], abs=LAYOUT)
     first, last = validations(run)  # of the same samples, unlike two steps
     assert last["val/heldout/loss"] < first["val/heldout/loss"]
+    said = (run / "stderr.txt").read_text().splitlines()[-1]
+    assert said == f"the adapters ({scheme}) are {run}/checkpoints/gpt_sft_kd.nemo"

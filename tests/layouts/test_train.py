@@ -13,6 +13,7 @@ import pytest
 
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Store
+from tests.distribution.blocks import run_nemo_kd
 from tests.layouts.conftest import FUSED, train_overrides
 from tests.processes import run_program, run_script
 from tests.runs import LAYOUT, SAME_LINE, SPLIT, assert_close, steps, validations
@@ -47,12 +48,14 @@ def last_line(text: str) -> tuple[str, list[str]]:
 
 
 def test_the_last_line_names_the_model_and_the_command_that_exports_it(
-    train: Callable[..., Path],
+    train: Callable[..., Path], tmp_path: Path
 ) -> None:
     run = train()
     model, command = last_line((run / "stderr.txt").read_text())
     assert model == f"{run}/checkpoints/gpt_sft_kd.nemo" and Path(model).exists()
     assert command == ["nemo-kd", "export", model, f"{run}/hf"]
+    run_nemo_kd(["export", model, str(tmp_path / "hf")])
+    assert (tmp_path / "hf/model.safetensors").is_file()
 
 
 @pytest.mark.slow
