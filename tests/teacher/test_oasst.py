@@ -11,12 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from nemo_kd.store import Store
+from nemo_kd.store import Sample, Store
+from tests.checkpoints import models
 from tests.conftest import ROOT, Script
+from tests.distribution.blocks import run_nemo_kd
+from tests.processes import run_script
 from tests.teacher.conftest import SETTINGS
 
 Message = dict[str, Any]
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{{ message.role }}\n{{ message.content }}"
+    "{{ eos_token }}\n{% endfor %}{% if add_generation_prompt %}assistant\n{% endif %}"
+)
 
 
 def message(role: str, text: str, *replies: Message, deleted: bool = False) -> Message:
@@ -94,29 +103,42 @@ def test_another_file_is_refused_and_nothing_is_written(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.jsonl"))
 
 
+def chat_model(name: str, directory: Path) -> Path:
+    """A tiny model with a chat template, as a `.nemo`."""
+    models.save(models.llama(name), directory / f"{name}_hf")
+    tokenizer = models.tokenizer()
+    tokenizer.chat_template = TEMPLATE
+    tokenizer.save_pretrained(directory / f"{name}_hf")
+    nemo = directory / f"{name}.nemo"
+    run_script("convert_hf_to_nemo.py", str(directory / f"{name}_hf"), str(nemo))
+    return nemo
+
+
 @pytest.mark.slow
-def test_a_teacher_is_dumped_on_it_and_a_student_learns_from_that(
-    world: Path, script: Script, tmp_path: Path
+def test_the_tutorial_goes_from_conversations_to_a_student_in_transformers(
+    script: Script, tmp_path: Path
 ) -> None:
+    """Its steps, with its scripts and the tokenizer's own chat template."""
     trees = [ask(f"what is {i}", answer(f"it is {i}", ask("why", answer("so")))) for i in range(12)]
     assert convert(write(tmp_path / "t.gz", trees), tmp_path, "--val-share=0.3").returncode == 0
+    teacher, student = (chat_model(name, tmp_path) for name in ("tied_grouped", "untied_llama3"))
     for split in ("train", "val"):
         script(
             "dump_teacher_topk.py",
             *SETTINGS,
-            "data.max_seq_length=300",
-            "data.chat=true",
-            f"model.restore_from_path={world}/llama.nemo",
+            "data.chat_template=tokenizer",
+            f"model.restore_from_path={teacher}",
             f"data.file_path={tmp_path}/{split}.jsonl",
             f"output_dir={tmp_path}/{split}",
         )
         assert len(Store(tmp_path / split)) == len(rows(tmp_path / f"{split}.jsonl"))
-    script(
+    done = script(
         "train_gpt_sft_kd.py",
-        f"model.restore_from_path={world}/llama.nemo",
+        "name=kd",
+        f"model.restore_from_path={student}",
         f"model.data.train_ds.store={tmp_path}/train",
         f"model.data.validation_ds.store={tmp_path}/val",
-        "model.data.train_ds.max_seq_length=300",
+        "model.data.train_ds.max_seq_length=128",
         f"exp_manager.explicit_log_dir={tmp_path}/run",
         "trainer.precision=32",
         "trainer.max_steps=2",
@@ -127,3 +149,24 @@ def test_a_teacher_is_dumped_on_it_and_a_student_learns_from_that(
     )
     (line,) = [row for row in rows(tmp_path / "run/metrics.jsonl") if "val/set0/kd_loss" in row]
     assert line["val/set0/kd_loss"] >= 0
+    command = f"nemo-kd export {tmp_path}/run/checkpoints/kd.nemo {tmp_path}/run/hf"
+    assert done.stderr.splitlines()[-1].endswith(command)
+    run_nemo_kd(command.split()[1:])
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "run/hf")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "run/hf")
+    losses = [sample_loss(model, sample) for sample in Store(tmp_path / "val")]
+    expected = sum(total for total, _ in losses) / sum(count for _, count in losses)
+    assert line["val/set0/sft_loss"] == pytest.approx(expected, abs=1e-4)
+    asked = tokenizer.apply_chat_template([{"role": "user", "content": "why"}], tokenize=False)
+    assert asked == "<s>user\nwhy</s>\n"
+    card = (tmp_path / "run/hf/README.md").read_text()
+    assert Store(tmp_path / "train").fingerprint in card and "tied_grouped.nemo" in card
+
+
+@torch.no_grad()
+def sample_loss(model: Any, sample: Sample) -> tuple[float, int]:
+    """Sum of the cross-entropy of a sample's answer tokens in transformers, and their number."""
+    ids = torch.from_numpy(sample.input_ids).long()
+    labels = ids.masked_fill(torch.from_numpy(sample.loss_mask) == 0, -100)
+    count = int((labels[1:] >= 0).sum())
+    return float(model(ids[None], labels=labels[None]).loss) * count, count
