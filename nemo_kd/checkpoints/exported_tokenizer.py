@@ -31,6 +31,20 @@ def tokenizer_of(
 
     Errors: CheckpointError if it is gone, of another library, or gives other ids in transformers.
     """
+    return _of_decoder(_found(source, base, chosen))
+
+
+def _of_decoder(tokenizer: Any) -> Any:
+    """Make a tokenizer return no `token_type_ids`, with which `generate` of a decoder fails.
+
+    transformers' generic class returns them unless its configuration says otherwise.
+    """
+    names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
+    return tokenizer
+
+
+def _found(source: Source, base: str | Path | None, chosen: str | Path | None) -> Any:
     if chosen is not None:
         return load(chosen)
     if source.section is None and base is not None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from transformers import AutoTokenizer
 
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Store
@@ -56,6 +57,8 @@ def test_the_last_line_names_the_model_and_the_command_that_exports_it(
     assert command == ["nemo-kd", "export", model, f"{run}/hf"]
     run_nemo_kd(["export", model, str(tmp_path / "hf")])
     assert (tmp_path / "hf/model.safetensors").is_file()
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert list(tokenizer("a")) == ["input_ids", "attention_mask"]  # what a decoder takes
 
 
 @pytest.mark.slow

@@ -159,6 +159,7 @@ def test_the_tutorial_goes_from_conversations_to_a_student_in_transformers(
     assert line["val/set0/sft_loss"] == pytest.approx(expected, abs=1e-4)
     asked = tokenizer.apply_chat_template([{"role": "user", "content": "why"}], tokenize=False)
     assert asked == "<s>user\nwhy</s>\n"
+    model.generate(**tokenizer(asked, return_tensors="pt"), max_new_tokens=2)
     card = (tmp_path / "run/hf/README.md").read_text()
     assert Store(tmp_path / "train").fingerprint in card and "tied_grouped.nemo" in card
 
