@@ -21,6 +21,7 @@ PATCHING = {
 }
 """Modules that replace a function or a flag of another package's objects."""
 SETTING = {
+    "checkpoints/exported_tokenizer.py",
     "checkpoints/gguf_tokenizer.py",
     "checkpoints/huggingface.py",
     "checkpoints/sentencepiece_tokenizer.py",
