@@ -65,25 +65,32 @@ def _found(source: Source, base: str | Path | None, chosen: str | Path | None) -
 def _directory(source: Source, given: dict[str, Any]) -> str:
     """The tokenizer's directory, or the copy in the source or in the model before its training."""
     name = Path(str(given.get("model") or "").removeprefix(ARTIFACT_PREFIX)).name
-    holder = next((path for path, files in _archives(source) if name in files), source.path)
+    directory = str(given.get("type"))
+    holder = next((path for path, files in _archives(source) if name in files), None)
+    if name and holder is None and Path(directory).is_absolute() and not Path(directory).is_dir():
+        raise CheckpointError(
+            f"{source.path}: its tokenizer {directory} is gone, and so is the .nemo with a copy of "
+            f"it; {GIVE}"
+        )
     section = OmegaConf.create({"tokenizer": given | {"model": f"{ARTIFACT_PREFIX}{name}"}})
     assert isinstance(section, DictConfig)
     try:
-        resolve_tokenizer(section, holder)
+        resolve_tokenizer(section, holder or source.path)
     except CheckpointError as error:
         raise CheckpointError(f"{error}, or {GIVE}") from error
     return str(section.tokenizer.type)
 
 
 def _archives(source: Source) -> Iterator[tuple[Path, Files]]:
-    """Yield the source, then the `.nemo` that its training started from, if it is still there.
+    """Yield the source, the `.nemo` that its training started from, and those beside a checkpoint.
 
     A file's name has the hash of its content, so that the same name is the same tokenizer.
     """
     yield source.path, source.files
     before = Path(str((source.section or {}).get("restore_from_path") or ""))
-    if before.suffix == ".nemo" and before.exists():
-        yield before, files_of(before)
+    for path in (before, *sorted(source.path.absolute().parent.glob("*.nemo"))):
+        if path.suffix == ".nemo" and path.exists():
+            yield path, files_of(path)
 
 
 def _from_sentencepiece(source: Source, given: Mapping[str, Any]) -> Any:

@@ -345,3 +345,21 @@ def test_a_gguf_becomes_a_hugging_face_directory(tmp_path: Path) -> None:
     saved(model, tmp_path / "source")
     assert_equal(tensors(output), tensors(tmp_path / "source"))
     assert torch.equal(logits(output), logits(tmp_path / "source"))
+
+
+def test_a_lost_tokenizer_is_found_by_its_hash_in_a_nemo_beside_the_checkpoint(
+    plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A training's checkpoint names a temporary copy, which is gone."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    nemo = changed(plain, tmp_path / "run/checkpoint")
+    path = nemo / "model_config.yaml"
+    section = yaml.safe_load(path.read_text())
+    (copy,) = nemo.glob("*_tokenizer.zip")
+    copy.unlink()
+    gone = {"type": "/gone/model.tokenizer", "model": f"/gone/{copy.name}"}
+    path.write_text(yaml.safe_dump(section | {"tokenizer": section["tokenizer"] | gone}))
+    with pytest.raises(CheckpointError, match=r"model\.tokenizer is gone.*--tokenizer"):
+        open_student(nemo)
+    (nemo.parent / "student.nemo").symlink_to(plain)
+    assert open_student(nemo).tokenizer.chat_template == TEMPLATE
