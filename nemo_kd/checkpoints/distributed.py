@@ -10,7 +10,6 @@ No process group and no Megatron is needed.
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import pickle
@@ -18,32 +17,27 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 from typing import IO, Any, ClassVar, cast
 
 import torch
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
-from torch.distributed.checkpoint.filesystem import FileSystemWriter
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
     ChunkStorageMetadata,
+    Metadata,
     MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import (
-    SavePlan,
-    TensorWriteData,
-    WriteItem,
-    WriteItemType,
-)
-from torch.distributed.checkpoint.state_dict_saver import save
-from torch.distributed.checkpoint.utils import _create_file_view
 
+from nemo_kd.checkpoints.archives import FileView, load_tensor
 from nemo_kd.checkpoints.model import CheckpointError, reading
 from nemo_kd.files import decode_json
 
 METADATA, FORMAT, COMMON = ".metadata", "metadata.json", "common.pt"
+WEIGHTS = "__0_0.distcp"
 BACKENDS = {
     "sharded_backend": "torch_dist",
     "sharded_backend_version": 1,
@@ -83,73 +77,54 @@ def write(
 ) -> None:
     """Write a checkpoint of `slices` and of empty sharded objects (key, place) to a new directory.
 
-    At no time is more than one slice in memory. `written` is called with the bytes of each slice.
+    At no time is more than one slice in memory: torch's own writer keeps the last of each key.
+    `written` is called with the bytes of each slice.
     """
+    metadata = Metadata(state_dict_metadata={}, storage_data={})
+    metadata.version = "1.0.0"
     directory.mkdir(parents=True)
-    writer = FileSystemWriter(str(directory), single_file_per_rank=True, thread_count=1)
-    planner = _Planner(list(slices), list(objects), written)
-    try:
-        save({}, storage_writer=writer, planner=planner, no_dist=True)
-    except CheckpointException as error:  # also around an interrupt
-        raise next(iter(error.failures.values()))[0] from error
+    with (directory / WEIGHTS).open("wb") as file:
+        for key, at in objects:
+            index = MetadataIndex(_object_name(key, at))
+            metadata.state_dict_metadata[index.fqn] = BytesStorageMetadata()
+            _store(metadata, file, index, [None])  # Megatron-core's list of one object
+        for one in slices:
+            written(_write_slice(metadata, file, one))
+    _check_complete(metadata)
+    # Megatron-core looks here for the shapes of flattened tensors, of which there are none.
+    setattr(metadata, "mcore_data", {one: {} for one in _tensors(metadata)})  # noqa: B010
     torch.save({}, directory / COMMON)
+    (directory / METADATA).write_bytes(pickle.dumps(metadata))
     (directory / FORMAT).write_text(json.dumps(BACKENDS))
 
 
-class _Planner(DefaultSavePlanner):
-    """Plans from the shapes, and reads a tensor when it is its turn to be written."""
-
-    def __init__(
-        self,
-        slices: Sequence[Slice],
-        objects: Sequence[tuple[str, Place]],
-        written: Callable[[int], object],
-    ) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.slices = {_index(one): one for one in slices}
-        self.objects, self.written = objects, written
-
-    def create_local_plan(self) -> SavePlan:
-        items = [_tensor_item(index, one) for index, one in self.slices.items()]
-        for key, at in self.objects:
-            index = MetadataIndex(_object_name(key, at))
-            items.append(WriteItem(index=index, type=WriteItemType.BYTE_IO))
-        self.plan = SavePlan(items)
-        return self.plan
-
-    def create_global_plan(self, all_plans: list[SavePlan]) -> tuple[list[SavePlan], Any]:
-        plans, metadata = super().create_global_plan(all_plans)
-        # Megatron-core looks here for the shapes of flattened tensors, of which there are none.
-        setattr(metadata, "mcore_data", {one.key: {} for one in self.slices.values()})  # noqa: B010
-        return plans, metadata
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor | io.BytesIO:
-        one = self.slices.get(write_item.index)
-        if one is None:
-            empty = io.BytesIO()
-            torch.save([None], empty)  # Megatron-core's list of one object
-            return empty
-        tensor = one.read().to(one.dtype).reshape((1,) * len(one.at) + one.shape).contiguous()
-        self.written(tensor.nbytes)
-        return tensor
-
-
-def _index(one: Slice) -> MetadataIndex:
-    offsets = [position for position, _ in one.at] + [0] * len(one.shape)
-    return MetadataIndex(one.key, torch.Size(offsets))
-
-
-def _tensor_item(index: MetadataIndex, one: Slice) -> WriteItem:
-    assert index.offset is not None
-    return WriteItem(
-        index=index,
-        type=WriteItemType.SHARD,
-        tensor_data=TensorWriteData(
-            chunk=ChunkStorageMetadata(index.offset, torch.Size((1,) * len(one.at) + one.shape)),
-            properties=TensorProperties(dtype=one.dtype),
-            size=torch.Size((*(count for _, count in one.at), *one.shape)),
-        ),
+def _write_slice(metadata: Metadata, file: IO[bytes], one: Slice) -> int:
+    sizes = torch.Size((*(1 for _ in one.at), *one.shape))
+    offsets = torch.Size((*(position for position, _ in one.at), *(0 for _ in one.shape)))
+    tensor = one.read().to(one.dtype).reshape(sizes).contiguous()
+    if tensor.untyped_storage().nbytes() != tensor.nbytes:  # torch.save writes all of a storage
+        tensor = tensor.clone()
+    full = torch.Size((*(count for _, count in one.at), *one.shape))
+    entry = metadata.state_dict_metadata.setdefault(
+        one.key, TensorStorageMetadata(TensorProperties(dtype=one.dtype), full, [])
     )
+    assert isinstance(entry, TensorStorageMetadata)
+    entry.chunks.append(ChunkStorageMetadata(offsets, sizes))
+    _store(metadata, file, MetadataIndex(one.key, offsets, len(entry.chunks) - 1), tensor)
+    return tensor.nbytes
+
+
+def _store(metadata: Metadata, file: IO[bytes], index: MetadataIndex, value: object) -> None:
+    start = file.tell()
+    torch.save(value, file)
+    metadata.storage_data[index] = _StorageInfo(WEIGHTS, start, file.tell() - start)
+
+
+def _check_complete(metadata: Metadata) -> None:
+    for key, entry in _tensors(metadata).items():
+        distinct = {chunk.offsets: chunk.sizes.numel() for chunk in entry.chunks}
+        if sum(distinct.values()) != entry.size.numel():
+            raise ValueError(f"the slices of {key} do not make {list(entry.size)}")
 
 
 def _object_name(key: str, at: Place) -> str:
@@ -176,7 +151,7 @@ class Extent:
         if offset < 0 or length < 0 or offset + length > self.size:
             raise CheckpointError(f"{self.path}: a tensor lies outside its file; it is cut short")
         with self.path.open("rb") as file:
-            yield cast(IO[bytes], _create_file_view(file, self.offset + offset, length))
+            yield cast(IO[bytes], FileView(file, self.offset + offset, length))
 
 
 Files = Mapping[str, Extent]
@@ -208,10 +183,7 @@ class DistributedCheckpoint:
         _check_format(name, files)
         with reading(f"{name}: {METADATA}"), files[METADATA].open() as file:
             metadata = _SafeUnpickler(file).load()
-            entries = metadata.state_dict_metadata.items()
-            self._tensors: dict[str, TensorStorageMetadata] = {
-                key: entry for key, entry in entries if isinstance(entry, TensorStorageMetadata)
-            }
+            self._tensors = _tensors(metadata)
             self._storage = dict(metadata.storage_data)
             self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
 
@@ -227,6 +199,7 @@ class DistributedCheckpoint:
         sizes = [*[1] * len(at), *shape[len(at) :]]
         with reading(f"{self.name}: {key}"):
             found = list(self._overlaps(key, starts, sizes))
+            _refuse_overlaps([overlap for overlap, _ in found])
             if len(found) == 1 and list(found[0][1].sizes) == sizes:
                 return self._chunk(key, found[0][1]).reshape(shape[len(at) :])
             result = torch.empty(sizes, dtype=self.dtype(key))
@@ -265,15 +238,29 @@ class DistributedCheckpoint:
         if extent is None:
             raise CheckpointError(f"{self.name} lacks the file {info.relative_path}")
         with extent.open(info.offset, info.length) as file:
-            tensor = torch.load(file, map_location="cpu", weights_only=True)
-        if not isinstance(tensor, torch.Tensor) or tensor.shape != chunk.sizes:
-            raise CheckpointError(f"{self.name}: {key} is not a tensor of {list(chunk.sizes)}")
+            tensor = load_tensor(file, info.length)
+        if tensor.shape != chunk.sizes or tensor.dtype != self.dtype(key):
+            raise CheckpointError(
+                f"{self.name}: {key} is not a tensor of {self.dtype(key)} {list(chunk.sizes)}"
+            )
         return tensor
 
 
-def _within(box: Sequence[tuple[int, int]], origin: Sequence[int]) -> tuple[slice, ...]:
-    """The box (first, end) as an index of a tensor that begins at `origin`."""
-    return tuple(slice(a - at, b - at) for (a, b), at in zip(box, origin, strict=True))
+def _refuse_overlaps(boxes: Sequence[Sequence[tuple[int, int]]]) -> None:
+    for one, other in combinations(boxes, 2):
+        if all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True)):
+            raise ValueError("its chunks overlap")
+
+
+def _tensors(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Return the tensors; not an optimizer's, which Megatron-core stores flattened."""
+    reshaped = getattr(metadata, "mcore_data", None) or {}
+    return {
+        key: entry
+        for key, entry in metadata.state_dict_metadata.items()
+        if isinstance(entry, TensorStorageMetadata)
+        and "nd_reformulated_orig_global_shape" not in reshaped.get(key, ())
+    }
 
 
 def _check_format(name: str, files: Files) -> None:
@@ -305,8 +292,11 @@ class _Ignored:
     def append(self, value: Any) -> None: ...
 
 
-class _SafeUnpickler(pickle.Unpickler):
-    """Unpickler of `.metadata` that creates the types of the format alone, and runs no code."""
+class _SafeUnpickler(pickle._Unpickler):
+    """Unpickler of `.metadata` that creates the types of the format alone, and runs no code.
+
+    It is the unpickler in Python: that in C takes memory for any index that a pickle names.
+    """
 
     NAMES: ClassVar[set[tuple[str, str]]] = {
         ("torch", "Size"),
