@@ -7,15 +7,18 @@ import json
 import os
 import pickle
 import tarfile
+import zipfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from nemo_kd.checkpoints import CheckpointError
 from nemo_kd.checkpoints.distributed import DistributedCheckpoint, Slice, files_of, write
+from tests.attacks.bounds import bounded
 from tests.processes import run_program
 
 LAYERS, SHAPE = 3, (6, 4)
@@ -92,11 +95,47 @@ def spoilt(directory: Path, kind: str) -> None:
         (directory / "__0_0.distcp").unlink()
     elif kind == "cut":
         os.truncate(directory / "__0_0.distcp", 1000)
+    elif kind == "memo":  # an index of the pickle's memo: 16 GB of an array
+        (directory / ".metadata").write_bytes(b"\x80\x02]r\xff\xff\xff\x7f.")
+    elif kind == "overlap":
+        moved(directory, offsets=torch.Size([1, 0, 0]))
     else:
+        values = {
+            "another object": {"no": "tensor"},
+            "another type": torch.zeros(SHAPE),
+        }
         data = io.BytesIO()
-        torch.save({"no": "tensor"}, data)
-        file = directory / "__0_0.distcp"
-        file.write_bytes(data.getvalue().ljust(file.stat().st_size, b"\0"))
+        torch.save(values.get(kind, value(7).bfloat16()), data)
+        content = data.getvalue()
+        put(directory, "table", squeezed(content) if kind == "compressed" else content)
+
+
+def put(directory: Path, key: str, content: bytes) -> None:
+    """Write other bytes for a tensor, in a file of their own."""
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    index = next(index for index in metadata.storage_data if index.fqn == key)
+    metadata.storage_data[index] = _StorageInfo("other.distcp", 0, len(content))
+    (directory / "other.distcp").write_bytes(content)
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def moved(directory: Path, offsets: torch.Size) -> None:
+    """Say that layer 0 is where layer 1 is."""
+    metadata = pickle.loads((directory / ".metadata").read_bytes())
+    metadata.state_dict_metadata["layers.w"].chunks[0].offsets = offsets
+    (directory / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def squeezed(content: bytes) -> bytes:
+    """The same zip with compressed members."""
+    result = io.BytesIO()
+    with (
+        zipfile.ZipFile(io.BytesIO(content)) as source,
+        zipfile.ZipFile(result, "w", zipfile.ZIP_DEFLATED) as target,
+    ):
+        for member in source.infolist():
+            target.writestr(member.filename, source.read(member), zipfile.ZIP_DEFLATED)
+    return result.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -108,7 +147,11 @@ def spoilt(directory: Path, kind: str) -> None:
         ("zarr", "its format is zarr"),
         ("no file", "lacks the file __0_0.distcp"),
         ("cut", "lies outside its file"),
-        ("another object", "damaged"),
+        ("another object", "not a tensor of its size"),
+        ("another type", "not a tensor of torch.bfloat16"),
+        ("compressed", "zip without compression"),
+        ("memo", r"\.metadata: it is damaged"),
+        ("overlap", "its chunks overlap"),
     ],
 )
 def test_a_damaged_checkpoint_is_one_error(
@@ -116,6 +159,6 @@ def test_a_damaged_checkpoint_is_one_error(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     spoilt(made(tmp_path / "one"), kind)
-    with pytest.raises(CheckpointError, match=message):
-        opened(tmp_path / "one").read("table")
+    with bounded(), pytest.raises(CheckpointError, match=message):
+        opened(tmp_path / "one").read("layers.w" if kind == "overlap" else "table")
     assert not (tmp_path / "evil").exists()
