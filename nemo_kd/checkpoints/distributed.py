@@ -81,7 +81,6 @@ def write(
     `written` is called with the bytes of each slice.
     """
     metadata = Metadata(state_dict_metadata={}, storage_data={})
-    metadata.version = "1.0.0"
     directory.mkdir(parents=True)
     with (directory / WEIGHTS).open("wb") as file:
         for key, at in objects:

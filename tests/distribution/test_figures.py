@@ -19,6 +19,7 @@ LOSS = {(row["shape"], row["against"]): row for row in RESULTS["loss"]["rows"]}
 PROFILES = {row["profile"]: row for row in RESULTS["store"]["profiles"]}
 WAYS = {row["way"]: row for row in RESULTS["dump"]["ways"]}
 OPENING = RESULTS["store"]["opening"]
+CONVERSION = RESULTS["conversion"]
 SMALL, LARGE, HIDDEN = "(1024, 49152)", "(512, 128256)", "(2048, 49152, 576)"
 ALONE, BF16 = "Megatron's cross-entropy alone, TP", "Megatron's, both on bf16 logits"
 FUSED, TWICE_K = (
@@ -47,6 +48,19 @@ def _costs(name: str) -> list[float]:
 # (page, regular expression whose groups are the numbers, their values)
 SAMPLED, COMPACT, PLAIN = (PROFILES[name] for name in ("sampled, 40 draws", "compact", "plain"))
 QUOTES: list[Quote] = [
+    *(
+        (
+            "docs/checkpoints.md",
+            rf"\| {way} \| {N} \| {N} MB \| {N} MB \|",
+            [row["seconds"], row["anonymous"] / 1e6, row["resident"] / 1e6],
+        )
+        for way, row in CONVERSION["ways"].items()
+    ),
+    (
+        "docs/checkpoints.md",
+        rf"{N} million parameters in bfloat16, whose largest tensor has {N} MB",
+        [CONVERSION["parameters"] / 1e6, CONVERSION["largest_tensor"] / 1e6],
+    ),
     (
         "README.md",
         rf"\(1024, 49152\) \| {ALONE} 1 \| {N}× \| {N}×",
