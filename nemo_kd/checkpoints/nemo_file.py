@@ -147,7 +147,7 @@ def write_nemo(
         )
         (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
         (folder / artifact).write_bytes(packed)
-        verified = verify(checkpoint, keep_layers, written_as, folder, new) if compare else None
+        verified = verify(checkpoint, keep_layers, dtype, folder, new) if compare else None
         with tarfile.open(archive_path, "w:") as archive:
             archive.add(folder, arcname=".")
         _install(archive_path, output, new, tokenizer)

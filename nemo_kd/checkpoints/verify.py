@@ -60,12 +60,13 @@ def is_verified(asked: bool | None, checkpoint: Checkpoint, num_layers: int) -> 
 def verify(
     checkpoint: Checkpoint,
     keep_layers: Sequence[int],
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     converted: Path,
     tokenizer: Path,
 ) -> Verified:
     """Compare `checkpoint`'s layers in transformers with the `converted` directory in NeMo.
 
+    `dtype` is the type that all tensors were converted to; None: each has its own.
     Raises CheckpointError if a logit differs by more than BOUND.
     """
     ids = sample_ids(checkpoint, tokenizer)
@@ -104,13 +105,13 @@ def sample_ids(checkpoint: Checkpoint, tokenizer: Path) -> torch.Tensor:
 
 @torch.no_grad()
 def transformers_logits(
-    checkpoint: Checkpoint, keep_layers: Sequence[int], dtype: torch.dtype, ids: torch.Tensor
+    checkpoint: Checkpoint, keep_layers: Sequence[int], dtype: torch.dtype | None, ids: torch.Tensor
 ) -> torch.Tensor:
-    """Logits `[S, V]` of the kept layers, of weights rounded to `dtype`, in float32."""
+    """Logits `[S, V]` of the kept layers in float32, of weights rounded to `dtype` if given."""
     from nemo_kd.checkpoints.huggingface import to_transformers
 
     model = to_transformers(checkpoint, keep_layers)
-    if dtype is not checkpoint.dtype:
+    if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
     logits: torch.Tensor = model(ids).logits[0]
