@@ -25,7 +25,9 @@ from nemo_kd.checkpoints.families import family_of
 from nemo_kd.checkpoints.lora import MergedWeights, open_adapters
 from nemo_kd.checkpoints.model import CheckpointError, Model, reading
 from nemo_kd.checkpoints.safetensors_file import Entry
+from nemo_kd.checkpoints.source import CONFIG as NEMO_CONFIG
 from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.verify import Verified, verify_export
 from nemo_kd.checkpoints.weights import Weights
 from nemo_kd.files import decode_json, read_bounded
 from nemo_kd.vocabulary import VocabularySize
@@ -48,6 +50,7 @@ class Exported:
     dtype: torch.dtype
     stored_rows: int
     """Rows of the embedding in the checkpoint, padding included."""
+    verified: Verified | None
 
 
 @dataclass(frozen=True)
@@ -185,11 +188,13 @@ def export(
     overwrite: bool = False,
     card: Card | None = None,
     progress: Callable[[int, int], object] = lambda done, total: None,
+    compare: bool = False,
 ) -> Exported:
     """Write `student` to the directory `output`.
 
     `dtype` None keeps each tensor's own. `inputs` are further paths that must not be overwritten.
-    `progress` is called with the bytes written and their total.
+    `progress` is called with the bytes written and their total. With `compare`, the logits in
+    transformers are compared with NeMo's, and another model is a CheckpointError.
     Errors: NemoKDError if `output` is not empty, unless an export wrote it and `overwrite` is set.
     """
     entries = [
@@ -211,6 +216,9 @@ def export(
         for size in safetensors_file.write(new, shards, student.weights.tensors(), files):
             done += size
             progress(done, total)
+        verified = None
+        if compare:
+            verified = verify_export(new, student.source.path, student.model, dtype)
     return Exported(
         path=Path(output),
         model=student.model,
@@ -218,4 +226,16 @@ def export(
         nbytes=total,
         dtype=entries[0].dtype,
         stored_rows=student.weights.stored_rows,
+        verified=verified,
     )
+
+
+def comparable(student: Student) -> str | None:
+    """Why the logits of `student` cannot be compared with NeMo's; None if they can."""
+    if student.source.section is None or student.source.prefix != "model.":
+        return "NeMo does not load a checkpoint of Megatron-core"
+    if student.record is not student.source:
+        return "the adapters were merged in the export"
+    if NEMO_CONFIG not in student.source.files:
+        return "NeMo loads a .nemo, not a checkpoint of a training"
+    return None

@@ -21,7 +21,7 @@ from nemo_kd.tokenizer_files import load_files
 from nemo_kd.vocabulary import VocabularySize
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SINGLE = "model.safetensors"
 OTHER_FORMAT = "consolidated"
@@ -191,14 +191,11 @@ def to_transformers(
     checkpoint: Checkpoint, keep_layers: Sequence[int] | None = None
 ) -> PreTrainedModel:
     """Load the checkpoint, or some of its layers, as a float32 transformers model."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     kept = range(checkpoint.model.num_layers) if keep_layers is None else keep_layers
     model = replace(checkpoint.model, num_layers=len(kept))
-    family = family_of(model)
-    settings, _ = completed(cut_layers(checkpoint.config, kept), family)
-    settings |= {"model_type": family.model_type, "torch_dtype": "float32"}
-    config = AutoConfig.for_model(**settings)
+    config = transformers_config(checkpoint, kept)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
     state = {name: checkpoint.tensor(_source(name, kept)).float() for name in shapes_of(model)}
@@ -209,6 +206,36 @@ def to_transformers(
     # The only buffer; it is not in the state and was created on the meta device.
     built.model.rotary_emb = type(built.model.rotary_emb)(config)
     return built.eval()
+
+
+def transformers_config(checkpoint: Checkpoint, kept: Sequence[int]) -> PretrainedConfig:
+    """The configuration of the layers `kept`, in float32."""
+    from transformers import AutoConfig
+
+    family = family_of(checkpoint.model)
+    settings, _ = completed(cut_layers(checkpoint.config, kept), family)
+    settings |= {"model_type": family.model_type, "torch_dtype": "float32"}
+    config: PretrainedConfig = AutoConfig.for_model(**settings)
+    return config
+
+
+def transformers_own(checkpoint: HuggingFaceCheckpoint, kept: Sequence[int]) -> PreTrainedModel:
+    """The layers `kept` as a float32 model, of the weights that transformers itself reads."""
+    from transformers import AutoModelForCausalLM
+
+    whole = range(checkpoint.model.num_layers)
+    model = AutoModelForCausalLM.from_pretrained(
+        str(checkpoint.directory),
+        config=transformers_config(checkpoint, whole),
+        torch_dtype=torch.float32,
+        local_files_only=True,
+    )
+    model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in kept)
+    for position, layer in enumerate(model.model.layers):
+        layer.self_attn.layer_idx = position
+    model.config.num_hidden_layers = len(kept)
+    own: PreTrainedModel = model.eval()
+    return own
 
 
 def cut_layers(config: Mapping[str, Any], kept: Sequence[int]) -> dict[str, Any]:

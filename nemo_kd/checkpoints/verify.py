@@ -15,13 +15,13 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from nemo_kd.checkpoints.megatron import count_parameters
-from nemo_kd.checkpoints.model import Checkpoint, CheckpointError
+from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, Model
 
 BOUND = 1e-3
 """Largest absolute difference of a logit."""
@@ -42,7 +42,7 @@ class Verified:
     tokens: int
 
 
-def is_verified(asked: bool | None, checkpoint: Checkpoint, num_layers: int) -> bool:
+def is_verified(asked: bool | None, model: Model) -> bool:
     """Return whether to verify a conversion; by default small models, if NeMo is installed.
 
     Raises CheckpointError if it is asked for without NeMo, which computes one side.
@@ -52,7 +52,6 @@ def is_verified(asked: bool | None, checkpoint: Checkpoint, num_layers: int) -> 
         raise CheckpointError(
             "--verify needs NeMo, which is not installed: pip install 'nemo-kd[nemo]'"
         )
-    model = replace(checkpoint.model, num_layers=num_layers)
     small = count_parameters(model, model.vocab_size) <= MAX_PARAMETERS
     return installed and small if asked is None else asked
 
@@ -69,9 +68,28 @@ def verify(
     `dtype` is the type that all tensors were converted to; None: each has its own.
     Raises CheckpointError if a logit differs by more than BOUND.
     """
-    ids = sample_ids(checkpoint, tokenizer)
+    ids = sample_ids(checkpoint.model, tokenizer)
     expected = transformers_logits(checkpoint, keep_layers, dtype, ids)
     return compare(expected, nemo_logits(converted, tokenizer, ids), checkpoint.name)
+
+
+def verify_export(
+    exported: Path, source: Path, model: Model, dtype: torch.dtype | None
+) -> Verified:
+    """Compare the directory `exported` in transformers with the .nemo `source` in NeMo.
+
+    `dtype` is the type that all tensors were converted to; None: each has its own.
+    Raises CheckpointError if a logit differs by more than BOUND.
+    """
+    from transformers import AutoModelForCausalLM
+
+    ids = sample_ids(model, exported)
+    written = AutoModelForCausalLM.from_pretrained(
+        str(exported), torch_dtype=torch.float32, local_files_only=True
+    )
+    with torch.no_grad():
+        logits = written.eval()(ids).logits[0]
+    return compare(logits, nemo_logits(source, exported, ids, dtype), str(source))
 
 
 def compare(expected: torch.Tensor, actual: torch.Tensor, name: str) -> Verified:
@@ -87,11 +105,10 @@ def compare(expected: torch.Tensor, actual: torch.Tensor, name: str) -> Verified
     return Verified(difference, expected.size(0))
 
 
-def sample_ids(checkpoint: Checkpoint, tokenizer: Path) -> torch.Tensor:
+def sample_ids(model: Model, tokenizer: Path) -> torch.Tensor:
     """Token ids `[1, S]` of the packaged text, as many as the model takes."""
     from transformers import AutoTokenizer
 
-    model = checkpoint.model
     limits = (TOKENS, model.context, model.window, model.max_tokens)
     length = min(limit for limit in limits if limit is not None)
     loaded = AutoTokenizer.from_pretrained(
@@ -99,7 +116,7 @@ def sample_ids(checkpoint: Checkpoint, tokenizer: Path) -> torch.Tensor:
     )
     ids: list[int] = loaded(SAMPLE.read_text(encoding="utf-8")).input_ids[:length]
     if not ids:
-        raise CheckpointError(f"{checkpoint.name}: its tokenizer makes no tokens of plain text")
+        raise CheckpointError(f"{tokenizer}: its tokenizer makes no tokens of plain text")
     return torch.tensor([ids])
 
 
@@ -108,9 +125,12 @@ def transformers_logits(
     checkpoint: Checkpoint, keep_layers: Sequence[int], dtype: torch.dtype | None, ids: torch.Tensor
 ) -> torch.Tensor:
     """Logits `[S, V]` of the kept layers in float32, of weights rounded to `dtype` if given."""
-    from nemo_kd.checkpoints.huggingface import to_transformers
+    from nemo_kd.checkpoints import huggingface
 
-    model = to_transformers(checkpoint, keep_layers)
+    if isinstance(checkpoint, huggingface.HuggingFaceCheckpoint):
+        model = huggingface.transformers_own(checkpoint, keep_layers)
+    else:
+        model = huggingface.to_transformers(checkpoint, keep_layers)
     if dtype is not None:
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype).float()
@@ -118,16 +138,19 @@ def transformers_logits(
     return logits
 
 
-def nemo_logits(model: Path, tokenizer: Path, ids: torch.Tensor) -> torch.Tensor:
+def nemo_logits(
+    model: Path, tokenizer: Path, ids: torch.Tensor, dtype: torch.dtype | None = None
+) -> torch.Tensor:
     """Logits `[S, V]` that NeMo computes on the CPU, in a process of its own.
 
-    `model` is a .nemo or its unpacked directory. On the CPU, because TransformerEngine multiplies
-    float32 in TF32.
+    `model` is a .nemo or its unpacked directory; its weights are rounded to `dtype` if given. On
+    the CPU, because TransformerEngine multiplies float32 in TF32.
     """
     with tempfile.TemporaryDirectory() as directory:
         given, result = Path(directory) / "ids.pt", Path(directory) / "logits.pt"
         torch.save(ids, given)
-        arguments = (model, tokenizer, given, result)
+        rounded = [] if dtype is None else [str(dtype).removeprefix("torch.")]
+        arguments = (model, tokenizer, given, result, *rounded)
         done = subprocess.run(
             [sys.executable, "-m", "nemo_kd.nemo.logits", *map(str, arguments)],
             env=_single_process(),

@@ -52,13 +52,21 @@ def export(
         bool, typer.Option("--peft", help="Write LoRA adapters as a directory of PEFT.")
     ] = False,
     dtype: Annotated[Precision, typer.Option(help="Type of the weights.")] = Precision.own,
+    verify: Annotated[
+        bool | None,
+        typer.Option(
+            help="Compare logits with NeMo's and refuse a model that differs; default: a .nemo of "
+            "up to 1 billion parameters, if NeMo is installed."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Write SOURCE as a Hugging Face directory, which transformers loads."""
     import torch
 
-    from nemo_kd.checkpoints.export import export, open_student
+    from nemo_kd.checkpoints.export import comparable, export, open_student
     from nemo_kd.checkpoints.source import open_source
+    from nemo_kd.checkpoints.verify import is_verified
 
     start = time.perf_counter()
     wanted = None if dtype is Precision.own else getattr(torch, dtype.value)
@@ -82,6 +90,10 @@ def export(
         return
     student = open_student(source, base, tokenizer, base_model)
     inputs = tuple(path for path in (base, tokenizer, base_model) if path is not None)
+    reason = comparable(student)
+    if verify and reason is not None:
+        raise typer.BadParameter(reason, param_hint="verify")
+    compare = reason is None and is_verified(verify, student.model)
     with progress("exporting") as advance:
         done = export(
             student,
@@ -91,6 +103,7 @@ def export(
             overwrite=overwrite,
             card=card_of(student.record),
             progress=advance,
+            compare=compare,
         )
     console = Console()
     console.print(
@@ -99,6 +112,11 @@ def export(
         f"{done.nbytes / 1e6:.0f} MB, {time.perf_counter() - start:.1f} s",
         soft_wrap=True,
     )
+    if done.verified:
+        console.print(
+            f"logits of {done.verified.tokens} tokens differ from NeMo's by at most "
+            f"{done.verified.difference:.1e}"
+        )
     if done.stored_rows > done.model.vocab_size:
         console.print(
             f"{done.stored_rows - done.model.vocab_size} embedding rows beyond the tokenizer's "

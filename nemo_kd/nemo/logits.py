@@ -1,7 +1,10 @@
-"""Logits of a `.nemo` on one sequence: `python -m nemo_kd.nemo.logits MODEL TOKENIZER IDS OUT`.
+"""Logits of a `.nemo` on one sequence.
+
+    python -m nemo_kd.nemo.logits MODEL TOKENIZER IDS OUT [DTYPE]
 
 MODEL is a .nemo or its unpacked directory, TOKENIZER the tokenizer's directory, IDS a file of
-torch.save with token ids `[1, S]`; OUT gets float32 logits `[S, V padded]`.
+torch.save with token ids `[1, S]`; OUT gets float32 logits `[S, V padded]`, of weights rounded to
+DTYPE.
 """
 
 from __future__ import annotations
@@ -14,19 +17,22 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.nemo import cpu, start
 
 
-def main(path: str, tokenizer: str, ids: str, result: str) -> None:
+def main(path: str, tokenizer: str, ids: str, result: str, dtype: str = "float32") -> None:
     start.install()
-    torch.save(logits(path, tokenizer, torch.load(ids, weights_only=True)), result)
+    rounded = getattr(torch, dtype)
+    torch.save(logits(path, tokenizer, torch.load(ids, weights_only=True), rounded), result)
 
 
 @torch.no_grad()
-def logits(path: str, tokenizer: str, ids: torch.Tensor) -> torch.Tensor:
+def logits(path: str, tokenizer: str, ids: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     from nemo_kd.nemo.vocabulary import SFTModel
 
     cfg = _settings(tokenizer)
     trainer = start.build_trainer(cfg)
     start.start_process_groups(cfg.model, trainer)
     model = start.restore(path, SFTModel, cfg, trainer).model.eval()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype).float()
     positions = torch.arange(ids.size(1))[None]
     output: torch.Tensor = model(ids, positions, attention_mask=None, labels=None)  # [1, S, V]
     return output[0].float()
