@@ -5,6 +5,7 @@ Format of the first lines: huggingface.co/docs/hub/model-cards, "Model card meta
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import yaml
 
 from nemo_kd.checkpoints.source import Source
 
+FILE = "README.md"
 STORES, STEPS = "kd_train_stores", "kd_trained_steps"
 """Keys of NeMo's configuration in which a training records its data and its length."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
@@ -56,7 +58,18 @@ def model_card(
         lines += ["| figure | value |", "|---|---|"]
         lines += [f"| {_cell(key)} | {value:.4f} |" for key, value in sorted(card.figures.items())]
         lines.append("")
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    return f"{text}\n{_seal(text)}\n"
+
+
+def is_as_written(text: str) -> bool:
+    """Whether a README.md is one of `model_card`, and nobody has changed it."""
+    card, _, seal = text.rstrip("\n").rpartition("\n")
+    return seal == _seal(card)
+
+
+def _seal(text: str) -> str:
+    return f"<!-- nemo-kd export {hashlib.sha256(text.encode()).hexdigest()[:16]} -->"
 
 
 def base_name(

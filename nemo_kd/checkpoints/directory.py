@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.checkpoints import safetensors_file
+from nemo_kd.checkpoints.card import FILE as CARD
+from nemo_kd.checkpoints.card import is_as_written
 from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.outputs import install, refuse_inputs, work_beside
 
@@ -42,6 +44,11 @@ def _refuse_foreign(output: Path, *, overwrite: bool) -> None:
         raise CheckpointError(
             f"{output} would be replaced, but {min(foreign)} was not written by an export; move "
             "the directory away, or choose another name"
+        )
+    card = output / CARD
+    if overwrite and card.is_file() and not is_as_written(card.read_text(errors="replace")):
+        raise CheckpointError(
+            f"{card} was changed since the export wrote it; move it away to replace the directory"
         )
     if found and not overwrite:
         raise CheckpointError(f"{output} already exists; use --overwrite to replace it")

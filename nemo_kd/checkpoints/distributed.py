@@ -269,7 +269,8 @@ def _check_format(name: str, files: Files) -> None:
     if FORMAT in files:
         with files[FORMAT].open() as file:
             kind = str(decode_json(file.read(1 << 16), dict[str, Any]).get("sharded_backend"))
-    found = f"its format is {kind}" if kind else f"it has no {METADATA}"
+    other = kind not in ("", BACKENDS["sharded_backend"])
+    found = f"its format is {kind}" if other else f"it has no {METADATA} of a plausible size"
     raise CheckpointError(
         f"{name} is not a distributed checkpoint of the format torch_dist: {found}; load it with "
         "the version that wrote it, and save it again"

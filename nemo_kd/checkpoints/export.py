@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from nemo_kd.checkpoints import nemo_settings, safetensors_file
+from nemo_kd.checkpoints.card import FILE as CARD
 from nemo_kd.checkpoints.card import Card, model_card
 from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.directory import dump, new_directory
@@ -32,7 +33,7 @@ from nemo_kd.checkpoints.weights import Weights
 from nemo_kd.files import decode_json, read_bounded
 from nemo_kd.vocabulary import VocabularySize
 
-CONFIG, GENERATION, CARD = "config.json", "generation_config.json", "README.md"
+CONFIG, GENERATION = "config.json", "generation_config.json"
 MAX_JSON = 4 << 20  # bytes
 STEPS = "kd_trained_steps"
 """Key of a section that a training has changed."""
@@ -99,11 +100,11 @@ def open_student(
     tied = f"{source.prefix}output_layer.weight" not in source.weights.shapes
     if tied != model.tied:
         config["tie_word_embeddings"] = tied
+    model = replace(model, tied=tied)
     if source.section is not None:
         nemo_settings.check(name, source.section, model)
     config.setdefault("architectures", [model.architecture])
     config.setdefault("model_type", family_of(model).model_type)
-    model = replace(model, tied=tied)
     generation = _generation(source, config, base, loaded)
     if base is None and nemo_settings.CONVERTED not in (source.section or {}):
         config = {**generation, **config}  # the class's own ids would be another tokenizer's

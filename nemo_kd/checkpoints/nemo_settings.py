@@ -50,6 +50,9 @@ DEFAULTS: dict[str, Any] = {
     "drop_layers": None,
     "no_rope_freq": None,
     "num_moe_experts": None,
+    "share_embeddings_and_output_weights": True,
+    "activation_func_clamp_value": None,
+    "heterogeneous_block_specs": False,
 }
 """Settings that decide the logits, and what NeMo 2.4 takes where one is missing."""
 LLAMA3 = {"scale_factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
@@ -62,6 +65,10 @@ EXPERTS = {
     "moe_router_score_function": "softmax",
     "moe_router_topk_scaling_factor": None,
     "moe_router_num_groups": None,
+    "moe_router_group_topk": None,
+    "moe_router_topk_limited_devices": None,
+    "moe_router_force_load_balancing": False,
+    "moe_token_dropping": False,
     "moe_router_enable_expert_bias": False,
     "moe_apply_probs_on_input": False,
     "moe_expert_capacity_factor": None,

@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from nemo_kd.checkpoints import safetensors_file
+from nemo_kd.checkpoints.card import FILE as CARD
 from nemo_kd.checkpoints.card import Card, base_name, model_card
 from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.directory import dump, new_directory
-from nemo_kd.checkpoints.export import CARD, config_of
+from nemo_kd.checkpoints.export import config_of
 from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
 from nemo_kd.checkpoints.lora import Adapters, open_adapters, split
 from nemo_kd.checkpoints.model import CheckpointError

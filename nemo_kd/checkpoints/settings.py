@@ -99,11 +99,19 @@ def _rope(
 ) -> dict[str, Any]:
     """Return the keys of transformers 4 for `rope_parameters`."""
     found: dict[str, Any] = {}
-    if parameters and all(isinstance(value, Mapping) for value in parameters.values()):
-        parameters, found = _of_layer_types(parameters, holds)
+    by_type = {key: value for key, value in parameters.items() if isinstance(value, Mapping)}
+    others = [value for key, value in parameters.items() if key not in by_type]
+    # Gemma 3's has, beside those of its layer types, empty settings for all of them.
+    if by_type and all(value in (None, "default") for value in others):
+        parameters, found = _of_layer_types(by_type, holds)
     base = parameters.pop("rope_theta", None)
     if base is not None:
-        found[next(filter(holds, BASES), BASES[0])] = base
+        key = next(filter(holds, BASES), BASES[0])
+        if settings.get(key) not in (None, base):
+            raise SettingsError(
+                f"{key} is {settings[key]}, but {base} in rope_parameters; remove the wrong one"
+            )
+        found[key] = base
     fraction = parameters.pop("partial_rotary_factor", None)
     name = next(filter(holds, FRACTIONS), None)
     if fraction is not None and (name or fraction != 1):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 import yaml
 from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
@@ -27,7 +28,7 @@ from nemo_kd.checkpoints.distributed import (
     Files,
     files_of,
 )
-from nemo_kd.checkpoints.model import CheckpointError, reading
+from nemo_kd.checkpoints.model import CheckpointError, checked, reading
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "model_config.yaml", "model_weights", "model_weights.ckpt"
 LATEST = "latest_checkpointed_iteration.txt"
@@ -92,10 +93,30 @@ def _of_nemo(path: Path, files: Files) -> Source:
         section = yaml.safe_load(file.read(MAX_CONFIG))
         if not isinstance(section, dict):
             raise CheckpointError(f"{path}: {CONFIG} is not a configuration")
+    _check_converted(path, section)
     weights = files_of(path, WEIGHTS)
     if weights:
         return Source(path, files, section, DistributedCheckpoint(str(path), weights))
-    return Source(path, files, section, None)
+    adapted = section.get("peft")
+    if isinstance(adapted, dict) and adapted.get("peft_scheme") not in (None, "none"):
+        return Source(path, files, section, None)
+    raise CheckpointError(
+        f"{path} has no {WEIGHTS}/, and adapters neither: it is not complete; save it again"
+    )
+
+
+class _Converted(msgspec.Struct):
+    """What a conversion records in its section."""
+
+    checkpoint: str
+    layers: list[int]
+    config: dict[str, Any] | None = None
+    generation_config: dict[str, Any] | None = None
+
+
+def _check_converted(path: Path, section: Mapping[str, Any]) -> None:
+    if section.get("converted_from") is not None:
+        checked(f"{path}: model.converted_from", section["converted_from"], _Converted)
 
 
 PICKLED: list[Any] = [
@@ -121,4 +142,6 @@ def _section(path: Path, files: Files) -> dict[str, Any] | None:
     with reading(f"{path}: {COMMON}", "its configuration is damaged"):
         container = OmegaConf.to_container(OmegaConf.create(section), resolve=True)
         assert isinstance(container, dict)
-        return {str(key): value for key, value in container.items()}
+        found = {str(key): value for key, value in container.items()}
+        _check_converted(path, found)
+        return found

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import transformers
 from transformers import AutoModelForCausalLM
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
 from nemo_kd.checkpoints.huggingface import stored, weight_files
 from nemo_kd.errors import NemoKDError
@@ -78,6 +79,13 @@ def _check_kind(path: Path, config: PretrainedConfig) -> None:
         raise HFTeacherError(
             f"{path}: config.json names the architecture {unknown[0]}, which transformers "
             f"{transformers.__version__} does not have; code beside a checkpoint is not run"
+        )
+    method = getattr(config, "quantization_config", None) or {}
+    method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
+    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+        raise HFTeacherError(
+            f"{path}: its weights are quantized by {method}, which transformers "
+            f"{transformers.__version__} does not know and would pass over"
         )
     if any(path.glob("*.safetensors")):
         weight_files(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -226,6 +227,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "fraction": ({"rotary_percentage": 0.5}, r"rotary_percentage is 0\.5"),
     "gemma": ({"apply_embedding_scaling": True}, "apply_embedding_scaling is True"),
     "layers": ({"num_layers": 3}, "num_layers is 3"),
+    "untied": ({"share_embeddings_and_output_weights": False}, "output_weights is False"),
+    "clamp": ({"activation_func_clamp_value": 3.0}, "activation_func_clamp_value is 3"),
+    "no record": ({"converted_from": "abc"}, r"converted_from: Expected `object`"),
+    "record": ({"converted_from": {"checkpoint": "a"}}, "missing required field `layers`"),
     "learned": ({"converted_from": None, "position_embedding_type": None}, "learned_absolute"),
     "layernorm": ({"converted_from": None, "normalization": "layernorm1p"}, "layernorm1p"),
     "tokenizer": ({"tokenizer": {"library": "megatron"}}, "'megatron', which is not converted"),
@@ -266,6 +271,10 @@ def test_what_is_no_checkpoint_is_refused(plain: Path, tmp_path: Path) -> None:
             open_student(path)
     with pytest.raises(CheckpointError, match=r"config\.json does not exist"):
         open_student(plain, base=empty)
+    bare = changed(plain, tmp_path / "bare")
+    shutil.rmtree(bare / "model_weights")
+    with pytest.raises(CheckpointError, match=r"has no model_weights/, and adapters neither"):
+        open_student(bare)
 
 
 def test_only_what_an_export_wrote_is_replaced(plain: Path, tmp_path: Path) -> None:
@@ -277,6 +286,12 @@ def test_only_what_an_export_wrote_is_replaced(plain: Path, tmp_path: Path) -> N
     export(student, output, dtype=torch.bfloat16, overwrite=True)
     assert contents(output) != before
     assert config(output)["torch_dtype"] == "bfloat16"
+    card = output / "README.md"
+    text = card.read_text()
+    card.write_text(text + "\nLicence: Apache 2.0\n")
+    with pytest.raises(CheckpointError, match=r"README\.md was changed since the export wrote it"):
+        export(student, output, overwrite=True)
+    card.write_text(text)
     (output / "mine").write_text("mine")
     before = contents(output)
     with pytest.raises(CheckpointError, match="mine was not written by an export"):

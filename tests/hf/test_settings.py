@@ -12,6 +12,8 @@ import transformers
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from nemo_kd.checkpoints.settings import to_version_4
+from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.loading import from_directory
 from nemo_kd.hf.settings import ConfigError, read_config
 
@@ -199,3 +201,21 @@ def test_a_window_that_is_off_masks_nothing(tmp_path: Path) -> None:
     rest.load_state_dict(original.state_dict())
     loaded = from_directory(tmp_path, torch.float32).eval()
     assert torch.equal(loaded(IDS).logits, rest(IDS).logits)
+
+
+def test_the_empty_settings_beside_those_of_layer_types_are_passed_over() -> None:
+    """As transformers 5.0 writes them for Gemma 3."""
+    full = {"rope_type": "default", "rope_theta": 1e6}
+    local = {"rope_type": "default", "rope_theta": 1e4}
+    both = {"full_attention": full, "sliding_attention": local}
+    for more in ({}, {"rope_theta": None, "rope_type": "default"}):
+        found = to_version_4(
+            {"rope_parameters": {**both, **more}}, lambda key: key != "rope_parameters"
+        )
+        assert (found["rope_theta"], found["rope_local_base_freq"]) == (1e6, 1e4)
+
+
+def test_a_base_in_two_places_must_be_one() -> None:
+    config = {"rope_theta": 1e4, "rope_parameters": DEFAULT}
+    with pytest.raises(NemoKDError, match=r"rope_theta is 10000\.0, but 500000\.0 in"):
+        to_version_4(config, lambda key: key != "rope_parameters")
