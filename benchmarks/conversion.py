@@ -98,7 +98,8 @@ def measured(convert: Callable[[], None]) -> dict[str, float]:
     """Run a conversion; return its seconds and its peaks of memory above what was there before."""
     from transformers import AutoTokenizer
 
-    AutoTokenizer.from_pretrained(str(CACHE / "source"))  # loads its modules
+    source = str(CACHE / "source")  # loads transformers' modules
+    AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
     before, peak, ended = memory(), memory(), threading.Event()
 
     def watch() -> None:

@@ -63,8 +63,10 @@ def compare(
     """Return the content of the JSON file; `made` is that of `complete.py`."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(directory)
+    local: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
+    model = AutoModelForCausalLM.from_pretrained(directory, torch_dtype=torch.float32, **local)
+    model = model.eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory, **local)
     same = [
         complete(model, tokenizer, row["prompt"], made["tokens"]) == row["completions"]["kd"]
         for row in track(made["samples"], "completions in transformers")

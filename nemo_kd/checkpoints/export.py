@@ -89,6 +89,8 @@ def open_student(
     name = str(source.path)
     config = config_of(source, base)
     loaded = tokenizer_of(source, base, tokenizer)
+    if tokenizer is not None:
+        _refuse_smaller(source, base, loaded, tokenizer)
     stored = source.weights.shapes.get(f"{source.prefix}{EMBEDDING}")
     if stored is None:
         raise CheckpointError(f"{name} has no {EMBEDDING}; is it a language model?")
@@ -113,6 +115,19 @@ def open_student(
         adapters = open_adapters(path, model)
         weights, record = MergedWeights(weights, adapters), adapters.source
     return Student(source, record, model, config, loaded, generation, weights)
+
+
+def _refuse_smaller(source: Source, base: str | Path | None, given: Any, name: str | Path) -> None:
+    """Raise CheckpointError if the tokenizer `given` has no ids for rows that were trained."""
+    try:
+        own = VocabularySize.of(tokenizer_of(source, base))
+    except CheckpointError:  # gone, or not read: that is why another is given
+        return
+    if VocabularySize.of(given).ids < own.ids:
+        raise CheckpointError(
+            f"{name}: the tokenizer's largest id is {VocabularySize.of(given).ids - 1}, but the "
+            f"model was trained with ids up to {own.ids - 1}, whose rows would be lost"
+        )
 
 
 def config_of(source: Source, base: str | Path | None) -> dict[str, Any]:

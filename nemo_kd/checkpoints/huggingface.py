@@ -229,6 +229,7 @@ def transformers_own(checkpoint: HuggingFaceCheckpoint, kept: Sequence[int]) -> 
         config=transformers_config(checkpoint, whole),
         torch_dtype=torch.float32,
         local_files_only=True,
+        trust_remote_code=False,
     )
     model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in kept)
     for position, layer in enumerate(model.model.layers):

@@ -78,9 +78,12 @@ def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
     if tokenizer.get("library") != "huggingface":
         return
     directory = str(tokenizer.get("type"))
-    if not os.path.isabs(directory) or os.path.isdir(directory):
+    if not os.path.isabs(directory):
         return
     artifact = str(tokenizer.get("model") or "")
+    if os.path.isdir(directory):
+        _refuse_another(Path(directory), Path(checkpoint), artifact)
+        return
     if not artifact.startswith(ARTIFACT_PREFIX):
         raise CheckpointError(
             f"{checkpoint} names the tokenizer directory {directory}, which does not exist, and "
@@ -91,6 +94,39 @@ def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
         directory = str(_unpack(data))
     with open_dict(model_cfg):
         tokenizer.type = directory
+
+
+WITHOUT_IDS = {"chat_template.jinja", "special_tokens_map.json", "tokenizer_config.json"}
+"""Files of a tokenizer that a user may edit: they do not give the tokens their ids."""
+
+
+def _refuse_another(directory: Path, checkpoint: Path, artifact: str) -> None:
+    """Raise CheckpointError if the directory's tokens are not those of the copy in `checkpoint`."""
+    name = artifact.removeprefix(ARTIFACT_PREFIX)
+    if not artifact.startswith(ARTIFACT_PREFIX) or not _has_member(checkpoint, name):
+        return
+    with (
+        reading(str(checkpoint), "its copy of the tokenizer cannot be read"),
+        zipfile.ZipFile(io.BytesIO(_read_member(checkpoint, name))) as archive,
+    ):
+        copies = {one.filename: archive.read(one) for one in _members(archive)}
+    for one, content in copies.items():
+        path = directory / one
+        if one not in WITHOUT_IDS and (not path.is_file() or path.read_bytes() != content):
+            raise CheckpointError(
+                f"{directory} is not the tokenizer that {checkpoint} was written with ({one} "
+                "differs); move it away to use the copy in the checkpoint, or name another "
+                "directory for the tokenizer"
+            )
+
+
+def _has_member(checkpoint: Path, name: str) -> bool:
+    if checkpoint.is_dir():
+        return (checkpoint / name).is_file()
+    if not checkpoint.is_file():
+        return False
+    with reading(str(checkpoint)), tarfile.open(checkpoint, "r:") as archive:
+        return f"./{name}" in archive.getnames()
 
 
 def _read_member(checkpoint: Path, name: str) -> bytes:

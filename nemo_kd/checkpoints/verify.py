@@ -85,7 +85,7 @@ def verify_export(
 
     ids = sample_ids(model, exported)
     written = AutoModelForCausalLM.from_pretrained(
-        str(exported), torch_dtype=torch.float32, local_files_only=True
+        str(exported), torch_dtype=torch.float32, local_files_only=True, trust_remote_code=False
     )
     with torch.no_grad():
         logits = written.eval()(ids).logits[0]

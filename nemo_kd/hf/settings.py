@@ -209,5 +209,6 @@ def attention(config: PretrainedConfig) -> str | None:
     text = config.get_text_config()
     eager = getattr(text, "attn_logit_softcapping", None) is not None  # Gemma 2
     eager |= bool(getattr(text, "scale_attn_by_inverse_layer_idx", False))  # GPT-2
+    eager |= not getattr(text, "scale_attn_weights", True)
     eager |= text.model_type == "falcon" and bool(text.alibi)
     return "eager" if eager else None

@@ -18,7 +18,14 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from nemo_kd.checkpoints import (
     distributed,
@@ -275,6 +282,14 @@ def test_what_is_no_checkpoint_is_refused(plain: Path, tmp_path: Path) -> None:
     shutil.rmtree(bare / "model_weights")
     with pytest.raises(CheckpointError, match=r"has no model_weights/, and adapters neither"):
         open_student(bare)
+
+
+def test_a_tokenizer_without_ids_for_trained_rows_is_refused(plain: Path, tmp_path: Path) -> None:
+    smaller = Tokenizer(WordLevel({"<s>": 0, "</s>": 1}, unk_token="<s>"))
+    directory = tmp_path / "smaller"
+    PreTrainedTokenizerFast(tokenizer_object=smaller).save_pretrained(directory)
+    with pytest.raises(CheckpointError, match="largest id is 1, but the model was trained with"):
+        open_student(plain, tokenizer=directory)
 
 
 def test_only_what_an_export_wrote_is_replaced(plain: Path, tmp_path: Path) -> None:

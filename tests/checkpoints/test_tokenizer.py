@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -52,3 +53,25 @@ def test_more_tokens_than_embedding_rows_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="largest id is 300, but the embedding has 300 rows"):
         write_nemo(checkpoint, tmp_path / "model.nemo", range(4))
     assert not (tmp_path / "model.nemo").exists()
+
+
+def test_a_directory_with_other_ids_than_the_copy_is_refused(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(models.save(models.llama("tied_grouped"), tmp_path / "hf"))
+    done = write_nemo(checkpoint, tmp_path / "model.nemo", [0])
+    tokenizer = {"library": "huggingface", "type": str(done.tokenizer)}
+    with tarfile.open(done.path) as archive:
+        (artifact,) = (one for one in archive.getnames() if one.endswith("tokenizer.zip"))
+    tokenizer["model"] = f"nemo:{artifact.removeprefix('./')}"
+    template = done.tokenizer / "chat_template.jinja"
+    template.write_text("{{ messages }}")  # changes no id
+    resolve_tokenizer(OmegaConf.create({"tokenizer": tokenizer}), done.path)
+    other = models.tokenizer()
+    other.add_tokens(["<one>"])
+    other.save_pretrained(done.tokenizer)
+    with pytest.raises(CheckpointError, match=r"model\.tokenizer is not the tokenizer that"):
+        resolve_tokenizer(OmegaConf.create({"tokenizer": tokenizer}), done.path)
+    done.tokenizer.rename(tmp_path / "elsewhere")
+    config = OmegaConf.create({"tokenizer": tokenizer})
+    resolve_tokenizer(config, done.path)
+    unpacked = Path(config.tokenizer.type)
+    assert unpacked != done.tokenizer and (unpacked / "tokenizer.json").is_file()

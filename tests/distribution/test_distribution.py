@@ -38,7 +38,7 @@ def test_the_wheel_has_the_whole_package_and_nothing_else(dist: Path) -> None:
     source = dist.parent
     package = {str(path.relative_to(source)) for path in (source / "nemo_kd").rglob("*.py")}
     conf = {f"nemo_kd/conf/{path.name}" for path in (ROOT / "conf").glob("*.yaml")}
-    assert package | conf | {"nemo_kd/py.typed"} == {
+    assert package | conf | {"nemo_kd/py.typed", "nemo_kd/checkpoints/sample.txt"} == {
         n for n in names if not n.split("/")[0].endswith("info")
     }
     assert any(name.endswith("licenses/LICENSE") for name in names)

@@ -34,6 +34,7 @@ SETTING = {
     "mcore/writer.py",
     "nemo/families.py",
     "nemo/length.py",
+    "nemo/logits.py",
     "nemo/merge.py",
     "nemo/order.py",
     "nemo/resume.py",

@@ -177,6 +177,7 @@ def test_the_own_files_of_every_family_are_read_as_they_are(tmp_path: Path) -> N
     [
         ("Gemma2", {**LLAMA, "attn_logit_softcapping": 1.0, "sliding_window": 8}),
         ("GPT2", {**GPT2, "scale_attn_by_inverse_layer_idx": True}),
+        ("GPT2", {**GPT2, "scale_attn_weights": False}),
         ("Falcon", {**FALCON, "alibi": True}),
     ],
 )
