@@ -61,7 +61,16 @@ def export(
     ] = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Write SOURCE as a Hugging Face directory, which transformers loads."""
+    """Write SOURCE as a Hugging Face directory, which transformers loads.
+
+    nemo-kd export student.nemo student_hf
+
+    nemo-kd export run/iter_0000100 student_hf --base base_hf
+
+    nemo-kd export lora.nemo student_hf --base-model student.nemo
+
+    nemo-kd export lora.nemo adapters --peft
+    """
     import torch
 
     from nemo_kd.checkpoints.export import comparable, export, open_student
