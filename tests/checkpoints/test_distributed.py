@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from nemo_kd.checkpoints import CheckpointError
 from nemo_kd.checkpoints.distributed import DistributedCheckpoint, Slice, files_of, write
@@ -74,6 +75,18 @@ def test_megatron_core_reads_ours_and_we_read_its(tmp_path: Path) -> None:
     for layer in range(LAYERS):
         assert torch.equal(theirs.read("layers.w", (layer,)), value(layer))
     assert torch.equal(theirs.read("table")[:6], value(7).bfloat16())
+
+
+def test_members_of_enumerations_may_be_pickled_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def by_name(self: Any, protocol: int) -> Any:
+        return getattr, (type(self), self._name_)
+
+    monkeypatch.setattr(_MEM_FORMAT_ENCODING, "__reduce_ex__", by_name)
+    made(tmp_path / "one")
+    assert b"getattr" in (tmp_path / "one/.metadata").read_bytes()
+    assert torch.equal(opened(tmp_path / "one").read("table"), value(7).bfloat16())
 
 
 class Evil:

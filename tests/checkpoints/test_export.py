@@ -45,6 +45,9 @@ from tests.store.test_writer import contents
 FAMILIES = (*models.MODELS, *models.FAMILIES, *models.ROPES)
 TEMPLATE = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
 
+SAFELY: dict[str, Any] = {"filter": "data"} if hasattr(tarfile, "data_filter") else {}
+"""Python 3.11.0 to 3.11.3 have no filters."""
+
 
 def built(name: str) -> PreTrainedModel:
     return models.llama(name) if name in models.MODELS else models.family(name)
@@ -144,7 +147,7 @@ def test_an_unpacked_nemo_and_several_files(
 ) -> None:
     source = saved(models.llama("untied_llama3"), tmp_path / "source")
     with tarfile.open(converted(source)) as archive:
-        archive.extractall(tmp_path / "unpacked", filter="data")
+        archive.extractall(tmp_path / "unpacked", **SAFELY)
     monkeypatch.setattr(
         safetensors_file.shards_of, "__defaults__", (safetensors_file.SINGLE, 100_000)
     )
@@ -218,7 +221,7 @@ def test_a_checkpoint_of_megatron_core_takes_settings_and_tokenizer_from_its_bas
 def changed(nemo: Path, directory: Path, **settings: Any) -> Path:
     """The `.nemo` unpacked, with other settings."""
     with tarfile.open(nemo) as archive:
-        archive.extractall(directory, filter="data")
+        archive.extractall(directory, **SAFELY)
     path = directory / "model_config.yaml"
     path.write_text(yaml.safe_dump(yaml.safe_load(path.read_text()) | settings))
     return directory
