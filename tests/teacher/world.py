@@ -14,6 +14,7 @@ import itertools
 import json
 import shutil
 import sys
+import tarfile
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ cpu.install()
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))  # `tests`
 
 import torch
+import yaml
 from hydra import compose, initialize_config_dir
 from megatron.core import num_microbatches_calculator, parallel_state
 from omegaconf import DictConfig
@@ -125,9 +127,14 @@ def gap(directory: Path) -> None:
         cfg = configuration(directory, name, f"gap_{kind}", f"teacher.kind={kind}", *settings)
         dump(read(cfg), start(cfg))
     write_nemo(open_checkpoint(directory / "llama"), directory / "cut.nemo", range(1))
-    shutil.copytree(directory / "gap.tokenizer", directory / "cut.tokenizer", dirs_exist_ok=True)
+    with tarfile.open(directory / "cut.nemo") as archive:
+        archive.extractall(directory / "cut")
+    path = directory / "cut/model_config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["tokenizer"] |= {"type": str(directory / "gap.tokenizer"), "model": None}
+    path.write_text(yaml.safe_dump(config))
     try:
-        start(configuration(directory, "cut.nemo", "none"))
+        start(configuration(directory, "cut", "none"))
     except ValueError as error:
         (directory / "cut.txt").write_text(str(error))
 
