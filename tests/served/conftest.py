@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,10 @@ def _server(teacher: Path) -> Iterator[Server]:
 
 @pytest.fixture
 def server(_server: Server) -> Server:
-    """The server of llama/, without faults."""
+    """The server of llama/, without faults and without the requests of an earlier test's client."""
+    deadline = time.monotonic() + 10
+    while _server.in_flight and time.monotonic() < deadline:
+        time.sleep(0.01)
     fresh: dict[str, Any] = {"faults": lambda number: "", "seconds": 0.0, "requests": []}
     fresh |= {
         "most_in_flight": 0,
