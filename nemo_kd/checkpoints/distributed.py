@@ -14,6 +14,7 @@ import json
 import math
 import pickle
 import tarfile
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -186,6 +187,7 @@ class DistributedCheckpoint:
             self._tensors = _tensors(metadata)
             self._storage = dict(metadata.storage_data)
             self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
+        self._by_layer: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
 
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].properties.dtype
@@ -198,7 +200,8 @@ class DistributedCheckpoint:
         starts = [*at, *[0] * (len(shape) - len(at))]
         sizes = [*[1] * len(at), *shape[len(at) :]]
         with reading(f"{self.name}: {key}"):
-            found = list(self._overlaps(key, starts, sizes))
+            chunks = self._of_layer(key, at[0]) if at else self._tensors[key].chunks
+            found = list(_overlaps(chunks, starts, sizes))
             _refuse_overlaps([overlap for overlap, _ in found])
             if len(found) == 1 and list(found[0][1].sizes) == sizes:
                 return self._chunk(key, found[0][1]).reshape(shape[len(at) :])
@@ -218,19 +221,19 @@ class DistributedCheckpoint:
             raise CheckpointError(f"{self.name} lacks a part of {key}; it is not complete")
         return result.reshape(shape[len(at) :])
 
-    def _overlaps(
-        self, key: str, starts: Sequence[int], sizes: Sequence[int]
-    ) -> Iterator[tuple[list[tuple[int, int]], ChunkStorageMetadata]]:
-        """Yield the chunks that share values with a box, and (first, end) of what is shared."""
-        for chunk in self._tensors[key].chunks:
-            shared = [
-                (max(start, offset), min(start + size, offset + width))
-                for start, size, offset, width in zip(
-                    starts, sizes, chunk.offsets, chunk.sizes, strict=True
-                )
-            ]
-            if all(first < end for first, end in shared):
-                yield shared, chunk
+    def _of_layer(self, key: str, layer: int) -> list[ChunkStorageMetadata]:
+        """The chunks of one position of the first axis, and those of several positions.
+
+        A mixture of experts has thousands of chunks of a name: looking through all of them for
+        each would take minutes.
+        """
+        if key not in self._by_layer:
+            groups: dict[int | None, list[ChunkStorageMetadata]] = defaultdict(list)
+            for chunk in self._tensors[key].chunks:
+                groups[chunk.offsets[0] if chunk.sizes[0] == 1 else None].append(chunk)
+            self._by_layer[key] = groups
+        groups = self._by_layer[key]
+        return [*groups.get(layer, ()), *groups.get(None, ())]
 
     def _chunk(self, key: str, chunk: ChunkStorageMetadata) -> torch.Tensor:
         info = self._storage[MetadataIndex(key, chunk.offsets)]
@@ -244,6 +247,21 @@ class DistributedCheckpoint:
                 f"{self.name}: {key} is not a tensor of {self.dtype(key)} {list(chunk.sizes)}"
             )
         return tensor
+
+
+def _overlaps(
+    chunks: Iterable[ChunkStorageMetadata], starts: Sequence[int], sizes: Sequence[int]
+) -> Iterator[tuple[list[tuple[int, int]], ChunkStorageMetadata]]:
+    """Yield the chunks that share values with a box, and (first, end) of what is shared."""
+    for chunk in chunks:
+        shared = [
+            (max(start, offset), min(start + size, offset + width))
+            for start, size, offset, width in zip(
+                starts, sizes, chunk.offsets, chunk.sizes, strict=True
+            )
+        ]
+        if all(first < end for first, end in shared):
+            yield shared, chunk
 
 
 def _refuse_overlaps(boxes: Sequence[Sequence[tuple[int, int]]]) -> None:
