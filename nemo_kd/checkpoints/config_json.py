@@ -144,19 +144,14 @@ def _refuse_unread(config: Mapping[str, Any], family: Family, base: set[str]) ->
     known -= {"rms_norm_eps", "norm_eps"} - {family.norm_eps}
     if family.mixture is not None:
         known |= {family.mixture.number, family.mixture.ffn, family.mixture.normalized or ""}
-    unread = {key: value for key, value in config.items() if key not in known}
-    nothing: tuple[Any, ...] = (None, [], {}, "")
-    effective = [
-        key
-        for key, value in unread.items()
-        if value not in (*nothing, *OFF.get(key, ())) and not HARMLESS.fullmatch(key)
-        if value or key not in WITH_EFFECT  # off, these are what a decoder is
-    ]
-    if effective:
-        raise CheckpointError(
-            f"{FILE}: {effective[0]} is {unread[effective[0]]!r}, a setting that the conversion of "
-            f"a {family.model_type} does not know; remove it if it does not change the model"
-        )
+    off = OFF | dict.fromkeys(WITH_EFFECT, (False,))  # what a decoder is without them
+    for key, value in config.items():
+        nothing = (None, [], {}, "", *off.get(key, ()))
+        if key not in known and value not in nothing and not HARMLESS.fullmatch(key):
+            raise CheckpointError(
+                f"{FILE}: {key} is {value!r}, a setting that the conversion of a "
+                f"{family.model_type} does not know; remove it if it does not change the model"
+            )
 
 
 def _window(sizes: _Sizes, family: Family) -> int | None:

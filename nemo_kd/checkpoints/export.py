@@ -18,11 +18,12 @@ import torch
 
 from nemo_kd.checkpoints import nemo_settings, safetensors_file
 from nemo_kd.checkpoints.card import FILE as CARD
-from nemo_kd.checkpoints.card import Card, model_card
+from nemo_kd.checkpoints.card import STEPS, Card, model_card
 from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.directory import dump, new_directory
 from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
 from nemo_kd.checkpoints.families import family_of
+from nemo_kd.checkpoints.huggingface import read_object
 from nemo_kd.checkpoints.lora import MergedWeights, open_adapters
 from nemo_kd.checkpoints.model import CheckpointError, Model, reading
 from nemo_kd.checkpoints.safetensors_file import Entry
@@ -30,13 +31,9 @@ from nemo_kd.checkpoints.source import CONFIG as NEMO_CONFIG
 from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
 from nemo_kd.checkpoints.verify import Verified, verify_export
 from nemo_kd.checkpoints.weights import Weights
-from nemo_kd.files import decode_json, read_bounded
 from nemo_kd.vocabulary import VocabularySize
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
-MAX_JSON = 4 << 20  # bytes
-STEPS = "kd_trained_steps"
-"""Key of a section that a training has changed."""
 IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -89,14 +86,15 @@ def open_student(
     name = str(source.path)
     config = config_of(source, base)
     loaded = tokenizer_of(source, base, tokenizer)
+    vocabulary = VocabularySize.of(loaded)
     if tokenizer is not None:
-        _refuse_smaller(source, base, loaded, tokenizer)
+        _refuse_smaller(source, base, vocabulary, tokenizer)
     stored = source.weights.shapes.get(f"{source.prefix}{EMBEDDING}")
     if stored is None:
         raise CheckpointError(f"{name} has no {EMBEDDING}; is it a language model?")
     trained = base_model is not None or STEPS in (source.section or {})
     untouched = config.get("vocab_size") == stored[0] and not trained
-    rows = _rows(source, stored[0], VocabularySize.of(loaded), all_of_them=untouched)
+    rows = _rows(source, stored[0], vocabulary, all_of_them=untouched)
     config["vocab_size"] = rows
     model = read_model(config)
     tied = f"{source.prefix}output_layer.weight" not in source.weights.shapes
@@ -117,16 +115,18 @@ def open_student(
     return Student(source, record, model, config, loaded, generation, weights)
 
 
-def _refuse_smaller(source: Source, base: str | Path | None, given: Any, name: str | Path) -> None:
+def _refuse_smaller(
+    source: Source, base: str | Path | None, given: VocabularySize, name: str | Path
+) -> None:
     """Raise CheckpointError if the tokenizer `given` has no ids for rows that were trained."""
     try:
         own = VocabularySize.of(tokenizer_of(source, base))
     except CheckpointError:  # gone, or not read: that is why another is given
         return
-    if VocabularySize.of(given).ids < own.ids:
+    if given.ids < own.ids:
         raise CheckpointError(
-            f"{name}: the tokenizer's largest id is {VocabularySize.of(given).ids - 1}, but the "
-            f"model was trained with ids up to {own.ids - 1}, whose rows would be lost"
+            f"{name}: the tokenizer's largest id is {given.ids - 1}, but the model was trained "
+            f"with ids up to {own.ids - 1}, whose rows would be lost"
         )
 
 
@@ -146,8 +146,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(f"{path} does not exist; give a Hugging Face directory")
     with reading(str(path)):
-        found: dict[str, Any] = decode_json(read_bounded(path, MAX_JSON), dict[str, Any])
-        return found
+        return read_object(path)
 
 
 def _rows(source: Source, stored: int, vocabulary: VocabularySize, *, all_of_them: bool) -> int:

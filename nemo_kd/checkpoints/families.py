@@ -147,10 +147,16 @@ def family_of(model: Model) -> Family:
 
 def shapes_of(model: Model) -> dict[str, tuple[int, ...]]:
     """Every Hugging Face tensor of the model, name → shape."""
-    parts = [*global_parts(model)]
+    return {name: shape for part, _ in parts_of(model) for name, shape in part.shapes.items()}
+
+
+def parts_of(model: Model) -> Iterator[tuple[Part, int | None]]:
+    """Yield each of Megatron's tensors, and its layer; None outside the layers."""
+    for part in global_parts(model):
+        yield part, None
     for layer in range(model.num_layers):
-        parts += layer_parts(model, layer)
-    return {name: shape for part in parts for name, shape in part.shapes.items()}
+        for part in layer_parts(model, layer):
+            yield part, layer
 
 
 def global_parts(model: Model) -> Iterator[Part]:

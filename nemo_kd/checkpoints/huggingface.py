@@ -16,6 +16,7 @@ from safetensors import safe_open
 from nemo_kd.checkpoints.config_json import completed, read_model
 from nemo_kd.checkpoints.families import check_tensors, family_of, shapes_of
 from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, finite, reading
+from nemo_kd.checkpoints.safetensors_file import INDEX, NAMES, SINGLE
 from nemo_kd.files import decode_json, read_bounded
 from nemo_kd.tokenizer_files import load_files
 from nemo_kd.vocabulary import VocabularySize
@@ -23,15 +24,9 @@ from nemo_kd.vocabulary import VocabularySize
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-SINGLE = "model.safetensors"
 OTHER_FORMAT = "consolidated"
 """Start of the names of Mistral's own files, copies of the weights under other names."""
-FLOATS = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-}
+FLOATS = {name: dtype for dtype, name in NAMES.items()}
 """Types of weights, by safetensors' names."""
 MAX_CONFIG, MAX_INDEX = 4 << 20, 64 << 20  # bytes of config.json and of the index
 
@@ -42,19 +37,16 @@ class HuggingFaceCheckpoint:
     def __init__(self, directory: str | Path) -> None:
         self.directory = Path(directory)
         self.name = str(self.directory)
-        if (self.directory / "adapter_config.json").exists():
-            raise CheckpointError(
-                f"{self.name} has an adapter_config.json: transformers would load its adapter too; "
-                "merge the adapter (peft: merge_and_unload), or remove the file"
-            )
+        refuse_adapter(self.directory)
         path = self.directory / "config.json"
         with reading(str(path)):
             self.config = _config(path)
             self.model = read_model(self.config)
         path = self.directory / "generation_config.json"
         with reading(str(path)):
-            self.generation_config = _object(path) if path.is_file() else None
+            self.generation_config = read_object(path) if path.is_file() else None
         self._files: dict[str, Any] = {}
+        self._dtypes: dict[str, torch.dtype] = {}
         shapes: dict[str, tuple[int, ...]] = {}
         for path in weight_files(self.directory):
             with reading(str(path)):
@@ -63,10 +55,9 @@ class HuggingFaceCheckpoint:
                     if key in shapes:
                         raise CheckpointError(f"{path}: {key} is in another file too")
                     self._files[key] = file
-                    shapes[key] = _shape(path, key, file.get_slice(key))
+                    shapes[key], self._dtypes[key] = _described(path, key, file.get_slice(key))
         check_tensors(self.name, self.model, shapes)
         self._check_tied()
-        self._dtypes = {key: FLOATS[self._files[key].get_slice(key).get_dtype()] for key in shapes}
         sizes = Counter[torch.dtype]()
         for key, shape in shapes.items():
             sizes[self._dtypes[key]] += math.prod(shape)
@@ -104,27 +95,37 @@ class HuggingFaceCheckpoint:
             return VocabularySize.of(tokenizer)
 
 
+def refuse_adapter(directory: Path) -> None:
+    """Raise CheckpointError for an adapter beside a model, which transformers would load."""
+    if (directory / "adapter_config.json").exists():
+        raise CheckpointError(
+            f"{directory} has an adapter_config.json: transformers would load its adapter, or the "
+            "adapter's base model; merge the adapter (peft: merge_and_unload), or remove the file"
+        )
+
+
 def _config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise CheckpointError(
             f"no config.json in {path.parent}; expected a Hugging Face checkpoint directory "
             "(config.json and *.safetensors) or a .gguf file"
         )
-    return _object(path)
+    return read_object(path)
 
 
-def _object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a small file of a model."""
     found: dict[str, Any] = decode_json(read_bounded(path, MAX_CONFIG), dict[str, Any])
     return found
 
 
-def _shape(path: Path, key: str, part: Any) -> tuple[int, ...]:
-    """Return a tensor's shape; raise CheckpointError unless its values are floats."""
+def _described(path: Path, key: str, part: Any) -> tuple[tuple[int, ...], torch.dtype]:
+    """Return a tensor's shape and type; raise CheckpointError unless its values are floats."""
     if part.get_dtype() not in FLOATS:
         raise CheckpointError(
             f"{path}: {key} is {part.get_dtype()}; weights must be one of {', '.join(FLOATS)}"
         )
-    return tuple(part.get_shape())
+    return tuple(part.get_shape()), FLOATS[part.get_dtype()]
 
 
 class _Index(msgspec.Struct):
@@ -149,7 +150,7 @@ def weight_files(directory: Path) -> list[Path]:
 
     transformers takes `model.safetensors` if it is there, else what the index names.
     """
-    single, index = directory / SINGLE, directory / f"{SINGLE}.index.json"
+    single, index = directory / SINGLE, directory / INDEX
     if single.is_file():
         files, found = [single], f"{SINGLE} is there"
     elif index.is_file():

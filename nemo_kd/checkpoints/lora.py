@@ -18,10 +18,10 @@ import torch
 
 from nemo_kd.checkpoints import nemo_settings
 from nemo_kd.checkpoints.distributed import files_of
-from nemo_kd.checkpoints.families import Part, family_of
+from nemo_kd.checkpoints.families import Part, family_of, parts_of
 from nemo_kd.checkpoints.model import CheckpointError, Model, finite, reading
 from nemo_kd.checkpoints.source import PICKLED_WEIGHTS, Source, open_source
-from nemo_kd.checkpoints.weights import Weights, parts_of
+from nemo_kd.checkpoints.weights import Weights
 
 ATTENTION = "self_attention.adapter_layer"
 ADAPTED = {

@@ -22,6 +22,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, open_dict
 
+from nemo_kd.checkpoints.distributed import files_of
 from nemo_kd.checkpoints.model import CheckpointError, reading
 from nemo_kd.files import commit, read_bounded
 
@@ -103,7 +104,9 @@ WITHOUT_IDS = {"chat_template.jinja", "special_tokens_map.json", "tokenizer_conf
 def _refuse_another(directory: Path, checkpoint: Path, artifact: str) -> None:
     """Raise CheckpointError if the directory's tokens are not those of the copy in `checkpoint`."""
     name = artifact.removeprefix(ARTIFACT_PREFIX)
-    if not artifact.startswith(ARTIFACT_PREFIX) or not _has_member(checkpoint, name):
+    if not artifact.startswith(ARTIFACT_PREFIX) or not checkpoint.exists():
+        return
+    if name not in files_of(checkpoint):
         return
     with (
         reading(str(checkpoint), "its copy of the tokenizer cannot be read"),
@@ -118,15 +121,6 @@ def _refuse_another(directory: Path, checkpoint: Path, artifact: str) -> None:
                 "differs); move it away to use the copy in the checkpoint, or name another "
                 "directory for the tokenizer"
             )
-
-
-def _has_member(checkpoint: Path, name: str) -> bool:
-    if checkpoint.is_dir():
-        return (checkpoint / name).is_file()
-    if not checkpoint.is_file():
-        return False
-    with reading(str(checkpoint)), tarfile.open(checkpoint, "r:") as archive:
-        return f"./{name}" in archive.getnames()
 
 
 def _read_member(checkpoint: Path, name: str) -> bytes:

@@ -22,6 +22,7 @@ import torch
 
 from nemo_kd.checkpoints.megatron import count_parameters
 from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, Model
+from nemo_kd.tokenizer_files import load_files
 
 BOUND = 1e-3
 """Largest absolute difference of a logit."""
@@ -107,14 +108,9 @@ def compare(expected: torch.Tensor, actual: torch.Tensor, name: str) -> Verified
 
 def sample_ids(model: Model, tokenizer: Path) -> torch.Tensor:
     """Token ids `[1, S]` of the packaged text, as many as the model takes."""
-    from transformers import AutoTokenizer
-
     limits = (TOKENS, model.context, model.window, model.max_tokens)
     length = min(limit for limit in limits if limit is not None)
-    loaded = AutoTokenizer.from_pretrained(
-        str(tokenizer), local_files_only=True, trust_remote_code=False
-    )
-    ids: list[int] = loaded(SAMPLE.read_text(encoding="utf-8")).input_ids[:length]
+    ids: list[int] = load_files(tokenizer)(SAMPLE.read_text(encoding="utf-8")).input_ids[:length]
     if not ids:
         raise CheckpointError(f"{tokenizer}: its tokenizer makes no tokens of plain text")
     return torch.tensor([ids])

@@ -7,21 +7,12 @@ from collections.abc import Iterator, Sequence
 import torch
 
 from nemo_kd.checkpoints.distributed import DistributedCheckpoint
-from nemo_kd.checkpoints.families import Part, global_parts, layer_parts
+from nemo_kd.checkpoints.families import Part, parts_of
 from nemo_kd.checkpoints.model import CheckpointError, Model
 from nemo_kd.checkpoints.source import EMBEDDING
 
 OF_MODEL = ("embedding.", "decoder.", "output_layer.")
 """What the names of a language model's weights begin with; others are the optimizer's."""
-
-
-def parts_of(model: Model) -> Iterator[tuple[Part, int | None]]:
-    """Yield each of Megatron's tensors, and its layer; None outside the layers."""
-    for part in global_parts(model):
-        yield part, None
-    for layer in range(model.num_layers):
-        for part in layer_parts(model, layer):
-            yield part, layer
 
 
 class Weights:

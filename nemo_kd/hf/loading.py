@@ -12,7 +12,7 @@ import transformers
 from transformers import AutoModelForCausalLM
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING
 
-from nemo_kd.checkpoints.huggingface import stored, weight_files
+from nemo_kd.checkpoints.huggingface import refuse_adapter, stored, weight_files
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.settings import attention, read_config
 from nemo_kd.hf.split import HFTeacherError
@@ -31,9 +31,9 @@ BEYOND = re.compile(r"(.*\.)?(mtp\.|layers\.(\d+)\.).*")
 def from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
     """Load the causal LM of a directory; raise NemoKDError unless it is complete and unambiguous.
 
-    Errors: HFTeacherError for adapters, sequence-to-sequence models, models with code of their own,
-    and tensors that are missing, left over or contradict each other; ConfigError; CheckpointError
-    for files that would not be read.
+    Errors: HFTeacherError for sequence-to-sequence models, models with code of their own, and
+    tensors that are missing, left over or contradict each other; ConfigError; CheckpointError for
+    adapters, and for files that would not be read.
     """
     try:
         config = read_config(path)
@@ -64,11 +64,7 @@ def from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 def _check_kind(path: Path, config: PretrainedConfig) -> None:
     """Refuse what transformers would load as something else than the directory says."""
-    if (path / "adapter_config.json").exists():
-        raise HFTeacherError(
-            f"{path} has an adapter_config.json: transformers would load the adapter's base model "
-            "instead; merge the adapter (peft: merge_and_unload), or remove the file"
-        )
+    refuse_adapter(path)
     if config.is_encoder_decoder:
         raise HFTeacherError(
             f"{path} is a sequence-to-sequence model ({config.model_type}); its decoder alone is "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import os
 import pickle
@@ -12,9 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
-from omegaconf.base import ContainerMetadata, Metadata
+from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.checkpoints.card import STEPS, STORES
+from nemo_kd.checkpoints.source import PICKLED
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.resumed_settings import Settings
@@ -25,7 +25,7 @@ from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.visible import visible
 
 CHECKPOINT_KEY = "nemo_kd"
-DATA_KEY, STEPS_KEY = "kd_train_stores", "kd_trained_steps"
+DATA_KEY, STEPS_KEY = STORES, STEPS
 """Keys of the model's configuration in which a `.nemo` records its own training."""
 Origin = dict[str, str]
 """`path` and `fingerprint` of a file or directory."""
@@ -114,7 +114,7 @@ def _without_weights(path: Path) -> dict[str, Any]:
     else:  # of adapters, model-parallel: one file for each rank, in `mp_rank_00` and so on
         file = next(iter(sorted(path.parent.glob(f"*_rank_*/{path.name}"))))
     try:
-        with torch.serialization.safe_globals(_PICKLED):
+        with torch.serialization.safe_globals(PICKLED):
             return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]
@@ -122,13 +122,6 @@ def _without_weights(path: Path) -> dict[str, Any]:
             f"{file}: its pickle holds more than a training writes ({reason}); if you trust it, "
             "set TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD=1"
         ) from error
-
-
-_PICKLED: list[Any] = [
-    *(DictConfig, ListConfig, AnyNode, ContainerMetadata, Metadata),
-    *(dict, list, int, Any, collections.defaultdict),
-]
-"""What a training's checkpoints pickle, besides tensors."""
 
 
 def _named(checkpoint: str, what: str) -> float:
