@@ -2,10 +2,28 @@
 
 from __future__ import annotations
 
-from nemo_kd.loss import KDConfig
+from dataclasses import replace
+
+from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.loss.linearity import nonlinear_settings
 from nemo_kd.store import Store, StoreError
 from nemo_kd.store.codecs import Sampled
+
+
+def check_schedule(
+    store: Store, config: KDConfig, alpha: float | None = None, *, training: bool = True
+) -> None:
+    """Apply `check_learnable` to both ends of a schedule; `alpha` is the store's own weight.
+
+    A validation, whose metrics are over all positions, is checked without `top_entropy_fraction`.
+    """
+    ends = [(config, "")]
+    if isinstance(config, KDSchedule):
+        ends = [(config.at(0, 1), ""), (config.end, " at the end of the schedule")]
+    for kd, when in ends:
+        if alpha is not None:
+            kd = replace(kd, alpha=alpha, sft_weight=None, kd_weight=None)
+        check_learnable(store, kd if training else replace(kd, top_entropy_fraction=1.0), when)
 
 
 def check_learnable(store: Store, config: KDConfig, when: str = "") -> None:

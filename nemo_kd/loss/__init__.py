@@ -9,6 +9,7 @@ from nemo_kd.loss.fused_linear import linear_sft_kd_loss
 from nemo_kd.loss.metrics import MassWatch
 from nemo_kd.loss.objective import KDLoss, sft_kd_loss
 from nemo_kd.loss.primitive import gather_logits_and_logsumexp
+from nemo_kd.loss.schedule import KDSchedule
 from nemo_kd.loss.supports import SUPPORTS
 from nemo_kd.loss.topk import check_teacher, vocab_parallel_topk
 from nemo_kd.topk import TopK
@@ -18,6 +19,7 @@ __all__ = [
     "SUPPORTS",
     "KDConfig",
     "KDLoss",
+    "KDSchedule",
     "MassWatch",
     "TopK",
     "check_teacher",

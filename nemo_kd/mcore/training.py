@@ -1,166 +1,165 @@
 """Train on a store in Megatron-core's own training loop, without NeMo.
 
-`StoreBatches` is the data iterator of a data-parallel rank, `kd_forward_step` the function that
-Megatron's schedules call. Megatron-LM and Megatron-Bridge train through the same schedules.
+`kd_forward_step` is the function that Megatron's schedules call for each micro-batch of
+`StoreBatches`. Megatron-LM and Megatron-Bridge train through the same schedules; their own forward
+steps can return `kd_loss`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from functools import lru_cache, partial
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import parallel_state
-from numpy.typing import NDArray
+from megatron.core.packed_seq_params import PackedSeqParams
 
-from nemo_kd.data import AnswerTokens, answer_tokens, fit_lengths, teacher_of, truncate_prompt
-from nemo_kd.loss import KDConfig, sft_kd_loss
-from nemo_kd.mcore.context import own_positions
-from nemo_kd.store import Sample, Store, StoreError
+from nemo_kd.data import AnswerTokens
+from nemo_kd.errors import NemoKDError
+from nemo_kd.loss import KDConfig, KDSchedule, sft_kd_loss
+from nemo_kd.mcore.dataset import Batch
+from nemo_kd.mcore.metrics import NAMES, MetricSums, token_sums
 
-Batch = dict[str, Any]
-"""`tokens`, `labels`, `loss_mask` and `position_ids` [B, S], and `answers`, an `AnswerTokens`."""
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+ForwardStep = Callable[..., tuple[Any, LossFunction]]
+Progress = Callable[[], tuple[int, int]]
+"""Returns the current step, from 0, and the number of training steps."""
+
+TRAINING_TERMS = 3
+"""Number of `NAMES` in a training report: the loss and its two terms."""
 
 
-class StoreBatches:
-    """Endless iterator over the micro-batches of one data-parallel rank.
+class StepLoss:
+    """The loss of micro-batches, at the settings of the current step.
 
-    Each epoch contains every sample once.
+    In training those of `config` at `progress()`; in evaluation those of the schedule's end and
+    all answer tokens, so that values are comparable within and between runs. `sums`: evaluated
+    micro-batches are added to it.
 
-    The order depends only on `seed`: the micro-batches of a step, over all ranks, are the next
-    `global_batch_size` samples on any number of ranks, and a resumed run skips the first
-    `consumed_samples`. A micro-batch has `tokens`, `labels`, `loss_mask` and `position_ids`
-    [B, seq_length / C], this context-parallel rank's part of C, and their `answers`, on the CPU.
-
-    Errors: StoreError for samples of more than `seq_length + 1` tokens (see `over_long`), for a
-    temperature that was not dumped, and for fewer samples than `global_batch_size`.
+    Errors: NemoKDError for a schedule without `progress`.
     """
 
     def __init__(
         self,
-        store: Store,
+        config: KDConfig,
+        vocab_size: int,
         *,
-        seq_length: int,
-        micro_batch_size: int,
-        global_batch_size: int,
-        temperature: float = 1.0,
-        seed: int = 0,
-        consumed_samples: int = 0,
-        over_long: str = "error",
+        progress: Progress | None = None,
+        sums: MetricSums | None = None,
     ) -> None:
-        store.check(temperature=temperature)
-        self.store = store
-        self.seq_length = seq_length
-        self.used = fit_lengths(store, seq_length + 1, over_long).used
-        self.temperature = temperature
-        self.own_positions = own_positions(seq_length)
-        self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
-        self.seed, self.consumed_samples = seed, consumed_samples
-        # Two entries, since the batch of a step may extend into the next epoch.
-        self._order_of = lru_cache(maxsize=2)(self._order)
-        self.ranks = parallel_state.get_data_parallel_world_size()
-        if global_batch_size % (micro_batch_size * self.ranks):
-            raise StoreError(
-                f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size × "
-                f"data-parallel ranks = {micro_batch_size} × {self.ranks}"
-            )
-        if len(self.used) < global_batch_size:
-            raise StoreError(
-                f"store {store.origin} has {len(self.used)} samples, fewer than "
-                f"global_batch_size={global_batch_size}"
+        self.config, self.vocab_size, self.sums = config, vocab_size, sums
+        self.progress = progress
+        if isinstance(config, KDSchedule) and config.scheduled and progress is None:
+            raise NemoKDError(
+                "alpha_end or temperature_end is set, but the step is not known: pass progress, a "
+                "function that returns the current step and the number of training steps"
             )
 
-    def __iter__(self) -> Iterator[Batch]:
-        rank = parallel_state.get_data_parallel_rank()
-        while True:
-            start = self.consumed_samples
-            self.consumed_samples += self.global_batch_size
-            mine = range(start + rank, self.consumed_samples, self.ranks)
-            for first in range(0, len(mine), self.micro_batch_size):
-                yield self._batch(mine[first : first + self.micro_batch_size])
+    def __call__(self, batch: Batch, *, training: bool) -> LossFunction:
+        """Return the loss function of a micro-batch whose tensors are on the logits' device.
 
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        """Return the store indices of an epoch's samples in training order, [samples]."""
-        return np.random.default_rng([self.seed, epoch]).permutation(self.used)
+        It maps logits [B, S, Vp], of this tensor- and context-parallel rank, to (Σ loss over the
+        micro-batch's answer tokens, their number, a report). Each term of the report is [Σ,
+        number] over the answer tokens, float32, of which Megatron-LM and Megatron-Bridge log the
+        quotient of their sums over micro-batches and ranks: `loss`, `sft_loss` and `kd_loss`, and
+        in evaluation the other metrics of `MetricSums`.
+        """
+        return partial(self._loss, batch["labels"], batch["answers"], self._at(training), training)
 
-    def _sample(self, draw: int) -> Sample:
-        """Return a sample by its index in the endless sequence of epochs."""
-        epoch, position = divmod(draw, len(self.used))
-        index = int(self._order_of(epoch)[position])
-        return truncate_prompt(self.store[index], self.seq_length + 1)
+    def _at(self, training: bool) -> KDConfig:
+        config = self.config
+        if not training:
+            end = config.end if isinstance(config, KDSchedule) else config
+            return replace(end, top_entropy_fraction=1.0)
+        if isinstance(config, KDSchedule) and self.progress is not None:
+            return config.at(*self.progress())
+        return config
 
-    def _batch(self, draws: range) -> Batch:
-        shape = len(draws), self.seq_length
-        batch = {name: torch.zeros(shape, dtype=torch.int64) for name in ("tokens", "labels")}
-        batch["loss_mask"] = torch.zeros(shape)
-        batch["position_ids"] = torch.arange(self.seq_length).expand(shape)
-        teachers = []
-        for b, draw in enumerate(draws):
-            sample = self._sample(draw)
-            ids = torch.from_numpy(sample.input_ids.astype(np.int64))
-            batch["tokens"][b, : len(ids) - 1] = ids[:-1]
-            batch["labels"][b, : len(ids) - 1] = ids[1:]
-            batch["loss_mask"][b, : len(ids) - 1] = torch.from_numpy(sample.loss_mask[1:].copy())
-            teachers.append(teacher_of(sample, self.temperature))
-        own = self.own_positions
-        answers = answer_tokens(batch["loss_mask"], teachers, own_positions=own)
-        mine = {name: x if own is None else x[:, own] for name, x in batch.items()}
-        return {**mine, "answers": answers}
+    def _loss(
+        self,
+        labels: torch.Tensor,
+        answers: AnswerTokens,
+        config: KDConfig,
+        training: bool,
+        logits: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        topk = answers.topk
+        if config.temperature != self.config.temperature:
+            # The batches have the log-sum-exp at the schedule's first temperature only.
+            topk = replace(topk, logsumexp=None)
+        result = sft_kd_loss(
+            logits.transpose(0, 1),
+            labels.t(),
+            topk,
+            config,
+            weights=answers.weights(config.weights),
+            group=parallel_state.get_tensor_model_parallel_group(),
+            vocab_size=self.vocab_size,
+            positions=answers.positions,
+            inplace=training,
+        )
+        if self.sums is not None and not training:
+            self.sums.add(result)
+        terms = token_sums(result).float()[:, : TRAINING_TERMS if training else None]
+        report = dict(zip(NAMES, terms.unbind(1), strict=False))
+        number = max(len(answers.positions), 1)
+        divisor = torch.full((), number, dtype=torch.int, device=logits.device)
+        return result.loss.sum(), divisor, report
 
 
 def kd_forward_step(
-    config: KDConfig, vocab_size: int
-) -> Callable[[Iterator[Batch], Any], tuple[torch.Tensor, LossFunction]]:
-    """Return a `forward_step_func` for Megatron's schedules that trains a `GPTModel`.
+    config: KDConfig,
+    vocab_size: int,
+    *,
+    progress: Progress | None = None,
+    sums: MetricSums | None = None,
+) -> ForwardStep:
+    """Return a `forward_step_func` for Megatron's schedules that trains or evaluates a `GPTModel`.
 
-    Its loss function returns (Σ loss over the micro-batch's answer tokens, their number, a report):
-    each term of the report is [Σ, number] over the answer tokens, of which Megatron-LM and
-    Megatron-Bridge log the quotient of their sums over micro-batches and ranks. The schedule
-    divides by the number of answer tokens, of the micro-batch or, with
-    `TransformerConfig.calculate_per_token_loss`, of the global batch. Supports tensor, pipeline,
-    sequence and data parallelism, and context parallelism if the model's attention does. Under a
-    virtual pipeline each chunk of the model needs its own `StoreBatches`.
+    It evaluates if the model is in eval mode. The schedule divides the loss by the number of answer
+    tokens, of the micro-batch or, with `TransformerConfig.calculate_per_token_loss`, of the global
+    batch. Supports tensor, pipeline, sequence, expert and data parallelism, and context parallelism
+    if the model's attention does. Under a virtual pipeline each chunk of the model needs its own
+    `StoreBatches`. Arguments as in `StepLoss`.
     """
+    loss = StepLoss(config, vocab_size, progress=progress, sums=sums)
 
-    def step(iterator: Iterator[Batch], model: Any) -> tuple[torch.Tensor, LossFunction]:
-        device = torch.cuda.current_device()
-        batch = {name: x.to(device, non_blocking=True) for name, x in next(iterator).items()}
-        output = model(batch["tokens"], batch["position_ids"], attention_mask=None)
-        return output, partial(_loss, batch["labels"], batch["answers"], config, vocab_size)
+    def step(
+        iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
+    ) -> tuple[Any, LossFunction]:
+        batch = on_device(next(iterator))
+        forward = model.build_schedule_plan if return_schedule_plan else model
+        output = forward(**model_inputs(batch))
+        return output, loss(batch, training=model.training)
 
     return step
 
 
-def _loss(
-    labels: torch.Tensor,
-    answers: AnswerTokens,
-    config: KDConfig,
-    vocab_size: int,
-    logits: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return (Σ loss, number of answer tokens, term → [Σ, number]) of a micro-batch.
-
-    labels [B, S], logits [B, S, Vp]: of this tensor- and context-parallel rank.
-    """
-    result = sft_kd_loss(
-        logits.transpose(0, 1),
-        labels.t(),
-        answers.topk,
-        config,
-        group=parallel_state.get_tensor_model_parallel_group(),
-        vocab_size=vocab_size,
-        positions=answers.positions,
-        inplace=True,
-    )
-    number = len(answers.positions)
-    count = torch.full((), number, dtype=torch.float32, device=logits.device)
-    terms = {"sft_loss": result.nll, "kd_loss": result.kd, "loss": result.loss}
-    report = {
-        name: torch.stack([value.detach().sum(dtype=torch.float32), count])
-        for name, value in terms.items()
+def on_device(batch: Batch) -> Batch:
+    """Copy the tensors of a micro-batch to this process's device, without waiting for it."""
+    device = torch.cuda.current_device()
+    return {
+        name: value if isinstance(value, int) else value.to(device, non_blocking=True)
+        for name, value in batch.items()
     }
-    divisor = torch.full((), max(number, 1), dtype=torch.int, device=logits.device)
-    return result.loss.sum(), divisor, report
+
+
+def model_inputs(batch: Batch) -> dict[str, Any]:
+    """Return the arguments of a `GPTModel` for a micro-batch, without labels: it returns logits."""
+    inputs = {
+        "input_ids": batch["tokens"],
+        "position_ids": batch["position_ids"],
+        "attention_mask": None,  # causal, built by the attention itself
+    }
+    if "cu_seqlens" in batch:
+        ends, longest = batch["cu_seqlens"], batch["max_seqlen"]
+        inputs["packed_seq_params"] = PackedSeqParams(
+            qkv_format="thd",
+            cu_seqlens_q=ends,
+            cu_seqlens_kv=ends,
+            max_seqlen_q=longest,
+            max_seqlen_kv=longest,
+        )
+    return inputs

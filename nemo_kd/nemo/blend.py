@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from megatron.core.datasets import helpers_cpp
 from nemo.collections.nlp.data.language_modeling.megatron.base_dataset_utils import (
     get_datasets_weights_and_num_samples,
 )
@@ -14,6 +13,7 @@ from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset impo
 from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.mcore.blend import blending_indices
 from nemo_kd.nemo.dataset import (
     BlendedFileSFTDataset,
     FileSFTDataset,
@@ -43,12 +43,7 @@ class Blend(BlendableDataset):
                 "supported: merge some with nemo-kd merge"
             )
         self.datasets, self.size = datasets, size
-        index = np.zeros(size, dtype=np.int16)
-        self.dataset_sample_index = np.zeros(size, dtype=np.int64)
-        shares = np.asarray(weights, dtype=np.float64)
-        helpers_cpp.build_blending_indices(
-            index, self.dataset_sample_index, shares / shares.sum(), len(datasets), size, False
-        )
+        index, self.dataset_sample_index = blending_indices(weights, size)
         self.dataset_index = index.astype(np.uint8)
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from dataclasses import dataclass
 
 from omegaconf import DictConfig
 
-from nemo_kd.errors import NemoKDError
-from nemo_kd.loss import KDConfig
+from nemo_kd.loss import KDSchedule
 from nemo_kd.loss.names import check_name
 from nemo_kd.settings.dataclass import settings_of
 
@@ -18,11 +15,10 @@ NORMALIZATION_ALIASES = {
     "microbatch": "mb mean samples sample",
     "global_tokens": "tokens token pertoken globaltoken globalbatch global",
 }
-SCHEDULES = ("linear", "cosine")
 
 
 @dataclass(frozen=True)
-class KDTrainingConfig(KDConfig):
+class KDTrainingConfig(KDSchedule):
     """Settings of `model.kd`; see `KDConfig` for those of the loss."""
 
     normalize: str = "microbatch"
@@ -33,76 +29,9 @@ class KDTrainingConfig(KDConfig):
     """Compute LM head and loss together, in chunks of answer tokens: the logits of a complete
     micro-batch never exist, and prompt positions skip the LM head."""
 
-    alpha_end: float | None = None
-    """Value of `alpha` at the end of the schedule; None: `alpha` is constant."""
-    temperature_end: float | None = None
-    """Value of `temperature` at the end of the schedule; None: `temperature` is constant. Not with
-    support `bucket`, which needs the teacher's log-sum-exp at every temperature."""
-    schedule: str = "linear"
-    """Shape of the schedule: `linear`, or `cosine` (half a period: slow at both ends)."""
-    schedule_steps: int | None = None
-    """Steps until the end of the schedule; None: `trainer.max_steps`."""
-
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_name("schedule", self.schedule, SCHEDULES, {"linear": "lin", "cosine": "cos"})
-        if self.alpha_end is not None and (self.sft_weight, self.kd_weight) != (None, None):
-            raise NemoKDError(
-                "model.kd.alpha_end schedules model.kd.alpha; use alpha instead of "
-                "sft_weight and kd_weight"
-            )
-        if self.temperature_end not in (None, self.temperature) and self.support == "bucket":
-            raise NemoKDError(
-                "model.kd.temperature_end needs model.kd.support=topk or vocab: support bucket "
-                "needs the teacher's log-sum-exp at every temperature on the way"
-            )
-        if self.schedule_steps is not None and self.schedule_steps < 1:
-            raise NemoKDError(
-                f"model.kd.schedule_steps is {self.schedule_steps}: expected at least 1, or null "
-                "for trainer.max_steps"
-            )
-        if self.scheduled:
-            _ = self.end  # checks the final values
         check_name("normalize", self.normalize, NORMALIZATIONS, NORMALIZATION_ALIASES)
-
-    @property
-    def scheduled(self) -> bool:
-        """Whether any setting changes from step to step."""
-        return self.alpha_end is not None or self.temperature_end is not None
-
-    @property
-    def distils(self) -> bool:
-        """Whether the divergence has a weight above 0 at any step."""
-        return self.weights[1] > 0 or bool(self.alpha_end)
-
-    @property
-    def end(self) -> KDTrainingConfig:
-        """The constant settings at the end of the schedule."""
-        return self.at(self.schedule_steps or 1, 1)
-
-    def at(self, step: int, max_steps: int) -> KDTrainingConfig:
-        """Return the constant settings of one step.
-
-        The first step is 0; the schedule ends at step `schedule_steps`, or `max_steps` if it is
-        None.
-        """
-        if not self.scheduled:
-            return self
-        part = min(step / (self.schedule_steps or max(max_steps, 1)), 1.0)
-        if self.schedule == "cosine":
-            part = (1 - math.cos(math.pi * part)) / 2
-
-        def between(start: float, end: float | None) -> float:
-            return start if end is None else start + part * (end - start)
-
-        alpha = None if self.alpha_end is None else between(self.weights[1], self.alpha_end)
-        return dataclasses.replace(
-            self,
-            alpha=self.alpha if alpha is None else alpha,
-            temperature=between(self.temperature, self.temperature_end),
-            alpha_end=None,
-            temperature_end=None,
-        )
 
 
 def kd_training_config(block: DictConfig | None) -> KDTrainingConfig:

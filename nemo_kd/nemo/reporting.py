@@ -20,13 +20,9 @@ from megatron.core.num_microbatches_calculator import (
 from omegaconf import DictConfig
 
 from nemo_kd.loss import MassWatch
+from nemo_kd.mcore.metrics import MetricSums
 from nemo_kd.nemo.config import kd_training_config
-from nemo_kd.nemo.metrics import (
-    ANSWER_TOKENS,
-    MetricSums,
-    forget,
-    forget_loss_without_tokens,
-)
+from nemo_kd.nemo.metrics import ANSWER_TOKENS, forget, forget_loss_without_tokens
 from nemo_kd.nemo.splits import ValidationSplit
 from nemo_kd.nemo.student_loss import StudentLoss
 from nemo_kd.nemo.vocabulary import SFTModel

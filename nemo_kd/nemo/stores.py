@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from megatron.core import parallel_state
 from omegaconf import DictConfig
 
-from nemo_kd.data import check_learnable, fit_lengths, pack_samples
-from nemo_kd.nemo.config import KDTrainingConfig
+from nemo_kd.data import check_schedule, fit_lengths, pack_samples
 from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
 from nemo_kd.nemo.sft_files import shared_arguments
@@ -37,7 +34,7 @@ def store_dataset(
     Logs how many samples were truncated or dropped.
     """
     store = open_store(model, directory)
-    _check_learnable(store, model.kd_schedule, alpha, training)
+    check_schedule(store, model.kd_schedule, alpha, training=training)
     _warn_of_labels(store)
     split, length = TrainSplit.of(data_cfg), data_cfg.max_seq_length
     fitting = fit_lengths(store, length, split.over_long)
@@ -121,16 +118,3 @@ def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> N
             "profile top_p with model.kd.support=topk: nothing is learned from the teacher at "
             "answer tokens with a single kept id; use support bucket to learn from these too",
         )
-
-
-def _check_learnable(
-    store: Store, schedule: KDTrainingConfig, alpha: float | None, training: bool
-) -> None:
-    """Check that the loss can learn from the store at both ends of the schedule.
-
-    A validation is checked with all positions, since its metrics are over all of them.
-    """
-    for kd, when in ((schedule.at(0, 1), ""), (schedule.end, " at the end of the schedule")):
-        if alpha is not None:
-            kd = replace(kd, alpha=alpha)
-        check_learnable(store, kd if training else replace(kd, top_entropy_fraction=1.0), when)

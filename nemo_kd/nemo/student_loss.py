@@ -13,8 +13,8 @@ from nemo_kd.data import AnswerTokens
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDLoss, linear_sft_kd_loss, sft_kd_loss
 from nemo_kd.mcore.lm_head import split_lm_head
+from nemo_kd.mcore.metrics import MetricSums
 from nemo_kd.nemo.config import KDTrainingConfig
-from nemo_kd.nemo.metrics import MetricSums
 from nemo_kd.topk import TopK
 
 
@@ -113,7 +113,7 @@ class StudentLoss:
         """Return the teacher's rows for the step's temperature.
 
         Data sets have the log-sum-exp at the schedule's first temperature; at others it is unknown.
-        `_check_learnable` has checked sampled stores, with each store's own weight.
+        `check_schedule` has checked sampled stores, with each store's own weight.
         """
         known = self._kd.temperature == self._schedule.temperature
         return replace(topk, logsumexp=topk.logsumexp if known else None, draws=False)

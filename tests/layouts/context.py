@@ -23,8 +23,8 @@ def main(result: str) -> None:
 
     from nemo_kd.data import answer_tokens
     from nemo_kd.mcore.context import own_positions
+    from nemo_kd.mcore.metrics import MetricSums
     from nemo_kd.nemo.config import KDTrainingConfig
-    from nemo_kd.nemo.metrics import MetricSums
     from nemo_kd.nemo.student_loss import StudentLoss
     from nemo_kd.topk import TopK
 

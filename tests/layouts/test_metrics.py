@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from nemo_kd.nemo.metrics import NAMES
+from nemo_kd.mcore.metrics import NAMES
 from nemo_kd.store import Sample, Store, StoreWriter
 from tests.runs import metrics, validations
 from tests.store.samples import each_array

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemo_kd.loss import KDConfig, TopK, sft_kd_loss
-from nemo_kd.nemo.metrics import CALIBRATION_BINS, MetricSums
+from nemo_kd.mcore.metrics import CALIBRATION_BINS, MetricSums
 
 
 def test_calibration_error_is_that_of_the_definition() -> None:

@@ -15,9 +15,9 @@ from megatron.core import parallel_state
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nemo_kd.data import AnswerTokens
-from nemo_kd.mcore.training import _loss
+from nemo_kd.mcore.metrics import MetricSums
+from nemo_kd.mcore.training import StepLoss
 from nemo_kd.nemo.config import KDTrainingConfig
-from nemo_kd.nemo.metrics import MetricSums
 from nemo_kd.nemo.student_loss import StudentLoss
 from nemo_kd.topk import TopK
 from tests.loss.test_no_host_wait import CONFIGURATIONS
@@ -95,10 +95,12 @@ def test_nemos_training_step_never_waits(fused: bool, own_weights: bool) -> None
         assert stage.output_layer.weight.grad is not None and sums.sums is not None
 
 
-def test_megatron_cores_loss_function_never_waits() -> None:
+@pytest.mark.parametrize("training", [True, False])
+def test_megatron_cores_loss_function_never_waits(training: bool) -> None:
     for kd in settings():
         logits = torch.randn(B, S, VP, requires_grad=True)
         labels = torch.zeros(B, S, dtype=torch.int64)
-        loss, count, report = _loss(labels, answers(False), kd, V, logits * 1)
+        batch = {"labels": labels, "answers": answers(False)}
+        loss, count, report = StepLoss(kd, V)(batch, training=training)(logits * 1)
         (loss / count).backward()
         assert logits.grad is not None and report["kd_loss"].shape == (2,)

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
+from nemo_kd.data import check_schedule
 from nemo_kd.nemo.config import KDTrainingConfig
-from nemo_kd.nemo.stores import _check_learnable
 from nemo_kd.store import Store, StoreError
 from tests.store.samples import spec, write
 
@@ -31,7 +31,7 @@ def test_every_step_and_a_stores_own_alpha_count(
     draws: Store, settings: dict[str, Any], alpha: float | None, named: str
 ) -> None:
     with pytest.raises(StoreError) as refused:
-        _check_learnable(draws, KDTrainingConfig(**settings), alpha, training=True)
+        check_schedule(draws, KDTrainingConfig(**settings), alpha)
     assert f"model.kd.{named}" in str(refused.value)
 
 
@@ -47,4 +47,4 @@ def test_every_step_and_a_stores_own_alpha_count(
 def test_what_is_linear_or_not_learned_is_accepted(
     draws: Store, settings: dict[str, Any], alpha: float | None, training: bool
 ) -> None:
-    _check_learnable(draws, KDTrainingConfig(**settings), alpha, training)
+    check_schedule(draws, KDTrainingConfig(**settings), alpha, training=training)
