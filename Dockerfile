@@ -1,6 +1,8 @@
 # nemo_kd in NVIDIA's NeMo container. Build: docker build -t nemo-kd .
+# The container of NeMo 2.5: docker build --build-arg NEMO_TAG=25.09 -t nemo-kd .
 # For SLURM with enroot: enroot import -o nemo-kd.sqsh dockerd://nemo-kd
-FROM nvcr.io/nvidia/nemo:25.07
+ARG NEMO_TAG=25.07
+FROM nvcr.io/nvidia/nemo:${NEMO_TAG}
 
 WORKDIR /opt/nemo-kd
 COPY . .

@@ -10,7 +10,7 @@ import sys
 from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import IO
+from typing import IO, Any
 
 import psutil
 
@@ -109,9 +109,9 @@ def run_script(
     return run_program(f"examples/{name}", *overrides, **options)  # type: ignore[arg-type]
 
 
-def error_of(name: str, *overrides: str) -> str:
+def error_of(name: str, *overrides: str, **variables: Any) -> str:
     """The one error line of `examples/NAME`, which must be the last that it prints."""
-    done = run_script(name, *overrides, fails=True, NEMO_KD_TRACEBACK="")
+    done = run_script(name, *overrides, fails=True, NEMO_KD_TRACEBACK="", **variables)
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.stderr.strip().endswith(line)
     assert "Traceback" not in done.stderr and "Error executing job" not in done.stderr

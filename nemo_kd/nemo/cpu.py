@@ -1,4 +1,4 @@
-"""Run NeMo 2.4 without CUDA: patches of NeMo, in addition to those of `nemo_kd.mcore.cpu`.
+"""Run NeMo without CUDA: patches of NeMo, in addition to those of `nemo_kd.mcore.cpu`.
 
 Call `install()` before any import of NeMo or Megatron. `cpu_settings` returns the changes that a
 NeMo configuration needs (fusions off, plain layer specs).

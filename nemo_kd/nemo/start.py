@@ -20,6 +20,7 @@ from nemo_kd.checkpoints.source import WEIGHTS
 from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import cpu
+from nemo_kd.nemo.installed import imports_of_nemo
 from nemo_kd.settings.batches import data_parallel_size
 from nemo_kd.teacher.layout import LayoutError
 
@@ -54,15 +55,20 @@ def prepare(cfg: DictConfig) -> None:
 
 
 def install() -> bool:
-    """Make NeMo importable and quiet on this machine; True if it is patched for a CPU."""
+    """Import NeMo, quietly; True if it is patched for a CPU.
+
+    Errors: NemoKDError for a NeMo without its SFT model, or without a package that it imports.
+    """
     # NeMo compiles a helper with `python3 -m pybind11`, which must find this environment's python.
     os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     verbose = bool(os.environ.get("NEMO_KD_VERBOSE"))
     if not verbose:
         warnings.filterwarnings("ignore")  # NeMo's imports warn about features that are not used
-    on_cpu = cpu.install()
-    if not verbose:
-        _quiet()
+    with imports_of_nemo():
+        on_cpu = cpu.install()
+        if not verbose:
+            _quiet()
+        import nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model  # noqa: F401
     return on_cpu
 
 
@@ -80,7 +86,7 @@ def _refuse_virtual_pipeline(cfg: DictConfig) -> None:
     size = cfg.model.get("virtual_pipeline_model_parallel_size") or 1
     if size > 1:
         raise LayoutError(
-            f"model.virtual_pipeline_model_parallel_size={size}: NeMo 2.4 builds no virtual "
+            f"model.virtual_pipeline_model_parallel_size={size}: NeMo builds no virtual "
             "pipelines on any device; leave it at null, or train with nemo_kd.mcore "
             "(examples/megatron_core/train.py --virtual-pipeline)"
         )
@@ -147,7 +153,7 @@ def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:
         tensor_model_parallel_size=model_cfg.tensor_model_parallel_size,
         pipeline_model_parallel_size=model_cfg.pipeline_model_parallel_size,
         context_parallel_size=model_cfg.get("context_parallel_size", 1),
-        pipeline_model_parallel_split_rank=0,
+        pipeline_model_parallel_split_rank=None,
         micro_batch_size=model_cfg.micro_batch_size,
         global_batch_size=model_cfg.global_batch_size,
         seed=model_cfg.seed,

@@ -17,6 +17,7 @@ from nemo_kd.nemo.config import (
 )
 from nemo_kd.nemo.data_settings import check_data_settings
 from nemo_kd.nemo.length import fit_length, refuse_part_epochs
+from nemo_kd.nemo.peft import add_adapters, schemes_of
 from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of
 from nemo_kd.nemo.settings import training
 from nemo_kd.nemo.splits import Split, TrainSplit, splits_of
@@ -154,6 +155,7 @@ def check_settings(cfg: DictConfig) -> None:
     check_data_settings(cfg.model.data)
     TrainSplit.of(cfg.model.data.train_ds).alphas(kd_training_config(cfg.model.kd))
     start.refuse(cfg)
+    schemes_of(cfg)
     training.check_inputs(cfg)
     splits = splits_of(cfg.model.data)
     settle_template(cfg.model, {name: _stores(name, split) for name, split in splits.items()})
@@ -176,7 +178,6 @@ def _prepare(cfg: DictConfig) -> None:
 def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:
     # Imported late: on a CPU, the patches must be installed before NeMo and Megatron.
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
-    from nemo_kd.nemo.peft import add_adapters
 
     start.start_process_groups(cfg.model, trainer)
     model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTKDModel, cfg, trainer)

@@ -20,7 +20,7 @@ from tests.processes import error_of
         ("+model.kd.alpha=0.5 model.kd.kd_weight=1", "both given"),
         ("model.restore_from_path=/nowhere.nemo", "no checkpoint at /nowhere.nemo"),
         ("model.pipeline_model_parallel_size=2", "does not work over pipeline stages on a CPU"),
-        ("+model.virtual_pipeline_model_parallel_size=2", "NeMo 2.4 builds no virtual pipelines"),
+        ("+model.virtual_pipeline_model_parallel_size=2", "NeMo builds no virtual pipelines"),
         ("trainer.precision=32 model.context_parallel_size=2", "needs TransformerEngine"),
         ("trainer.precision=32 model.optim.name=distributed_fused_adam", "is apex's"),
         ("+model.data.train_ds.overlong=drop", "did you mean model.data.train_ds.over_long?"),
@@ -81,7 +81,7 @@ def test_more_logits_than_words(tiny: Path, tmp_path: Path) -> None:
     [
         ("+model.kd.topk=5", "did you mean model.kd.top_k?"),
         ("model.context_parallel_size=2", "a forward pass needs no context parallelism"),
-        ("+model.virtual_pipeline_model_parallel_size=2", "NeMo 2.4 builds no virtual pipelines"),
+        ("+model.virtual_pipeline_model_parallel_size=2", "NeMo builds no virtual pipelines"),
     ],
 )
 def test_settings_of_a_dump(tiny: Path, tmp_path: Path, override: str, message: str) -> None:
