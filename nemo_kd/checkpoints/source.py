@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import tarfile
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -126,12 +127,21 @@ PICKLED: list[Any] = [
 """What the checkpoints of NeMo's training pickle, besides tensors."""
 
 
+def unpickles() -> AbstractContextManager[None]:
+    """Context in which torch's restricted unpickler creates PICKLED; may be nested.
+
+    The end of torch's own context forgets what an outer one has added.
+    """
+    known = torch.serialization.get_safe_globals()
+    return torch.serialization.safe_globals([part for part in PICKLED if part not in known])
+
+
 def _section(path: Path, files: Files) -> dict[str, Any] | None:
     """NeMo's section in a training's checkpoint; None in one of Megatron-core."""
     if COMMON not in files:
         return None
     try:
-        with torch.serialization.safe_globals(PICKLED), files[COMMON].open() as file:
+        with unpickles(), files[COMMON].open() as file:
             common = torch.load(file, map_location="cpu", weights_only=True)
     except Exception:  # of Megatron-LM: its arguments are objects, which are not created
         return None

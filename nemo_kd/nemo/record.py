@@ -14,7 +14,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.checkpoints.card import STEPS, STORES
-from nemo_kd.checkpoints.source import PICKLED
+from nemo_kd.checkpoints.source import unpickles
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.resumed_settings import Settings
@@ -114,7 +114,7 @@ def _without_weights(path: Path) -> dict[str, Any]:
     else:  # of adapters, model-parallel: one file for each rank, in `mp_rank_00` and so on
         file = next(iter(sorted(path.parent.glob(f"*_rank_*/{path.name}"))))
     try:
-        with torch.serialization.safe_globals(PICKLED):
+        with unpickles():
             return dict(torch.load(file, map_location="cpu", mmap=True, weights_only=True))
     except pickle.UnpicklingError as error:
         reason = str(error).strip().splitlines()[0]

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_kd.checkpoints.source import unpickles
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import commit, publish
 from nemo_kd.nemo import end_of_run, run_directory, start, start_of_run
@@ -78,7 +79,9 @@ def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory |
     with open_dict(cfg):
         cfg.model[DATA_KEY] = record.train_stores
     model = _student(cfg, trainer)
-    trainer.fit(model)
+    # To resume, Megatron-core 0.14 creates only objects of registered classes.
+    with unpickles():
+        trainer.fit(model)
     student = directory.student if directory is not None else None
     if student and done == trainer.max_steps:  # Lightning does not call NeMo's on_train_end
         note_steps(trainer, model)

@@ -19,6 +19,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from nemo_kd.checkpoints import CheckpointError
 from nemo_kd.checkpoints.distributed import DistributedCheckpoint, Slice, files_of, write
+from nemo_kd.checkpoints.source import PICKLED, unpickles
 from tests.attacks.bounds import bounded
 from tests.processes import run_program
 
@@ -175,3 +176,13 @@ def test_a_damaged_checkpoint_is_one_error(
     with bounded(), pytest.raises(CheckpointError, match=message):
         opened(tmp_path / "one").read("layers.w" if kind == "overlap" else "table")
     assert not (tmp_path / "evil").exists()
+
+
+def test_a_nested_reader_leaves_the_outer_ones_classes_registered() -> None:
+    """torch's own context would forget them, and a training could not resume."""
+    before = set(torch.serialization.get_safe_globals())
+    with unpickles():
+        with unpickles():
+            pass
+        assert set(PICKLED) <= set(torch.serialization.get_safe_globals())
+    assert set(torch.serialization.get_safe_globals()) == before

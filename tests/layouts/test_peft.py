@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemo_kd.nemo.installed import has_adapters
 from tests.distribution.blocks import run_nemo_kd
 from tests.layouts.conftest import LAYOUTS
 from tests.processes import run_script
 from tests.runs import LAYOUT, SPLIT, steps, validations
 
+pytestmark = pytest.mark.skipif(not has_adapters(), reason="this NeMo's model takes no adapters")
 LORA = ["model.peft.peft_scheme=lora", "model.peft.lora_tuning.adapter_dim=4"]
 ALL = "model.peft.lora_tuning.target_modules=[all]"
 
