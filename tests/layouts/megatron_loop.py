@@ -1,0 +1,250 @@
+"""Megatron-core's loop on every kind of batch: `python … TINY STORE HELDOUT OUT.json`.
+
+The student is a small GPTModel of random weights, dense or a mixture of experts.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nemo_kd.mcore import cpu
+
+cpu.install()
+
+import torch  # noqa: E402
+from megatron.core import parallel_state  # noqa: E402
+from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
+from megatron.core.transformer import TransformerConfig  # noqa: E402
+from nemo.collections.common.tokenizers.sentencepiece_tokenizer import (  # noqa: E402
+    SentencePieceTokenizer,
+)
+
+from nemo_kd.errors import NemoKDError  # noqa: E402
+from nemo_kd.loss import KDConfig, KDSchedule  # noqa: E402
+from nemo_kd.mcore import MetricSums, Source, StoreBatches, kd_forward_step  # noqa: E402
+from nemo_kd.mcore.training import model_inputs  # noqa: E402
+from nemo_kd.sft.config import RowConfig  # noqa: E402
+from nemo_kd.sft.files import open_files  # noqa: E402
+from nemo_kd.sft.reader import Model, open_rows  # noqa: E402
+from nemo_kd.sft.rows import SFTRows  # noqa: E402
+from nemo_kd.store import Store  # noqa: E402
+
+LENGTH, BATCH = 127, 4
+Report = dict[str, float]
+
+
+def student(**changes: Any) -> torch.nn.Module:
+    config = TransformerConfig(
+        num_layers=2,
+        hidden_size=32,
+        num_attention_heads=4,
+        normalization="RMSNorm",
+        add_bias_linear=False,
+        hidden_dropout=0.0,
+        attention_dropout=0.0,
+        use_cpu_initialization=True,
+        calculate_per_token_loss=True,
+        **changes,
+    )
+    torch.manual_seed(0)
+    return GPTModel(
+        config,
+        cpu.local_layer_spec(config),
+        vocab_size=504,
+        max_sequence_length=LENGTH,
+        parallel_output=True,
+        position_embedding_type="rope",
+    )
+
+
+def run(step: Any, batches: Iterable[Any], model: torch.nn.Module, number: int) -> list[Report]:
+    """One step of Megatron's schedule: gradients in training; the means of each micro-batch."""
+    reports = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=iter(batches),
+        model=model,
+        num_microbatches=number,
+        seq_length=LENGTH,
+        micro_batch_size=1,
+        forward_only=not model.training,
+    )
+    return [{name: float(x[0] / x[1]) for name, x in report.items()} for report in reports]
+
+
+def train(
+    model: torch.nn.Module, batches: StoreBatches, config: KDConfig, steps: Iterable[int]
+) -> list[Report]:
+    """Steps of plain SGD, each with the sums over its micro-batches."""
+    found: list[Report] = []
+    for number in steps:
+        step = kd_forward_step(config, 500, progress=lambda at=number: (at, 6))
+        model.zero_grad()
+        reports = run(step, batches, model, BATCH // batches.micro_batch_size)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter -= 1e-3 * parameter.grad
+        found.append({name: sum(r[name] for r in reports) for name in reports[0]})
+    return found
+
+
+def batches_of(sources: Any, **changes: Any) -> StoreBatches:
+    settings = {"seq_length": LENGTH, "micro_batch_size": 1, "global_batch_size": BATCH}
+    return StoreBatches(sources, **{**settings, **changes})
+
+
+def gradient(model: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]).double()
+
+
+def mixes(store: Store, rows: SFTRows) -> dict[str, Any]:
+    """The mean losses of micro-batches of one source each, and the drawn sources."""
+    sources = [Source(store, alpha=0.25, weight=3), Source(rows, weight=1)]
+    batches = batches_of(sources)
+    kinds = [bool((next(batches)["answers"].topk.ids >= 0).any()) for _ in range(40)]
+    model = student().eval()
+    reports = run(kd_forward_step(KDConfig(alpha=0.9), 500), batches_of(sources), model, 12)
+    return {"with_teacher": kinds, "reports": reports}
+
+
+def packed(store: Store) -> dict[str, Any]:
+    """Σ over one epoch of each answer token's loss, in packs and padded."""
+    found = {}
+    for name, changes in {"packs": {"packed": True, "seq_length": 300}, "padded": {}}.items():
+        batches = batches_of(store, global_batch_size=1, **changes)
+        model, sums = student().eval(), MetricSums()
+        run(kd_forward_step(KDConfig(), 500, sums=sums), batches, model, len(batches.dataset))
+        found[name] = {"items": len(batches.dataset), **sums.means()}
+    return found
+
+
+def evaluation(store: Store) -> dict[str, Any]:
+    """Means of a validation by Megatron's quotient of sums, and those of `MetricSums`."""
+    model, sums, totals = student().eval(), MetricSums(), {}
+    schedule = KDSchedule(alpha=0.9, alpha_end=0.2, top_entropy_fraction=0.3)
+    step = kd_forward_step(schedule, 500, progress=lambda: (0, 6), sums=sums)
+    reports = get_forward_backward_func()(
+        forward_step_func=step,
+        data_iterator=batches_of(store, global_batch_size=1),
+        model=model,
+        num_microbatches=len(store),
+        seq_length=LENGTH,
+        micro_batch_size=1,
+        forward_only=True,
+    )
+    for report in reports:
+        for name, value in report.items():
+            totals[name] = totals.get(name, 0) + value.double()
+    quotients = {name: float(value[0] / value[1]) for name, value in totals.items()}
+    return {"quotients": quotients, "sums": sums.means(), "tokens": float(totals["loss"][1])}
+
+
+def resumed(store: Store) -> dict[str, Any]:
+    """Six steps, and the same in two runs whose second starts from what the first saved."""
+    schedule = KDSchedule(alpha=0.9, alpha_end=0.5, schedule="cosine")
+    sources = [Source(store, weight=1.0), Source(store, alpha=0.1, weight=2.0)]
+    model, batches = student(), batches_of(sources, seed=3)
+    through = train(model, batches, schedule, range(6))
+    first, batches = student(), batches_of(sources, seed=3)
+    parts = train(first, batches, schedule, range(2))
+    saved = json.loads(json.dumps(batches.state_dict()))
+    second, again = student(), batches_of(sources, seed=3)
+    second.load_state_dict(first.state_dict())
+    again.load_state_dict(saved)
+    parts += train(second, again, schedule, range(2, 6))
+    refusal = ""
+    try:
+        batches_of(sources, seed=4).load_state_dict(saved)
+    except NemoKDError as error:
+        refusal = str(error)
+    same = all(map(torch.equal, model.parameters(), second.parameters()))
+    return {"through": through, "parts": parts, "same_weights": same, "refusal": refusal}
+
+
+def mixture_of_experts(store: Store) -> dict[str, Any]:
+    """Gradients at alpha 0 and those of Megatron's own cross-entropy, with an auxiliary loss."""
+    experts: dict[str, Any] = {"num_moe_experts": 4, "moe_router_topk": 2}
+    experts |= {"moe_aux_loss_coeff": 0.5, "moe_router_load_balancing_type": "aux_loss"}
+    found: dict[str, Any] = {}
+    gradients = {}
+    for name, step, aux in (
+        ("ours", kd_forward_step(KDConfig(alpha=0.0, count_padding=True), 500), 0.5),
+        ("megatron", megatrons_step, 0.5),
+        ("without", kd_forward_step(KDConfig(alpha=0.0, count_padding=True), 500), 0.0),
+    ):
+        model = student(**{**experts, "moe_aux_loss_coeff": aux})
+        run(step, batches_of(store), model, BATCH)
+        gradients[name] = gradient(model)
+    norm = gradients["megatron"].norm()
+    for name in ("ours", "without"):
+        found[name] = float((gradients[name] - gradients["megatron"]).norm() / norm)
+    model = student(**experts)
+    found["losses"] = train(model, batches_of(store), KDConfig(), range(6))
+    return found
+
+
+def megatrons_step(
+    iterator: Iterator[Any], model: Any
+) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
+    """What Megatron-LM's own `forward_step` does: cross-entropy over the loss mask."""
+    batch = next(iterator)
+    losses = model(**model_inputs(batch), labels=batch["labels"])
+
+    def loss(output: torch.Tensor) -> Any:
+        total, number = (output * batch["loss_mask"]).sum(), batch["loss_mask"].sum().int()
+        return total, number, {"loss": torch.stack([total.detach(), number.float()])}
+
+    return losses, loss
+
+
+def refusals(store: Store, rows: SFTRows) -> dict[str, str]:
+    wrong: dict[str, Callable[[], Any]] = {
+        "batch_of_packs": lambda: next(
+            batches_of(store, packed=True, seq_length=300, micro_batch_size=2)
+        ),
+        "packs_of_rows": lambda: batches_of([Source(store), Source(rows)], packed=True),
+        "weights": lambda: batches_of([Source(store, weight=1.0), Source(store)]),
+        "alpha_of_rows": lambda: Source(rows, alpha=0.5),
+        "alpha": lambda: Source(store, alpha=1.5),
+        "no_source": lambda: batches_of([]),
+        "schedule": lambda: kd_forward_step(KDSchedule(alpha_end=0.5), 500),
+        "long_rows": lambda: batches_of([Source(rows)], seq_length=100),
+        "temperature": lambda: batches_of(store, temperature=3.0),
+    }
+    found = {}
+    for name, call in wrong.items():
+        try:
+            call()
+        except NemoKDError as error:
+            found[name] = str(error)
+    return found
+
+
+def main(tiny: Path, directory: Path, heldout: Path, out: Path) -> None:
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{out}.rendezvous", rank=0, world_size=1
+    )
+    parallel_state.initialize_model_parallel()
+    model_parallel_cuda_manual_seed(0)
+    store = Store(directory)
+    tokenizer = SentencePieceTokenizer(str(tiny / "tokenizer.model"))
+    model = Model(tokenizer=tokenizer, max_seq_length=128)
+    rows = open_rows(RowConfig(max_seq_length=128), open_files(tiny / "heldout.jsonl"), model)
+    result = {
+        "mixes": mixes(store, rows),
+        "packed": packed(store),
+        "evaluation": evaluation(Store(heldout)),
+        "resumed": resumed(store),
+        "experts": mixture_of_experts(store),
+        "refusals": refusals(store, rows),
+    }
+    out.write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main(*map(Path, sys.argv[1:]))
