@@ -18,9 +18,19 @@ cpu.install()
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
+from megatron.core.models.mamba import MambaModel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
+from megatron.core.ssm import mamba_block  # noqa: E402
+from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules  # noqa: E402
+from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
 from megatron.core.transformer import TransformerConfig  # noqa: E402
+from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
+from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
+from megatron.core.transformer.transformer_layer import (  # noqa: E402
+    TransformerLayer,
+    TransformerLayerSubmodules,
+)
 from nemo.collections.common.tokenizers.sentencepiece_tokenizer import (  # noqa: E402
     SentencePieceTokenizer,
 )
@@ -39,9 +49,9 @@ LENGTH, BATCH = 127, 4
 Report = dict[str, float]
 
 
-def student(**changes: Any) -> torch.nn.Module:
-    config = TransformerConfig(
-        num_layers=2,
+def config_of(layers: int, **changes: Any) -> TransformerConfig:
+    return TransformerConfig(
+        num_layers=layers,
         hidden_size=32,
         num_attention_heads=4,
         normalization="RMSNorm",
@@ -52,6 +62,10 @@ def student(**changes: Any) -> torch.nn.Module:
         calculate_per_token_loss=True,
         **changes,
     )
+
+
+def student(**changes: Any) -> torch.nn.Module:
+    config = config_of(2, **changes)
     torch.manual_seed(0)
     return GPTModel(
         config,
@@ -60,6 +74,34 @@ def student(**changes: Any) -> torch.nn.Module:
         max_sequence_length=LENGTH,
         parallel_output=True,
         position_embedding_type="rope",
+    )
+
+
+def hybrid() -> torch.nn.Module:
+    """Two layers of attention and two of MLP: Mamba's own layers need its CUDA kernels."""
+    config = config_of(4)
+    parts = cpu.local_layer_spec(config).submodules
+    attention = TransformerLayerSubmodules(
+        input_layernorm=parts.input_layernorm,
+        self_attention=parts.self_attention,
+        self_attn_bda=parts.self_attn_bda,
+    )
+    mlp = TransformerLayerSubmodules(
+        pre_mlp_layernorm=parts.pre_mlp_layernorm, mlp=parts.mlp, mlp_bda=parts.mlp_bda
+    )
+    layers = MambaStackSubmodules(
+        attention_layer=ModuleSpec(TransformerLayer, submodules=attention),
+        mlp_layer=ModuleSpec(MLPLayer, submodules=mlp),
+    )
+    mamba_block.TENorm = WrappedTorchNorm  # TransformerEngine's norm has no other way in
+    torch.manual_seed(0)
+    return MambaModel(
+        config,
+        ModuleSpec(MambaStack, submodules=layers),
+        vocab_size=504,
+        max_sequence_length=LENGTH,
+        hybrid_override_pattern="*-*-",
+        parallel_output=True,
     )
 
 
@@ -88,7 +130,8 @@ def train(
         reports = run(step, batches, model, BATCH // batches.micro_batch_size)
         with torch.no_grad():
             for parameter in model.parameters():
-                parameter -= 1e-3 * parameter.grad
+                assert parameter.grad is not None
+                parameter.add_(parameter.grad, alpha=-1e-3)
         found.append({name: sum(r[name] for r in reports) for name in reports[0]})
     return found
 
@@ -125,7 +168,8 @@ def packed(store: Store) -> dict[str, Any]:
 
 def evaluation(store: Store) -> dict[str, Any]:
     """Means of a validation by Megatron's quotient of sums, and those of `MetricSums`."""
-    model, sums, totals = student().eval(), MetricSums(), {}
+    model, sums = student().eval(), MetricSums()
+    totals: dict[str, Any] = {}
     schedule = KDSchedule(alpha=0.9, alpha_end=0.2, top_entropy_fraction=0.3)
     step = kd_forward_step(schedule, 500, progress=lambda: (0, 6), sums=sums)
     reports = get_forward_backward_func()(
@@ -188,6 +232,17 @@ def mixture_of_experts(store: Store) -> dict[str, Any]:
     return found
 
 
+def hybrid_student(store: Store) -> dict[str, Any]:
+    """Gradients at alpha 0 and those of Megatron's own cross-entropy; losses of a training."""
+    gradients = []
+    for step in (kd_forward_step(KDConfig(alpha=0.0, count_padding=True), 500), megatrons_step):
+        model = hybrid()
+        run(step, batches_of(store), model, BATCH)
+        gradients.append(gradient(model))
+    apart = float((gradients[0] - gradients[1]).norm() / gradients[1].norm())
+    return {"apart": apart, "losses": train(hybrid(), batches_of(store), KDConfig(), range(6))}
+
+
 def megatrons_step(
     iterator: Iterator[Any], model: Any
 ) -> tuple[torch.Tensor, Callable[[torch.Tensor], Any]]:
@@ -241,6 +296,7 @@ def main(tiny: Path, directory: Path, heldout: Path, out: Path) -> None:
         "evaluation": evaluation(Store(heldout)),
         "resumed": resumed(store),
         "experts": mixture_of_experts(store),
+        "hybrid": hybrid_student(store),
         "refusals": refusals(store, rows),
     }
     out.write_text(json.dumps(result))

@@ -71,6 +71,12 @@ def test_the_auxiliary_loss_of_a_mixture_of_experts_is_kept(found: dict[str, Any
     assert experts["losses"][-1]["kd_loss"] < experts["losses"][0]["kd_loss"]
 
 
+def test_a_hybrid_model_learns_with_megatrons_own_gradient(found: dict[str, Any]) -> None:
+    assert found["hybrid"]["apart"] < 1e-5
+    losses = found["hybrid"]["losses"]
+    assert losses[-1]["kd_loss"] < losses[0]["kd_loss"]
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
