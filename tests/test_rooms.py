@@ -28,6 +28,7 @@ BELOW["data"] = {"core", "loss", "store"}
 BELOW["teacher"] = {"core", "loss", "settings", "store", "sft"}
 BELOW["checkpoints"] = {"core"}
 BELOW["mcore"] = BELOW["teacher"] | {"teacher", "data"}
+BELOW["bridge"] = BELOW["mcore"] | {"mcore"}
 BELOW["hf"] = BELOW["mcore"] | {"checkpoints"}
 BELOW["served"] = BELOW["teacher"] | {"teacher"}
 BELOW["nemo"] = BELOW["mcore"] | {"mcore", "checkpoints"}
@@ -48,6 +49,7 @@ LIBRARIES: dict[str, set[str]] = {
         *("tokenizers", "torch", "transformers", "yaml"),
     },
     "mcore": {"megatron", "numpy", "torch"},
+    "bridge": {"megatron", "numpy", "torch"},
     "hf": {"numpy", "torch", "transformers"},
     "served": {"httpx", "msgspec", "numpy", "tenacity", "torch"},
     "nemo": {

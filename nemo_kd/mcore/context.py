@@ -11,10 +11,10 @@ from nemo_kd.data import context_parallel_positions
 def own_positions(length: int) -> torch.Tensor | None:
     """Return this context-parallel rank's positions of a sequence, [length / C] on the CPU.
 
-    None without context parallelism: all positions.
+    None without context parallelism, and before the process groups start: all positions.
     """
     size = parallel_state.get_context_parallel_world_size()
-    if size == 1:
+    if size <= 1:
         return None
     rank = parallel_state.get_context_parallel_rank()
     return context_parallel_positions(length, rank, size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,7 +107,6 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         self.sources = [Source(sources)] if isinstance(sources, Store) else list(sources)
         self.seq_length, self.temperature = seq_length, temperature
         self.seed, self.over_long, self.packed, self.shuffle = seed, over_long, packed, shuffle
-        self.own_positions = own_positions(seq_length)
         self._check()
         self._readers = [self._reader(source) for source in self.sources]
         sizes = [len(reader) for reader in self._readers]
@@ -124,6 +123,11 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         which, number = self._blend[draw]
         epoch, position = divmod(number, len(self._readers[which]))
         return self._readers[which][int(self._order_of(which, epoch)[position])]
+
+    @cached_property
+    def own_positions(self) -> torch.Tensor | None:
+        """This context-parallel rank's positions, for process groups that start after the check."""
+        return own_positions(self.seq_length)
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -202,7 +206,7 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
             raise NemoKDError(f"weights of the sources are {weights}: give all or none of them")
-        if self.packed and self.own_positions is not None:
+        if self.packed and own_positions(self.seq_length) is not None:
             raise NemoKDError(
                 "packed sequences with context parallelism are not supported: set packed=False, or "
                 "context_parallel_size=1"

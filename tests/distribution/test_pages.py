@@ -12,6 +12,7 @@ from tests.conftest import ROOT
 
 PACKAGE = ROOT / "nemo_kd"
 PATCHING = {
+    "bridge/cpu.py",
     "hf/split.py",
     "mcore/cpu.py",
     "mcore/lm_head.py",
@@ -21,6 +22,8 @@ PATCHING = {
 }
 """Modules that replace a function or a flag of another package's objects."""
 SETTING = {
+    "bridge/recipe.py",
+    "bridge/training.py",
     "checkpoints/exported_tokenizer.py",
     "checkpoints/gguf_tokenizer.py",
     "checkpoints/huggingface.py",

@@ -1,0 +1,1 @@
+"""Distillation in Megatron-Bridge."""

@@ -1,0 +1,62 @@
+"""Run Megatron-Bridge without CUDA: patches of its start, and settings of its models.
+
+Call `install()` before any import of Megatron. It does nothing if CUDA is available, so an entry
+point may always call it. Bridge cannot be imported without TransformerEngine, on any machine.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+from unittest.mock import patch
+
+import torch
+
+from nemo_kd.errors import NemoKDError
+from nemo_kd.mcore import cpu
+
+
+def install() -> bool:
+    """Make Bridge run on the CPU; True when patched, False when CUDA is available.
+
+    Errors: NemoKDError if Megatron-Bridge cannot be imported.
+    """
+    patched = cpu.install()
+    if patched:
+        _patch_start()
+    return patched
+
+
+def adapt(config: Any) -> None:
+    """Set what a `ConfigContainer` needs on a CPU: Megatron's layers of torch, and gloo."""
+    config.dist.distributed_backend = "gloo"
+    config.dataset.pin_memory = False
+    adapt_model(config.model)
+
+
+def adapt_model(provider: Any) -> None:
+    """Set what a model provider needs on a CPU."""
+    from megatron.bridge.models.gpt_provider import local_layer_spec
+
+    provider.transformer_layer_spec = local_layer_spec
+    provider.apply_rope_fusion = provider.gradient_accumulation_fusion = False
+
+
+def _patch_start() -> None:
+    """Let Bridge start without a GPU, and without compiling what wheels contain compiled."""
+    try:
+        from megatron.bridge.training import initialize, setup
+    except ImportError as error:
+        raise NemoKDError(
+            f"Megatron-Bridge cannot be imported ({error}): use NVIDIA's container, or install "
+            "megatron-bridge with its dependencies"
+        ) from error
+    start: Any = setup
+    begin = start.initialize_megatron
+
+    def begin_without_gpu(*args: Any, **kwargs: Any) -> Any:
+        # The random states of model parallelism are only initialized where there is a device.
+        with patch.object(torch.cuda, "device_count", lambda: 1):
+            return begin(*args, **kwargs, allow_no_cuda=True)
+
+    start.initialize_megatron = begin_without_gpu
+    initialize.compile_helpers = lambda: None

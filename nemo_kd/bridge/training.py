@@ -1,0 +1,60 @@
+"""Run a distillation in Megatron-Bridge's own training loop."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron.bridge.training.config import ConfigContainer
+from megatron.bridge.training.pretrain import pretrain
+
+from nemo_kd.bridge.data import KDDataConfig
+from nemo_kd.bridge.step import KDForwardStep
+from nemo_kd.errors import NemoKDError
+from nemo_kd.loss import KDConfig
+
+
+def finetune(config: ConfigContainer, kd: KDConfig, callbacks: Any = None) -> None:
+    """Train by Bridge's `pretrain`, with the loss `kd` on the stores of `config.dataset`.
+
+    Without `train.eval_iters` an evaluation contains each item of the validation stores once.
+    `kd`: a `KDConfig` or `KDSchedule`. `callbacks`: as of `pretrain`, with a version that has them.
+
+    Errors: NemoKDError for settings that do not fit each other, StoreError for a store that does
+    not fit the student or the loss.
+    """
+    data: Any = config.dataset
+    _check(config)
+    data.check(kd)
+    _complete(config)
+    more = {} if callbacks is None else {"callbacks": callbacks}
+    pretrain(config, KDForwardStep(kd, data.vocab_size()), **more)
+
+
+def _check(config: ConfigContainer) -> None:
+    data = config.dataset
+    if not isinstance(data, KDDataConfig):
+        raise NemoKDError(
+            f"dataset is a {type(data).__name__}, which has no teacher; set it to a KDDataConfig"
+        )
+    if data.seq_length != config.model.seq_length:
+        raise NemoKDError(
+            f"dataset.seq_length={data.seq_length}, but model.seq_length="
+            f"{config.model.seq_length}; set both alike"
+        )
+    if data.packed and config.train.micro_batch_size != 1:
+        raise NemoKDError(
+            f"train.micro_batch_size={config.train.micro_batch_size} with dataset.packed: a pack "
+            "is a micro-batch; set it to 1"
+        )
+
+
+def _complete(config: ConfigContainer) -> None:
+    """Set the number of evaluation steps, and the number of items of an evaluation."""
+    data: Any = config.dataset
+    batch = config.train.global_batch_size
+    if not data.valid:
+        config.train.eval_iters = 0
+        return
+    if not config.train.eval_iters:
+        config.train.eval_iters = -(-len(data.validation_data()) // batch)
+    data.samples_per_evaluation = config.train.eval_iters * batch

@@ -1,0 +1,1 @@
+"""Megatron-Bridge on a CPU, in an environment of its own."""
