@@ -61,23 +61,31 @@ def gather_pass(
     temperatures: Sequence[float],
     keep: bool = False,
 ) -> tuple[Gathered, PassState]:
-    """The forward pass without autograd. Two all-reduces: [N] maximum, [N, M + temperatures] sum.
+    """The forward pass without autograd.
+
+    Two all-reduces: [N] maximum, [N, M + temperatures] sum in float64.
 
     Layout: logits sharded by column, `ids` [N, M] the same on every rank; so are the results.
     """
     local = kernels.choose(logits.matrix).forward(logits, ids, shard, temperatures, keep)
     top = shard.max(local.top.clone()).clamp_min_(torch.finfo(local.top.dtype).min)  # [N]
+    dtype = top.dtype
+    # In float64, so that combining the ranks adds no rounding to `outside`, of which divergences
+    # take differences.
     log_sums = [
-        log_sum + (local.top - top) / temperature  # -inf where this shard has nothing
+        log_sum.double() + (local.top.double() - top) / temperature  # -inf: nothing in this shard
         for log_sum, temperature in zip(local.log_sum, temperatures, strict=True)
     ]
-    sums = [log_sum.exp().unsqueeze(-1) for log_sum in log_sums]
-    packed = shard.sum(torch.cat([local.picked, *sums], -1))  # [N, M + temperatures]
-    outside = packed[:, ids.shape[1] :].log().unbind(-1)
-    share = [torch.exp(a - b).nan_to_num_(0.0) for a, b in zip(log_sums, outside, strict=True)]
-    return Gathered(packed[:, : ids.shape[1]], outside, top), PassState(
-        local.top, local.norm, share
-    )
+    sums = torch.stack(log_sums, -1).exp()  # [N, temperatures]
+    packed = shard.sum(torch.cat([local.picked.double(), sums], -1))  # [N, M + temperatures]
+    picked, total = packed.split([ids.shape[1], len(temperatures)], -1)
+    outside = total.log().unbind(-1)
+    share = [
+        torch.exp(a - b).nan_to_num_(0.0).to(dtype) for a, b in zip(log_sums, outside, strict=True)
+    ]
+    return Gathered(
+        picked.to(dtype), tuple(log_sum.to(dtype) for log_sum in outside), top
+    ), PassState(local.top, local.norm, share)
 
 
 def logit_gradient(
