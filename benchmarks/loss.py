@@ -41,7 +41,8 @@ KEYS = (
     *("mb", "their_mb", "memory_ratio", "memory_target"),
 )
 Step = Callable[[], None]
-Candidate = tuple[str, list[Any]]
+Make = Callable[..., tuple[Step, Step]]
+Candidate = tuple[Make, list[Any]]
 
 
 # --- candidates: each makes its inputs and returns (prepare a round, the timed step) -------------
@@ -64,7 +65,9 @@ def inputs(
     return shard, labels, teacher
 
 
-def sft_kd(n: int, v: int, k: int = 100, dtype: str = "float32") -> tuple[Step, Step]:
+def sft_kd(
+    n: int, v: int, k: int = 100, dtype: str = "float32", support: str = "bucket"
+) -> tuple[Step, Step]:
     from nemo_kd.loss import KDConfig, sft_kd_loss
 
     shard, labels, teacher = inputs(n, v, k, getattr(torch, dtype))
@@ -76,7 +79,7 @@ def sft_kd(n: int, v: int, k: int = 100, dtype: str = "float32") -> tuple[Step, 
             leaf.view_as(leaf),
             labels,
             teacher,
-            KDConfig(),
+            KDConfig(alpha=0.5, support=support),
             group=torch.distributed.group.WORLD,
             vocab_size=v,
             inplace=True,
@@ -151,20 +154,12 @@ def lm_head(n: int, v: int, h: int, fused: bool) -> tuple[Step, Step]:
     return prepare, step
 
 
-CANDIDATES: dict[str, Callable[..., tuple[Step, Step]]] = {
-    "sft_kd": sft_kd,
-    "megatron": megatron_cross_entropy,
-    "dense": dense_kd_and_cross_entropy,
-    "lm_head": lm_head,
-}
-
-
 # --- measuring ---------------------------------------------------------------------------------
 
 
 def times(candidates: list[Candidate]) -> list[float]:
     """Return the seconds of each candidate; rounds alternate, so that load affects all alike."""
-    made = [CANDIDATES[name](*arguments) for name, arguments in candidates]
+    made = [make(*arguments) for make, arguments in candidates]
     seconds: list[list[float]] = [[] for _ in made]
     for _ in range(ROUNDS):
         for (prepare, step), taken in zip(made, seconds, strict=True):
@@ -178,14 +173,14 @@ def times(candidates: list[Candidate]) -> list[float]:
 
 def memory(candidates: list[Candidate]) -> list[float]:
     """Return the growth of the process in bytes; takes one candidate per process."""
-    ((name, (n, v, *others)),) = candidates
+    ((make, (n, v, *others)),) = candidates
     for size in ((16, 4096), (n, v)):
         before = peak()
-        prepare, step = CANDIDATES[name](*size, *others)
+        prepare, step = make(*size, *others)
         for _ in range(2):
             prepare()
             step()
-    inputs_of_head = 4 * others[0] * (n + v) if name == "lm_head" else 0
+    inputs_of_head = 4 * others[0] * (n + v) if make is lm_head else 0
     return [peak() - before - inputs_of_head]
 
 
@@ -213,7 +208,8 @@ def rank_main(
 def run(
     measure: Callable[[list[Candidate]], list[float]], candidates: list[Candidate], ranks: int
 ) -> list[float]:
-    print(measure.__name__, candidates, "on", ranks, file=sys.stderr, flush=True)
+    names = [(make.__name__, *arguments) for make, arguments in candidates]
+    print(measure.__name__, names, "on", ranks, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(rank_main, (ranks, directory, measure, candidates), nprocs=ranks)
         return json.loads(Path(directory, "result.json").read_text())
@@ -221,28 +217,35 @@ def run(
 
 def pair(ours: Candidate, peer: Candidate, ranks: int = 1) -> tuple[list[float], list[float]]:
     """Return (seconds, bytes), each as [ours, peer's]."""
-    bytes_ = [grown(name, tuple(arguments), ranks) for name, arguments in (ours, peer)]
+    bytes_ = [grown(make, tuple(arguments), ranks) for make, arguments in (ours, peer)]
     return run(times, [ours, peer], ranks), bytes_
 
 
 @cache
-def grown(name: str, arguments: tuple[Any, ...], ranks: int) -> float:
+def grown(make: Make, arguments: tuple[Any, ...], ranks: int) -> float:
     """Return the bytes of one candidate, measured once for all of its comparisons."""
-    return run(memory, [(name, list(arguments))], ranks)[0]
+    return run(memory, [(make, list(arguments))], ranks)[0]
 
 
 def compare() -> list[dict[str, Any]]:
     rows = []
     for n, v in SHAPES:
-        ours, shape = ("sft_kd", [n, v]), f"({n}, {v})"
+        ours, shape = (sft_kd, [n, v]), f"({n}, {v})"
         for ranks in (1, 2):
-            measured = pair(ours, ("megatron", [n, v]), ranks)
+            measured = pair(ours, (megatron_cross_entropy, [n, v]), ranks)
             against = f"Megatron's cross-entropy alone, TP {ranks}"
             rows.append(row(shape, against, *measured, 0.80, 1.0))
-        half = pair(("sft_kd", [n, v, 100, "bfloat16"]), ("megatron", [n, v, "bfloat16"]))
+        half = pair((sft_kd, [n, v, 100, "bfloat16"]), (megatron_cross_entropy, [n, v, "bfloat16"]))
         rows.append(row(shape, "Megatron's, both on bf16 logits", *half, None))
-        rows.append(row(shape, "dense KD + cross-entropy", *pair(ours, ("dense", [n, v])), 0.25))
-    seconds, bytes_ = pair(("lm_head", [*HEAD, True]), ("lm_head", [*HEAD, False]))
+        rows.append(
+            row(
+                shape,
+                "dense KD + cross-entropy",
+                *pair(ours, (dense_kd_and_cross_entropy, [n, v])),
+                0.25,
+            )
+        )
+    seconds, bytes_ = pair((lm_head, [*HEAD, True]), (lm_head, [*HEAD, False]))
     rows.append(row(str(HEAD), "separate LM head and loss", seconds, bytes_, 1.15, 0.15))
     rest = [value - 4 * HEAD[1] * HEAD[2] for value in bytes_]
     rows.append(row(str(HEAD), "the same, without the weight's gradient", seconds, rest, None))
@@ -251,7 +254,7 @@ def compare() -> list[dict[str, Any]]:
         ("half the vocabulary", [512, 24_576], None),
         ("K = 200 against 100", [512, 49_152, 200], 1.10),
     ):
-        measured = pair(("sft_kd", changed), ("sft_kd", [512, 49_152]))
+        measured = pair((sft_kd, changed), (sft_kd, [512, 49_152]))
         rows.append(row("(512, 49152)", what, *measured, target))
     return rows
 
@@ -335,9 +338,10 @@ def table_of_page(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_page(result: dict[str, Any]) -> None:
-    before, rest = PAGE.read_text().split(BEGIN)
-    PAGE.write_text(f"{before}{BEGIN}\n{table_of_page(result)}\n{END}{rest.split(END)[1]}")
+def write_between(begin: str, end: str, table: str) -> None:
+    """Replace the page's table between two comments."""
+    before, rest = PAGE.read_text().split(begin)
+    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
 
 
 def main() -> None:
@@ -347,7 +351,7 @@ def main() -> None:
     result = {"machine": about, "rows": rows}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    write_page(result)
+    write_between(BEGIN, END, table_of_page(result))
 
 
 if __name__ == "__main__":

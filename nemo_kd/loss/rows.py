@@ -8,8 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-CPU_CHUNK_ELEMENTS = 1 << 19
-"""Number of elements in a chunk per CPU thread: as many as its cache holds (2 MiB in float32)."""
+CPU_CHUNK_ELEMENTS = 1 << 20
+"""Number of elements in a chunk per CPU thread, 4 MiB in float32.
+
+Measured from 2^17 to 2^21: fewer wait for memory, more take Python's time for each chunk."""
 DEFAULT_CHUNK_ELEMENTS = 1 << 26
 
 

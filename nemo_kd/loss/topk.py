@@ -20,7 +20,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.rows import Rows, row_chunks
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.loss.torch_kernels import avoid_empty, log_sum_of, softmax_at
+from nemo_kd.loss.torch_kernels import exponentials, finite_top
 from nemo_kd.topk import ABSENT_ID, TopK
 
 BLOCK = 32
@@ -163,8 +163,8 @@ def _largest_keys(work: Tensor, k: int, shard: VocabShard) -> Tensor:
 def _logsumexp(work: Tensor, temperatures: Sequence[float]) -> Tensor:
     """log Σ exp(work / T) [n, temperatures]; -inf for a row of -inf."""
     top = work.amax(-1)
-    avoid_empty(work, top)
-    sums = [log_sum_of(softmax_at(work, t))[0] + top / t for t in temperatures]
+    shift = finite_top(work, top)
+    sums = [exponentials(work, shift, t).sum(-1).log() + top / t for t in temperatures]
     work[:, 0].masked_fill_(top == -torch.inf, -torch.inf)
     return torch.stack(sums, -1)
 
