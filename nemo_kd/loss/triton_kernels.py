@@ -3,10 +3,15 @@
 
 One program a row. Forward: one read (online maximum and sum, gather); backward: one read, one
 write, scatter. Only imported where Triton is; `kernels.choose` decides.
+
+Loads and stores of 128 bits need a mask that is the same for their elements. So columns are masked
+by `width`, a multiple of 16 in any sharded model, and only then, in registers, by `valid`, which
+is odd wherever a vocabulary is padded.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,7 +25,12 @@ from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.torch_kernels import ShardPass
 
 MAX_BLOCK = 4096
+VECTOR_BYTES = 16
+"""Size of the largest load of a thread."""
+ALIGNMENT = 16
+"""What Triton wants addresses (bytes), strides and widths (columns) to be multiples of for it."""
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
+_LOG2_E = tl.constexpr(math.log2(math.e))
 
 
 def keeps_softmax(dtype: torch.dtype, temperatures: Sequence[float]) -> bool:
@@ -84,7 +94,6 @@ def backward(
         packed,
         out.matrix,
         out.matrix.stride(0),
-        shard.width,
     )
     out.clear_others()
 
@@ -102,6 +111,10 @@ def _launch(
     if len(ids) == 0:
         return
     matrix = logits.matrix
+    vector = VECTOR_BYTES // matrix.element_size()
+    sizes = (matrix.data_ptr(), matrix.stride(0), shard.width)
+    aligned = all(size % ALIGNMENT == 0 for size in sizes)
+    block = MAX_BLOCK if aligned else MAX_BLOCK // 2  # loads one by one keep more addresses
     device = matrix.device.index if matrix.is_cuda else -1
     with torch.cuda.device(device):
         kernel[(len(ids),)](
@@ -112,13 +125,16 @@ def _launch(
             ids.shape[1],
             shard.start,
             shard.valid,
+            shard.width,
             1 / temperatures[0],
             1 / temperatures[-1],
             *rest,
             INDEXED=logits.index is not None,
             TWO=len(temperatures) == 2,
             BLOCK_M=triton.next_power_of_2(ids.shape[1]),
-            BLOCK=min(MAX_BLOCK, triton.next_power_of_2(shard.width)),
+            BLOCK=max(vector, min(block, triton.next_power_of_2(shard.width))),
+            VECTOR=vector,
+            ALIGNED=aligned,
             num_warps=8,
         )
 
@@ -132,6 +148,7 @@ def _forward_kernel(
     gathered,
     start,
     valid,
+    width,
     scale_a,
     scale_b,
     picked,
@@ -141,6 +158,8 @@ def _forward_kernel(
     TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """picked, top, sums[0] = Σ exp((z - top) scale_a), sums[1] with scale_b if TWO; of one row."""
     n = tl.program_id(0).to(tl.int64)
@@ -155,25 +174,36 @@ def _forward_kernel(
     absent = tl.full([BLOCK_M], -float("inf"), tl.float32).to(original.dtype)
     tl.store(row + column, absent, mask=here)
     tl.debug_barrier()
-    largest = _LOWEST
-    sum_a = 0.0
-    sum_b = 0.0
-    for first in range(0, valid, BLOCK):
-        v = first + tl.arange(0, BLOCK)
-        z = tl.load(row + v, mask=v < valid, other=-float("inf")).to(tl.float32)
-        larger = tl.maximum(largest, tl.max(z, 0))
-        shifted = z - larger
-        sum_a = sum_a * tl.exp((largest - larger) * scale_a) + tl.sum(tl.exp(shifted * scale_a), 0)
+    # Each lane has its own maximum and sums, of VECTOR columns at a time: no barrier in the loop.
+    # They are neighbours where that makes one load, else apart, so that neighbouring lanes' are.
+    LANES: tl.constexpr = BLOCK // VECTOR
+    rate_a = scale_a * _LOG2_E
+    rate_b = scale_b * _LOG2_E
+    largest = tl.full([LANES], _LOWEST, tl.float32)
+    sum_a = tl.zeros([LANES], tl.float32)
+    sum_b = tl.zeros([LANES], tl.float32)
+    lane = tl.arange(0, LANES)[:, None]
+    part = tl.arange(0, VECTOR)[None, :]
+    offset = lane * VECTOR + part if ALIGNED else lane + part * LANES
+    for first in range(0, width, BLOCK):
+        v = first + offset
+        z = tl.load(row + v, mask=v < width, other=-float("inf")).to(tl.float32)
+        z = tl.where(v < valid, z, -float("inf"))
+        larger = tl.maximum(largest, tl.max(z, 1))
+        shifted = z - larger[:, None]
+        sum_a = sum_a * tl.exp2((largest - larger) * rate_a) + tl.sum(tl.exp2(shifted * rate_a), 1)
         if TWO:
-            sum_b *= tl.exp((largest - larger) * scale_b)
-            sum_b += tl.sum(tl.exp(shifted * scale_b), 0)
+            sum_b *= tl.exp2((largest - larger) * rate_b)
+            sum_b += tl.sum(tl.exp2(shifted * rate_b), 1)
         largest = larger
+    highest = tl.max(largest, 0)
     tl.debug_barrier()
     tl.store(row + column, original, mask=here)
-    tl.store(top + n, tl.where(largest == _LOWEST, -float("inf"), largest))
-    tl.store(sums + n, sum_a)
+    tl.store(top + n, tl.where(highest == _LOWEST, -float("inf"), highest))
+    shifts = largest - highest
+    tl.store(sums + n, tl.sum(sum_a * tl.exp2(shifts * rate_a), 0))
     if TWO:
-        tl.store(sums + tl.num_programs(0) + n, sum_b)
+        tl.store(sums + tl.num_programs(0) + n, tl.sum(sum_b * tl.exp2(shifts * rate_b), 0))
 
 
 @triton.jit
@@ -185,6 +215,7 @@ def _backward_kernel(
     gathered,
     start,
     valid,
+    width,
     scale_a,
     scale_b,
     grad_picked,
@@ -192,11 +223,12 @@ def _backward_kernel(
     coefficients,
     out,
     out_stride,
-    width,
     INDEXED: tl.constexpr,
     TWO: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK: tl.constexpr,
+    VECTOR: tl.constexpr,
+    ALIGNED: tl.constexpr,
 ):
     """out = Σ coefficient · exp((z - top) scale), then grad_picked at the ids; of one row."""
     n = tl.program_id(0).to(tl.int64)
@@ -206,14 +238,16 @@ def _backward_kernel(
     largest = tl.load(top + n)
     factor_a = tl.load(coefficients + n)
     factor_b = tl.load(coefficients + tl.num_programs(0) + n) if TWO else 0.0
+    rate_a = scale_a * _LOG2_E
+    rate_b = scale_b * _LOG2_E
     for first in range(0, width, BLOCK):
         v = first + tl.arange(0, BLOCK)
-        z = tl.load(row + v, mask=v < valid, other=-float("inf")).to(tl.float32)
+        z = tl.load(row + v, mask=v < width, other=-float("inf")).to(tl.float32)
         # Where nothing is outside, top is -inf and everything here an id or padding.
         shifted = tl.where(v < valid, z - tl.maximum(largest, _LOWEST), -float("inf"))
-        grad = factor_a * tl.exp(shifted * scale_a)
+        grad = factor_a * tl.exp2(shifted * rate_a)
         if TWO:
-            grad += factor_b * tl.exp(shifted * scale_b)
+            grad += factor_b * tl.exp2(shifted * rate_b)
         tl.store(to + v, grad.to(out.dtype.element_ty), mask=v < width)
     tl.debug_barrier()
     # The ids are not among the sums: their own gradient replaces the value written above. A

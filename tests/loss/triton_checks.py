@@ -15,14 +15,15 @@ from nemo_kd.loss.rows import Rows
 from nemo_kd.loss.shard import VocabShard
 
 SHARD = VocabShard(start=100, width=90, valid=77, size=177, group=None)
+ALIGNED = VocabShard(start=100, width=96, valid=77, size=177, group=None)
 EMPTY = VocabShard(start=200, width=90, valid=0, size=177, group=None)
 
 
 def check(
     dtype: torch.dtype, temperatures: tuple[float, ...], chosen: bool, strided: bool, m: int
 ) -> None:
-    for shard in (SHARD, EMPTY):
-        logits = (torch.randn(5, 3, 90) * 5).to(dtype)
+    for shard in (SHARD, ALIGNED, EMPTY):
+        logits = (torch.randn(5, 3, shard.width) * 5).to(dtype)
         if strided:
             logits = logits.transpose(0, 1).contiguous().transpose(0, 1)
         logits[0, 1, :70] = -200.0  # the sum outside may be far below what is gathered
