@@ -279,3 +279,29 @@ def _patch_megatron_optimizers() -> None:
     optimizer.clip_grad_by_total_norm_fp32 = named(optimizer.clip_grad_by_total_norm_fp32)
     build = Distributed._build_model_and_main_param_groups.__func__
     Distributed._build_model_and_main_param_groups = classmethod(named(build))
+
+
+# --- Megatron-LM -------------------------------------------------------------------------------
+
+
+def install_megatron_lm() -> bool:
+    """Make `megatron.training.pretrain` run on the CPU, over gloo; True when patched."""
+    if not install():
+        return False
+    import megatron.training.initialize as initialize
+    import megatron.training.training as training
+
+    start = initialize.initialize_megatron
+
+    def initialize_megatron(*args: Any, **kwargs: Any) -> Any:
+        """Start with one device visible: without any, Megatron-LM makes no parallel groups."""
+        count = torch.cuda.device_count
+        torch.cuda.device_count = lambda: 1
+        try:
+            return start(*args, allow_no_cuda=True, **kwargs)
+        finally:
+            torch.cuda.device_count = count
+
+    training.initialize_megatron = initialize_megatron
+    initialize._compile_dependencies = _nothing()  # of text data sets, and CUDA kernels
+    return True
