@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import sys
+import os
 from functools import partial
 from typing import Any
 
@@ -31,6 +31,8 @@ def main() -> None:
             f"megatron.training cannot be imported ({error}): install megatron-core[training] 0.19 "
             "or later, or put a checkout of Megatron-LM on PYTHONPATH"
         ) from error
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}.items():
+        os.environ.setdefault(name, value)  # a single process needs no torchrun
     from nemo_kd.mcore import megatron_lm
 
     megatron_lm.check_arguments()
@@ -78,4 +80,4 @@ def model_provider() -> Any:
 
 if __name__ == "__main__":
     with reported("the same command resumes from the last checkpoint in --load"):
-        sys.exit(main())
+        main()

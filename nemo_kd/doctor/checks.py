@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nemo_kd.doctor.containers import CONTAINERS, WITH_SFT_MODEL, of_nemo, series
 from nemo_kd.doctor.environment import Environment
 from nemo_kd.doctor.probes import NOT_INSTALLED
+from nemo_kd.doctor.rooms import nemo_version_fault
 
-CONTAINER = "nvcr.io/nvidia/nemo:25.07"
-# Package → (prefix of the supported versions, version that the tests run on).
-SERIES = {"nemo_toolkit": ("2.4.", "2.4.1"), "megatron-core": ("0.13.", "0.13.1")}
+CONTAINER = f"nvcr.io/nvidia/nemo:{CONTAINERS[0].tag}"
+# Packages whose versions decide, and those that the tests run on.
+TESTED = {"nemo_toolkit": ("2.4.1", "2.5.0"), "megatron-core": ("0.13.1", "0.14.0")}
 # Relative, of loss and gradient; float32 rounding over 1003 columns is 30 times smaller.
 LARGEST_ERROR = 1e-5
 # Parts of an import error that mean only a missing GPU driver, as during an image build.
@@ -30,21 +32,8 @@ class Check:
 
 def checks(environment: Environment) -> Iterator[Check]:
     """Yield the required checks, then the optional ones."""
-    install = _install(environment)
     yield from loss_checks(environment)
-    for name in SERIES:
-        yield series_check(name, environment)
-    if environment.packages["nemo_toolkit"] is not None:
-        yield tried("NeMo's MegatronGPTSFTModel", "NeMo", environment, install)
-        yield tried(
-            "megatron-core's data helper",
-            "data helper",
-            environment,
-            "pip install --force-reinstall --no-deps megatron-core (its wheel has it compiled)",
-        )
-    yield tried(
-        "scripts (Hydra)", "Hydra", environment, _install(environment, "hydra-core omegaconf")
-    )
+    yield from nemo_checks(environment)
     if environment.on_gpu:
         yield from gpu_checks(environment)
     optional = (
@@ -119,21 +108,48 @@ def loss_remedy(device: str, environment: Environment) -> str:
     )
 
 
-def series_check(name: str, environment: Environment) -> Check:
+def nemo_checks(environment: Environment) -> Iterator[Check]:
+    """Checks of NeMo and its scripts, required where NeMo is one that has the model class.
+
+    Elsewhere a student is trained in another room: see `rooms`.
+    """
+    nemo = environment.packages["nemo_toolkit"]
+    container = of_nemo(nemo) if nemo else None
+    required = container is not None and container.sft_model
+    for name in TESTED:
+        yield series_check(name, environment, required=required)
+    if required:
+        yield tried("NeMo's MegatronGPTSFTModel", "NeMo", environment, _install(environment))
+        yield tried(
+            "megatron-core's data helper",
+            "data helper",
+            environment,
+            "pip install --force-reinstall --no-deps megatron-core (its wheel has it compiled)",
+        )
+    hydra = _install(environment, "hydra-core omegaconf")
+    yield tried("scripts (Hydra)", "Hydra", environment, hydra, required=required)
+
+
+def series_check(name: str, environment: Environment, *, required: bool) -> Check:
     """Check of a package's version, and that megatron-core can be imported."""
-    prefix, tested = SERIES[name]
-    found, remedy = environment.packages[name], f"use the container {CONTAINER}"
+    found = environment.packages[name]
+    fault = nemo_version_fault(environment) if name == "nemo_toolkit" or required else None
+    container = next((one for one in WITH_SFT_MODEL if one.nemo == series(found)), None)
+    tag = (container or WITH_SFT_MODEL[0]).tag
+    remedy = f"use the container nvcr.io/nvidia/nemo:{tag}"
     if environment.container is None:
         remedy += f", or {_own_install(environment)}"
     if found is None:
-        return Check(name, False, NOT_INSTALLED, remedy)
-    if not found.startswith(prefix):
-        return Check(name, False, f"{found}; supported are {prefix}x", remedy)
+        return Check(name, False, NOT_INSTALLED, remedy, required)
+    if fault is not None:
+        return Check(name, False, f"{found}: {fault}", remedy, required)
     if name in environment.faults:  # the import of NeMo is a check of its own
-        imported = tried(name, name, environment, remedy)
+        imported = tried(name, name, environment, remedy, required=required)
         if not imported.works:
-            return Check(name, False, f"{found}, but {imported.found}", remedy)
-    return Check(name, True, found if found == tested else f"{found}; tested is {tested}")
+            return Check(name, False, f"{found}, but {imported.found}", remedy, required)
+    tested = " and ".join(TESTED[name])
+    text = found if found in TESTED[name] or not required else f"{found}; tested are {tested}"
+    return Check(name, True, text, required=required)
 
 
 def gpu_checks(environment: Environment) -> Iterator[Check]:

@@ -18,6 +18,7 @@ PACKAGES = (
     "torch",
     "nemo_toolkit",
     "megatron-core",
+    "megatron-bridge",
     "transformer-engine",
     "apex",
     "triton",
@@ -35,7 +36,21 @@ IMPORTS = {
     "Hugging Face": ("transformers.models.auto", "safetensors.torch"),
     "GGUF": ("gguf",),
 }
+ROOMS: Mapping[str, Callable[[], str | None]] = {
+    "room store": partial(probes.import_fault, "nemo_kd.store", "nemo_kd.data", "nemo_kd.loss"),
+    "room hf": partial(probes.import_fault, "nemo_kd.hf", "nemo_kd.hf.teacher"),
+    "room served": partial(probes.import_fault, "nemo_kd.served", "nemo_kd.served.teacher"),
+    "room mcore": partial(probes.room_fault, "mcore.cpu.install", "nemo_kd.mcore.training"),
+    "room bridge": partial(
+        probes.room_fault, "bridge.cpu.install", "megatron.bridge", "nemo_kd.bridge.training"
+    ),
+    "room megatron_lm": partial(
+        probes.room_fault, "mcore.cpu.install_megatron_lm", "nemo_kd.mcore.megatron_lm"
+    ),
+}
+"""Finding of a room → how it is tried; the room `nemo` is the probe "NeMo"."""
 PROBES: Mapping[str, Callable[[], str | None]] = {
+    **ROOMS,
     "NeMo": probes.nemo_fault,
     "C++": probes.compiler_fault,
     "nemo-kd": probes.program_fault,

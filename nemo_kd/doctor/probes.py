@@ -74,6 +74,16 @@ def import_fault(*modules: str, patience: float = PATIENCE) -> str | None:
     return python(code, *modules, patience=patience).fault
 
 
+def room_fault(patches: str, *modules: str) -> str | None:
+    """Import `modules` after a room's patches for machines without CUDA, such as `mcore.cpu`."""
+    module, function = patches.rsplit(".", 1)
+    code = (
+        f"import importlib\nimport nemo_kd.{module} as patches\npatches.{function}()\n"
+        "for name in sys.argv[1:]: importlib.import_module(name)"
+    )
+    return python(code, *modules).fault
+
+
 def nemo_fault() -> str | None:
     """Import NeMo's SFT model as the scripts do."""
     if not installed("nemo"):

@@ -80,7 +80,8 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     for field in fields(KDSchedule):
         text = f"see `{field.name}` of nemo_kd.loss.KDSchedule"
         group.add_argument(_option(field.name), help=text, **_kind(field))
-    parser.set_defaults(eval_iters=0, dataloader_type="external")
+    interval = parser.get_default("eval_interval") or 1000  # None in 0.19, which divides by it
+    parser.set_defaults(eval_iters=0, eval_interval=interval, dataloader_type="external")
     return parser
 
 
