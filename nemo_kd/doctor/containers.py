@@ -19,6 +19,11 @@ class Container:
     adapters: bool = False
     """Whether that class supports adapters, such as LoRA."""
 
+    @property
+    def rooms(self) -> tuple[str, ...]:
+        """Rooms of nemo_kd in which Megatron's models are trained; Bridge's from NeMo 2.6 on."""
+        return "nemo" if self.sft_model else "bridge", "mcore", "megatron_lm"
+
 
 # From NVIDIA's release notes of the NeMo Framework containers.
 CONTAINERS = (

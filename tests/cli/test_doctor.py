@@ -15,9 +15,12 @@ import pytest
 
 from nemo_kd import __version__
 from nemo_kd.cli.main import main
-from nemo_kd.doctor import Environment, Report, as_text, probes
+from nemo_kd.doctor import Environment, as_text, probes
 from nemo_kd.doctor.checks import checks
+from nemo_kd.doctor.containers import CONTAINERS, Container
 from nemo_kd.doctor.environment import _try_torch
+from nemo_kd.doctor.report import report_of
+from nemo_kd.doctor.rooms import rooms
 from nemo_kd.doctor.torch_probe import loss_error
 from tests.bare import run_bare
 from tests.conftest import ROOT
@@ -63,7 +66,7 @@ RUN = "from nemo_kd.doctor.__main__ import main; sys.exit(main(['--json']))"
     ("name", "found", "supported"),
     [
         ("nemo_toolkit", "2.4.0", True),
-        ("nemo_toolkit", "2.5.0", False),
+        ("nemo_toolkit", "2.5.0", False),  # with Megatron-core 0.13
         ("megatron-core", "0.13.0rc2", True),
         ("megatron-core", "0.14.0", False),
         ("megatron-core", None, False),
@@ -71,9 +74,74 @@ RUN = "from nemo_kd.doctor.__main__ import main; sys.exit(main(['--json']))"
 )
 def test_series_decide(here: Environment, name: str, found: str | None, supported: bool) -> None:
     environment = replace(here, packages={**here.packages, name: found})
-    report = Report(environment, list(checks(environment)))
+    report = report_of(environment)
     assert report.supported == supported
     assert (found or "not installed") in as_text(report)
+
+
+ALL = {"store", "hf", "served", "mcore", "nemo", "bridge", "megatron_lm"}
+
+
+def in_container(here: Environment, container: Container) -> Environment:
+    """The environment of a container in which everything that is installed works."""
+    nemo, core, bridge = (
+        version and f"{version}.0" for version in (container.nemo, container.core, container.bridge)
+    )
+    packages = {"nemo_toolkit": nemo, "megatron-core": core, "megatron-bridge": bridge}
+    absent = {} if bridge else {"room bridge": "ModuleNotFoundError: megatron.bridge"}
+    faults = {**dict.fromkeys([*here.faults, "room bridge", "room megatron_lm"]), **absent}
+    return replace(here, packages={**here.packages, **packages}, faults=faults)
+
+
+@pytest.mark.parametrize("container", CONTAINERS, ids=lambda container: container.tag)
+def test_the_rooms_of_each_container(here: Environment, container: Container) -> None:
+    report = report_of(in_container(here, container))
+    text = as_text(report)
+    works = {room.name for room in report.rooms if room.works}
+    absent = {
+        *(["nemo"] if not container.sft_model else []),
+        *(["bridge"] if not container.bridge else []),
+    }
+    assert works == ALL - absent and report.supported
+    assert f"the container {container.tag}" in text
+    if container.sft_model:
+        assert ("without adapters" in text) == (not container.adapters)
+    elif container.nemo:
+        assert f"NeMo {container.nemo}.0 has no MegatronGPTSFTModel" in text
+        assert "use nemo_kd.mcore or Megatron-Bridge" in text
+
+
+def test_rooms_of_this_environment_and_what_the_others_lack(here: Environment) -> None:
+    found = {room.name: room for room in rooms(here)}
+    assert set(found) == ALL
+    for name in ("store", "hf", "served", "mcore", "nemo"):
+        assert found[name].works, found[name]
+    for name in ("bridge", "megatron_lm"):
+        assert "No module named 'megatron." in found[name].found and found[name].missing
+
+
+@pytest.mark.parametrize(
+    ("core", "works", "found"),
+    [
+        ("0.12.3", False, "megatron-core 0.12.3 is older than 0.13"),
+        ("0.19.2", True, "works"),
+        ("0.20.0", True, "megatron-core 0.20.0, newer than the tested 0.19"),
+    ],
+)
+def test_versions_outside_the_table(here: Environment, core: str, works: bool, found: str) -> None:
+    packages = {**here.packages, "nemo_toolkit": None, "megatron-core": core}
+    (room,) = (room for room in rooms(replace(here, packages=packages)) if room.name == "mcore")
+    assert (room.works, room.found) == (works, found)
+
+
+def test_a_room_that_trains_is_needed(here: Environment) -> None:
+    """Without NeMo the laptop's rooms are enough, but not the stores alone."""
+    laptop = replace(here, packages={**here.packages, "nemo_toolkit": None, "megatron-core": None})
+    rooms_that_train = ("room hf", "room mcore", "room bridge", "room megatron_lm")
+    faults: dict[str, str | None] = {**here.faults, **dict.fromkeys(rooms_that_train, "broken")}
+    assert report_of(replace(laptop, faults={**faults, "room hf": None})).supported
+    stores = report_of(replace(laptop, faults=faults))
+    assert not stores.supported and "no room can train" in as_text(stores)
 
 
 def test_a_gpu_stack_needs_apex_and_transformer_engine(here: Environment) -> None:
@@ -87,20 +155,20 @@ def test_a_gpu_stack_needs_apex_and_transformer_engine(here: Environment) -> Non
     assert "GPUs" not in required
     no_driver = "ImportError: libcuda.so.1: cannot open shared object file"
     faults = {**here.faults, "TransformerEngine": no_driver, "apex": None}
-    assert Report(environment, list(checks(replace(environment, faults=faults)))).supported
+    assert report_of(replace(environment, faults=faults)).supported
     with_gpu = replace(environment, gpus=["H100"], loss_errors={"cpu": 0.0, "cuda": 0.0})
-    assert not Report(with_gpu, list(checks(replace(with_gpu, faults=faults)))).supported
+    assert not report_of(replace(with_gpu, faults=faults)).supported
 
 
 def test_the_loss_is_measured_not_assumed(here: Environment) -> None:
     assert 0 < loss_error("cpu") < 1e-5
     wrong = replace(here, loss_errors={"cpu": 1e-3})
-    assert not Report(wrong, list(checks(wrong))).supported
+    assert not report_of(wrong).supported
 
 
 def test_an_environment_without_torch_is_described(here: Environment) -> None:
     environment = Environment(None, "3.11.0", dict.fromkeys(here.packages))
-    report = Report(environment, list(checks(replace(environment, packages=here.packages))))
+    report = report_of(replace(environment, packages=here.packages))
     assert report.stack == "CPU" and "torch                -" in as_text(report)
 
 
@@ -148,7 +216,7 @@ def test_a_broken_required_module_fails_the_stack(here: Environment, modules: Pa
     assert probes.import_fault("no_such_module") == "no_such_module not installed"
     (modules / "omegaconf.py").write_text("raise RuntimeError('broken')")
     faults = {**here.faults, "Hydra": probes.import_fault("hydra", "omegaconf")}
-    report = Report(here, list(checks(replace(here, faults=faults))))
+    report = report_of(replace(here, faults=faults))
     assert not report.supported and "NO   scripts (Hydra): RuntimeError: broken" in as_text(report)
 
 

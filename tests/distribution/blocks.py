@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import io
 import re
@@ -25,6 +26,7 @@ from nemo_kd.cli.app import app
 from nemo_kd.cli.main import main
 from nemo_kd.cli.overrides import accept_every_spelling
 from nemo_kd.cli.teacher import read
+from nemo_kd.mcore.megatron_lm import add_arguments
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.settings import training
 from nemo_kd.served.vllm import VLLM
@@ -172,6 +174,10 @@ def run_nemo_kd(arguments: list[str]) -> str:
 def check_script(name: str, arguments: list[str]) -> None:
     if (ROOT / "conf" / f"{name}.yaml").exists():
         check_overrides(name, arguments)
+    elif name == "megatron_lm/pretrain_gpt_kd":
+        own = add_arguments(argparse.ArgumentParser(allow_abbrev=False))
+        _, others = own.parse_known_args(arguments)  # Megatron-LM's
+        assert not [word for word in others if word.startswith("--kd")]
     elif hasattr(module := example(name), "parser"):
         module.parser().parse_args(arguments)
     else:  # a typer program

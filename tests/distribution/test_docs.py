@@ -13,6 +13,7 @@ import yaml
 
 from nemo_kd.cli import doctor, export, look, make, plan, remote  # noqa: F401 (each adds its commands)
 from nemo_kd.cli.app import app
+from nemo_kd.doctor.containers import CONTAINERS
 from nemo_kd.nemo.config import KDTrainingConfig
 from tests.conftest import ROOT
 
@@ -62,6 +63,24 @@ def said() -> str:
             elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                 found.append(node.value)
     return "\n".join(found)
+
+
+def test_the_table_of_containers_is_the_doctors() -> None:
+    text = (DOCS / "megatron.md").read_text()
+    rows = [
+        line.strip("| \n").split(" | ") for line in text.splitlines() if line.startswith("| `2")
+    ]
+    assert rows == [
+        [
+            *(f"`{one.tag}`", one.nemo or "none", one.core, one.bridge or "none"),
+            "no" if not one.sft_model else "yes" if one.adapters else "yes, without adapters",
+            ", ".join(f"`{room}`" for room in one.rooms),
+        ]
+        for one in CONTAINERS
+    ]
+    assert {f"`{room}`" for one in CONTAINERS for room in one.rooms} == set(
+        re.findall(r"^## (`\w+`)", text, re.M)
+    )
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

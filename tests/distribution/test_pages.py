@@ -34,6 +34,7 @@ SETTING = {
     "hf/rope.py",
     "hf/settings.py",
     "loss/compiling.py",
+    "mcore/megatron_lm.py",
     "mcore/writer.py",
     "nemo/families.py",
     "nemo/length.py",
