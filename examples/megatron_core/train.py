@@ -19,7 +19,7 @@ import torch
 from nemo_kd.mcore import cpu
 
 
-def arguments() -> argparse.Namespace:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -41,7 +41,7 @@ def arguments() -> argparse.Namespace:
     )
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--seed", type=int, default=1234)
-    return parser.parse_args()
+    return parser
 
 
 def start(args: argparse.Namespace) -> None:
@@ -122,7 +122,7 @@ def student(args: argparse.Namespace, vocab_size: int) -> list[Any]:
 
 
 def main() -> None:
-    args = arguments()
+    args = parser().parse_args()
     # Without apex, Megatron warns about its fallbacks many times.
     for module in ("megatron", "torch.distributed"):
         warnings.filterwarnings("ignore", module=module)

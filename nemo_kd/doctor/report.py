@@ -61,7 +61,7 @@ def as_text(report: Report) -> str:
         ("container", environment.container or "none of NVIDIA's"),
         ("python", environment.python),
         *packages.items(),
-        ("versions as in", container and f"the container {container.tag}"),
+        ("versions as in", f"the container {container.tag}" if container else None),
         ("CUDA of torch", environment.cuda),
         *(("GPU", gpu) for gpu in environment.gpus or ["none visible"]),
         ("NCCL", environment.nccl),

@@ -168,7 +168,7 @@ def test_the_loss_is_measured_not_assumed(here: Environment) -> None:
 
 def test_an_environment_without_torch_is_described(here: Environment) -> None:
     environment = Environment(None, "3.11.0", dict.fromkeys(here.packages))
-    report = report_of(replace(environment, packages=here.packages))
+    report = report_of(environment)
     assert report.stack == "CPU" and "torch                -" in as_text(report)
 
 
