@@ -36,6 +36,7 @@ def main() -> None:
     from nemo_kd.mcore import megatron_lm
 
     megatron_lm.check_arguments()
+    megatron_lm.without_index_builder()
     pretrain()
 
 

@@ -303,5 +303,5 @@ def install_megatron_lm() -> bool:
             torch.cuda.device_count = count
 
     training.initialize_megatron = initialize_megatron
-    initialize._compile_dependencies = _nothing()  # of text data sets, and CUDA kernels
+    initialize._compile_dependencies = _nothing()  # CUDA kernels, and a builder of text data
     return True

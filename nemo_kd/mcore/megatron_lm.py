@@ -43,6 +43,7 @@ _MEANINGFUL = {"seq_length", "create_attention_mask_in_dataloader"}
 """Arguments of `_GROUPS` that have one. Masks are causal: none is created in any case."""
 
 _SINGLE = {
+    "num_workers": "the training process itself reads the samples",
     "chat_template": _STORED,
     "sft_tokenizer_prompt_format": _STORED,
     "tokenizer_prompt_format": _STORED,
@@ -122,6 +123,19 @@ def check_arguments() -> None:
                 f"{len(args.kd_store)} stores; give one for each --kd-store"
             )
     settings(args)
+
+
+def without_index_builder() -> None:
+    """Leave out the compilation of Megatron-LM's index builder, which only its text data needs.
+
+    Megatron-core's wheel lacks the Makefile, without which Megatron-LM exits at its start.
+    """
+    from megatron.core.datasets import utils
+
+    def compile_helpers() -> None:
+        """Compile nothing."""
+
+    utils.compile_helpers = compile_helpers
 
 
 def settings(args: Namespace) -> KDSchedule:
