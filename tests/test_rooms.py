@@ -27,11 +27,11 @@ BELOW["sft"] = {"core", "settings", "store"}
 BELOW["data"] = {"core", "loss", "store"}
 BELOW["teacher"] = {"core", "loss", "settings", "store", "sft"}
 BELOW["checkpoints"] = {"core"}
-BELOW["mcore"] = BELOW["teacher"] | {"teacher", "data"}
+BELOW["mcore"] = BELOW["teacher"] | {"teacher", "data", "checkpoints"}
 BELOW["bridge"] = BELOW["mcore"] | {"mcore"}
-BELOW["hf"] = BELOW["mcore"] | {"checkpoints"}
+BELOW["hf"] = BELOW["mcore"]
 BELOW["served"] = BELOW["teacher"] | {"teacher"}
-BELOW["nemo"] = BELOW["mcore"] | {"mcore", "checkpoints"}
+BELOW["nemo"] = BELOW["mcore"] | {"mcore"}
 BELOW["doctor"] = {"core", "loss", "store"}
 BELOW["cli"] = set(BELOW)
 

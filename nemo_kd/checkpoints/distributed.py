@@ -183,7 +183,7 @@ class DistributedCheckpoint:
         self.name, self.files = name, files
         _check_format(name, files)
         with reading(f"{name}: {METADATA}"), files[METADATA].open() as file:
-            metadata = _SafeUnpickler(file).load()
+            metadata = SafeUnpickler(file).load()
             self._tensors = _tensors(metadata)
             self._storage = dict(metadata.storage_data)
             self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
@@ -311,7 +311,7 @@ class _Ignored:
     def append(self, value: Any) -> None: ...
 
 
-class _SafeUnpickler(pickle._Unpickler):
+class SafeUnpickler(pickle._Unpickler):
     """Unpickler of `.metadata` that creates the types of the format alone, and runs no code.
 
     It is the unpickler in Python: that in C takes memory for any index that a pickle names.

@@ -34,6 +34,17 @@ def tokenizer_of(
     return _of_decoder(_found(source, base, chosen))
 
 
+def own_directory(source: Source) -> str | None:
+    """The directory of the Hugging Face tokenizer that NeMo's configuration names; None for others.
+
+    Errors: CheckpointError if it is gone.
+    """
+    given = (source.section or {}).get("tokenizer")
+    if not isinstance(given, Mapping) or given.get("library") != "huggingface":
+        return None
+    return _directory(source, dict(given))
+
+
 def _of_decoder(tokenizer: Any) -> Any:
     """Make a tokenizer return no `token_type_ids`, with which `generate` of a decoder fails.
 

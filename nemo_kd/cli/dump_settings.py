@@ -121,6 +121,18 @@ TEACHERS: dict[str, tuple[str, Problem]] = {
             "to a .gguf file",
         ),
     ),
+    "mcore": (
+        "model.restore_from_path",
+        file_or_directory(
+            "checkpoint",
+            (
+                *("config.json", ".metadata", "latest_checkpointed_iteration.txt"),
+                "model_config.yaml",
+            ),
+            "; set model.restore_from_path to a directory of Megatron-LM (iter_0000010/, or the "
+            "one above it), a Hugging Face directory with config.json, a .gguf or a .nemo",
+        ),
+    ),
     "served": ("teacher.tokenizer", directory("tokenizer")),
 }
 """Kind of teacher → key of the path that it is loaded from, and the check of the path."""

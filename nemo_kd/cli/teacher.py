@@ -26,13 +26,13 @@ if TYPE_CHECKING:
     from nemo_kd.store import Manifest
     from nemo_kd.teacher.interface import Teacher
 
-NEMO_ONLY = (
+MEGATRONS_ONLY = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
     "sequence_parallel",
     "megatron_amp_O2",
 )
-"""Keys of `model` that apply to NeMo teachers only."""
+"""Keys of `model` that apply to the kinds `nemo` and `mcore` only."""
 
 
 def run(cfg: DictConfig) -> None:
@@ -95,6 +95,8 @@ def load(config: DumpConfig, cfg: DictConfig) -> Teacher:
         return load_hf(config)
     if config.teacher.kind == "served":
         return _load_served(config)
+    if config.teacher.kind == "mcore":
+        return _load_mcore(config)
     cfg = copy.deepcopy(cfg)  # `prepare` adds keys that NeMo needs
     start.prepare(cfg)  # on a CPU, its patches must precede the imports of NeMo and Megatron
     from nemo_kd.nemo.teacher import load_teacher as load_nemo
@@ -111,6 +113,17 @@ def _load_served(config: DumpConfig) -> Teacher:
     from nemo_kd.served.teacher import load_teacher as load_served
 
     return load_served(config)
+
+
+def _load_mcore(config: DumpConfig) -> Teacher:
+    if importlib.util.find_spec("megatron") is None:
+        raise LayoutError("teacher.kind=mcore needs megatron-core: pip install megatron-core")
+    from nemo_kd.mcore import cpu
+
+    cpu.install()  # its patches must precede the imports of Megatron
+    from nemo_kd.mcore.loading import load_teacher as load_mcore
+
+    return load_mcore(config)
 
 
 def nemos_encoder() -> NemosEncoder | None:
@@ -144,8 +157,8 @@ def check_store_settings(config: DumpConfig) -> None:
 def check_kind(config: DumpConfig) -> None:
     """Raise LayoutError if the checkpoint does not match `teacher.kind`, before slow imports.
 
-    Also rejects NeMo-only keys of `model` for other teachers, and a checkpoint or a generation with
-    a served one.
+    Also rejects a layout for teachers that have none, and a checkpoint or a generation with a
+    served one.
     """
     if config.teacher.kind == "served":
         if config.model.restore_from_path is not None:
@@ -157,9 +170,11 @@ def check_kind(config: DumpConfig) -> None:
             raise LayoutError(
                 "teacher.kind=served does not generate answers; set teacher.kind=hf or nemo"
             )
-        _refuse_nemo_only(config, "the server decides how its model is split (teacher.kind=served)")
+        _refuse_split(config, "the server decides how its model is split (teacher.kind=served)")
         return
     path = config.model.checkpoint
+    if config.teacher.kind == "mcore":
+        return
     if config.teacher.kind == "nemo":
         if (path / "config.json").is_file() or path.suffix == ".gguf":
             raise LayoutError(
@@ -169,16 +184,17 @@ def check_kind(config: DumpConfig) -> None:
         return
     if path.suffix == ".nemo":
         raise LayoutError(f"{path} is NeMo's: set teacher.kind=nemo")
-    _refuse_nemo_only(
+    _refuse_split(
         config,
         "each rank holds all of a Hugging Face teacher (teacher.kind=hf), in trainer.precision, so "
         "only data parallelism works",
-        ", or convert the teacher to .nemo with examples/convert_hf_to_nemo.py",
+        ", or set teacher.kind=mcore, or convert the teacher to .nemo with "
+        "examples/convert_hf_to_nemo.py",
     )
 
 
-def _refuse_nemo_only(config: DumpConfig, reason: str, instead: str = "") -> None:
-    for key in NEMO_ONLY:
+def _refuse_split(config: DumpConfig, reason: str, instead: str = "") -> None:
+    for key in MEGATRONS_ONLY:
         value, default = getattr(config.model, key), getattr(TeacherModelConfig, key)
         if value != default:
             raise LayoutError(

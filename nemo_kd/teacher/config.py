@@ -30,9 +30,10 @@ Kind = Annotated[
     one_of(
         "nemo",
         "hf",
+        "mcore",
         "served",
         hf="huggingface transformers gguf",
-        nemo="megatron",
+        mcore="megatron megatron-core megatron_core megatron-lm bridge",
         served="server vllm sglang openai",
     ),
 ]
@@ -73,7 +74,9 @@ class TeacherConfig:
 
     kind: Kind = "nemo"
     """`nemo`: a .nemo checkpoint; `hf`: a Hugging Face directory or .gguf, run by transformers;
-    `served`: a model behind an inference server. The other keys are for `served` only."""
+    `mcore`: a Megatron-LM checkpoint, a Hugging Face directory or a .nemo, run by Megatron-core
+    without NeMo; `served`: a model behind an inference server. Only `served` has the other keys,
+    but `tokenizer` and `arguments`."""
     url: str | None = None
     """Address of the server, such as `http://127.0.0.1:8000`."""
     api: Api = "vllm"
@@ -81,7 +84,11 @@ class TeacherConfig:
     model: str | None = None
     """Name of the served model; null: the only one in the server's `/v1/models`."""
     tokenizer: PathText | None = None
-    """Directory of the served model's tokenizer; rows are tokenized here and sent as ids."""
+    """Directory of the tokenizer, in Hugging Face's format. `served`: rows are tokenized here and
+    sent as ids; `mcore`: null takes the checkpoint's own."""
+    arguments: dict[str, Any] = field(default_factory=dict)
+    """`mcore`: Megatron-LM's arguments of the model that its checkpoint lacks, under their names in
+    Megatron-LM's code: `{num_layers: 32}`."""
     concurrency: Count = 32
     """Maximum number of requests in flight, per process."""
     timeout: Annotated[float, number(0, above=True)] = 600.0
@@ -100,12 +107,17 @@ class TeacherConfig:
                     "tokenizer must be given with teacher.kind=served: the directory of the served "
                     "model's tokenizer"
                 )
-            return
         for each in fields(self):
-            if each.name != "kind" and getattr(self, each.name) != each.default:
+            kinds = {"kind": [self.kind], **KINDS}.get(each.name, ["served"])
+            if self.kind not in kinds and getattr(self, each.name) not in (each.default, {}):
                 raise NemoKDError(
-                    f"{each.name} is for teacher.kind=served, but teacher.kind is {self.kind}"
+                    f"{each.name} is for teacher.kind={' or '.join(kinds)}, but teacher.kind is "
+                    f"{self.kind}"
                 )
+
+
+KINDS = {"tokenizer": ["served", "mcore"], "arguments": ["mcore"]}
+"""Keys of the block `teacher` that are not for `served` only, and the kinds that have them."""
 
 
 def check_url(url: str | None) -> None:
@@ -129,7 +141,8 @@ def check_url(url: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherModelConfig:
-    """The block `model`: the teacher and its layout; a NeMo teacher also accepts NeMo's keys."""
+    """The block `model`: the teacher and its layout, of which only `nemo` and `mcore` have one; a
+    NeMo teacher also accepts NeMo's keys."""
 
     restore_from_path: PathText | None = None
     """Path of the teacher's checkpoint, of the kind `teacher.kind`; none for `served`."""

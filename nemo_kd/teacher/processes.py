@@ -89,7 +89,7 @@ def _wrong_number(expected: int | None, started: int) -> str:
     asked = f"trainer.devices × trainer.num_nodes is {expected}"
     if started == 1:
         return (
-            f"{asked}, but one process was started: start a Hugging Face teacher with torchrun "
+            f"{asked}, but one process was started: start this kind of teacher with torchrun "
             "--nproc_per_node=DEVICES (or srun), one process for each device"
         )
     return (

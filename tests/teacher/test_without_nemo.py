@@ -70,4 +70,4 @@ def test_answers_have_the_bytes_of_those_beside_nemo(
 def test_more_devices_need_a_launcher(world: Path, script: Script, tmp_path: Path) -> None:
     overrides = [*dump(world, tmp_path / "store"), "trainer.devices=2"]
     done = script("dump_teacher_topk.py", *overrides, fails=True)
-    assert "one process was started: start a Hugging Face teacher with torchrun" in done.stderr
+    assert "one process was started: start this kind of teacher with torchrun" in done.stderr

@@ -1,9 +1,13 @@
-"""Hides NeMo, Lightning and Megatron from a Python whose PYTHONPATH has this directory."""
+"""Hides NeMo, Lightning and Megatron from a Python whose PYTHONPATH has this directory.
 
+HIDDEN in the environment names other packages instead.
+"""
+
+import os
 import sys
 from importlib.machinery import PathFinder
 
-HIDDEN = ("nemo", "lightning", "pytorch_lightning", "megatron")
+HIDDEN = os.environ.get("HIDDEN", "nemo lightning pytorch_lightning megatron").split()
 
 
 class Without(PathFinder):
