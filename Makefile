@@ -17,7 +17,7 @@ TORCH_INDEX_URL ?=
 PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
 INSTALL = $(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch -e
 
-.PHONY: help install demo experiments test test-unit test-all test-pins lint docs clean
+.PHONY: help install demo experiments test test-unit test-all test-pins matrix lint docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -77,6 +77,13 @@ test-unit: $(DEV)  ## run the tests without NeMo and process groups, at most 2 m
 
 test-all: $(DEV)  ## run all tests, including the slow ones
 	$(PYTEST) -m ''
+
+# Where environments and finished cells are kept, and a Python 3.12 with torch and nemo-kd[hf], which
+# Megatron-core 0.17 and later need: by default one is made from python3.12.
+MATRIX ?= outputs/matrix
+PYTHON312 ?=
+matrix: $(DEV)  ## train on every supported NeMo and Megatron-core; can be interrupted and resumed
+	TORCH_INDEX_URL=$(TORCH_INDEX_URL) $(BIN)/python benchmarks/matrix.py --directory $(MATRIX) $(PYTHON312:%=--python312 %)
 
 test-pins: $(DEV)  ## check constraints.txt against the package index: pip and uv, Python 3.11 and 3.12
 	$(BIN)/python -m pytest -n $(WORKERS) -m index tests/distribution/test_pins.py

@@ -27,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.pages import with_table
 from benchmarks.store import machine
 from tests.conftest import make_tiny
 from tests.layouts.conftest import LAYOUTS, dump_overrides, train_overrides
@@ -37,7 +38,7 @@ from tests.tiny import VOCABULARY
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "layouts.json"
 PAGE = HERE.parent / "docs" / "support.md"
-BEGIN, END = "<!-- benchmarks/layouts.py writes this table -->", "<!-- end of the table -->"
+PROGRAM = "benchmarks/layouts.py"
 STEPS = 20
 LOSSES = ("reduced_train_loss", "loss", "sft_loss", "kd_loss")
 GLOBAL = "+model.kd.normalize=global_tokens"
@@ -123,14 +124,28 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
     }
 
 
+class World(NamedTuple):
+    """The tests' models and rows in `tiny`, and the stores of their teacher."""
+
+    tiny: Path
+    train: Path
+    heldout: Path
+
+
+def world(directory: Path) -> World:
+    """Make models and stores in `directory`, if they are not there."""
+    made = World(directory / "tiny", directory / "train", directory / "heldout")
+    if not (made.tiny / "teacher.nemo").exists():
+        made.tiny.mkdir(parents=True)
+        make_tiny(made.tiny)
+    for store in (made.train, made.heldout):
+        run_script("dump_teacher_topk.py", *dump_overrides(made.tiny, store.name, store))
+    return made
+
+
 def trainings(directory: Path) -> Train:
     """Make models and stores in `directory`; return a function that trains there, if not done."""
-    tiny, stores = directory / "tiny", [directory / "train", directory / "heldout"]
-    if not (tiny / "teacher.nemo").exists():
-        tiny.mkdir(parents=True)
-        make_tiny(tiny)
-    for store in stores:
-        run_script("dump_teacher_topk.py", *dump_overrides(tiny, store.name, store))
+    made = world(directory)
 
     def train(layout: str, *more: str) -> Path:
         name = "".join(c if c.isalnum() else "-" for c in "-".join([layout, *more]))
@@ -138,7 +153,7 @@ def trainings(directory: Path) -> Train:
         if not list(run.glob("checkpoints/*.nemo")):
             shutil.rmtree(run, ignore_errors=True)
             processes, overrides = LAYOUTS[layout]
-            base = train_overrides(tiny, stores[0], stores[1], run)
+            base = train_overrides(*made, run)
             run_script("train_gpt_sft_kd.py", *base, *overrides, *more, processes=processes)
         return run
 
@@ -158,11 +173,6 @@ def table_of_page(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def with_table(page: str, result: dict[str, Any]) -> str:
-    before, rest = page.split(BEGIN)
-    return f"{before}{BEGIN}\n{table_of_page(result)}\n{END}{rest.split(END)[1]}"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--directory", type=Path, help="directory to keep and resume trainings in")
@@ -179,7 +189,7 @@ def main() -> None:
     Console(width=100).print(table)
     result = {"machine": machine(), "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(with_table(PAGE.read_text(), result))
+    PAGE.write_text(with_table(PAGE.read_text(), PROGRAM, table_of_page(result)))
 
 
 if __name__ == "__main__":

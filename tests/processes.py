@@ -20,11 +20,13 @@ TIMEOUT = 600  # seconds
 TRAIN, DUMP = "examples/train_gpt_sft_kd.py", "examples/dump_teacher_topk.py"
 
 
-def command(program: str | Path, *arguments: object, processes: int = 1) -> list[str]:
+def command(
+    program: str | Path, *arguments: object, processes: int = 1, python: str = sys.executable
+) -> list[str]:
     """python PROGRAM, a path in the repository; under torchrun for more than one process."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     launcher = torchrun if processes > 1 else []
-    return [sys.executable, *launcher, str(ROOT / program), *map(str, arguments)]
+    return [python, *launcher, str(ROOT / program), *map(str, arguments)]
 
 
 def environment(**variables: str) -> dict[str, str]:
@@ -42,6 +44,7 @@ def run_program(
     fails: bool = False,
     cwd: Path | None = None,
     fork: bool = False,
+    python: str = sys.executable,
     **variables: str,
 ) -> Done:
     """Run `command(…)`; raise its output unless it succeeds or, with `fails`, fails.
@@ -54,7 +57,7 @@ def run_program(
         done = _run_in_a_fork(words, {**job, "environment": environment(**variables)})
     else:
         done = subprocess.run(
-            command(program, *arguments, processes=processes),
+            command(program, *arguments, processes=processes, python=python),
             env=environment(**variables),
             cwd=cwd,
             capture_output=True,

@@ -18,6 +18,9 @@ import torch
 
 from nemo_kd.mcore import cpu
 
+DECIMALS = 5
+"""Decimals of the printed losses."""
+
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -191,7 +194,7 @@ def show(number: int, reports: list[dict[str, torch.Tensor]]) -> None:
         torch.distributed.all_reduce(value, group=parallel_state.get_data_parallel_group())
     if parallel_state.get_data_parallel_rank() or parallel_state.get_tensor_model_parallel_rank():
         return
-    means = ", ".join(f"{name} {float(a / b):.5f}" for name, (a, b) in sums.items())
+    means = ", ".join(f"{name} {float(a / b):.{DECIMALS}f}" for name, (a, b) in sums.items())
     print(f"step {number}: {means}", flush=True)
 
 

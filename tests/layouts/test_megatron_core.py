@@ -2,17 +2,36 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from benchmarks.environments import Environment, MissingPython, make
+from benchmarks.layouts import PAGE
+from benchmarks.matrix import (
+    COLUMNS,
+    DUMP,
+    ENVIRONMENTS,
+    ONE,
+    PROGRAM,
+    RESULT,
+    compared,
+    faults,
+    table_of_page,
+)
+from benchmarks.pages import with_table
 from nemo_kd.loss import KDConfig
 from tests.processes import run_program
 from tests.runs import LAYOUT
 
 EXAMPLE = "examples/megatron_core/train.py"
-# The example prints four decimals; and see `LAYOUT`.
+SAME_WEIGHTS = "tests/layouts/same_weights.py"
+SAME = ["--micro-batch-size=1", "--global-batch-size=8"]
+# The example prints five decimals; and see `LAYOUT`.
 PRINTED = LAYOUT
 
 
@@ -22,6 +41,7 @@ def losses(
     processes: int = 1,
     steps: int = 6,
     program: str = EXAMPLE,
+    fork: bool = False,
 ) -> list[dict[str, float]]:
     done = run_program(
         program,
@@ -30,6 +50,7 @@ def losses(
         "--lr=0.01",
         *options,
         processes=processes,
+        fork=fork,
     )
     assert "UserWarning" not in done.stderr
     lines = [line.split(": ")[1] for line in done.stdout.splitlines() if line.startswith("step ")]
@@ -49,31 +70,70 @@ def test_data_parallel_ranks_train_as_one_process(dump: Callable[..., Path]) -> 
     assert one[-1]["kd_loss"] < one[0]["kd_loss"] and one[-1]["sft_loss"] < one[0]["sft_loss"]
 
 
-@pytest.mark.slow
+@pytest.fixture(scope="module")
+def one(dump: Callable[..., Path]) -> list[dict[str, float]]:
+    return losses(dump(), *SAME, program=SAME_WEIGHTS, fork=True)
+
+
 @pytest.mark.parametrize(
     ("processes", "options"),
     [
-        (2, ["--tensor-parallel=2", "--sequence-parallel"]),
-        (2, ["--pipeline-parallel=2"]),
-        (4, ["--tensor-parallel=2", "--pipeline-parallel=2"]),
+        *(pytest.param(n, options, id=name) for name, (n, options, _) in COLUMNS.items() if n > 1),
+        pytest.param(
+            *(4, ["--tensor-parallel=2", "--pipeline-parallel=2"]),
+            id="TP 2 × PP 2",
+            marks=pytest.mark.slow,
+        ),
     ],
 )
-def test_other_layouts_learn(dump: Callable[..., Path], processes: int, options: list[str]) -> None:
-    """Their random weights are others, so that their losses are too."""
-    lines = losses(dump(), *options, processes=processes, steps=12)
-    assert lines[-1]["kd_loss"] < lines[0]["kd_loss"] - 0.3
-    assert lines[-1]["sft_loss"] < lines[0]["sft_loss"] - 0.3
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("parts", [1, 2])
-def test_pipelines_train_as_one_process(dump: Callable[..., Path], parts: int) -> None:
+def test_every_layout_trains_as_one_process(
+    dump: Callable[..., Path], one: list[dict[str, float]], processes: int, options: list[str]
+) -> None:
     """From the same weights; interleaved, each loss must meet its own micro-batch's teacher."""
-    options = ["--micro-batch-size=1", "--global-batch-size=8"]
-    program = "tests/layouts/interleaved.py"
-    one = losses(dump(), *options, program=program)
-    cut = [*options, "--pipeline-parallel=2", f"--virtual-pipeline={parts}"]
-    other = losses(dump(), *cut, processes=2, program=program)
+    given = [*SAME, *options]
+    other = losses(dump(), *given, processes=processes, program=SAME_WEIGHTS, fork=True)
     for a, b in zip(one, other, strict=True):
         assert a == pytest.approx(b, abs=PRINTED)
     assert one[-1]["kd_loss"] < one[0]["kd_loss"] - 0.3
+
+
+def test_the_page_has_the_matrix_of_every_version() -> None:
+    result = json.loads(RESULT.read_text())
+    rows = result["rows"]
+    assert [row["environment"] for row in rows] == [made.name for made in ENVIRONMENTS]
+    assert faults(rows) == []
+    page = PAGE.read_text()
+    assert page == with_table(page, PROGRAM, table_of_page(result)), "run make matrix"
+
+
+def test_the_matrix_says_what_is_missing_or_differs() -> None:
+    first = {ONE: [[2.0, 1.0]], DUMP: "00"}
+    found = {ONE: [[2.0, 1.00002]], "PP 2": {"error": "died"}, DUMP: "01"}
+    rows = [
+        {"environment": "A", "missing": "A needs Python 3.12"},
+        {"environment": "B", "cells": compared(found, first)},
+    ]
+    assert faults(rows) == [
+        "A needs Python 3.12",
+        "B, 1 process: a loss differs by 2.0e-05",
+        "B, PP 2: died",
+        "B, dump: the store has other bytes than the first version's",
+    ]
+    assert faults([{"environment": "C", "cells": compared(first, first)}]) == []
+
+
+def test_an_environment_without_its_python_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(
+        MissingPython, match=r"0\.19\.2 needs Python 3\.99, and there is no python3\.99 on PATH"
+    ):
+        make(Environment(("megatron-core==0.19.2",), python=(3, 99)), tmp_path)
+
+
+def test_the_running_environment_is_used_where_it_has_the_versions(tmp_path: Path) -> None:
+    installed = importlib.metadata.version("megatron-core")
+    made = make(Environment((f"megatron-core=={installed}",)), tmp_path)
+    assert made.python == sys.executable and made.versions["megatron-core"] == installed
+    assert not list(tmp_path.iterdir())

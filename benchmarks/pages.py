@@ -1,0 +1,12 @@
+"""Tables that a benchmark writes to a page, between two comments."""
+
+from __future__ import annotations
+
+END = "<!-- end of the table -->"
+
+
+def with_table(page: str, program: str, table: str) -> str:
+    """Return `page` with `table` between the comments of `program`, a path in the repository."""
+    begin = f"<!-- {program} writes this table -->"
+    before, rest = page.split(begin)
+    return f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}"
