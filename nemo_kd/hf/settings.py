@@ -103,6 +103,8 @@ def _fix_windows(config: PretrainedConfig) -> None:
     first = _first_with_window(config)
     if first is None or getattr(config, "sliding_window", None) is None:
         return
+    if getattr(config, "layer_types", None):  # transformers 4.53 masks each layer by its type
+        return
     if not config.use_sliding_window or first >= config.num_hidden_layers:
         config.sliding_window = None
     elif first > 0:

@@ -96,6 +96,7 @@ class MegatronWriter:
                 attention_mask=None,
                 labels=None,
                 inference_context=cache,
+                runtime_gather_output=True,  # asserted from Megatron-core 0.14 on
             )
             return output, lambda hidden, non_loss_data: self._choose(hidden, head, answers, ready)
 
