@@ -26,15 +26,15 @@ def main() -> None:
     try:
         cpu.install_megatron_lm()
         importlib.import_module("megatron.training")
+        from nemo_kd.mcore import megatron_lm
     except ImportError as error:
         raise NemoKDError(
-            f"megatron.training cannot be imported ({error}): install megatron-core[training] 0.19 "
-            "or later, or put a checkout of Megatron-LM on PYTHONPATH"
+            f"Megatron-LM cannot be imported ({error}): install megatron-core[training] 0.19 or "
+            "later, or put a checkout of Megatron-LM on PYTHONPATH and compile its index builder "
+            "with make -C megatron/core/datasets"
         ) from error
     for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29513"}.items():
         os.environ.setdefault(name, value)  # a single process needs no torchrun
-    from nemo_kd.mcore import megatron_lm
-
     megatron_lm.check_arguments()
     megatron_lm.without_index_builder()
     pretrain()

@@ -126,9 +126,9 @@ def check_arguments() -> None:
 
 
 def without_index_builder() -> None:
-    """Leave out the compilation of Megatron-LM's index builder, which only its text data needs.
+    """Leave out Megatron-LM's compilation of its index builder, which this module has imported.
 
-    Megatron-core's wheel lacks the Makefile, without which Megatron-LM exits at its start.
+    Megatron-core's wheel has it compiled, and lacks the Makefile without which Megatron-LM exits.
     """
     from megatron.core.datasets import utils
 
