@@ -35,6 +35,7 @@ SETTING = {
     "hf/rope.py",
     "hf/settings.py",
     "loss/compiling.py",
+    "mcore/gpt.py",
     "mcore/writer.py",
     "nemo/families.py",
     "nemo/length.py",
