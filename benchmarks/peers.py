@@ -16,10 +16,10 @@ teacher's K ids.
 
 from __future__ import annotations
 
-import importlib
 import json
 import sys
 from collections.abc import Callable
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -189,12 +189,17 @@ def obstacle(name: str, ranks: int) -> str | None:
     """Why a row cannot be measured here, or None."""
     if ranks > 1 and not PEERS[name].sharded:
         return "not measured: it has no tensor parallelism"
-    if PEERS[name].loss is megatron:
-        try:
-            importlib.import_module("megatron.training.distillation")
-        except ImportError as error:
-            return f"not measured: needs megatron-core 0.19 and Python 3.12 ({error})"
+    # Not imported: processes that this one starts would begin with its peak of memory.
+    if PEERS[name].loss is megatron and not _megatron_version().startswith("0.19"):
+        return "not measured: needs megatron-core 0.19, and so Python 3.12"
     return None
+
+
+def _megatron_version() -> str:
+    try:
+        return metadata.version("megatron-core")
+    except metadata.PackageNotFoundError:
+        return "none"
 
 
 # --- candidates: each makes its inputs and returns (prepare a round, the timed step) --------------

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import loss
+from benchmarks import loss, peers
 from tests.processes import ROOT
 
 RESULTS = {
@@ -204,10 +204,11 @@ def test_every_ratio_of_the_readmes_table_is_compared() -> None:
     assert lines and all(any(re.search(p, line) for p in patterns) for line in lines)
 
 
-def test_the_loss_page_has_the_generated_table() -> None:
+def test_the_loss_page_has_the_generated_tables() -> None:
     page = (ROOT / "docs/loss.md").read_text()
-    table = page.partition(loss.BEGIN)[2].partition(loss.END)[0]
-    assert table.strip() == loss.table_of_page(RESULTS["loss"]).strip()
+    for name, script in (("loss", loss), ("peers", peers)):
+        table = page.partition(script.BEGIN)[2].partition(script.END)[0]
+        assert table.strip() == script.table_of_page(RESULTS[name]).strip()
 
 
 def test_the_laptop_page_has_the_readmes_figures() -> None:
