@@ -51,6 +51,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--precision", default="bf16_mixed", help="of Bridge, or 32")
     parser.add_argument("--seed", type=int, default=1234)
+    parser.add_argument(
+        "--allow", nargs="+", default=[], help="settings that may differ from the checkpoint's"
+    )
     return parser
 
 
@@ -96,7 +99,7 @@ def main() -> None:
         temperature=args.temperature,
         support=args.support,
     )
-    finetune(settings(args), kd)
+    finetune(settings(args), kd, allow=args.allow)
     if args.export:
         export(args)
 

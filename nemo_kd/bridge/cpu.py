@@ -27,9 +27,14 @@ def install() -> bool:
 
 
 def adapt(config: Any) -> None:
-    """Set what a `ConfigContainer` needs on a CPU: Megatron's layers of torch, and gloo."""
+    """Set what a `ConfigContainer` needs on a CPU: layers of torch, gloo, a replicated optimizer.
+
+    The state of torch's Adam has a step per parameter, which checkpoints of the distributed
+    optimizer do not support.
+    """
     config.dist.distributed_backend = "gloo"
     config.dataset.pin_memory = False
+    config.ddp.use_distributed_optimizer = config.optimizer.use_distributed_optimizer = False
     adapt_model(config.model)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 from megatron.bridge.training.config import ConfigContainer
@@ -11,13 +12,22 @@ from nemo_kd.bridge.data import KDDataConfig
 from nemo_kd.bridge.step import KDForwardStep
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
+from nemo_kd.mcore.resume import keep_settings
 
 
-def finetune(config: ConfigContainer, kd: KDConfig, callbacks: Any = None) -> None:
+def finetune(
+    config: ConfigContainer,
+    kd: KDConfig,
+    *,
+    callbacks: Any = None,
+    allow: Collection[str] = (),
+) -> None:
     """Train by Bridge's `pretrain`, with the loss `kd` on the stores of `config.dataset`.
 
     Without `train.eval_iters` an evaluation contains each item of the validation stores once.
     `kd`: a `KDConfig` or `KDSchedule`. `callbacks`: as of `pretrain`, with a version that has them.
+    `allow`: names of settings of data and loss in which a continued training may differ from its
+    checkpoint.
 
     Errors: NemoKDError for settings that do not fit each other, StoreError for a store that does
     not fit the student or the loss.
@@ -25,6 +35,8 @@ def finetune(config: ConfigContainer, kd: KDConfig, callbacks: Any = None) -> No
     data: Any = config.dataset
     _check(config)
     data.check(kd)
+    checkpoint = config.checkpoint
+    keep_settings(data.training_data(), kd, save=checkpoint.save, load=checkpoint.load, allow=allow)
     _complete(config)
     more = {} if callbacks is None else {"callbacks": callbacks}
     pretrain(config, KDForwardStep(kd, data.vocab_size()), **more)

@@ -24,6 +24,7 @@ PATCHING = {
 """Modules that replace a function or a flag of another package's objects."""
 SETTING = {
     "bridge/recipe.py",
+    "bridge/teacher.py",
     "bridge/training.py",
     "checkpoints/exported_tokenizer.py",
     "checkpoints/gguf_tokenizer.py",

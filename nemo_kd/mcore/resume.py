@@ -1,0 +1,65 @@
+"""Refuse to continue a Megatron checkpoint with other data or another loss.
+
+Megatron-LM and Megatron-Bridge restore the number of consumed samples, not what they were samples
+of: that is kept in a file beside their checkpoints.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from nemo_kd.errors import NemoKDError
+from nemo_kd.files import canonical_json, decode_json, publish, read_json
+from nemo_kd.loss import KDConfig, KDSchedule
+from nemo_kd.mcore.dataset import KDDataset
+from nemo_kd.teacher.processes import Launch
+
+FILE = "nemo_kd.json"
+LATEST = "latest_checkpointed_iteration.txt"
+"""Megatron's file in a directory with a checkpoint."""
+
+
+def keep_settings(
+    data: KDDataset,
+    config: KDConfig,
+    *,
+    save: str | Path | None,
+    load: str | Path | None,
+    allow: Collection[str] = (),
+) -> None:
+    """Compare data and loss with those of the checkpoints in `load`; write them into `save`.
+
+    Each rank calls it, before or after the process groups start. `allow`: names that may differ,
+    such as `seed` or `alpha`. Checkpoints without the file are continued, and a line says so.
+
+    Errors: NemoKDError, naming each difference.
+    """
+    loss = asdict(KDSchedule(**asdict(config)))
+    settings = decode_json(canonical_json({**data.identity, **loss}))
+    is_first = Launch.of(os.environ).rank == 0
+    if load is not None and Path(load, LATEST).is_file():
+        _compare(Path(load), settings, allow, is_first)
+    if save is not None and is_first:
+        Path(save).mkdir(parents=True, exist_ok=True)
+        publish(Path(save, FILE), canonical_json(settings))
+
+
+def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_first: bool) -> None:
+    if not (load / FILE).is_file():
+        if is_first:
+            print(f"{load} has no {FILE}, so data and loss were not compared with it", flush=True)
+        return
+    then = read_json(load / FILE)
+    changed = [n for n in settings if n not in allow and then.get(n) != settings[n]]
+    if changed:
+        named = "; ".join(
+            f"{name}: {then.get(name)} in the checkpoint, {settings[name]} now" for name in changed
+        )
+        raise NemoKDError(
+            f"{load} belongs to a run with other settings: {named}. Restore them, save to and load "
+            f"from another directory, or allow {', '.join(changed)} to change"
+        )

@@ -1,0 +1,49 @@
+"""A teacher that Megatron-Bridge loads: its store is that of transformers' teacher."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.store import Store
+from tests.bridge.conftest import Bridge
+from tests.conftest import ROOT
+from tests.processes import run_script
+
+pytestmark = pytest.mark.slow  # an environment of its own, and 20 seconds to import Bridge
+
+DUMP = str(ROOT / "examples/bridge/dump.py")
+ROWS = [
+    {"input": "how do I wrap text", "output": "call textwrap.fill on it"},
+    {"input": "dedent", "output": "textwrap.dedent removes whitespace that all lines share"},
+    {"input": "what", "output": "yes"},
+]
+LOGITS = 1e-5  # two implementations of a model in float32, on logits of about 10
+
+
+def test_its_store_is_that_of_transformers(bridge: Bridge, data: Path, tmp_path: Path) -> None:
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    given = [data / "student", f"--data={rows}", f"--output={tmp_path}/store", "--precision=32"]
+    sizes = ["--top-k=20", "--max-seq-length=64"]
+    bridge(DUMP, *given, *sizes)
+    run_script(
+        "dump_teacher_topk.py",
+        "teacher.kind=hf",
+        f"model.restore_from_path={data}/student",
+        f"data.file_path={rows}",
+        f"output_dir={tmp_path}/expected",
+        "trainer.precision=32",
+        "dump.top_k=20",
+        "data.max_seq_length=64",
+    )
+    found, expected = Store(tmp_path / "store"), Store(tmp_path / "expected")
+    assert found.spec == expected.spec
+    for a, b in zip(found, expected, strict=True):
+        assert a.input_ids.tolist() == b.input_ids.tolist()
+        assert a.loss_mask.tolist() == b.loss_mask.tolist()
+        assert a.topk.ids.tolist() == b.topk.ids.tolist()
+        assert abs(a.topk.logits - b.topk.logits).max() < LOGITS
+        assert abs(a.topk.logsumexp - b.topk.logsumexp).max() < LOGITS

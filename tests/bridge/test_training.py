@@ -1,0 +1,156 @@
+"""Distillation in Megatron-Bridge's own loop, with its evaluation, checkpoints and export."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from nemo_kd.store import Store
+from tests.bridge import loop
+from tests.bridge.conftest import Bridge
+from tests.conftest import ROOT, Shared
+from tests.runs import SPLIT
+
+pytestmark = pytest.mark.slow  # an environment of its own, and 20 seconds to import Bridge
+
+LOOP = str(ROOT / "tests/bridge/loop.py")
+TRAIN = str(ROOT / "examples/bridge/train.py")
+HALF = loop.STEPS // 2
+PRINTED = 5e-6  # Bridge prints seven digits of losses below 10
+Line = dict[str, float]
+
+
+def options(data: Path, output: Path) -> list[str]:
+    return [
+        f"{data}/student",
+        f"--store={data}/train",
+        f"--valid={data}/held",
+        f"--output={output}",
+        "--precision=32",
+        f"--alpha={loop.ALPHA}",
+        f"--alpha-end={loop.ALPHA_END}",
+        f"--seq-length={loop.SEQ_LENGTH}",
+        f"--global-batch-size={loop.GLOBAL_BATCH}",
+        f"--micro-batch-size={loop.MICRO_BATCH}",
+        f"--steps={loop.STEPS}",
+        f"--seed={loop.SEED}",
+        f"--lr={loop.LR}",
+        "--warmup=0",
+        f"--eval-interval={HALF}",
+        f"--save-interval={HALF}",
+    ]
+
+
+def steps(stdout: str) -> list[Line]:
+    """The losses that Bridge printed of each step."""
+    lines = [line for line in stdout.splitlines() if re.search(r"\] iteration +\d+/", line)]
+    return [_values(r"(\w*loss): ([\d.E+-]+)", line) for line in lines]
+
+
+def evaluations(stdout: str) -> list[Line]:
+    """The metrics that Bridge printed of each evaluation."""
+    lines = [line for line in stdout.splitlines() if "validation loss at iteration" in line]
+    return [_values(r"(\w+) value: ([\d.E+-]+)", line) for line in lines]
+
+
+def _values(pattern: str, line: str) -> Line:
+    return {name: float(value) for name, value in re.findall(pattern, line)}
+
+
+def assert_equal(found: list[Line], expected: list[Line], tolerance: float) -> None:
+    assert len(found) == len(expected)
+    for a, b in zip(found, expected, strict=True):
+        assert a == pytest.approx(b, abs=tolerance)
+
+
+@pytest.fixture(scope="session")
+def whole(bridge: Bridge, data: Path, shared: Shared) -> Path:
+    """An uninterrupted training: `stdout`, `checkpoints`, and the exported `student`."""
+
+    def run(directory: Path) -> None:
+        done = bridge(TRAIN, *options(data, directory), f"--export={directory}/student")
+        (directory / "stdout").write_text(done.stdout)
+
+    return shared("bridge-whole", run)
+
+
+def test_its_losses_are_those_of_megatron_cores_own_loop(
+    whole: Path, bridge: Bridge, data: Path
+) -> None:
+    """The evaluation too, whose last batch is filled up with items that count for nothing."""
+    done = bridge(
+        str(ROOT / "tests/bridge/loop.py"), data / "student", data / "train", data / "held"
+    )
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    stdout = (whole / "stdout").read_text()
+    assert_equal(steps(stdout), lines[:-1], 1e-5)
+    assert_equal(evaluations(stdout)[-1:], lines[-1:], 1e-5)
+    assert len(lines) == loop.STEPS + 1
+
+
+def test_the_exported_student_has_the_evaluated_loss_in_transformers(
+    whole: Path, data: Path
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(
+        whole / "student", local_files_only=True, trust_remote_code=False
+    ).double()
+    store, losses = Store(data / "held"), []
+    for one in store:
+        ids = torch.tensor(one.input_ids).long()
+        logits = model(ids[None]).logits[0, :, : store.spec.vocab_size]
+        positions = torch.tensor(one.answer_positions())
+        losses.append(
+            torch.nn.functional.cross_entropy(
+                logits[positions - 1], ids[positions], reduction="none"
+            )
+        )
+    loss = torch.cat(losses).mean().item()
+    last = evaluations((whole / "stdout").read_text())[-1]
+    assert last["sft_loss"] == pytest.approx(loss, abs=1e-5)
+
+
+def test_a_continued_training_is_the_uninterrupted_one(
+    whole: Path, bridge: Bridge, data: Path, tmp_path: Path
+) -> None:
+    first = bridge(TRAIN, *options(data, tmp_path), f"--stop-at={HALF}")
+    then = bridge(TRAIN, *options(data, tmp_path))
+    stdout = (whole / "stdout").read_text()
+    assert len(steps(first.stdout)) == HALF
+    assert steps(first.stdout) + steps(then.stdout) == steps(stdout)
+    assert evaluations(then.stdout)[-1] == evaluations(stdout)[-1]
+
+
+@pytest.mark.parametrize(
+    ("tolerance", "layout"),
+    [
+        (SPLIT, []),
+    ],
+    ids=["data"],
+)
+def test_two_processes_train_as_one(
+    tolerance: float, layout: list[str], whole: Path, bridge: Bridge, data: Path, tmp_path: Path
+) -> None:
+    done = bridge(TRAIN, *options(data, tmp_path), *layout, processes=2)
+    stdout = (whole / "stdout").read_text()
+    assert_equal(steps(done.stdout), steps(stdout), tolerance + PRINTED)
+    assert_equal(evaluations(done.stdout), evaluations(stdout), tolerance + PRINTED)
+
+
+def test_other_data_and_another_loss_are_refused_on_resume(
+    whole: Path, bridge: Bridge, data: Path
+) -> None:
+    given = [word for word in options(data, whole) if not word.startswith("--seed")]
+    done = bridge(TRAIN, *given, "--seed=5", "--support=topk", "--allow", "seed", fails=True)
+    (line,) = [line for line in done.stderr.splitlines() if "belongs to a run" in line]
+    assert "support: bucket in the checkpoint, topk now" in line and "seed" not in line
+
+
+def test_settings_that_do_not_fit_are_refused(bridge: Bridge, data: Path, tmp_path: Path) -> None:
+    """In one line, before the model is built."""
+    packed = bridge(TRAIN, *options(data, tmp_path), "--packed", fails=True)
+    assert "train.micro_batch_size=2 with dataset.packed" in packed.stderr
