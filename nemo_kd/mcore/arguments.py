@@ -115,6 +115,7 @@ HARMLESS = re.compile(
     r"|log_|logging|_grad|grad_|wandb|memory_efficient)\w*|memory_efficient_layer_norm"
     r"|attention_softmax_in_fp32|apply_query_key_layer_scaling|hybrid_context_parallel"
     r"|moe_router_(load_balancing_type|dtype|bias_update_rate|padding_for_\w+|fusion|quantile_\w+)"
+    r"|moe_hybridep_\w+|rl_\w+|loss_scale\w*|create_attention_mask_in_dataloader"
     r"|moe_shared_expert_overlap|mlp_chunks\w+|fused_residual_rmsnorm|fused_single_qkv_rope"
     # Settings of what is refused or off without another argument, and of other models.
     r"|qk_clip_\w+|qk_head_dim|qk_pos_emb_head_dim|kv_lora_rank|q_lora_rank|yarn_\w+|mup_\w+"
