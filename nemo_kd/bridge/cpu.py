@@ -23,6 +23,7 @@ def install() -> bool:
     patched = cpu.install()
     if patched:
         _patch_start()
+        _patch_scatter()
     return patched
 
 
@@ -65,3 +66,20 @@ def _patch_start() -> None:
 
     start.initialize_megatron = begin_without_gpu
     initialize.compile_helpers = lambda: None
+
+
+def _patch_scatter() -> None:
+    """Copy slices of weights before they are scattered: gloo sends the memory from their start.
+
+    On a GPU they are copied to the device anyway.
+    """
+    from megatron.bridge.models.conversion.param_mapping import MegatronParamMapping
+
+    mapping: Any = MegatronParamMapping
+    scatter = mapping.scatter_to_tp_ranks
+
+    def scatter_copies(self: Any, splits: Any, *args: Any, **kwargs: Any) -> Any:
+        copies = [split.contiguous() for split in splits] if splits else splits
+        return scatter(self, copies, *args, **kwargs)
+
+    mapping.scatter_to_tp_ranks = scatter_copies

@@ -23,12 +23,17 @@ ROWS = [
 LOGITS = 1e-5  # two implementations of a model in float32, on logits of about 10
 
 
-def test_its_store_is_that_of_transformers(bridge: Bridge, data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "layout", [[], ["--tensor-parallel=2", "--sequence-parallel"]], ids=["one", "tensor"]
+)
+def test_its_store_is_that_of_transformers(
+    layout: list[str], bridge: Bridge, data: Path, tmp_path: Path
+) -> None:
     rows = tmp_path / "rows.jsonl"
     rows.write_text("\n".join(map(json.dumps, ROWS)))
     given = [data / "student", f"--data={rows}", f"--output={tmp_path}/store", "--precision=32"]
     sizes = ["--top-k=20", "--max-seq-length=64"]
-    bridge(DUMP, *given, *sizes)
+    bridge(DUMP, *given, *sizes, *layout, processes=2 if layout else 1)
     run_script(
         "dump_teacher_topk.py",
         "teacher.kind=hf",
