@@ -21,6 +21,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDSchedule
 from nemo_kd.mcore.batches import KDBatches
 from nemo_kd.mcore.dataset import KDDataset, Source
+from nemo_kd.mcore.resume import keep_settings
 from nemo_kd.mcore.training import ForwardStep, LossFunction, kd_forward_step
 from nemo_kd.sft.tokenizer import HFTokenizer, first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreSpec
@@ -78,6 +79,9 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
         "--kd-store-weight", nargs="+", type=float, help="share of the draws of each --kd-store"
     )
     group.add_argument("--kd-over-long", choices=OVER_LONG, default="error")
+    group.add_argument(
+        "--kd-allow", nargs="+", default=[], help="settings that may differ from the checkpoint's"
+    )
     for field in fields(KDSchedule):
         text = f"see `{field.name}` of nemo_kd.loss.KDSchedule"
         group.add_argument(_option(field.name), help=text, **_kind(field))
@@ -152,7 +156,8 @@ def datasets_provider(
     They start at the numbers of consumed samples in Megatron-LM's checkpoint. With `--sft` samples
     are packed, as Megatron-LM's own. `numbers` of samples are not used: iterators are endless.
 
-    Errors: NemoKDError for stores of other tokenizers than the model's, and those of `KDDataset`.
+    Errors: NemoKDError for stores of other tokenizers than the model's, for a checkpoint of other
+    stores or another loss, and those of `KDDataset`.
     """
     from megatron.training import get_args, get_tokenizer
 
@@ -171,6 +176,8 @@ def datasets_provider(
         **_dataset_options(args),
     )
     training.check(settings(args))
+    resumed = args.load if args.iteration else None  # nothing to compare with after --finetune
+    keep_settings(training, settings(args), save=args.save, load=resumed, allow=args.kd_allow)
     micro = args.micro_batch_size
     train = KDBatches(
         training,

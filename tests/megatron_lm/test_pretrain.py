@@ -119,6 +119,12 @@ def test_a_resumed_run_equals_the_uninterrupted_one(stores: Stores, tmp_path: Pa
     assert len(train) == STEPS and resumed == train[3:]
     assert len(valid) == 3 and validated == valid[1:]
     assert valid[0]["sft_loss"] > 0 and "top1_agreement" in valid[0]
+    done = run_program(
+        "tests/megatron_lm/same_weights.py",
+        *(f"--kd-store={stores.train}", *COMMON, f"--load={tmp_path}", "--kd-alpha=0.5"),
+        fails=True,
+    )
+    assert "alpha: None in the checkpoint, 0.5 now" in done.stderr
 
 
 def test_sft_trains_on_packs(stores: Stores) -> None:
