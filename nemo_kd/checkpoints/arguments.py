@@ -1,7 +1,7 @@
 """Megatron-LM's arguments in a distributed checkpoint.
 
-Megatron-LM saves its `argparse.Namespace` as `args` in `common.pt`, which torch.save writes: a zip
-with a pickle and the storages of tensors.
+Megatron-LM saves its `argparse.Namespace` as `args` in `common.pt`, with megatron-core 0.19 in a
+sharded object. torch.save writes either: a zip with a pickle and the storages of tensors.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from nemo_kd.checkpoints.distributed import COMMON, SafeUnpickler
 from nemo_kd.checkpoints.model import CheckpointError, reading
 from nemo_kd.checkpoints.source import Source
 
+COMMON_STATE = "common_state/shard_0_1"
+"""The sharded object in place of `common.pt`."""
 MAX_PICKLE = 64 << 20  # bytes
 
 
@@ -33,15 +35,20 @@ def read_arguments(source: Source) -> dict[str, Any]:
     Values that are not plain, such as enumerations, are left out. Errors: CheckpointError for a
     damaged file.
     """
-    if COMMON not in source.files:
+    extent = source.files.get(COMMON)
+    if extent is None and source.weights is not None:
+        extent = source.weights.object(COMMON_STATE)
+    if extent is None:
         return {}
     name = f"{source.path}: {COMMON}"
-    with reading(name), source.files[COMMON].open() as file, zipfile.ZipFile(file) as archive:
+    with reading(name), extent.open() as file, zipfile.ZipFile(file) as archive:
         member = next(one for one in archive.infolist() if one.filename.endswith("data.pkl"))
         if member.file_size > MAX_PICKLE:
             raise CheckpointError(f"{name}: its pickle has {member.file_size} bytes")
         with archive.open(member) as pickled:
             common = _ArgumentsUnpickler(pickled).load()
+    if isinstance(common, list) and common:  # a sharded object is a list of one
+        common = common[0]
     given = common.get("args") if isinstance(common, Mapping) else None
     if not isinstance(given, argparse.Namespace):
         return {}

@@ -189,6 +189,14 @@ class DistributedCheckpoint:
             self.shapes = {key: tuple(entry.size) for key, entry in self._tensors.items()}
         self._by_layer: dict[str, dict[int | None, list[ChunkStorageMetadata]]] = {}
 
+    def object(self, name: str) -> Extent | None:
+        """The bytes of a sharded object, as torch's `save` writes them; None without it."""
+        info = self._storage.get(MetadataIndex(name))
+        file = None if info is None else self.files.get(info.relative_path)
+        if info is None or file is None:
+            return None
+        return Extent(file.path, file.offset + info.offset, info.length)
+
     def dtype(self, key: str) -> torch.dtype:
         return self._tensors[key].properties.dtype
 
