@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 
-from nemo_kd.data import no_teacher
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
-from nemo_kd.mcore.dataset import Batch, Item, KDDataset, Source
+from nemo_kd.mcore.dataset import Batch, Item, KDDataset, Source, without_answers
 from nemo_kd.sft.tokenizer import HFTokenizer, first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
 
@@ -163,9 +161,3 @@ class EvaluationItems(TrainingItems):
     def __getitem__(self, draw: int) -> Item:
         number = draw % self.one
         return self.data[number] if number < len(self.data) else without_answers(self.data[0])
-
-
-def without_answers(item: Item) -> Item:
-    """Return the item with a loss mask of zeros: it adds nothing to any sum."""
-    parts = [replace(part, loss_mask=np.zeros_like(part.loss_mask)) for part in item.parts]
-    return Item(parts, no_teacher(0, item.teacher.temperatures[0]), 0.0)

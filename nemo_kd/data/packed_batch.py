@@ -55,6 +55,8 @@ def _row(
     for tokens, loss_mask in pack:
         ids = torch.tensor(tokens)
         start, end = end, end + len(ids) - 1
+        if end > length:
+            raise ValueError(f"the samples of a pack have more than its {length} inputs")
         row["tokens"][start:end] = ids[:-1]
         row["labels"][start:end] = ids[1:]
         row["loss_mask"][start:end] = torch.tensor(loss_mask[1:])

@@ -85,16 +85,19 @@ def in_order(lengths: ArrayLike, size: int) -> Packs:
 
 
 def pack_samples(
-    store: Store, fitting: Fitting, max_seq_length: int, seed: int | None = 0
+    store: Store,
+    fitting: Fitting,
+    max_seq_length: int,
+    seed: int | None = 0,
+    longest: int | None = None,
 ) -> Packing:
     """The samples that `fit_lengths` found, in packs of at most `max_seq_length` inputs.
 
-    `seed`: as in `first_fit_decreasing`; None keeps the samples in the store's order, which fills
+    `longest`: number of tokens that a sample is truncated to; None: `max_seq_length`. `seed`: as
+    in `first_fit_decreasing`; None keeps the samples in the store's order, which fills
     the packs less.
     """
-    lengths = (
-        np.minimum(store.lengths[fitting.used], max_seq_length) - 1
-    )  # longer ones are truncated
+    lengths = np.minimum(store.lengths[fitting.used], longest or max_seq_length) - 1
     if seed is None:
         packs = in_order(lengths, max_seq_length)
     else:

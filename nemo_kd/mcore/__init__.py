@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import Any
 
 _MODULES = {
+    "EvaluationBatches": "batches",
     "KDBatches": "batches",
     "KDDataset": "dataset",
     "MetricSums": "metrics",

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, cast
 
 import torch
 from megatron.core import parallel_state
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.mcore.dataset import Batch, KDDataset, Source
-from nemo_kd.store import Store, StoreError
+from nemo_kd.mcore.dataset import (
+    Batch,
+    Item,
+    KDDataset,
+    Sources,
+    check_integers,
+    without_answers,
+)
+from nemo_kd.store import StoreError
 
 
 class KDBatches:
     """Endless iterator over the micro-batches of one data-parallel rank.
 
     The micro-batches of a step, over all ranks, are the next `global_batch_size` items of
-    `dataset` on any number of ranks. `state_dict()`, called between two steps, and
-    `load_state_dict()` continue the sequence exactly, on any layout.
+    `dataset` on any number of ranks. `state_dict()` and `load_state_dict()` continue the sequence
+    exactly, on any layout; within a step, at its start.
 
     Errors: StoreError for a `global_batch_size` that the ranks cannot divide, or that is larger
-    than the data set.
+    than the data set; NemoKDError for sizes that are not positive integers.
     """
 
     def __init__(
@@ -32,6 +39,8 @@ class KDBatches:
         global_batch_size: int,
         consumed_samples: int = 0,
     ) -> None:
+        check_integers(1, micro_batch_size=micro_batch_size, global_batch_size=global_batch_size)
+        check_integers(0, consumed_samples=consumed_samples)
         self.dataset = dataset
         self.micro_batch_size, self.global_batch_size = micro_batch_size, global_batch_size
         self.consumed_samples = consumed_samples
@@ -41,23 +50,24 @@ class KDBatches:
                 f"global_batch_size={global_batch_size} is not a multiple of micro_batch_size × "
                 f"data-parallel ranks = {micro_batch_size} × {self.ranks}"
             )
-        if len(dataset) < global_batch_size:
-            names = ", ".join(source.name for source in dataset.sources)
-            kind = "packs" if dataset.packed else "samples"
-            raise StoreError(
-                f"store {names} has {len(dataset)} {kind}, fewer than "
-                f"global_batch_size={global_batch_size}"
-            )
-        self._micro_batches = self._generate()
+        self._check_size()
+        self._drawn = 0  # items of this rank in the current step
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._micro_batches)
+        first = self.consumed_samples + parallel_state.get_data_parallel_rank()
+        after = self.consumed_samples + self.global_batch_size
+        mine = range(first, after, self.ranks)[self._drawn :][: self.micro_batch_size]
+        batch = self.dataset.collate_fn([self._item(draw) for draw in mine])
+        self._drawn += self.micro_batch_size
+        if self._drawn * self.ranks == self.global_batch_size:
+            self.consumed_samples, self._drawn = after, 0
+        return _pinned(batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position in the sequence, and what determines the sequence."""
+        """Return the position in the sequence, the start of a step, and what determines it."""
         return {"consumed_samples": self.consumed_samples, **self.dataset.identity}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -73,18 +83,43 @@ class KDBatches:
                 f"the saved position is one of other samples: {', '.join(differences)}; restore "
                 "these settings, or start with a new iterator"
             )
-        self.consumed_samples = int(state["consumed_samples"])
-        self._micro_batches = self._generate()
+        consumed = state.get("consumed_samples")
+        check_integers(0, consumed_samples=consumed)
+        self.consumed_samples, self._drawn = int(cast(int, consumed)), 0
 
-    def _generate(self) -> Iterator[Batch]:
-        rank = parallel_state.get_data_parallel_rank()
-        while True:
-            start = self.consumed_samples
-            self.consumed_samples += self.global_batch_size
-            mine = range(start + rank, self.consumed_samples, self.ranks)
-            for first in range(0, len(mine), self.micro_batch_size):
-                draws = mine[first : first + self.micro_batch_size]
-                yield _pinned(self.dataset.collate_fn([self.dataset[draw] for draw in draws]))
+    def _item(self, draw: int) -> Item:
+        return self.dataset[draw]
+
+    def _check_size(self) -> None:
+        if len(self.dataset) < self.global_batch_size:
+            names = ", ".join(source.name for source in self.dataset.sources)
+            kind = "packs" if self.dataset.packed else "samples"
+            raise StoreError(
+                f"store {names} has {len(self.dataset)} {kind}, fewer than "
+                f"global_batch_size={self.global_batch_size}"
+            )
+
+
+class EvaluationBatches(KDBatches):
+    """Evaluations of `steps` global batches each, that contain every item of the data set once.
+
+    Each evaluation starts at the first item. The last batch is filled with items that have no
+    answer token, which add nothing to any sum.
+    """
+
+    @property
+    def steps(self) -> int:
+        """The number of global batches of an evaluation."""
+        return -(-len(self.dataset) // self.global_batch_size)
+
+    def _item(self, draw: int) -> Item:
+        number = draw % (self.steps * self.global_batch_size)
+        if number < len(self.dataset):
+            return self.dataset[number]
+        return without_answers(self.dataset[0])
+
+    def _check_size(self) -> None:
+        """Accept any size."""
 
 
 class StoreBatches(KDBatches):
@@ -92,7 +127,7 @@ class StoreBatches(KDBatches):
 
     def __init__(
         self,
-        store: Store | Sequence[Source],
+        store: Sources,
         *,
         seq_length: int,
         micro_batch_size: int,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,6 +29,7 @@ from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.blend import EndlessBlend
 from nemo_kd.mcore.context import own_positions
 from nemo_kd.sft.rows import SFTRows
+from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Store
 from nemo_kd.store.sample import Tokens
 from nemo_kd.topk import TopK
@@ -34,7 +37,7 @@ from nemo_kd.topk import TopK
 Batch = dict[str, Any]
 """A micro-batch on the CPU: `tokens`, `labels`, `loss_mask` and `position_ids` [B, S / C], and
 `answers`, an `AnswerTokens`; with packs also `cu_seqlens` [sequences + 1] int32 and `max_seqlen`,
-an int."""
+an int; `vocab_size`, an int, or None without a store."""
 
 PAD_ID = 0
 
@@ -44,8 +47,8 @@ class Source:
     """A store, or the rows of an SFT file without a teacher, in a mix."""
 
     data: Store | SFTRows
-    """SFT rows, opened by `nemo_kd.sft.reader.open_rows` with the stores' tokenizer and template,
-    are trained with cross-entropy only."""
+    """SFT rows, opened by `nemo_kd.sft.reader.open_rows` with the stores' tokenizer, are trained
+    with cross-entropy only."""
 
     alpha: float | None = None
     """Weight of the distillation for the samples of this store; None: that of the training."""
@@ -54,6 +57,11 @@ class Source:
     """Share of the draws, relative to the other sources; None in all: their numbers of samples."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.data, Store | SFTRows):
+            raise NemoKDError(
+                f"a source is a {type(self.data).__name__}: expected a Store, or rows opened by "
+                "nemo_kd.sft.reader.open_rows"
+            )
         if self.alpha is not None and not 0 <= self.alpha <= 1:
             raise NemoKDError(f"alpha={self.alpha} of {self.name}: expected a value in [0, 1]")
         if self.alpha and isinstance(self.data, SFTRows):
@@ -89,13 +97,14 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     pack. `packed` needs micro-batches of one pack, and no context parallelism.
 
     Errors: StoreError for samples that are too long (see `over_long` of `fit_lengths`), for a
-    temperature that was not dumped, and for stores of different tokenizers; NemoKDError for weights
-    of only some sources, and for packs of SFT rows.
+    temperature that was not dumped, and for sources of different tokenizers; NemoKDError for
+    weights of only some sources, for packs of SFT rows, and for a `seq_length` or `seed` that is no
+    integer in its range.
     """
 
     def __init__(
         self,
-        sources: Sequence[Source] | Store,
+        sources: Sources,
         *,
         seq_length: int,
         temperature: float = 1.0,
@@ -104,7 +113,9 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         packed: bool = False,
         shuffle: bool = True,
     ) -> None:
-        self.sources = [Source(sources)] if isinstance(sources, Store) else list(sources)
+        check_integers(1, seq_length=seq_length)
+        check_integers(0, seed=seed)
+        self.sources = _sources(sources)
         self.seq_length, self.temperature = seq_length, temperature
         self.seed, self.over_long, self.packed, self.shuffle = seed, over_long, packed, shuffle
         self._check()
@@ -113,16 +124,18 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         given = [source.weight for source in self.sources if source.weight is not None]
         self._blend = EndlessBlend(given or sizes)
         self._size = sum(sizes)
-        # Two entries per source, since a batch may extend into the next epoch.
-        self._order_of = lru_cache(maxsize=2 * len(sizes))(self._order)
+        self._orders = [
+            _Order(size, [seed, which] if which else [seed], shuffle)
+            for which, size in enumerate(sizes)
+        ]
 
     def __len__(self) -> int:
         return self._size
 
     def __getitem__(self, draw: int) -> Item:
+        check_integers(0, draw=draw)
         which, number = self._blend[draw]
-        epoch, position = divmod(number, len(self._readers[which]))
-        return self._readers[which][int(self._order_of(which, epoch)[position])]
+        return self._readers[which][self._orders[which][number]]
 
     @cached_property
     def own_positions(self) -> torch.Tensor | None:
@@ -141,6 +154,15 @@ class KDDataset(torch.utils.data.Dataset[Item]):
             "packed": self.packed,
             "shuffle": self.shuffle,
         }
+
+    @property
+    def vocab_size(self) -> int | None:
+        """The size of the stores' vocabulary; None without a store."""
+        return next((store.spec.vocab_size for store in self._stores), None)
+
+    @property
+    def _stores(self) -> list[Store]:
+        return [source.data for source in self.sources if isinstance(source.data, Store)]
 
     def check(self, config: KDConfig, *, training: bool = True) -> None:
         """Refuse stores from which the loss of `config` learns nothing, or only with a bias.
@@ -162,7 +184,7 @@ class KDDataset(torch.utils.data.Dataset[Item]):
             own,
         )
         mine = {name: x if own is None else x[:, own] for name, x in batch.items()}
-        return {**mine, "answers": answers}
+        return {**mine, "answers": answers, "vocab_size": self.vocab_size}
 
     def _padded(self, items: Sequence[Item]) -> Batch:
         shape = len(items), self.seq_length
@@ -194,15 +216,22 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         }
 
     def _check(self) -> None:
-        stores = [source.data for source in self.sources if isinstance(source.data, Store)]
         if not self.sources:
             raise NemoKDError("no store and no file to train on: give at least one Source")
-        for store in stores:
+        fingerprints = [_tokenizer(source) for source in self.sources]
+        known = next((each for each in fingerprints if each is not None), None)
+        for store in self._stores:
             store.check(
                 temperature=self.temperature,
-                tokenizer_fingerprint=stores[0].spec.tokenizer.get("fingerprint"),
-                vocab_size=stores[0].spec.vocab_size,
+                tokenizer_fingerprint=known,
+                vocab_size=self.vocab_size,
             )
+        for source, fingerprint in zip(self.sources, fingerprints, strict=True):
+            if fingerprint not in (None, known):
+                raise NemoKDError(
+                    f"{source.name} is tokenized by another tokenizer than {self.sources[0].name}: "
+                    "open its rows with the stores' tokenizer"
+                )
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
             raise NemoKDError(f"weights of the sources are {weights}: give all or none of them")
@@ -223,14 +252,27 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         samples = _Samples(source.data, source.alpha, self)
         return _Packed(samples, self) if self.packed else samples
 
-    def _order(self, which: int, epoch: int) -> NDArray[np.int64]:
-        """Return the items of a source in the order of an epoch."""
-        size = len(self._readers[which])
-        if not self.shuffle:
-            return np.arange(size)
-        return np.random.default_rng([self.seed, epoch, *([which] if which else [])]).permutation(
-            size
-        )
+
+class _Order:
+    """The items of a source in the order of endless epochs."""
+
+    def __init__(self, size: int, seed: list[int], shuffle: bool) -> None:
+        self.size, self.seed, self.shuffle = size, seed, shuffle
+        self._epochs: dict[int, NDArray[np.int64]] = {}
+
+    def __getitem__(self, number: int) -> int:
+        epoch, position = divmod(number, self.size)
+        return int(self._permutation(epoch)[position]) if self.shuffle else position
+
+    def _permutation(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._epochs:
+            # The last two, since a batch may extend into the next epoch.
+            self._epochs = {k: v for k, v in self._epochs.items() if k == epoch - 1}
+            seed, *which = self.seed
+            self._epochs[epoch] = np.random.default_rng([seed, epoch, *which]).permutation(
+                self.size
+            )
+        return self._epochs[epoch]
 
 
 class _Samples:
@@ -247,7 +289,10 @@ class _Samples:
     def __getitem__(self, index: int) -> Item:
         stored = self.store[int(self.fitting.used[index])]
         sample = truncate_prompt(stored, self.length)
-        return Item([sample], teacher_of(sample, self.temperature), self.alpha)
+        teacher = teacher_of(sample, self.temperature)
+        if self.alpha == 0:  # any loss may have draws with a weight of 0
+            teacher = replace(teacher, draws=False)
+        return Item([sample], teacher, self.alpha)
 
 
 class _Packed:
@@ -256,7 +301,9 @@ class _Packed:
     def __init__(self, samples: _Samples, dataset: KDDataset) -> None:
         self.samples = samples
         seed = dataset.seed if dataset.shuffle else None
-        self.packs = pack_samples(samples.store, samples.fitting, dataset.seq_length, seed).packs
+        self.packs = pack_samples(
+            samples.store, samples.fitting, dataset.seq_length, seed, samples.length
+        ).packs
 
     def __len__(self) -> int:
         return len(self.packs)
@@ -286,6 +333,43 @@ class _Rows:
         return Item([row], no_teacher(row.answers, self.temperature), 0.0)
 
 
-def _fingerprint(source: Source) -> str:
+Sources = Store | Source | Sequence[Store | Source]
+
+
+def _sources(given: Sources) -> list[Source]:
+    each = [given] if isinstance(given, Store | Source | str) else given
+    return [one if isinstance(one, Source) else Source(one) for one in each]
+
+
+def without_answers(item: Item) -> Item:
+    """Return the item with a loss mask of zeros: it adds nothing to any sum."""
+    parts = [replace(part, loss_mask=np.zeros_like(part.loss_mask)) for part in item.parts]
+    return Item(parts, no_teacher(0, item.teacher.temperatures[0]), 0.0)
+
+
+def check_integers(smallest: int, **values: object) -> None:
+    """Refuse values that are not integers of at least `smallest`.
+
+    Errors: NemoKDError, naming the value.
+    """
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < smallest:
+            raise NemoKDError(f"{name}={value!r}: expected an integer of at least {smallest}")
+
+
+def _tokenizer(source: Source) -> str | None:
+    """Return the fingerprint of the tokenizer of a source; None if it is not known."""
     data = source.data
-    return data.fingerprint if isinstance(data, Store) else data.file.sha256
+    if isinstance(data, Store):
+        fingerprint: str | None = data.spec.tokenizer.get("fingerprint")
+        return fingerprint
+    return None if data.tokenizer is None else tokenizer_fingerprint(data.tokenizer)
+
+
+def _fingerprint(source: Source) -> str:
+    """Return a hash of what determines the tokens of a source."""
+    data = source.data
+    if isinstance(data, Store):
+        return data.fingerprint
+    settings = {"file": data.file.sha256, "template": data.template, "by": _tokenizer(source)}
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

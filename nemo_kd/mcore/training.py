@@ -2,7 +2,7 @@
 
 `kd_forward_step` is the function that Megatron's schedules call for each micro-batch of
 `StoreBatches`. Megatron-LM and Megatron-Bridge train through the same schedules; their own forward
-steps can return `kd_loss`.
+steps can return the loss function of a `StepLoss`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 import torch
 from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.utils import get_model_config
 
 from nemo_kd.data import AnswerTokens
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule, sft_kd_loss
 from nemo_kd.mcore.dataset import Batch
+from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.mcore.metrics import NAMES, MetricSums, token_sums
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
@@ -57,16 +59,39 @@ class StepLoss:
                 "function that returns the current step and the number of training steps"
             )
 
-    def __call__(self, batch: Batch, *, training: bool) -> LossFunction:
+    def __call__(self, batch: Batch, model: Any) -> LossFunction:
         """Return the loss function of a micro-batch whose tensors are on the logits' device.
 
-        It maps logits [B, S, Vp], of this tensor- and context-parallel rank, to (Σ loss over the
-        micro-batch's answer tokens, their number, a report). Each term of the report is [Σ,
-        number] over the answer tokens, float32, of which Megatron-LM and Megatron-Bridge log the
-        quotient of their sums over micro-batches and ranks: `loss`, `sft_loss` and `kd_loss`, and
-        in evaluation the other metrics of `MetricSums`.
+        `model`, in its wrappers, is evaluated if it is in eval mode or no gradient is recorded.
+        The function maps logits [B, S, Vp], of this tensor- and context-parallel rank, to (Σ loss
+        over the micro-batch's answer tokens, their number, a report). Each term of the report is
+        [Σ, number] over the answer tokens, float32, of which Megatron-LM and Megatron-Bridge log
+        the quotient of their sums over micro-batches and ranks: `loss`, `sft_loss` and `kd_loss`,
+        and in evaluation the other metrics of `MetricSums`.
+
+        Errors: NemoKDError for a model whose logits are gathered from the tensor-parallel ranks,
+        and for stores of another vocabulary.
         """
-        return partial(self._loss, batch["labels"], batch["answers"], self._at(training), training)
+        self._check(batch, model)
+        training = model.training and torch.is_grad_enabled()
+        # Megatron guards a total of 0 tokens over the global batch, not that of a micro-batch.
+        fewest = 0 if get_model_config(model).calculate_per_token_loss else 1
+        config = self._at(training)
+        return partial(self._loss, batch["labels"], batch["answers"], config, training, fewest)
+
+    def _check(self, batch: Batch, model: Any) -> None:
+        stored = batch.get("vocab_size")
+        if stored not in (None, self.vocab_size):
+            raise NemoKDError(
+                f"vocab_size={self.vocab_size} of the loss, but the stores' vocabulary has "
+                f"{stored} ids: pass vocab_size=store.spec.vocab_size"
+            )
+        sharded = getattr(gpt_module(model), "parallel_output", True)
+        if not sharded and parallel_state.get_tensor_model_parallel_world_size() > 1:
+            raise NemoKDError(
+                "the model gathers its logits from the tensor-parallel ranks: build it with "
+                "parallel_output=True"
+            )
 
     def _at(self, training: bool) -> KDConfig:
         config = self.config
@@ -83,6 +108,7 @@ class StepLoss:
         answers: AnswerTokens,
         config: KDConfig,
         training: bool,
+        fewest: int,
         logits: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         topk = answers.topk
@@ -104,7 +130,7 @@ class StepLoss:
             self.sums.add(result)
         terms = token_sums(result).float()[:, : TRAINING_TERMS if training else None]
         report = dict(zip(NAMES, terms.unbind(1), strict=False))
-        number = max(len(answers.positions), 1)
+        number = max(len(answers.positions), fewest)
         divisor = torch.full((), number, dtype=torch.int, device=logits.device)
         return result.loss.sum(), divisor, report
 
@@ -118,11 +144,12 @@ def kd_forward_step(
 ) -> ForwardStep:
     """Return a `forward_step_func` for Megatron's schedules that trains or evaluates a `GPTModel`.
 
-    It evaluates if the model is in eval mode. The schedule divides the loss by the number of answer
-    tokens, of the micro-batch or, with `TransformerConfig.calculate_per_token_loss`, of the global
-    batch. Supports tensor, pipeline, sequence, expert and data parallelism, and context parallelism
-    if the model's attention does. Under a virtual pipeline each chunk of the model needs its own
-    `StoreBatches`. Arguments as in `StepLoss`.
+    It evaluates if the model is in eval mode or no gradient is recorded. The schedule divides the
+    loss by the number of answer tokens: of the global batch with
+    `TransformerConfig.calculate_per_token_loss`, else those of the micro-batch on this
+    context-parallel rank. Supports tensor, pipeline, sequence, expert and data parallelism, and
+    context parallelism if the model's attention does. Under a virtual pipeline each chunk of the
+    model needs its own `StoreBatches`. Arguments as in `StepLoss`.
     """
     loss = StepLoss(config, vocab_size, progress=progress, sums=sums)
 
@@ -132,7 +159,7 @@ def kd_forward_step(
         batch = on_device(next(iterator))
         forward = model.build_schedule_plan if return_schedule_plan else model
         output = forward(**model_inputs(batch))
-        return output, loss(batch, training=model.training)
+        return output, loss(batch, model)
 
     return step
 
@@ -141,7 +168,7 @@ def on_device(batch: Batch) -> Batch:
     """Copy the tensors of a micro-batch to this process's device, without waiting for it."""
     device = torch.cuda.current_device()
     return {
-        name: value if isinstance(value, int) else value.to(device, non_blocking=True)
+        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
         for name, value in batch.items()
     }
 

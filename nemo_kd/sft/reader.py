@@ -70,7 +70,8 @@ def open_rows(
         encoder = _nemos(nemos)(found, model)
     else:
         encoder, text = _encoder(found, model, say)
-    return SFTRows(file, encoder, model.max_seq_length, recorded(found, model, text), verbatim)
+    template = recorded(found, model, text)
+    return SFTRows(file, encoder, model.max_seq_length, template, verbatim, model.tokenizer)
 
 
 def recorded(

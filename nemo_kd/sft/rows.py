@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from nemo_kd.sft.files import RowFile
 from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.template import PromptTemplate
+from nemo_kd.sft.tokenizer import Tokenizer
 from nemo_kd.store.sample import Tokens
 
 Item_co = TypeVar("Item_co", covariant=True)
@@ -95,7 +96,8 @@ class SFTRows:
     """Random access to the tokenized rows of a file.
 
     `template`: the settings that determine the tokens, as a store records them. `verbatim`: the
-    rows of the file's text, if these are another reader's.
+    rows of the file's text, if these are another reader's. `tokenizer`: the one of the tokens; None
+    if it is not known.
     """
 
     samples_per_row = 1
@@ -107,9 +109,11 @@ class SFTRows:
         max_seq_length: int,
         template: Mapping[str, Any] | None = None,
         verbatim: SFTRows | None = None,
+        tokenizer: Tokenizer | None = None,
     ) -> None:
         self.file, self.encode, self.max_seq_length = file, encode, max_seq_length
         self.template, self.verbatim = dict(template or {}), verbatim
+        self.tokenizer = tokenizer
 
     def __len__(self) -> int:
         return len(self.file)

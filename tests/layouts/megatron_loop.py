@@ -17,6 +17,11 @@ cpu.install()
 
 import torch  # noqa: E402
 from megatron.core import parallel_state  # noqa: E402
+from megatron.core.distributed import (  # noqa: E402
+    DistributedDataParallel,
+    DistributedDataParallelConfig,
+)
+from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
 from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.mamba import MambaModel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
@@ -37,13 +42,21 @@ from nemo.collections.common.tokenizers.sentencepiece_tokenizer import (  # noqa
 
 from nemo_kd.errors import NemoKDError  # noqa: E402
 from nemo_kd.loss import KDConfig, KDSchedule  # noqa: E402
-from nemo_kd.mcore import MetricSums, Source, StoreBatches, kd_forward_step  # noqa: E402
+from nemo_kd.mcore import (  # noqa: E402
+    EvaluationBatches,
+    KDDataset,
+    MetricSums,
+    Source,
+    StoreBatches,
+    kd_forward_step,
+)
 from nemo_kd.mcore.training import model_inputs  # noqa: E402
 from nemo_kd.sft.config import RowConfig  # noqa: E402
 from nemo_kd.sft.files import open_files  # noqa: E402
 from nemo_kd.sft.reader import Model, open_rows  # noqa: E402
 from nemo_kd.sft.rows import SFTRows  # noqa: E402
 from nemo_kd.store import Store  # noqa: E402
+from tests.store.samples import sample, spec, write  # noqa: E402
 
 LENGTH, BATCH = 127, 4
 Report = dict[str, float]
@@ -257,7 +270,59 @@ def megatrons_step(
     return losses, loss
 
 
-def refusals(store: Store, rows: SFTRows) -> dict[str, str]:
+def empty_micro_batches(directory: Path) -> dict[str, Any]:
+    """Norm of the gradient of one sample with answers among three without, in two splits."""
+    of = spec(vocab_size=500, rows_per_shard=4)
+    samples = [sample(0, of, answers=4), *(sample(row, of, answers=0) for row in (1, 2, 3))]
+    store = Store(write(directory, of, samples))
+    found = {}
+    for size in (1, 4):
+        config = DistributedDataParallelConfig()
+        plain: Any = student(finalize_model_grads_func=finalize_model_grads)
+        model = DistributedDataParallel(plain.config, config, plain)
+        get_forward_backward_func()(
+            forward_step_func=kd_forward_step(KDConfig(), 500),
+            data_iterator=batches_of(store, micro_batch_size=size),
+            model=model,
+            num_microbatches=BATCH // size,
+            seq_length=LENGTH,
+            micro_batch_size=size,
+            forward_only=False,
+        )
+        found[str(size)] = float(sum(p.main_grad.norm() ** 2 for p in plain.parameters()) ** 0.5)
+    return found
+
+
+def long_pack(directory: Path) -> list[list[int]]:
+    """The boundaries of the packs of samples of 16 and 1 inputs, in packs of 16."""
+    of = spec(vocab_size=500, rows_per_shard=4)
+    samples = [sample(0, of, answers=14), sample(1, of, answers=1, prompt=1)]
+    batches = batches_of(
+        Store(write(directory, of, samples)), packed=True, seq_length=16, global_batch_size=2
+    )
+    return [next(batches)["cu_seqlens"].tolist() for _ in range(2)]
+
+
+def whole_evaluation(store: Store) -> dict[str, Any]:
+    """Tokens and loss of two evaluations in batches of 4, and of one in batches of 1."""
+    found = {}
+    for size, rounds in ((4, 2), (1, 1)):
+        dataset = KDDataset(store, seq_length=LENGTH, shuffle=False)
+        batches = EvaluationBatches(dataset, micro_batch_size=1, global_batch_size=size)
+        sums = MetricSums()
+        step = kd_forward_step(KDConfig(), 500, sums=sums)
+        model = student().eval()
+        tokens = []
+        for _ in range(rounds):
+            sums.reset()
+            run(step, batches, model, batches.steps * size)
+            assert sums.sums is not None
+            tokens.append(float(sums.sums[1, 0]))
+        found[str(size)] = {"tokens": tokens, **sums.means()}
+    return found
+
+
+def refusals(store: Store, rows: SFTRows, other: Store) -> dict[str, str]:
     wrong: dict[str, Callable[[], Any]] = {
         "batch_of_packs": lambda: next(
             batches_of(store, packed=True, seq_length=300, micro_batch_size=2)
@@ -270,6 +335,13 @@ def refusals(store: Store, rows: SFTRows) -> dict[str, str]:
         "schedule": lambda: kd_forward_step(KDSchedule(alpha_end=0.5), 500),
         "long_rows": lambda: batches_of([Source(rows)], seq_length=100),
         "temperature": lambda: batches_of(store, temperature=3.0),
+        "size": lambda: batches_of(store, micro_batch_size=-1),
+        "consumed": lambda: batches_of(store, consumed_samples=-4),
+        "type": lambda: batches_of("store"),
+        "vocabulary": lambda: run(
+            kd_forward_step(KDConfig(), 504), batches_of(store), student(), BATCH
+        ),
+        "tokenizer": lambda: batches_of([Source(other), Source(rows)]),
     }
     found = {}
     for name, call in wrong.items():
@@ -297,7 +369,10 @@ def main(tiny: Path, directory: Path, heldout: Path, out: Path) -> None:
         "resumed": resumed(store),
         "experts": mixture_of_experts(store),
         "hybrid": hybrid_student(store),
-        "refusals": refusals(store, rows),
+        "empty": empty_micro_batches(out.parent / "empty"),
+        "long_pack": long_pack(out.parent / "long"),
+        "whole_evaluation": whole_evaluation(Store(heldout)),
+        "refusals": refusals(store, rows, Store(out.parent / "long")),
     }
     out.write_text(json.dumps(result))
 

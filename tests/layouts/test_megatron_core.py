@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -109,7 +110,7 @@ def test_the_page_has_the_matrix_of_every_version() -> None:
 def test_the_matrix_says_what_is_missing_or_differs() -> None:
     first = {ONE: [[2.0, 1.0]], DUMP: "00"}
     found = {ONE: [[2.0, 1.00002]], "PP 2": {"error": "died"}, DUMP: "01"}
-    rows = [
+    rows: list[dict[str, Any]] = [
         {"environment": "A", "missing": "A needs Python 3.12"},
         {"environment": "B", "cells": compared(found, first)},
     ]

@@ -77,6 +77,20 @@ def test_a_hybrid_model_learns_with_megatrons_own_gradient(found: dict[str, Any]
     assert losses[-1]["kd_loss"] < losses[0]["kd_loss"]
 
 
+def test_micro_batches_without_answers_change_no_gradient(found: dict[str, Any]) -> None:
+    assert found["empty"]["1"] == pytest.approx(found["empty"]["4"], rel=1e-5)
+
+
+def test_packs_hold_no_more_than_their_length(found: dict[str, Any]) -> None:
+    assert sorted(found["long_pack"]) == [[0, 1, 16], [0, 16]]
+
+
+def test_an_evaluation_has_every_sample_once(found: dict[str, Any]) -> None:
+    of_four, of_one = found["whole_evaluation"]["4"], found["whole_evaluation"]["1"]
+    assert of_four.pop("tokens") == of_one.pop("tokens") * 2
+    assert of_four == pytest.approx(of_one, abs=SPLIT)
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -89,6 +103,11 @@ def test_a_hybrid_model_learns_with_megatrons_own_gradient(found: dict[str, Any]
         ("schedule", "pass progress"),
         ("long_rows", "more than seq_length + 1 = 101"),
         ("temperature", "temperature=3.0 was not dumped"),
+        ("size", "micro_batch_size=-1: expected an integer of at least 1"),
+        ("consumed", "consumed_samples=-4: expected an integer of at least 0"),
+        ("type", "a source is a str: expected a Store"),
+        ("vocabulary", "pass vocab_size=store.spec.vocab_size"),
+        ("tokenizer", "open its rows with the stores' tokenizer"),
     ],
 )
 def test_what_cannot_be_trained_is_refused(found: dict[str, Any], name: str, words: str) -> None:

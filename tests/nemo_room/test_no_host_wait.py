@@ -62,7 +62,7 @@ class Stage(torch.nn.Module):
 
     post_process = True
     share_embeddings_and_output_weights = False
-    config = SimpleNamespace(sequence_parallel=False)
+    config = SimpleNamespace(sequence_parallel=False, calculate_per_token_loss=True)
 
     def __init__(self) -> None:
         super().__init__()
@@ -101,6 +101,6 @@ def test_megatron_cores_loss_function_never_waits(training: bool) -> None:
         logits = torch.randn(B, S, VP, requires_grad=True)
         labels = torch.zeros(B, S, dtype=torch.int64)
         batch = {"labels": labels, "answers": answers(False)}
-        loss, count, report = StepLoss(kd, V)(batch, training=training)(logits * 1)
+        loss, count, report = StepLoss(kd, V)(batch, Stage().train(training))(logits * 1)
         (loss / count).backward()
         assert logits.grad is not None and report["kd_loss"].shape == (2,)
