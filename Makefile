@@ -17,7 +17,7 @@ TORCH_INDEX_URL ?=
 PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
 INSTALL = $(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch -e
 
-.PHONY: help install demo experiments test test-unit test-all test-pins matrix lint docs clean
+.PHONY: help install demo experiments test test-unit test-all test-pins matrix gpu lint docs clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 12
@@ -88,11 +88,16 @@ matrix: $(DEV)  ## train on every supported NeMo and Megatron-core; can be inter
 test-pins: $(DEV)  ## check constraints.txt against the package index: pip and uv, Python 3.11 and 3.12
 	$(BIN)/python -m pytest -n $(WORKERS) -m index tests/distribution/test_pins.py
 
+# Nothing is installed for it: a GPU machine has its own torch.
+GPU_PYTHON ?= python3
+gpu:  ## check and time the loss on a GPU, less than 10 minutes: docs/gpu.md
+	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu.run
+
 lint: $(DEV)  ## run ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/hadolint Dockerfile Dockerfile.cpu
-	$(BIN)/shellcheck --external-sources .ci/run examples/slurm/*.sh examples/slurm/*.sbatch tests/slurm/*.sh
+	$(BIN)/shellcheck --external-sources .ci/run benchmarks/gpu/*.sh examples/slurm/*.sh examples/slurm/*.sbatch tests/slurm/*.sh
 	$(BIN)/mypy
 
 docs: $(DEMO)  ## build the documentation in outputs/site

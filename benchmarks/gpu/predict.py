@@ -37,8 +37,10 @@ TOPK_BYTES = {
     "copy to float32": LOGIT + 4,
     "largest of each block": 4,
     "maximum": 4,
-    "softmax": 8,
-    "its sum and its largest": 8,
+    "difference from it": 8,
+    "scale": 8,
+    "exponential": 8,
+    "sum": 4,
 }
 """Per column in `vocab_parallel_topk`, one temperature."""
 TEACHERS = ((1.2e9, 128_256), (8e9, 128_256), (70.6e9, 128_256), (405e9, 128_256))
