@@ -12,7 +12,7 @@ from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
-from nemo_kd.mcore.dataset import Batch, Item, KDDataset, Source, without_answers
+from nemo_kd.mcore.dataset import Batch, Item, KDDataset, Source
 from nemo_kd.sft.tokenizer import HFTokenizer, first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
 
@@ -159,5 +159,4 @@ class EvaluationItems(TrainingItems):
         self.one = one
 
     def __getitem__(self, draw: int) -> Item:
-        number = draw % self.one
-        return self.data[number] if number < len(self.data) else without_answers(self.data[0])
+        return self.data.evaluated(draw, self.one)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,44 +10,13 @@ import torch
 from nemo_kd.bridge import cpu
 from nemo_kd.bridge.recipe import provider_of
 from nemo_kd.errors import NemoKDError
-from nemo_kd.mcore.layout import layout
-from nemo_kd.mcore.teacher import TopKForward
-from nemo_kd.mcore.writer import MegatronWriter
+from nemo_kd.mcore.loading import DTYPES, MegatronTeacher
 from nemo_kd.sft.tokenizer import HFTokenizer
-from nemo_kd.store import StoreSpec
 from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig
-from nemo_kd.teacher.generation.step import Decoding
-
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-"""Dtype of weights and computation, by the part of `trainer.precision` before the dash."""
 
 
-class BridgeTeacher:
-    """A `teacher.interface.Teacher` on any tensor, pipeline and sequence layout."""
-
-    sep_id = 49704  # NeMo's default, so that rows have the same tokens as with a NeMo teacher
-    virtual_tokens = 0
-    identity = None
-
-    def __init__(self, model: Any, provider: Any, path: Path) -> None:
-        self.model, self.layout = model, layout()
-        self.tokenizer = HFTokenizer(path)
-        self.tokenizer_origin = {"library": "huggingface", "path": str(path.absolute())}
-        learned = provider.position_embedding_type == "learned_absolute"
-        self.max_positions: int | None = provider.seq_length if learned else None
-
-    def regime(self, positions: int) -> int:
-        return 0
-
-    def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> TopKForward:
-        return TopKForward(self.model, spec, self.layout, rows_per_lm_head)
-
-    def writer(self, spec: StoreSpec, decoding: Decoding) -> MegatronWriter:
-        return MegatronWriter(self.model, spec, self.layout, decoding)
-
-
-def load_teacher(config: DumpConfig) -> BridgeTeacher:
+def load_teacher(config: DumpConfig) -> MegatronTeacher:
     """Load the Hugging Face directory `model.restore_from_path` by Bridge, in `trainer.precision`.
 
     Starts the process groups of the layout in `model`, over the processes that were launched.
@@ -60,7 +28,14 @@ def load_teacher(config: DumpConfig) -> BridgeTeacher:
     _start(provider)
     (model,) = provider.provide_distributed_model(wrap_with_ddp=False)
     model.eval().requires_grad_(False)
-    return BridgeTeacher(model, provider, config.model.checkpoint)
+    path = config.model.checkpoint
+    learned = provider.position_embedding_type == "learned_absolute"
+    return MegatronTeacher(
+        model,
+        HFTokenizer(path),
+        str(path.absolute()),
+        max_positions=provider.seq_length if learned else None,
+    )
 
 
 def _set(provider: Any, config: DumpConfig) -> None:

@@ -15,7 +15,6 @@ from nemo_kd.mcore.dataset import (
     KDDataset,
     Sources,
     check_integers,
-    without_answers,
 )
 from nemo_kd.store import StoreError
 
@@ -113,10 +112,7 @@ class EvaluationBatches(KDBatches):
         return -(-len(self.dataset) // self.global_batch_size)
 
     def _item(self, draw: int) -> Item:
-        number = draw % (self.steps * self.global_batch_size)
-        if number < len(self.dataset):
-            return self.dataset[number]
-        return without_answers(self.dataset[0])
+        return self.dataset.evaluated(draw, self.steps * self.global_batch_size)
 
     def _check_size(self) -> None:
         """Accept any size."""

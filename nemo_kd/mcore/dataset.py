@@ -142,6 +142,14 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         """This context-parallel rank's positions, for process groups that start after the check."""
         return own_positions(self.seq_length)
 
+    def evaluated(self, draw: int, size: int) -> Item:
+        """Return an item of evaluations of `size` items each, which start at the first item.
+
+        Beyond the last item of the data set: one without an answer token.
+        """
+        number = draw % size
+        return self[number] if number < len(self) else without_answers(self[0])
+
     @property
     def identity(self) -> dict[str, Any]:
         """What determines the sequence of items, for comparison when a run is resumed."""

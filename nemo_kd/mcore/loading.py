@@ -21,6 +21,7 @@ from nemo_kd.mcore.teacher import TopKForward
 from nemo_kd.mcore.weights import load_weights
 from nemo_kd.mcore.writer import MegatronWriter
 from nemo_kd.settings.batches import processes_of
+from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.teacher import processes
@@ -40,13 +41,18 @@ class MegatronTeacher:
     virtual_tokens = 0
 
     def __init__(
-        self, model: GPTModel, opened: Opened, identity: Mapping[str, Any] | None = None
+        self,
+        model: GPTModel,
+        tokenizer: HFTokenizer,
+        tokenizer_path: str | None,
+        *,
+        max_positions: int | None,
+        identity: Mapping[str, Any] | None = None,
     ) -> None:
         self.model, self.identity = model, identity
         self.layout = layout()
-        self.tokenizer = opened.tokenizer
-        self.tokenizer_origin = {"library": "huggingface", "path": opened.tokenizer_path}
-        self.max_positions = opened.settings.max_positions
+        self.tokenizer, self.max_positions = tokenizer, max_positions
+        self.tokenizer_origin = {"library": "huggingface", "path": tokenizer_path}
 
     def regime(self, positions: int) -> int:
         return 0
@@ -80,7 +86,13 @@ def load_teacher(config: DumpConfig) -> MegatronTeacher:
     )
     load_weights([model], opened.tensors)
     model = model.eval().requires_grad_(False)
-    return MegatronTeacher(model, opened, _identity(opened, config))
+    return MegatronTeacher(
+        model,
+        opened.tokenizer,
+        opened.tokenizer_path,
+        max_positions=opened.settings.max_positions,
+        identity=_identity(opened, config),
+    )
 
 
 def _precision(config: DumpConfig) -> dict[str, Any]:

@@ -18,11 +18,17 @@ import torch
 EXAMPLE = Path(__file__).parent.parent.parent / "examples/megatron_core/train.py"
 
 
-def main() -> None:
-    spec = importlib.util.spec_from_file_location("train", EXAMPLE)
+def loaded(program: Path) -> Any:
+    """The module of a program."""
+    spec = importlib.util.spec_from_file_location(program.stem, program)
     assert spec and spec.loader
-    train: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(train)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def main() -> None:
+    train = loaded(EXAMPLE)
     build = train.student
 
     def student(args: argparse.Namespace, vocab_size: int) -> list[torch.nn.Module]:

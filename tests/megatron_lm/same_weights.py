@@ -7,21 +7,17 @@ Megatron-LM's own second line of a run has the mean of the first two steps, in s
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
 
-from tests.layouts.same_weights import draw
+from tests.layouts.same_weights import draw, loaded
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples/megatron_lm/pretrain_gpt_kd.py"
 
 
 def main() -> None:
-    spec = importlib.util.spec_from_file_location("pretrain_gpt_kd", EXAMPLE)
-    assert spec and spec.loader
-    example: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(example)
+    example = loaded(EXAMPLE)
     example.cpu.install_megatron_lm()
     from megatron.training import get_args, training
 
