@@ -90,8 +90,9 @@ test-pins: $(DEV)  ## check constraints.txt against the package index: pip and u
 
 # Nothing is installed for it: a GPU machine has its own torch.
 GPU_PYTHON ?= python3
-gpu:  ## check and time the loss on a GPU, less than 10 minutes: docs/gpu.md
-	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu.run
+GPU_PARTS ?=
+gpu:  ## check and time the product on a GPU, less than 10 minutes: docs/gpu.md
+	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu.run $(GPU_PARTS)
 
 lint: $(DEV)  ## run ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .

@@ -1,47 +1,44 @@
-"""The computations that `run` times: ours, and those of whatever other package is installed.
+"""The computations that are timed: ours, and those of whatever other package is installed.
 
 Each function returns {name: step}, or for a package that cannot be used {name: the reason}. A step
-is forward + backward, except for top-K.
-
-    python -m benchmarks.gpu.candidates cpu     # run each of them twice, with a small shape
+is forward + backward, except for the teacher's top-K.
 """
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from functools import partial
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from benchmarks.gpu.others import Steps, dense_teacher, of_hidden, of_logits, optional
+from benchmarks.gpu.sizes import Sizes
+from benchmarks.gpu.timing import Row, Step, milliseconds, timed
 from nemo_kd.loss import KDConfig, TopK, kernels, linear_sft_kd_loss, sft_kd_loss, torch_kernels
 from nemo_kd.loss.topk import vocab_parallel_topk
 
-Step = Callable[[], object]
-K = 100
 
-
-def inputs(n: int, v: int, device: str) -> tuple[Tensor, TopK]:
+def inputs(n: int, v: int, k: int, device: str) -> tuple[Tensor, TopK]:
     """labels [n] and a teacher with random ids."""
     labels = torch.randint(v, (n,), device=device)
-    spacing = v // (4 * K)
-    ids = torch.rand(n, 4 * K, device=device).argsort(-1)[:, :K] * spacing
-    logits = torch.randn(n, K, device=device).sort(-1, descending=True).values
+    spacing = v // (4 * k)
+    ids = torch.rand(n, 4 * k, device=device).argsort(-1)[:, :k] * spacing
+    logits = torch.randn(n, k, device=device).sort(-1, descending=True).values
     return labels, TopK(ids=ids, logits=logits, logsumexp=torch.full((n,), 6.0, device=device))
 
 
-def losses(n: int, v: int, device: str) -> dict[str, Step | str]:
-    """SFT + KD on bf16 logits [n, v] and others' cross-entropy; logits may be overwritten."""
+def losses(n: int, v: int, k: int, device: str) -> Steps:
+    """SFT + KD on bf16 logits [n, v] and others' losses; logits may be overwritten."""
     leaf = torch.randn(n, v, device=device, dtype=torch.bfloat16).requires_grad_()
-    labels, teacher = inputs(n, v, device)
+    labels, teacher = inputs(n, v, k, device)
 
     def step(loss: Callable[[Tensor], Tensor]) -> Step:
         def run() -> None:
-            leaf.grad = None
             loss(leaf.view_as(leaf)).backward()  # not a leaf: its memory may be reused
+            leaf.grad = None  # part of the step's memory
 
         return run
 
@@ -63,13 +60,12 @@ def losses(n: int, v: int, device: str) -> dict[str, Step | str]:
             step(ours)()
 
     def dense(z: Tensor) -> Tensor:
-        target = torch.full_like(z, -30.0, dtype=torch.float32)
-        target = target.scatter_(1, teacher.ids, teacher.logits).log_softmax(-1)
+        target = dense_teacher(teacher, z)
         student = z.float().log_softmax(-1)
         kd = functional.kl_div(student, target, reduction="none", log_target=True).sum(-1)
         return 0.5 * functional.nll_loss(student, labels) + 0.5 * kd.mean()
 
-    return {
+    found: Steps = {
         "ours": step(ours),
         "ours, two temperatures": step(two_temperatures),
         "ours, plain torch": in_torch,
@@ -77,43 +73,22 @@ def losses(n: int, v: int, device: str) -> dict[str, Step | str]:
             lambda z: functional.cross_entropy(z.float(), labels)
         ),
         "dense KD + cross-entropy": step(dense),
-        **optional("Megatron's cross-entropy", lambda: step(megatron(labels))),
-        **optional("Liger's cross-entropy", lambda: step(liger(labels))),
     }
+    for name, make in of_logits(labels, teacher).items():
+        found |= optional(name, lambda make=make: step(make()))
+    return found
 
 
-def megatron(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    import tempfile
-
-    from megatron.core import parallel_state
-    from megatron.core.tensor_parallel import vocab_parallel_cross_entropy
-
-    if not torch.distributed.is_initialized():
-        store = torch.distributed.FileStore(tempfile.mkstemp()[1], 1)
-        backend = "nccl" if labels.is_cuda else "gloo"
-        torch.distributed.init_process_group(backend, store=store, rank=0, world_size=1)
-    if not parallel_state.model_parallel_is_initialized():
-        parallel_state.initialize_model_parallel()
-    return lambda z: vocab_parallel_cross_entropy(z, labels).mean()
-
-
-def liger(labels: Tensor) -> Callable[[Tensor], Tensor]:
-    from liger_kernel.transformers import LigerCrossEntropyLoss
-
-    loss = LigerCrossEntropyLoss()
-    return lambda z: loss(z * 1, labels)
-
-
-def heads(n: int, v: int, h: int, device: str) -> dict[str, Step | str]:
+def heads(n: int, v: int, h: int, k: int, device: str) -> Steps:
     """LM head and loss of bf16 hidden [n, h]: gradients of hidden and weight."""
     hidden = torch.randn(n, h, device=device, dtype=torch.bfloat16).requires_grad_()
     weight = (torch.randn(v, h, device=device, dtype=torch.bfloat16) / h**0.5).requires_grad_()
-    labels, teacher = inputs(n, v, device)
+    labels, teacher = inputs(n, v, k, device)
 
     def step(loss: Callable[[], Tensor]) -> Step:
         def run() -> None:
-            hidden.grad = weight.grad = None
             loss().backward()
+            hidden.grad = weight.grad = None  # part of the step's memory
 
         return run
 
@@ -127,46 +102,76 @@ def heads(n: int, v: int, h: int, device: str) -> dict[str, Step | str]:
         z = functional.linear(hidden, weight)
         return sft_kd_loss(z, labels, teacher, KDConfig(), inplace=True).loss.mean()
 
-    def liger_fused() -> Step:
-        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    def cross_entropy() -> Tensor:
+        return functional.cross_entropy(functional.linear(hidden, weight).float(), labels)
 
-        loss = LigerFusedLinearCrossEntropyLoss()
-        return step(lambda: loss(weight, hidden, labels))
-
-    return {
+    found: Steps = {
         "ours, fused": step(fused),
         "ours, separate": step(separate),
-        **optional("Liger's fused cross-entropy", liger_fused),
+        "linear + PyTorch's cross-entropy, float32": step(cross_entropy),
     }
+    for name, make in of_hidden(hidden, weight, labels).items():
+        found |= optional(name, lambda make=make: step(make()))
+    return found
 
 
-def topks(n: int, v: int, device: str) -> dict[str, Step | str]:
-    """The teacher's top-K of bf16 logits [n, v]."""
+def topks(n: int, v: int, k: int, device: str) -> Steps:
+    """The teacher's top-K and sampling of bf16 logits [n, v]."""
     logits = torch.randn(n, v, device=device, dtype=torch.bfloat16)
 
     def plain() -> None:
-        logits.topk(K, -1)
+        logits.topk(k, -1)
         logits.float().logsumexp(-1)
 
-    return {"ours": lambda: vocab_parallel_topk(logits, K), "torch.topk + logsumexp": plain}
+    def sampling() -> Step:
+        from nemo_kd.teacher.sampling import vocab_parallel_sample
+
+        uniform = torch.rand(n, dtype=torch.float64, device=device)
+
+        def run() -> None:  # in pieces: it needs 8 bytes per logit, several times
+            for part, numbers in zip(logits.split(1024), uniform.split(1024), strict=True):
+                vocab_parallel_sample(part, k, numbers)
+
+        return run
+
+    return {
+        "ours": lambda: vocab_parallel_topk(logits, k),
+        "ours, two temperatures": lambda: vocab_parallel_topk(logits, k, temperatures=(1.0, 2.0)),
+        "torch.topk + logsumexp": plain,
+        **optional("ours, sampling", sampling),
+    }
 
 
-def optional(name: str, make: Callable[[], Any]) -> dict[str, Step | str]:
-    """{name: the step, or why there is none}."""
-    try:
-        return {name: make()}
-    except Exception as error:  # whatever another package's import raises
-        return {name: f"{type(error).__name__}: {error}".splitlines()[0]}
+def loss(sizes: Sizes) -> Iterator[Row]:
+    """Times of the losses, and what share of a copy's bandwidth ours reach."""
+    from benchmarks.gpu.predict import loss_bytes
+
+    bandwidth = copy_bandwidth(sizes)
+    yield {"what": f"copy of {sizes.copied:,} bytes", "TB/s": round(bandwidth / 1e12, 2)}
+    for n, v in sizes.losses:
+        make = partial(losses, n, v, sizes.k, sizes.device)
+        for row in timed(make, f"({n:,}, {v:,})", sizes.device):
+            if row["what"] in ("ours", "ours, two temperatures") and "ms" in row:
+                moved = n * loss_bytes(v)
+                row["of the copy's bandwidth"] = round(moved / row["ms"] * 1e3 / bandwidth, 2)
+            yield row
 
 
-def main(device: str) -> None:
-    tables = (losses(8, 1000, device), heads(8, 1000, 16, device), topks(8, 1000, device))
-    for table, steps in zip(("loss", "head", "top-K"), tables, strict=True):
-        for name, step in steps.items():
-            for _ in range(0 if isinstance(step, str) else 2):
-                step()
-            print(f"{name} ({table}): {step if isinstance(step, str) else 'done'}")
+def head(sizes: Sizes) -> Iterator[Row]:
+    for n, v, h in sizes.heads:
+        make = partial(heads, n, v, h, sizes.k, sizes.device)
+        yield from timed(make, f"({n:,}, {v:,}, {h:,})", sizes.device)
 
 
-if __name__ == "__main__":
-    main(sys.argv[1])
+def topk(sizes: Sizes) -> Iterator[Row]:
+    for n, v in sizes.topks:
+        make = partial(topks, n, v, sizes.k, sizes.device)
+        yield from timed(make, f"({n:,}, {v:,})", sizes.device)
+
+
+def copy_bandwidth(sizes: Sizes) -> float:
+    """Bytes read and written per second by a copy."""
+    source = torch.empty(sizes.copied, dtype=torch.uint8, device=sizes.device)
+    target = torch.empty_like(source)
+    ms = milliseconds(lambda: target.copy_(source), sizes.device)
+    return 2 * sizes.copied / (max(ms, 1e-3) / 1e3)

@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
 # Collect wheels for a GPU machine without a network: benchmarks/gpu/pack.sh [DIRECTORY [3.12]]
-# Megatron-core first, Liger if it fits in 50 MB; for Linux on x86-64 and the Python given.
+# Megatron-core first, then what stores and dumps need, Liger if it fits in 50 MB; for Linux on
+# x86-64 and the Python given.
 # There: python3 -m pip install --no-index --no-deps DIRECTORY/*.whl
 set -euo pipefail
 out=${1:-outputs/gpu/wheels}
 python=${2:-3.12}
 limit=$((50 * 1000 * 1000))
 mkdir -p "$out"
-for package in megatron-core liger-kernel; do
+for package in megatron-core msgspec rich pygments markdown-it-py mdurl packaging liger-kernel; do
   new=$(mktemp -d)
   if python3 -m pip download --quiet --no-deps --only-binary :all: --python-version "$python" \
       --platform manylinux_2_28_x86_64 --platform manylinux2014_x86_64 --dest "$new" "$package"; then

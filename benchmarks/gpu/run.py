@@ -1,28 +1,34 @@
-"""Check and time the loss, the fused head and the top-K on one GPU: `make gpu`.
+"""Check and time everything that one GPU can show: `make gpu`.
 
-    python3 -m benchmarks.gpu.run       # gpu.json and gpu.md in $OUT, or in outputs/gpu
+    python3 -m benchmarks.gpu.run            # gpu.json and gpu.md in $OUT, or in outputs/gpu
+    python3 -m benchmarks.gpu.run loss head  # these parts only
 
-Needs CUDA and a Python with torch, Triton, numpy and pytest. Each result is written as soon as it
-exists; a part that cannot run is listed with the reason.
+Needs CUDA and a Python with torch, Triton, numpy and pytest. Parts are processes of their own, with
+a limit of seconds each; all together end after `SECONDS`. Each result is written as soon as it
+exists; what cannot run is listed with the reason.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from benchmarks.gpu.parts import PARTS, ROW
+
 ROOT = Path(__file__).parents[2]
 NEEDED = ("torch", "triton", "numpy", "pytest")
-LOSSES = [(n, v) for v in (49_152, 128_256, 151_936, 262_144) for n in (4096, 8192, 32_768)]
-HEADS = ((8192, 49_152, 576), (8192, 128_256, 4096))
-TOPKS = ((8192, 49_152), (8192, 128_256))
+OTHERS = ("megatron.core", "transformer_engine", "transformers", "liger_kernel", "nemo")
+SECONDS = 580
 Row = dict[str, Any]
 
 
@@ -36,117 +42,62 @@ def missing() -> str | None:
     return None if torch.cuda.is_available() else "a GPU that torch can use (CUDA)"
 
 
-def correct() -> Iterator[Row]:
-    """The checks against float64, each in a process of its own."""
-    checks = [sys.executable, "-m", "benchmarks.gpu.checks", "cuda"]
-    yield {"what": "against float64 and plain torch", **outcome(checks)}
-    sanitizer = shutil.which("compute-sanitizer")
-    if sanitizer is None:
-        yield {"what": "compute-sanitizer", "not run": "compute-sanitizer is not on PATH"}
-    else:
-        command = [sanitizer, "--error-exitcode", "3", *checks, "small"]
-        yield {"what": "compute-sanitizer, small case", **outcome(command)}
-
-
-def outcome(command: list[str]) -> Row:
-    try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
-    except subprocess.TimeoutExpired:
-        return {"result": "failed: no end after 200 s"}
-    lines = (done.stdout if done.returncode == 0 else done.stdout + done.stderr).splitlines()
-    text = "; ".join(lines) if done.returncode == 0 else "failed: " + " ".join(lines[-3:])
-    return {"result": text}
-
-
-def loss() -> Iterator[Row]:
-    from benchmarks.gpu.candidates import losses
-    from benchmarks.gpu.predict import loss_bytes
-
-    bandwidth = copy_bandwidth()
-    yield {"what": "copy of 1 GiB", "TB/s": round(bandwidth / 1e12, 2)}
-    for n, v in LOSSES:
-        for row in timed(lambda n=n, v=v: losses(n, v, "cuda"), f"({n:,}, {v:,})"):
-            if row["what"].startswith("ours") and "plain" not in row["what"] and "ms" in row:
-                moved = n * loss_bytes(v)
-                row["of the copy's bandwidth"] = round(moved / row["ms"] * 1e3 / bandwidth, 2)
-            yield row
-
-
-def head() -> Iterator[Row]:
-    from benchmarks.gpu.candidates import heads
-
-    for n, v, h in HEADS:
-        yield from timed(lambda n=n, v=v, h=h: heads(n, v, h, "cuda"), f"({n:,}, {v:,}, {h:,})")
-
-
-def topk() -> Iterator[Row]:
-    from benchmarks.gpu.candidates import topks
-
-    for n, v in TOPKS:
-        yield from timed(lambda n=n, v=v: topks(n, v, "cuda"), f"({n:,}, {v:,})")
-
-
-def timed(make: Callable[[], dict[str, Any]], shape: str) -> Iterator[Row]:
-    """The median time of each candidate, and its peak memory beyond the inputs."""
-    import torch
-    from triton.testing import do_bench
-
-    torch.cuda.empty_cache()
-    try:
-        candidates = make()
-    except torch.OutOfMemoryError:
-        yield {"shape": shape, "what": "inputs", "not run": "out of memory"}
-        return
-    for name, step in candidates.items():
-        row: Row = {"shape": shape, "what": name}
+def rows_of(name: str, seconds: float, log: Path, tiny: bool = False) -> Iterator[Row]:
+    """Run a part; yield its results as they come. Other output goes to `log`."""
+    command = [sys.executable, "-m", "benchmarks.gpu.parts", name, *(["tiny"] if tiny else [])]
+    with log.open("w") as errors:
+        part = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            start_new_session=True,  # with the processes that it starts
+        )
+        timer = threading.Timer(seconds, kill, [part])
+        timer.start()
+        what = "all"
         try:
-            yield row | ({"not run": step} if isinstance(step, str) else measured(step, do_bench))
-        except Exception as error:  # one candidate's failure is a result, too
-            torch.cuda.empty_cache()
-            yield row | {"not run": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+            assert part.stdout is not None
+            for line in part.stdout:
+                if line.startswith(ROW):
+                    yield json.loads(line.removeprefix(ROW))
+                    what = "the rest"
+            code = part.wait()
+        finally:
+            timer.cancel()
+            kill(part)
+    if code == -signal.SIGKILL:
+        yield {"what": what, "not run": f"no time: stopped after {seconds:.0f} s"}
+    elif code:
+        last = (log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+        yield {"what": what, "not run": last[:300]}
 
 
-def measured(step: Callable[[], object], do_bench: Callable[..., Any]) -> Row:
-    import torch
-
-    step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    step()
-    torch.cuda.synchronize()
-    peak = (torch.cuda.max_memory_allocated() - before) / 1e6
-    return {"ms": round(do_bench(step, return_mode="median"), 3), "peak MB": round(peak)}
-
-
-def copy_bandwidth() -> float:
-    """Bytes read and written per second by a copy of 1 GiB."""
-    import torch
-    from triton.testing import do_bench
-
-    source = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return 2 * (1 << 30) / (do_bench(lambda: target.copy_(source), return_mode="median") / 1e3)
-
-
-PARTS: dict[str, Callable[[], Iterator[Row]]] = {
-    "correct": correct,
-    "loss": loss,
-    "head": head,
-    "topk": topk,
-}
+def kill(part: subprocess.Popen[str]) -> None:
+    """Kill a part and the processes that it started; nothing if none is left."""
+    with suppress(ProcessLookupError):
+        os.killpg(part.pid, signal.SIGKILL)
 
 
 def machine() -> Row:
     import torch
     import triton
 
-    versions = {
-        "torch": torch.__version__,
-        "CUDA": torch.version.cuda,
-        "triton": triton.__version__,
-    }
-    return {"GPU": torch.cuda.get_device_name(), **versions, "python": sys.version.split()[0]}
+    row = {"torch": torch.__version__, "CUDA": torch.version.cuda, "triton": triton.__version__}
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        row = {"GPU": properties.name, "GB": round(properties.total_memory / 1e9), **row}
+    return {**row, "python": sys.version.split()[0], "installed": ", ".join(installed())}
+
+
+def installed() -> Iterator[str]:
+    for name in OTHERS:
+        try:
+            if find_spec(name) is not None:
+                yield name
+        except ImportError:  # of its parent
+            pass
 
 
 def as_markdown(result: dict[str, Any]) -> str:
@@ -155,7 +106,10 @@ def as_markdown(result: dict[str, Any]) -> str:
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += ["", f"## {part}", "", "| " + " | ".join(columns) + " |"]
         lines.append("|" + "---|" * len(columns))
-        lines += ["| " + " | ".join(str(row.get(c, "")) for c in columns) + " |" for row in rows]
+        cells = [
+            [str(row.get(column, "")).replace("|", "\\|") for column in columns] for row in rows
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in cells]
     return "\n".join(lines) + "\n"
 
 
@@ -164,27 +118,35 @@ def write(result: dict[str, Any], out: Path) -> None:
     (out / "gpu.md").write_text(as_markdown(result))
 
 
-def main() -> None:
-    lacking = missing()
+def failed(result: dict[str, Any]) -> list[str]:
+    """The names of checks that failed."""
+    rows = [row for part in result["parts"].values() for row in part]
+    return [row["what"] for row in rows if str(row.get("result", "")).startswith("failed")]
+
+
+def main(arguments: list[str]) -> None:
+    tiny = arguments[:1] == ["tiny"]
+    names = arguments[tiny:] or list(PARTS)
+    lacking = missing() if not tiny else None
     if lacking:
         sys.exit(f"error: make gpu needs {lacking}; see docs/gpu.md")
+    if unknown := [name for name in names if name not in PARTS]:
+        sys.exit(f"error: no part {unknown[0]!r}; there are {', '.join(PARTS)}")
     out = Path(os.environ.get("OUT") or ROOT / "outputs/gpu")
     out.mkdir(parents=True, exist_ok=True)
-    result: dict[str, Any] = {"machine": machine(), "parts": {}}
-    for name, part in PARTS.items():
-        rows = result["parts"].setdefault(name, [])
-        try:
-            for row in part():
-                rows.append(row)
-                print(name, row, flush=True)
-                write(result, out)
-        except Exception as error:
-            rows.append({"what": name, "not run": f"{type(error).__name__}: {error}"[:300]})
+    end = time.monotonic() + SECONDS
+    result: dict[str, Any] = {"machine": machine(), "parts": {name: [] for name in names}}
+    for name in names:
+        seconds = min(PARTS[name][0], end - time.monotonic())
+        rows = result["parts"][name]
+        for row in rows_of(name, max(seconds, 0), out / f"{name}.log", tiny):
+            rows.append(row)
+            print(name, row, flush=True)
             write(result, out)
     print(f"written: {out}/gpu.json, {out}/gpu.md")
-    if any(str(row.get("result", "")).startswith("failed") for row in result["parts"]["correct"]):
-        sys.exit("error: the loss is wrong on this GPU: see the part `correct`")
+    if wrong := failed(result):
+        sys.exit(f"error: failed on this GPU: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

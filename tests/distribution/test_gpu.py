@@ -6,8 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
+import pytest
+
+from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.predict import PAGE, RESULT, with_tables
+from benchmarks.gpu.run import SECONDS, rows_of
 from tests.processes import ROOT
 
 
@@ -18,8 +24,23 @@ def run(*module: str, **environment: str) -> subprocess.CompletedProcess[str]:
         env={**os.environ, "OMP_NUM_THREADS": "1", **environment},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
     )
+
+
+def tiny(directory: Path, *parts: str) -> dict[str, Any]:
+    """Run the parts as `make gpu` does, on the CPU; return {part: its results}."""
+    done = run("benchmarks.gpu.run", "tiny", *parts, OUT=str(directory))
+    assert done.returncode == 0, done.stdout + done.stderr
+    result = json.loads((directory / "gpu.json").read_text())
+    page = (directory / "gpu.md").read_text()
+    assert all(f"## {part}" in page for part in result["parts"])
+    parts_: dict[str, Any] = result["parts"]
+    return parts_
+
+
+def not_run(rows: list[dict[str, Any]]) -> set[str]:
+    return {row["what"] for row in rows if "not run" in row}
 
 
 def test_the_page_has_the_predictions() -> None:
@@ -29,11 +50,22 @@ def test_the_page_has_the_predictions() -> None:
     )
 
 
+def test_the_page_lists_every_part() -> None:
+    page = PAGE.read_text()
+    assert [name for name in PARTS if f"| `{name}` |" not in page] == []
+
+
 def test_without_a_gpu_one_line_says_what_is_needed() -> None:
     done = run("benchmarks.gpu.run", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 1
     assert done.stderr.startswith("error: make gpu needs ")
     assert done.stdout + done.stderr == done.stderr.splitlines()[0] + "\n"
+
+
+def test_all_parts_fit_in_ten_minutes() -> None:
+    """The last one gets what the others leave; it starts even if they use all of theirs."""
+    *others, _ = (seconds for seconds, _ in PARTS.values())
+    assert sum(others) < SECONDS < 600
 
 
 def test_the_checks_pass_on_a_cpu() -> None:
@@ -42,9 +74,34 @@ def test_the_checks_pass_on_a_cpu() -> None:
     assert done.stdout == "9 cases agree with the float64 reference\n"
 
 
-def test_what_is_timed_can_be_repeated() -> None:
-    done = run("benchmarks.gpu.candidates", "cpu")
-    assert done.returncode == 0, done.stderr
-    lines = dict(line.split(": ", 1) for line in done.stdout.splitlines())
-    ours = [result for name, result in lines.items() if name.startswith("ours")]
-    assert ours == ["done"] * 6, lines
+def test_results_are_written_and_what_cannot_run_says_why(tmp_path: Path) -> None:
+    found = tiny(tmp_path, "topk", "sanitizer")
+    assert not not_run(found["topk"])
+    assert {row["what"] for row in found["topk"]} > {"ours", "torch.topk + logsumexp"}
+    reasons = {row["not run"] for row in found["sanitizer"]}
+    assert reasons == {"compute-sanitizer is not on PATH"}
+
+
+def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
+    (row,) = rows_of("student", 0.2, tmp_path / "log", tiny=True)
+    assert row == {"what": "all", "not run": "no time: stopped after 0 s"}
+
+
+def test_a_part_that_fails_is_a_result(tmp_path: Path) -> None:
+    (row,) = rows_of("unknown", 60, tmp_path / "log", tiny=True)
+    assert row == {"what": "all", "not run": "KeyError: 'unknown'"}
+
+
+@pytest.mark.slow
+def test_every_part_runs_in_small_on_a_cpu(tmp_path: Path) -> None:
+    found = tiny(tmp_path)
+    assert list(found) == list(PARTS)
+    assert not not_run(found["dump"]) and not not_run(found["nemo"])
+    assert not_run(found["student"]) == {"KD + SFT, CUDA graphs of the layers"}
+    others = ("Liger", "Megatron")
+    for part in ("loss", "head", "topk"):
+        assert [name for name in not_run(found[part]) if not name.startswith(others)] == []
+    ratios = [row["dump / forward"] for row in found["dump"]]
+    assert len(ratios) == 4 and min(ratios) > 0
+    (tested,) = found["tests"]
+    assert " passed" in tested["result"]
