@@ -14,6 +14,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from nemo_kd.loss.topk import BLOCK
+
 ROOT = Path(__file__).parents[2]
 RESULT = ROOT / "benchmarks/results/roofline.json"
 PAGE = ROOT / "docs/gpu.md"
@@ -33,16 +35,30 @@ VOCABULARIES = (49_152, 128_256, 151_936, 262_144)
 HEADS = ((49_152, 576), (128_256, 4096), (151_936, 5120), (262_144, 5376))
 """(V, H) of SmolLM2-135M, Llama 3.1 8B, Qwen3-14B, Gemma 3 27B."""
 CHUNK = 1 << 27
-TOPK_BYTES = {
-    "copy to float32": LOGIT + 4,
-    "largest of each block": 4,
-    "maximum": 4,
-    "difference from it": 8,
-    "scale": 8,
-    "exponential": 8,
-    "sum": 4,
+TOPK_COLUMN = {"largest of each block": LOGIT, "log-sum-exp": LOGIT}
+"""Bytes per column of the logits that `vocab_parallel_topk` reads."""
+ENCODE = {
+    "to float32": 6,
+    "add 0": 8,
+    "shift": 8,
+    "and": 8,
+    "xor": 12,
+    "to int64": 12,
+    "shift left": 16,
 }
-"""Per column in `vocab_parallel_topk`, one temperature."""
+TOPK_BLOCK = {"maximum": LOGIT, **ENCODE, "or": 16, "topk": 8}
+"""Bytes per block of columns."""
+TOPK_CANDIDATE = {
+    "ids": 8,
+    "gather": 8 + 2 * LOGIT,
+    "ids of the shard": 16,
+    **ENCODE,
+    "subtract": 16,
+    "or": 24,
+    "topk": 8,
+}
+"""Bytes per column of the K blocks that are searched. `torch.topk` reads more than once, from the
+cache."""
 TEACHERS = ((1.2e9, 128_256), (8e9, 128_256), (70.6e9, 128_256), (405e9, 128_256))
 """(parameters, V)"""
 
@@ -104,7 +120,8 @@ def head_rows(loops: Loops) -> list[list[str]]:
 
 
 def topk_bytes(v: int) -> int:
-    return v * sum(TOPK_BYTES.values())
+    counted = ((v, TOPK_COLUMN), (v // BLOCK, TOPK_BLOCK), (K * BLOCK, TOPK_CANDIDATE))
+    return sum(count * sum(moved.values()) for count, moved in counted)
 
 
 def topk_rows(loops: Loops) -> list[list[str]]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.loss import kernels, torch_kernels
 from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.rows import Rows, row_chunks
 from nemo_kd.loss.shard import VocabShard
@@ -53,17 +54,8 @@ def vocab_parallel_topk(
     if not temperatures or min(temperatures) <= 0:
         raise NemoKDError(f"temperatures are {list(temperatures)}: expected one or more, all > 0.")
     rows = Rows.of(logits)
-    keys = torch.empty(len(rows), k, dtype=torch.int64, device=logits.device)
-    sums = torch.empty(len(rows), len(temperatures), device=logits.device)
-    columns = -(-shard.width // BLOCK) * BLOCK
-    scratch = None
-    for part in row_chunks(len(rows), columns, logits.device):
-        if scratch is None:
-            scratch = torch.full((part.stop, columns), -torch.inf, device=logits.device)
-        work = scratch[: part.stop - part.start]
-        work[:, : shard.valid] = rows.read(part)[:, : shard.valid]
-        keys[part] = _largest_keys(work, k, shard)
-        sums[part] = _logsumexp(work, temperatures)
+    fused = kernels.choose(logits) is not torch_kernels and shard.valid > 0
+    keys, sums = (_in_place if fused else _in_scratch)(rows, k, shard, temperatures)
     keys = _top(shard.gather(keys), k)  # [N, K] of [N, K · ranks]
     values, ids = _decode(keys)
     ids.masked_fill_(values == -torch.inf, ABSENT_ID)
@@ -139,6 +131,43 @@ def _top(keys: Tensor, k: int) -> Tensor:
     return keys.topk(k, dim=-1).values
 
 
+def _in_scratch(
+    rows: Rows, k: int, shard: VocabShard, temperatures: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """The shard's keys [N, K] and log-sum-exps [N, T], from one float32 copy of each chunk."""
+    device = rows.matrix.device
+    keys = torch.empty(len(rows), k, dtype=torch.int64, device=device)
+    sums = torch.empty(len(rows), len(temperatures), device=device)
+    columns = -(-shard.width // BLOCK) * BLOCK
+    scratch = None
+    for part in row_chunks(len(rows), columns, device):
+        if scratch is None:
+            scratch = torch.full((part.stop, columns), -torch.inf, device=device)
+        work = scratch[: part.stop - part.start]
+        work[:, : shard.valid] = rows.read(part)[:, : shard.valid]
+        keys[part] = _largest_keys(work, k, shard)
+        sums[part] = _logsumexp(work, temperatures)
+    return keys, sums
+
+
+def _in_place(
+    rows: Rows, k: int, shard: VocabShard, temperatures: Sequence[float]
+) -> tuple[Tensor, Tensor]:
+    """As `_in_scratch`, without a copy: one read by `_largest_keys`, one by the loss's kernel."""
+    device = rows.matrix.device
+    keys = torch.empty(len(rows), k, dtype=torch.int64, device=device)
+    for part in row_chunks(len(rows), shard.width, device):
+        keys[part] = _largest_keys(rows.read(part)[:, : shard.valid], k, shard)
+    nothing = torch.full((len(rows), 1), ABSENT_ID, device=device)  # to gather
+    forward = kernels.choose(rows.matrix).forward
+    sums = []
+    for i in range(0, len(temperatures), 2):  # the kernel takes one or two
+        pair = temperatures[i : i + 2]
+        found = forward(rows, nothing, shard, pair)
+        sums += [a + found.top / t for a, t in zip(found.log_sum, pair, strict=True)]
+    return keys, torch.stack(sums, -1)
+
+
 def _largest_keys(work: Tensor, k: int, shard: VocabShard) -> Tensor:
     """The shard's K largest keys [n, K] of work [n, columns]; padded with the smallest key.
 
@@ -148,16 +177,26 @@ def _largest_keys(work: Tensor, k: int, shard: VocabShard) -> Tensor:
     rows, columns = work.shape
     found = work.new_full((rows, k), torch.iinfo(torch.int64).min, dtype=torch.int64)
     ids = torch.arange(columns, device=work.device)
-    blocks = columns // BLOCK
-    if blocks > k:
-        blocked = work.view(rows, blocks, BLOCK)
-        maxima = _encode(blocked.amax(-1), ids[:blocks])
-        block = _decode(_top(maxima, k))[1].unsqueeze(-1)  # [n, K, 1]
-        work = blocked.gather(1, block.expand(-1, -1, BLOCK)).flatten(1)  # [n, K · BLOCK]
-        ids = (block * BLOCK + ids[:BLOCK]).flatten(1)
+    if columns // BLOCK > k:
+        maxima = _block_maxima(work)
+        blocks = _encode(maxima.float(), ids[: maxima.shape[1]])
+        block = _decode(_top(blocks, k))[1].unsqueeze(-1)  # [n, K, 1]
+        ids = (block * BLOCK + ids[:BLOCK]).flatten(1)  # [n, K · BLOCK]
+        beyond = ids >= columns if columns % BLOCK else None
+        work = work.gather(1, ids if beyond is None else ids.clamp(max=columns - 1))
+        if beyond is not None:
+            work.masked_fill_(beyond, -torch.inf)
     here = min(k, shard.valid)
-    found[:, :here] = _top(_encode(work, ids + shard.start), here)
+    found[:, :here] = _top(_encode(work.float(), ids + shard.start), here)
     return found
+
+
+def _block_maxima(work: Tensor) -> Tensor:
+    """Maxima [n, blocks] of work [n, columns]; the last block may be narrower."""
+    blocks = work.shape[1] // BLOCK
+    maxima = work[:, : blocks * BLOCK].unflatten(1, (blocks, BLOCK)).amax(-1)
+    rest = work[:, blocks * BLOCK :]
+    return torch.cat([maxima, rest.amax(-1, keepdim=True)], -1) if rest.shape[1] else maxima
 
 
 def _logsumexp(work: Tensor, temperatures: Sequence[float]) -> Tensor:
