@@ -1,7 +1,8 @@
 """Check the loss on a device against its float64 reference.
 
-    python -m benchmarks.gpu.checks cuda          # all cases, then Triton's kernels against torch's
-    python -m benchmarks.gpu.checks cuda small    # one case, for compute-sanitizer
+    python -m benchmarks.gpu.checks cuda            # all cases
+    python -m benchmarks.gpu.checks cuda small      # a few, for compute-sanitizer
+    python -m benchmarks.gpu.checks cuda kernels    # Triton's kernels against torch's
 
 Errors are relative to the largest value of the reference: at most a few roundings of the logits'
 dtype in the gradient, float32's in the loss.
@@ -113,13 +114,15 @@ def main() -> None:
         check_head(dtype)
         count += 1
     print(f"{count} cases agree with the float64 reference")
-    if not small and DEVICE == "cuda":
-        torch.set_default_device(DEVICE)
-        runpy.run_module("tests.loss.triton_checks", run_name="__main__")
-        print("the Triton kernels agree with the torch ones")
+
+
+def kernels() -> None:
+    torch.set_default_device(DEVICE)
+    runpy.run_module("tests.loss.triton_checks", run_name="__main__")
+    print("the Triton kernels agree with the torch ones")
 
 
 if __name__ == "__main__":
     DEVICE = sys.argv[1]
     torch.manual_seed(0)
-    main()
+    (kernels if sys.argv[2:] == ["kernels"] else main)()

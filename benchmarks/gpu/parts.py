@@ -11,14 +11,14 @@ import warnings
 from importlib import import_module
 
 PARTS = {
-    "correct": (80, "suite"),
+    "correct": (150, "suite"),
     "loss": (120, "candidates"),
-    "student": (80, "student"),
-    "dump": (60, "teacher"),
-    "head": (40, "candidates"),
-    "topk": (20, "candidates"),
-    "tests": (60, "suite"),
-    "sanitizer": (50, "suite"),
+    "student": (70, "student"),
+    "dump": (40, "teacher"),
+    "head": (30, "candidates"),
+    "topk": (15, "candidates"),
+    "tests": (50, "suite"),
+    "sanitizer": (40, "suite"),
     "nemo": (200, "nemo"),
 }
 """{name: (most seconds, module)}, the most valuable first; the function has the part's name, or is

@@ -22,7 +22,7 @@ class Sizes:
     tokens: int = 1024
     """Per sequence."""
     steps: int = 10
-    rows: int = 128
+    rows: int = 64
     """Of a dump."""
 
 
