@@ -11,6 +11,7 @@ import warnings
 from importlib import import_module
 
 PARTS = {
+    "machine": (30, "machine"),
     "correct": (150, "suite"),
     "loss": (120, "candidates"),
     "student": (70, "student"),
@@ -21,8 +22,9 @@ PARTS = {
     "sanitizer": (40, "suite"),
     "nemo": (200, "nemo"),
 }
-"""{name: (most seconds, module)}, the most valuable first; the function has the part's name, or is
-`rows`."""
+"""{name: (most seconds, module)}, the most valuable results first.
+
+The module's function has the part's name, or is `rows`."""
 ROW = "ROW "
 
 

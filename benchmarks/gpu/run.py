@@ -27,8 +27,9 @@ from benchmarks.gpu.parts import PARTS, ROW
 
 ROOT = Path(__file__).parents[2]
 NEEDED = ("torch", "triton", "numpy", "pytest")
-OTHERS = ("megatron.core", "transformer_engine", "transformers", "liger_kernel", "nemo")
 SECONDS = 580
+ALL, REST = "all", "the rest"
+"""Names of what a part did not run, when it ended early."""
 Row = dict[str, Any]
 
 
@@ -56,13 +57,13 @@ def rows_of(name: str, seconds: float, log: Path, tiny: bool = False) -> Iterato
         )
         timer = threading.Timer(seconds, kill, [part])
         timer.start()
-        what = "all"
+        what = ALL
         try:
             assert part.stdout is not None
             for line in part.stdout:
                 if line.startswith(ROW):
                     yield json.loads(line.removeprefix(ROW))
-                    what = "the rest"
+                    what = REST
             code = part.wait()
         finally:
             timer.cancel()
@@ -80,28 +81,8 @@ def kill(part: subprocess.Popen[str]) -> None:
         os.killpg(part.pid, signal.SIGKILL)
 
 
-def machine() -> Row:
-    import torch
-    import triton
-
-    row = {"torch": torch.__version__, "CUDA": torch.version.cuda, "triton": triton.__version__}
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        row = {"GPU": properties.name, "GB": round(properties.total_memory / 1e9), **row}
-    return {**row, "python": sys.version.split()[0], "installed": ", ".join(installed())}
-
-
-def installed() -> Iterator[str]:
-    for name in OTHERS:
-        try:
-            if find_spec(name) is not None:
-                yield name
-        except ImportError:  # of its parent
-            pass
-
-
 def as_markdown(result: dict[str, Any]) -> str:
-    lines = [", ".join(f"{key} {value}" for key, value in result["machine"].items())]
+    lines = []
     for part, rows in result["parts"].items():
         columns = list(dict.fromkeys(key for row in rows for key in row))
         lines += ["", f"## {part}", "", "| " + " | ".join(columns) + " |"]
@@ -110,7 +91,7 @@ def as_markdown(result: dict[str, Any]) -> str:
             [str(row.get(column, "")).replace("|", "\\|") for column in columns] for row in rows
         ]
         lines += ["| " + " | ".join(row) + " |" for row in cells]
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines[1:]) + "\n"
 
 
 def write(result: dict[str, Any], out: Path) -> None:
@@ -118,10 +99,12 @@ def write(result: dict[str, Any], out: Path) -> None:
     (out / "gpu.md").write_text(as_markdown(result))
 
 
-def failed(result: dict[str, Any]) -> list[str]:
-    """The names of checks that failed."""
-    rows = [row for part in result["parts"].values() for row in part]
-    return [row["what"] for row in rows if str(row.get("result", "")).startswith("failed")]
+def failed(parts: dict[str, list[Row]]) -> list[str]:
+    """The names of checks that failed; `correct` if it did not end."""
+    rows = [row for part in parts.values() for row in part]
+    names = [row["what"] for row in rows if str(row.get("result", "")).startswith("failed")]
+    ended = not {row["what"] for row in parts.get("correct", [])} & {ALL, REST}
+    return names if ended else ["correct", *names]
 
 
 def main(arguments: list[str]) -> None:
@@ -135,7 +118,8 @@ def main(arguments: list[str]) -> None:
     out = Path(os.environ.get("OUT") or ROOT / "outputs/gpu")
     out.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + SECONDS
-    result: dict[str, Any] = {"machine": machine(), "parts": {name: [] for name in names}}
+    names = ["machine", *(name for name in names if name != "machine")]
+    result: dict[str, Any] = {"parts": {name: [] for name in names}}
     for name in names:
         seconds = min(PARTS[name][0], end - time.monotonic())
         rows = result["parts"][name]
@@ -144,7 +128,7 @@ def main(arguments: list[str]) -> None:
             print(name, row, flush=True)
             write(result, out)
     print(f"written: {out}/gpu.json, {out}/gpu.md")
-    if wrong := failed(result):
+    if wrong := failed(result["parts"]):
         sys.exit(f"error: failed on this GPU: {', '.join(wrong)}")
 
 

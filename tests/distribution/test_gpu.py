@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks.gpu.parts import PARTS
 from benchmarks.gpu.predict import PAGE, RESULT, with_tables
-from benchmarks.gpu.run import SECONDS, rows_of
+from benchmarks.gpu.run import SECONDS, failed, rows_of
 from tests.processes import ROOT
 
 
@@ -77,6 +78,8 @@ def test_the_checks_pass_on_a_cpu() -> None:
 
 def test_results_are_written_and_what_cannot_run_says_why(tmp_path: Path) -> None:
     found = tiny(tmp_path, "topk", "sanitizer")
+    (machine,) = found["machine"]
+    assert machine["torch"] == torch.__version__ and machine["GPU"] == "none"
     assert not not_run(found["topk"])
     assert {row["what"] for row in found["topk"]} > {"ours", "torch.topk + logsumexp"}
     reasons = {row["not run"] for row in found["sanitizer"]}
@@ -91,6 +94,13 @@ def test_a_part_that_takes_too_long_is_stopped(tmp_path: Path) -> None:
 def test_a_part_that_fails_is_a_result(tmp_path: Path) -> None:
     (row,) = rows_of("unknown", 60, tmp_path / "log", tiny=True)
     assert row == {"what": "all", "not run": "KeyError: 'unknown'"}
+
+
+def test_checks_that_failed_or_did_not_end_fail_the_command() -> None:
+    wrong = [{"what": "x", "result": "failed: 1"}, {"what": "y", "result": "done"}]
+    assert failed({"tests": wrong}) == ["x"]
+    assert failed({"correct": [{"what": "the rest", "not run": "no time"}]}) == ["correct"]
+    assert failed({"student": [{"what": "all", "not run": "no megatron"}]}) == []
 
 
 @pytest.mark.slow
