@@ -51,7 +51,6 @@ DIFFERENT: dict[str, Any] = {
     "trainer.devices": 1,
     "trainer.precision": 16,
     "trainer.max_steps": 20000,
-    "trainer.log_every_n_steps": 10,
     "trainer.val_check_interval": 200,
     f"{CHECKPOINTS}.monitor": "validation_${model.data.validation_ds.metric.name}",
     f"{CHECKPOINTS}.filename": "${name}--{${exp_manager.checkpoint_callback_params.monitor}:.3f}"

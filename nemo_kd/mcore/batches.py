@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, cast
 
-import torch
 from megatron.core import parallel_state
 
 from nemo_kd.errors import NemoKDError
@@ -16,6 +15,7 @@ from nemo_kd.mcore.dataset import (
     Sources,
     check_integers,
 )
+from nemo_kd.mcore.device import pinned
 from nemo_kd.store import StoreError
 
 
@@ -63,7 +63,7 @@ class KDBatches:
         self._drawn += self.micro_batch_size
         if self._drawn * self.ranks == self.global_batch_size:
             self.consumed_samples, self._drawn = after, 0
-        return _pinned(batch)
+        return {name: pinned(value) for name, value in batch.items()}
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position in the sequence, the start of a step, and what determines it."""
@@ -149,13 +149,3 @@ class StoreBatches(KDBatches):
             global_batch_size=global_batch_size,
             consumed_samples=consumed_samples,
         )
-
-
-def _pinned(batch: Batch) -> Batch:
-    """Move the batch to pinned memory, from which a copy to the GPU does not block the host."""
-    if not torch.cuda.is_available():
-        return batch
-    return {
-        name: value.pin_memory() if hasattr(value, "pin_memory") else value
-        for name, value in batch.items()
-    }

@@ -18,6 +18,7 @@ TOKEN_METRICS = {
 }
 CALIBRATION_BINS = 15
 NAMES = ("loss", "sft_loss", "kd_loss", *TOKEN_METRICS)
+SIZE = CALIBRATION_BINS + 2 * len(NAMES)
 
 
 def token_sums(result: KDLoss) -> torch.Tensor:
@@ -68,13 +69,19 @@ class MetricSums:
         """Means over all answer tokens of all data-parallel ranks, the same on every rank.
 
         Metrics without any token are left out: all of them without answer tokens, those that need a
-        teacher without one.
+        teacher without one. The host waits once. Collectives: as `reduced`.
+        """
+        return means_of(self.reduced().cpu())
+
+    def reduced(self) -> torch.Tensor:
+        """Sums over all ranks [SIZE] float64, from which `means_of` computes the means.
+
+        The host does not wait.
         Collectives: an all-reduce over the data- and context-parallel ranks, a broadcast from the
         last pipeline stage to the others.
         """
         if self.sums is None or self.calibration is None:
-            size = CALIBRATION_BINS + 2 * len(NAMES)
-            flat = torch.zeros(size, dtype=torch.float64, device=torch.cuda.current_device())
+            flat = torch.zeros(SIZE, dtype=torch.float64, device=torch.cuda.current_device())
         else:
             flat = torch.cat([self.calibration, self.sums.flatten()])
         # Each context-parallel rank has added only the tokens of its part of each sequence.
@@ -86,12 +93,16 @@ class MetricSums:
                 src=parallel_state.get_pipeline_model_parallel_last_rank(),
                 group=parallel_state.get_pipeline_model_parallel_group(),
             )
-        flat = flat.cpu()  # one synchronization with the device
-        calibration = flat[:CALIBRATION_BINS]
-        sums, counts = flat[CALIBRATION_BINS:].view(2, -1)
-        if not counts[0]:
-            return {}
-        means = zip(NAMES, (sums / counts).tolist(), counts.tolist(), strict=True)
-        result = {name: mean for name, mean, count in means if count}
-        result["calibration_error"] = float(calibration.abs().sum() / counts[0])
-        return result
+        return flat
+
+
+def means_of(flat: torch.Tensor) -> dict[str, float]:
+    """Return the means of `MetricSums.reduced` [SIZE], copied to the CPU."""
+    calibration = flat[:CALIBRATION_BINS]
+    sums, counts = flat[CALIBRATION_BINS:].view(2, -1)
+    if not counts[0]:
+        return {}
+    means = zip(NAMES, (sums / counts).tolist(), counts.tolist(), strict=True)
+    result = {name: mean for name, mean, count in means if count}
+    result["calibration_error"] = float(calibration.abs().sum() / counts[0])
+    return result

@@ -21,6 +21,7 @@ from nemo_kd.data import AnswerTokens
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule, sft_kd_loss
 from nemo_kd.mcore.dataset import Batch
+from nemo_kd.mcore.device import on_device
 from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.mcore.metrics import NAMES, MetricSums, token_sums
 
@@ -156,21 +157,12 @@ def kd_forward_step(
     def step(
         iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
     ) -> tuple[Any, LossFunction]:
-        batch = on_device(next(iterator))
+        batch = {name: on_device(value) for name, value in next(iterator).items()}
         forward = model.build_schedule_plan if return_schedule_plan else model
         output = forward(**model_inputs(batch))
         return output, loss(batch, model)
 
     return step
-
-
-def on_device(batch: Batch) -> Batch:
-    """Copy the tensors of a micro-batch to this process's device, without waiting for it."""
-    device = torch.cuda.current_device()
-    return {
-        name: value.to(device, non_blocking=True) if hasattr(value, "to") else value
-        for name, value in batch.items()
-    }
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 from lightning.pytorch import Trainer
 from megatron.core import parallel_state
 from nemo.collections.nlp.data.language_modeling.megatron.blendable_dataset import BlendableDataset
@@ -21,6 +20,7 @@ from omegaconf import DictConfig
 from torch.utils.data import DataLoader
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.mcore.device import on_device
 from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.nemo.blend import TRAINING, VALIDATION, blend, blend_files, build_datasets
 from nemo_kd.nemo.config import kd_training_config
@@ -131,7 +131,7 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         answers = batch.pop("answer_tokens", None)  # NeMo's own `answers` are other tensors
         if answers is not None and parallel_state.is_pipeline_last_stage():
             (one,) = answers  # NeMo splits the list into lists of one per micro-batch
-            answers = one.to(torch.cuda.current_device(), non_blocking=True)
+            answers = on_device(one)
         self.student_loss.hand_over(answers)
         return batch
 

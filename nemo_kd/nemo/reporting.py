@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
-import time
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -19,17 +16,20 @@ from megatron.core.num_microbatches_calculator import (
 )
 from omegaconf import DictConfig
 
-from nemo_kd.loss import MassWatch
+from nemo_kd.mcore.device import on_device, pinned
 from nemo_kd.mcore.metrics import MetricSums
 from nemo_kd.nemo.config import kd_training_config
-from nemo_kd.nemo.metrics import ANSWER_TOKENS, forget, forget_loss_without_tokens
+from nemo_kd.nemo.metrics import StepSums, without_loss_of_no_tokens
 from nemo_kd.nemo.splits import ValidationSplit
 from nemo_kd.nemo.student_loss import StudentLoss
 from nemo_kd.nemo.vocabulary import SFTModel
 
 
 class ReportingSFTModel(SFTModel):
-    """SFT model that begins each step of its `StudentLoss` and logs the metrics."""
+    """SFT model that begins each step of its `StudentLoss` and keeps or logs the metrics."""
+
+    step_sums: StepSums
+    """Of the last training step."""
 
     def __init__(self, cfg: DictConfig, trainer: Trainer) -> None:
         self.kd_schedule = kd_training_config(cfg.get("kd"))
@@ -43,46 +43,24 @@ class ReportingSFTModel(SFTModel):
         )
         self._answer_tokens = torch.zeros(())  # of the global batch, all data-parallel ranks
         self._divisor: torch.Tensor | None = None  # of a micro-batch's loss; None: its own tokens
-        self._clock: float | None = None
-        self._step_sums = MetricSums()
-        self._step_names: list[str] = []  # names logged by the last step
         self._validation_sums: dict[int, MetricSums] = {}
-        self._watch_mass = MassWatch(self.kd_schedule.temperature)
-
-    def training_step(self, dataloader_iter: Iterator[Any]) -> torch.Tensor:
-        loss: torch.Tensor = super().training_step(dataloader_iter)
-        if not self._answer_tokens:
-            forget_loss_without_tokens(self.trainer)
-        return loss
 
     def training_step_fwd_bwd_step_call(
         self, dataloader_iter: Iterator[Any], forward_only: bool
     ) -> torch.Tensor:
-        self._step_sums.reset()
+        """Run the micro-batches of a step; its metrics stay on the device (see `StepMetrics`)."""
+        sums = MetricSums()
         kd = self.kd_schedule.at(self.trainer.global_step, self.trainer.max_steps)
-        self.student_loss.begin(kd, self._step_sums, training=True)
+        self.student_loss.begin(kd, sums, training=True)
         loss = super().training_step_fwd_bwd_step_call(dataloader_iter, forward_only)
-        means = self._step_sums.means()
-        if "teacher_mass" in means and kd.weights[1] and not self.global_rank:
-            # NeMo redirects Python's warnings into its own log; this one must be visible.
-            with warnings.catch_warnings(record=True) as caught:
-                warnings.simplefilter("always")
-                self._watch_mass(means["teacher_mass"])
-            for warning in caught:
-                print(f"WARNING: {warning.message}", file=sys.stderr, flush=True)
-        if self.kd_schedule.scheduled:
-            means["kd_weight"], means["temperature"] = kd.weights[1], kd.temperature
-        # From the end of one backward pass to the next: data, forward, backward, optimizer.
-        now = time.perf_counter()
-        assert self._clock is not None  # set by on_train_batch_start
-        means[ANSWER_TOKENS] = float(self._answer_tokens)
-        means["tokens_per_s"] = means[ANSWER_TOKENS] / (now - self._clock)
-        self._clock = now
-        forget(self.trainer, self._step_names)
-        self._step_names = list(means)
-        for name, value in means.items():
-            self.log(name, value, batch_size=1, rank_zero_only=True)
-        return loss
+        settings = {"kd_weight": kd.weights[1], "temperature": kd.temperature}
+        self.step_sums = StepSums(
+            sums=sums.reduced(),
+            answer_tokens=self._answer_tokens,
+            distils=kd.weights[1] > 0,
+            settings=settings if self.kd_schedule.scheduled else {},
+        )
+        return without_loss_of_no_tokens(loss, self._answer_tokens)
 
     def fwd_bwd_step(
         self, dataloader_iter: Iterator[Any], forward_only: bool, first_val_step: Any = None
@@ -91,7 +69,7 @@ class ReportingSFTModel(SFTModel):
         batch = batch[0] if isinstance(batch, tuple) else batch
         self._divisor = None
         if not forward_only:
-            count = batch["loss_mask"].sum().to(torch.cuda.current_device())
+            count = on_device(pinned(batch["loss_mask"].sum()))
             torch.distributed.all_reduce(count, group=parallel_state.get_data_parallel_group())
             self._answer_tokens = count
             if self.kd_schedule.normalize == "global_tokens":
@@ -130,13 +108,8 @@ class ReportingSFTModel(SFTModel):
             data_parallel_size=parallel_state.get_data_parallel_world_size(),
         )
 
-    def on_train_batch_start(self, batch: Any, batch_idx: int, unused: int = 0) -> None:
-        if self._clock is None:
-            self._clock = time.perf_counter()
-
     def on_validation_epoch_start(self) -> None:
         self._validation_sums.clear()
-        self._clock = None  # a validation's time is not part of a training step
         return super().on_validation_epoch_start()
 
     def inference_step_validation_call(

@@ -63,17 +63,17 @@ def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory |
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
 
-    from nemo_kd.nemo.metrics import MetricsJsonl
+    from nemo_kd.nemo.metrics import StepMetrics
     from nemo_kd.nemo.resume import RunKeeper, note_steps
 
     trainer = start.build_trainer(cfg)
     log_dir = exp_manager(trainer, cfg.exp_manager)
     # Before NeMo's callbacks: the one that ends a run at SIGTERM prevents all later ones.
     trainer.callbacks.insert(0, RunKeeper(record))
-    if log_dir is not None:
-        if done and is_global_rank_zero():
-            run_directory.keep_metrics(Path(log_dir), done)
-        trainer.callbacks.insert(0, MetricsJsonl(Path(log_dir) / run_directory.METRICS))
+    if log_dir is not None and done and is_global_rank_zero():
+        run_directory.keep_metrics(Path(log_dir), done)
+    file = None if log_dir is None else Path(log_dir) / run_directory.METRICS
+    trainer.callbacks.insert(0, StepMetrics(file))
     if not torch.cuda.is_available():
         _stop_on_sigterm(cfg, trainer)
     with open_dict(cfg):

@@ -29,11 +29,13 @@ LAYOUTS: dict[str, tuple[int, list[str]]] = {
 }
 
 FUSED = "+model.kd.fused_lm_head=true"
+SELDOM = "trainer.log_every_n_steps=4"
 SIX_STEPS = [
     "trainer.precision=32",
     "trainer.max_steps=6",
     "trainer.val_check_interval=3",
     "trainer.enable_progress_bar=false",
+    "trainer.log_every_n_steps=1",
     "model.global_batch_size=4",
     "model.micro_batch_size=1",
     "model.data.train_ds.max_seq_length=128",

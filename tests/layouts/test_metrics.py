@@ -13,7 +13,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from nemo_kd.mcore.metrics import NAMES
 from nemo_kd.store import Sample, Store, StoreWriter
-from tests.runs import metrics, validations
+from tests.layouts.conftest import SELDOM
+from tests.runs import metrics, steps, validations
 from tests.store.samples import each_array
 
 Run = Callable[..., Path]
@@ -49,6 +50,25 @@ def curve(run: Path, name: str) -> list[int]:
     events = EventAccumulator(str(run))
     events.Reload()
     return [point.step + 1 for point in events.Scalars(name)]
+
+
+def test_the_file_has_every_step_and_loggers_every_fourth(train: Run) -> None:
+    run = train("dp2", SELDOM)
+    lines = steps(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for name in (
+        "loss",
+        "calibration_error",
+        "answer_tokens",
+        "tokens_per_s",
+        "reduced_train_loss",
+    ):
+        assert curve(run, name) == [4], name
+    # Read back before the validation of step 3, at step 4, before the validation of step 6.
+    speeds = [line["tokens_per_s"] for line in lines]
+    assert [speeds.index(speed) for speed in speeds] == [0, 0, 0, 3, 4, 4]
+    order = [line["step"] for line in metrics(run)]
+    assert order == sorted(order)
 
 
 def check_second_step_is_empty(run: Path) -> None:

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Store
 from tests.distribution.blocks import run_nemo_kd
-from tests.layouts.conftest import FUSED, train_overrides
+from tests.layouts.conftest import FUSED, SELDOM, train_overrides
 from tests.processes import run_program, run_script
 from tests.runs import LAYOUT, SAME_LINE, SPLIT, assert_close, steps, validations
 
@@ -85,7 +85,7 @@ def test_training_lowers_both_losses_on_held_out_data(train: Callable[..., Path]
 @pytest.mark.parametrize(
     ("layout", "options"),
     [
-        ("dp2", []),
+        ("dp2", [SELDOM]),
         pytest.param("tp2pp2", [], marks=pytest.mark.slow),
         pytest.param("tp2", [], marks=pytest.mark.slow),
         ("pp2", []),
