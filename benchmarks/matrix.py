@@ -5,8 +5,9 @@
 Environments are overlays over the one that runs this (see `environments.py`), kept with everything
 finished in `--directory`: the same command goes on. Megatron-core trains a GPTModel of 4 layers in
 `examples/megatron_core/train.py`, from the same weights on every layout; NeMo the tests' student
-in `examples/train_gpt_sft_kd.py`, which also dumps their teacher. Losses are compared with one
-process of the first version; a step has three or four of them.
+in `examples/train_gpt_sft_kd.py`. Losses are compared with one process of the first version; a step
+has three or four of them. Both dump the same `.nemo`; a store is compared with that of the first
+version on the same layout.
 """
 
 from __future__ import annotations
@@ -31,21 +32,24 @@ from benchmarks.environments import Environment, Made, MissingPython, make
 from benchmarks.layouts import PAGE, STEPS, World, losses, world
 from benchmarks.pages import with_table
 from benchmarks.store import machine
-from tests.layouts.conftest import LAYOUTS, dump_overrides, train_overrides
-from tests.processes import run_program, run_script
+from tests.layouts.conftest import LAYOUTS, train_overrides
+from tests.mcore.conftest import make as make_teachers
+from tests.mcore.test_teacher import overrides as dump_overrides
+from tests.processes import DUMP, TRAIN, Done, run_program
 
 PROGRAM = "benchmarks/matrix.py"
 RESULT = Path(__file__).parent / "results" / "matrix.json"
 LIMIT = 1e-5  # nats
-ONE, VIRTUAL, DUMP = "1 process", "VPP 2 × 2", "dump"
+ONE = "1 process"
 # Column → (processes, options of the example; the layout of NeMo's trainings in LAYOUTS).
 COLUMNS: dict[str, tuple[int, list[str], str | None]] = {
     ONE: (1, [], "one"),
     "TP 2, SP": (2, ["--tensor-parallel=2", "--sequence-parallel"], "tp2sp"),
     "PP 2": (2, ["--pipeline-parallel=2"], "pp2"),
-    VIRTUAL: (2, ["--pipeline-parallel=2", "--virtual-pipeline=2"], None),  # NeMo refuses it
+    "VPP 2 × 2": (2, ["--pipeline-parallel=2", "--virtual-pipeline=2"], None),  # NeMo refuses it
     "DP 2": (2, [], "dp2"),
 }
+DUMPS = {"dump": "one", "dump, TP 2, SP": "tp2sp", "dump, PP 2": "pp2"}  # column → layout
 ENVIRONMENTS = [
     Environment(("megatron-core==0.13.1",)),
     Environment(("megatron-core==0.14.0",)),
@@ -73,17 +77,13 @@ class Runner:
         return {name: self._cell(name, run) for name, run in self._runs().items()}
 
     def _runs(self) -> dict[str, Callable[[], Any]]:
-        if not self.environment.is_nemo:
-            return {
-                name: partial(self._megatron, options, processes)
-                for name, (processes, options, _) in COLUMNS.items()
-            }
-        runs: dict[str, Callable[[], Any]] = {
-            name: partial(self._nemo, layout)
-            for name, (_, _, layout) in COLUMNS.items()
-            if layout is not None
-        }
-        return {**runs, DUMP: self._dump}
+        runs: dict[str, Callable[[], Any]] = {}
+        for name, (processes, options, layout) in COLUMNS.items():
+            if not self.environment.is_nemo:
+                runs[name] = partial(self._megatron, options, processes)
+            elif layout is not None:
+                runs[name] = partial(self._nemo, layout)
+        return runs | {name: partial(self._dump, layout) for name, layout in DUMPS.items()}
 
     def _cell(self, name: str, run: Callable[[], Any]) -> Any:
         kept = self.directory / f"{name}.json"
@@ -100,13 +100,8 @@ class Runner:
         return found
 
     def _megatron(self, options: list[str], processes: int) -> list[list[float]]:
-        done = run_program(
-            "tests/layouts/same_weights.py",
-            *(f"--store={self.world.train}", f"--steps={STEPS}", *options),
-            processes=processes,
-            python=self.made.python,
-            PYTHONPATH=self.made.path,
-        )
+        arguments = [f"--store={self.world.train}", f"--steps={STEPS}", *options]
+        done = self._run("tests/layouts/same_weights.py", *arguments, processes=processes)
         lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
         assert len(lines) == STEPS, done.stdout
         return [
@@ -117,20 +112,40 @@ class Runner:
         run = self.directory / f"run-{layout}"
         shutil.rmtree(run, ignore_errors=True)
         processes, overrides = LAYOUTS[layout]
-        steps = f"trainer.max_steps={STEPS}"
         base = train_overrides(*self.world, run)
-        self._script("train_gpt_sft_kd.py", *base, *overrides, steps, processes=processes)
+        self._run(TRAIN, *base, *overrides, f"trainer.max_steps={STEPS}", processes=processes)
         found: list[list[float]] = losses(run).tolist()
         return found
 
-    def _dump(self) -> str:
-        store = self.directory / "store"
+    def _dump(self, layout: str) -> str:
+        store = self.directory / f"store-{layout}"
         shutil.rmtree(store, ignore_errors=True)
-        self._script("dump_teacher_topk.py", *dump_overrides(self.world.tiny, "train", store))
+        processes, overrides = LAYOUTS[layout]
+        kind = "nemo" if self.environment.is_nemo else "mcore"
+        base = dump_overrides(kind, teacher(self.directory.parent), store)
+        self._run(DUMP, *base, *overrides, processes=processes)
         return digest(store)
 
-    def _script(self, name: str, *overrides: str, processes: int = 1) -> None:
-        run_script(name, *overrides, processes=processes, fork=False, PYTHONPATH=self.made.path)
+    def _run(self, program: str, *arguments: str, processes: int) -> Done:
+        return run_program(
+            program,
+            *arguments,
+            processes=processes,
+            python=self.made.python,
+            PYTHONPATH=self.made.path,
+        )
+
+
+def teacher(directory: Path) -> Path:
+    """Return the `.nemo` that is dumped, with a Hugging Face tokenizer; made once."""
+    made = directory / "teachers"
+    if not made.exists():
+        unfinished = directory / "teachers.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        make_teachers(unfinished)
+        unfinished.rename(made)
+    return made / "untied_llama3.nemo"
 
 
 def digest(store: Path) -> str:
@@ -141,21 +156,22 @@ def digest(store: Path) -> str:
     return found.hexdigest()
 
 
-def compared(cells: Cells, first: Cells) -> Cells:
-    """Column → largest difference of a loss from one process of `first`; whether dumps are equal.
+def compared(cells: Cells, trained: Cells, dumped: Cells) -> Cells:
+    """Column → largest difference of a loss from one process of `trained`; whether a store is that
+    of `dumped`.
 
     Errors stay as they are.
     """
-    return {name: _compared(name, found, first) for name, found in cells.items()}
+    references = {name: dumped[name] if name in DUMPS else trained[ONE] for name in cells}
+    return {name: _compared(found, references[name]) for name, found in cells.items()}
 
 
-def _compared(name: str, found: Any, first: Cells) -> Any:
-    reference = first[DUMP] if name == DUMP else first[ONE]
+def _compared(found: Any, reference: Any) -> Any:
     if isinstance(found, dict):
         return found
     if isinstance(reference, dict):
         return {"error": f"nothing to compare with: {reference['error']}"}
-    if name == DUMP:
+    if isinstance(found, str):
         return bool(found == reference)
     mine, theirs = (torch.tensor(losses, dtype=torch.float64) for losses in (found, reference))
     return float((mine - theirs).abs().max())
@@ -165,7 +181,7 @@ def measured(directory: Path, newer: str | None) -> list[dict[str, Any]]:
     """Run all environments; return a row for each."""
     made_world = world(directory)
     rows: list[dict[str, Any]] = []
-    first: dict[bool, Cells] = {}
+    first: dict[bool, Cells] = {}  # of Megatron-core, and of NeMo
     for environment in ENVIRONMENTS:
         row: dict[str, Any] = {"environment": environment.name}
         rows.append(row)
@@ -176,8 +192,8 @@ def measured(directory: Path, newer: str | None) -> list[dict[str, Any]]:
             continue
         where = directory / environment.name.replace(" ", "-")
         cells = Runner(environment, made, made_world, where).cells()
-        reference = first.setdefault(environment.is_nemo, cells)
-        row |= {"versions": made.versions, "cells": compared(cells, reference)}
+        trained = first.setdefault(environment.is_nemo, cells)
+        row |= {"versions": made.versions, "cells": compared(cells, trained, first[False])}
     return rows
 
 
@@ -193,7 +209,7 @@ def shown(row: dict[str, Any], column: str) -> str:
 
 
 def table_of_page(result: dict[str, Any]) -> str:
-    columns = [*COLUMNS, DUMP]
+    columns = [*COLUMNS, *DUMPS]
     of = result["machine"]
     lines = [
         f"{of['processor']}, {STEPS} steps, `make matrix`:",
@@ -233,10 +249,10 @@ def main() -> int:
     rows = measured(options.directory.resolve(), options.python312)
     result: dict[str, Any] = {"machine": machine(), "rows": rows}
     table = Table(title=f"{STEPS} steps, compared with one process of the first version")
-    for column in ("version", *COLUMNS, DUMP):
+    for column in ("version", *COLUMNS, *DUMPS):
         table.add_column(column)
     for row in rows:
-        table.add_row(row["environment"], *(shown(row, column) for column in [*COLUMNS, DUMP]))
+        table.add_row(row["environment"], *(shown(row, column) for column in [*COLUMNS, *DUMPS]))
     Console(width=120).print(table)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     PAGE.write_text(with_table(PAGE.read_text(), PROGRAM, table_of_page(result)))
