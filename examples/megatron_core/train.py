@@ -4,7 +4,7 @@
     torchrun --nproc_per_node=2 examples/megatron_core/train.py --store store --tensor-parallel 2
 
 The student starts from random weights. Distillation takes two names of `nemo_kd.mcore`,
-`StoreBatches` and `kd_forward_step`; everything else is an ordinary Megatron-core program.
+`KDBatches` and `kd_forward_step`; everything else is an ordinary Megatron-core program.
 """
 
 from __future__ import annotations
@@ -134,28 +134,27 @@ def main() -> None:
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.pipeline_parallel import get_forward_backward_func
 
-    from nemo_kd.data import check_learnable
     from nemo_kd.loss import KDConfig
-    from nemo_kd.mcore import StoreBatches, kd_forward_step
+    from nemo_kd.mcore import KDBatches, KDDataset, kd_forward_step
     from nemo_kd.store import Store
 
     start(args)
     store = Store(args.store)
     config = KDConfig(alpha=args.alpha, temperature=args.temperature)
-    check_learnable(store, config)
+    dataset = KDDataset(
+        store, seq_length=args.seq_length, temperature=args.temperature, seed=args.seed
+    )
+    dataset.check(config)
     vocab_size = store.spec.vocab_size
     model = student(args, vocab_size)
     optimizer = get_megatron_optimizer(OptimizerConfig(lr=args.lr, clip_grad=1.0), model)
     # Each model chunk reads the micro-batches through its own iterator.
     batches = [
         iter(
-            StoreBatches(
-                store,
-                seq_length=args.seq_length,
+            KDBatches(
+                dataset,
                 micro_batch_size=args.micro_batch_size,
                 global_batch_size=args.global_batch_size,
-                temperature=args.temperature,
-                seed=args.seed,
             )
         )
         for _ in model

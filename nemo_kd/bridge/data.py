@@ -12,7 +12,8 @@ from megatron.bridge.training.config import DatasetBuildContext, DatasetProvider
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
-from nemo_kd.mcore.dataset import Batch, Item, KDDataset, Source
+from nemo_kd.mcore.dataset import Batch, Item, KDDataset
+from nemo_kd.mcore.mix import Source
 from nemo_kd.sft.tokenizer import HFTokenizer, first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from numbers import Real
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.divergences import DIVERGENCES
@@ -45,6 +46,7 @@ class KDConfig:
     """Include the vocabulary's padding columns in the student's softmax, as NeMo's loss does."""
 
     def __post_init__(self) -> None:
+        self._check_numbers()
         check_name("support", self.support, SUPPORTS, SUPPORT_ALIASES)
         check_name("divergence", self.divergence, DIVERGENCES, DIVERGENCE_ALIASES)
         self._check_weights()
@@ -83,6 +85,14 @@ class KDConfig:
     def temperatures(self) -> tuple[float, ...]:
         """Temperatures at which the student's log-sum-exp is needed: 1 (cross-entropy), then T."""
         return (1.0,) if self.temperature == 1 else (1.0, self.temperature)
+
+    def _check_numbers(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not str(field.type).startswith("float") or value is None:
+                continue
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise NemoKDError(f"{field.name} is {value!r}: expected a number")
 
     def _check_weights(self) -> None:
         explicit = {"sft_weight": self.sft_weight, "kd_weight": self.kd_weight}

@@ -14,7 +14,7 @@ _MODULES = {
     "KDBatches": "batches",
     "KDDataset": "dataset",
     "MetricSums": "metrics",
-    "Source": "dataset",
+    "Source": "mix",
     "StepLoss": "training",
     "StoreBatches": "batches",
     "kd_forward_step": "training",

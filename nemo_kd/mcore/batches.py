@@ -8,14 +8,9 @@ from typing import Any, cast
 from megatron.core import parallel_state
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.mcore.dataset import (
-    Batch,
-    Item,
-    KDDataset,
-    Sources,
-    check_integers,
-)
+from nemo_kd.mcore.dataset import Batch, Item, KDDataset, check_integers
 from nemo_kd.mcore.device import pinned
+from nemo_kd.mcore.mix import Sources, changed
 from nemo_kd.store import StoreError
 
 
@@ -75,9 +70,10 @@ class KDBatches:
         Errors: NemoKDError, naming each difference, if it was saved of another sequence of items.
         """
         own = self.dataset.identity
-        changed = {name: state.get(name) for name in own if state.get(name) != own[name]}
-        if changed:
-            differences = [f"{name} was {old}, is {own[name]}" for name, old in changed.items()]
+        differences = [
+            f"{name} was {state.get(name)}, is {own[name]}" for name in changed(state, own)
+        ]
+        if differences:
             raise NemoKDError(
                 f"the saved position is one of other samples: {', '.join(differences)}; restore "
                 "these settings, or start with a new iterator"
@@ -103,13 +99,28 @@ class EvaluationBatches(KDBatches):
     """Evaluations of `steps` global batches each, that contain every item of the data set once.
 
     Each evaluation starts at the first item. The last batch is filled with items that have no
-    answer token, which add nothing to any sum.
+    answer token, which add nothing to any sum. With `steps`, evaluations have this number of
+    batches: without the last items if it is too small for all.
     """
 
-    @property
-    def steps(self) -> int:
+    def __init__(
+        self,
+        dataset: KDDataset,
+        *,
+        micro_batch_size: int,
+        global_batch_size: int,
+        consumed_samples: int = 0,
+        steps: int | None = None,
+    ) -> None:
+        super().__init__(
+            dataset,
+            micro_batch_size=micro_batch_size,
+            global_batch_size=global_batch_size,
+            consumed_samples=consumed_samples,
+        )
+        self.steps = -(-len(dataset) // global_batch_size) if steps is None else steps
         """The number of global batches of an evaluation."""
-        return -(-len(self.dataset) // self.global_batch_size)
+        check_integers(1, steps=self.steps)
 
     def _item(self, draw: int) -> Item:
         return self.dataset.evaluated(draw, self.steps * self.global_batch_size)
@@ -119,32 +130,22 @@ class EvaluationBatches(KDBatches):
 
 
 class StoreBatches(KDBatches):
-    """`KDBatches` over the samples of a store, or of several sources: see `KDDataset`."""
+    """`KDBatches` over the samples of a store, or of several sources.
+
+    `dataset`: the arguments of `KDDataset`, of which `seq_length` is required.
+    """
 
     def __init__(
         self,
         store: Sources,
         *,
-        seq_length: int,
         micro_batch_size: int,
         global_batch_size: int,
-        temperature: float = 1.0,
-        seed: int = 0,
         consumed_samples: int = 0,
-        over_long: str = "error",
-        packed: bool = False,
-        shuffle: bool = True,
+        **dataset: Any,
     ) -> None:
         super().__init__(
-            KDDataset(
-                store,
-                seq_length=seq_length,
-                temperature=temperature,
-                seed=seed,
-                over_long=over_long,
-                packed=packed,
-                shuffle=shuffle,
-            ),
+            KDDataset(store, **dataset),
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
             consumed_samples=consumed_samples,

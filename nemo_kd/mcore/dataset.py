@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_kd.data import (
+    StoreFacts,
     answer_tokens,
     check_schedule,
     collate_packs,
@@ -24,12 +23,13 @@ from nemo_kd.data import (
     teacher_of,
     truncate_prompt,
 )
+from nemo_kd.data.learnable import FIELD, Naming
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.blend import EndlessBlend
 from nemo_kd.mcore.context import own_positions
+from nemo_kd.mcore.mix import Source, Sources, sources_of
 from nemo_kd.sft.rows import SFTRows
-from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Store
 from nemo_kd.store.sample import Tokens
 from nemo_kd.topk import TopK
@@ -37,45 +37,9 @@ from nemo_kd.topk import TopK
 Batch = dict[str, Any]
 """A micro-batch on the CPU: `tokens`, `labels`, `loss_mask` and `position_ids` [B, S / C], and
 `answers`, an `AnswerTokens`; with packs also `cu_seqlens` [sequences + 1] int32 and `max_seqlen`,
-an int; `vocab_size`, an int, or None without a store."""
+an int; `vocab_size`, an int, or None without a store; `stores`, the `StoreFacts` of all stores."""
 
 PAD_ID = 0
-
-
-@dataclass(frozen=True)
-class Source:
-    """A store, or the rows of an SFT file without a teacher, in a mix."""
-
-    data: Store | SFTRows
-    """SFT rows, opened by `nemo_kd.sft.reader.open_rows` with the stores' tokenizer, are trained
-    with cross-entropy only."""
-
-    alpha: float | None = None
-    """Weight of the distillation for the samples of this store; None: that of the training."""
-
-    weight: float | None = None
-    """Share of the draws, relative to the other sources; None in all: their numbers of samples."""
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.data, Store | SFTRows):
-            raise NemoKDError(
-                f"a source is a {type(self.data).__name__}: expected a Store, or rows opened by "
-                "nemo_kd.sft.reader.open_rows"
-            )
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise NemoKDError(f"alpha={self.alpha} of {self.name}: expected a value in [0, 1]")
-        if self.alpha and isinstance(self.data, SFTRows):
-            raise NemoKDError(
-                f"alpha={self.alpha} of {self.name}: a file without a teacher has nothing to "
-                "distil; leave out alpha, or dump the file"
-            )
-        if self.weight is not None and not 0 < self.weight < float("inf"):
-            raise NemoKDError(f"weight={self.weight} of {self.name}: expected a value above 0")
-
-    @property
-    def name(self) -> str:
-        """The store or the file, for messages."""
-        return str(self.data.origin if isinstance(self.data, Store) else self.data.file.path)
 
 
 class Item(NamedTuple):
@@ -115,7 +79,7 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     ) -> None:
         check_integers(1, seq_length=seq_length)
         check_integers(0, seed=seed)
-        self.sources = _sources(sources)
+        self.sources = sources_of(sources)
         self.seq_length, self.temperature = seq_length, temperature
         self.seed, self.over_long, self.packed, self.shuffle = seed, over_long, packed, shuffle
         self._check()
@@ -154,7 +118,7 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     def identity(self) -> dict[str, Any]:
         """What determines the sequence of items, for comparison when a run is resumed."""
         return {
-            "sources": [_fingerprint(source) for source in self.sources],
+            "sources": [source.fingerprint for source in self.sources],
             "weights": list(map(float, self._blend.weights)),
             "items": [len(reader) for reader in self._readers],
             "seq_length": self.seq_length,
@@ -172,14 +136,24 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     def _stores(self) -> list[Store]:
         return [source.data for source in self.sources if isinstance(source.data, Store)]
 
-    def check(self, config: KDConfig, *, training: bool = True) -> None:
+    @cached_property
+    def facts(self) -> tuple[StoreFacts, ...]:
+        """What decides whether a loss can learn from the stores."""
+        pairs = [(each.data, each.alpha) for each in self.sources]
+        return tuple(
+            StoreFacts(str(data.origin), data.spec, alpha)
+            for data, alpha in pairs
+            if isinstance(data, Store)
+        )
+
+    def check(self, config: KDConfig, *, training: bool = True, naming: Naming = FIELD) -> None:
         """Refuse stores from which the loss of `config` learns nothing, or only with a bias.
 
-        Errors: StoreError, as `nemo_kd.data.check_schedule`.
+        `StepLoss` does it at the first micro-batch too. Errors: StoreError, as
+        `nemo_kd.data.check_schedule`.
         """
-        for source in self.sources:
-            if isinstance(source.data, Store):
-                check_schedule(source.data, config, source.alpha, training=training)
+        for store in self.facts:
+            check_schedule(store, config, store.alpha, training=training, naming=naming)
 
     def collate_fn(self, items: Sequence[Item]) -> Batch:
         """Collate the items of a micro-batch, this context-parallel rank's part of it."""
@@ -192,7 +166,8 @@ class KDDataset(torch.utils.data.Dataset[Item]):
             own,
         )
         mine = {name: x if own is None else x[:, own] for name, x in batch.items()}
-        return {**mine, "answers": answers, "vocab_size": self.vocab_size}
+        about = {"vocab_size": self.vocab_size, "stores": self.facts}
+        return {**mine, "answers": answers, **about}
 
     def _padded(self, items: Sequence[Item]) -> Batch:
         shape = len(items), self.seq_length
@@ -226,7 +201,7 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     def _check(self) -> None:
         if not self.sources:
             raise NemoKDError("no store and no file to train on: give at least one Source")
-        fingerprints = [_tokenizer(source) for source in self.sources]
+        fingerprints = [source.tokenizer for source in self.sources]
         known = next((each for each in fingerprints if each is not None), None)
         for store in self._stores:
             store.check(
@@ -341,14 +316,6 @@ class _Rows:
         return Item([row], no_teacher(row.answers, self.temperature), 0.0)
 
 
-Sources = Store | Source | Sequence[Store | Source]
-
-
-def _sources(given: Sources) -> list[Source]:
-    each = [given] if isinstance(given, Store | Source | str) else given
-    return [one if isinstance(one, Source) else Source(one) for one in each]
-
-
 def without_answers(item: Item) -> Item:
     """Return the item with a loss mask of zeros: it adds nothing to any sum."""
     parts = [replace(part, loss_mask=np.zeros_like(part.loss_mask)) for part in item.parts]
@@ -363,21 +330,3 @@ def check_integers(smallest: int, **values: object) -> None:
     for name, value in values.items():
         if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < smallest:
             raise NemoKDError(f"{name}={value!r}: expected an integer of at least {smallest}")
-
-
-def _tokenizer(source: Source) -> str | None:
-    """Return the fingerprint of the tokenizer of a source; None if it is not known."""
-    data = source.data
-    if isinstance(data, Store):
-        fingerprint: str | None = data.spec.tokenizer.get("fingerprint")
-        return fingerprint
-    return None if data.tokenizer is None else tokenizer_fingerprint(data.tokenizer)
-
-
-def _fingerprint(source: Source) -> str:
-    """Return a hash of what determines the tokens of a source."""
-    data = source.data
-    if isinstance(data, Store):
-        return data.fingerprint
-    settings = {"file": data.file.sha256, "template": data.template, "by": _tokenizer(source)}
-    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()

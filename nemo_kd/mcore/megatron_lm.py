@@ -19,8 +19,9 @@ import torch
 from nemo_kd.data import OVER_LONG
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDSchedule
-from nemo_kd.mcore.batches import KDBatches
-from nemo_kd.mcore.dataset import KDDataset, Source
+from nemo_kd.mcore.batches import EvaluationBatches, KDBatches
+from nemo_kd.mcore.dataset import KDDataset
+from nemo_kd.mcore.mix import Source
 from nemo_kd.mcore.resume import keep_settings
 from nemo_kd.mcore.training import ForwardStep, LossFunction, kd_forward_step
 from nemo_kd.sft.tokenizer import HFTokenizer, first_difference, tokenizer_fingerprint
@@ -155,6 +156,8 @@ def datasets_provider(
 
     They start at the numbers of consumed samples in Megatron-LM's checkpoint. With `--sft` samples
     are packed, as Megatron-LM's own. `numbers` of samples are not used: iterators are endless.
+    Each evaluation has the first samples of the validation stores, every one once if `--eval-iters`
+    batches hold them all.
 
     Errors: NemoKDError for stores of other tokenizers than the model's, for a checkpoint of other
     stores or another loss, and those of `KDDataset`.
@@ -175,7 +178,7 @@ def datasets_provider(
         ],
         **_dataset_options(args),
     )
-    training.check(settings(args))
+    training.check(settings(args), naming=_option)
     resumed = args.load if args.iteration else None  # nothing to compare with after --finetune
     keep_settings(training, settings(args), save=args.save, load=resumed, allow=args.kd_allow)
     micro = args.micro_batch_size
@@ -188,13 +191,15 @@ def datasets_provider(
     if not args.kd_valid_store:
         return train, None, None
     stores = [Source(Store(path)) for path in args.kd_valid_store]
-    validation = KDDataset(stores, **_dataset_options(args))
-    validation.check(settings(args), training=False)
-    valid = KDBatches(
+    options = {**_dataset_options(args), "temperature": _last_temperature(args, stores)}
+    validation = KDDataset(stores, **options, shuffle=False)
+    validation.check(settings(args), training=False, naming=_option)
+    valid = EvaluationBatches(
         validation,
         micro_batch_size=getattr(args, "eval_micro_batch_size", micro),
         global_batch_size=getattr(args, "eval_global_batch_size", args.global_batch_size),
         consumed_samples=args.consumed_valid_samples,
+        steps=args.eval_iters,
     )
     return train, valid, None
 
@@ -258,6 +263,7 @@ def _step() -> ForwardStep:
         settings(args),
         Store(args.kd_store[0]).spec.vocab_size,
         progress=lambda: (args.curr_iteration, args.train_iters),
+        naming=_option,
     )
 
 
@@ -288,6 +294,14 @@ def _step_samples(args: Namespace) -> int:
     if any(getattr(args, name, None) for name in changing):
         return int(args.micro_batch_size * parallel_state.get_data_parallel_world_size())
     return int(args.global_batch_size)
+
+
+def _last_temperature(args: Namespace, sources: Sequence[Source]) -> float:
+    """Return the temperature of evaluations; the first one if the last was not dumped."""
+    last = settings(args).end.temperature
+    stores = [source.data for source in sources if isinstance(source.data, Store)]
+    dumped = all(last in store.spec.temperatures for store in stores)
+    return last if dumped else float(args.kd_temperature)
 
 
 def _dataset_options(args: Namespace) -> dict[str, Any]:

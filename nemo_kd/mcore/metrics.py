@@ -16,6 +16,8 @@ TOKEN_METRICS = {
     "teacher_entropy": "teacher_entropy",
     "student_entropy": "student_entropy",
 }
+OF_THE_TEACHER = ("teacher_mass", "teacher_entropy")
+"""Metrics that need the teacher's log-sum-exp."""
 CALIBRATION_BINS = 15
 NAMES = ("loss", "sft_loss", "kd_loss", *TOKEN_METRICS)
 SIZE = CALIBRATION_BINS + 2 * len(NAMES)

@@ -16,6 +16,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.files import canonical_json, decode_json, publish, read_json
 from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.mcore.dataset import KDDataset
+from nemo_kd.mcore.mix import changed
 from nemo_kd.teacher.processes import Launch
 
 FILE = "nemo_kd.json"
@@ -54,12 +55,12 @@ def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_fi
             print(f"{load} has no {FILE}, so data and loss were not compared with it", flush=True)
         return
     then = read_json(load / FILE)
-    changed = [n for n in settings if n not in allow and then.get(n) != settings[n]]
-    if changed:
+    refused = [name for name in changed(then, settings) if name not in allow]
+    if refused:
         named = "; ".join(
-            f"{name}: {then.get(name)} in the checkpoint, {settings[name]} now" for name in changed
+            f"{name}: {then.get(name)} in the checkpoint, {settings[name]} now" for name in refused
         )
         raise NemoKDError(
             f"{load} belongs to a run with other settings: {named}. Restore them, save to and load "
-            f"from another directory, or allow {', '.join(changed)} to change"
+            f"from another directory, or allow {', '.join(refused)} to change"
         )

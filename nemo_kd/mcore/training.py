@@ -17,13 +17,14 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 
-from nemo_kd.data import AnswerTokens
+from nemo_kd.data import AnswerTokens, check_schedule
+from nemo_kd.data.learnable import FIELD, Naming, StoreFacts
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule, sft_kd_loss
 from nemo_kd.mcore.dataset import Batch
 from nemo_kd.mcore.device import on_device
 from nemo_kd.mcore.lm_head import gpt_module
-from nemo_kd.mcore.metrics import NAMES, MetricSums, token_sums
+from nemo_kd.mcore.metrics import NAMES, OF_THE_TEACHER, MetricSums, token_sums
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 ForwardStep = Callable[..., tuple[Any, LossFunction]]
@@ -39,7 +40,10 @@ class StepLoss:
 
     In training those of `config` at `progress()`; in evaluation those of the schedule's end and
     all answer tokens, so that values are comparable within and between runs. `sums`: evaluated
-    micro-batches are added to it.
+    micro-batches are added to it. `naming`: how messages name a field of `config`.
+
+    An evaluation's data set has the schedule's last temperature, `config.end.temperature`. With the
+    log-sum-exp at another one the teacher's mass and entropy are not known, and not reported.
 
     Errors: NemoKDError for a schedule without `progress`.
     """
@@ -51,7 +55,10 @@ class StepLoss:
         *,
         progress: Progress | None = None,
         sums: MetricSums | None = None,
+        naming: Naming = FIELD,
     ) -> None:
+        self.naming = naming
+        self._accepted: dict[bool, tuple[StoreFacts, ...]] = {}
         self.config, self.vocab_size, self.sums = config, vocab_size, sums
         self.progress = progress
         if isinstance(config, KDSchedule) and config.scheduled and progress is None:
@@ -71,10 +78,11 @@ class StepLoss:
         and in evaluation the other metrics of `MetricSums`.
 
         Errors: NemoKDError for a model whose logits are gathered from the tensor-parallel ranks,
-        and for stores of another vocabulary.
+        for stores of another vocabulary, and for those that `KDDataset.check` refuses.
         """
         self._check(batch, model)
         training = model.training and torch.is_grad_enabled()
+        self._check_stores(batch.get("stores", ()), training)
         # Megatron guards a total of 0 tokens over the global batch, not that of a micro-batch.
         fewest = 0 if get_model_config(model).calculate_per_token_loss else 1
         config = self._at(training)
@@ -93,6 +101,13 @@ class StepLoss:
                 "the model gathers its logits from the tensor-parallel ranks: build it with "
                 "parallel_output=True"
             )
+
+    def _check_stores(self, stores: tuple[StoreFacts, ...], training: bool) -> None:
+        if self._accepted.get(training) == stores:
+            return
+        for store in stores:
+            check_schedule(store, self.config, store.alpha, training=training, naming=self.naming)
+        self._accepted[training] = stores
 
     def _at(self, training: bool) -> KDConfig:
         config = self.config
@@ -113,8 +128,8 @@ class StepLoss:
         logits: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
         topk = answers.topk
-        if config.temperature != self.config.temperature:
-            # The batches have the log-sum-exp at the schedule's first temperature only.
+        scheduled = config.temperature != self.config.temperature
+        if scheduled and config.temperature not in topk.temperatures:
             topk = replace(topk, logsumexp=None)
         result = sft_kd_loss(
             logits.transpose(0, 1),
@@ -131,6 +146,8 @@ class StepLoss:
             self.sums.add(result)
         terms = token_sums(result).float()[:, : TRAINING_TERMS if training else None]
         report = dict(zip(NAMES, terms.unbind(1), strict=False))
+        if topk.logsumexp is None:
+            report = {name: term for name, term in report.items() if name not in OF_THE_TEACHER}
         number = max(len(answers.positions), fewest)
         divisor = torch.full((), number, dtype=torch.int, device=logits.device)
         return result.loss.sum(), divisor, report
@@ -142,6 +159,7 @@ def kd_forward_step(
     *,
     progress: Progress | None = None,
     sums: MetricSums | None = None,
+    naming: Naming = FIELD,
 ) -> ForwardStep:
     """Return a `forward_step_func` for Megatron's schedules that trains or evaluates a `GPTModel`.
 
@@ -152,7 +170,7 @@ def kd_forward_step(
     context parallelism if the model's attention does. Under a virtual pipeline each chunk of the
     model needs its own `StoreBatches`. Arguments as in `StepLoss`.
     """
-    loss = StepLoss(config, vocab_size, progress=progress, sums=sums)
+    loss = StepLoss(config, vocab_size, progress=progress, sums=sums, naming=naming)
 
     def step(
         iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False

@@ -34,7 +34,7 @@ def store_dataset(
     Logs how many samples were truncated or dropped.
     """
     store = open_store(model, directory)
-    check_schedule(store, model.kd_schedule, alpha, training=training)
+    check_schedule(store, model.kd_schedule, alpha, training=training, naming="model.kd.{}".format)
     _warn_of_labels(store)
     split, length = TrainSplit.of(data_cfg), data_cfg.max_seq_length
     fitting = fit_lengths(store, length, split.over_long)

@@ -20,12 +20,12 @@ def store(directory: Path, profile: str = "plain", top_k: int = 5) -> Store:
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        ({"divergence": "reverse_kl"}, "model.kd.divergence=reverse_kl;"),
-        ({"support": "topk"}, "model.kd.support=topk;"),
-        ({"top_entropy_fraction": 0.5}, "model.kd.top_entropy_fraction=0.5;"),
+        ({"divergence": "reverse_kl"}, "KDConfig.divergence=reverse_kl;"),
+        ({"support": "topk"}, "KDConfig.support=topk;"),
+        ({"top_entropy_fraction": 0.5}, "KDConfig.top_entropy_fraction=0.5;"),
         (
             {"support": "vocab", "temperature": 2.0, "top_entropy_fraction": 0.2},
-            "model.kd.temperature=2.0, model.kd.top_entropy_fraction=0.2;",
+            "KDConfig.temperature=2.0, KDConfig.top_entropy_fraction=0.2;",
         ),
     ],
 )
@@ -45,7 +45,7 @@ def test_draws_in_a_loss_that_they_bias_are_refused(
 def test_one_id_on_support_topk_is_refused(tmp_path: Path, profile: str) -> None:
     one = store(tmp_path / "one", profile, top_k=1)
     with pytest.raises(
-        StoreError, match=r"one id per token \(K = 1\).*set model.kd.support=bucket"
+        StoreError, match=r"one id per token \(K = 1\).*set KDConfig.support=bucket"
     ):
         check_learnable(one, KDConfig(support="topk"))
     for config in (KDConfig(), KDConfig(support="vocab"), KDConfig(support="topk", alpha=0.0)):

@@ -9,7 +9,7 @@ import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from nemo_kd.mcore import cpu
 
@@ -322,7 +322,43 @@ def whole_evaluation(store: Store) -> dict[str, Any]:
     return found
 
 
-def refusals(store: Store, rows: SFTRows, other: Store) -> dict[str, str]:
+def last_temperature(store: Store) -> dict[str, Report]:
+    """Means of an evaluation under a schedule that ends at temperature 2, and of one at 2."""
+    moving = KDSchedule(support="topk", temperature=1.0, temperature_end=2.0)
+    constant = KDConfig(support="topk", temperature=2.0)
+    found = {}
+    for name, config, temperature in (
+        ("moving", moving, 2.0),
+        ("constant", constant, 2.0),
+        ("unknown", moving, 1.0),
+    ):
+        batches = batches_of(store, temperature=temperature)
+        step = kd_forward_step(config, 500, progress=lambda: (0, 6))
+        (found[name],) = run(step, batches, student().eval(), 1)
+    return found
+
+
+def ratio(store: Store) -> list[str]:
+    """Errors of positions saved with weights 1 : 2, at 2 : 4 and at 2 : 1."""
+    saved = batches_of([Source(store, weight=1), Source(store, weight=2)]).state_dict()
+    errors = []
+    for weights in ((2, 4), (2, 1)):
+        batches = batches_of([Source(store, weight=weight) for weight in weights])
+        try:
+            batches.load_state_dict(saved)
+            errors.append("")
+        except NemoKDError as error:
+            errors.append(str(error))
+    return errors
+
+
+def one_id(directory: Path) -> Store:
+    """A store with one id per token."""
+    of = spec(vocab_size=500, top_k=1, rows_per_shard=4)
+    return Store(write(directory, of, [sample(row, of, answers=4) for row in range(4)]))
+
+
+def refusals(store: Store, rows: SFTRows, other: Store, single: Store) -> dict[str, str]:
     wrong: dict[str, Callable[[], Any]] = {
         "batch_of_packs": lambda: next(
             batches_of(store, packed=True, seq_length=300, micro_batch_size=2)
@@ -331,6 +367,12 @@ def refusals(store: Store, rows: SFTRows, other: Store) -> dict[str, str]:
         "weights": lambda: batches_of([Source(store, weight=1.0), Source(store)]),
         "alpha_of_rows": lambda: Source(rows, alpha=0.5),
         "alpha": lambda: Source(store, alpha=1.5),
+        "alpha_type": lambda: Source(store, alpha=cast(Any, "0.5")),
+        "weight_type": lambda: Source(store, weight=cast(Any, [1])),
+        "setting_type": lambda: KDConfig(temperature=cast(Any, "2")),
+        "one_id": lambda: run(
+            kd_forward_step(KDConfig(support="topk"), 500), batches_of(single), student(), BATCH
+        ),
         "no_source": lambda: batches_of([]),
         "schedule": lambda: kd_forward_step(KDSchedule(alpha_end=0.5), 500),
         "long_rows": lambda: batches_of([Source(rows)], seq_length=100),
@@ -372,7 +414,11 @@ def main(tiny: Path, directory: Path, heldout: Path, out: Path) -> None:
         "empty": empty_micro_batches(out.parent / "empty"),
         "long_pack": long_pack(out.parent / "long"),
         "whole_evaluation": whole_evaluation(Store(heldout)),
-        "refusals": refusals(store, rows, Store(out.parent / "long")),
+        "refusals": refusals(
+            store, rows, Store(out.parent / "long"), one_id(out.parent / "single")
+        ),
+        "last_temperature": last_temperature(store),
+        "ratio": ratio(store),
     }
     out.write_text(json.dumps(result))
 

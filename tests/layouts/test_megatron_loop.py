@@ -91,6 +91,20 @@ def test_an_evaluation_has_every_sample_once(found: dict[str, Any]) -> None:
     assert of_four == pytest.approx(of_one, abs=SPLIT)
 
 
+def test_an_evaluation_has_the_metrics_of_the_last_temperature(found: dict[str, Any]) -> None:
+    """Without the log-sum-exp at it: neither the teacher's mass nor its entropy, and no NaN."""
+    reports = found["last_temperature"]
+    assert reports["moving"] == reports["constant"]
+    unknown = {"teacher_mass", "teacher_entropy"}
+    rest = {name: value for name, value in reports["constant"].items() if name not in unknown}
+    assert rest != reports["constant"] and reports["unknown"] == rest
+
+
+def test_weights_are_compared_by_their_ratio(found: dict[str, Any]) -> None:
+    same, other = found["ratio"]
+    assert not same and "weights was [1.0, 2.0], is [2.0, 1.0]" in other
+
+
 @pytest.mark.parametrize(
     ("name", "words"),
     [
@@ -99,6 +113,10 @@ def test_an_evaluation_has_every_sample_once(found: dict[str, Any]) -> None:
         ("weights", "give all or none"),
         ("alpha_of_rows", "leave out alpha, or dump the file"),
         ("alpha", r"alpha=1.5 of .*store: expected a value in [0, 1]"),
+        ("alpha_type", "alpha='0.5' of .*store: expected a number"),
+        ("weight_type", "weight=[1] of .*store: expected a number"),
+        ("setting_type", "temperature is '2': expected a number"),
+        ("one_id", "set KDConfig.support=bucket"),
         ("no_source", "give at least one Source"),
         ("schedule", "pass progress"),
         ("long_rows", "more than seq_length + 1 = 101"),

@@ -31,7 +31,7 @@ def test_every_step_and_a_stores_own_alpha_count(
     draws: Store, settings: dict[str, Any], alpha: float | None, named: str
 ) -> None:
     with pytest.raises(StoreError) as refused:
-        check_schedule(draws, KDTrainingConfig(**settings), alpha)
+        check_schedule(draws, KDTrainingConfig(**settings), alpha, naming="model.kd.{}".format)
     assert f"model.kd.{named}" in str(refused.value)
 
 
