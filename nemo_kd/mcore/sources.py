@@ -13,6 +13,7 @@ from nemo_kd.checkpoints.arguments import read_arguments
 from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.exported_tokenizer import own_directory, tokenizer_of
 from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.run_config import read_run_config
 from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
 from nemo_kd.checkpoints.tensors import (
     DistributedTensors,
@@ -44,7 +45,7 @@ def open_model(
     tokenizer: str | Path | None = None,
     arguments: Mapping[str, Any] | None = None,
 ) -> Opened:
-    """Open a Hugging Face directory, a GGUF, a `.nemo` or a distributed checkpoint of Megatron-LM.
+    """Open a Hugging Face directory, a GGUF, a `.nemo` or a checkpoint of Megatron-LM or -Bridge.
 
     `tokenizer`: a Hugging Face directory; None takes the checkpoint's own. `arguments`: those of
     Megatron-LM that a checkpoint of it lacks.
@@ -59,7 +60,9 @@ def open_model(
     if source.section is not None:
         _refuse_arguments(path, arguments)
         return _of_nemo(source, tokenizer)
-    return _of_megatron(source, read_arguments(source), arguments or {}, tokenizer)
+    stored = read_run_config(source)
+    stored = read_arguments(source) if stored is None else stored
+    return _of_megatron(source, stored, arguments or {}, tokenizer)
 
 
 def _refuse_arguments(path: Path, arguments: Mapping[str, Any] | None) -> None:
@@ -110,13 +113,15 @@ def _of_megatron(
     given: Mapping[str, Any],
     tokenizer: str | Path | None,
 ) -> Opened:
-    """Open a checkpoint of Megatron-LM, whose settings are its arguments."""
+    """Open a checkpoint of Megatron-LM or Megatron-Bridge, whose settings are its arguments."""
     tensors = DistributedTensors(source)
     settings = settings_of_arguments(str(source.path), stored, given)
     settings = replace(settings, vocab_size=tensors.shape(EMBEDDING)[0])
     if tokenizer is None:
-        own = stored.get("tokenizer_model")
-        if stored.get("tokenizer_type") != "HuggingFaceTokenizer" or not Path(str(own)).is_dir():
+        own = source.path / "tokenizer"  # of Bridge
+        if not (own / "tokenizer_config.json").is_file():
+            own = Path(str(stored.get("tokenizer_model")))
+        if stored.get("tokenizer_type") != "HuggingFaceTokenizer" or not own.is_dir():
             raise CheckpointError(
                 f"{source.path} names no directory of a Hugging Face tokenizer that exists; give "
                 "one as teacher.tokenizer"

@@ -3,7 +3,8 @@
     python tests/mcore/megatron_lm.py DIRECTORY HF_DIRECTORY [NAME=JSON ...]
 
 The weights are those of the Hugging Face directory; `NAME=JSON` sets an argument, null removes it.
-Beside the arguments of the model, some of a training are saved, among them objects.
+`sharded=true` keeps the common state in a sharded object, as megatron-core 0.19, not in
+`common.pt`. Beside the arguments of the model, some of a training are saved, among them objects.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from nemo_kd.mcore import cpu
 cpu.install()
 
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel  # noqa: E402
+from megatron.core.dist_checkpointing import ShardedObject  # noqa: E402
 from megatron.core.transformer.enums import AttnBackend  # noqa: E402
 
 from nemo_kd.checkpoints import open_checkpoint  # noqa: E402
@@ -81,13 +83,20 @@ def main(directory: Path, source: str, *changes: str) -> None:
     for change in changes:
         key, _, value = change.partition("=")
         given[key] = json.loads(value)
+    sharded = given.pop("sharded", False)
     args = argparse.Namespace(**{key: one for key, one in given.items() if one is not None})
     state = dict(model.sharded_state_dict())
-    state |= {"args": args, "iteration": 10, "checkpoint_version": 3.0}
+    common = {"args": args, "iteration": 10, "checkpoint_version": 3.0}
+    if sharded:
+        state["common_state"] = ShardedObject("common_state", common, (1,), (0,))
+    else:
+        state |= common
     state["rng_state"] = [{"np": np.random.get_state(), "torch": torch.get_rng_state()}]
     target = directory / "iter_0000010"
     target.mkdir(parents=True)
     dist_checkpointing.save(state, str(target))
+    if sharded:
+        (target / "common.pt").unlink()
     (directory / "latest_checkpointed_iteration.txt").write_text("10")
 
 

@@ -1,0 +1,97 @@
+"""The model of a Megatron-Bridge checkpoint, as Megatron-LM's arguments.
+
+Bridge saves its configuration as `run_config.yaml` beside the weights: plain values, and objects as
+mappings with their name in `_target_` (`megatron/bridge/utils/instantiate_utils.py`). Nothing is
+imported or created by name.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from nemo_kd.checkpoints.model import CheckpointError, reading
+from nemo_kd.checkpoints.source import MAX_CONFIG, Source
+
+RUN_CONFIG = "run_config.yaml"
+PROVIDER = re.compile(
+    r"megatron\.bridge\.models\.[\w.]+\.(GPT|(Code)?Llama\d*|Qwen(2|25|3|3MoE))ModelProvider\w*"
+)
+"""Classes of models that are Megatron-core's GPTModel and nothing else."""
+LAYERS = {"default_layer_spec", "local_layer_spec", "transformer_engine_layer_spec"}
+"""Functions that return Megatron-core's own layers."""
+RENAMED = {
+    "num_moe_experts": "num_experts",
+    "seq_length": "max_position_embeddings",
+    "rope_scaling": "use_rope_scaling",
+    "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
+}
+"""Fields of Bridge's GPTModelProvider, and Megatron-LM's names of them."""
+ACTIVATIONS = {"silu": (True, False), "gelu": (False, False), "squared_relu": (False, True)}
+"""Activation → (swiglu, squared_relu); each is gated or not in Megatron-LM."""
+
+
+def read_run_config(source: Source) -> dict[str, Any] | None:
+    """Return the model and the tokenizer in Megatron-LM's arguments; None without the file.
+
+    Errors: CheckpointError for a damaged file, and for a model that is not a GPTModel alone.
+    """
+    extent = source.files.get(RUN_CONFIG)
+    if extent is None:
+        return None
+    name = f"{source.path}: {RUN_CONFIG}"
+    with reading(name), extent.open() as file:
+        config = yaml.safe_load(file.read(MAX_CONFIG))
+    model = config.get("model") if isinstance(config, Mapping) else None
+    if not isinstance(model, Mapping):
+        raise CheckpointError(f"{name} has no block model; save the checkpoint again")
+    _refuse_others(name, model)
+    tokenizer = config.get("tokenizer")
+    found = _plain(model) | _activation(name, model)
+    found |= _plain(tokenizer if isinstance(tokenizer, Mapping) else {}, "tokenizer_")
+    found["group_query_attention"] = model.get("num_query_groups") is not None
+    tied = model.get("share_embeddings_and_output_weights", True)
+    return {**found, "untie_embeddings_and_output_weights": not tied}
+
+
+def _refuse_others(name: str, model: Mapping[str, Any]) -> None:
+    """Raise CheckpointError for a model that is not, or may not be, a GPTModel alone."""
+    layers = model.get("transformer_layer_spec")
+    other = None
+    if not PROVIDER.fullmatch(str(model.get("_target_"))):
+        other = f"a {_target(model)}"
+    elif layers is not None and _target(layers) not in LAYERS:
+        other = f"of layers of {_target(layers)}"
+    if other is not None:
+        raise CheckpointError(
+            f"{name}: its model is {other}, which may compute more than a GPTModel; export it to "
+            "Hugging Face's format with Megatron-Bridge, and dump that"
+        )
+
+
+def _target(value: Any) -> str:
+    """Return the last part of an object's name."""
+    found = value.get("_target_") if isinstance(value, Mapping) else None
+    return str(found).rsplit(".", 1)[-1]
+
+
+def _plain(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values that are no objects, of names with `prefix`, renamed."""
+    return {
+        RENAMED.get(name, name): value
+        for name, value in block.items()
+        if name != "_target_" and name.startswith(prefix) and not isinstance(value, Mapping)
+    }
+
+
+def _activation(name: str, model: Mapping[str, Any]) -> dict[str, bool]:
+    activation, gated = _target(model.get("activation_func")), bool(model.get("gated_linear_unit"))
+    swiglu, squared = ACTIVATIONS.get(activation, (not gated, False))
+    if swiglu != gated:
+        raise CheckpointError(
+            f"{name}: activation_func {activation} with gated_linear_unit={gated} is not supported"
+        )
+    return {"swiglu": swiglu, "squared_relu": squared}
