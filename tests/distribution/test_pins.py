@@ -13,7 +13,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-EXTRAS = ("nemo", "nemo,dev", "docs", "eval")
+EXTRAS = ("nemo", "nemo,dev", "docs", "eval", "qad")
 CONFIGURED = ("PIP_FIND_LINKS", "PIP_CONSTRAINT", "PIP_EXTRA_INDEX_URL", "PIP_NO_INDEX")
 OFFLINE = ["--no-cache-dir", "--disable-pip-version-check"]
 
