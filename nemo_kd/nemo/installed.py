@@ -14,13 +14,18 @@ from pathlib import Path
 
 from nemo_kd.errors import NemoKDError
 
+CORES_OF_NEMO_2_4 = [["0", "12"], ["0", "13"]]
 ADAPTER_MIXIN = "collections/nlp/parts/mixins/nlp_adapter_mixins.py"
 
 
 def nemo_version() -> str:
     """Return the version of the installed NeMo; "" if there is none."""
+    return _version("nemo_toolkit")
+
+
+def _version(package: str) -> str:
     try:
-        return importlib.metadata.version("nemo_toolkit")
+        return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return ""
 
@@ -36,12 +41,23 @@ def has_adapters() -> bool:
 def imports_of_nemo() -> Iterator[None]:
     """Context in which a module that NeMo's import misses raises an error that says what to do.
 
+    NeMo 2.4 is refused beside megatron-core 0.14 and later, which lack functions that it calls.
     Errors: NemoKDError.
     """
+    _refuse_newer_megatron()
     try:
         yield
     except ModuleNotFoundError as error:
         raise NemoKDError(_remedy(error.name or str(error))) from error
+
+
+def _refuse_newer_megatron() -> None:
+    nemo, core = nemo_version(), _version("megatron-core")
+    if nemo.startswith("2.4.") and core and core.split(".")[:2] not in CORES_OF_NEMO_2_4:
+        raise NemoKDError(
+            f"NeMo {nemo} does not work with megatron-core {core}: pip install "
+            "megatron-core==0.13.1, or nemo_toolkit==2.5.0 for megatron-core 0.14"
+        )
 
 
 def _remedy(module: str) -> str:

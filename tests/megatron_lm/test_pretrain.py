@@ -127,6 +127,18 @@ def test_a_resumed_run_equals_the_uninterrupted_one(stores: Stores, tmp_path: Pa
     assert "alpha: None in the checkpoint, 0.5 now" in done.stderr
 
 
+def test_a_validation_has_every_sample_once(stores: Stores) -> None:
+    """16 samples in two batches of 8; the third batch has none."""
+    valid = []
+    for batches in (2, 3):
+        options = [f"--kd-valid-store={stores.valid}", f"--eval-iters={batches}"]
+        valid.append(run(stores.train, *options, "--eval-interval=6")[1])
+    of_two, of_three = valid
+    assert of_two and len(of_two) == len(of_three)
+    for a, b in zip(of_two, of_three, strict=True):
+        assert a == pytest.approx(b, abs=ROUNDING)
+
+
 def test_sft_trains_on_packs(stores: Stores) -> None:
     """Of which 4 have more samples than 4 samples have."""
     train, _ = run(stores.train, "--sft", "--micro-batch-size=1", "--global-batch-size=4")

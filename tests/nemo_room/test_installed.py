@@ -56,6 +56,22 @@ def test_adapters_are_refused_before_nemo_is_imported(tmp_path: Path) -> None:
     assert "peft_scheme=lora does not work with NeMo 2.5.0" in error and "NeMo 2.4" in error
 
 
+def test_megatron_core_that_nemo_does_not_know_is_refused(tmp_path: Path) -> None:
+    about = tmp_path / "megatron_core-0.14.0.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text("Metadata-Version: 2.1\nName: megatron-core\nVersion: 0.14.0\n")
+    path = other_nemo(tmp_path, "2.4.1", MODEL)
+    program = tmp_path / "start.py"
+    program.write_text(
+        "from nemo_kd.nemo import start\n"
+        "from nemo_kd.cli.failures import reported\n"
+        "with reported():\n    start.install()\n"
+    )
+    done = run_program(program, fails=True, PYTHONPATH=path, NEMO_KD_TRACEBACK="")
+    assert done.stderr.startswith("error: NeMo 2.4.1 does not work with megatron-core 0.14.0: pip")
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize(
     ("version", "modules", "message"),
     [
