@@ -53,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
         help="a configuration of modelopt.torch.quantization, or none",
     )
     parser.add_argument("--alpha", type=float, default=1.0, help="weight of the distillation")
-    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--batch-size", type=int, default=8, help="samples per process and batch")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--lr", type=float, default=1e-4)
     return parser
 
 
@@ -165,7 +165,7 @@ def training(args: argparse.Namespace) -> TrainingArguments:
         average_tokens_across_devices=True,
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
-        warmup_ratio=0.1,
+        warmup_steps=10,
         logging_steps=5,
         save_strategy="no",
         report_to="none",
