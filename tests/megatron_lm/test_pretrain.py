@@ -1,6 +1,6 @@
 """Megatron-LM's own training program on stores. It needs `megatron.training`:
 
-    PYTHONPATH=… python -m pytest tests/megatron_lm
+    PYTHONPATH=… python -m pytest -m slow tests/megatron_lm
 
 in an environment with megatron-core 0.19, or with a checkout of Megatron-LM on PYTHONPATH.
 """
