@@ -135,7 +135,11 @@ def provider_of(path: str | Path) -> Any:
     bridge = AutoBridge.from_hf_pretrained(
         str(path), local_files_only=True, trust_remote_code=False
     )
-    return bridge.to_megatron_provider()
+    provider = bridge.to_megatron_provider()
+    # Bridge skips the initialization, in which Megatron-core's own layers also mark their weights
+    # as tensor-parallel: the gradient norm, hence clipping, would miss the ranks above 0.
+    provider.perform_initialization = True
+    return provider
 
 
 def _sources(given: Sources) -> list[KDSource]:

@@ -129,8 +129,10 @@ def test_a_continued_training_is_the_uninterrupted_one(
     ("tolerance", "layout"),
     [
         (SPLIT, []),
+        (SPLIT, ["--tensor-parallel=2", "--sequence-parallel"]),
+        (SPLIT, ["--pipeline-parallel=2"]),
     ],
-    ids=["data"],
+    ids=["data", "tensor", "pipeline"],
 )
 def test_two_processes_train_as_one(
     tolerance: float, layout: list[str], whole: Path, bridge: Bridge, data: Path, tmp_path: Path
