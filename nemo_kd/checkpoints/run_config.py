@@ -21,7 +21,10 @@ PROVIDER = re.compile(
     r"megatron\.bridge\.models\.[\w.]+\.(GPT|(Code)?Llama\d*|Qwen(2|25|3|3MoE))ModelProvider\w*"
 )
 """Classes of models that are Megatron-core's GPTModel and nothing else."""
-LAYERS = {"default_layer_spec", "local_layer_spec", "transformer_engine_layer_spec"}
+LAYERS = {
+    f"megatron.bridge.models.gpt_provider.{name}"
+    for name in ("default_layer_spec", "local_layer_spec", "transformer_engine_layer_spec")
+}
 """Functions that return Megatron-core's own layers."""
 RENAMED = {
     "num_moe_experts": "num_experts",
@@ -30,7 +33,12 @@ RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 """Fields of Bridge's GPTModelProvider, and Megatron-LM's names of them."""
-ACTIVATIONS = {"silu": (True, False), "gelu": (False, False), "squared_relu": (False, True)}
+ACTIVATIONS = {
+    "torch.nn.functional.silu": (True, False),
+    "torch.nn.functional.gelu": (False, False),
+    "torch._C._nn.gelu": (False, False),
+    "megatron.core.activations.squared_relu": (False, True),
+}
 """Activation → (swiglu, squared_relu); each is gated or not in Megatron-LM."""
 
 
@@ -62,7 +70,7 @@ def _refuse_others(name: str, model: Mapping[str, Any]) -> None:
     layers = model.get("transformer_layer_spec")
     other = None
     if not PROVIDER.fullmatch(str(model.get("_target_"))):
-        other = f"a {_target(model)}"
+        other = f"a {model.get('_target_')}"
     elif layers is not None and _target(layers) not in LAYERS:
         other = f"of layers of {_target(layers)}"
     if other is not None:
@@ -73,18 +81,25 @@ def _refuse_others(name: str, model: Mapping[str, Any]) -> None:
 
 
 def _target(value: Any) -> str:
-    """Return the last part of an object's name."""
-    found = value.get("_target_") if isinstance(value, Mapping) else None
-    return str(found).rsplit(".", 1)[-1]
+    """Return an object's name; the whole value if it is more than that, as one with arguments."""
+    if not isinstance(value, Mapping) or "_target_" not in value:
+        return str(value)
+    more = {key: item for key, item in value.items() if key not in ("_target_", "_call_")}
+    return str(dict(value) if more or value.get("_call_") else value["_target_"])
 
 
 def _plain(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values that are no objects, of names with `prefix`, renamed."""
-    return {
-        RENAMED.get(name, name): value
+    """Return the values that are no objects, of names with `prefix`, renamed.
+
+    A renamed one counts before one that has the name by itself, whatever the file's order.
+    """
+    values = {
+        name: value
         for name, value in block.items()
         if name != "_target_" and name.startswith(prefix) and not isinstance(value, Mapping)
     }
+    renamed = {RENAMED[name]: value for name, value in values.items() if name in RENAMED}
+    return {name: value for name, value in values.items() if name not in RENAMED} | renamed
 
 
 def _activation(name: str, model: Mapping[str, Any]) -> dict[str, bool]:

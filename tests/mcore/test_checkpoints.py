@@ -39,12 +39,17 @@ OTHERS = {
 }
 CHANGES: dict[str, dict[str, Any]] = {
     "": {},
-    "its model is a Gemma2ModelProvider": {
+    "gemma2_provider.Gemma2ModelProvider, which may": {
         "_target_": "megatron.bridge.models.gemma.gemma2_provider.Gemma2ModelProvider"
     },
     "export it to Hugging Face's format": {"_target_": "own.GPTModelProvider"},
-    "its model is of layers of spec": {"transformer_layer_spec": {"_target_": "own.spec"}},
-    "activation_func quick_gelu": {"activation_func": {"_target_": "own.quick_gelu"}},
+    "of layers of own.default_layer_spec": {
+        "transformer_layer_spec": {"_target_": "own.default_layer_spec", "_call_": False}
+    },
+    "'_args_': [4]": {
+        "transformer_layer_spec": {"_target_": f"{GPT}.default_layer_spec", "_args_": [4]}
+    },
+    "activation_func own.silu": {"activation_func": {"_target_": "own.silu", "_call_": False}},
     "lacks Megatron-LM's arguments num_layers": {"num_layers": None},
     "multi_latent_attention=True is not supported": {"multi_latent_attention": True},
 }
