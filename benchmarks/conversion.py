@@ -28,6 +28,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.gpu.sizes import GPU
 from benchmarks.store import machine
 from nemo_kd.checkpoints import open_checkpoint, write_nemo
 from nemo_kd.checkpoints.config_json import read_model
@@ -39,13 +40,7 @@ CACHE = ROOT / "outputs" / "benchmarks" / "conversion"
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 64,
-    "vocab_size": 128256,
+    **GPU.model,
     "max_position_embeddings": 8192,
     "rms_norm_eps": 1e-5,
     "rope_theta": 500000.0,

@@ -100,25 +100,19 @@ class EvaluationBatches(KDBatches):
 
     Each evaluation starts at the first item. The last batch is filled with items that have no
     answer token, which add nothing to any sum. With `steps`, evaluations have this number of
-    batches: without the last items if it is too small for all.
+    batches: without the last items if it is too small for all. `sizes`: the arguments of
+    `KDBatches`.
     """
 
     def __init__(
         self,
         dataset: KDDataset,
         *,
-        micro_batch_size: int,
-        global_batch_size: int,
-        consumed_samples: int = 0,
         steps: int | None = None,
+        **sizes: int,
     ) -> None:
-        super().__init__(
-            dataset,
-            micro_batch_size=micro_batch_size,
-            global_batch_size=global_batch_size,
-            consumed_samples=consumed_samples,
-        )
-        self.steps = -(-len(dataset) // global_batch_size) if steps is None else steps
+        super().__init__(dataset, **sizes)
+        self.steps = -(-len(dataset) // self.global_batch_size) if steps is None else steps
         """The number of global batches of an evaluation."""
         check_integers(1, steps=self.steps)
 
