@@ -1,7 +1,8 @@
-"""Refuse, truncate or drop samples longer than the student's `max_seq_length`."""
+"""Refuse, truncate or drop samples longer than the student's sequence length."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -17,6 +18,28 @@ OVER_LONG_ALIASES = {
     "drop": "skip",
 }
 """Synonyms and former names, for which an error suggests the valid name."""
+
+
+@dataclass(frozen=True)
+class LengthLimit:
+    """The most tokens that a sample may have, and the settings that messages name."""
+
+    tokens: int
+    setting: str = "max_seq_length"
+    inputs: bool = False
+    """The setting counts inputs, one fewer than tokens."""
+    over_long: str = "over_long"
+
+    def __str__(self) -> str:
+        if self.inputs:
+            return f"{self.setting} + 1 = {self.tokens}"
+        return f"{self.setting}={self.tokens}"
+
+    @classmethod
+    def of_inputs(cls, seq_length: int, naming: Callable[[str], str] = str) -> LengthLimit:
+        """Return the limit for `seq_length` inputs; `naming` as in `check_schedule`."""
+        names = naming("seq_length"), naming("over_long")
+        return cls(seq_length + 1, names[0], inputs=True, over_long=names[1])
 
 
 @dataclass(frozen=True)
@@ -40,8 +63,8 @@ class Fitting:
         )
 
 
-def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> Fitting:
-    """Select the samples of `store` to use with at most `max_seq_length` tokens.
+def fit_lengths(store: Store, limit: LengthLimit, over_long: str = "error") -> Fitting:
+    """Select the samples of `store` to use with at most `limit.tokens` tokens.
 
     `over_long` selects how longer samples are handled. `error`: the store is refused. `truncate`:
     tokens are removed from the left of the prompt; a sample is dropped if none would be left
@@ -51,22 +74,22 @@ def fit_lengths(store: Store, max_seq_length: int, over_long: str = "error") -> 
     Errors: StoreError for `error`, and where no sample is left; NemoKDError for an unknown
     `over_long`.
     """
-    check_name("over_long", over_long, OVER_LONG, OVER_LONG_ALIASES)
+    check_name(limit.over_long, over_long, OVER_LONG, OVER_LONG_ALIASES)
     lengths = store.lengths
-    long = np.flatnonzero(lengths > max_seq_length)
+    long = np.flatnonzero(lengths > limit.tokens)
     if len(long) and over_long == "error":
         raise StoreError(
             f"store {store.origin} has {len(long)} of {len(lengths)} samples with more than "
-            f"max_seq_length={max_seq_length} tokens (the longest has {lengths.max()}); raise "
-            "max_seq_length of this data set, or set its over_long to truncate or drop"
+            f"{limit} tokens (the longest has {lengths.max()}); raise {limit.setting} of this data "
+            f"set, or set its {limit.over_long} to truncate or drop"
         )
-    fits = [over_long == "truncate" and _fits(store[int(i)], max_seq_length) for i in long]
+    fits = [over_long == "truncate" and _fits(store[int(i)], limit.tokens) for i in long]
     dropped = long[~np.array(fits, dtype=bool)]
     used = np.setdiff1d(np.arange(len(lengths)), dropped, assume_unique=True)
     if not len(used):
         raise StoreError(
-            f"store {store.origin} has no sample of at most max_seq_length={max_seq_length} "
-            f"tokens; its shortest has {min(lengths, default=0)}: raise max_seq_length"
+            f"store {store.origin} has no sample of at most {limit} tokens; its shortest has "
+            f"{min(lengths, default=0)}: raise {limit.setting}"
         )
     return Fitting(used, truncated=sum(fits), dropped=len(dropped))
 

@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_kd.data import check_learnable, fit_lengths, truncate_prompt
+from nemo_kd.data import LengthLimit, check_learnable, fit_lengths, notices, truncate_prompt
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Sample, Store, StoreError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
+from nemo_kd.teacher.layout import Layout
 from nemo_kd.vocabulary import VocabularySize
 
 
@@ -92,5 +93,7 @@ def _used(store: Store, max_seq_length: int | None, over_long: str) -> NDArray[n
     """Return the store's indices of the samples to use [samples]."""
     if not len(store):
         raise StoreError(f"store {store.origin} has no samples")
-    longest = int(store.lengths.max()) if max_seq_length is None else max_seq_length
-    return fit_lengths(store, longest, over_long).used
+    limit = LengthLimit(int(store.lengths.max()) if max_seq_length is None else max_seq_length)
+    fitting = fit_lengths(store, limit, over_long)
+    Layout.of_job().say_each(notices(store, fitting, limit))
+    return fitting.used

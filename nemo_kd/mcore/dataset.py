@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_kd.data import (
+    LengthLimit,
     StoreFacts,
     answer_tokens,
     check_schedule,
@@ -19,6 +20,7 @@ from nemo_kd.data import (
     fit_lengths,
     joined,
     no_teacher,
+    notices,
     pack_samples,
     teacher_of,
     truncate_prompt,
@@ -32,6 +34,7 @@ from nemo_kd.mcore.mix import Source, Sources, sources_of
 from nemo_kd.sft.rows import SFTRows
 from nemo_kd.store import Store
 from nemo_kd.store.sample import Tokens
+from nemo_kd.teacher.layout import Layout
 from nemo_kd.topk import TopK
 
 Batch = dict[str, Any]
@@ -58,7 +61,9 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     sequence depends on `seed` and the sources only, so a resumed run continues it on any layout.
 
     `seq_length` is the number of inputs: of a sample of at most `seq_length + 1` tokens, or of a
-    pack. `packed` needs micro-batches of one pack, and no context parallelism.
+    pack. `packed` needs micro-batches of one pack, and no context parallelism. `naming`: how
+    messages name `seq_length` and `over_long`. Rank 0 prints how many samples are truncated or
+    dropped, and a warning of teacher's rows that do not belong to their labels.
 
     Errors: StoreError for samples that are too long (see `over_long` of `fit_lengths`), for a
     temperature that was not dumped, and for sources of different tokenizers; NemoKDError for
@@ -76,10 +81,12 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         over_long: str = "error",
         packed: bool = False,
         shuffle: bool = True,
+        naming: Naming = str,
     ) -> None:
         check_integers(1, seq_length=seq_length)
         check_integers(0, seed=seed)
         self.sources = sources_of(sources)
+        self.naming = naming
         self.seq_length, self.temperature = seq_length, temperature
         self.seed, self.over_long, self.packed, self.shuffle = seed, over_long, packed, shuffle
         self._check()
@@ -264,7 +271,9 @@ class _Samples:
     def __init__(self, store: Store, alpha: float | None, dataset: KDDataset) -> None:
         self.store, self.alpha = store, alpha
         self.length, self.temperature = dataset.seq_length + 1, dataset.temperature
-        self.fitting = fit_lengths(store, self.length, dataset.over_long)
+        limit = LengthLimit.of_inputs(dataset.seq_length, dataset.naming)
+        self.fitting = fit_lengths(store, limit, dataset.over_long)
+        Layout.of_job().say_each(notices(store, self.fitting, limit))
 
     def __len__(self) -> int:
         return len(self.fitting.used)

@@ -85,7 +85,7 @@ def add_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     for field in fields(KDSchedule):
         text = f"see `{field.name}` of nemo_kd.loss.KDSchedule"
-        group.add_argument(_option(field.name), help=text, **_kind(field))
+        group.add_argument(option(field.name), help=text, **_kind(field))
     interval = parser.get_default("eval_interval") or 1000  # None in 0.19, which divides by it
     parser.set_defaults(eval_iters=0, eval_interval=interval, dataloader_type="external")
     return parser
@@ -107,9 +107,9 @@ def check_arguments() -> None:
         return add_arguments(parser)
 
     args = parse_args(provider)
-    for option, name, default, why in meaningless:
+    for given, name, default, why in meaningless:
         if getattr(args, name) != default:
-            raise NemoKDError(f"{option} has no effect with --kd-store: {why}; remove it")
+            raise NemoKDError(f"{given} has no effect with --kd-store: {why}; remove it")
     if args.dataloader_type != "external":
         raise NemoKDError(
             f"--dataloader-type {args.dataloader_type} has no effect with --kd-store, whose order "
@@ -124,7 +124,7 @@ def check_arguments() -> None:
         values = getattr(args, name)
         if values is not None and len(values) != len(args.kd_store):
             raise NemoKDError(
-                f"{_option(name.removeprefix('kd_'))} has {len(values)} values for "
+                f"{option(name.removeprefix('kd_'))} has {len(values)} values for "
                 f"{len(args.kd_store)} stores; give one for each --kd-store"
             )
     settings(args)
@@ -178,7 +178,7 @@ def datasets_provider(
         ],
         **_dataset_options(args),
     )
-    training.check(settings(args), naming=_option)
+    training.check(settings(args), naming=option)
     resumed = args.load if args.iteration else None  # nothing to compare with after --finetune
     keep_settings(training, settings(args), save=args.save, load=resumed, allow=args.kd_allow)
     micro = args.micro_batch_size
@@ -193,7 +193,7 @@ def datasets_provider(
     stores = [Source(Store(path)) for path in args.kd_valid_store]
     options = {**_dataset_options(args), "temperature": _last_temperature(args, stores)}
     validation = KDDataset(stores, **options, shuffle=False)
-    validation.check(settings(args), training=False, naming=_option)
+    validation.check(settings(args), training=False, naming=option)
     valid = EvaluationBatches(
         validation,
         micro_batch_size=getattr(args, "eval_micro_batch_size", micro),
@@ -263,7 +263,7 @@ def _step() -> ForwardStep:
         settings(args),
         Store(args.kd_store[0]).spec.vocab_size,
         progress=lambda: (args.curr_iteration, args.train_iters),
-        naming=_option,
+        naming=option,
     )
 
 
@@ -310,6 +310,7 @@ def _dataset_options(args: Namespace) -> dict[str, Any]:
         "temperature": args.kd_temperature,
         "seed": args.seed,
         "over_long": args.kd_over_long,
+        "naming": option,
         "packed": args.sft,
     }
 
@@ -325,8 +326,8 @@ def _meaningless(parser: ArgumentParser) -> list[tuple[str, str, Any, str]]:
     return found
 
 
-def _option(name: str) -> str:
-    return f"--kd-{name.replace('_', '-')}"
+def option(name: str) -> str:
+    return "--seq-length" if name == "seq_length" else f"--kd-{name.replace('_', '-')}"
 
 
 def _kind(field: Field[Any]) -> dict[str, Any]:

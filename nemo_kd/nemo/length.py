@@ -6,7 +6,7 @@ from typing import Any
 
 from omegaconf import DictConfig, open_dict
 
-from nemo_kd.data import fit_lengths, pack_samples
+from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.record import Progress, say
 from nemo_kd.nemo.splits import Split
@@ -62,7 +62,7 @@ def rows_of(file: str) -> int:
 
 
 def _used(store: Store, split: Split, length: int) -> int:
-    fitting = fit_lengths(store, length, split.over_long)
+    fitting = fit_lengths(store, LengthLimit(length), split.over_long)
     if not split.packed_sequence:
         return len(fitting)
     # The number of packs does not depend on the seed.

@@ -6,7 +6,7 @@ import torch
 from megatron.core import parallel_state
 from omegaconf import DictConfig
 
-from nemo_kd.data import check_schedule, fit_lengths, pack_samples
+from nemo_kd.data import LengthLimit, check_schedule, fit_lengths, notices, pack_samples
 from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
 from nemo_kd.nemo.sft_files import shared_arguments
@@ -15,10 +15,8 @@ from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
 from nemo_kd.store.codecs import TopP
 from nemo_kd.store.replaced import refuse_other_ranks
-from nemo_kd.store.tools.stats import stats
 from nemo_kd.teacher.layout import Layout
 
-COMPARED_SAMPLES = 64
 """Number of evenly spaced samples whose labels are compared with the teacher's rows."""
 
 
@@ -35,11 +33,10 @@ def store_dataset(
     """
     store = open_store(model, directory)
     check_schedule(store, model.kd_schedule, alpha, training=training, naming="model.kd.{}".format)
-    _warn_of_labels(store)
     split, length = TrainSplit.of(data_cfg), data_cfg.max_seq_length
-    fitting = fit_lengths(store, length, split.over_long)
-    if fitting.truncated or fitting.dropped:
-        _log(store, f"more than max_seq_length={length} tokens: {fitting}")
+    limit = LengthLimit(length)
+    fitting = fit_lengths(store, limit, split.over_long)
+    Layout.of_job().say_each(notices(store, fitting, limit))
     if training:
         _log_what_is_learned(model, store, alpha)
     arguments = {
@@ -99,13 +96,6 @@ def open_store(model: Student, directory: str) -> Store:
     if opened[0][1]:
         raise StoreError(opened[0][1])
     return store
-
-
-def _warn_of_labels(store: Store) -> None:
-    """Warn if the teacher's rows of a few samples do not belong to their labels."""
-    warning = "" if Layout.of_job().rank else stats(store, COMPARED_SAMPLES).agreement.warning()
-    if warning:
-        _log(store, f"WARNING: {warning} (measured on up to {COMPARED_SAMPLES} samples)")
 
 
 def _log_what_is_learned(model: Student, store: Store, alpha: float | None) -> None:

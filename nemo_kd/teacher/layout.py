@@ -6,7 +6,7 @@ The teacher's framework package creates the `Layout`.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -120,5 +120,9 @@ class Layout:
 
     def say(self, text: str) -> None:
         """Print a line to stderr, on rank 0 only."""
-        if not self.rank:
-            print(visible(text), file=sys.stderr, flush=True)
+        self.say_each([text])
+
+    def say_each(self, lines: Iterable[str]) -> None:
+        """Print lines to stderr, on rank 0 only; the other ranks do not iterate over them."""
+        for line in lines if not self.rank else ():
+            print(visible(line), file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from nemo_kd.data import fit_lengths, truncate_prompt
+from nemo_kd.data import LengthLimit, fit_lengths, truncate_prompt
 from nemo_kd.errors import NemoKDError
 from nemo_kd.store import Store, StoreError
 from tests.store.samples import sample, spec, write
@@ -26,28 +26,28 @@ def store(tmp_path: Path) -> Store:
 
 
 def test_what_fits_is_used_whole(store: Store) -> None:
-    fitting = fit_lengths(store, 20)
+    fitting = fit_lengths(store, LengthLimit(20))
     assert fitting.used.tolist() == list(range(len(store)))
     assert not fitting.truncated and not fitting.dropped
 
 
 def test_refused_by_default_naming_the_options(store: Store) -> None:
     with pytest.raises(StoreError, match=r"4 of 7 samples .*max_seq_length=11 .*longest has 20"):
-        fit_lengths(store, 11)
+        fit_lengths(store, LengthLimit(11))
     with pytest.raises(
         NemoKDError, match=r"over_long is 'cut_prompt': .* Did you mean 'truncate'\?"
     ):
-        fit_lengths(store, 11, "cut_prompt")
+        fit_lengths(store, LengthLimit(11), "cut_prompt")
 
 
 def test_dropped(store: Store) -> None:
-    fitting = fit_lengths(store, 11, "drop")
+    fitting = fit_lengths(store, LengthLimit(11), "drop")
     assert fitting.used.tolist() == [0, 4, 5]
     assert str(fitting).startswith("0 truncated on the left of their prompt, 4 dropped, 3 samples")
 
 
 def test_prompts_are_cut_as_far_as_one_token_is_left(store: Store) -> None:
-    fitting = fit_lengths(store, 11, "truncate")
+    fitting = fit_lengths(store, LengthLimit(11), "truncate")
     # (3, 10) keeps one token of its prompt; (1, 11) could not.
     assert fitting.used.tolist() == [0, 1, 2, 4, 5, 6]
     assert (fitting.truncated, fitting.dropped) == (3, 1)
@@ -62,4 +62,4 @@ def test_prompts_are_cut_as_far_as_one_token_is_left(store: Store) -> None:
 
 def test_nothing_left_is_an_error(store: Store) -> None:
     with pytest.raises(StoreError, match=r"no sample of at most max_seq_length=3 .*shortest has 6"):
-        fit_lengths(store, 3, "drop")
+        fit_lengths(store, LengthLimit(3), "drop")

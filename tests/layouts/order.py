@@ -30,8 +30,9 @@ from nemo.collections.nlp.data.language_modeling.megatron.gpt_sft_dataset import
 )
 from omegaconf import OmegaConf  # noqa: E402
 
-from nemo_kd.data import fit_lengths  # noqa: E402
-from nemo_kd.mcore import StoreBatches  # noqa: E402
+from nemo_kd.data import LengthLimit, fit_lengths  # noqa: E402
+from nemo_kd.mcore import StoreBatches, megatron_lm  # noqa: E402
+from nemo_kd.mcore.dataset import KDDataset  # noqa: E402
 from nemo_kd.nemo import blend, stores  # noqa: E402
 from nemo_kd.nemo.config import KDTrainingConfig  # noqa: E402
 from nemo_kd.nemo.order import reorder_files  # noqa: E402
@@ -154,6 +155,16 @@ def said(directory: str) -> str:
     return printed.getvalue()
 
 
+def said_by_megatron_cores(directory: str, **settings: Any) -> str:
+    """What is printed when Megatron-core's data set is made, or why it is not."""
+    with contextlib.redirect_stderr(io.StringIO()) as printed:
+        try:
+            KDDataset(Store(directory), seq_length=59, **settings)
+        except StoreError as error:
+            return str(error)
+    return printed.getvalue()
+
+
 def replaced(directory: str, target: Path) -> str:
     """What the workers of a data loader say of a store that was written anew under them."""
     shutil.copytree(directory, target)
@@ -191,7 +202,7 @@ def main(first: str, second: str, file: str, out: Path) -> None:
         "file": file_rows(file, 90, TrainSplit()),
         "file_of_another_seed": file_rows(file, 90, TrainSplit(shuffle_seed=7)),
         "file_in_order": file_rows(file, 90, TrainSplit(shuffle=False)),
-        "used": fit_lengths(Store(first), 60, "drop").used.tolist(),
+        "used": fit_lengths(Store(first), LengthLimit(60), "drop").used.tolist(),
         "batches": batches(40, 0, 1, 1),
         "other_layouts": [batches(40, 0, size, ranks) for size, ranks in ((2, 1), (1, 2), (2, 2))],
         "resumed": [batches(40, 12, size, ranks) for size, ranks in ((1, 1), (2, 2))],
@@ -199,7 +210,14 @@ def main(first: str, second: str, file: str, out: Path) -> None:
     result["megatron_core"] = megatron_core_rows(Store(first), consumed=0, batches=30)
     result["megatron_core_resumed"] = megatron_core_rows(Store(first), consumed=12, batches=10)
     result["said"] = said(first)
-    result["said_of_shifted"] = said(shifted(first, out.parent / "shifted"))
+    shifted_store = shifted(first, out.parent / "shifted")
+    result["said_of_shifted"] = said(shifted_store)
+    result["megatron_core_said"] = {
+        "dropped": said_by_megatron_cores(first, over_long="drop"),
+        "shifted": said_by_megatron_cores(shifted_store, over_long="drop"),
+        "refused": said_by_megatron_cores(first),
+        "refused_option": said_by_megatron_cores(first, naming=megatron_lm.option),
+    }
     result["replaced"] = replaced(first, out.parent / "replaced")
     loader = torch.utils.data.DataLoader(
         one, batch_size=4, num_workers=2, collate_fn=lambda items: [i["metadata"] for i in items]

@@ -128,6 +128,22 @@ def test_a_store_whose_rows_are_shifted_is_warned_of(order: dict[str, Any]) -> N
     assert "perplexity of the labels" in order["said_of_shifted"]
 
 
+def test_megatron_cores_data_set_says_the_same(order: dict[str, Any]) -> None:
+    said = order["megatron_core_said"]
+    count = len(order["used"])
+    assert "more than seq_length + 1 = 60 tokens: 0 truncated on the left" in said["dropped"]
+    assert f"dropped, {count} samples are used" in said["dropped"]
+    assert "shifted" not in said["dropped"] and "shifted by one position" in said["shifted"]
+
+
+def test_too_long_samples_are_refused_in_the_words_of_the_room(order: dict[str, Any]) -> None:
+    said = order["megatron_core_said"]
+    assert "more than seq_length + 1 = 60 tokens" in said["refused"]
+    assert "raise seq_length of this data set, or set its over_long" in said["refused"]
+    assert "more than --seq-length + 1 = 60 tokens" in said["refused_option"]
+    assert "set its --kd-over-long to truncate" in said["refused_option"]
+
+
 def test_a_store_that_is_written_anew_under_a_run_ends_it(order: dict[str, Any]) -> None:
     """Same specification, same teacher by name, other rows; read by workers of a data loader."""
     assert "was replaced after the store was opened" in order["replaced"]

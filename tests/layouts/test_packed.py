@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from nemo.utils import sequence_packing_utils as packing
 
-from nemo_kd.data import fit_lengths, pack_samples
+from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.store import Store
 from tests.layouts.conftest import FUSED, LAYOUTS, train_overrides
 from tests.layouts.test_train_resume import assert_goes_on_exactly, kill_after
@@ -39,7 +39,7 @@ def options(dump: Callable[..., Path]) -> Options:
 @pytest.fixture(scope="session")
 def packed(dump: Callable[..., Path], options: Options) -> list[str]:
     store = Store(dump(split="heldout"))
-    packs = len(pack_samples(store, fit_lengths(store, LENGTH), LENGTH))
+    packs = len(pack_samples(store, fit_lengths(store, LengthLimit(LENGTH)), LENGTH))
     assert packs == 4 and len(store) == 10
     length = f"model.data.train_ds.max_seq_length={LENGTH}"
     return [*options(packs), length, "model.data.train_ds.packed_sequence=true"]
