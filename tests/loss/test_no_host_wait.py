@@ -30,7 +30,9 @@ CONFIGURATIONS = [
 @pytest.fixture(params=[1, 2], ids="TP {}".format, scope="module")
 def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
     """How many ranks the vocabulary is split over; the others are pretended."""
-    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=request.param)
+    torch.distributed.init_process_group(
+        "fake", store=FakeStore(), rank=0, world_size=request.param
+    )
     yield request.param
     torch.distributed.destroy_process_group()
 

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed._tools.fake_collectives  # lets collectives take fake tensors
 from megatron.core import parallel_state
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from nemo_kd.data import AnswerTokens
 from nemo_kd.mcore.metrics import MetricSums
@@ -25,18 +27,21 @@ from tests.loss.test_no_host_wait import CONFIGURATIONS
 S, B, N, V, VP, K, H = 6, 3, 7, 20, 24, 5, 4
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    address = f"file://{tmp_path_factory.mktemp('group') / 'rendezvous'}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=0, world_size=1)
-    parallel_state.initialize_model_parallel()
-    yield
+@pytest.fixture(autouse=True, params=[1, 2], ids="TP {}".format, scope="module")
+def ranks(request: pytest.FixtureRequest) -> Iterator[int]:
+    """How many ranks the vocabulary is split over; the others are pretended."""
+    size = request.param
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=size, create_gloo_process_groups=False
+    )
+    yield size
     parallel_state.destroy_model_parallel()
     torch.distributed.destroy_process_group()
 
 
 @pytest.fixture(autouse=True)
-def fake(one_process: None) -> Iterator[None]:
+def fake(ranks: int) -> Iterator[None]:
     with FakeTensorMode(), torch.device("meta"):
         yield
 
@@ -52,9 +57,11 @@ def answers(own_weights: bool) -> AnswerTokens:
     return AnswerTokens(positions, teacher, torch.zeros(N) if own_weights else None)
 
 
-def settings() -> Iterator[KDTrainingConfig]:
+def settings(ranks: int) -> Iterator[KDTrainingConfig]:
+    """All of them in one process; over ranks, one divergence: the loss has a test of its own."""
     for config in CONFIGURATIONS:
-        yield KDTrainingConfig(**vars(config))
+        if ranks == 1 or config.divergence == "forward_kl":
+            yield KDTrainingConfig(**vars(config))
 
 
 class Stage(torch.nn.Module):
@@ -64,9 +71,9 @@ class Stage(torch.nn.Module):
     share_embeddings_and_output_weights = False
     config = SimpleNamespace(sequence_parallel=False, calculate_per_token_loss=True)
 
-    def __init__(self) -> None:
+    def __init__(self, ranks: int) -> None:
         super().__init__()
-        self.output_layer = torch.nn.Linear(H, VP, bias=False)
+        self.output_layer = torch.nn.Linear(H, VP // ranks, bias=False)
         self.output_layer.sequence_parallel = False  # type: ignore[assignment]
 
     def forward(self, hidden: torch.Tensor, labels: torch.Tensor | None = None) -> torch.Tensor:
@@ -79,9 +86,9 @@ class Stage(torch.nn.Module):
 
 @pytest.mark.parametrize("own_weights", [False, True])
 @pytest.mark.parametrize("fused", [False, True])
-def test_nemos_training_step_never_waits(fused: bool, own_weights: bool) -> None:
-    for kd in settings():
-        stage, sums = Stage(), MetricSums()
+def test_nemos_training_step_never_waits(ranks: int, fused: bool, own_weights: bool) -> None:
+    for kd in settings(ranks):
+        stage, sums = Stage(ranks), MetricSums()
         student = StudentLoss(kd, V, VP - V)
         student.attach(stage, fused)
         student.begin(kd, sums, training=True)
@@ -96,11 +103,11 @@ def test_nemos_training_step_never_waits(fused: bool, own_weights: bool) -> None
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_megatron_cores_loss_function_never_waits(training: bool) -> None:
-    for kd in settings():
-        logits = torch.randn(B, S, VP, requires_grad=True)
+def test_megatron_cores_loss_function_never_waits(ranks: int, training: bool) -> None:
+    for kd in settings(ranks):
+        logits = torch.randn(B, S, VP // ranks, requires_grad=True)
         labels = torch.zeros(B, S, dtype=torch.int64)
         batch = {"labels": labels, "answers": answers(False)}
-        loss, count, report = StepLoss(kd, V)(batch, Stage().train(training))(logits * 1)
+        loss, count, report = StepLoss(kd, V)(batch, Stage(ranks).train(training))(logits * 1)
         (loss / count).backward()
         assert logits.grad is not None and report["kd_loss"].shape == (2,)
