@@ -105,16 +105,34 @@ def mean_loss(rows: Tensor) -> dict[str, float]:
     return {name: float(sums[i] / sums[-1]) for i, name in enumerate(TERMS)}
 
 
+def ratio(above: Tensor, below: Tensor) -> tuple[float, float]:
+    """`above.sum() / below.sum()` over samples [N], and its standard error by the delta method.
+
+    Samples are independent of each other, the tokens of one are not.
+    """
+    value = above.sum() / below.sum()
+    error = (above - value * below).std() * math.sqrt(len(above)) / below.sum().abs()
+    return float(value), float(error)
+
+
 def difference(rows: Tensor, base: Tensor) -> dict[str, dict[str, float]]:
-    """Mean difference per answer token and its standard error over samples, paired (delta method
-    of a ratio: tokens of one sample are not independent)."""
-    n, tokens = len(rows), rows[:, -1]
+    """Mean difference per answer token and its standard error, paired by sample."""
     found = {}
     for i, name in enumerate(TERMS):
-        delta = rows[:, i] - base[:, i]
-        mean = delta.sum() / tokens.sum()
-        spread = (delta - mean * tokens).std() * math.sqrt(n) / tokens.sum()
-        found[name] = {"nats": float(mean), "standard_error": float(spread)}
+        nats, error = ratio(rows[:, i] - base[:, i], rows[:, -1])
+        found[name] = {"nats": nats, "standard_error": error}
+    return found
+
+
+def recovered(measured: dict[str, Tensor]) -> dict[str, dict[str, float]]:
+    """Share of the loss by quantisation that training made good, and its standard error."""
+    found = {}
+    for i, name in enumerate(TERMS):
+        before, quantised, trained = (
+            measured[state][:, i] for state in ("before", "quantised", "trained")
+        )
+        left, error = ratio(trained - before, quantised - before)
+        found[name] = {"share": 1 - left, "standard_error": error}
     return found
 
 
@@ -126,11 +144,8 @@ def result(measured: dict[str, Tensor]) -> dict[str, Any]:
         "losses": {name: mean_loss(rows) for name, rows in measured.items()},
         "above_before": lost,
     }
-    if {"quantised", "trained"} <= set(lost):
-        found["recovered"] = {
-            term: 1 - lost["trained"][term]["nats"] / lost["quantised"][term]["nats"]
-            for term in TERMS
-        }
+    if {"quantised", "trained"} <= set(measured):
+        found["recovered"] = recovered(measured)
     return found
 
 
@@ -144,7 +159,8 @@ def show(found: dict[str, Any]) -> None:
         cells = [f"{one['nats']:+.4f} ± {one['standard_error']:.4f}" for one in each]
         print(f"{name + ' - before':32} {cells[0]:>20} {cells[1]:>20}")
     if "recovered" in found:
-        cells = [f"{found['recovered'][term]:.1%}" for term in TERMS]
+        shares = [found["recovered"][term] for term in TERMS]
+        cells = [f"{one['share']:.1%} ± {one['standard_error']:.1%}" for one in shares]
         print(f"{'recovered':32} {cells[0]:>20} {cells[1]:>20}")
 
 

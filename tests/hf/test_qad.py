@@ -12,6 +12,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from examples.qad.train import ratio
 from nemo_kd.hf.student import load_student
 from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
 from nemo_kd.store import Store
@@ -78,6 +79,17 @@ def cross_entropy(directory: Path) -> float:
     return float(torch.cat(losses).mean())
 
 
+def test_the_standard_error_of_a_share_is_that_of_leaving_out_samples() -> None:
+    rng = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 50, (400,), generator=rng).double()
+    below = tokens * (0.3 + 0.2 * torch.randn(400, generator=rng, dtype=torch.float64))
+    above = 0.1 * below + tokens * 0.05 * torch.randn(400, generator=rng, dtype=torch.float64)
+    value, error = ratio(above, below)
+    without = (above.sum() - above) / (below.sum() - below)  # the jackknife
+    assert value == pytest.approx(float(above.sum() / below.sum()))
+    assert error == pytest.approx(float(without.std() * 399 / 400**0.5), rel=0.02)
+
+
 @needs_modelopt
 def test_losses_are_those_of_rounded_weights_and_the_saved_student_has_the_trained_ones(
     quantisable: Path, tmp_path: Path
@@ -93,7 +105,7 @@ def test_losses_are_those_of_rounded_weights_and_the_saved_student_has_the_train
     assert losses["quantised"]["sft_loss"] == pytest.approx(cross_entropy(quantisable), abs=1e-4)
     assert losses["trained"]["kd_loss"] < losses["quantised"]["kd_loss"] - 0.1
     gained = 1 - lost["trained"]["kd_loss"]["nats"] / lost["quantised"]["kd_loss"]["nats"]
-    assert first["recovered"]["kd_loss"] == pytest.approx(gained)
+    assert first["recovered"]["kd_loss"]["share"] == pytest.approx(gained)
     again = run(tmp_path / "run", tmp_path / "again", "--steps=1", "--format=none")
     assert again["losses"]["before"] == pytest.approx(losses["trained"], abs=1e-5)
     assert "recovered" not in again
