@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,13 +13,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from examples.qad.train import ratio
 from nemo_kd.hf.student import load_student
 from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
 from nemo_kd.store import Store
 from tests.checkpoints import models
 from tests.conftest import Shared
-from tests.processes import error_of, run_script
+from tests.processes import ROOT, error_of, run_script
 from tests.store.samples import sample, spec, write
 
 EXAMPLE = "qad/train.py"
@@ -84,7 +84,7 @@ def test_the_standard_error_of_a_share_is_that_of_leaving_out_samples() -> None:
     tokens = torch.randint(5, 50, (400,), generator=rng).double()
     below = tokens * (0.3 + 0.2 * torch.randn(400, generator=rng, dtype=torch.float64))
     above = 0.1 * below + tokens * 0.05 * torch.randn(400, generator=rng, dtype=torch.float64)
-    value, error = ratio(above, below)
+    value, error = runpy.run_path(str(ROOT / "examples" / EXAMPLE))["ratio"](above, below)
     without = (above.sum() - above) / (below.sum() - below)  # the jackknife
     assert value == pytest.approx(float(above.sum() / below.sum()))
     assert error == pytest.approx(float(without.std() * 399 / 400**0.5), rel=0.02)
