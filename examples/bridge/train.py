@@ -26,6 +26,9 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("student", help="Hugging Face directory")
     parser.add_argument("--store", nargs="+", required=True, help="one or several stores")
+    parser.add_argument(
+        "--sft-file", nargs="+", default=[], help="SFT files, trained with cross-entropy only"
+    )
     parser.add_argument("--valid", nargs="+", default=[], help="stores to evaluate on")
     parser.add_argument("--output", required=True, help="directory of the run")
     parser.add_argument("--export", help="write the trained student as a Hugging Face directory")
@@ -58,11 +61,11 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> Any:
-    from nemo_kd.bridge import finetune_config
+    from nemo_kd.bridge import KDSource, finetune_config
 
     config = finetune_config(
         args.student,
-        args.store,
+        [*args.store, *(KDSource(file=file) for file in args.sft_file)],
         valid=args.valid,
         output=args.output,
         seq_length=args.seq_length,

@@ -52,8 +52,9 @@ def finetune_config(
     """Return the settings of a distillation, to be changed where needed and given to `finetune`.
 
     `student`: Hugging Face directory; Bridge loads its weights at the start, unless `output` has a
-    checkpoint to continue from. `train`, `valid`: stores. `output`: directory for `checkpoints` and
-    `tensorboard`. `precision`: one of Bridge's `mixed_precision`; None: float32.
+    checkpoint to continue from. `train`, `valid`: stores; SFT files as `KDSource(file=...)`.
+    `output`: directory for `checkpoints` and `tensorboard`. `precision`: one of Bridge's
+    `mixed_precision`; None: float32.
     """
     config = ConfigContainer(
         model=_student(student, precision),

@@ -22,9 +22,9 @@ def finetune(
     callbacks: Any = None,
     allow: Collection[str] = (),
 ) -> None:
-    """Train by Bridge's `pretrain`, with the loss `kd` on the stores of `config.dataset`.
+    """Train by Bridge's `pretrain`, with the loss `kd` on the sources of `config.dataset`.
 
-    Without `train.eval_iters` an evaluation contains each item of the validation stores once.
+    Without `train.eval_iters` an evaluation contains each item of the validation data once.
     `kd`: a `KDConfig` or `KDSchedule`. `callbacks`: as of `pretrain`, with a version that has them.
     `allow`: names of settings of data and loss in which a continued training may differ from its
     checkpoint.
@@ -57,6 +57,11 @@ def _check(config: ConfigContainer) -> None:
         raise NemoKDError(
             f"train.micro_batch_size={config.train.micro_batch_size} with dataset.packed: a pack "
             "is a micro-batch; set it to 1"
+        )
+    if data.packed and config.model.context_parallel_size > 1:
+        raise NemoKDError(
+            f"model.context_parallel_size={config.model.context_parallel_size} with "
+            "dataset.packed is not supported: set it to 1, or packed to False"
         )
 
 

@@ -15,6 +15,7 @@ from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.hf.writer import HFWriter
 from nemo_kd.settings.batches import processes_of
 from nemo_kd.sft import RowError
+from nemo_kd.sft.reader import SEP_ID
 from nemo_kd.sft.rows import Row
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
@@ -35,7 +36,7 @@ DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
 class HFTeacher:
     """Implementation of `teacher.interface.Teacher` with a full copy of the model on each rank."""
 
-    sep_id = 49704  # NeMo's default, so that rows have the same tokens as with a NeMo teacher
+    sep_id = SEP_ID
     virtual_tokens = 0
     max_positions = None  # rows that are too long raise an error instead
     identity = None

@@ -21,6 +21,7 @@ from nemo_kd.mcore.teacher import TopKForward
 from nemo_kd.mcore.weights import load_weights
 from nemo_kd.mcore.writer import MegatronWriter
 from nemo_kd.settings.batches import processes_of
+from nemo_kd.sft.reader import SEP_ID
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
@@ -37,7 +38,7 @@ SEED = 1234
 class MegatronTeacher:
     """A `teacher.interface.Teacher` in Megatron-core, on any tensor and pipeline layout."""
 
-    sep_id = 49704  # NeMo's default, so that rows have the same tokens as with a NeMo teacher
+    sep_id = SEP_ID
     virtual_tokens = 0
 
     def __init__(

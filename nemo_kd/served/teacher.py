@@ -14,6 +14,7 @@ from nemo_kd.served.sglang import SGLang
 from nemo_kd.served.vllm import VLLM
 from nemo_kd.settings.batches import processes_of
 from nemo_kd.sft import RowError
+from nemo_kd.sft.reader import SEP_ID
 from nemo_kd.sft.rows import Row
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
@@ -32,7 +33,7 @@ TRIES = 2
 class ServedTeacher:
     """Implementation of `teacher.interface.Teacher`; every rank sends requests to the server."""
 
-    sep_id = 49704  # NeMo's default, so that rows have the same tokens as with a NeMo teacher
+    sep_id = SEP_ID
     virtual_tokens = 0
     max_positions = None  # rows that are too long raise an error instead
 

@@ -22,6 +22,8 @@ from nemo_kd.sft.template import PromptTemplate
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
 
 PROMPT, MESSAGES, CONVERSATIONS, TEXT = "prompt", "messages", "conversations", "text"
+SEP_ID = 49704
+"""NeMo's default id of the separator token, for rows with the tokens that NeMo gives them."""
 LOOKED_AT = 100
 """Number of rows among which the first one that can be parsed decides on the format."""
 

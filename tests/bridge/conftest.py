@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -20,6 +21,7 @@ from tests.store.samples import sample, spec, write
 INSTALLED = "NEMO_KD_TEST_BRIDGE"
 """Variable with the directories of an environment that exists, as in PYTHONPATH."""
 TRAINED, HELD = 13, 5  # samples; neither is a multiple of a global batch
+ROWS = 9  # of an SFT file; the last ones are truncated
 
 Bridge = Callable[..., Done]
 
@@ -57,7 +59,8 @@ def install(directory: Path) -> None:
 
 @pytest.fixture(scope="session")
 def data(shared: Shared) -> Path:
-    """`student`, a Hugging Face directory, and stores of a made-up teacher, `train` and `held`."""
+    """`student`, a Hugging Face directory, stores of a made-up teacher, `train` and `held`, and
+    `rows.jsonl`, an SFT file without a teacher."""
     return shared("bridge-data", make)
 
 
@@ -77,3 +80,5 @@ def make(directory: Path) -> None:
         numbers = range(first, first + size)
         samples = [sample(n, of, 3 + n % 7, prompt=2 + n % 5) for n in numbers]
         write(directory / name, of, samples)
+    lines = [json.dumps({"input": f"wrap {n}", "output": " lines" * (1 + n)}) for n in range(ROWS)]
+    (directory / "rows.jsonl").write_text("\n".join(lines))

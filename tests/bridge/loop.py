@@ -32,16 +32,23 @@ def student(path: str) -> Any:
     return provider.provide_distributed_model(ddp_config=DistributedDataParallelConfig())
 
 
-def main(path: str, train: str, held: str) -> None:
-    """Print one JSON line of losses per step, and one of the evaluation after the last step."""
+def main(path: str, train: str, held: str, *files: str) -> None:
+    """Print one JSON line of losses per step, and one of the evaluation after the last step.
+
+    `files`: SFT files, mixed with the store `train`.
+    """
     from megatron.core.distributed.finalize_model_grads import finalize_model_grads
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.pipeline_parallel import get_forward_backward_func
     from megatron.core.utils import get_model_config
 
-    from nemo_kd.mcore import StoreBatches, kd_forward_step
+    from nemo_kd.mcore import Source, StoreBatches, kd_forward_step
     from nemo_kd.mcore.dataset import KDDataset
+    from nemo_kd.sft import open_files
+    from nemo_kd.sft.config import RowConfig
+    from nemo_kd.sft.reader import Model, open_rows
+    from nemo_kd.sft.tokenizer import HFTokenizer
     from nemo_kd.store import Store
 
     model = student(path)
@@ -58,7 +65,11 @@ def main(path: str, train: str, held: str) -> None:
     store = Store(train)
     forward = kd_forward_step(kd, store.spec.vocab_size, progress=lambda: (len(losses), STEPS))
     sizes = {"seq_length": SEQ_LENGTH, "micro_batch_size": MICRO_BATCH}
-    batches = StoreBatches(store, **sizes, global_batch_size=GLOBAL_BATCH, seed=SEED)
+    length = SEQ_LENGTH + 1
+    by = Model(tokenizer=HFTokenizer(path), max_seq_length=length)
+    rows = [open_rows(RowConfig(max_seq_length=length), open_files(file), by) for file in files]
+    sources = [Source(store), *map(Source, rows)]
+    batches = StoreBatches(sources, **sizes, global_batch_size=GLOBAL_BATCH, seed=SEED)
 
     def run(data: Any, number: int, forward_only: bool) -> dict[str, float]:
         reports = get_forward_backward_func()(

@@ -83,13 +83,24 @@ def test_its_losses_are_those_of_megatron_cores_own_loop(
     whole: Path, bridge: Bridge, data: Path
 ) -> None:
     """The evaluation too, whose last batch is filled up with items that count for nothing."""
-    done = bridge(
-        str(ROOT / "tests/bridge/loop.py"), data / "student", data / "train", data / "held"
-    )
+    done = bridge(LOOP, data / "student", data / "train", data / "held")
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
     stdout = (whole / "stdout").read_text()
     assert_equal(steps(stdout), lines[:-1], 1e-5)
     assert_equal(evaluations(stdout)[-1:], lines[-1:], 1e-5)
+    assert len(lines) == loop.STEPS + 1
+
+
+def test_a_mix_with_an_sft_file_is_that_of_megatron_cores_own_loop(
+    bridge: Bridge, data: Path, tmp_path: Path
+) -> None:
+    """The same items in the same order; the loop opens the rows itself."""
+    file = data / "rows.jsonl"
+    done = bridge(TRAIN, *options(data, tmp_path), "--sft-file", file)
+    expected = bridge(LOOP, data / "student", data / "train", data / "held", file)
+    lines = [json.loads(line) for line in expected.stdout.splitlines() if line.startswith("{")]
+    assert_equal(steps(done.stdout), lines[:-1], 1e-5)
+    assert_equal(evaluations(done.stdout)[-1:], lines[-1:], 1e-5)
     assert len(lines) == loop.STEPS + 1
 
 
@@ -153,6 +164,38 @@ def test_other_data_and_another_loss_are_refused_on_resume(
 
 
 def test_settings_that_do_not_fit_are_refused(bridge: Bridge, data: Path, tmp_path: Path) -> None:
-    """In one line, before the model is built."""
-    packed = bridge(TRAIN, *options(data, tmp_path), "--packed", fails=True)
-    assert "train.micro_batch_size=2 with dataset.packed" in packed.stderr
+    """Each in one line, before the model is built."""
+    done = bridge(str(ROOT / "tests/bridge/refusals.py"), data, tmp_path)
+    found = json.loads(done.stdout.splitlines()[-1])
+    file = f"{data}/rows.jsonl"
+    expected = {
+        "micro_batch": "train.micro_batch_size=2 with dataset.packed: a pack is a micro-batch",
+        "context": "model.context_parallel_size=2 with dataset.packed is not supported",
+        "packs_of_rows": f"{file}: packed sequences of a file without a teacher are not supported",
+        "alpha_of_file": f"alpha=0.5 of {file}: a file without a teacher has nothing to distil",
+        "no_student": f"{file} is an SFT file, and dataset.student is None: give the directory",
+        "both": "give either path, a store, or file, an SFT file",
+        "rows_without_file": "is for SFT files, but there are only stores",
+        "unknown_setting": "dataset.rows.prompt_tempalte is unknown; did you mean dataset.rows.p",
+        "temperature": "dataset.temperature=2.0, but the loss has temperature=1.0",
+    }
+    assert found.keys() == expected.keys()
+    for name, message in expected.items():
+        assert message in found[name] and "\n" not in found[name]
+
+
+def test_sources_are_opened_once(bridge: Bridge, data: Path, tmp_path: Path) -> None:
+    """In a whole training: neither the check nor Bridge opens a store or a tokenizer again."""
+    done = bridge(
+        str(ROOT / "tests/bridge/opened.py"),
+        TRAIN,
+        *options(data, tmp_path),
+        f"--sft-file={data}/rows.jsonl",
+    )
+    opened = [line for line in done.stdout.splitlines() if line.startswith("opened ")]
+    assert sorted(opened) == [
+        f"opened HFTokenizer {data}/student",
+        f"opened JsonlFile {data}/rows.jsonl",
+        f"opened Store {data}/held",
+        f"opened Store {data}/train",
+    ]

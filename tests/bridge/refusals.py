@@ -1,0 +1,60 @@
+"""Start trainings with settings that cannot work; print the messages: see `main`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from nemo_kd.bridge import cpu
+from nemo_kd.errors import NemoKDError
+from nemo_kd.loss import KDConfig
+
+
+def main(data: Path, output: Path) -> None:
+    """Print a JSON line, name → message of `finetune`."""
+    from nemo_kd.bridge import KDSource, finetune, finetune_config
+
+    store, file = f"{data}/train", f"{data}/rows.jsonl"
+
+    def change(**changes: Any) -> Callable[[Any], None]:
+        return lambda config: vars(config.dataset).update(changes)
+
+    def context(config: Any) -> None:
+        config.dataset.packed, config.model.context_parallel_size = True, 2
+        config.train.micro_batch_size = 1
+
+    def packs(config: Any) -> None:
+        config.dataset.packed, config.train.micro_batch_size = True, 1
+
+    def micro_batch(config: Any) -> None:
+        config.dataset.packed, config.train.micro_batch_size = True, 2
+
+    mix = [KDSource(path=store), KDSource(file=file)]
+    wrong: dict[str, tuple[list[Any], Callable[[Any], None]]] = {
+        "micro_batch": ([store], micro_batch),
+        "context": ([store], context),
+        "packs_of_rows": (mix, packs),
+        "alpha_of_file": ([store, KDSource(file=file, alpha=0.5)], change()),
+        "no_student": (mix, change(student=None)),
+        "both": ([KDSource(path=store, file=file)], change()),
+        "rows_without_file": ([store], change(rows={"add_eos": False})),
+        "unknown_setting": (mix, change(rows={"prompt_tempalte": "x"})),
+        "temperature": ([store], change(temperature=2.0)),
+    }
+    found = {}
+    for name, (train, changed) in wrong.items():
+        config = finetune_config(data / "student", train, output=output, seq_length=32)
+        changed(config)
+        try:
+            finetune(config, KDConfig())
+        except NemoKDError as error:
+            found[name] = str(error)
+    print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    cpu.install()
+    main(*map(Path, sys.argv[1:]))
