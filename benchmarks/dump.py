@@ -85,14 +85,15 @@ def configuration(teacher: Path, data: Path) -> DictConfig:
 
 def bare_forward(teacher: Any, cfg: DictConfig, *, logits: bool) -> Callable[[], int]:
     """Return a function that runs the model on the dump's micro-batches and counts tokens read."""
+    from nemo_kd.cli.teacher import read
     from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
     from nemo_kd.teacher.dump import calls
     from nemo_kd.teacher.rows import sft_rows
 
     model = teacher.model
     gpt = gpt_module(model.model)
-    read = sft_rows(cfg, teacher)
-    rows = [read[row] for row in range(len(read))]
+    found = sft_rows(read(cfg), teacher)
+    rows = [found[row] for row in range(len(found))]
     size, pad_to = cfg.rows_per_shard, 16
     batches = []
     for start in range(0, len(rows), size):

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.pages import with_table
+from benchmarks.pages import write_table
 from benchmarks.store import machine
 from tests.conftest import make_tiny
 from tests.layouts.conftest import LAYOUTS, dump_overrides, train_overrides
@@ -189,7 +189,7 @@ def main() -> None:
     Console(width=100).print(table)
     result = {"machine": machine(), "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(with_table(PAGE.read_text(), PROGRAM, table_of_page(result)))
+    write_table(PAGE, PROGRAM, table_of_page(result))
 
 
 if __name__ == "__main__":

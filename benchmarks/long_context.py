@@ -16,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import loss
-from benchmarks.pages import with_table
+from benchmarks.pages import write_table
 
 RESULT = Path(__file__).parent / "results" / "long_context.json"
 TOKENS = (4_096, 8_192, 16_384, 32_768)
@@ -71,9 +71,7 @@ def main() -> None:
     for tokens in TOKENS:
         result["rows"].append(measured(tokens))
         RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    loss.PAGE.write_text(
-        with_table(loss.PAGE.read_text(), "benchmarks/long_context.py", table(result))
-    )
+    write_table(loss.PAGE, "benchmarks/long_context.py", table(result))
     print(table(result))
 
 

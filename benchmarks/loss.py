@@ -29,10 +29,12 @@ import torch.multiprocessing as mp
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.pages import write_table
+
 HERE = Path(__file__).parent
 RESULT = HERE / "results" / "loss.json"
 PAGE = HERE.parent / "docs" / "loss.md"
-BEGIN, END = "<!-- benchmarks/loss.py writes this table -->", "<!-- end of the table -->"
 SHAPES = ((1024, 49_152), (512, 128_256))
 HEAD = (2048, 49_152, 576)
 ROUNDS = 7
@@ -346,12 +348,6 @@ def table_of_page(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def write_between(begin: str, end: str, table: str) -> None:
-    """Replace the page's table between two comments."""
-    before, rest = PAGE.read_text().split(begin)
-    PAGE.write_text(f"{before}{begin}\n{table}\n{end}{rest.split(end)[1]}")
-
-
 def main() -> None:
     about = machine()  # first: the code may change during the run
     rows = compare()
@@ -359,7 +355,7 @@ def main() -> None:
     result = {"machine": about, "rows": rows}
     RESULT.parent.mkdir(exist_ok=True)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    write_between(BEGIN, END, table_of_page(result))
+    write_table(PAGE, "benchmarks/loss.py", table_of_page(result))
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.environments import Environment, Made, MissingPython, make
 from benchmarks.layouts import PAGE, STEPS, World, losses, world
-from benchmarks.pages import with_table
+from benchmarks.pages import write_table
 from benchmarks.store import machine
 from tests.layouts.conftest import LAYOUTS, train_overrides
 from tests.mcore.conftest import make as make_teachers
@@ -255,7 +255,7 @@ def main() -> int:
         table.add_row(row["environment"], *(shown(row, column) for column in [*COLUMNS, *DUMPS]))
     Console(width=120).print(table)
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    PAGE.write_text(with_table(PAGE.read_text(), PROGRAM, table_of_page(result)))
+    write_table(PAGE, PROGRAM, table_of_page(result))
     for fault in faults(rows):
         print(fault, file=sys.stderr)
     return 1 if faults(rows) else 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 END = "<!-- end of the table -->"
 
 
@@ -10,3 +12,8 @@ def with_table(page: str, program: str, table: str) -> str:
     begin = f"<!-- {program} writes this table -->"
     before, rest = page.split(begin)
     return f"{before}{begin}\n{table}\n{END}{rest.split(END, 1)[1]}"
+
+
+def write_table(page: Path, program: str, table: str) -> None:
+    """Replace the page's table of `program`."""
+    page.write_text(with_table(page.read_text(), program, table))

@@ -33,10 +33,10 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks import loss as shared
 from benchmarks.loss import Candidate, Step
+from benchmarks.pages import write_table
 from nemo_kd.loss import KDConfig, TopK, reference, sft_kd_loss
 
 RESULT = Path(__file__).parent / "results" / "peers.json"
-BEGIN, END = "<!-- benchmarks/peers.py writes this table -->", "<!-- end of the peers' table -->"
 K = 100
 CHECKED = 32
 """Number of rows whose gradient is compared."""
@@ -374,7 +374,7 @@ def main() -> None:
     show(rows)
     result = {"machine": about, "rows": rows}
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
-    shared.write_between(BEGIN, END, table_of_page(result))
+    write_table(shared.PAGE, "benchmarks/peers.py", table_of_page(result))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import loss, peers
+from benchmarks import long_context, loss, peers
+from benchmarks.pages import with_table
 from tests.processes import ROOT
 
 RESULTS = {
@@ -206,9 +207,14 @@ def test_every_ratio_of_the_readmes_table_is_compared() -> None:
 
 def test_the_loss_page_has_the_generated_tables() -> None:
     page = (ROOT / "docs/loss.md").read_text()
-    for name, script in (("loss", loss), ("peers", peers)):
-        table = page.partition(script.BEGIN)[2].partition(script.END)[0]
-        assert table.strip() == script.table_of_page(RESULTS[name]).strip()
+    tables = {
+        "loss": loss.table_of_page,
+        "peers": peers.table_of_page,
+        "long_context": long_context.table,
+    }
+    for name, table in tables.items():
+        program = f"benchmarks/{name}.py"
+        assert page == with_table(page, program, table(RESULTS[name])), f"run python {program}"
 
 
 def test_the_laptop_page_has_the_readmes_figures() -> None:

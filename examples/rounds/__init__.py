@@ -1,0 +1,1 @@
+"""Distillation into quantised students."""

@@ -1,0 +1,70 @@
+"""`examples/rounds/run.py`: the student's own answers, scored by the teacher, are trained on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nemo_kd.store import Store
+from tests.layouts.conftest import SIX_STEPS
+from tests.processes import run_program
+from tests.runs import steps
+
+ROUNDS = "examples/rounds/run.py"
+
+
+def arguments(tiny: Path, out: Path) -> list[str]:
+    both = ["trainer.precision=32"]
+    generate = [*both, "generation.max_new_tokens=8", "generation.keep_unfinished=true"]
+    dump = [*both, "data.max_seq_length=128", "dump.top_k=20"]
+    train = [*SIX_STEPS, "trainer.limit_val_batches=0"]
+    return [
+        f"--teacher={tiny}/teacher.nemo",
+        f"--student={tiny}/student.nemo",
+        f"--prompts={tiny}/heldout.jsonl",
+        f"--output={out}",
+        "--steps=6",
+        "--temperature=0",
+        *(f"--generate={each}" for each in generate),
+        *(f"--dump={each}" for each in dump),
+        *(f"--train={each}" for each in train),
+    ]
+
+
+@pytest.mark.slow
+def test_each_round_trains_on_the_answers_of_the_last_rounds_student(
+    tiny: Path, tmp_path: Path
+) -> None:
+    run_program(ROUNDS, *arguments(tiny, tmp_path))
+    stores = []
+    for number in (1, 2):
+        directory = tmp_path / f"round-{number}"
+        answers, store = Store(directory / "answers"), Store(directory / "store")
+        # The student's own tokens, but for the end that a dump adds to an unfinished answer.
+        for own, scored in zip(answers, store, strict=True):
+            assert scored.input_ids.tolist()[: len(own.input_ids)] == own.input_ids.tolist()
+        assert "teacher.nemo" in json.dumps(store.spec.teacher)
+        assert "teacher.nemo" not in json.dumps(answers.spec.teacher)
+        losses = [row["kd_loss"] for row in steps(directory / "run")]
+        assert losses[-1] < losses[0]
+        stores.append([one.input_ids.tolist() for one in answers])
+    assert stores[0] != stores[1]  # another student wrote the second
+    again = run_program(ROUNDS, *arguments(tiny, tmp_path)).stdout
+    assert again.count("finished: ") == 6 and "python examples" not in again
+
+
+def test_the_commands_of_a_round_are_printed_on_request(tmp_path: Path) -> None:
+    given = ["--teacher=hf-teacher", "--student=s.nemo", "--prompts=p.jsonl", "--output=out"]
+    done = run_program(ROUNDS, *given, "--rounds=2", "--dry-run", "--train=model.optim.lr=1e-3")
+    lines = done.stdout.splitlines()
+    assert [line.split()[1].split("/")[1].partition("_")[0] for line in lines[:6]] == [
+        *("generate", "dump", "train"),
+        *("generate", "dump", "train"),
+    ]
+    assert "teacher.kind=hf" in lines[1] and "model.optim.lr=1e-3" in lines[2]
+    trained = "out/round-1/run/checkpoints/student.nemo"
+    assert all(f"model.restore_from_path={trained}" in lines[place] for place in (3, 5))
+    assert lines[6].endswith("out/round-2/run/checkpoints/student.nemo")
+    assert not (tmp_path / "out").exists()
