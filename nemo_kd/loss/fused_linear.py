@@ -33,7 +33,7 @@ from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.weights import token_weights
 from nemo_kd.topk import TopK
 
-CHUNK_ELEMENTS = {"cpu": 13 << 20}
+CHUNK_ELEMENTS = {"cpu": 9 << 20}
 """Number of logits in a chunk: enough tokens for efficient matrix products."""
 DEFAULT_CHUNK_ELEMENTS = 1 << 27
 
@@ -72,7 +72,7 @@ def linear_sft_kd_loss(
     gradient is this rank's own. Under autocast the products are in its dtype, as for a linear
     layer; the weight's gradient adds up in float32 over the chunks.
 
-    `chunk_tokens`: tokens per chunk (by default as many as give 1.3 · 10⁷ logits on a CPU, 2²⁷ on a
+    `chunk_tokens`: tokens per chunk (by default as many as give 9 · 10⁶ logits on a CPU, 2²⁷ on a
     GPU). Only one chunk's logits exist at a time, or twice that with a soft-cap.
 
     `equal_gradients`: the caller's promise that all tokens' losses get the same gradient, as from a
