@@ -182,8 +182,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--teacher", type=Path, help="a .nemo; default: the demo's")
     parser.add_argument("--data", type=Path, help="SFT JSONL; default: rows of the demo's")
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=int, default=192)
+    parser.add_argument("--rounds", type=int, default=2)
     options = parser.parse_args()
     teacher, data = prepare_files(options.rows)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # NeMo's data set forks

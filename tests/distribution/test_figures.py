@@ -123,7 +123,7 @@ QUOTES: list[Quote] = [
     ("docs/loss.md", rf"needs another {N} to {N} MB here", [min(EXTRA_MB), max(EXTRA_MB)]),
     (
         "docs/loss.md",
-        rf"It is {N}%: {N} MB of both",
+        rf"the peak is {N}% of that of separate LM head and loss: {N} MB of both",
         [100 * FUSED["memory_ratio"], FUSED["mb"] - WITHOUT_GRADIENT["mb"]],
     ),
     (
