@@ -23,14 +23,13 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@dataclass(frozen=True)
-class Command:
+class Command(NamedTuple):
     """One of a round's three scripts, and the file that it writes last."""
 
     script: str
