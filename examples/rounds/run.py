@@ -9,7 +9,8 @@
 In each round the student answers the prompts, the teacher scores these answers in a dump, and the
 student trains on that store; the next round starts from the trained student. Only one model is in
 memory at a time. The labels are the student's own tokens, so nothing is learned from them: alpha
-is 1. Start from a student after SFT, whose answers the teacher can judge.
+is 1. Start from a student after SFT, whose answers the teacher can judge. The teacher reads the
+answers' text: its tokens may be others than those that the student drew.
 
 Run the same command to resume: finished commands are skipped, an interrupted one resumes.
 `--generate`, `--dump` and `--train` pass KEY=VALUE to the three scripts and can be repeated.

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import sentencepiece
 
 from nemo_kd.store import Store
 from tests.layouts.conftest import SIX_STEPS
@@ -38,13 +39,17 @@ def test_each_round_trains_on_the_answers_of_the_last_rounds_student(
     tiny: Path, tmp_path: Path
 ) -> None:
     run_program(ROUNDS, *arguments(tiny, tmp_path))
+    tokenizer = sentencepiece.SentencePieceProcessor(str(tiny / "tokenizer.model"))
     stores = []
     for number in (1, 2):
         directory = tmp_path / f"round-{number}"
         answers, store = Store(directory / "answers"), Store(directory / "store")
-        # The student's own tokens, but for the end that a dump adds to an unfinished answer.
-        for own, scored in zip(answers, store, strict=True):
-            assert scored.input_ids.tolist()[: len(own.input_ids)] == own.input_ids.tolist()
+        rows = (directory / "answers" / "answers.jsonl").read_text().splitlines()
+        for row, own, scored in zip(map(json.loads, rows), answers, store, strict=True):
+            start = int(own.answer_positions()[0])
+            assert scored.input_ids[:start].tolist() == own.input_ids[:start].tolist()
+            answer = scored.input_ids[scored.answer_positions()].tolist()
+            assert tokenizer.decode(answer[:-1]).strip() == row["output"].strip()  # then its end
         assert "teacher.nemo" in json.dumps(store.spec.teacher)
         assert "teacher.nemo" not in json.dumps(answers.spec.teacher)
         losses = [row["kd_loss"] for row in steps(directory / "run")]
