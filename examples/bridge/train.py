@@ -45,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--packed", action="store_true", help="train on packs of samples")
     parser.add_argument("--lr", type=float, default=1e-5)
     parser.add_argument("--warmup", type=int, default=50, help="steps of warm-up")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank only")
     parser.add_argument("--eval-interval", type=int, default=100)
     parser.add_argument("--save-interval", type=int, default=100)
     parser.add_argument("--tensor-parallel", type=int, default=1)
@@ -61,6 +62,8 @@ def parser() -> argparse.ArgumentParser:
 
 
 def settings(args: argparse.Namespace) -> Any:
+    from megatron.bridge.peft.lora import LoRA
+
     from nemo_kd.bridge import KDSource, finetune_config
 
     config = finetune_config(
@@ -87,6 +90,8 @@ def settings(args: argparse.Namespace) -> Any:
     )
     config.dataset.over_long, config.dataset.packed = args.over_long, args.packed
     config.train.exit_interval = args.stop_at
+    if args.lora:
+        config.peft = LoRA(dim=args.lora, alpha=args.lora)
     return config
 
 
@@ -102,21 +107,29 @@ def main() -> None:
         temperature=args.temperature,
         support=args.support,
     )
-    finetune(settings(args), kd, allow=args.allow)
+    config = settings(args)
+    finetune(config, kd, allow=args.allow)
     if args.export:
-        export(args)
+        export(args, config.peft)
 
 
-def export(args: argparse.Namespace) -> None:
+def export(args: argparse.Namespace, peft: Any) -> None:
     """Write the last checkpoint as a Hugging Face directory, by Bridge, on the first rank."""
     from megatron.bridge import AutoBridge
     from megatron.bridge.utils.common_utils import get_rank_safe
 
-    if get_rank_safe() == 0:
-        bridge = AutoBridge.from_hf_pretrained(
-            args.student, local_files_only=True, trust_remote_code=False
-        )
-        bridge.export_ckpt(str(Path(args.output, "checkpoints")), args.export)
+    from nemo_kd.bridge import export_merged
+
+    if get_rank_safe() != 0:
+        return
+    checkpoints = str(Path(args.output, "checkpoints"))
+    if peft is not None:
+        export_merged(args.student, checkpoints, args.export, peft)
+        return
+    bridge = AutoBridge.from_hf_pretrained(
+        args.student, local_files_only=True, trust_remote_code=False
+    )
+    bridge.export_ckpt(checkpoints, args.export)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ _MODULES = {
     "KDDataConfig": "data",
     "KDForwardStep": "step",
     "KDSource": "data",
+    "export_merged": "peft",
     "finetune": "training",
     "finetune_config": "recipe",
     "load_teacher": "teacher",

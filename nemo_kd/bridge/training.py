@@ -9,6 +9,7 @@ from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.pretrain import pretrain
 
 from nemo_kd.bridge.data import KDDataConfig
+from nemo_kd.bridge.peft import described, keep_student
 from nemo_kd.bridge.step import KDForwardStep
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
@@ -24,10 +25,11 @@ def finetune(
 ) -> None:
     """Train by Bridge's `pretrain`, with the loss `kd` on the sources of `config.dataset`.
 
+    With `config.peft` only adapters are trained, on the student's weights; see `export_merged`.
     Without `train.eval_iters` an evaluation contains each item of the validation data once.
     `kd`: a `KDConfig` or `KDSchedule`. `callbacks`: as of `pretrain`, with a version that has them.
-    `allow`: names of settings of data and loss in which a continued training may differ from its
-    checkpoint.
+    `allow`: names of settings of data, loss and adapters in which a continued training may differ
+    from its checkpoint.
 
     Errors: NemoKDError for settings that do not fit each other, StoreError for a store that does
     not fit the student or the loss.
@@ -36,8 +38,16 @@ def finetune(
     _check(config)
     data.check(kd)
     checkpoint = config.checkpoint
-    keep_settings(data.training_data(), kd, save=checkpoint.save, load=checkpoint.load, allow=allow)
+    keep_settings(
+        data.training_data(),
+        kd,
+        save=checkpoint.save,
+        load=checkpoint.load,
+        allow=allow,
+        more={"peft": described(config.peft)},
+    )
     _complete(config)
+    keep_student(config)
     more = {} if callbacks is None else {"callbacks": callbacks}
     pretrain(config, KDForwardStep(kd, data.vocab_size()), **more)
 

@@ -94,6 +94,10 @@ class DistributedTensors:
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a tensor outside the layers."""
         if name not in self.names:
+            if any(".adapter." in own for own in self.names):
+                raise CheckpointError(
+                    f"{self.name} has only adapters; merge them into their model, and take that"
+                )
             raise CheckpointError(f"{self.name} lacks {name}; is it a language model?")
         return self.checkpoint.shapes[self._prefix + name]
 

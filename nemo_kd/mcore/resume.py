@@ -7,7 +7,7 @@ of: that is kept in a file beside their checkpoints.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -31,16 +31,18 @@ def keep_settings(
     save: str | Path | None,
     load: str | Path | None,
     allow: Collection[str] = (),
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Compare data and loss with those of the checkpoints in `load`; write them into `save`.
 
     Each rank calls it, before or after the process groups start. `allow`: names that may differ,
-    such as `seed` or `alpha`. Checkpoints without the file are continued, and a line says so.
+    such as `seed` or `alpha`. `more`: further settings to compare, None where they are not used.
+    Checkpoints without the file are continued, and a line says so.
 
     Errors: NemoKDError, naming each difference.
     """
     loss = asdict(KDSchedule(**asdict(config)))
-    settings = decode_json(canonical_json({**data.identity, **loss}))
+    settings = decode_json(canonical_json({**data.identity, **loss, **(more or {})}))
     is_first = Launch.of(os.environ).rank == 0
     if load is not None and Path(load, LATEST).is_file():
         _compare(Path(load), settings, allow, is_first)

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
+from tests.bridge.trainings import TRAIN, options
 from tests.checkpoints import models
 from tests.conftest import Shared
 from tests.processes import ROOT, Done, run_program
@@ -82,3 +83,14 @@ def make(directory: Path) -> None:
         write(directory / name, of, samples)
     lines = [json.dumps({"input": f"wrap {n}", "output": " lines" * (1 + n)}) for n in range(ROWS)]
     (directory / "rows.jsonl").write_text("\n".join(lines))
+
+
+@pytest.fixture(scope="session")
+def whole(bridge: Bridge, data: Path, shared: Shared) -> Path:
+    """An uninterrupted training: `stdout`, `checkpoints`, and the exported `student`."""
+
+    def run(directory: Path) -> None:
+        done = bridge(TRAIN, *options(data, directory), f"--export={directory}/student")
+        (directory / "stdout").write_text(done.stdout)
+
+    return shared("bridge-whole", run)

@@ -28,9 +28,12 @@ def import_bridge() -> None:
     stubs = {module.__name__: module for module in (*transformer_engine(), *resiliency())}
     sys.modules.update(stubs)
     import megatron.bridge
+    import megatron.bridge.peft.utils
     import megatron.bridge.training.pretrain
 
     assert megatron.bridge.training.pretrain
+    # Bridge takes Megatron-core's names of TransformerEngine's layers, which are None, for layers.
+    megatron.bridge.peft.utils.HAVE_TE = False
     for name in stubs:
         del sys.modules[name]
 

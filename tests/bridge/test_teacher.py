@@ -34,18 +34,37 @@ def test_its_store_is_that_of_transformers(
     given = [data / "student", f"--data={rows}", f"--output={tmp_path}/store", "--precision=32"]
     sizes = ["--top-k=20", "--max-seq-length=64"]
     bridge(DUMP, *given, *sizes, *layout, processes=2 if layout else 1)
+    dump("hf", data / "student", rows, tmp_path / "expected")
+    found, expected = Store(tmp_path / "store"), Store(tmp_path / "expected")
+    assert found.spec == expected.spec
+    assert_equal(found, expected)
+
+
+def test_its_own_checkpoint_is_a_teacher_without_it(whole: Path, tmp_path: Path) -> None:
+    """Megatron-core alone reads the `run_config.yaml` and weights that a training wrote."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    dump("mcore", whole / "checkpoints", rows, tmp_path / "store")
+    dump("hf", whole / "student", rows, tmp_path / "expected")
+    assert_equal(Store(tmp_path / "store"), Store(tmp_path / "expected"))
+
+
+def dump(kind: str, teacher: Path, rows: Path, output: Path) -> None:
+    """Dump where the tests run, without Bridge."""
     run_script(
         "dump_teacher_topk.py",
-        "teacher.kind=hf",
-        f"model.restore_from_path={data}/student",
+        f"teacher.kind={kind}",
+        f"model.restore_from_path={teacher}",
         f"data.file_path={rows}",
-        f"output_dir={tmp_path}/expected",
+        f"output_dir={output}",
         "trainer.precision=32",
         "dump.top_k=20",
         "data.max_seq_length=64",
     )
-    found, expected = Store(tmp_path / "store"), Store(tmp_path / "expected")
-    assert found.spec == expected.spec
+
+
+def assert_equal(found: Store, expected: Store) -> None:
+    assert len(found) == len(expected) == len(ROWS)
     for a, b in zip(found, expected, strict=True):
         assert a.input_ids.tolist() == b.input_ids.tolist()
         assert a.loss_mask.tolist() == b.loss_mask.tolist()

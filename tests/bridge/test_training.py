@@ -3,80 +3,28 @@
 from __future__ import annotations
 
 import json
-import re
 from pathlib import Path
 
 import pytest
-import torch
-from transformers import AutoModelForCausalLM
 
-from nemo_kd.store import Store
 from tests.bridge import loop
 from tests.bridge.conftest import Bridge
-from tests.conftest import ROOT, Shared
+from tests.bridge.trainings import (
+    HALF,
+    PRINTED,
+    TRAIN,
+    assert_equal,
+    evaluations,
+    options,
+    steps,
+    transformers_loss,
+)
+from tests.conftest import ROOT
 from tests.runs import SPLIT
 
 pytestmark = pytest.mark.slow  # an environment of its own, and 20 seconds to import Bridge
 
 LOOP = str(ROOT / "tests/bridge/loop.py")
-TRAIN = str(ROOT / "examples/bridge/train.py")
-HALF = loop.STEPS // 2
-PRINTED = 5e-6  # Bridge prints seven digits of losses below 10
-Line = dict[str, float]
-
-
-def options(data: Path, output: Path) -> list[str]:
-    return [
-        f"{data}/student",
-        f"--store={data}/train",
-        f"--valid={data}/held",
-        f"--output={output}",
-        "--precision=32",
-        f"--alpha={loop.ALPHA}",
-        f"--alpha-end={loop.ALPHA_END}",
-        f"--seq-length={loop.SEQ_LENGTH}",
-        f"--global-batch-size={loop.GLOBAL_BATCH}",
-        f"--micro-batch-size={loop.MICRO_BATCH}",
-        f"--steps={loop.STEPS}",
-        f"--seed={loop.SEED}",
-        f"--lr={loop.LR}",
-        "--warmup=0",
-        f"--eval-interval={HALF}",
-        f"--save-interval={HALF}",
-    ]
-
-
-def steps(stdout: str) -> list[Line]:
-    """The losses that Bridge printed of each step."""
-    lines = [line for line in stdout.splitlines() if re.search(r"\] iteration +\d+/", line)]
-    return [_values(r"(\w*loss): ([\d.E+-]+)", line) for line in lines]
-
-
-def evaluations(stdout: str) -> list[Line]:
-    """The metrics that Bridge printed of each evaluation."""
-    lines = [line for line in stdout.splitlines() if "validation loss at iteration" in line]
-    return [_values(r"(\w+) value: ([\d.E+-]+)", line) for line in lines]
-
-
-def _values(pattern: str, line: str) -> Line:
-    return {name: float(value) for name, value in re.findall(pattern, line)}
-
-
-def assert_equal(found: list[Line], expected: list[Line], tolerance: float) -> None:
-    assert len(found) == len(expected)
-    for a, b in zip(found, expected, strict=True):
-        assert a == pytest.approx(b, abs=tolerance)
-
-
-@pytest.fixture(scope="session")
-def whole(bridge: Bridge, data: Path, shared: Shared) -> Path:
-    """An uninterrupted training: `stdout`, `checkpoints`, and the exported `student`."""
-
-    def run(directory: Path) -> None:
-        done = bridge(TRAIN, *options(data, directory), f"--export={directory}/student")
-        (directory / "stdout").write_text(done.stdout)
-
-    return shared("bridge-whole", run)
 
 
 def test_its_losses_are_those_of_megatron_cores_own_loop(
@@ -107,20 +55,7 @@ def test_a_mix_with_an_sft_file_is_that_of_megatron_cores_own_loop(
 def test_the_exported_student_has_the_evaluated_loss_in_transformers(
     whole: Path, data: Path
 ) -> None:
-    model = AutoModelForCausalLM.from_pretrained(
-        whole / "student", local_files_only=True, trust_remote_code=False
-    ).double()
-    store, losses = Store(data / "held"), []
-    for one in store:
-        ids = torch.tensor(one.input_ids).long()
-        logits = model(ids[None]).logits[0, :, : store.spec.vocab_size]
-        positions = torch.tensor(one.answer_positions())
-        losses.append(
-            torch.nn.functional.cross_entropy(
-                logits[positions - 1], ids[positions], reduction="none"
-            )
-        )
-    loss = torch.cat(losses).mean().item()
+    loss = transformers_loss(whole / "student", data / "held")
     last = evaluations((whole / "stdout").read_text())[-1]
     assert last["sft_loss"] == pytest.approx(loss, abs=1e-5)
 

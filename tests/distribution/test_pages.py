@@ -23,6 +23,7 @@ PATCHING = {
 }
 """Modules that replace a function or a flag of another package's objects."""
 SETTING = {
+    "bridge/peft.py",
     "bridge/recipe.py",
     "bridge/teacher.py",
     "bridge/training.py",
