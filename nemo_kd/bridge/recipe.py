@@ -62,8 +62,6 @@ def finetune_config(
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
             train_iters=train_iters,
-            eval_interval=eval_interval,
-            eval_iters=0,  # set by `finetune`: as many as the validation stores need
         ),
         optimizer=OptimizerConfig(
             optimizer="adam",
@@ -105,6 +103,9 @@ def finetune_config(
         mixed_precision=precision,
     )
     config.rng.seed = seed
+    evaluation = evaluation_of(config)
+    evaluation.eval_interval = eval_interval
+    evaluation.eval_iters = 0  # set by `finetune`: as many as the validation data need
     model = config.model
     model.seq_length = seq_length
     model.tensor_model_parallel_size = tensor_model_parallel_size
@@ -115,6 +116,11 @@ def finetune_config(
     if not torch.cuda.is_available():
         cpu.adapt(config)
     return config
+
+
+def evaluation_of(config: ConfigContainer) -> Any:
+    """Return the block with the settings of evaluations: `validation`, or `train` before 0.4."""
+    return getattr(config, "validation", config.train)
 
 
 def _student(path: str | Path, precision: str | None) -> Any:

@@ -10,6 +10,7 @@ from megatron.bridge.training.pretrain import pretrain
 
 from nemo_kd.bridge.data import KDDataConfig
 from nemo_kd.bridge.peft import described, keep_student
+from nemo_kd.bridge.recipe import evaluation_of
 from nemo_kd.bridge.step import KDForwardStep
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
@@ -26,7 +27,8 @@ def finetune(
     """Train by Bridge's `pretrain`, with the loss `kd` on the sources of `config.dataset`.
 
     With `config.peft` only adapters are trained, on the student's weights; see `export_merged`.
-    Without `train.eval_iters` an evaluation contains each item of the validation data once.
+    Without `eval_iters` (of `validation`, or of `train` before Bridge 0.4) an evaluation contains
+    each item of the validation data once.
     `kd`: a `KDConfig` or `KDSchedule`. `callbacks`: as of `pretrain`, with a version that has them.
     `allow`: names of settings of data, loss and adapters in which a continued training may differ
     from its checkpoint.
@@ -78,10 +80,13 @@ def _check(config: ConfigContainer) -> None:
 def _complete(config: ConfigContainer) -> None:
     """Set the number of evaluation steps, and the number of items of an evaluation."""
     data: Any = config.dataset
-    batch = config.train.global_batch_size
-    if not data.valid:
-        config.train.eval_iters = 0
-        return
-    if not config.train.eval_iters:
-        config.train.eval_iters = -(-len(data.validation_data()) // batch)
-    data.samples_per_evaluation = config.train.eval_iters * batch
+    evaluation, train = evaluation_of(config), config.train
+    batch = getattr(evaluation, "eval_global_batch_size", None) or train.global_batch_size
+    steps = 0
+    if data.valid:
+        steps = train.eval_iters or evaluation.eval_iters
+        steps = steps or -(-len(data.validation_data()) // batch)
+        data.samples_per_evaluation = steps * batch
+    evaluation.eval_iters = steps
+    if train.eval_iters is not None:  # Bridge 0.4 and later would prefer it
+        train.eval_iters = steps

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -55,13 +56,14 @@ def open_file(
             f"{tokenizer.vocab_size} ids; set it to false"
         )
     config = RowConfig(**values, max_seq_length=seq_length + 1)
+    # The reader calls its settings `data`, as a dump does.
+    named = partial(re.sub, rf"\bdata\.(?=(?:{'|'.join(values)})\b)", f"{where}.")
     try:
-        rows = open_rows(config, file, model, say)
+        rows = open_rows(config, file, model, lambda text: say(named(text)))
     except RowError:
         raise
-    except NemoKDError as error:  # the reader's settings are a dump's block `data`
-        own = re.sub(rf"\bdata\.(?=(?:{'|'.join(values)})\b)", f"{where}.", str(error))
-        raise NemoKDError(own) from error
+    except NemoKDError as error:
+        raise NemoKDError(named(str(error))) from error
     try:
         rows.check(0)  # not in the middle of the training, if the file has rows of another format
     except RowError as error:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,7 +21,7 @@ from tests.processes import ROOT, Done, run_program
 from tests.store.samples import sample, spec, write
 
 INSTALLED = "NEMO_KD_TEST_BRIDGE"
-"""Variable with the directories of an environment that exists, as in PYTHONPATH."""
+"""Variable with the directories of an environment that exists, as in PYTHONPATH, or its python."""
 TRAINED, HELD = 13, 5  # samples; neither is a multiple of a global batch
 ROWS = 9  # of an SFT file; the last ones are truncated
 
@@ -29,11 +30,13 @@ Bridge = Callable[..., Done]
 
 @pytest.fixture(scope="session")
 def bridge(shared: Shared) -> Bridge:
-    """bridge(program, *arguments, processes=1, fails=False): run it where Bridge is installed."""
+    """bridge(program, *arguments, processes=1, fails=False, cwd=None): run it with Bridge."""
     installed = os.environ.get(INSTALLED) or str(shared("bridge", install))
-    path = os.pathsep.join((str(ROOT), installed))
+    is_python = Path(installed).is_file()
+    python = installed if is_python else sys.executable
+    path = str(ROOT) if is_python else os.pathsep.join((str(ROOT), installed))
 
-    def run(program: str, *arguments: object, processes: int = 1, fails: bool = False) -> Done:
+    def run(program: str | Path, *arguments: object, **options: Any) -> Done:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = str(free.getsockname()[1])
@@ -41,8 +44,8 @@ def bridge(shared: Shared) -> Bridge:
             "tests/bridge/run.py",
             program,
             *arguments,
-            processes=processes,
-            fails=fails,
+            python=python,
+            **options,
             PYTHONPATH=path,
             MASTER_ADDR="127.0.0.1",
             MASTER_PORT=port,

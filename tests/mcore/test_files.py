@@ -93,3 +93,10 @@ def test_stores_that_were_read_differently_need_a_setting(tmp_path: Path) -> Non
         row_settings(stores, {}, "rows")
     assert row_settings(stores, {"add_eos": True})["add_eos"] is True
     assert row_settings(stores[:1], {})["add_eos"] is False
+
+
+def test_the_format_that_was_found_is_said(tmp_path: Path) -> None:
+    path, said = tmp_path / "rows.jsonl", list[str]()
+    path.write_text(json.dumps({"text": "one"}))
+    open_file(path, gpt2_like(), seq_length=63, where="dataset.rows", say=said.append)
+    assert said == [f"{path}: its rows are read as text; dataset.rows.format sets it"]

@@ -1,0 +1,31 @@
+"""Train with the settings of a page's program, in a few small steps: see `main`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from nemo_kd.bridge import cpu
+from nemo_kd.loss import KDConfig
+
+SEQ_LENGTH, BATCH, STEPS = 32, 4, 2
+
+
+def main(block: str) -> None:
+    """`block`: file with the program, whose `settings()` names files of the current directory."""
+    from nemo_kd.bridge import finetune
+
+    program: dict[str, object] = {"__name__": "page"}
+    exec(compile(Path(block).read_text(), block, "exec"), program)
+    settings = program["settings"]
+    assert callable(settings)
+    config = settings()
+    config.dataset.seq_length = config.model.seq_length = SEQ_LENGTH
+    config.train.global_batch_size, config.train.train_iters = BATCH, STEPS
+    config.scheduler.lr_warmup_iters = 0
+    finetune(config, KDConfig(alpha=0.9))
+
+
+if __name__ == "__main__":
+    cpu.install()
+    main(*sys.argv[1:])
