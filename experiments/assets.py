@@ -12,6 +12,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from steps import ROOT, Step
+from study import settings
 
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
@@ -47,6 +48,10 @@ class Assets:
     def groups(self, domain: str) -> Path:
         return self.out / "stores" / f"{domain}-test-groups"
 
+    def of(self, domain: str) -> DictConfig:
+        """The configuration with what the domain has of its own."""
+        return settings(self.cfg, domain)
+
     # --- how they are made -----------------------------------------------------------------
 
     def stock(self) -> Step:
@@ -54,29 +59,36 @@ class Assets:
         return Step("stock", ("examples/convert_hf_to_nemo.py", str(smollm2()), str(path)), path)
 
     def data_steps(self, domain: str) -> list[Step]:
-        data, directory = self.cfg.data, self.data(domain)
-        packages = data.packages if domain == "code" else data.prose_packages
+        data, directory = self.of(domain).data, self.data(domain)
         tokenizer = self.model("", TEACHER_LAYERS, "stock").with_suffix(".tokenizer")
-        sizes = [f"--{key.replace('_', '-')}={data[key]}" for key in SIZES]
-        arguments = [domain, f"--tokenizer={tokenizer}", f"--output-dir={directory}"]
-        arguments += [f"--packages={','.join(packages)}", *sizes]
-        step = Step(
-            f"data-{domain}",
-            ("experiments/split_data.py", *arguments),
-            directory / "data.json",
-        )
+        arguments = [f"--tokenizer={tokenizer}", f"--output-dir={directory}"]
+        if data.packages is None:
+            program = ["experiments/make_problems.py"]
+        else:
+            program = ["experiments/split_data.py", domain]
+            arguments += [f"--packages={','.join(data.packages)}"]
+        arguments += [f"--{key.replace('_', '-')}={data[key]}" for key in SIZES]
+        step = Step(f"data-{domain}", (*program, *arguments), directory / "data.json")
         return [self.stock(), step]
 
     def student_steps(self, domain: str, layers: int) -> list[Step]:
-        """Prune the stock teacher to the layers with the highest block influence."""
+        """Prune the domain's `student_from` to the layers with the highest block influence."""
         path = self.model(domain, layers)
         chosen = path.with_suffix(".json")
-        measure = [str(smollm2()), f"--data={self.data(domain)}/train.jsonl"]
+        first = self.data_steps(domain)
+        source = str(smollm2())
+        if self.of(domain).student_from == "tuned":
+            teacher = self.model(domain, TEACHER_LAYERS)
+            source = str(self.out / "models" / f"{domain}-teacher-hf")
+            export = ("examples/convert_nemo_to_hf.py", str(teacher), source)
+            step = Step(f"export-{domain}-teacher", export, Path(source))
+            first = [*self.teacher_steps(domain, "tuned"), step]
+        measure = [source, f"--data={self.data(domain)}/train.jsonl"]
         measure += [f"--keep={layers}", f"--output={chosen}", "--samples=64"]
-        convert = [str(smollm2()), str(path), f"--keep-layers=@{chosen}"]
+        convert = [source, str(path), f"--keep-layers=@{chosen}"]
         name = f"{domain}-l{layers}"
         return [
-            *self.data_steps(domain),
+            *first,
             Step(f"layers-{name}", ("examples/demo/block_influence.py", *measure), chosen),
             Step(f"prune-{name}", ("examples/convert_hf_to_nemo.py", *convert), path),
         ]
@@ -84,7 +96,7 @@ class Assets:
     def teacher_steps(self, domain: str, teacher: str) -> list[Step]:
         if teacher == "stock":
             return self.data_steps(domain)
-        settings, product = self.cfg.teacher, self.model(domain, TEACHER_LAYERS)
+        cfg, product = self.of(domain), self.model(domain, TEACHER_LAYERS)
         directory = product.parents[1]
         step = Step(
             f"tune-{domain}-teacher",
@@ -93,13 +105,13 @@ class Assets:
                 "name=teacher",
                 f"model.restore_from_path={self.model('', TEACHER_LAYERS, 'stock')}",
                 f"exp_manager.explicit_log_dir={directory}",
-                f"trainer.max_steps={settings.steps}",
-                f"trainer.val_check_interval={min(50, settings.steps)}",
-                f"model.optim.lr={settings.lr}",
+                f"trainer.max_steps={cfg.teacher.steps}",
+                f"trainer.val_check_interval={min(50, cfg.teacher.steps)}",
+                f"model.optim.lr={cfg.teacher.lr}",
                 f"model.data.train_ds.file_names=[{self.data(domain)}/train.jsonl]",
                 "model.data.train_ds.concat_sampling_probabilities=[1.0]",
                 "model.kd.alpha=0",
-                *training(self.cfg),
+                *training(cfg),
                 *CHECKPOINTS,
             ),
             product,
@@ -149,10 +161,10 @@ class Assets:
             f"output_dir={target}",
             f"model.restore_from_path={self.model(domain, TEACHER_LAYERS)}",
             f"data.file_path={self.data(domain)}/train.jsonl",
-            f"data.max_seq_length={self.cfg.data.max_tokens}",
-            f"generation.max_new_tokens={self.cfg.generation.tokens}",
+            f"data.max_seq_length={self.of(domain).data.max_tokens}",
+            f"generation.max_new_tokens={self.of(domain).generation.tokens}",
             f"dump.top_k={self.cfg.teacher.top_k}",
-            f"trainer.precision={self.cfg.train.precision}",
+            f"trainer.precision={self.of(domain).train.precision}",
             "model.micro_batch_size=16",
             "rows_per_shard=64",
         ]
@@ -168,8 +180,8 @@ class Assets:
             f"model.restore_from_path={self.model(domain, TEACHER_LAYERS, teacher)}",
             f"data.file_path={self.data(domain)}/{split}.jsonl",
             f"output_dir={target}",
-            f"data.max_seq_length={self.cfg.data.max_tokens}",
-            f"trainer.precision={self.cfg.train.precision}",
+            f"data.max_seq_length={self.of(domain).data.max_tokens}",
+            f"trainer.precision={self.of(domain).train.precision}",
             "model.micro_batch_size=16",
             "rows_per_shard=128",
             *options,

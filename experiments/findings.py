@@ -28,6 +28,8 @@ class Row:
     """difference in final cross-entropy from the baseline, over the seeds that both have"""
     steps: Interval | None = None
     """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps"""
+    right_against_baseline: Interval | None = None
+    """the same difference in the fraction of right answers, where these are judged one by one"""
     is_baseline: bool = False
 
     @property
@@ -46,13 +48,26 @@ class Row:
         return sum(store["bytes"] for store in stores) / tokens if tokens else None
 
     def share(self, what: str) -> float | None:
-        """The fraction of generated functions that parse or match exactly, over all seeds."""
+        """The fraction of generated answers that parse or match exactly, over all seeds.
+
+        None if nothing was generated, or if answers of the domain are not judged by this.
+        """
         judged = [result["generation"] for result in self.found if "generation" in result]
-        return sum(g[what] for g in judged) / self.written if self.written else None
+        if not judged or any(what not in each for each in judged):
+            return None
+        return float(sum(each[what] for each in judged)) / self.written
+
+    def right_by_task(self, tasks: int) -> list[float] | None:
+        """The fraction of right answers to each task, over all seeds; the tasks come in turn."""
+        answers = right_answers(self.found)
+        if answers is None:
+            return None
+        mean = answers.values.mean(axis=(0, 1))  # [questions]
+        return [float(mean[task::tasks].mean()) for task in range(tasks)]
 
     @property
     def written(self) -> int:
-        """The number of generated functions, over all seeds."""
+        """The number of generated answers, over all seeds."""
         return sum(result.get("generation", {}).get("samples", 0) for result in self.found)
 
 
@@ -82,6 +97,7 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
                 tuple(mine.values()),
                 compared(cfg, difference, against, mine),
                 compared(cfg, ratio, sft_beside(cfg, runs, results), mine),
+                compared(cfg, difference, against, mine, right_answers),
                 label == experiment.baseline,
             )
         )
@@ -104,10 +120,17 @@ def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results) -> Seeds:
     return found
 
 
-def compared(cfg: DictConfig, how: Callable[..., Interval], a: Seeds, b: Seeds) -> Interval | None:
-    """Compare over the common seeds; None if there is none or a model was not trained."""
-    both = [seed for seed in b if seed in a]
-    first, second = curves([a[seed] for seed in both]), curves([b[seed] for seed in both])
+def compared(
+    cfg: DictConfig,
+    how: Callable[..., Interval],
+    a: Seeds,
+    b: Seeds,
+    read: Callable[[Sequence[dict[str, Any]]], Curves | None] | None = None,
+) -> Interval | None:
+    """Compare what `read` (`curves`) finds over the common seeds that have it; None without any."""
+    read = read or curves
+    both = [seed for seed in b if seed in a and read([a[seed]]) and read([b[seed]])]
+    first, second = read([a[seed] for seed in both]), read([b[seed] for seed in both])
     return None if first is None or second is None else how(first, second, **cfg.bootstrap)
 
 
@@ -127,6 +150,18 @@ def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves 
         np.array([result["curve"][metric] for result in found]),
         np.array(list(first["groups"].values()), dtype=float),
     )
+
+
+def right_answers(found: Sequence[dict[str, Any]]) -> Curves | None:
+    """Which generated answers are right, as curves of one point with a group for each question.
+
+    None if there are none, or if they are not judged one by one.
+    """
+    if not found or any("right" not in result.get("generation", {}) for result in found):
+        return None
+    right = [[int(each) for each in result["generation"]["right"]] for result in found]
+    values = np.array(right, dtype=float)[:, None, :]  # [seeds, 1, questions]
+    return Curves(np.zeros(1), values, np.ones(values.shape[-1]))
 
 
 def verdict(row: Row) -> str | None:

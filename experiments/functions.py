@@ -18,7 +18,7 @@ def tree(prompt: str, body: str) -> str | None:
     return "\n".join(ast.dump(statement) for statement in function.body[1:])
 
 
-def judge(samples: Sequence[dict[str, Any]], model: str = "student") -> dict[str, float]:
+def judge(samples: Sequence[dict[str, Any]], model: str = "student") -> dict[str, Any]:
     """The numbers of `samples`, of functions with a body (`parses`) and of matches (`exact`).
 
     A function matches if its syntax tree equals the reference's.

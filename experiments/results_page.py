@@ -13,7 +13,7 @@ from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr
 from study import Experiment, Run
 
-NOT_RUN = "not run yet"
+NOT_RUN, NOT_PLANNED = "not run yet", "–"
 PUBLISHED_SHARE, BEYOND_SHARE = 0.70, 0.50  # of SFT's steps: published, and a further goal
 
 
@@ -43,6 +43,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.how_much(study.experiments, study.rows, study.results),
         "## KD + SFT vs. SFT\n",
         words.headline(study.rows["headline"], PUBLISHED_SHARE, BEYOND_SHARE),
+        words.answers(study.rows["math"], PUBLISHED_SHARE, BEYOND_SHARE),
         published_table(study),
         picture(figures, "headline"),
         "## What helped and what did not\n",
@@ -75,74 +76,120 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
 
 def published_table(study: Study) -> str:
     """One row per method and one column per benchmark, as such results are published."""
-    teachers = [row for row in study.rows["reference"] if row.label.startswith("Teacher")]
-    code = {row.label: row for row in (*teachers, *study.rows["headline"])}
+    found = benchmark_rows(study)
+    labels = {label: None for rows in (found["code"], found["math"]) for label in rows}
+    head, lines = [""], [[label] for label in labels]
+    for domain, benchmarks in BENCHMARKS.items():
+        head += [f"{domain}: {name}" for name in benchmarks]
+        for line in lines:
+            row = found[domain].get(line[0])
+            line += [benchmark(row, *how) for how in benchmarks.values()]
+    return table(head, lines) + "\n" + published_note(found)
+
+
+def benchmark_rows(study: Study) -> dict[str, dict[str, Row]]:
+    """Domain → label → row; a label is the same method in every domain."""
+    code = {row.label: row for row in teachers(study.rows["reference"])}
+    code |= {row.label: row for row in (*study.rows["headline"], *study.rows["budget"][1:])}
     default = next(row for row in study.rows["default_alpha"] if row.is_baseline)
     code[f"KD + SFT, {default.label}"] = default
-    prose = {row.label: row for row in study.rows["prose"]}
-    head = ["", *(f"code: {name}" for name in CODE_BENCHMARKS)]
-    head += [f"prose: {name}" for name in PROSE_BENCHMARKS]
-    lines = []
-    for label in code:
-        cells = [benchmark(code[label], how) for how in CODE_BENCHMARKS.values()]
-        cells += [benchmark(prose.get(label), how) for how in PROSE_BENCHMARKS.values()]
-        lines.append([label, *cells])
-    seeds = [
-        f"{label} {len(row.found)} of {row.planned}"
-        for label, row in code.items()
-        if row not in teachers
-    ]
-    written = sorted({row.written for row in code.values()} - {0}) or [1]
-    note = (
-        f"Means over the finished seeds (code: {'; '.join(seeds)}), on held-out modules. "
-        "Lower is better for cross-entropy and calibration error, higher for the others. Fractions "
-        f"of functions are out of {' or '.join(map(str, written))}: one standard error is up to "
-        f"{50 / written[0] ** 0.5:.0f} points.\n"
+    math = {row.label: row for row in teachers(study.rows["math_reference"])}
+    math |= {row.label: row for row in study.rows["math"]}
+    return {"code": code, "prose": {row.label: row for row in study.rows["prose"]}, "math": math}
+
+
+def teachers(rows: Sequence[Row]) -> list[Row]:
+    return [row for row in rows if row.label.startswith("Teacher")]
+
+
+def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
+    """How many seeds and answers the means are over, and which way is better."""
+    seeds = "; ".join(
+        f"{domain}: "
+        + ", ".join(
+            f"{label} {len(row.found)} of {row.planned}"
+            for label, row in rows.items()
+            if not label.startswith("Teacher") and label in {*found["code"], *found["math"]}
+        )
+        for domain, rows in found.items()
     )
-    return table(head, lines) + "\n" + note
+    answers = []
+    for domain, rows in found.items():
+        if written := sorted({row.written for row in rows.values()} - {0}):
+            answers.append(
+                f"{domain}: out of {' or '.join(map(str, written))}, one standard error is up to "
+                f"{50 / written[0] ** 0.5:.1f} points"
+            )
+    return (
+        f"Means over the finished seeds ({seeds}), on held-out modules of code and prose and on "
+        f"held-out questions; {NOT_PLANNED}: not part of the plan. Lower is better for "
+        "cross-entropy, calibration error and steps ratio, higher for the others. "
+        f"Fractions of generated answers: {'; '.join(answers) or NOT_RUN}.\n"
+    )
 
 
-def benchmark(row: Row | None, how: tuple[str, str]) -> str:
-    kind, metric = how
+def benchmark(row: Row | None, kind: str, metric: str) -> str:
     if row is None:
-        return NOT_RUN
+        return NOT_PLANNED
+    if kind == "ratio":
+        never_trained = row.found and row.steps is None
+        return NOT_PLANNED if never_trained else words.interval(row.steps) or NOT_RUN
     value = row.share(metric) if kind == "share" else row.mean(metric)
-    return NOT_RUN if value is None else number(value, kind)
-
-
-def number(value: float, kind: str) -> str:
+    if value is None:
+        return NOT_PLANNED if row.finished else NOT_RUN
     return f"{value:.3f}" if kind == "loss" else f"{100 * value:.1f} %"
 
 
-CODE_BENCHMARKS = {
-    "cross-entropy": ("loss", "sft_loss"),
-    "top-1 is the label": ("part", "top1_label"),
-    "calibration error": ("loss", "calibration_error"),
-    "function parses": ("share", "parses"),
-    "exact match": ("share", "exact"),
-}
-PROSE_BENCHMARKS = {
-    "cross-entropy": ("loss", "sft_loss"),
-    "top-1 is the label": ("part", "top1_label"),
+LOSS, TOP_1, RATIO = ("loss", "sft_loss"), ("part", "top1_label"), ("ratio", "")
+GENERATED = {"parses": "function parses", "exact": "exact match"}
+BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
+    "code": {
+        "cross-entropy": LOSS,
+        "top-1 is the label": TOP_1,
+        "calibration error": ("loss", "calibration_error"),
+        **{name: ("share", key) for key, name in GENERATED.items()},
+        "steps ratio": RATIO,
+    },
+    "prose": {"cross-entropy": LOSS, "top-1 is the label": TOP_1, "steps ratio": RATIO},
+    "math": {
+        GENERATED["exact"]: ("share", "exact"),
+        "cross-entropy": LOSS,
+        "steps ratio": RATIO,
+    },
 }
 
 
 def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) -> list[str]:
     """Question, table and picture of one experiment."""
     rows = study.rows[experiment.name]
-    parts = [f"## {experiment.title}\n", f"{experiment.question}\n", experiment_table(rows)]
+    parts = [
+        f"## {experiment.title}\n",
+        f"{experiment.question}\n",
+        experiment_table(experiment, rows),
+    ]
     if experiment.name == "learning_rate":
         parts.append(words.learning_rates(study.cfg, study.results))
+    if experiment.name == "math":
+        parts.append(words.learning_rates(study.cfg, study.results, "math"))
+    parts.append(by_task(study, experiment))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
     return parts
 
 
-def experiment_table(rows: Sequence[Row]) -> str:
+def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
     """One row per label; the baseline has no difference."""
+    judged = {
+        name: [row.share(key) for row in rows]
+        for key, name in GENERATED.items()
+        if experiment.generate and any(row.share(key) is not None for row in rows)
+    }
+    right = any(row.right_against_baseline is not None for row in rows)
     head = [
         "",
         "seeds",
+        *judged,
+        *(["Δ exact match"] if right else []),
         "cross-entropy",
         "Δ vs. baseline",
         "validation cross-entropy",
@@ -153,7 +200,7 @@ def experiment_table(rows: Sequence[Row]) -> str:
         "bytes per token",
     ]
     lines = []
-    for row in rows:
+    for i, row in enumerate(rows):
         name = f"**{row.label}** (baseline)" if row.is_baseline else row.label
         if not row.found:
             lines.append([name, f"0 of {row.planned}", NOT_RUN, *[""] * (len(head) - 3)])
@@ -162,6 +209,8 @@ def experiment_table(rows: Sequence[Row]) -> str:
             [
                 name,
                 f"{len(row.found)} of {row.planned}",
+                *(words.figure(shares[i], percent=True) for shares in judged.values()),
+                *([words.interval(row.right_against_baseline, signed=True)] if right else []),
                 words.figure(row.mean("sft_loss")),
                 words.interval(row.against_baseline, signed=True),
                 words.figure(row.mean("sft_loss", "valid")),
@@ -173,6 +222,18 @@ def experiment_table(rows: Sequence[Row]) -> str:
             ]
         )
     return table(head, lines)
+
+
+def by_task(study: Study, experiment: Experiment) -> str:
+    """The fraction of right answers by task, of rows whose answers are judged one by one."""
+    tasks = [each.replace("_", " ") for each in study.data.get("math", {}).get("tasks", [])]
+    shares = {row.label: row.right_by_task(len(tasks)) for row in study.rows[experiment.name]}
+    lines = [
+        [label, *(words.figure(share, percent=True) for share in mine)]
+        for label, mine in shares.items()
+        if mine is not None
+    ]
+    return table(["", *(f"exact match, {task}" for task in tasks)], lines) if tasks and lines else ""
 
 
 def choices(study: Study) -> str:
@@ -208,23 +269,14 @@ def choices(study: Study) -> str:
 
 def setting(study: Study) -> str:
     """Table of data, models, training and metrics."""
-    cfg, lines = study.cfg, []
-    for domain, about in study.data.items():
-        splits = ", ".join(
-            f"{about[split]['samples']} {name} samples of {about[split]['modules']} modules"
-            for split, name in (("train", "training"), ("valid", "validation"), ("test", "test"))
-        )
-        sources = ", ".join(
-            f"{s['package']} {s['version']} ({s['licence']})" for s in about["sources"]
-        )
-        lines.append(
-            [f"data, {domain}", f"{splits}; no module is in two splits. Sources: {sources}"]
-        )
+    cfg = study.cfg
+    lines = [[f"data, {domain}", words.data(about)] for domain, about in study.data.items()]
     lines += [[key, value] for key, value in words.setting(cfg).items()]
     lines += [
-        [f"learning rate, {family}", NOT_RUN if rate is None else f"{rate:g}"]
-        for family in ("sft", "bucket", "vocab", "topk", "kd only")
-        for rate in [chosen_lr(cfg, family, study.results)]
+        [f"learning rate, {domain}, {family}", NOT_RUN if rate is None else f"{rate:g}"]
+        for domain, families in words.TUNED.items()
+        for family in families
+        for rate in [chosen_lr(cfg, family, study.results, domain)]
     ]
     return table(["", ""], lines)
 

@@ -55,7 +55,7 @@ def say(jobs: list[Job], cfg: DictConfig, found: dict[str, Any]) -> None:
 
 def collect(out: Path, results: Path) -> None:
     """Copy the facts of data and stores that the report needs next to the results."""
-    for domain in ("code", "prose"):
+    for domain in ("code", "prose", "math"):
         source = out / "data" / domain / "data.json"
         if source.is_file():
             target = results / "data" / f"{domain}.json"

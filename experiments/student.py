@@ -15,8 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import functions
+import worked_problems
 from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, training
-from functions import judge
+from omegaconf import DictConfig
 from steps import ROOT, Step, Workshop
 from study import Run
 
@@ -25,6 +27,7 @@ sys.path.insert(0, str(ROOT / "examples" / "demo"))
 import report_data
 
 CURVES = ("sft_loss", "kd_loss", "top1_label")
+JUDGES = {"code": functions.judge, "math": worked_problems.judge}
 
 
 def train_stores(run: Run, assets: Assets) -> tuple[list[Step], list[Path]]:
@@ -53,7 +56,7 @@ def trained(run: Run, assets: Assets) -> Path:
 
 
 def train_step(run: Run, assets: Assets) -> Step:
-    cfg = assets.cfg
+    cfg = assets.of(run.domain)
     groups = assets.groups(run.domain)
     names = [f"group-{i:02d}" for i in range(cfg.data.groups)]
     arguments = (
@@ -66,7 +69,7 @@ def train_step(run: Run, assets: Assets) -> Step:
         *student_and_loss(run, assets),
         f"model.data.validation_ds.store=[{','.join(str(groups / name) for name in names)}]",
         f"model.data.validation_ds.names=[{','.join(names)}]",
-        *validation(assets),
+        *validation(cfg),
         *training(cfg),
         *CHECKPOINTS,
     )
@@ -87,32 +90,32 @@ def student_and_loss(run: Run, assets: Assets) -> list[str]:
     ]
 
 
-def validation(assets: Assets) -> list[str]:
+def validation(cfg: DictConfig) -> list[str]:
     """A batch size that suits a group, as the last batch of each set is filled up."""
-    size = -(-assets.cfg.data.test // assets.cfg.data.groups)
+    size = -(-cfg.data.test // cfg.data.groups)
     block = "model.data.validation_ds"
     return [f"{block}.global_batch_size={size}", f"{block}.micro_batch_size={size}"]
 
 
 def measure_step(run: Run, assets: Assets) -> Step:
     """Evaluate on both held-out splits with the default loss, whatever the objective of the run."""
-    product = directory(run, assets) / "measured.json"
+    cfg, product = assets.of(run.domain), directory(run, assets) / "measured.json"
     stores = [assets.store(run.domain, "tuned", split) for split in ("valid", "test")]
     arguments = (
         "examples/evaluate_gpt_sft_kd.py",
         f"model.restore_from_path={trained(run, assets)}",
         f"model.data.validation_ds.store=[{','.join(map(str, stores))}]",
         "model.data.validation_ds.names=[valid,test]",
-        *validation(assets),
+        *validation(cfg),
         "model.kd.fused_lm_head=true",
         f"output={product}",
-        *training(assets.cfg),
+        *training(cfg),
     )
     return Step(f"measure-{run.name}", arguments, product)
 
 
 def generate_step(run: Run, assets: Assets) -> Step:
-    cfg, product = assets.cfg, directory(run, assets) / "completions.json"
+    cfg, product = assets.of(run.domain), directory(run, assets) / "completions.json"
     arguments = (
         "examples/demo/complete.py",
         f"--model=student={trained(run, assets)}",
@@ -141,7 +144,7 @@ def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dic
     content: dict[str, Any] = {
         "name": run.name,
         "run": asdict(run),
-        "steps": run.steps(assets.cfg.train.steps),
+        "steps": run.steps(assets.of(run.domain).train.steps),
         "seconds": {"measure": workshop.seconds(measure_step(run, assets))},
         "versions": report_data.versions(),
         "machine": report_data.machine(),
@@ -159,7 +162,7 @@ def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dic
         content["store"] = [store_sizes(path) for path in train_stores(run, assets)[1]]
     if generated:
         completions = json.loads((directory(run, assets) / "completions.json").read_text())
-        content["generation"] = judge(completions["samples"])
+        content["generation"] = JUDGES[run.domain](completions["samples"])
         content["seconds"]["generate"] = workshop.seconds(generate_step(run, assets))
     return content
 

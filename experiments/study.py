@@ -8,12 +8,18 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
 
 TIMED = "timed/step_seconds.json"  # below the results
 USUAL = ("bucket", "forward_kl", "plain-100", "tuned")  # not said in a run's name
+
+
+def settings(cfg: DictConfig, domain: str) -> DictConfig:
+    """The configuration with what the domain has of its own."""
+    own = cfg.domains.get(domain) or {}
+    return cast(DictConfig, OmegaConf.merge(cfg, own))
 
 
 @dataclass(frozen=True)
@@ -45,7 +51,7 @@ class Run:
             return "sft"
         if self.alpha == 1:
             return "kd only"
-        return self.support
+        return "alpha 0.9" if self.alpha == 0.9 else self.support
 
     @property
     def name(self) -> str:
@@ -85,7 +91,8 @@ class Experiment:
     """Whether each student also generates the held-out functions."""
 
     def all_runs(self) -> list[Run]:
-        return [run for runs in self.runs.values() for run in runs]
+        """A seed of every label before the next seed, so that early results can be compared."""
+        return [run for seed in zip(*self.runs.values(), strict=True) for run in seed]
 
 
 def read_run(base: Mapping[str, Any], overrides: Mapping[str, Any]) -> Run:

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from assets import Assets
 from queue_plan import chosen_lr, grid, remaining
+from smollm2 import smollm2
 from steps import Step, StepFailedError, Workshop
-from study import Run, read_experiments, read_run
+from study import Run, read_experiments, read_run, settings
 
 from nemo_kd.loss import KDConfig
 from tests.conftest import ROOT
@@ -143,6 +145,60 @@ def test_the_learning_rate_is_the_best_on_the_validation_split_and_not_at_an_end
     assert chosen_lr(cfg, "bucket", results) is None
 
 
+def test_a_domain_may_do_without_an_extension_of_its_grid(cfg: Any) -> None:
+    rates = grid(cfg, "sft", {}, "math")
+    results = {run.name: finished(run, float(i)) for i, run in enumerate(rates)}
+    assert not settings(cfg, "math").extend_rates
+    assert chosen_lr(cfg, "sft", results, "math") == rates[0].lr == cfg.learning_rates[0]
+
+
+def test_a_domain_may_tune_a_family_that_takes_anothers_rate_elsewhere(cfg: Any) -> None:
+    """Alpha 0.9 takes the rate of alpha 0.5 on code and prose, and has its own on math."""
+    results = {
+        run.name: finished(run, abs(run.lr - 6e-4))
+        for domain in ("code", "math")
+        for rate in (3e-4, 6e-4, 1.2e-3)
+        for run in [dataclasses.replace(grid(cfg, "bucket", {}, domain)[0], lr=rate)]
+        if run.lr is not None
+    }
+    assert chosen_lr(cfg, "alpha 0.9", results, "code") == 6e-4
+    assert chosen_lr(cfg, "alpha 0.9", results, "prose") == 6e-4
+    assert chosen_lr(cfg, "bucket", results, "math") == 6e-4
+    assert chosen_lr(cfg, "alpha 0.9", results, "math") is None
+    own = grid(cfg, "alpha 0.9", results, "math")
+    assert {(run.domain, run.layers, run.alpha) for run in own} == {("math", 10, 0.9)}
+
+
+def test_a_domain_has_the_common_settings_and_its_own(cfg: Any) -> None:
+    code, prose, math = (settings(cfg, domain) for domain in ("code", "prose", "math"))
+    assert code.data == cfg.data
+    assert prose.data.packages != code.data.packages and prose.train == code.train
+    assert math.data.packages is None and math.data.max_tokens == code.data.max_tokens
+    assert math.teacher.top_k == code.teacher.top_k and math.teacher.lr != code.teacher.lr
+
+
+def test_the_first_seed_of_every_label_comes_before_the_second(cfg: Any) -> None:
+    experiment = next(each for each in read_experiments(cfg) if each.name == "math")
+    seeds = [run.seed for run in experiment.all_runs()]
+    assert seeds == sorted(seeds) and len(set(seeds)) == 3
+
+
+def test_a_student_is_pruned_from_the_teacher_of_its_domains_setting(
+    cfg: Any, tmp_path: Path
+) -> None:
+    assets = Assets(cfg, tmp_path)
+    code, math = (
+        {step.name: step for step in assets.student_steps(domain, 10)}
+        for domain in ("code", "math")
+    )
+    teacher = str(tmp_path / "models" / "math-teacher-hf")
+    assert "tune-code-teacher" not in code
+    assert list(math).index("tune-math-teacher") < list(math).index("layers-math-l10")
+    for name in ("layers-math-l10", "prune-math-l10"):
+        assert math[name].arguments[1] == teacher
+        assert code[name.replace("math", "code")].arguments[1] == str(smollm2())
+
+
 def test_runs_that_differ_have_different_names(cfg: Any) -> None:
     runs = {run for experiment in read_experiments(cfg) for run in experiment.all_runs()}
     named = {dataclasses.replace(run, lr=run.lr or 1e-4) for run in runs}
@@ -167,8 +223,11 @@ def test_every_script_of_make_experiments_starts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["run", "time_steps"])
-def test_what_is_committed_is_not_run_again(name: str, tmp_path: Path) -> None:
+def test_what_is_committed_is_not_run_again(name: str, cfg: Any, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), f"out={tmp_path}"]
+    if name == "run":
+        names = [each for each in cfg.experiments if not each.startswith("math")]
+        command += [f"only=[{','.join(names)}]", "max_hours=0"]  # what remains is not started
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("every ")
     assert not list(tmp_path.iterdir())

@@ -14,6 +14,7 @@ from queue_plan import FAMILY_OBJECTIVES, grid, read_results
 from results_page import NOT_RUN
 from split_data import deal
 from steps import write_json
+from steps_ratio import Interval
 from study import TIMED, Run, read_choices
 from write_report import read_study, write
 
@@ -105,6 +106,75 @@ def test_nothing_at_all_is_a_page_too(cfg: Any, tmp_path: Path) -> None:
     text = written(cfg, tmp_path / "none", tmp_path)
     assert "Not run yet." in text
     assert not re.search(r"\| \d\.\d", text)
+
+
+def write_answers(results: Path, run: Run, loss: float, right: str) -> None:
+    generation = {"samples": len(right), "exact": right.count("1"), "right": right}
+    write_result(results, run, loss, generation=generation)
+
+
+@pytest.fixture
+def worked(cfg: Any, results: Path) -> Path:
+    """Also worked problems of two tasks: both objectives tuned, a seed of each with answers."""
+    for family, losses in (("sft", (0.4, 0.323)), ("alpha 0.9", (0.3, 0.211))):
+        for loss in losses:
+            found = read_results(results)
+            run = next(run for run in grid(cfg, family, found, "math") if run.name not in found)
+            write_result(results, run, loss)
+        best = dataclasses.replace(run, lr=cfg.learning_rates[1])
+        write_answers(results, best, losses[1], "10001000" if family == "sft" else "10101100")
+    about = {split: {"samples": 8} for split in ("train", "valid", "test")}
+    write_json(results / "data" / "math.json", about | {"tasks": ["adding_up", "sorting"]})
+    return results
+
+
+def lines_of(text: str, label: str) -> list[list[str]]:
+    """The cells of the tables' rows of this label."""
+    rows = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [row for row in rows if row[0].strip("*").partition("**")[0] == label]
+
+
+def test_right_answers_are_in_the_table_and_compared_question_by_question(
+    cfg: Any, worked: Path, tmp_path: Path
+) -> None:
+    text = written(cfg, worked, tmp_path)
+    kd = "KD + SFT, alpha 0.9"
+    top = text[: text.index("## What helped")]
+    assert "SFT 25.0 % (1 seed of 3)" in top
+    assert f"{kd}, 50.0 % (1 seed of 3; difference +25.0 points [" in top
+    assert lines_of(top, "SFT")[0][-3:] == ["25.0 %", "0.323", "–"]
+    assert lines_of(top, kd)[0][-3:-1] == ["50.0 %", "0.211"]
+    assert lines_of(top, f"{kd}, 70 % of the steps")[0][-3:] == [NOT_RUN] * 3
+    section = text[text.index("## A third domain, worked problems\n\nDoes") :]
+    section = section[: section.index("\n## ", 5)]
+    (values, tasks) = lines_of(section, kd)
+    assert values[1:3] == ["1 of 3", "50.0 %"]
+    assert values[3].startswith("+0.250 [")
+    assert tasks[1:] == ["75.0 %", "25.0 %"]  # questions of the two tasks in turn
+    assert lines_of(section, "SFT")[1][1:] == ["50.0 %", "0.0 %"]
+    assert "- alpha 0.9: 0.0012, chosen on the validation split" in section
+
+
+def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
+    for path in worked.glob("math-*-lr0.0012-*.json"):
+        content = json.loads(path.read_text())
+        path.write_text(json.dumps(content | {"generation": {"samples": 4, "right": "1010"}}))
+    cfg.results = str(worked)
+    (sft, kd, *_) = read_study(cfg).rows["math"]
+    assert kd.right_against_baseline == Interval(0.0, 0.0, 0.0)
+    assert sft.right_against_baseline is None
+
+
+def test_answers_of_one_objective_are_not_a_comparison(
+    cfg: Any, worked: Path, tmp_path: Path
+) -> None:
+    for path in worked.glob("math-*-sft-lr0.0012-*.json"):
+        content = json.loads(path.read_text())
+        del content["generation"]
+        path.write_text(json.dumps(content))
+    text = written(cfg, worked, tmp_path)
+    assert "Worked problems: not run yet." in text
+    assert "exact match" in text
 
 
 def test_a_comparison_that_experiments_share_is_said_once(
