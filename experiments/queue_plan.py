@@ -12,10 +12,11 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
-from study import Experiment, Run, read_run, settings
+from steps import claim
+from study import Experiment, Run, read_run
 
 Results = Mapping[str, dict[str, Any]]
 """Run name → contents of its result file."""
@@ -49,13 +50,12 @@ def read_results(directory: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def grid(cfg: DictConfig, family: str, results: Results, domain: str = "code") -> list[Run]:
+def grid(cfg: DictConfig, family: str, results: Results) -> list[Run]:
     """The runs that decide a family's learning rate, in ascending order of the rate.
 
-    The rates configured for the domain, with `extend_rates` extended by factors of two while the
-    best measured one is at an end. A family that is not tuned there has the runs of the family whose rate it takes.
+    The configured rates, extended by factors of two while the best measured one is at an end. A
+    family that is not tuned has the runs of the family whose rate it takes.
     """
-    cfg = settings(cfg, domain)
     family = cfg.rate_of.get(family, family)
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
     tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
@@ -65,7 +65,7 @@ def grid(cfg: DictConfig, family: str, results: Results, domain: str = "code") -
         return dataclasses.replace(run, lr=float(f"{rate:g}"))
 
     rates = list(cfg.learning_rates)
-    while cfg.extend_rates and all(at(rate).name in results for rate in rates):
+    while all(at(rate).name in results for rate in rates):
         losses = [_valid(at(rate), results) for rate in rates]
         if losses[0] < min(losses[1:]):
             rates.insert(0, rates[0] / 2)
@@ -81,9 +81,9 @@ def _valid(run: Run, results: Results) -> float:
     return float(results[run.name]["valid"]["sft_loss"])
 
 
-def chosen_lr(cfg: DictConfig, family: str, results: Results, domain: str = "code") -> float | None:
+def chosen_lr(cfg: DictConfig, family: str, results: Results) -> float | None:
     """The rate with the lowest validation cross-entropy; None until its grid is measured."""
-    runs = grid(cfg, family, results, domain)
+    runs = grid(cfg, family, results)
     if any(run.name not in results for run in runs):
         return None
     return min(runs, key=lambda run: _valid(run, results)).lr
@@ -93,7 +93,7 @@ def resolve(cfg: DictConfig, run: Run, results: Results) -> Run | None:
     """The run with its learning rate; None until that is chosen."""
     if run.lr is not None or run.length == 0:
         return run
-    rate = chosen_lr(cfg, run.family, results, run.domain)
+    rate = chosen_lr(cfg, run.family, results)
     return None if rate is None else dataclasses.replace(run, lr=rate)
 
 
@@ -117,12 +117,22 @@ def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator
     for run in experiment.all_runs():
         resolved = resolve(cfg, run, results)
         if resolved is None:
-            rates = grid(cfg, run.family, results, run.domain)
+            rates = grid(cfg, run.family, results)
             yield from (Job(rate, generate=False) for rate in rates)
             waiting = dataclasses.replace(run, lr=rates[0].lr)
             yield Job(waiting, experiment.generate, decided=False)
         else:
             yield Job(resolved, experiment.generate)
+
+
+def first_free(jobs: list[Job], out: Path) -> tuple[Job, TextIO] | None:
+    """Claim the first job that no other queue works on, until the file is closed."""
+    for job in jobs:
+        try:
+            return job, claim(out / "locks" / f"run-{job.run.name}", wait=False)
+        except BlockingIOError:
+            continue
+    return None
 
 
 def estimate(cfg: DictConfig, job: Job, results: Results) -> float:

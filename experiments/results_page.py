@@ -169,8 +169,6 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
     ]
     if experiment.name == "learning_rate":
         parts.append(words.learning_rates(study.cfg, study.results))
-    if experiment.name == "math":
-        parts.append(words.learning_rates(study.cfg, study.results, "math"))
     parts.append(by_task(study, experiment))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
@@ -233,7 +231,9 @@ def by_task(study: Study, experiment: Experiment) -> str:
         for label, mine in shares.items()
         if mine is not None
     ]
-    return table(["", *(f"exact match, {task}" for task in tasks)], lines) if tasks and lines else ""
+    return (
+        table(["", *(f"exact match, {task}" for task in tasks)], lines) if tasks and lines else ""
+    )
 
 
 def choices(study: Study) -> str:
@@ -273,10 +273,9 @@ def setting(study: Study) -> str:
     lines = [[f"data, {domain}", words.data(about)] for domain, about in study.data.items()]
     lines += [[key, value] for key, value in words.setting(cfg).items()]
     lines += [
-        [f"learning rate, {domain}, {family}", NOT_RUN if rate is None else f"{rate:g}"]
-        for domain, families in words.TUNED.items()
-        for family in families
-        for rate in [chosen_lr(cfg, family, study.results, domain)]
+        [f"learning rate, {family}", NOT_RUN if rate is None else f"{rate:g}"]
+        for family in words.TUNED
+        for rate in [chosen_lr(cfg, family, study.results)]
     ]
     return table(["", ""], lines)
 

@@ -10,12 +10,14 @@ from typing import Any
 
 from assets import Assets
 from omegaconf import DictConfig, OmegaConf
-from queue_plan import Job, estimate, read_results, remaining
+from queue_plan import Job, estimate, first_free, read_results, remaining
 from steps import ROOT, StepFailedError, Workshop, lock, remove, write_json
 from student import directory, result, steps
 from study import Experiment, read_experiments
 
 from nemo_kd.cli.scripts import script
+
+POLL_SECONDS = 20
 
 
 def select(experiments: list[Experiment], only: Any) -> list[Experiment]:
@@ -76,21 +78,25 @@ def run(cfg: DictConfig) -> None:
         return say(jobs, cfg, found)
     if not jobs:
         return print(f"every run is in {cfg.results}; results=outputs/again runs all of it again")
-    held = lock(out)
+    held = lock(out, shared=True)
     while ready := [job for job in jobs if job.decided and job.run.name not in failed]:
         if cfg.max_hours is not None and time.monotonic() - start > cfg.max_hours * 3600:
             print(f"{cfg.max_hours} h are over")
             break
         hours = sum(estimate(cfg, job, found) for job in jobs) / 3600
-        job = ready[0]
-        print(f"\n#### {job.run.name}; {len(jobs)} remain, {hours:.1f} h", flush=True)
-        try:
-            do(job, assets, workshop, results)
-        except StepFailedError as error:
-            # The others may well work: this one is named again at the end.
-            print(f"error: {error}", file=sys.stderr, flush=True)
-            failed.add(job.run.name)
-        collect(out, results)
+        if (claimed := first_free(ready, out)) is None:
+            time.sleep(POLL_SECONDS)  # other queues have them all; what they find may free others
+        else:
+            job, file = claimed
+            print(f"\n#### {job.run.name}; {len(jobs)} remain, {hours:.1f} h", flush=True)
+            try:
+                do(job, assets, workshop, results)
+            except StepFailedError as error:
+                # The others may well work: this one is named again at the end.
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                failed.add(job.run.name)
+            file.close()
+            collect(out, results)
         found = read_results(results)
         jobs = remaining(cfg, experiments, found)
     held.close()

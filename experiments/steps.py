@@ -67,9 +67,17 @@ class Workshop:
         return float(json.loads(self.marker(step).read_text())["seconds"])
 
     def run(self, step: Step) -> None:
-        """Run the step unless it is done. Errors: StepFailedError, which names the log."""
+        """Run the step unless it is done, once another process that runs it has ended.
+
+        Errors: StepFailedError, which names the log.
+        """
         if self.is_done(step):
             return
+        with claim(self.out / "locks" / step.name, wait=True):
+            if not self.is_done(step):
+                self._run(step)
+
+    def _run(self, step: Step) -> None:
         shown = shlex.join(["python", *step.arguments]).replace(str(self.out), "outputs")
         print(f"== {step.name}\n   {shown}", flush=True)
         if not step.resumes:
@@ -113,15 +121,29 @@ def _exit_on_signal(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
 
 
-def lock(out: Path) -> TextIO:
-    """Lock the directory. Errors: ValueError if another queue works in it."""
-    out.mkdir(parents=True, exist_ok=True)
-    file = (out / "lock").open("w")
+def lock(out: Path, *, shared: bool) -> TextIO:
+    """Lock the directory, with `shared` for several queues at a time.
+
+    Errors: ValueError if another process works in it, and either does not share it.
+    """
+    file = _open(out / "lock")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"another process runs the experiments in {out}; stop it first") from None
     return file
+
+
+def claim(path: Path, *, wait: bool) -> TextIO:
+    """Lock a file until it is closed. Errors: BlockingIOError, without `wait`, if it is locked."""
+    file = _open(path)
+    fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    return file
+
+
+def _open(path: Path) -> TextIO:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return path.open("w")
 
 
 def remove(path: Path) -> None:

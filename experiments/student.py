@@ -64,7 +64,7 @@ def train_step(run: Run, assets: Assets) -> Step:
         "name=student",
         f"exp_manager.explicit_log_dir={directory(run, assets)}",
         f"trainer.max_steps={run.steps(cfg.train.steps)}",
-        f"trainer.val_check_interval={cfg.train.validate_every}",
+        f"trainer.val_check_interval={validation_interval(cfg, run)}",
         f"model.optim.lr={run.lr}",
         *student_and_loss(run, assets),
         f"model.data.validation_ds.store=[{','.join(str(groups / name) for name in names)}]",
@@ -74,6 +74,12 @@ def train_step(run: Run, assets: Assets) -> Step:
         *CHECKPOINTS,
     )
     return Step(f"train-{run.name}", arguments, trained(run, assets), resumes=True)
+
+
+def validation_interval(cfg: DictConfig, run: Run) -> int:
+    """The number of steps from one validation to the next; the last step is validated too."""
+    steps = run.steps(cfg.train.steps)
+    return next(n for n in range(cfg.train.validate_every, 0, -1) if steps % n == 0)
 
 
 def student_and_loss(run: Run, assets: Assets) -> list[str]:

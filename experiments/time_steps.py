@@ -58,7 +58,7 @@ def main(cfg: DictConfig) -> None:
         print(f"every choice is in {results / TIMED}; without that file it is measured again")
         return
     seconds: dict[str, list[float]] = {label: [] for label in runs}
-    held = lock(out)
+    held = lock(out, shared=False)
     for run in runs.values():
         for step in assets.student_steps(run.domain, run.layers) + train_stores(run, assets)[0]:
             workshop.run(step)

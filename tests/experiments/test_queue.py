@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 from assets import Assets
-from queue_plan import chosen_lr, grid, remaining
+from queue_plan import Job, chosen_lr, first_free, grid, remaining
 from smollm2 import smollm2
-from steps import Step, StepFailedError, Workshop
+from steps import Step, StepFailedError, Workshop, lock
+from student import validation_interval
 from study import Run, read_experiments, read_run, settings
 
 from nemo_kd.loss import KDConfig
@@ -90,6 +91,27 @@ def test_sigterm_ends_the_command_too(script: Path) -> None:
     assert not Workshop(script.parent, 1).is_done(step(script))
 
 
+def test_two_queues_run_a_common_step_once(script: Path) -> None:
+    process = start(script, 1)
+    Workshop(script.parent, threads=1).run(step(script))
+    assert process.wait(timeout=20) == 0
+    assert (script.parent / "calls").read_text() == "x"
+
+
+def test_queues_share_a_directory_and_no_run(tmp_path: Path) -> None:
+    jobs = [Job(Run(lr=rate), generate=False) for rate in (6e-4, 1.2e-3)]
+    with lock(tmp_path, shared=True), lock(tmp_path, shared=True):
+        with pytest.raises(ValueError, match="another process runs the experiments"):
+            lock(tmp_path, shared=False)
+        first, second = first_free(jobs, tmp_path), first_free(jobs, tmp_path)
+        assert first is not None and second is not None
+        assert [first[0], second[0]] == jobs
+        assert first_free(jobs, tmp_path) is None
+        first[1].close()
+        again = first_free(jobs, tmp_path)
+        assert again is not None and again[0] == jobs[0]
+
+
 def test_the_products_own_command_is_run(tmp_path: Path) -> None:
     source = store(tmp_path / "store", spec())
     arguments = ("nemo-kd", "convert", str(source), str(tmp_path / "few"), "--top-k=2")
@@ -145,28 +167,23 @@ def test_the_learning_rate_is_the_best_on_the_validation_split_and_not_at_an_end
     assert chosen_lr(cfg, "bucket", results) is None
 
 
-def test_a_domain_may_do_without_an_extension_of_its_grid(cfg: Any) -> None:
-    rates = grid(cfg, "sft", {}, "math")
-    results = {run.name: finished(run, float(i)) for i, run in enumerate(rates)}
-    assert not settings(cfg, "math").extend_rates
-    assert chosen_lr(cfg, "sft", results, "math") == rates[0].lr == cfg.learning_rates[0]
+def test_a_family_may_take_the_rate_of_another_until_it_is_tuned(cfg: Any) -> None:
+    rates = (3e-4, 6e-4, 1.2e-3)
+    usual = [dataclasses.replace(grid(cfg, "bucket", {})[0], lr=rate) for rate in rates]
+    results = {run.name: finished(run, float(run.lr != 6e-4)) for run in usual}
+    assert Run(alpha=0.9).family == "alpha 0.9"
+    assert chosen_lr(cfg, "alpha 0.9", results) == 6e-4
+    cfg.rate_of = {}
+    assert chosen_lr(cfg, "alpha 0.9", results) is None
+    assert {run.alpha for run in grid(cfg, "alpha 0.9", results)} == {0.9}
 
 
-def test_a_domain_may_tune_a_family_that_takes_anothers_rate_elsewhere(cfg: Any) -> None:
-    """Alpha 0.9 takes the rate of alpha 0.5 on code and prose, and has its own on math."""
-    results = {
-        run.name: finished(run, abs(run.lr - 6e-4))
-        for domain in ("code", "math")
-        for rate in (3e-4, 6e-4, 1.2e-3)
-        for run in [dataclasses.replace(grid(cfg, "bucket", {}, domain)[0], lr=rate)]
-        if run.lr is not None
-    }
-    assert chosen_lr(cfg, "alpha 0.9", results, "code") == 6e-4
-    assert chosen_lr(cfg, "alpha 0.9", results, "prose") == 6e-4
-    assert chosen_lr(cfg, "bucket", results, "math") == 6e-4
-    assert chosen_lr(cfg, "alpha 0.9", results, "math") is None
-    own = grid(cfg, "alpha 0.9", results, "math")
-    assert {(run.domain, run.layers, run.alpha) for run in own} == {("math", 10, 0.9)}
+@pytest.mark.parametrize(("length", "every"), [(1, 40), (0.7, 35), (0.5, 25)])
+def test_the_last_step_is_validated_however_long_the_run(
+    cfg: Any, length: float, every: int
+) -> None:
+    assert validation_interval(settings(cfg, "math"), Run(length=length)) == every
+    assert validation_interval(cfg, Run(length=length)) == cfg.train.validate_every
 
 
 def test_a_domain_has_the_common_settings_and_its_own(cfg: Any) -> None:
