@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from omegaconf import DictConfig, OmegaConf
 from steps import claim
-from study import Experiment, Run, read_run
+from study import Experiment, Run, read_run, settings
 
 Results = Mapping[str, dict[str, Any]]
 """Run name → contents of its result file."""
@@ -50,12 +50,13 @@ def read_results(directory: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
-def grid(cfg: DictConfig, family: str, results: Results) -> list[Run]:
+def grid(cfg: DictConfig, family: str, results: Results, domain: str = "code") -> list[Run]:
     """The runs that decide a family's learning rate, in ascending order of the rate.
 
-    The configured rates, extended by factors of two while the best measured one is at an end. A
-    family that is not tuned has the runs of the family whose rate it takes.
+    The rates configured for the domain, extended by factors of two while the best measured one is
+    at an end. A family that is not tuned has the runs of the family whose rate it takes.
     """
+    cfg = settings(cfg, domain)
     family = cfg.rate_of.get(family, family)
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
     tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
@@ -81,9 +82,9 @@ def _valid(run: Run, results: Results) -> float:
     return float(results[run.name]["valid"]["sft_loss"])
 
 
-def chosen_lr(cfg: DictConfig, family: str, results: Results) -> float | None:
+def chosen_lr(cfg: DictConfig, family: str, results: Results, domain: str = "code") -> float | None:
     """The rate with the lowest validation cross-entropy; None until its grid is measured."""
-    runs = grid(cfg, family, results)
+    runs = grid(cfg, family, results, domain)
     if any(run.name not in results for run in runs):
         return None
     return min(runs, key=lambda run: _valid(run, results)).lr
@@ -93,7 +94,7 @@ def resolve(cfg: DictConfig, run: Run, results: Results) -> Run | None:
     """The run with its learning rate; None until that is chosen."""
     if run.lr is not None or run.length == 0:
         return run
-    rate = chosen_lr(cfg, run.family, results)
+    rate = chosen_lr(cfg, run.family, results, run.domain)
     return None if rate is None else dataclasses.replace(run, lr=rate)
 
 
@@ -117,7 +118,7 @@ def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator
     for run in experiment.all_runs():
         resolved = resolve(cfg, run, results)
         if resolved is None:
-            rates = grid(cfg, run.family, results)
+            rates = grid(cfg, run.family, results, run.domain)
             yield from (Job(rate, generate=False) for rate in rates)
             waiting = dataclasses.replace(run, lr=rates[0].lr)
             yield Job(waiting, experiment.generate, decided=False)

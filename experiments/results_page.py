@@ -168,7 +168,9 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
         experiment_table(experiment, rows),
     ]
     if experiment.name == "learning_rate":
-        parts.append(words.learning_rates(study.cfg, study.results))
+        parts.append(words.learning_rates(study.cfg, study.results, "code"))
+    if experiment.name == "math":
+        parts.append(words.learning_rates(study.cfg, study.results, "math"))
     parts.append(by_task(study, experiment))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
@@ -273,9 +275,10 @@ def setting(study: Study) -> str:
     lines = [[f"data, {domain}", words.data(about)] for domain, about in study.data.items()]
     lines += [[key, value] for key, value in words.setting(cfg).items()]
     lines += [
-        [f"learning rate, {family}", NOT_RUN if rate is None else f"{rate:g}"]
-        for family in words.TUNED
-        for rate in [chosen_lr(cfg, family, study.results)]
+        [f"learning rate, {domain}, {family}", NOT_RUN if rate is None else f"{rate:g}"]
+        for domain, families in words.TUNED.items()
+        for family in families
+        for rate in [chosen_lr(cfg, family, study.results, domain)]
     ]
     return table(["", ""], lines)
 

@@ -16,8 +16,8 @@ from nemo_kd.loss import KDConfig
 from nemo_kd.teacher.config import TopKConfig
 
 Rows = Mapping[str, list[Row]]
-TUNED = ("sft", "bucket", "vocab", "topk", "kd only")
-"""The families whose learning rate is chosen on the validation split."""
+TUNED = {"code": ("sft", "bucket", "vocab", "topk", "kd only"), "math": ("sft", "alpha 0.9")}
+"""Domain → the families whose learning rate is chosen on its validation split."""
 
 
 def figure(value: float | None, *, percent: bool = False, digits: int = 3) -> str:
@@ -178,16 +178,16 @@ def recommendation(beside: Sequence[Row]) -> str:
     )
 
 
-def learning_rates(cfg: DictConfig, results: Results) -> str:
+def learning_rates(cfg: DictConfig, results: Results, domain: str) -> str:
     """The learning rate chosen for each family, and the candidates."""
     lines = []
-    for family in TUNED:
-        rate = chosen_lr(cfg, family, results)
+    for family in TUNED[domain]:
+        rate = chosen_lr(cfg, family, results, domain)
         if rate is None:
             continue
         losses = [
             f"{results[r.name]['valid']['sft_loss']:.3f} at {r.lr:g}"
-            for r in grid(cfg, family, results)
+            for r in grid(cfg, family, results, domain)
         ]
         lines.append(f"- {family}: {rate:g}, chosen on the validation split ({', '.join(losses)})")
     return "\n".join(lines) + "\n" if lines else ""
@@ -218,6 +218,7 @@ def setting(cfg: DictConfig) -> dict[str, str]:
     """Name and value of each setting needed to judge the results."""
     train, boot, own = cfg.train, cfg.bootstrap, settings(cfg, "math")
     epochs = train.steps * train.batch / cfg.data.train
+    own_epochs = own.train.steps * own.train.batch / own.data.train
     return {
         "teacher": "SmolLM2-135M-Instruct (30 layers), fine-tuned on the training split for "
         f"{cfg.teacher.steps} steps at learning rate {cfg.teacher.lr:g}",
@@ -227,23 +228,25 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "a row states otherwise",
         "training": f"{train.steps} steps of {train.batch} samples, {epochs:g} epochs of the "
         f"training split; {train.precision}, cosine decay to 0 after {train.warmup} steps",
-        "worked problems": f"the same, but: the teacher's learning rate is {own.teacher.lr:g}; "
-        f"students have 10 layers and are pruned from the {TEACHERS[own.student_from]}; held-out "
-        f"metrics every {own.train.validate_every} steps; greedy answers to the test questions, "
+        "worked problems": f"teacher fine-tuned for {own.teacher.steps} steps at learning rate "
+        f"{own.teacher.lr:g}; students of {own.tuned_on.layers} layers, pruned from the "
+        f"{TEACHERS[own.student_from]}; {own.train.steps} steps, {own_epochs:g} epoch; held-out "
+        f"metrics every {own.train.validate_every} steps; greedy answers to all test questions, "
         "right if the final answer is",
         "seed": "determines the order of the samples, which all objectives of a seed share; "
         "students start from the same weights and have no dropout, so nothing else is random",
         "learning rate": "chosen for each family of objectives on the validation split (code, 8 "
-        f"layers, seed {cfg.tuned_on.seed}) and used everywhere, by alpha 0.9 that of alpha "
-        f"{Run.alpha:g}; the grid starts at "
+        f"layers, seed {cfg.tuned_on.seed}; worked problems: their own) and used everywhere, on "
+        f"code and prose by alpha 0.9 that of alpha {Run.alpha:g}; the grid starts at "
         f"{' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is extended by factors "
         "of 2 until the best value is not at its edge",
         "held-out metrics": "over the answer tokens of the test split unless stated otherwise, "
         f"every {train.validate_every} steps; the KL is to the fine-tuned teacher's top "
         f"{cfg.teacher.top_k} with the rest in one bucket",
         "intervals": f"{100 * boot.level:g} %, bootstrap percentiles of {boot.draws} draws over "
-        f"the test split's {cfg.data.groups} groups of modules (worked problems: groups of "
-        "questions; right answers: single questions) and over the seeds",
+        f"the test split's {cfg.data.groups} groups of modules (worked problems: "
+        f"{own.data.groups} groups of questions; right answers: single questions) and over the "
+        "seeds",
         "steps ratio": "the first step at which the curve reaches SFT's minimum (same data, same "
         "depth), divided by SFT's step; never: not reached within the run",
     }

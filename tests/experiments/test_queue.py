@@ -167,23 +167,28 @@ def test_the_learning_rate_is_the_best_on_the_validation_split_and_not_at_an_end
     assert chosen_lr(cfg, "bucket", results) is None
 
 
-def test_a_family_may_take_the_rate_of_another_until_it_is_tuned(cfg: Any) -> None:
-    rates = (3e-4, 6e-4, 1.2e-3)
-    usual = [dataclasses.replace(grid(cfg, "bucket", {})[0], lr=rate) for rate in rates]
-    results = {run.name: finished(run, float(run.lr != 6e-4)) for run in usual}
+def test_a_domain_may_tune_a_family_that_takes_anothers_rate_elsewhere(cfg: Any) -> None:
+    """Alpha 0.9 takes the rate of alpha 0.5 on code and prose, and has its own on math."""
+    results = {
+        run.name: finished(run, float(rate != best))
+        for domain, best in (("code", 6e-4), ("math", 1.2e-3))
+        for rate in (3e-4, 6e-4, 1.2e-3, 2.4e-3)
+        for run in [dataclasses.replace(grid(cfg, "bucket", {}, domain)[0], lr=rate)]
+    }
     assert Run(alpha=0.9).family == "alpha 0.9"
-    assert chosen_lr(cfg, "alpha 0.9", results) == 6e-4
-    cfg.rate_of = {}
-    assert chosen_lr(cfg, "alpha 0.9", results) is None
-    assert {run.alpha for run in grid(cfg, "alpha 0.9", results)} == {0.9}
+    assert chosen_lr(cfg, "alpha 0.9", results, "code") == 6e-4
+    assert chosen_lr(cfg, "alpha 0.9", results, "prose") == 6e-4
+    assert chosen_lr(cfg, "bucket", results, "math") == 1.2e-3
+    assert chosen_lr(cfg, "alpha 0.9", results, "math") is None
+    own = grid(cfg, "alpha 0.9", results, "math")
+    assert {(run.domain, run.layers, run.alpha) for run in own} == {("math", 10, 0.9)}
 
 
-@pytest.mark.parametrize(("length", "every"), [(1, 40), (0.7, 35), (0.5, 25)])
+@pytest.mark.parametrize(("length", "every"), [(1, 40), (0.7, 40), (0.5, 40), (0.34, 34)])
 def test_the_last_step_is_validated_however_long_the_run(
     cfg: Any, length: float, every: int
 ) -> None:
     assert validation_interval(settings(cfg, "math"), Run(length=length)) == every
-    assert validation_interval(cfg, Run(length=length)) == cfg.train.validate_every
 
 
 def test_a_domain_has_the_common_settings_and_its_own(cfg: Any) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from functions import judge
-from queue_plan import FAMILY_OBJECTIVES, chosen_lr, grid, read_results
+from queue_plan import FAMILY_OBJECTIVES, grid, read_results
 from results_page import NOT_RUN
 from split_data import deal
 from steps import write_json
@@ -115,11 +115,14 @@ def write_answers(results: Path, run: Run, loss: float, right: str) -> None:
 
 @pytest.fixture
 def worked(cfg: Any, results: Path) -> Path:
-    """Also worked problems of two tasks: a seed of each objective, with answers."""
-    sft = Run(domain="math", layers=10, alpha=0, lr=chosen_lr(cfg, "sft", read_results(results)))
-    kd = dataclasses.replace(sft, alpha=0.9, lr=chosen_lr(cfg, "bucket", read_results(results)))
-    write_answers(results, sft, 0.323, "10001000")
-    write_answers(results, kd, 0.211, "10101100")
+    """Also worked problems of two tasks: both objectives tuned, a seed of each with answers."""
+    for family, losses in (("sft", (0.4, 0.323, 0.35)), ("alpha 0.9", (0.3, 0.211, 0.25))):
+        for loss in losses:
+            found = read_results(results)
+            run = next(run for run in grid(cfg, family, found, "math") if run.name not in found)
+            write_result(results, run, loss)
+        best = dataclasses.replace(run, lr=cfg.learning_rates[1])
+        write_answers(results, best, losses[1], "10001000" if family == "sft" else "10101100")
     about = {split: {"samples": 8} for split in ("train", "valid", "test")}
     write_json(results / "data" / "math.json", about | {"tasks": ["adding_up", "sorting"]})
     return results
@@ -149,10 +152,11 @@ def test_right_answers_are_in_the_table_and_compared_question_by_question(
     assert values[3].startswith("+0.250 [")
     assert tasks[1:] == ["75.0 %", "25.0 %"]  # questions of the two tasks in turn
     assert lines_of(section, "SFT")[1][1:] == ["50.0 %", "0.0 %"]
+    assert "- alpha 0.9: 0.0012, chosen on the validation split" in section
 
 
 def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
-    for path in worked.glob("math-*.json"):
+    for path in worked.glob("math-*-lr0.0012-*.json"):
         content = json.loads(path.read_text())
         path.write_text(json.dumps(content | {"generation": {"samples": 4, "right": "1010"}}))
     cfg.results = str(worked)
@@ -164,7 +168,7 @@ def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
 def test_answers_of_one_objective_are_not_a_comparison(
     cfg: Any, worked: Path, tmp_path: Path
 ) -> None:
-    for path in worked.glob("math-*-sft-*.json"):
+    for path in worked.glob("math-*-sft-lr0.0012-*.json"):
         content = json.loads(path.read_text())
         del content["generation"]
         path.write_text(json.dumps(content))
