@@ -5,6 +5,8 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
+import torch
+
 from nemo_kd.bridge import cpu
 from nemo_kd.loss import KDConfig
 
@@ -23,6 +25,9 @@ def main(block: str) -> None:
     config.dataset.seq_length = config.model.seq_length = SEQ_LENGTH
     config.train.global_batch_size, config.train.train_iters = BATCH, STEPS
     config.scheduler.lr_warmup_iters = 0
+    # Megatron's bf16 optimizer takes tensors of CUDA only.
+    config.mixed_precision, config.model.bf16 = None, False
+    config.model.params_dtype = config.model.pipeline_dtype = torch.float32
     finetune(config, KDConfig(alpha=0.9))
 
 
