@@ -48,7 +48,9 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         # The saved model must load in a NeMo without this package.
         self.cfg.target = NEMO_SFT
         self._done = Progress()  # progress of earlier starts of the run
-        gpt = gpt_module(self.model)
+        # With Megatron's distributed optimizer NeMo keeps a list of one, as for a virtual pipeline.
+        (chunk,) = self.get_model_module_list()
+        gpt = gpt_module(chunk)
         if gpt.post_process:
             self.student_loss.attach(gpt, self.kd_schedule.fused_lm_head)
 

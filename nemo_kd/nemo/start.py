@@ -184,6 +184,9 @@ def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer
     with open_dict(merged):
         for key, value in overrides.items():  # type: ignore[union-attr]
             merged[key] = value
+        if "optim" not in overrides:  # type: ignore[operator]
+            # Not trained: some optimizers of a checkpoint change how NeMo builds the model.
+            merged.optim = {"name": "adamw"}
         merged.precision = cfg.trainer.precision
         merged.target = f"{model_class.__module__}.{model_class.__qualname__}"
     model = model_class.restore_from(

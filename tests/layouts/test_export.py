@@ -44,7 +44,7 @@ def sft_loss(model: PreTrainedModel, store: Path) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("layout", ["one", "tp2pp2"])
+@pytest.mark.parametrize("layout", ["one", "tp2pp2", "dp2dist"])
 def test_a_student_has_the_losses_and_answers_of_nemo(
     train: Callable[..., Path],
     dump: Callable[..., Path],

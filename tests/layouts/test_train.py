@@ -86,6 +86,7 @@ def test_training_lowers_both_losses_on_held_out_data(train: Callable[..., Path]
     ("layout", "options"),
     [
         ("dp2", [SELDOM]),
+        ("dp2dist", []),
         pytest.param("tp2pp2", [], marks=pytest.mark.slow),
         pytest.param("tp2", [], marks=pytest.mark.slow),
         ("pp2", []),
