@@ -53,9 +53,9 @@ def parser() -> argparse.ArgumentParser:
         help="a configuration of modelopt.torch.quantization, or none",
     )
     parser.add_argument("--alpha", type=float, default=1.0, help="weight of the distillation")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--steps", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=8, help="samples per process and batch")
-    parser.add_argument("--lr", type=float, default=1e-4)
+    parser.add_argument("--lr", type=float, default=3e-4)
     return parser
 
 
