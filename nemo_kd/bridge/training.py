@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import torch
 from megatron.bridge.training.config import ConfigContainer
 from megatron.bridge.training.pretrain import pretrain
 
@@ -64,6 +65,11 @@ def _check(config: ConfigContainer) -> None:
         raise NemoKDError(
             f"dataset.seq_length={data.seq_length}, but model.seq_length="
             f"{config.model.seq_length}; set both alike"
+        )
+    if config.mixed_precision is not None and not torch.cuda.is_available():
+        raise NemoKDError(
+            f"mixed_precision={config.mixed_precision}: Megatron's optimizer for half precision "
+            "needs a GPU; without one give finetune_config precision=None, for float32"
         )
     if data.packed and config.train.micro_batch_size != 1:
         raise NemoKDError(

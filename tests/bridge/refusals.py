@@ -32,6 +32,9 @@ def main(data: Path, output: Path) -> None:
     def micro_batch(config: Any) -> None:
         config.dataset.packed, config.train.micro_batch_size = True, 2
 
+    def half(config: Any) -> None:
+        config.mixed_precision = "bf16_mixed"
+
     mix = [KDSource(path=store), KDSource(file=file)]
     wrong: dict[str, tuple[list[Any], Callable[[Any], None]]] = {
         "micro_batch": ([store], micro_batch),
@@ -43,10 +46,13 @@ def main(data: Path, output: Path) -> None:
         "rows_without_file": ([store], change(rows={"add_eos": False})),
         "unknown_setting": (mix, change(rows={"prompt_tempalte": "x"})),
         "temperature": ([store], change(temperature=2.0)),
+        "precision": ([store], half),
     }
     found = {}
     for name, (train, changed) in wrong.items():
-        config = finetune_config(data / "student", train, output=output, seq_length=32)
+        config = finetune_config(
+            data / "student", train, output=output, seq_length=32, precision=None
+        )
         changed(config)
         try:
             finetune(config, KDConfig())

@@ -113,6 +113,7 @@ def test_settings_that_do_not_fit_are_refused(bridge: Bridge, data: Path, tmp_pa
         "rows_without_file": "is for SFT files, but there are only stores",
         "unknown_setting": "dataset.rows.prompt_tempalte is unknown; did you mean dataset.rows.p",
         "temperature": "dataset.temperature=2.0, but the loss has temperature=1.0",
+        "precision": "mixed_precision=bf16_mixed: Megatron's optimizer for half precision needs a",
     }
     assert found.keys() == expected.keys()
     for name, message in expected.items():
