@@ -47,6 +47,7 @@ def keep_student(config: ConfigContainer) -> None:
     base = Path(checkpoint.save, BASE)
     checkpoint.pretrained_checkpoint = str(base)
     if checkpoint.load is None or not Path(checkpoint.load, LATEST).is_file():
+        base.mkdir(parents=True, exist_ok=True)  # Bridge 0.6 looks for it before the model is built
         model.register_pre_wrap_hook(lambda chunks: _written(chunks, base, config.dataset.student))
     elif not (base / LATEST).is_file():
         raise NemoKDError(
