@@ -63,11 +63,7 @@ def headline(rows: Sequence[Row], published: float, beyond: float) -> str:
         f"{less[verdict(kd) or 'undecided']} by {abs(gain.value):.3f} nats per token "
         f"(difference {interval(gain, signed=True)}). "
     )
-    if math.isinf(steps.value):
-        text += "KD + SFT never reaches SFT's best. "
-    else:
-        text += f"It reaches SFT's best in {100 * steps.value:.0f} % of its steps "
-        text += f"(fraction {interval(steps)}). "
+    text += f"{'KD + SFT' if math.isinf(steps.value) else 'It'} {reaching(steps)}. "
     text += f"Published: {100 * published:.0f} %, which is {reached(steps, published)} here; "
     text += f"{100 * beyond:.0f} % is {reached(steps, beyond)}."
     return text + "\n"
@@ -94,14 +90,19 @@ def answers(rows: Sequence[Row], published: float, beyond: float) -> str:
         f"{'; '.join(sentences)}. "
     )
     if (steps := others[0].steps) is not None:
-        text += f"By held-out cross-entropy, {others[0].label} "
-        if math.isinf(steps.value):
-            text += "never reaches SFT's best: "
-        else:
-            text += f"reaches SFT's best in {100 * steps.value:.0f} % of its steps "
-        text += f"(fraction {interval(steps)}); {100 * published:.0f} % is "
-        text += f"{reached(steps, published)}, {100 * beyond:.0f} % is {reached(steps, beyond)}."
+        text += f"By held-out cross-entropy, {others[0].label} {reaching(steps)}; "
+        text += f"{100 * published:.0f} % is {reached(steps, published)}, "
+        text += f"{100 * beyond:.0f} % is {reached(steps, beyond)}."
     return text + "\n"
+
+
+def reaching(steps: Interval) -> str:
+    """In which share of its steps SFT's best is reached, if it is."""
+    if math.isinf(steps.value):
+        return "never reaches SFT's best"
+    return (
+        f"reaches SFT's best in {100 * steps.value:.0f} % of its steps (fraction {interval(steps)})"
+    )
 
 
 def reached(steps: Interval, target: float) -> str:
