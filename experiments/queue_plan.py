@@ -1,6 +1,6 @@
 """The remaining runs in queue order, and how long they will take.
 
-A job is one run up to its result file, optionally with generation by the student. A run that
+A job is one run up to its result file, with what is measured beyond the losses. A run that
 waits for its family's learning rate is preceded by the runs that decide it.
 """
 
@@ -35,13 +35,19 @@ class Job:
     """A run with its learning rate."""
 
     run: Run
-    generate: bool
+    also: tuple[str, ...] = ()
+    """Entries of the result file, for which the model generates or is asked."""
     decided: bool = True
     """False until the learning rate is chosen; until then the run has the first of the grid."""
 
     def is_done(self, results: Results) -> bool:
         found = results.get(self.run.name)
-        return found is not None and (not self.generate or "generation" in found)
+        return found is not None and all(each in found for each in self.also)
+
+    def covers(self, other: Job) -> bool:
+        """Whether the other job is a part of this one."""
+        same = (self.run.name, self.decided) == (other.run.name, other.decided)
+        return same and set(self.also) >= set(other.also)
 
 
 def read_results(directory: Path) -> dict[str, dict[str, Any]]:
@@ -53,11 +59,9 @@ def read_results(directory: Path) -> dict[str, dict[str, Any]]:
 def grid(cfg: DictConfig, family: str, results: Results, domain: str = "code") -> list[Run]:
     """The runs that decide a family's learning rate, in ascending order of the rate.
 
-    The rates configured for the domain, extended by factors of two while the best measured one is
-    at an end. A family that is not tuned has the runs of the family whose rate it takes.
+    The configured rates, extended by factors of two while the best measured one is at an end.
     """
     cfg = settings(cfg, domain)
-    family = cfg.rate_of.get(family, family)
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
     tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
     run = read_run(base, {**tuned_on, **FAMILY_OBJECTIVES[family]})
@@ -103,15 +107,13 @@ def remaining(cfg: DictConfig, experiments: Sequence[Experiment], results: Resul
 
     Until then its job is marked as undecided.
     """
-    jobs: dict[tuple[str, bool, bool], Job] = {}
+    jobs: list[Job] = []
     for experiment in experiments:
         for job in _jobs(cfg, experiment, results):
-            name = job.run.name
             done = job.decided and job.is_done(results)
-            # Writing comes on top of a run: one that also writes stands for both.
-            if not done and (name, True, job.decided) not in jobs:
-                jobs.setdefault((name, job.generate, job.decided), job)
-    return list(jobs.values())
+            if not done and not any(each.covers(job) for each in jobs):
+                jobs.append(job)
+    return jobs
 
 
 def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator[Job]:
@@ -119,11 +121,11 @@ def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator
         resolved = resolve(cfg, run, results)
         if resolved is None:
             rates = grid(cfg, run.family, results, run.domain)
-            yield from (Job(rate, generate=False) for rate in rates)
+            yield from (Job(rate) for rate in rates)
             waiting = dataclasses.replace(run, lr=rates[0].lr)
-            yield Job(waiting, experiment.generate, decided=False)
+            yield Job(waiting, experiment.also, decided=False)
         else:
-            yield Job(resolved, experiment.generate)
+            yield Job(resolved, experiment.also)
 
 
 def first_free(jobs: list[Job], out: Path) -> tuple[Job, TextIO] | None:
@@ -155,6 +157,4 @@ def estimate(cfg: DictConfig, job: Job, results: Results) -> float:
         seconds += median("measure", expected.measure * depth)
         if job.run.length > 0:
             seconds += job.run.length * median("train", expected.train * depth, "length")
-    if job.generate:
-        seconds += median("generate", expected.generate * depth)
-    return seconds
+    return seconds + sum(median(each, expected[each] * depth) for each in job.also)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import results_words as words
-from findings import Row
+from findings import SHOTS, Row
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr
 from study import Experiment, Run
@@ -44,6 +44,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "## KD + SFT vs. SFT\n",
         words.headline(study.rows["headline"], PUBLISHED_SHARE, BEYOND_SHARE),
         words.answers(study.rows["math"], PUBLISHED_SHARE, BEYOND_SHARE),
+        words.knowledge(study.rows["knowledge"]),
         published_table(study),
         picture(figures, "headline"),
         "## What helped and what did not\n",
@@ -95,7 +96,12 @@ def benchmark_rows(study: Study) -> dict[str, dict[str, Row]]:
     code[f"KD + SFT, {default.label}"] = default
     math = {row.label: row for row in teachers(study.rows["math_reference"])}
     math |= {row.label: row for row in study.rows["math"]}
-    return {"code": code, "prose": {row.label: row for row in study.rows["prose"]}, "math": math}
+    return {
+        "code": code,
+        "prose": {row.label: row for row in study.rows["prose"]},
+        "math": math,
+        LARGER: {row.label: row for row in (*study.rows["depth"], *study.rows["knowledge"])},
+    }
 
 
 def teachers(rows: Sequence[Row]) -> list[Row]:
@@ -115,7 +121,8 @@ def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
     )
     answers = []
     for domain, rows in found.items():
-        if written := sorted({row.written for row in rows.values()} - {0}):
+        generated = any(kind == "share" for kind, _ in BENCHMARKS[domain].values())
+        if generated and (written := sorted({row.written for row in rows.values()} - {0})):
             answers.append(
                 f"{domain}: out of {' or '.join(map(str, written))}, one standard error is up to "
                 f"{50 / written[0] ** 0.5:.1f} points"
@@ -123,7 +130,7 @@ def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
     return (
         f"Means over the finished seeds ({seeds}), on held-out modules of code and prose and on "
         f"held-out questions; {NOT_PLANNED}: not part of the plan. Lower is better for "
-        "cross-entropy, calibration error and steps ratio, higher for the others. "
+        "cross-entropy and steps ratio, higher for the others. "
         f"Fractions of generated answers: {'; '.join(answers) or NOT_RUN}.\n"
     )
 
@@ -134,27 +141,32 @@ def benchmark(row: Row | None, kind: str, metric: str) -> str:
     if kind == "ratio":
         never_trained = row.found and row.steps is None
         return NOT_PLANNED if never_trained else words.interval(row.steps) or NOT_RUN
-    value = row.share(metric) if kind == "share" else row.mean(metric)
+    reading = {"share": row.share, "known": row.known}.get(kind, row.mean)
+    value = reading(metric)
     if value is None:
         return NOT_PLANNED if row.finished else NOT_RUN
     return f"{value:.3f}" if kind == "loss" else f"{100 * value:.1f} %"
 
 
-LOSS, TOP_1, RATIO = ("loss", "sft_loss"), ("part", "top1_label"), ("ratio", "")
+LARGER = "code, 15 layers"
+LOSS, RATIO = ("loss", "sft_loss"), ("ratio", "")
 GENERATED = {"parses": "function parses", "exact": "exact match"}
 BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
     "code": {
         "cross-entropy": LOSS,
-        "top-1 is the label": TOP_1,
-        "calibration error": ("loss", "calibration_error"),
-        **{name: ("share", key) for key, name in GENERATED.items()},
+        GENERATED["parses"]: ("share", "parses"),
         "steps ratio": RATIO,
     },
-    "prose": {"cross-entropy": LOSS, "top-1 is the label": TOP_1, "steps ratio": RATIO},
+    "prose": {"cross-entropy": LOSS, "steps ratio": RATIO},
     "math": {
         GENERATED["exact"]: ("share", "exact"),
         "cross-entropy": LOSS,
         "steps ratio": RATIO,
+    },
+    LARGER: {
+        "cross-entropy": LOSS,
+        "steps ratio": RATIO,
+        **{words.asked(shots): ("known", shots) for shots in SHOTS},
     },
 }
 
@@ -182,14 +194,16 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
     judged = {
         name: [row.share(key) for row in rows]
         for key, name in GENERATED.items()
-        if experiment.generate and any(row.share(key) is not None for row in rows)
+        if "generation" in experiment.also and any(row.share(key) is not None for row in rows)
     }
     right = any(row.right_against_baseline is not None for row in rows)
+    shots = SHOTS if any(row.known(SHOTS[0]) is not None for row in rows) else ()
     head = [
         "",
         "seeds",
         *judged,
         *(["Δ exact match"] if right else []),
+        *(column for each in shots for column in (words.asked(each), f"Δ {each}-shot")),
         "cross-entropy",
         "Δ vs. baseline",
         "validation cross-entropy",
@@ -211,6 +225,14 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
                 f"{len(row.found)} of {row.planned}",
                 *(words.figure(shares[i], percent=True) for shares in judged.values()),
                 *([words.interval(row.right_against_baseline, signed=True)] if right else []),
+                *(
+                    cell
+                    for each in shots
+                    for cell in (
+                        words.figure(row.known(each), percent=True),
+                        words.interval(row.known_against_baseline.get(each), signed=True),
+                    )
+                ),
                 words.figure(row.mean("sft_loss")),
                 words.interval(row.against_baseline, signed=True),
                 words.figure(row.mean("sft_loss", "valid")),

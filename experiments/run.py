@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 import time
@@ -33,12 +34,14 @@ def select(experiments: list[Experiment], only: Any) -> list[Experiment]:
 
 def do(job: Job, assets: Assets, workshop: Workshop, results: Path) -> None:
     """Run the steps that are not done, then write the result file."""
-    for step in steps(job.run, assets, job.generate):
+    for step in steps(job.run, assets, job.also):
         workshop.run(step)
-    already = assets.out / "results" / f"{job.run.name}.json"
-    content = result(job.run, assets, workshop, job.generate)
-    write_json(already, content)
-    write_json(results / already.name, content)
+    file = results / f"{job.run.name}.json"
+    before = json.loads(file.read_text()) if file.is_file() else {}
+    content = result(job.run, assets, workshop, job.also)
+    content = {**before, **content, "seconds": before.get("seconds", {}) | content["seconds"]}
+    for path in (assets.out / "results" / file.name, file):
+        write_json(path, content)
     for path in (directory(job.run, assets) / "checkpoints").glob("*"):
         if path.suffix != ".nemo":
             remove(path)  # the state for going on; what is learned is in the .nemo
@@ -49,9 +52,9 @@ def say(jobs: list[Job], cfg: DictConfig, found: dict[str, Any]) -> None:
     hours = 0.0
     for job in jobs:
         hours += estimate(cfg, job, found) / 3600
-        writes = ", and what it writes" if job.generate else ""
+        more = "".join(f", {each}" for each in job.also)
         waits = "" if job.decided else ", once its learning rate is chosen"
-        print(f"{hours:7.2f} h  {job.run.name}{writes}{waits}")
+        print(f"{hours:7.2f} h  {job.run.name}{more}{waits}")
     print(f"{len(jobs)} runs remain, about {hours:.1f} h with what is made once for all left out")
 
 

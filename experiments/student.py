@@ -1,16 +1,19 @@
-"""One run: train a student, evaluate it, optionally generate with it, and write its result file.
+"""One run: train a student, evaluate it, and write its result file.
 
     {"name", "run": settings, "steps", "curve": {"steps", "groups", metric: [step][group]},
-     "valid": figures, "test": figures, "store": sizes, "seconds": {…}, "generation": {…}}
+     "valid": figures, "test": figures, "store": sizes, "seconds": {…},
+     "generation": {…}, "knowledge": {…}}
 
 The curve is that of the test split, a column for each of its groups; `valid` and `test` are
-measured on the finished student.
+measured on the finished student. The last two are optional: what it generates for held-out prompts,
+and which questions of OpenBookQA it answers right.
 """
 
 from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -133,7 +136,26 @@ def generate_step(run: Run, assets: Assets) -> Step:
     return Step(f"generate-{run.name}", arguments, product)
 
 
-def steps(run: Run, assets: Assets, generate: bool) -> list[Step]:
+def questions_steps(run: Run, assets: Assets) -> list[Step]:
+    exported, product = (directory(run, assets) / name for name in ("hf", "knowledge.json"))
+    export = ("nemo-kd", "export", str(trained(run, assets)), str(exported))
+    ask = ("experiments/multiple_choice.py", str(exported), f"--output={product}")
+    return [
+        Step(f"export-{run.name}", export, exported),
+        Step(f"ask-{run.name}", ask, product),
+    ]
+
+
+def more_steps(run: Run, assets: Assets, also: str) -> list[Step]:
+    """The steps of an optional entry of the result file; the last one's product has its content."""
+    if also == "generation":
+        return [generate_step(run, assets)]
+    if also == "knowledge":
+        return questions_steps(run, assets)
+    raise ValueError(f"also: {also}: expected generation or knowledge")
+
+
+def steps(run: Run, assets: Assets, also: Sequence[str]) -> list[Step]:
     """All steps up to the result, in order; steps shared with other runs are done only once."""
     mine = assets.held_out_steps(run.domain)
     if run.layers < TEACHER_LAYERS:
@@ -141,10 +163,10 @@ def steps(run: Run, assets: Assets, generate: bool) -> list[Step]:
     if run.length > 0:
         mine = [*mine, *train_stores(run, assets)[0], train_step(run, assets)]
     mine = [*mine, measure_step(run, assets)]
-    return [*mine, generate_step(run, assets)] if generate else mine
+    return [*mine, *(step for each in also for step in more_steps(run, assets, each))]
 
 
-def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dict[str, Any]:
+def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) -> dict[str, Any]:
     """The content of the result file."""
     figures = json.loads((directory(run, assets) / "measured.json").read_text())
     content: dict[str, Any] = {
@@ -166,10 +188,11 @@ def result(run: Run, assets: Assets, workshop: Workshop, generated: bool) -> dic
         content["curve"], seconds = curve(run, assets)
         content["seconds"] |= {"train": workshop.seconds(train_step(run, assets)), "step": seconds}
         content["store"] = [store_sizes(path) for path in train_stores(run, assets)[1]]
-    if generated:
-        completions = json.loads((directory(run, assets) / "completions.json").read_text())
-        content["generation"] = JUDGES[run.domain](completions["samples"])
-        content["seconds"]["generate"] = workshop.seconds(generate_step(run, assets))
+    for each in also:
+        last = more_steps(run, assets, each)[-1]
+        found = json.loads(last.product.read_text())
+        content[each] = JUDGES[run.domain](found["samples"]) if each == "generation" else found
+        content["seconds"][each] = workshop.seconds(last)
     return content
 
 

@@ -87,8 +87,8 @@ class Experiment:
     """Label in the report → one run per seed."""
     baseline: str | None
     """The label to compare the others with."""
-    generate: bool = False
-    """Whether each student also generates the held-out functions."""
+    also: tuple[str, ...] = ()
+    """What is measured beyond the losses, `generation` or `knowledge`: see `student.py`."""
 
     def all_runs(self) -> list[Run]:
         """A seed of every label before the next seed, so that early results can be compared."""
@@ -124,7 +124,7 @@ def read_experiments(cfg: DictConfig) -> list[Experiment]:
                 question=block["question"],
                 runs=runs,
                 baseline=block.get("baseline"),
-                generate=block.get("generate", False),
+                also=tuple(block.get("also", ())),
             )
         )
     return experiments
