@@ -124,11 +124,14 @@ class Assets:
 
         `plain-K` and `compact-K` with K logits; `top_p-K` with those that hold `TOP_P` of the
         probability, at most K; `sampled-N` with N draws. All others are converted from a full dump.
+        `@T` after any of these is a dump at temperatures 1 and T.
         """
         whole = f"plain-{self.cfg.teacher.top_k}"
         profile, _, size = store.rpartition("-")
-        if store == whole or profile == "sampled":
+        size, _, temperature = size.partition("@")
+        if store == whole or temperature or profile == "sampled":
             options = [f"dump.top_k={size}", f"dump.profile={profile}"]
+            options += [f"dump.temperatures=[1.0,{temperature}]"] if temperature else []
             steps = [self._dump(domain, teacher, "train", store, options)]
             return [*self.teacher_steps(domain, teacher), *steps]
         source = self.store(domain, teacher, "train", whole)

@@ -44,6 +44,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "## KD + SFT vs. SFT\n",
         words.headline(study.rows["headline"], PUBLISHED_SHARE, BEYOND_SHARE),
         words.answers(study.rows["math"], PUBLISHED_SHARE, BEYOND_SHARE),
+        words.unsure(study.results),
         words.knowledge(study.rows["knowledge"]),
         published_table(study),
         picture(figures, "headline"),

@@ -99,6 +99,22 @@ def answers(rows: Sequence[Row], published: float, beyond: float) -> str:
     return text + "\n"
 
 
+def unsure(results: Results) -> str:
+    """How much a distribution of the teacher says beyond the label: its entropy by domain."""
+    found = {
+        domain: results[name]["test"]["teacher_entropy"]
+        for domain in ("code", "prose", "math")
+        if (name := Run(domain=domain, layers=30, length=0).name) in results
+    }
+    if not found:
+        return ""
+    values = ", ".join(f"{value:.3f} on {domain}" for domain, value in found.items())
+    return (
+        f"Entropy of the fine-tuned teacher, nats per held-out answer token: {values}. Near 0 its "
+        "distribution says hardly more than the label, and KD hardly more than SFT.\n"
+    )
+
+
 def asked(shots: str) -> str:
     return f"OpenBookQA, {shots}-shot"
 

@@ -17,9 +17,12 @@ USUAL = ("bucket", "forward_kl", "plain-100", "tuned")  # not said in a run's na
 
 
 def settings(cfg: DictConfig, domain: str) -> DictConfig:
-    """The configuration with what the domain has of its own."""
-    own = cfg.domains.get(domain) or {}
-    return cast(DictConfig, OmegaConf.merge(cfg, own))
+    """The configuration of a run's commands, with what the domain has of its own."""
+    if domain not in cfg.domains:
+        return cfg
+    lists = ("experiments", "choices", "domains")  # to copy them would take a tenth of a second
+    common = OmegaConf.masked_copy(cfg, [str(key) for key in cfg if key not in lists])
+    return cast(DictConfig, OmegaConf.merge(common, cfg.domains[domain]))
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Run:
     alpha: float = 0.5
     support: str = "bucket"
     divergence: str = "forward_kl"
+    temperature: float = 1.0
+    """If not 1: of a store `<profile>-<size>@<temperature>`, dumped at both temperatures."""
+    top_entropy_fraction: float = 1.0
     lr: float | None = None
     seed: int = 1
     """Seed of the sample order; nothing else is random."""
@@ -66,6 +72,8 @@ class Run:
         else:
             objective = (self.support, self.divergence, self.store, self.teacher)
             parts += [f"kd{self.alpha:g}", *(p for p in objective if p not in USUAL)]
+            fraction = self.top_entropy_fraction
+            parts += [] if fraction == 1 else [f"entropy{fraction:g}"]
         parts += [] if self.answers == "original" else [f"answers-{self.answers}"]
         parts += [f"lr{self.lr:g}", f"s{self.seed}"]
         parts += [] if self.length == 1 else [f"x{self.length:g}"]
