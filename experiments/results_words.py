@@ -62,11 +62,11 @@ def headline(rows: Sequence[Row], published: float, beyond: float) -> str:
     less = {"better": "lower", "worse": "higher", "undecided": "not significantly different:"}
     text = (
         f"After the same steps on the same data in the same order ({plural(seeds, 'seed')} of "
-        f"{sft.planned}), the held-out cross-entropy of KD + SFT is "
+        f"{sft.planned}), the held-out cross-entropy of {kd.label} is "
         f"{less[verdict(kd) or 'undecided']} by {abs(gain.value):.3f} nats per token "
         f"(difference {interval(gain, signed=True)}). "
     )
-    text += f"{'KD + SFT' if math.isinf(steps.value) else 'It'} {reaching(steps)}. "
+    text += f"{kd.label if math.isinf(steps.value) else 'It'} {reaching(steps)}. "
     text += f"Published: {100 * published:.0f} %, which is {reached(steps, published)} here; "
     text += f"{100 * beyond:.0f} % is {reached(steps, beyond)}."
     return text + "\n"
