@@ -13,7 +13,10 @@ from queue_plan import Results, resolve
 from steps_ratio import Curves, Interval, difference, ratio
 from study import Experiment, Run
 
-SHOTS = ("0", "5")  # of the questions of OpenBookQA
+EXACT, DOCTESTS = "exact match", "doctests passed"
+SHOTS = {shots: f"OpenBookQA, {shots}-shot" for shots in ("0", "5")}
+ANSWERED = (EXACT, DOCTESTS, *SHOTS.values())
+"""What is judged answer by answer, as right or wrong."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +32,8 @@ class Row:
     """difference in final cross-entropy from the baseline, over the seeds that both have"""
     steps: Interval | None = None
     """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps"""
-    right_against_baseline: Interval | None = None
-    """the same difference in the fraction of right answers, where these are judged one by one"""
-    known_against_baseline: Mapping[str, Interval] = field(default_factory=dict)
-    """number of shots → that difference in the fraction of right answers to OpenBookQA"""
+    right_against_baseline: Mapping[str, Interval] = field(default_factory=dict)
+    """one of `ANSWERED` → that difference in the fraction of right answers"""
     is_baseline: bool = False
 
     @property
@@ -60,18 +61,18 @@ class Row:
             return None
         return float(sum(each[what] for each in judged)) / self.written
 
+    def right(self, what: str) -> float | None:
+        """The fraction of right answers to one of `ANSWERED`, over all seeds."""
+        answers = right_answers(self.found, what)
+        return None if answers is None else float(answers.values.mean())
+
     def right_by_task(self, tasks: int) -> list[float] | None:
-        """The fraction of right answers to each task, over all seeds; the tasks come in turn."""
-        answers = right_answers(self.found)
+        """The fraction of right final answers to each task, over all seeds; tasks come in turn."""
+        answers = right_answers(self.found, EXACT)
         if answers is None:
             return None
         mean = answers.values.mean(axis=(0, 1))  # [questions]
         return [float(mean[task::tasks].mean()) for task in range(tasks)]
-
-    def known(self, shots: str) -> float | None:
-        """The fraction of right answers to OpenBookQA, over all seeds."""
-        answers = known_answers(self.found, shots)
-        return None if answers is None else float(answers.values.mean())
 
     @property
     def written(self) -> int:
@@ -105,8 +106,7 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
                 tuple(mine.values()),
                 compared(cfg, difference, against, mine),
                 compared(cfg, ratio, sft_beside(cfg, runs, results), mine),
-                compared(cfg, difference, against, mine, right_answers),
-                known_differences(cfg, against, mine),
+                right_differences(cfg, against, mine),
                 label == experiment.baseline,
             )
         )
@@ -143,13 +143,13 @@ def compared(
     return None if first is None or second is None else how(first, second, **cfg.bootstrap)
 
 
-def known_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
-    """Number of shots → difference in the fraction of right answers to OpenBookQA; or empty."""
+def right_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
+    """What both have of `ANSWERED` → difference in the fraction of right answers."""
     found = {
-        shots: compared(cfg, difference, a, b, partial(known_answers, shots=shots))
-        for shots in SHOTS
+        what: compared(cfg, difference, a, b, partial(right_answers, what=what))
+        for what in ANSWERED
     }
-    return {shots: each for shots, each in found.items() if each is not None}
+    return {what: each for what, each in found.items() if each is not None}
 
 
 def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | None:
@@ -170,27 +170,26 @@ def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves 
     )
 
 
-def right_answers(found: Sequence[dict[str, Any]]) -> Curves | None:
-    """Which generated answers are right, as curves of one point with a group for each question.
+def right_answers(found: Sequence[dict[str, Any]], what: str) -> Curves | None:
+    """Which answers are right, as curves of one point with a group for each question.
 
     None if there are none, or if they are not judged one by one.
     """
-    if not found or any("right" not in result.get("generation", {}) for result in found):
+    right = [answers(result).get(what) for result in found]
+    if not right or None in right:
         return None
-    return _one_point([result["generation"]["right"] for result in found])
+    values = np.array([[int(each) for each in seed or ""] for seed in right], dtype=float)
+    values = values[:, None, :]  # [seeds, 1, questions]
+    return Curves(np.zeros(1), values, np.ones(values.shape[-1]))
 
 
-def known_answers(found: Sequence[dict[str, Any]], shots: str) -> Curves | None:
-    """Which questions of OpenBookQA are answered right, as `right_answers`; None if not asked."""
-    if not found or any("knowledge" not in result for result in found):
-        return None
-    return _one_point([result["knowledge"]["right"][shots] for result in found])
-
-
-def _one_point(right: Sequence[str]) -> Curves:
-    """Curves of one point with a group for each question, from a seed's `1` and `0`."""
-    values = np.array([[int(each) for each in seed] for seed in right], dtype=float)[:, None, :]
-    return Curves(np.zeros(1), values, np.ones(values.shape[-1]))  # values [seeds, 1, questions]
+def answers(result: Mapping[str, Any]) -> dict[str, str]:
+    """What a result file has of `ANSWERED` → `1` or `0` for each question."""
+    found = {EXACT: result.get("generation", {}).get("right")}
+    found[DOCTESTS] = result.get("doctests", {}).get("right")
+    known = result.get("knowledge", {}).get("right", {})
+    found |= {SHOTS[shots]: known.get(shots) for shots in SHOTS}
+    return {what: right for what, right in found.items() if right is not None}
 
 
 def verdict(row: Row) -> str | None:

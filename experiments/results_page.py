@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import results_words as words
-from findings import SHOTS, Row
+from findings import ANSWERED, DOCTESTS, EXACT, SHOTS, Row
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr
 from study import Experiment, Run
@@ -43,7 +43,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         picture(figures, "headline"),
         words.answers(study.rows["math"], PUBLISHED_SHARE, BEYOND_SHARE),
         words.unsure(study.results),
-        words.knowledge(study.rows["knowledge"]),
+        words.larger_students(study.rows["knowledge"]),
         "## What helped and what did not\n",
         words.verdicts(study.experiments, study.rows),
         "## Recommended settings\n",
@@ -140,7 +140,7 @@ def benchmark(row: Row | None, kind: str, metric: str) -> str:
     if kind == "ratio":
         never_trained = row.found and row.steps is None
         return NOT_PLANNED if never_trained else words.interval(row.steps) or NOT_RUN
-    reading = {"share": row.share, "known": row.known}.get(kind, row.mean)
+    reading = {"share": row.share, "right": row.right}.get(kind, row.mean)
     value = reading(metric)
     if value is None:
         return NOT_PLANNED if row.finished else NOT_RUN
@@ -149,7 +149,7 @@ def benchmark(row: Row | None, kind: str, metric: str) -> str:
 
 LARGER = "code, 15 layers"
 LOSS, RATIO = ("loss", "sft_loss"), ("ratio", "")
-GENERATED = {"parses": "function parses", "exact": "exact match"}
+GENERATED = {"parses": "function parses", "exact": EXACT}
 BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
     "code": {
         "cross-entropy": LOSS,
@@ -165,7 +165,7 @@ BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
     LARGER: {
         "cross-entropy": LOSS,
         "steps ratio": RATIO,
-        **{words.asked(shots): ("known", shots) for shots in SHOTS},
+        **{what: ("right", what) for what in (DOCTESTS, *SHOTS.values())},
     },
 }
 
@@ -195,14 +195,12 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
         for key, name in GENERATED.items()
         if "generation" in experiment.also and any(row.share(key) is not None for row in rows)
     }
-    right = any(row.right_against_baseline is not None for row in rows)
-    shots = SHOTS if any(row.known(SHOTS[0]) is not None for row in rows) else ()
+    shown = [what for what in ANSWERED if any(row.right(what) is not None for row in rows)]
     head = [
         "",
         "seeds",
         *judged,
-        *(["Δ exact match"] if right else []),
-        *(column for each in shots for column in (words.asked(each), f"Δ {each}-shot")),
+        *(title for what in shown for title in (*([] if what == EXACT else [what]), "Δ")),
         "cross-entropy",
         "Δ vs. baseline",
         "validation cross-entropy",
@@ -223,15 +221,7 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
                 name,
                 f"{len(row.found)} of {row.planned}",
                 *(words.figure(shares[i], percent=True) for shares in judged.values()),
-                *([words.interval(row.right_against_baseline, signed=True)] if right else []),
-                *(
-                    cell
-                    for each in shots
-                    for cell in (
-                        words.figure(row.known(each), percent=True),
-                        words.interval(row.known_against_baseline.get(each), signed=True),
-                    )
-                ),
+                *(cell for what in shown for cell in right_cells(row, what)),
                 words.figure(row.mean("sft_loss")),
                 words.interval(row.against_baseline, signed=True),
                 words.figure(row.mean("sft_loss", "valid")),
@@ -243,6 +233,12 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
             ]
         )
     return table(head, lines)
+
+
+def right_cells(row: Row, what: str) -> list[str]:
+    """The fraction of right answers, which exact match has further left, and the difference."""
+    share = [] if what == EXACT else [words.figure(row.right(what), percent=True)]
+    return [*share, words.interval(row.right_against_baseline.get(what), signed=True)]
 
 
 def by_task(study: Study, experiment: Experiment) -> str:

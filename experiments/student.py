@@ -2,11 +2,12 @@
 
     {"name", "run": settings, "steps", "curve": {"steps", "groups", metric: [step][group]},
      "valid": figures, "test": figures, "store": sizes, "seconds": {…},
-     "generation": {…}, "knowledge": {…}}
+     "generation": {…}, "knowledge": {…}, "doctests": {…}}
 
 The curve is that of the test split, a column for each of its groups; `valid` and `test` are
-measured on the finished student. The last two are optional: what it generates for held-out prompts,
-and which questions of OpenBookQA it answers right.
+measured on the finished student. The last three are optional: what it generates for held-out
+prompts, which questions of OpenBookQA it answers right, and which generated functions pass their
+doctests.
 """
 
 from __future__ import annotations
@@ -127,15 +128,38 @@ def measure_step(run: Run, assets: Assets) -> Step:
 
 def generate_step(run: Run, assets: Assets) -> Step:
     cfg, product = assets.of(run.domain), directory(run, assets) / "completions.json"
-    arguments = (
+    prompts = assets.data(run.domain) / "test.jsonl"
+    arguments = complete(run, assets, prompts, product, cfg.generation.samples)
+    return Step(f"generate-{run.name}", arguments, product)
+
+
+def complete(
+    run: Run, assets: Assets, prompts: Path, product: Path, samples: int
+) -> tuple[str, ...]:
+    """The command that completes the first prompts of a file."""
+    return (
         "examples/demo/complete.py",
         f"--model=student={trained(run, assets)}",
-        f"--prompts={assets.data(run.domain)}/test.jsonl",
+        f"--prompts={prompts}",
         f"--output={product}",
-        f"--samples={cfg.generation.samples}",
-        f"--tokens={cfg.generation.tokens}",
+        f"--samples={samples}",
+        f"--tokens={assets.of(run.domain).generation.tokens}",
     )
-    return Step(f"generate-{run.name}", arguments, product)
+
+
+def doctests_steps(run: Run, assets: Assets) -> list[Step]:
+    """Complete every test function that has doctests, and run them."""
+    program, data = "experiments/run_doctests.py", assets.data(run.domain)
+    prompts = data / "doctests.jsonl"
+    completions, product = (directory(run, assets) / f"{x}.json" for x in ("functions", "doctests"))
+    find = (program, "find", f"{data}/test.jsonl", f"--output={prompts}")
+    ask = complete(run, assets, prompts, completions, assets.of(run.domain).data.test)
+    judge = (program, "judge", str(completions), f"--output={product}")
+    return [
+        Step(f"doctests-{run.domain}", find, prompts),
+        Step(f"functions-{run.name}", ask, completions),
+        Step(f"doctests-{run.name}", judge, product),
+    ]
 
 
 def questions_steps(run: Run, assets: Assets) -> list[Step]:
@@ -153,7 +177,9 @@ def more_steps(run: Run, assets: Assets, also: str) -> list[Step]:
         return [generate_step(run, assets)]
     if also == "knowledge":
         return questions_steps(run, assets)
-    raise ValueError(f"also: {also}: expected generation or knowledge")
+    if also == "doctests":
+        return doctests_steps(run, assets)
+    raise ValueError(f"also: {also}: expected generation, knowledge or doctests")
 
 
 def steps(run: Run, assets: Assets, also: Sequence[str]) -> list[Step]:

@@ -96,7 +96,7 @@ class Experiment:
     baseline: str | None
     """The label to compare the others with."""
     also: tuple[str, ...] = ()
-    """What is measured beyond the losses, `generation` or `knowledge`: see `student.py`."""
+    """What is measured beyond the losses: see `more_steps` in `student.py`."""
 
     def all_runs(self) -> list[Run]:
         """A seed of every label before the next seed, so that early results can be compared."""

@@ -165,7 +165,7 @@ def test_right_answers_are_in_the_table_and_compared_question_by_question(
     assert "- alpha 0.9: 0.0012, chosen on the validation split" in section
 
 
-def test_what_is_known_is_beside_the_losses_and_compared_question_by_question(
+def test_what_is_known_and_what_runs_are_beside_the_losses_and_compared_one_by_one(
     cfg: Any, results: Path, tmp_path: Path
 ) -> None:
     """A student that answers half of four questions more than SFT's, and one that was not asked."""
@@ -175,16 +175,19 @@ def test_what_is_known_is_beside_the_losses_and_compared_question_by_question(
             write_result(results, run, loss + (rate != 6e-4))
         larger = Run(**FAMILY_OBJECTIVES[family], layers=15, lr=6e-4)
         known = {"questions": 4, "right": {"0": zero, "5": "1010"}}
-        write_result(results, larger, loss, knowledge=known)
+        passed = {"functions": 5, "right": "00100" if family == "sft" else "00110"}
+        write_result(results, larger, loss, knowledge=known, doctests=passed)
     text = written(cfg, results, tmp_path)
     kd, domain = "KD + SFT, alpha 0.9", "code, 15 layers"
     top = text[: text.index("## What helped")]
-    assert benchmarks(top, "SFT", domain) == ["3.300", "–", "25.0 %", "50.0 %"]
-    assert benchmarks(top, kd, domain)[::2] == ["3.000", "75.0 %"]
-    assert "SFT 25.0 %, KD + SFT, alpha 0.9 75.0 % (KD + SFT, alpha 0.9 minus SFT +0.500 [" in top
+    assert benchmarks(top, "SFT", domain) == ["3.300", "–", "20.0 %", "25.0 %", "50.0 %"]
+    assert benchmarks(top, kd, domain)[0] == "3.000"
+    assert benchmarks(top, kd, domain)[2:] == ["40.0 %", "75.0 %", "50.0 %"]
+    assert "0-shot, SFT 25.0 %, KD + SFT, alpha 0.9 75.0 % (KD + SFT, alpha 0.9 minus SFT +0" in top
     assert "minus SFT +0.000 [+0.000, +0.000])" in top
+    assert "doctests passed, SFT 20.0 %, KD + SFT, alpha 0.9 40.0 % (" in top
     section = text[text.index("## Knowledge kept") :]
-    assert "| OpenBookQA, 0-shot | Δ 0-shot |" in section
+    assert "| doctests passed | Δ | OpenBookQA, 0-shot | Δ |" in section
 
 
 def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
@@ -193,8 +196,8 @@ def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
         path.write_text(json.dumps(content | {"generation": {"samples": 4, "right": "1010"}}))
     cfg.results = str(worked)
     (sft, kd, *_) = read_study(cfg).rows["math"]
-    assert kd.right_against_baseline == Interval(0.0, 0.0, 0.0)
-    assert sft.right_against_baseline is None
+    assert kd.right_against_baseline == {"exact match": Interval(0.0, 0.0, 0.0)}
+    assert sft.right_against_baseline == {}
 
 
 def test_answers_of_one_objective_are_not_a_comparison(
