@@ -66,6 +66,12 @@ class Row:
         answers = right_answers(self.found, what)
         return None if answers is None else float(answers.values.mean())
 
+    def compute_hours(self) -> float | None:
+        """Mean hours of training, with what the rounds' student and teacher took to generate."""
+        seconds = [result["seconds"] for result in self.found]
+        times = [(s["train"] + s.get("rounds", 0)) / 3600 for s in seconds if "train" in s]
+        return mean(times)
+
     def right_by_task(self, tasks: int) -> list[float] | None:
         """The fraction of right final answers to each task, over all seeds; tasks come in turn."""
         answers = right_answers(self.found, EXACT)

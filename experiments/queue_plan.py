@@ -157,4 +157,5 @@ def estimate(cfg: DictConfig, job: Job, results: Results) -> float:
         seconds += median("measure", expected.measure * depth)
         if job.run.length > 0:
             seconds += job.run.length * median("train", expected.train * depth, "length")
+        seconds += job.run.rounds * median("rounds", expected.rounds * depth, "rounds")
     return seconds + sum(median(each, expected[each] * depth) for each in job.also)

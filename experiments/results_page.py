@@ -196,9 +196,11 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
         if "generation" in experiment.also and any(row.share(key) is not None for row in rows)
     }
     shown = [what for what in ANSWERED if any(row.right(what) is not None for row in rows)]
+    has_rounds = any("rounds" in result["seconds"] for row in rows for result in row.found)
     head = [
         "",
         "seeds",
+        *(["compute, h"] if has_rounds else []),
         *judged,
         *(title for what in shown for title in (*([] if what == EXACT else [what]), "Δ")),
         "cross-entropy",
@@ -220,6 +222,7 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
             [
                 name,
                 f"{len(row.found)} of {row.planned}",
+                *([words.figure(row.compute_hours(), digits=2)] if has_rounds else []),
                 *(words.figure(shares[i], percent=True) for shares in judged.values()),
                 *(cell for what in shown for cell in right_cells(row, what)),
                 words.figure(row.mean("sft_loss")),

@@ -4,8 +4,8 @@
      "valid": figures, "test": figures, "store": sizes, "seconds": {…},
      "generation": {…}, "knowledge": {…}, "doctests": {…}}
 
-The curve is that of the test split, a column for each of its groups; `valid` and `test` are
-measured on the finished student. The last three are optional: what it generates for held-out
+The curve is that of the test split, a column for each of its groups; it is absent where rounds on
+the student's own answers follow. `valid` and `test` are measured on the finished student. The last three are optional: what it generates for held-out
 prompts, which questions of OpenBookQA it answers right, and which generated functions pass their
 doctests.
 """
@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +56,9 @@ def trained(run: Run, assets: Assets) -> Path:
     """The model to evaluate."""
     if run.length == 0:
         return assets.model(run.domain, run.layers, run.teacher)
+    if run.rounds > 0:
+        last = directory(run, assets) / "rounds" / f"round-{run.rounds}" / "run"
+        return last / "checkpoints" / "student.nemo"
     return directory(run, assets) / "checkpoints" / "student.nemo"
 
 
@@ -78,6 +81,36 @@ def train_step(run: Run, assets: Assets) -> Step:
         *CHECKPOINTS,
     )
     return Step(f"train-{run.name}", arguments, trained(run, assets), resumes=True)
+
+
+def rounds_steps(run: Run, assets: Assets) -> list[Step]:
+    """Rounds on the student's own answers, which start from the same run without them."""
+    cfg, data = assets.of(run.domain), assets.data(run.domain)
+    prompts, size = data / "rounds.jsonl", cfg.rounds.prompts
+    first = ("experiments/first_rows.py", f"{data}/train.jsonl", f"--rows={size}")
+    same = [f"trainer.precision={cfg.train.precision}", "model.micro_batch_size=16"]
+    passed = {
+        "generate": [*same, f"data.max_seq_length={cfg.data.max_tokens}", "rows_per_shard=128"],
+        "dump": [*same, f"data.max_seq_length={cfg.data.max_tokens}", "rows_per_shard=128"],
+        "train": [*training(cfg), *CHECKPOINTS, f"model.optim.lr={cfg.rounds.lr}"],
+    }
+    passed["generate"] += [f"generation.max_new_tokens={cfg.generation.tokens}"]
+    passed["dump"] += [f"dump.top_k={cfg.teacher.top_k}"]
+    passed["train"] += ["trainer.limit_val_batches=0"]
+    arguments = (
+        "examples/rounds/run.py",
+        f"--teacher={assets.model(run.domain, TEACHER_LAYERS)}",
+        f"--student={trained(replace(run, rounds=0), assets)}",
+        f"--prompts={prompts}",
+        f"--output={directory(run, assets) / 'rounds'}",
+        f"--rounds={run.rounds}",
+        f"--steps={cfg.rounds.steps}",
+        *(f"--{script}={each}" for script, settings in passed.items() for each in settings),
+    )
+    return [
+        Step(f"{run.domain}-rounds", (*first, f"--output={prompts}"), prompts),
+        Step(f"rounds-{run.name}", arguments, trained(run, assets), resumes=True),
+    ]
 
 
 def validation_interval(cfg: DictConfig, run: Run) -> int:
@@ -188,7 +221,10 @@ def steps(run: Run, assets: Assets, also: Sequence[str]) -> list[Step]:
     if run.layers < TEACHER_LAYERS:
         mine = [*mine, *assets.student_steps(run.domain, run.layers)]
     if run.length > 0:
-        mine = [*mine, *train_stores(run, assets)[0], train_step(run, assets)]
+        first = replace(run, rounds=0)
+        mine = [*mine, *train_stores(run, assets)[0], train_step(first, assets)]
+    if run.rounds > 0:
+        mine = [*mine, *rounds_steps(run, assets)]
     mine = [*mine, measure_step(run, assets)]
     return [*mine, *(step for each in also for step in more_steps(run, assets, each))]
 
@@ -199,7 +235,7 @@ def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) ->
     content: dict[str, Any] = {
         "name": run.name,
         "run": asdict(run),
-        "steps": run.steps(assets.of(run.domain).train.steps),
+        "steps": all_steps(run, assets.of(run.domain)),
         "seconds": {"measure": workshop.seconds(measure_step(run, assets))},
         "versions": report_data.versions(),
         "machine": report_data.machine(),
@@ -212,8 +248,12 @@ def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) ->
             if key.startswith(prefix)
         }
     if run.length > 0:
-        content["curve"], seconds = curve(run, assets)
-        content["seconds"] |= {"train": workshop.seconds(train_step(run, assets)), "step": seconds}
+        first = replace(run, rounds=0)
+        content["seconds"]["train"] = workshop.seconds(train_step(first, assets))
+        if run.rounds > 0:
+            content["seconds"]["rounds"] = workshop.seconds(rounds_steps(run, assets)[-1])
+        else:
+            content["curve"], content["seconds"]["step"] = curve(run, assets)
         content["store"] = [store_sizes(path) for path in train_stores(run, assets)[1]]
     for each in also:
         last = more_steps(run, assets, each)[-1]
@@ -221,6 +261,12 @@ def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) ->
         content[each] = JUDGES[run.domain](found["samples"]) if each == "generation" else found
         content["seconds"][each] = workshop.seconds(last)
     return content
+
+
+def all_steps(run: Run, cfg: DictConfig) -> int:
+    """Training steps, with those of the rounds."""
+    rounds = run.rounds * cfg.rounds.steps if run.rounds else 0
+    return run.steps(cfg.train.steps) + rounds
 
 
 def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:

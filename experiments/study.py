@@ -49,6 +49,8 @@ class Run:
     """Seed of the sample order; nothing else is random."""
     length: float = 1.0
     """Steps as a fraction of the configured number; 0 evaluates the model untrained."""
+    rounds: int = 0
+    """Rounds on the student's own answers after the training: see `examples/rounds`."""
 
     @property
     def family(self) -> str:
@@ -77,6 +79,7 @@ class Run:
         parts += [] if self.answers == "original" else [f"answers-{self.answers}"]
         parts += [f"lr{self.lr:g}", f"s{self.seed}"]
         parts += [] if self.length == 1 else [f"x{self.length:g}"]
+        parts += [f"rounds{self.rounds}"] if self.rounds else []
         return "-".join(parts)
 
     def steps(self, of: int) -> int:

@@ -190,6 +190,24 @@ def test_what_is_known_and_what_runs_are_beside_the_losses_and_compared_one_by_o
     assert "| doctests passed | Δ | OpenBookQA, 0-shot | Δ |" in section
 
 
+def test_rounds_are_compared_by_their_answers_and_their_hours(
+    cfg: Any, worked: Path, tmp_path: Path
+) -> None:
+    usual = dataclasses.replace(grid(cfg, "alpha 0.9", {}, "math")[0], lr=1.2e-3)
+    longer, rounds = dataclasses.replace(usual, length=2), dataclasses.replace(usual, rounds=2)
+    write_answers(worked, longer, 0.2, "10001000")
+    write_answers(worked, rounds, 0.2, "11101000")
+    path = worked / f"{rounds.name}.json"
+    content = json.loads(path.read_text())
+    del content["curve"]
+    content["seconds"]["rounds"] = 320.0
+    write_json(path, content)
+    section = written(cfg, worked, tmp_path).partition("## Rounds on the student")[2]
+    cells = lines_of(section[: section.index("\n## ", 5)], "KD + SFT, 1 epoch, then 2 rounds")[0]
+    assert cells[1:4] == ["1 of 1", "0.20", "50.0 %"]
+    assert cells[4].startswith("+0.250 [")
+
+
 def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
     for path in worked.glob("math-*-lr0.0012-*.json"):
         content = json.loads(path.read_text())

@@ -1,0 +1,25 @@
+"""Copy the first rows of a JSONL file."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemo_kd.files import publish
+
+
+def main(
+    source: Annotated[Path, typer.Argument(help="JSONL")],
+    rows: Annotated[int, typer.Option(help="how many to copy")],
+    output: Annotated[Path, typer.Option(help="JSONL to write")],
+) -> None:
+    """Copy the first rows of a JSONL file."""
+    with source.open(encoding="utf-8") as lines:
+        publish(output, "".join(islice(lines, rows)))
+
+
+if __name__ == "__main__":
+    typer.run(main)
