@@ -94,7 +94,7 @@ def benchmark_rows(study: Study) -> dict[str, dict[str, Row]]:
     code = {row.label: row for row in teachers(study.rows["reference"])}
     code |= {row.label: row for row in (*study.rows["headline"], *study.rows["budget"][1:])}
     math = {row.label: row for row in teachers(study.rows["math_reference"])}
-    math |= {row.label: row for row in study.rows["math"]}
+    math |= {row.label: row for row in (*study.rows["math"], *study.rows["math_budget"][1:])}
     return {
         "code": code,
         "prose": {row.label: row for row in study.rows["prose"]},

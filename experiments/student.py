@@ -5,9 +5,9 @@
      "generation": {…}, "knowledge": {…}, "doctests": {…}}
 
 The curve is that of the test split, a column for each of its groups; it is absent where rounds on
-the student's own answers follow. `valid` and `test` are measured on the finished student. The last three are optional: what it generates for held-out
-prompts, which questions of OpenBookQA it answers right, and which generated functions pass their
-doctests.
+the student's own answers follow. `valid` and `test` are measured on the finished student. The last
+three are optional: what it generates for held-out prompts, which questions of OpenBookQA it answers
+right, and which generated functions pass their doctests.
 """
 
 from __future__ import annotations
