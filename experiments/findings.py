@@ -30,6 +30,8 @@ class Row:
     """contents of the result files of the finished seeds"""
     against_baseline: Interval | None = None
     """difference in final cross-entropy from the baseline, over the seeds that both have"""
+    on_validation: tuple[float, ...] = ()
+    """that difference on the validation split, of each seed that both have"""
     steps: Interval | None = None
     """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps"""
     right_against_baseline: Mapping[str, Interval] = field(default_factory=dict)
@@ -111,12 +113,19 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
                 len(runs),
                 tuple(mine.values()),
                 compared(cfg, difference, against, mine),
+                tuple(
+                    _valid(mine[seed]) - _valid(against[seed]) for seed in mine if seed in against
+                ),
                 compared(cfg, ratio, sft_beside(cfg, runs, results), mine),
                 right_differences(cfg, against, mine),
                 label == experiment.baseline,
             )
         )
     return table
+
+
+def _valid(result: dict[str, Any]) -> float:
+    return float(result["valid"]["sft_loss"])
 
 
 Seeds = dict[int, dict[str, Any]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,25 @@ def test_rounds_are_compared_by_their_answers_and_their_hours(
     cells = lines_of(section[: section.index("\n## ", 5)], "KD + SFT, 1 epoch, then 2 rounds")[0]
     assert cells[1:4] == ["1 of 1", "0.20", "50.0 %"]
     assert cells[4].startswith("+0.250 [")
+
+
+def test_a_default_is_compared_on_the_validation_split_too(
+    cfg: Any, results: Path, tmp_path: Path
+) -> None:
+    """Alpha 0.5 and 0.9 with differences of +0.1 and +0.3 by seed, vocab with -0.4 of one seed."""
+    rate = cfg.learning_rates[1]
+    for seed, loss in ((1, 2.911), (2, 3.111)):
+        write_result(results, Run(lr=rate, seed=seed), loss)
+        write_result(results, Run(lr=rate, seed=seed, alpha=0.9), 2.811)
+    vocab = [(6e-4, 3.0), (1.2e-3, 2.511), (2.4e-3, 3.0)]
+    for each, loss in vocab:
+        write_result(results, Run(lr=each, support="vocab"), loss)
+    text = written(cfg, results, tmp_path)
+    said = text[text.index("By the validation split") :].partition("\n")[0]
+    assert "better: support vocab (-0.400)." in said
+    spread = statistics.stdev([0.1, 0.3])
+    assert f"has a standard deviation of {spread:.3f}" in said
+    assert ("Lower by more than twice this: support vocab" in said) == (2 * spread < 0.4)
 
 
 def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
