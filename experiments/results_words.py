@@ -231,27 +231,20 @@ def recommendation(beside: Sequence[Row]) -> str:
 def by_validation(rows: Sequence[Row]) -> str:
     """Which settings the validation split prefers to the default, and how sure that is."""
     spreads = [statistics.variance(row.on_validation) for row in rows if len(row.on_validation) > 1]
-    means = {row.label: statistics.fmean(row.on_validation) for row in rows if row.on_validation}
+    asked = {row.label: row.on_validation for row in rows if row.on_validation}
+    means = {label: statistics.fmean(values) for label, values in asked.items()}
+    lower = {label: mean for label, mean in means.items() if mean < 0}
     if not means:
         return ""
-    lower = {label: mean for label, mean in means.items() if mean < 0}
-    text = "By the validation split, on which a default is chosen, "
-    text += "no alternative is better than the default. "
-    if lower:
-        listed = "; ".join(f"{label} ({mean:+.3f})" for label, mean in lower.items())
-        text = f"By the validation split, on which a default is chosen, better: {listed}. "
+    listed = "; ".join(f"{label} ({mean:+.3f})" for label, mean in lower.items())
+    text = f"By the validation split, on which a default is chosen, better: {listed or 'none'}. "
     if spreads:
         spread = math.sqrt(statistics.fmean(spreads))
-        beyond = [label for label, mean in lower.items() if -mean > 2 * spread]
-        text += (
-            "From seed to seed the difference of two settings on this split has a standard "
-            f"deviation of {spread:.3f}. "
-        )
-        text += (
-            f"Lower by more than twice this: {'; '.join(beyond)}."
-            if beyond
-            else "None is lower by more than twice this, so the defaults stay."
-        )
+        errors = {label: spread / math.sqrt(len(values)) for label, values in asked.items()}
+        beyond = [label for label, mean in lower.items() if -mean > 2 * errors[label]]
+        text += "From seed to seed the difference of two settings on this split has a standard "
+        text += f"deviation of {spread:.3f}; lower by more than two standard errors of the mean "
+        text += f"over its seeds: {'; '.join(beyond) or 'none'}."
     return text + "\n"
 
 
