@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+import statistics
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,8 +32,8 @@ class Row:
     """contents of the result files of the finished seeds"""
     against_baseline: Interval | None = None
     """difference in final cross-entropy from the baseline, over the seeds that both have"""
-    on_validation: tuple[float, ...] = ()
-    """that difference on the validation split, of each seed that both have"""
+    by_seed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
+    """`valid` or `test` → that difference on the split, for each seed that both have"""
     steps: Interval | None = None
     """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps"""
     right_against_baseline: Mapping[str, Interval] = field(default_factory=dict)
@@ -113,19 +115,13 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
                 len(runs),
                 tuple(mine.values()),
                 compared(cfg, difference, against, mine),
-                tuple(
-                    _valid(mine[seed]) - _valid(against[seed]) for seed in mine if seed in against
-                ),
+                {split: by_seed(against, mine, split) for split in ("valid", "test")},
                 compared(cfg, ratio, sft_beside(cfg, runs, results), mine),
                 right_differences(cfg, against, mine),
                 label == experiment.baseline,
             )
         )
     return table
-
-
-def _valid(result: dict[str, Any]) -> float:
-    return float(result["valid"]["sft_loss"])
 
 
 Seeds = dict[int, dict[str, Any]]
@@ -158,6 +154,11 @@ def compared(
     return None if first is None or second is None else how(first, second, **cfg.bootstrap)
 
 
+def by_seed(a: Seeds, b: Seeds, split: str) -> tuple[float, ...]:
+    """B's final cross-entropy minus A's, for each seed that both have."""
+    return tuple(b[s][split]["sft_loss"] - a[s][split]["sft_loss"] for s in b if s in a)
+
+
 def right_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
     """What both have of `ANSWERED` → difference in the fraction of right answers."""
     found = {
@@ -174,8 +175,10 @@ def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | N
 
 
 def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves | None:
-    """The curves of runs of equal length; None if there are none or a model was not trained."""
+    """The curves of runs of equal length; None if there are none, or one without its last step."""
     if not found or any("curve" not in result for result in found):
+        return None
+    if any(result["curve"]["steps"][-1] != result["steps"] for result in found):
         return None
     first = found[0]["curve"]
     return Curves(
@@ -207,10 +210,30 @@ def answers(result: Mapping[str, Any]) -> dict[str, str]:
     return {what: right for what, right in found.items() if right is not None}
 
 
-def verdict(row: Row) -> str | None:
-    """`better`, `worse` or `undecided`, by the interval of the difference from the baseline."""
-    if row.against_baseline is None:
+def seed_spread(rows: Iterable[Row], split: str = "test") -> float | None:
+    """The standard deviation from seed to seed of a difference from the baseline.
+
+    Pooled over the rows with several seeds; None without any.
+    """
+    variances = [
+        statistics.variance(row.by_seed[split])
+        for row in rows
+        if len(row.by_seed.get(split, ())) > 1
+    ]
+    return math.sqrt(statistics.fmean(variances)) if variances else None
+
+
+def verdict(row: Row, spread: float | None = None) -> str | None:
+    """`better`, `worse` or `undecided`, by the interval of the difference from the baseline.
+
+    The interval of a single seed does not cover what another order of the data changes: then a
+    difference below two standard deviations from seed to seed (`spread`) is undecided too.
+    """
+    found = row.against_baseline
+    if found is None:
         return None
-    if row.against_baseline.high < 0:
+    if len(row.found) == 1 and spread is not None and abs(found.value) < 2 * spread:
+        return "undecided"
+    if found.high < 0:
         return "better"
-    return "worse" if row.against_baseline.low > 0 else "undecided"
+    return "worse" if found.low > 0 else "undecided"

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from findings import DOCTESTS, EXACT, SHOTS, Row, verdict
+from findings import DOCTESTS, EXACT, SHOTS, Row, right_answers, seed_spread, verdict
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr, grid
 from steps_ratio import Interval
@@ -53,51 +53,119 @@ def how_much(experiments: Sequence[Experiment], rows: Rows, results: Results) ->
     return text + "\n"
 
 
-def headline(rows: Sequence[Row], published: float, beyond: float) -> str:
-    """The main result, and whether it confirms the published one."""
+def opening(rows: Rows) -> str:
+    """What was trained, and how far that is from a user's model."""
+    starts = {row.label: row.mean("sft_loss") for row in (*rows["reference"], *rows["knowledge"])}
+    untrained = [
+        f"{layers} layers start at {loss:.1f}"
+        for layers in (8, 15)
+        if (loss := starts.get(f"Student of {layers} layers, untrained")) is not None
+    ]
+    start = f" ({', '.join(untrained)} nats per token, guessing is 10.8)" if untrained else ""
+    return (
+        "Small experiments on a CPU. The teacher is SmolLM2-135M-Instruct, fine-tuned on the task; "
+        "students are 8, 10 or 15 of its 30 layers, far from a working model before their "
+        f"training{start}. Students of a billion parameters have not been measured.\n"
+    )
+
+
+def headline(rows: Sequence[Row], published: float) -> str:
+    """The main result, and how it compares with the published one."""
     sft, kd = rows[0], rows[1]
     gain, steps = kd.against_baseline, kd.steps
     if gain is None or steps is None:
         return "Not run yet.\n"
     seeds = min(len(sft.found), len(kd.found))
-    less = {"better": "lower", "worse": "higher", "undecided": "not significantly different:"}
+    how = {"better": "below SFT", "worse": "above SFT", "undecided": "from SFT, undecided"}
     text = (
-        f"After the same steps on the same data in the same order ({plural(seeds, 'seed')} of "
-        f"{sft.planned}), the held-out cross-entropy of {kd.label} is "
-        f"{less[verdict(kd) or 'undecided']} by {abs(gain.value):.3f} nats per token "
-        f"(difference {interval(gain, signed=True)}). "
+        f"**With 8 layers on code, {kd.label} ends {abs(gain.value):.3f} nats per token "
+        f"{how[verdict(kd) or 'undecided']}** (difference {interval(gain, signed=True)}; "
+        f"{plural(seeds, 'seed')} of {sft.planned}) after the same steps on the same data in the "
+        f"same order, and its curve {reaching(steps)}. "
     )
-    text += f"{kd.label if math.isinf(steps.value) else 'It'} {reaching(steps)}. "
-    text += f"Published: {100 * published:.0f} %, which is {reached(steps, published)} here; "
-    text += f"{100 * beyond:.0f} % is {reached(steps, beyond)}."
-    return text + "\n"
+    return text + (
+        "NVIDIA reports better benchmark scores than SFT's with "
+        f"{100 * published:.0f} % of the steps for [a student of 15B]"
+        "(evaluation.md#the-published-benchmarks); here the interval of the fraction lies "
+        f"{where(steps, published)} {published:.2f}, for another measure.\n"
+    )
 
 
-def answers(rows: Sequence[Row], published: float, beyond: float) -> str:
+def where(steps: Interval, target: float) -> str:
+    if steps.high <= target:
+        return "below"
+    return "above" if steps.low > target else "around"
+
+
+def elsewhere(rows: Rows) -> str:
+    """The same difference on the other domains and depths."""
+    found = {
+        "prose": rows["prose"],
+        "code with 15 layers": rows["knowledge"],
+        "worked problems": rows["math"],
+    }
+    sentences = []
+    for name, table in found.items():
+        kd = next(row for row in table if row.label == "KD + SFT, alpha 0.9")
+        if kd.against_baseline is not None and kd.steps is not None:
+            seeds = plural(len(kd.found), "seed")
+            change = interval(kd.against_baseline, signed=True)
+            sentences.append(f"{name} {change} ({seeds}; {reaching(kd.steps, short=True)})")
+    if not sentences:
+        return ""
+    return (
+        "The gain depends on task and student. Difference in cross-entropy elsewhere: "
+        f"{'; '.join(sentences)}.\n"
+    )
+
+
+def worked_problems(rows: Sequence[Row]) -> str:
     """The result on questions whose answers are right or wrong."""
     sft, *others = rows
-    if (base := sft.share("exact")) is None or all(row.share("exact") is None for row in others):
-        return "Worked problems: not run yet.\n"
+    base = sft.right(EXACT)
     sentences = []
     for row in others:
-        share, gain = row.right(EXACT), row.right_against_baseline.get(EXACT)
-        if share is None or gain is None:
-            continue
-        low, value, high = (100 * each for each in (gain.low, gain.value, gain.high))
-        sentences.append(
-            f"{row.label}, {100 * share:.1f} % ({plural(len(row.found), 'seed')} of "
-            f"{row.planned}; difference {value:+.1f} points [{low:+.1f}, {high:+.1f}])"
-        )
-    text = (
+        share, change = row.right(EXACT), row.right_against_baseline.get(EXACT)
+        if share is not None and change is not None:
+            sentences.append(
+                f"{row.label}, {100 * share:.1f} % ({plural(len(row.found), 'seed')} of "
+                f"{row.planned}; difference {points(change)})"
+            )
+    if base is None or not sentences:
+        return "Worked problems: not run yet.\n"
+    return (
         "On worked problems, final answers that are right: SFT "
         f"{100 * base:.1f} % ({plural(len(sft.found), 'seed')} of {sft.planned}); "
-        f"{'; '.join(sentences)}. "
+        f"{'; '.join(sentences)}.\n"
     )
-    if (steps := others[0].steps) is not None:
-        text += f"By held-out cross-entropy, {others[0].label} {reaching(steps)}; "
-        text += f"{100 * published:.0f} % is {reached(steps, published)}, "
-        text += f"{100 * beyond:.0f} % is {reached(steps, beyond)}."
-    return text + "\n"
+
+
+def points(change: Interval | None) -> str:
+    """A difference of two fractions in percentage points, with its interval."""
+    if change is None:
+        return ""
+    low, value, high = (100 * each for each in (change.low, change.value, change.high))
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+
+def inherited(rows: Sequence[Row], teacher: Row | None) -> str:
+    """Whether the student's errors are the teacher's: answers that one objective alone has right.
+
+    Compared over the seeds that SFT, the first row, and KD, the second, both have.
+    """
+    sft, kd = (right_answers(row.found, EXACT) for row in rows[:2])
+    taught = right_answers(teacher.found, EXACT) if teacher else None
+    if sft is None or kd is None or taught is None:
+        return ""
+    seeds = min(len(sft.values), len(kd.values))
+    wrong = taught.values[0] == 0  # [1, questions]
+    only_sft = sft.values[:seeds] > kd.values[:seeds]  # [seeds, 1, questions]
+    only_kd = kd.values[:seeds] > sft.values[:seeds]
+    return (
+        f"The teacher has {100 * wrong.mean():.0f} % of the answers wrong. Of the "
+        f"{only_sft.sum()} that only SFT has right it has {(only_sft & wrong).sum()} wrong, of the "
+        f"{only_kd.sum()} that only {rows[1].label} has right, {(only_kd & wrong).sum()}.\n"
+    )
 
 
 def unsure(results: Results) -> str:
@@ -111,8 +179,8 @@ def unsure(results: Results) -> str:
         return ""
     values = ", ".join(f"{value:.3f} on {domain}" for domain, value in found.items())
     return (
-        f"Entropy of the fine-tuned teacher, nats per held-out answer token: {values}. Near 0 its "
-        "distribution says hardly more than the label, and KD hardly more than SFT.\n"
+        f"Entropy of the fine-tuned teacher, nats per held-out answer token: {values}. Near 0 it "
+        "adds little to the label, which may be why KD then adds little to SFT.\n"
     )
 
 
@@ -121,7 +189,7 @@ def larger_students(rows: Sequence[Row]) -> str:
     known = [one_by_one(rows, what) for what in SHOTS.values()]
     passed = one_by_one(rows, DOCTESTS)
     if not any((*known, passed)):
-        return "Knowledge kept, and functions that run: not run yet.\n"
+        return ""
     text = "Students of 15 layers after fine-tuning on code. "
     if any(known):
         text += "Knowledge kept, where guessing gives 25 %: " + "; ".join(filter(None, known))
@@ -147,31 +215,25 @@ def one_by_one(rows: Sequence[Row], what: str) -> str:
     return f"{what}, {', '.join(shares)} ({'; '.join(differences)})" if differences else ""
 
 
-def reaching(steps: Interval) -> str:
+def reaching(steps: Interval, *, short: bool = False) -> str:
     """In which share of its steps SFT's best is reached, if it is."""
     if math.isinf(steps.value):
         return "never reaches SFT's best"
-    return (
-        f"reaches SFT's best in {100 * steps.value:.0f} % of its steps (fraction {interval(steps)})"
-    )
-
-
-def reached(steps: Interval, target: float) -> str:
-    if steps.high <= target:
-        return "reached by the entire interval"
-    if steps.value <= target:
-        return "reached by the mean, but not by the entire interval"
-    return "not reached"
+    share = f"{100 * steps.value:.0f} % of its steps"
+    if short:
+        return f"SFT's best in {share}"
+    return f"reaches SFT's best in {share} (fraction {interval(steps)})"
 
 
 def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
     """Every comparison, better, worse or undecided."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+    spread = seed_spread(row for table in rows.values() for row in table)
     said: set[tuple[str, ...]] = set()  # experiments share runs, and so comparisons
     for experiment in experiments:
         base = [row for row in rows[experiment.name] if row.is_baseline]
         for row in rows[experiment.name]:
-            outcome = verdict(row)
+            outcome = verdict(row, spread)
             names = tuple(result["name"] for each in (*base, row) for result in each.found)
             if outcome is not None and names not in said:
                 said.add(names)
@@ -182,17 +244,24 @@ def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
                     f"{experiment.baseline} ({seeds})"
                 )
     titles = {
-        "better": "Better than the baseline: the interval lies below 0",
-        "worse": "Worse than the baseline: the interval lies above 0",
-        "undecided": "Undecided: the interval contains 0",
+        "better": "Better than the baseline: the 90 % interval is entirely below 0",
+        "worse": "Worse than the baseline: the 90 % interval is entirely above 0",
+        "undecided": "Undecided: the interval contains 0, or one seed cannot tell",
     }
     parts = [
         f"**{title}**\n\n" + ("\n".join(groups[key]) or "None so far.") + "\n"
         for key, title in titles.items()
     ]
     parts.append(
-        "Differences in final held-out cross-entropy, in nats per token. With one seed the "
-        "interval covers the choice of test data only, not the order of the training data.\n"
+        "Differences in final held-out cross-entropy, in nats per token. With one seed, the "
+        "interval covers only the sampling of the test data, not the variation between training "
+        "runs"
+        + (
+            f", which has a standard deviation of {spread:.3f}: a difference of one seed below "
+            "twice that is undecided.\n"
+            if spread is not None
+            else ".\n"
+        )
     )
     return "\n".join(parts)
 
@@ -213,8 +282,9 @@ def recommendation(beside: Sequence[Row]) -> str:
     text += "Search the learning rate separately: the best for KD + SFT differs from SFT's."
     found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
     rows = [*{row.label: row for row in reversed(beside)}.values()][::-1]
+    spread = seed_spread(rows)
     for row in rows:
-        if (outcome := verdict(row)) is not None:
+        if (outcome := verdict(row, spread)) is not None:
             difference = interval(row.against_baseline, signed=True)
             found[outcome][row.label] = f"{difference}, {plural(len(row.found), 'seed')}"
     said = {
@@ -223,23 +293,22 @@ def recommendation(beside: Sequence[Row]) -> str:
     }
     return (
         f"{text}\n\nOne setting changed at a time, held-out cross-entropy on code, in nats per "
-        f"token. Better: {said['better']}. Not significantly different: {said['undecided']}. "
+        "token; at alpha 0.5 and its learning rate unless the row names alpha. "
+        f"Better: {said['better']}. Not significantly different: {said['undecided']}. "
         f"Worse: {said['worse']}.\n\n{by_validation(rows)}"
     )
 
 
 def by_validation(rows: Sequence[Row]) -> str:
     """Which settings the validation split prefers to the default, and how sure that is."""
-    spreads = [statistics.variance(row.on_validation) for row in rows if len(row.on_validation) > 1]
-    asked = {row.label: row.on_validation for row in rows if row.on_validation}
+    asked = {row.label: row.by_seed["valid"] for row in rows if row.by_seed.get("valid")}
     means = {label: statistics.fmean(values) for label, values in asked.items()}
     lower = {label: mean for label, mean in means.items() if mean < 0}
     if not means:
         return ""
     listed = "; ".join(f"{label} ({mean:+.3f})" for label, mean in lower.items())
     text = f"By the validation split, on which a default is chosen, better: {listed or 'none'}. "
-    if spreads:
-        spread = math.sqrt(statistics.fmean(spreads))
+    if (spread := seed_spread(rows, "valid")) is not None:
         errors = {label: spread / math.sqrt(len(values)) for label, values in asked.items()}
         beyond = [label for label, mean in lower.items() if -mean > 2 * errors[label]]
         text += "From seed to seed the difference of two settings on this split has a standard "
@@ -318,7 +387,9 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         f"{own.data.groups} groups of questions; right answers: single questions) and over the "
         "seeds",
         "steps ratio": "the first step at which the curve reaches SFT's minimum (same data, same "
-        "depth), divided by SFT's step; never: not reached within the run",
+        "depth), divided by the step of that minimum; never: not reached within the run",
+        "bytes per token": "the whole store divided by its answer tokens: the logits (404 for "
+        "`plain` with K = 100) and 14 for the tokens of prompt and answer, masks and index",
     }
 
 

@@ -23,7 +23,7 @@ import functions
 import worked_problems
 from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, export_step, training
 from omegaconf import DictConfig
-from steps import ROOT, Step, Workshop
+from steps import ROOT, Step, StepFailedError, Workshop
 from study import Run
 
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
@@ -274,6 +274,8 @@ def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
     log = report_data.read_run(directory(run, assets) / "metrics.jsonl")
     tokens = json.loads((assets.groups(run.domain) / "groups.json").read_text())
     content: dict[str, Any] = {"steps": list(log.validation), "groups": tokens}
+    if content["steps"][-1] != (last := run.steps(assets.of(run.domain).train.steps)):
+        raise StepFailedError(f"{run.name} was validated at {content['steps']}, not at {last}")
     for metric in CURVES:
         content[metric] = [
             [round(row[f"val/{group}/{metric}"], 5) for group in tokens]

@@ -61,6 +61,7 @@ class RunKeeper(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         _continue_epoch(checkpoint)
+        _count_last_batch(checkpoint)
         if not all(is_planned(config.scheduler) for config in trainer.lr_scheduler_configs):
             return
         states = checkpoint["lr_schedulers"] or [{"last_epoch": checkpoint["global_step"]}]
@@ -100,6 +101,16 @@ def note_steps(trainer: Trainer, pl_module: LightningModule) -> None:
 def is_planned(scheduler: Any) -> bool:
     """Whether the learning rate depends only on the step, as in NeMo's own schedules."""
     return type(scheduler).__module__ == lr_scheduler.__name__
+
+
+def _count_last_batch(checkpoint: dict[str, Any]) -> None:
+    """Count the batch of the last step as completed, so that validations keep their steps.
+
+    A checkpoint that NeMo saves at SIGTERM is written before Lightning has counted it.
+    """
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    for counts in (progress["total"], progress["current"]):
+        counts["completed"] = counts["processed"]
 
 
 def _continue_epoch(checkpoint: dict[str, Any]) -> None:

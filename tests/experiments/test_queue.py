@@ -279,7 +279,7 @@ def test_every_script_of_make_experiments_starts(name: str) -> None:
     )
 
 
-UNFINISHED = ("levers", "bytes", "draws", "math", "math_budget", "rounds", "knowledge")
+UNFINISHED = ("budget", "levers", "bytes", "draws", "math", "math_budget", "rounds", "knowledge")
 
 
 @pytest.mark.parametrize("name", ["run", "time_steps"])

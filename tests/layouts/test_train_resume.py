@@ -30,6 +30,20 @@ def kill_after(step: int, overrides: list[str], processes: int, run: Path) -> No
         kill(started)
 
 
+def stop_after(step: int, overrides: list[str], run: Path) -> None:
+    """Start a run, and ask it to end once it has logged `step`; it saves its state first."""
+    output = run.parent / f"{run.name}-stopped.txt"
+    with output.open("w") as log:
+        started = start_program(TRAIN, *overrides, stdout=log, stderr=log)
+        limit = time.monotonic() + 240
+        while not has_logged(run, step):
+            assert started.poll() is None, output.read_text()[-3000:]
+            assert time.monotonic() < limit, "the run logs no steps"
+            time.sleep(0.01)
+        started.terminate()
+        assert started.wait(timeout=120) == 0, output.read_text()[-3000:]
+
+
 def has_logged(run: Path, step: int) -> bool:
     return (run / "metrics.jsonl").exists() and step in [line["step"] for line in steps(run)]
 
@@ -82,6 +96,22 @@ def test_killed_run_goes_on_exactly(
     kill_after(4, overrides, processes, tmp_path)
     assert_goes_on_exactly(whole, overrides, processes, tmp_path)
     assert validated(tmp_path) == validated(train(layout, *longer))
+
+
+@pytest.mark.parametrize("step", [4, pytest.param(3, marks=pytest.mark.slow)])
+def test_a_run_stopped_by_sigterm_goes_on_exactly_and_validates_at_the_same_steps(
+    train: Callable[..., Path],
+    dump: Callable[..., Path],
+    tiny: Path,
+    tmp_path: Path,
+    step: int,
+) -> None:
+    """As a batch system stops a job; validations are after steps 3 and 6."""
+    overrides = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path)
+    stop_after(step, overrides, tmp_path)
+    whole = train("one")
+    assert_goes_on_exactly(steps(whole), overrides, 1, tmp_path)
+    assert validated(tmp_path) == validated(whole)
 
 
 @pytest.mark.slow
