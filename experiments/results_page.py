@@ -44,6 +44,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         published_table(study),
         picture(figures, "headline"),
         words.worked_problems(study.rows["math"]),
+        words.gain_by_task(study.rows["math"], study.rows["math_reference"][0], tasks(study)),
         words.inherited(study.rows["math"], study.rows["math_reference"][0]),
         words.unsure(study.results),
         words.larger_students(study.rows["knowledge"]),
@@ -268,17 +269,22 @@ def right_cells(row: Row, what: str) -> list[str]:
     return [*share, words.interval(row.right_against_baseline.get(what), signed=True)]
 
 
+def tasks(study: Study) -> list[str]:
+    """The tasks of the worked problems, which come in turn."""
+    return [each.replace("_", " ") for each in study.data.get("math", {}).get("tasks", [])]
+
+
 def by_task(study: Study, experiment: Experiment) -> str:
     """The fraction of right answers by task, of rows whose answers are judged one by one."""
-    tasks = [each.replace("_", " ") for each in study.data.get("math", {}).get("tasks", [])]
-    shares = {row.label: row.right_by_task(len(tasks)) for row in study.rows[experiment.name]}
+    names = tasks(study)
+    shares = {row.label: row.right_by_task(len(names)) for row in study.rows[experiment.name]}
     lines = [
         [label, *(words.figure(share, percent=True) for share in mine)]
         for label, mine in shares.items()
         if mine is not None
     ]
     return (
-        table(["", *(f"exact match, {task}" for task in tasks)], lines) if tasks and lines else ""
+        table(["", *(f"exact match, {task}" for task in names)], lines) if names and lines else ""
     )
 
 

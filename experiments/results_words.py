@@ -168,6 +168,22 @@ def inherited(rows: Sequence[Row], teacher: Row | None) -> str:
     )
 
 
+def gain_by_task(rows: Sequence[Row], teacher: Row | None, tasks: Sequence[str]) -> str:
+    """How right the teacher is on each task, and what KD, the second row, gains over SFT there."""
+    each = [row.right_by_task(len(tasks)) for row in (teacher, *rows[:2]) if row is not None]
+    shares = [share for share in each if share is not None]
+    if len(shares) < 3 or not tasks:
+        return ""
+    said = [
+        f"{task} {100 * taught:.0f} % ({100 * (kd - sft):+.0f} points)"
+        for task, taught, sft, kd in zip(tasks, *shares, strict=True)
+    ]
+    return (
+        "By task, right answers of the teacher, and in brackets the gain of "
+        f"{rows[1].label} over SFT: {', '.join(said)}.\n"
+    )
+
+
 def unsure(results: Results) -> str:
     """How much a distribution of the teacher says beyond the label: its entropy by domain."""
     found = {

@@ -231,6 +231,7 @@ def test_answers_that_one_objective_alone_has_right_are_held_against_the_teacher
     write_answers(worked, Run(domain="math", layers=30, length=0), 0.1, "11100110")
     text = written(cfg, worked, tmp_path)
     assert "The teacher has 38 % of the answers wrong. Of the 0 that only SFT" in text
+    assert "adding up 75 % (+25 points), sorting 50 % (+25 points)." in text
     assert "it has 0 wrong, of the 2 that only KD + SFT, alpha 0.9 has right, 0." in text
 
 
