@@ -41,7 +41,12 @@ def train_stores(run: Run, assets: Assets) -> tuple[list[Step], list[Path]]:
     if run.answers in ("original", "both"):
         # SFT has no use for the logits: it shares the store of its experiment's other runs.
         steps += assets.store_steps(run.domain, run.teacher, run.store)
-        stores.append(assets.store(run.domain, run.teacher, "train", run.store))
+        whole = assets.store(run.domain, run.teacher, "train", run.store)
+        parts = [whole.with_name(f"{whole.name}-parts") / name for name in ("trusted", "rest")]
+        if run.trust == "right":
+            split = ("experiments/split_trusted.py", str(whole), str(parts[0].parent))
+            steps.append(Step(parts[0].parent.name, split, parts[1] / "manifest.json"))
+        stores += parts if run.trust == "right" else [whole]
     if run.answers in ("teacher", "both"):
         steps += assets.answers_steps(run.domain)
         stores.append(assets.store(run.domain, "tuned", "answers"))
@@ -122,7 +127,9 @@ def validation_interval(cfg: DictConfig, run: Run) -> int:
 def student_and_loss(run: Run, assets: Assets) -> list[str]:
     """Overrides that select model, data and objective of the training."""
     stores = train_stores(run, assets)[1]
+    own = [f"model.data.train_ds.alpha=[{run.alpha},0.0]"] if run.trust == "right" else []
     return [
+        *own,
         f"model.restore_from_path={assets.model(run.domain, run.layers)}",
         f"model.data.train_ds.store=[{','.join(map(str, stores))}]",
         f"model.data.train_ds.shuffle_seed={run.seed}",

@@ -49,6 +49,8 @@ class Run:
     """Seed of the sample order; nothing else is random."""
     length: float = 1.0
     """Steps as a fraction of the configured number; 0 evaluates the model untrained."""
+    trust: str = "all"
+    """`right`: samples on which the teacher's top-1 is not always the label have alpha 0."""
     rounds: int = 0
     """Rounds on the student's own answers after the training: see `examples/rounds`."""
 
@@ -76,6 +78,7 @@ class Run:
             parts += [f"kd{self.alpha:g}", *(p for p in objective if p not in USUAL)]
             fraction = self.top_entropy_fraction
             parts += [] if fraction == 1 else [f"entropy{fraction:g}"]
+        parts += [] if self.trust == "all" else [f"trust-{self.trust}"]
         parts += [] if self.answers == "original" else [f"answers-{self.answers}"]
         parts += [f"lr{self.lr:g}", f"s{self.seed}"]
         parts += [] if self.length == 1 else [f"x{self.length:g}"]

@@ -279,7 +279,17 @@ def test_every_script_of_make_experiments_starts(name: str) -> None:
     )
 
 
-UNFINISHED = ("budget", "levers", "bytes", "draws", "math", "math_budget", "rounds", "knowledge")
+UNFINISHED = (
+    "budget",
+    "levers",
+    "bytes",
+    "draws",
+    "math",
+    "trust",
+    "math_budget",
+    "rounds",
+    "knowledge",
+)
 
 
 @pytest.mark.parametrize("name", ["run", "time_steps"])
