@@ -163,7 +163,7 @@ class Assets:
             f"output_dir={target}",
             f"model.restore_from_path={self.model(domain, TEACHER_LAYERS)}",
             f"data.file_path={self.data(domain)}/train.jsonl",
-            f"data.max_seq_length={self.of(domain).data.max_tokens}",
+            f"data.max_seq_length={generated_length(self.of(domain))}",
             f"generation.max_new_tokens={self.of(domain).generation.tokens}",
             f"dump.top_k={self.cfg.teacher.top_k}",
             f"trainer.precision={self.of(domain).train.precision}",
@@ -195,19 +195,24 @@ SIZES = ("train", "valid", "test", "groups", "max_tokens", "seed")
 TOP_P = 0.8
 
 
+def generated_length(cfg: DictConfig) -> int:
+    """Room for the longest prompt and the longest generated answer."""
+    return int(cfg.data.max_tokens + cfg.generation.tokens)
+
+
 def export_step(name: str, model: Path, directory: Path) -> Step:
     """Write a `.nemo` as a Hugging Face directory."""
     command = ("examples/convert_nemo_to_hf.py", str(model), str(directory))
     return Step(f"export-{name}", command, directory)
 
 
-def training(cfg: DictConfig) -> list[str]:
-    """Overrides common to all trainings: precision, lengths, batches."""
+def training(cfg: DictConfig, max_tokens: int | None = None) -> list[str]:
+    """Overrides common to all trainings: precision, lengths (the data's or another), batches."""
     train = cfg.train
     return [
         f"trainer.precision={train.precision}",
         "trainer.enable_progress_bar=false",
-        f"model.data.train_ds.max_seq_length={cfg.data.max_tokens}",
+        f"model.data.train_ds.max_seq_length={max_tokens or cfg.data.max_tokens}",
         f"model.global_batch_size={train.batch}",
         f"model.micro_batch_size={train.micro_batch}",
         f"model.optim.sched.warmup_steps={train.warmup}",

@@ -21,7 +21,7 @@ from typing import Any
 
 import functions
 import worked_problems
-from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, export_step, training
+from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, export_step, generated_length, training
 from omegaconf import DictConfig
 from steps import ROOT, Step, StepFailedError, Workshop
 from study import Run
@@ -82,7 +82,7 @@ def train_step(run: Run, assets: Assets) -> Step:
         f"model.data.validation_ds.store=[{','.join(str(groups / name) for name in names)}]",
         f"model.data.validation_ds.names=[{','.join(names)}]",
         *validation(cfg),
-        *training(cfg),
+        *training(cfg, None if run.answers == "original" else generated_length(cfg)),
         *CHECKPOINTS,
     )
     return Step(f"train-{run.name}", arguments, trained(run, assets), resumes=True)
@@ -93,11 +93,13 @@ def rounds_steps(run: Run, assets: Assets) -> list[Step]:
     cfg, data = assets.of(run.domain), assets.data(run.domain)
     prompts, size = data / "rounds.jsonl", cfg.rounds.prompts
     first = ("experiments/first_rows.py", f"{data}/train.jsonl", f"--rows={size}")
+    length = generated_length(cfg)
     same = [f"trainer.precision={cfg.train.precision}", "model.micro_batch_size=16"]
+    same += [f"data.max_seq_length={length}", "rows_per_shard=128"]
     passed = {
-        "generate": [*same, f"data.max_seq_length={cfg.data.max_tokens}", "rows_per_shard=128"],
-        "dump": [*same, f"data.max_seq_length={cfg.data.max_tokens}", "rows_per_shard=128"],
-        "train": [*training(cfg), *CHECKPOINTS, f"model.optim.lr={cfg.rounds.lr}"],
+        "generate": [*same],
+        "dump": [*same],
+        "train": [*training(cfg, length), *CHECKPOINTS, f"model.optim.lr={cfg.rounds.lr}"],
     }
     passed["generate"] += [f"generation.max_new_tokens={cfg.generation.tokens}"]
     passed["dump"] += [f"dump.top_k={cfg.teacher.top_k}"]

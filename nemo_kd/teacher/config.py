@@ -241,7 +241,8 @@ class GenerationConfig:
     """The block `generation`: how answers are generated."""
 
     max_new_tokens: Count = 512
-    """Maximum tokens per answer, including the stop token; prompts are truncated to leave room."""
+    """Maximum tokens per answer, including the stop token; prompts are truncated to leave room for
+    them within `data.max_seq_length`, with a warning."""
     temperature: Annotated[float, number(0)] = 0.0
     """Sampling temperature; 0 means greedy decoding."""
     top_p: Annotated[float, number(0, 1, above=True)] = 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from assets import Assets
 from queue_plan import Job, chosen_lr, first_free, grid, remaining
 from smollm2 import smollm2
 from steps import Step, StepFailedError, Workshop, lock
-from student import steps, trained, validation_interval
+from student import rounds_steps, steps, train_step, trained, validation_interval
 from study import Run, read_experiments, read_run, settings
 
 from nemo_kd.loss import KDConfig
@@ -263,6 +264,23 @@ def test_rounds_start_from_the_same_run_without_them(cfg: Any, tmp_path: Path) -
     assert shown[-1].endswith(str(trained(run, assets)))
 
 
+def test_a_generated_answer_has_room_beside_the_longest_prompt(cfg: Any, tmp_path: Path) -> None:
+    assets = Assets(cfg, tmp_path)
+    math = settings(cfg, "math")
+    commands = [
+        " ".join(assets.answers_steps("math")[-1].arguments),
+        " ".join(
+            rounds_steps(Run(domain="math", layers=10, lr=6e-4, rounds=1), assets)[-1].arguments
+        ),
+    ]
+    for command in commands:
+        (length,) = set(re.findall(r"data\.max_seq_length=(\d+)", command))
+        (new,) = re.findall(r"generation\.max_new_tokens=(\d+)", command)
+        assert int(length) - int(new) >= math.data.max_tokens
+    taught = Run(domain="math", layers=10, lr=6e-4, answers="teacher")
+    assert f"train_ds.max_seq_length={length}" in " ".join(train_step(taught, assets).arguments)
+
+
 def test_alpha_is_compared_with_the_products_default(cfg: Any) -> None:
     experiments = {experiment.name: experiment for experiment in read_experiments(cfg)}
     for name in ("alpha", "default_alpha"):
@@ -281,6 +299,7 @@ def test_every_script_of_make_experiments_starts(name: str) -> None:
 
 UNFINISHED = (
     "budget",
+    "generation",
     "levers",
     "bytes",
     "draws",

@@ -216,6 +216,12 @@ def main(directory: Path) -> None:
     world.generate("answers refused", "generated")
     (directory / "prompts").write_text(lines(prompts))
     world.generate("answers dropped", "generated-dropped", "on_bad_row=drop")
+    (directory / "prompts").write_text(lines([{"input": "abc"}, {"input": "abc" * 9}]))
+    more = [
+        "data.max_seq_length=20",
+        "generation.keep_unfinished=true",
+    ]  # and the end of sequence: 10 of a prompt
+    world.generate("prompts truncated", "generated-short", *more)
     (directory / "said.json").write_text(json.dumps(world.said))
 
 

@@ -121,8 +121,21 @@ def test_generation_does_the_same_with_its_prompts(world: Path, said: dict[str, 
         "prompts: 1 of 4 rows that cannot be used:\n  row 2: not JSON" in said["prompts refused"][0]
     )
     assert "prompts, row 1: the teacher's logits at answer token 0" in said["answers refused"][0]
+    assert "truncated" not in "".join(said["answers dropped"])
     refusal, output, errors = said["answers dropped"]
     assert not refusal and "this run: 4 answers" in output
     assert "left out: 2 rows without a finite logit of the teacher" in output
     assert "left out 1 of 4 rows that cannot be used:\n  row 2" in errors
     assert [sample.row for sample in Store(world / "generated-dropped")] == [0, 1, 6, 7]
+
+
+def test_prompts_that_leave_no_room_for_an_answer_are_truncated_and_named(
+    world: Path, said: dict[str, list[str]]
+) -> None:
+    refusal, output, errors = said["prompts truncated"]
+    assert not refusal
+    assert "WARNING: row 2: only the first 10 tokens of the prompt are left" in errors
+    assert errors.count("WARNING") == 1
+    assert "WARNING: 2 answers are to truncated prompts: data.max_seq_length" in output
+    lengths = [int(sample.answer_positions()[0]) for sample in Store(world / "generated-short")]
+    assert lengths == [3, 3, 10, 10]

@@ -32,20 +32,21 @@ class Prompts:
         with errors_name(self.file, row // self.samples_per_row):
             if isinstance(source, dict):  # an answer in the file is ignored
                 source = {**source, self.template.label_key: ""}
-            prompt = self._open(source).prompt
-            if not prompt:
+            prompted = self._open(source)
+            if not prompted.prompt:
                 raise RowError(
                     f"no prompt token is left beside generation.max_new_tokens={length} within "
                     f"data.max_seq_length={self.template.max_seq_length}; raise "
                     "data.max_seq_length, or remove the row"
                 )
-        return Prompt(row, tuple(prompt), length)
+        return Prompt(row, tuple(prompted.prompt), length, prompted.truncated)
 
     altered_by = "the tokenizer does not give back the same text"
 
     def check(self, row: int) -> Check:
         """Raise RowError if the prompt of the store row cannot be made."""
-        return Check(length=len(self[row].ids))
+        prompt = self[row]
+        return Check(prompt.truncated, length=len(prompt.ids))
 
     def source(self, row: int) -> Any:
         """Return the row of the SFT file to which a store row holds an answer."""

@@ -91,6 +91,9 @@ class Prompt:
     room: int
     """Maximum number of tokens of the answer."""
 
+    truncated: bool = False
+    """Whether the prompt lost tokens to leave this room."""
+
     def __len__(self) -> int:
         return len(self.ids) + self.room
 
