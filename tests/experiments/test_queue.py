@@ -305,6 +305,7 @@ UNFINISHED = (
     "draws",
     "math",
     "trust",
+    "math_longer",
     "math_budget",
     "rounds",
     "knowledge",
