@@ -304,7 +304,6 @@ UNFINISHED = (
     "bytes",
     "draws",
     "math",
-    "trust",
     "math_longer",
     "math_budget",
     "rounds",
