@@ -306,7 +306,6 @@ UNFINISHED = (
     "math",
     "math_longer",
     "math_budget",
-    "knowledge",
 )
 
 
