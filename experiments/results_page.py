@@ -132,7 +132,7 @@ def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
             size = min(sizes)
             questions[name] = f"{name}: {size} {what}, up to {50 / size**0.5:.1f} points"
     return (
-        "Means over the finished seeds of KD + SFT, alpha 0.9, on held-out modules of code and "
+        f"Means over the finished seeds of {words.DEFAULT}, on held-out modules of code and "
         f"prose and held-out questions; {NOT_PLANNED}: not measured. Lower is better for "
         "cross-entropy (nats per token) and steps ratio, higher for the others. Steps ratio: the "
         "step at which the curve reaches SFT's best, divided by the step of SFT's best. With 70 % "
@@ -167,9 +167,9 @@ METHODS = {
     "teacher": "Teacher, fine-tuned",
     "SFT": "SFT",
     "SFT, 50 % of the steps": "SFT, 50 % of the steps",
-    "KD + SFT": "KD + SFT, alpha 0.9",
-    "KD + SFT, 70 %": "KD + SFT, alpha 0.9, 70 % of the steps",
-    "KD + SFT, 50 %": "KD + SFT, alpha 0.9, 50 % of the steps",
+    "KD + SFT": words.DEFAULT,
+    "KD + SFT, 70 %": f"{words.DEFAULT}, 70 % of the steps",
+    "KD + SFT, 50 %": f"{words.DEFAULT}, 50 % of the steps",
 }
 """Column of the first table → label in the experiments."""
 LARGER = "code, 15 layers"

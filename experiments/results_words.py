@@ -17,6 +17,8 @@ from nemo_kd.loss import KDConfig
 from nemo_kd.teacher.config import TopKConfig
 
 Rows = Mapping[str, list[Row]]
+DEFAULT = "KD + SFT, alpha 0.9"
+"""Label of the product's default objective in every experiment."""
 TUNED = {
     "code": ("sft", "bucket", "alpha 0.9", "vocab", "topk", "kd only"),
     "math": ("sft", "alpha 0.9"),
@@ -106,7 +108,7 @@ def elsewhere(rows: Rows) -> str:
     }
     sentences = []
     for name, table in found.items():
-        kd = next(row for row in table if row.label == "KD + SFT, alpha 0.9")
+        kd = next(row for row in table if row.label == DEFAULT)
         if kd.against_baseline is not None and kd.steps is not None:
             seeds = plural(len(kd.found), "seed")
             change = interval(kd.against_baseline, signed=True)

@@ -42,11 +42,13 @@ def train_stores(run: Run, assets: Assets) -> tuple[list[Step], list[Path]]:
         # SFT has no use for the logits: it shares the store of its experiment's other runs.
         steps += assets.store_steps(run.domain, run.teacher, run.store)
         whole = assets.store(run.domain, run.teacher, "train", run.store)
-        parts = [whole.with_name(f"{whole.name}-parts") / name for name in ("trusted", "rest")]
         if run.trust == "right":
-            split = ("experiments/split_trusted.py", str(whole), str(parts[0].parent))
-            steps.append(Step(parts[0].parent.name, split, parts[1] / "manifest.json"))
-        stores += parts if run.trust == "right" else [whole]
+            parts = whole.with_name(f"{whole.name}-parts")
+            split = ("experiments/split_trusted.py", str(whole), str(parts))
+            steps.append(Step(parts.name, split, parts / "rest" / "manifest.json"))
+            stores += [parts / "trusted", parts / "rest"]
+        else:
+            stores.append(whole)
     if run.answers in ("teacher", "both"):
         steps += assets.answers_steps(run.domain)
         stores.append(assets.store(run.domain, "tuned", "answers"))
@@ -97,13 +99,15 @@ def rounds_steps(run: Run, assets: Assets) -> list[Step]:
     same = [f"trainer.precision={cfg.train.precision}", "model.micro_batch_size=16"]
     same += [f"data.max_seq_length={length}", "rows_per_shard=128"]
     passed = {
-        "generate": [*same],
-        "dump": [*same],
-        "train": [*training(cfg, length), *CHECKPOINTS, f"model.optim.lr={cfg.rounds.lr}"],
+        "generate": [*same, f"generation.max_new_tokens={cfg.generation.tokens}"],
+        "dump": [*same, f"dump.top_k={cfg.teacher.top_k}"],
+        "train": [
+            *training(cfg, length),
+            *CHECKPOINTS,
+            f"model.optim.lr={cfg.rounds.lr}",
+            "trainer.limit_val_batches=0",
+        ],
     }
-    passed["generate"] += [f"generation.max_new_tokens={cfg.generation.tokens}"]
-    passed["dump"] += [f"dump.top_k={cfg.teacher.top_k}"]
-    passed["train"] += ["trainer.limit_val_batches=0"]
     arguments = (
         "examples/rounds/run.py",
         f"--teacher={assets.model(run.domain, TEACHER_LAYERS)}",

@@ -43,6 +43,8 @@ class DumpProgress:
         self.tally = Tally(spec)
         self.left_out = ""
         """Description of the rows that the job left out, set by `summary`."""
+        self.truncated = 0
+        """Number of truncated rows of the job, set by `summary`."""
         size = spec.rows_per_shard
         self.mine = sum(min(size, num_rows - shard * size) for shard in todo)
         # A random key separates this dump's counters from those of other dumps in these processes.
@@ -105,7 +107,7 @@ class DumpProgress:
         Collective: all ranks must call it.
         """
         total = Tally.total(self.layout.gather(self.tally), self.tally.spec)
-        self.left_out = total.left_out()
+        self.left_out, self.truncated = total.left_out(), total.truncated
         return total.summary()
 
     def _counted(self) -> dict[str, int]:

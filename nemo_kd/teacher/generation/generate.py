@@ -71,7 +71,7 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
         size = 1 if company.alone else config.model.micro_batch_size
         for call, _ in calls(batch, size, limit, 1, lambda prompt: company.group(len(prompt.ids))):
             _check_regime(teacher, call)
-            progress.truncate(call, config.data.max_seq_length)
+            progress.warn(call, config.data.max_seq_length)
             answers = write(call)
             if answers is not None:
                 yield from kept(answers, progress)
@@ -165,19 +165,18 @@ class GenerateProgress(DumpProgress):
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
-        self.answers = self.tokens = self.unfinished = self.filtered = self.truncated = 0
+        self.answers = self.tokens = self.unfinished = self.filtered = 0
 
-    def truncate(self, prompts: Sequence[Prompt], limit: int) -> None:
-        """Count truncated prompts, whose answers may be to other questions; warn of the first."""
+    def warn(self, prompts: Sequence[Prompt], limit: int) -> None:
+        """Warn of the first truncated prompt: its answer may be to another question."""
         first = next((prompt for prompt in prompts if prompt.truncated), None)
-        if first is not None and not self.truncated and self.shows:
+        if first is not None and not self.tally.truncated and self.shows:
             print(
                 f"WARNING: row {first.row}: only the first {len(first.ids)} tokens of the prompt "
                 f"are left, because data.max_seq_length={limit} has to hold "
                 f"generation.max_new_tokens={first.room} too; raise data.max_seq_length",
                 file=sys.stderr,
             )
-        self.truncated += sum(prompt.truncated for prompt in prompts)
 
     def count(self, pairs: list[tuple[Row, TopK]]) -> None:
         """Count answers, whether kept or dropped."""
@@ -191,9 +190,9 @@ class GenerateProgress(DumpProgress):
         Collective: all ranks must call it.
         """
         super().summary()
-        mine = [self.answers, self.tokens, self.unfinished, self.filtered, self.truncated]
+        mine = [self.answers, self.tokens, self.unfinished, self.filtered]
         counts = mine if self.layout.writes else [0] * len(mine)
-        answers, tokens, unfinished, filtered, truncated = self.layout.sum(counts)
+        answers, tokens, unfinished, filtered = self.layout.sum(counts)
         if not answers:
             return self.left_out
         text = f"this run: {answers} answers, {tokens} tokens generated"
@@ -204,10 +203,10 @@ class GenerateProgress(DumpProgress):
             )
         if filtered:
             text += f"; {filtered} dropped by generation.filter"
-        if truncated:
+        if self.truncated:
             text += (
-                f"\nWARNING: {truncated} answers are to truncated prompts: data.max_seq_length has "
-                "to hold generation.max_new_tokens too; raise it"
+                f"\nWARNING: {self.truncated} answers are to truncated prompts: "
+                "data.max_seq_length has to hold generation.max_new_tokens too; raise it"
             )
         if unfinished + filtered == answers:
             text += "\nWARNING: no answer was kept"

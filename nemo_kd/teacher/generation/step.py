@@ -165,4 +165,4 @@ class Answers:
         prompt, ids = self.prompts[b], self.ids[b]
         mask = [0] * len(prompt.ids) + [1] * len(ids)
         tokens = np.array([*prompt.ids, *ids], dtype=np.int32)
-        return Row(prompt.row, tokens, np.array(mask, dtype=np.uint8))
+        return Row(prompt.row, tokens, np.array(mask, dtype=np.uint8), prompt.truncated)
