@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.dataclass import block_of
 from nemo_kd.settings.values import FLAG, Kind
-from nemo_kd.sft import RowError, open_files
+from nemo_kd.sft import open_files
+from nemo_kd.sft.checks import check_some, named
 from nemo_kd.sft.config import RowConfig
 from nemo_kd.sft.reader import SEP_ID, Model, open_rows
 from nemo_kd.sft.rows import SFTRows
@@ -37,10 +36,11 @@ def open_file(
     `settings`: fields of `RowConfig` other than `max_seq_length`, and `answer_only_loss`; others
     have the values with which the stores were dumped, or their defaults without a store that
     records them. Rows are truncated to `seq_length + 1` tokens. `where`: what messages call the
-    settings; `say` prints a line for the user.
+    settings; `say` prints a line for the user, also on rows that are truncated.
 
     Errors: NemoKDError for a setting that does not exist, that has a value of another kind, or in
-    which the stores differ; RowError if the file has no rows, or if the first one cannot be read.
+    which the stores differ; RowError if the file has no rows, and for unusable rows, by the check
+    of some rows.
     """
     file = open_files(path)
     values = row_settings(stores, settings or {}, where)
@@ -56,21 +56,15 @@ def open_file(
             f"{tokenizer.vocab_size} ids; set it to false"
         )
     config = RowConfig(**values, max_seq_length=seq_length + 1)
-    # The reader calls its settings `data`, as a dump does.
-    named = partial(re.sub, rf"\bdata\.(?=(?:{'|'.join(values)})\b)", f"{where}.")
+
+    def settings_of(text: str) -> str:
+        return named(text.replace("data.max_seq_length", "seq_length"), where)
+
     try:
-        rows = open_rows(config, file, model, lambda text: say(named(text)))
-    except RowError:
-        raise
+        rows = open_rows(config, file, model, lambda text: say(settings_of(text)))
+        check_some(rows, f"seq_length + 1 = {seq_length + 1}", lambda text: say(settings_of(text)))
     except NemoKDError as error:
-        raise NemoKDError(named(str(error))) from error
-    try:
-        rows.check(0)  # not in the middle of the training, if the file has rows of another format
-    except RowError as error:
-        read_as = rows.template["format"]
-        raise RowError(
-            f"{error} (rows are read as {read_as}; {where}.format sets another format)"
-        ) from error
+        raise type(error)(settings_of(str(error))) from error
     return rows
 
 

@@ -9,6 +9,7 @@ from omegaconf import DictConfig
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.conversations import NemosConversations
 from nemo_kd.nemo.template import row_config
+from nemo_kd.sft.checks import check_some, named
 from nemo_kd.sft.reader import Model, open_rows
 from nemo_kd.sft.rows import SFTRows
 from nemo_kd.teacher.layout import Layout
@@ -26,8 +27,9 @@ WITHOUT_EFFECT = {"memmap_workers": (None, 0, 1, 2), "index_mapping_dir": (None,
 def file_rows(model: Any, file: str, data_cfg: DictConfig, where: str) -> SFTRows:
     """Open an SFT file of the block at `where`, whose settings are those of its stores.
 
-    Errors: NemoKDError for a key with which NeMo would not read the file row by row, and for
-    settings that do not fit the file or its first row.
+    Rank 0 prints a warning if rows are truncated. Errors: NemoKDError for a key with which NeMo
+    would not read the file row by row, and for settings that do not fit the file; RowError for
+    unusable rows, by the check of some rows.
     """
     _check_reading(data_cfg, where)
     layout = Layout.of_job()
@@ -41,8 +43,18 @@ def file_rows(model: Any, file: str, data_cfg: DictConfig, where: str) -> SFTRow
         tokens_to_generate=data_cfg.get("tokens_to_generate", 0),
     )
     config = row_config(model.cfg, data_cfg)
-    rows = open_rows(config, same_file(file, layout), student, layout.say, NemosConversations)
-    rows.check(0)  # not in the middle of the training, if the file has rows of another format
+
+    def say(text: str) -> None:
+        layout.say(named(text, where))
+
+    limit = f"{where}.max_seq_length={length}"
+    if student.tokens_to_generate:
+        limit += f", with tokens_to_generate={student.tokens_to_generate},"
+    try:
+        rows = open_rows(config, same_file(file, layout), student, say, NemosConversations)
+        check_some(rows, limit, say)
+    except NemoKDError as error:
+        raise type(error)(named(str(error), where)) from error
     return rows
 
 

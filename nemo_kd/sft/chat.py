@@ -33,13 +33,9 @@ FEW = 64
 """Up to this many ways of shortening a conversation are all tried."""
 SYSTEM = ("system", "developer")
 
-NO_TURN = (
-    "no assistant turn is learned: there is none, or their weight is 0; set data.no_answer=drop to "
-    "leave such rows out"
-)
+NO_TURN = "no assistant turn is learned: there is none, or their weight is 0"
 NO_TURN_FITS = (
-    "no assistant turn fits in data.max_seq_length; raise it, set data.truncate_at=token, or set "
-    "data.no_answer=drop to leave such rows out"
+    "no assistant turn fits in data.max_seq_length; raise it, or set data.truncate_at=token"
 )
 
 

@@ -18,10 +18,7 @@ from nemo_kd.store.sample import Tokens
 
 Item_co = TypeVar("Item_co", covariant=True)
 
-NO_ANSWER = (
-    "no answer token: the answer is empty or lies beyond data.max_seq_length; raise it, or set "
-    "data.no_answer=drop to leave such rows out"
-)
+NO_ANSWER = "no answer token: the answer is empty or lies beyond data.max_seq_length"
 
 
 @dataclass(frozen=True, eq=False)

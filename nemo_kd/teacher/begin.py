@@ -11,15 +11,13 @@ from typing import Protocol
 from nemo_kd.errors import StoreError
 from nemo_kd.lock import DirectoryLock, LockedError
 from nemo_kd.sft import RowError, RowFile
+from nemo_kd.sft.checks import BadRowErrors
 from nemo_kd.sft.rows import BadRows, Check
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
 from nemo_kd.store.manifest import REPLACED
 from nemo_kd.store.sample import Tokens
 from nemo_kd.teacher.layout import Layout
-
-SHOWN = 5
-"""Maximum number of bad rows listed in a message."""
 
 SECONDS_BETWEEN_LINES = 10.0
 REMEDY = (
@@ -158,7 +156,7 @@ def check_rows(
     all-gather of a few strings.
     """
     share = layout.share([row for row in todo if row % source.samples_per_row == 0])
-    refused, dropped, altered = _Found(), _Found(), 0
+    refused, dropped, altered = BadRowErrors(), BadRowErrors(), 0
     lengths: list[tuple[int, int]] = []
     last = time.monotonic()
     for count, row in enumerate(share, start=1):
@@ -173,7 +171,7 @@ def check_rows(
             layout.say(f"checking the rows before the first pass: {count} of {len(share)}")
     lengths = [min(lengths), max(lengths)] if lengths else []
     parts = layout.gather((len(share), refused, dropped, altered, lengths))
-    refused, dropped = _Found.of(p[1] for p in parts), _Found.of(p[2] for p in parts)
+    refused, dropped = (BadRowErrors.of(p[k] for p in parts) for k in (1, 2))
     altered = sum(part[3] for part in parts)
     path, checked = source.file.path, sum(part[0] for part in parts)
     if refused.count:
@@ -186,31 +184,3 @@ def check_rows(
         layout.say(f"{path}: {altered} of {checked} rows are altered: {source.altered_by}")
     lengths = [each for part in parts for each in part[4]]
     return (min(lengths)[1], max(lengths)[1]) if lengths else None
-
-
-class _Found:
-    """The number of bad rows, and the errors of the first few."""
-
-    def __init__(self) -> None:
-        self.count = 0
-        self.first: list[tuple[int, str]] = []
-
-    def add(self, row: int, error: RowError) -> None:
-        self.count += 1
-        if len(self.first) < SHOWN:
-            self.first.append((row, str(error)))
-
-    @classmethod
-    def of(cls, parts: Iterable[_Found]) -> _Found:
-        """Combine the bad rows of several ranks."""
-        found = cls()
-        for part in parts:
-            found.count += part.count
-            found.first = sorted(found.first + part.first)[:SHOWN]
-        return found
-
-    def text(self, path: Path, checked: int) -> str:
-        lines = [error.removeprefix(f"{path}, ") for _, error in self.first]
-        more = [f"and {self.count - len(lines)} more"] * (self.count > len(lines))
-        shown = "".join(f"\n  {line}" for line in [*lines, *more])
-        return f"{self.count} of {checked} rows that cannot be used:{shown}"

@@ -47,12 +47,12 @@ SETTING = {
     "nemo/resume.py",
     "nemo/settings/training.py",
     "nemo/start.py",
+    "sft/checks.py",
     "sft/messages.py",
     "store/tools/distillkit.py",
     "store/tools/logprobs.py",
     "store/tools/stats.py",
     "store/tools/verify.py",
-    "teacher/begin.py",
     "teacher/generation/generate.py",
     "teacher/tally.py",
 }

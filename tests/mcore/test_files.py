@@ -10,7 +10,7 @@ import pytest
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.mcore.files import open_file, row_settings
-from nemo_kd.sft import JsonlFile
+from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.config import RowConfig
 from nemo_kd.sft.reader import Model, open_rows
 from nemo_kd.store import Store
@@ -76,7 +76,7 @@ def test_rows_are_truncated_to_the_length_of_a_sample(file: Path) -> None:
         ({"answer_only_loss": 1}, "rows.answer_only_loss is 1: expected true or false"),
         ({"add_sep": True}, "rows.add_sep=true adds the id 49704, but the tokenizer has"),
         ({"label_key": "a"}, "rows.prompt_template='{input} {output}' must end with {a}"),
-        ({"format": "text"}, "rows are read as text; rows.format sets another format"),
+        ({"format": "text"}, "Rows are read as text; rows.format sets another format"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(
@@ -100,3 +100,52 @@ def test_the_format_that_was_found_is_said(tmp_path: Path) -> None:
     path.write_text(json.dumps({"text": "one"}))
     open_file(path, gpt2_like(), seq_length=63, where="dataset.rows", say=said.append)
     assert said == [f"{path}: its rows are read as text; dataset.rows.format sets it"]
+
+
+def test_truncated_rows_are_said(tmp_path: Path) -> None:
+    """Every second row is too long, of more rows than are checked; short rows are no news."""
+    path, said = tmp_path / "rows.jsonl", list[str]()
+    row = {"input": "a question", "output": "yes"}
+    long = {**row, "input": "a long question " * 9}
+    path.write_text("".join(json.dumps(each) + "\n" for each in [row, long] * 300))
+    rows = open_file(path, gpt2_like(), seq_length=63, where="dataset.rows", say=said.append)
+    assert len(rows) == 600 and rows[1].truncated and not rows[0].truncated
+    (line,) = said
+    count = int(line.removeprefix(f"{path}: WARNING: ").split()[0])
+    assert line.endswith(
+        f"{count} of 256 rows checked are longer than seq_length + 1 = 64 and are truncated"
+    )
+    assert 110 <= count <= 146
+    open_file(path, gpt2_like(), seq_length=200, say=said.append)
+    assert said == [line]
+
+
+def test_unusable_rows_are_refused_before_the_training(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    rows = [{"input": "a question", "output": "yes"}] * 200
+    rows[70] = {"input": "no answer"}
+    rows[199] = {"input": "a long question " * 40, "output": "yes"}
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"truncation_field": "output", "prompt_template": "{input}{output}"}
+    with pytest.raises(RowError) as refused:
+        open_file(path, gpt2_like(), seq_length=63, settings=settings, where="dataset.rows")
+    assert str(refused.value) == (
+        f"{path}: 2 of 200 rows that cannot be used:\n"
+        "  row 70: no field 'output'; the row has ['input']. Check dataset.rows.label_key and "
+        "dataset.rows.prompt_template, or remove the row\n"
+        "  row 199: no answer token: the answer is empty or lies beyond seq_length\n"
+        "Remove them from the file: a training leaves no row out. Rows are read as prompt; "
+        "dataset.rows.format sets another format."
+    )
+
+
+def test_altered_rows_are_said(tmp_path: Path) -> None:
+    path, said = tmp_path / "rows.jsonl", list[str]()
+    rows = [{"input": " spaces ", "output": " yes "}, {"input": "a", "output": "b"}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    settings = {"reader": "nemo"}
+    open_file(path, gpt2_like(), seq_length=63, settings=settings, where="rows", say=said.append)
+    assert said == [
+        f"{path}: 1 of 2 rows are altered: rows.reader=nemo gives other tokens than the text of "
+        "the file has"
+    ]

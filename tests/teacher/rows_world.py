@@ -125,6 +125,7 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
         OmegaConf.create({**cfg.data, "min_seq_length": 1, "memmap_workers": 7}),
         io.StringIO(),
     )
+    quiet = OmegaConf.create({**cfg.data, "min_seq_length": 1, "max_seq_length": LIMIT})
     nemos = {"answer_only_loss": True, "position_embedding_type": "rope", "data": {}}
     student = SimpleNamespace(
         cfg=OmegaConf.create(nemos), tokenizer=tokenizer, sep_id=0, virtual_tokens=0
@@ -162,7 +163,12 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
         other = "accepted"
     except RowError as error:
         other = str(error)
+    room = io.StringIO()
+    with redirect_stderr(room):  # the prompts have room without generation, and not with it
+        for more in ({}, {"tokens_to_generate": LIMIT - 1}):
+            file_rows(student, str(file), OmegaConf.merge(quiet, more), "model.data.validation_ds")
     return {
+        "no room": room.getvalue().replace(str(file), "grown.jsonl"),
         "other format": other,
         "rows": [len(one) for one in read],
         "last rows": [len(one[4]) > 10 for one in read],

@@ -70,7 +70,16 @@ def test_rows_that_came_after_nemos_index_are_read_everywhere(read: dict[str, An
 
 
 def test_a_training_refuses_a_file_of_another_format_at_its_start(read: dict[str, Any]) -> None:
-    assert "grown.jsonl, row 0: no list of turns" in read["grown"]["other format"]
+    refusal = read["grown"]["other format"]
+    assert "grown.jsonl: 5 of 5 rows that cannot be used:\n  row 0: no list of turns" in refusal
+    assert "model.data.train_ds.format sets another format" in refusal
+
+
+def test_prompts_shortened_for_generation_metrics_are_said(read: dict[str, Any]) -> None:
+    assert read["grown"]["no room"] == (
+        "grown.jsonl: WARNING: 5 of 5 rows are longer than model.data.validation_ds."
+        "max_seq_length=40, with tokens_to_generate=39, and are truncated\n"
+    )
 
 
 def test_settings_of_nemos_index_have_no_effect_and_it_is_said(read: dict[str, Any]) -> None:
