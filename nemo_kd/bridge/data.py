@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +18,7 @@ from nemo_kd.mcore.mix import Source
 from nemo_kd.sft.rows import SFTRows
 from nemo_kd.sft.tokenizer import HFTokenizer, first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
-from nemo_kd.teacher.processes import Launch
+from nemo_kd.teacher.processes import say_once
 
 Opened = TypeVar("Opened")
 
@@ -167,7 +166,7 @@ class KDDataConfig(DatasetProvider):
             stores=[self._store(each.path) for each in self.train if each.path],
             settings=self.rows,
             where="dataset.rows",
-            say=_say,
+            say=lambda text: say_once([text]),
         )
 
     def _store(self, path: str) -> Store:
@@ -203,11 +202,6 @@ class KDDataConfig(DatasetProvider):
             self._opened[name] = opened()
         found: Opened = self._opened[name]
         return found
-
-
-def _say(text: str) -> None:
-    if Launch.of(os.environ).rank == 0:
-        print(text, flush=True)
 
 
 class TrainingItems(torch.utils.data.Dataset[Item]):

@@ -16,7 +16,7 @@ from nemo_kd.data import LengthLimit, check_learnable, fit_lengths, notices, tru
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Sample, Store, StoreError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
-from nemo_kd.teacher.layout import Layout
+from nemo_kd.teacher.processes import say_once
 from nemo_kd.vocabulary import VocabularySize
 
 
@@ -95,5 +95,5 @@ def _used(store: Store, max_seq_length: int | None, over_long: str) -> NDArray[n
         raise StoreError(f"store {store.origin} has no samples")
     limit = LengthLimit(int(store.lengths.max()) if max_seq_length is None else max_seq_length)
     fitting = fit_lengths(store, limit, over_long)
-    Layout.of_job().say_each(notices(store, fitting, limit))
+    say_once(notices(store, fitting, limit))
     return fitting.used

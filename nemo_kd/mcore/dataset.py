@@ -34,7 +34,7 @@ from nemo_kd.mcore.mix import Source, Sources, sources_of
 from nemo_kd.sft.rows import SFTRows
 from nemo_kd.store import Store
 from nemo_kd.store.sample import Tokens
-from nemo_kd.teacher.layout import Layout
+from nemo_kd.teacher.processes import say_once
 from nemo_kd.topk import TopK
 
 Batch = dict[str, Any]
@@ -273,7 +273,7 @@ class _Samples:
         self.length, self.temperature = dataset.seq_length + 1, dataset.temperature
         limit = LengthLimit.of_inputs(dataset.seq_length, dataset.naming)
         self.fitting = fit_lengths(store, limit, dataset.over_long)
-        Layout.of_job().say_each(notices(store, self.fitting, limit))
+        say_once(notices(store, self.fitting, limit))
 
     def __len__(self) -> int:
         return len(self.fitting.used)

@@ -171,7 +171,7 @@ def check_rows(
             layout.say(f"checking the rows before the first pass: {count} of {len(share)}")
     lengths = [min(lengths), max(lengths)] if lengths else []
     parts = layout.gather((len(share), refused, dropped, altered, lengths))
-    refused, dropped = (BadRowErrors.of(p[k] for p in parts) for k in (1, 2))
+    refused, dropped = BadRowErrors.of(p[1] for p in parts), BadRowErrors.of(p[2] for p in parts)
     altered = sum(part[3] for part in parts)
     path, checked = source.file.path, sum(part[0] for part in parts)
     if refused.count:

@@ -5,8 +5,9 @@ Each process holds a complete copy of the teacher.
 
 from __future__ import annotations
 
+import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -46,6 +47,12 @@ class Launch:
         port = environ.get("MASTER_PORT") or 15000 + int(environ["SLURM_JOB_ID"]) % 10000
         rank, local = int(environ["SLURM_PROCID"]), int(environ["SLURM_LOCALID"])
         return cls(rank, size, local, f"tcp://{host}:{port}")
+
+
+def say_once(lines: Iterable[str]) -> None:
+    """Print lines to stderr on rank 0: the launcher's, before there is a process group."""
+    rank = dist.get_rank() if dist.is_initialized() else Launch.of(os.environ).rank
+    Layout(rank=rank).say_each(lines)
 
 
 def first_host(nodes: str) -> str:

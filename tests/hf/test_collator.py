@@ -149,6 +149,21 @@ def test_a_batch_may_be_sliced_cast_and_shifted(
     assert loss.item() == pytest.approx(expected(config, store)[0], rel=1e-5)
 
 
+@pytest.mark.parametrize(("rank", "lines"), [(0, 1), (1, 0)])
+def test_one_process_says_that_samples_are_truncated(
+    rank: int,
+    lines: int,
+    store: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Before there is a process group, by the launcher's rank."""
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    StoreDataset(store, KDConfig(), max_seq_length=8, over_long="truncate")
+    assert capsys.readouterr().err.count("truncated on the left of their prompt") == lines
+
+
 def test_batches_padded_alike_can_be_concatenated(tmp_path: Path) -> None:
     """What accelerate does when one process reads for all; the stores differ in K."""
     narrow = write_store(tmp_path / "narrow", [3, 2], top_k=2)
