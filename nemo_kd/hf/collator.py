@@ -7,6 +7,7 @@ moved, sliced, concatenated and cast like any other batch, and the teacher's row
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.dataset import StoreDataset
 from nemo_kd.loss import KDConfig, KDLoss, sft_kd_loss
 from nemo_kd.loss.objective import checked_teacher
+from nemo_kd.loss.schedule import KDSchedule
 from nemo_kd.store import Sample
 from nemo_kd.topk import ABSENT_ID, TopK
 
@@ -78,24 +80,28 @@ class StoreCollator:
         logits: Tensor,
         batch: Mapping[str, Tensor],
         num_items_in_batch: Tensor | int | None = None,
+        *,
+        config: KDConfig | None = None,
     ) -> Tensor:
         """Σ loss over the batch's answer tokens / their number, in nats; differentiable.
 
         logits [B, S, V]: at position s the prediction of token s + 1. `num_items_in_batch` divides
         instead: the number of answer tokens of all batches of the step, so that the gradients of
-        these batches add up to that of a single one.
+        these batches add up to that of a single one. `config` as in `token_losses`.
 
         Errors: as `token_losses`.
         """
-        return mean(self.sums(logits, batch), num_items_in_batch)
+        return mean(self.sums(logits, batch, config=config), num_items_in_batch)
 
-    def sums(self, logits: Tensor, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    def sums(
+        self, logits: Tensor, batch: Mapping[str, Tensor], *, config: KDConfig | None = None
+    ) -> dict[str, Tensor]:
         """Σ `loss` over the batch's answer tokens, differentiable; Σ `sft_loss`, Σ `kd_loss` and
         the number of `answer_tokens`, for logs.
 
         Errors: as `token_losses`.
         """
-        result = self.token_losses(logits, batch)
+        result = self.token_losses(logits, batch, config=config)
         logged = {"sft_loss": result.nll, "kd_loss": result.kd}
         return {
             "loss": result.loss.sum(),
@@ -103,15 +109,20 @@ class StoreCollator:
             "answer_tokens": (batch["labels"] != IGNORED).sum(),
         }
 
-    def token_losses(self, logits: Tensor, batch: Mapping[str, Tensor]) -> KDLoss:
+    def token_losses(
+        self, logits: Tensor, batch: Mapping[str, Tensor], *, config: KDConfig | None = None
+    ) -> KDLoss:
         """Loss, cross-entropy and distillation of each position [B, S]; 0 where not learned.
 
         Position s has the values of token s + 1. On a GPU the host waits for the number of answer
-        tokens.
+        tokens. `config`: the settings of this step, such as `schedule.at(step, max_steps)`; None:
+        those of the data set.
 
         Errors: NemoKDError if logits and labels differ in shape or the vocabulary is too small,
-        and if there are more or fewer teacher rows than answer tokens.
+        if there are more or fewer teacher rows than answer tokens, and for settings that change
+        from step to step without `config`.
         """
+        config = self.config if config is None else config
         labels = batch["labels"]
         if logits.shape[:-1] != labels.shape or logits.shape[-1] < self.vocab_size:
             raise NemoKDError(
@@ -124,8 +135,8 @@ class StoreCollator:
         return sft_kd_loss(
             logits,
             following,
-            _unpacked(batch[TEACHER], self.config.temperature),
-            self.config,
+            self._unpacked(batch[TEACHER], config.temperature),
+            config,
             vocab_size=self.vocab_size,
             mask=following != IGNORED,
         )
@@ -147,8 +158,17 @@ class StoreCollator:
                 f"row {sample.row} has id {largest}, but the vocabulary {self.vocab_size} ids: "
                 "give the collator a data set of the same tokenizer"
             )
-        checked_teacher(sample.topk, self.config, None)
+        self._check_teacher(sample.topk)
         return sample
+
+    def _check_teacher(self, topk: TopK) -> None:
+        config = self.config
+        if not isinstance(config, KDSchedule):
+            checked_teacher(topk, config, None)
+            return
+        checked_teacher(topk, config.at(0, 1), None)
+        # At later temperatures the log-sum-exp is not used.
+        checked_teacher(replace(topk, logsumexp=None), config.end, None)
 
     def _teacher(self, samples: Sequence[Sample]) -> Tensor:
         """Pack the rows of all samples [B, A, 2K + 1]."""
@@ -159,6 +179,11 @@ class StoreCollator:
         packed = np.full(shape, ABSENT_ID, np.int32)
         packed[np.arange(shape[1]) < counts[:, None]] = rows  # in row-major order, as they are
         return torch.from_numpy(packed)
+
+    def _unpacked(self, rows: Tensor, temperature: float) -> TopK:
+        """The teacher's rows; without a log-sum-exp if it is not the one at `temperature`."""
+        topk = _unpacked(rows, self.config.temperature)
+        return topk if temperature == self.config.temperature else replace(topk, logsumexp=None)
 
 
 def mean(sums: Mapping[str, Tensor], num_items_in_batch: Tensor | int | None = None) -> Tensor:

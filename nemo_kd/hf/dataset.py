@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_kd.data import LengthLimit, check_learnable, fit_lengths, notices, truncate_prompt
+from nemo_kd.data import LengthLimit, check_schedule, fit_lengths, notices, truncate_prompt
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Sample, Store, StoreError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
@@ -61,7 +61,7 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
                 vocab_size=self.vocab_size,
                 temperature=config.temperature,
             )
-            check_learnable(store, config)
+            check_schedule(store, config)
         self._used = [_used(store, max_seq_length, over_long) for store in self.stores]
         self._ends = list(accumulate(map(len, self._used)))
 

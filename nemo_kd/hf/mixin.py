@@ -11,6 +11,8 @@ from torch import Tensor
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.collator import TEACHER, StoreCollator, mean
+from nemo_kd.loss import KDConfig
+from nemo_kd.loss.schedule import evaluation_config, training_config
 
 TERMS = ("loss", "sft_loss", "kd_loss", "answer_tokens")
 REFUSED = {
@@ -31,6 +33,9 @@ class StoreLossMixin:
     accumulation) and, with `average_tokens_across_devices=True`, of all processes. The loss of an
     evaluation is the mean over all of its answer tokens; the logs have `sft_loss` and `kd_loss`
     beside it, over all processes. The model gets neither labels nor teacher.
+
+    A `KDSchedule` follows the steps of the trainer. Evaluations have the settings of its end, and
+    distil all answer tokens whatever `top_entropy_fraction` is.
 
     Errors: NemoKDError on construction for another collator and for arguments that the loss
     cannot follow; in the first step of several processes after an evaluation.
@@ -55,12 +60,20 @@ class StoreLossMixin:
         _check_averaged(trainer, model)
         shown = {name: x for name, x in inputs.items() if name not in (TEACHER, "labels")}
         outputs = model(**shown)
-        sums = trainer.data_collator.sums(outputs.logits, inputs)
+        config = self._config(training=model.training)
+        sums = trainer.data_collator.sums(outputs.logits, inputs, config=config)
         self._sums["train" if model.training else "eval"].add(sums)
         loss = mean(sums, num_items_in_batch)
         if trainer.args.average_tokens_across_devices and num_items_in_batch is not None:
             loss = loss * trainer.accelerator.num_processes  # whose gradients are averaged
         return (loss, outputs) if return_outputs else loss
+
+    def _config(self, *, training: bool) -> KDConfig:
+        trainer: Any = self
+        config, state = trainer.data_collator.config, trainer.state
+        if not training:
+            return evaluation_config(config)
+        return training_config(config, state.global_step, state.max_steps)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the means of `sft_loss` and `kd_loss` since the last time; Trainer calls it."""

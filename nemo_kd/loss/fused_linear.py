@@ -29,6 +29,7 @@ from nemo_kd.loss.objective import (
     gather_ids,
     scatter_back,
 )
+from nemo_kd.loss.schedule import refuse_scheduled
 from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.weights import token_weights
 from nemo_kd.topk import TopK
@@ -84,6 +85,7 @@ def linear_sft_kd_loss(
 
     Errors: as `sft_kd_loss`, and ValueError if the shapes of hidden and weight do not match.
     """
+    refuse_scheduled(config)
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in their last "

@@ -16,6 +16,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.linearity import nonlinear_settings
+from nemo_kd.loss.schedule import refuse_scheduled
 from nemo_kd.loss.shard import VocabShard
 from nemo_kd.loss.terms import token_losses
 from nemo_kd.loss.topk import check_teacher
@@ -77,9 +78,10 @@ def sft_kd_loss(
 
     Errors: ValueError for shapes that do not match, a missing teacher (or log-sum-exp) that the
     configuration needs, a log-sum-exp at another temperature, random draws in a loss that they
-    bias; for CPU tensors also `check_teacher`'s, and labels out of range. On an accelerator these
-    would make the host wait: there the data loader has to check.
+    bias, and a schedule without its step; for CPU tensors also `check_teacher`'s, and labels out of
+    range. On an accelerator these would make the host wait: there the data loader has to check.
     """
+    refuse_scheduled(config)
     shard = VocabShard.of(logits.shape[-1], group, None if config.count_padding else vocab_size)
     positions = chosen_positions(logits.shape[:-1], labels, positions, mask)
     teacher = checked_teacher(teacher, config, weights)

@@ -87,3 +87,27 @@ class KDSchedule(KDConfig):
             alpha_end=None,
             temperature_end=None,
         )
+
+
+def training_config(config: KDConfig, step: int, max_steps: int) -> KDConfig:
+    """Return the constant settings of a training step; the first one is 0."""
+    return config.at(step, max_steps) if isinstance(config, KDSchedule) else config
+
+
+def evaluation_config(config: KDConfig) -> KDConfig:
+    """Return the settings of evaluations: the schedule's end, and all answer tokens.
+
+    With these, values are comparable within and between runs, and do not depend on micro-batches.
+    """
+    end = config.end if isinstance(config, KDSchedule) else config
+    return dataclasses.replace(end, top_entropy_fraction=1.0)
+
+
+def refuse_scheduled(config: KDConfig) -> None:
+    """Raise NemoKDError for settings that change from step to step."""
+    if isinstance(config, KDSchedule) and config.scheduled:
+        name = "temperature_end" if config.alpha_end is None else "alpha_end"
+        raise NemoKDError(
+            f"the loss got a config with {name}={getattr(config, name)}, but not the step: pass "
+            "config=config.at(step, max_steps)"
+        )

@@ -21,6 +21,7 @@ from nemo_kd.data import AnswerTokens, check_schedule
 from nemo_kd.data.learnable import FIELD, Naming, StoreFacts
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule, sft_kd_loss
+from nemo_kd.loss.schedule import evaluation_config, training_config
 from nemo_kd.mcore.dataset import Batch
 from nemo_kd.mcore.device import on_device
 from nemo_kd.mcore.lm_head import gpt_module
@@ -110,13 +111,9 @@ class StepLoss:
         self._accepted[training] = stores
 
     def _at(self, training: bool) -> KDConfig:
-        config = self.config
         if not training:
-            end = config.end if isinstance(config, KDSchedule) else config
-            return replace(end, top_entropy_fraction=1.0)
-        if isinstance(config, KDSchedule) and self.progress is not None:
-            return config.at(*self.progress())
-        return config
+            return evaluation_config(self.config)
+        return training_config(self.config, *self.progress()) if self.progress else self.config
 
     def _loss(
         self,

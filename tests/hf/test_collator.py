@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset
-from nemo_kd.loss import KDConfig
+from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.store import Store, StoreError
 from tests.bare import extra, run_bare
 from tests.conftest import ROOT
@@ -111,6 +111,24 @@ def test_each_position_has_the_loss_of_the_next_token(store: Path) -> None:
         assert torch.allclose(0.5 * (losses.nll + losses.kd)[b, t - 1], alone, rtol=1e-5)
         others = np.setdiff1d(np.arange(losses.loss.shape[1]), t - 1)
         assert not losses.loss[b, others].any()
+
+
+def test_a_plain_loop_passes_the_settings_of_a_schedules_step(store: Path) -> None:
+    schedule = KDSchedule(alpha=1.0, alpha_end=0.0)
+    data = StoreDataset(store, schedule)
+    collator = StoreCollator(data)
+    batch = collator([data[i] for i in range(len(data))])
+    logits = logits_of(student(), batch)
+    with pytest.raises(NemoKDError, match=r"alpha_end=0.0, but not the step: pass config=config.a"):
+        collator.loss(logits, batch)
+    loss = collator.loss(logits, batch, config=schedule.at(1, 4))
+    assert loss.item() == pytest.approx(expected(KDConfig(alpha=0.75), store)[0], rel=1e-6)
+
+
+def test_stores_that_only_a_schedules_end_cannot_learn_from_are_refused(tmp_path: Path) -> None:
+    one = write_store(tmp_path / "one", top_k=1)
+    with pytest.raises(StoreError, match="nothing is learned from the teacher"):
+        StoreDataset(one, KDSchedule(support="topk", alpha=0.0, alpha_end=1.0))
 
 
 def halves(batch: Batch) -> Batch:

@@ -14,7 +14,7 @@ import transformers
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
-from nemo_kd.loss import KDConfig
+from nemo_kd.loss import KDConfig, KDSchedule
 from tests.checkpoints.models import tokenizer
 from tests.hf import steps
 from tests.hf.student import assert_gradients, expected, student, write_store
@@ -157,6 +157,42 @@ def test_an_evaluation_is_the_mean_over_answer_tokens(store: Path, tmp_path: Pat
     both = 0.3 * found["eval_sft_loss"] + 0.7 * found["eval_kd_loss"]
     assert found["eval_loss"] == pytest.approx(both, rel=1e-6)
     assert trainer.predict(trainer.eval_dataset).predictions.shape == (4, 11, 64)
+
+
+@pytest.mark.parametrize("size", [1, 3, 4])
+def test_an_evaluation_distils_all_answer_tokens(store: Path, tmp_path: Path, size: int) -> None:
+    """Otherwise it would depend on the size of its batches."""
+    config = KDConfig(alpha=0.9, top_entropy_fraction=0.3)
+    step: dict[str, Any] = {"learning_rate": 0.0, "per_device_eval_batch_size": size}
+    found = steps.run(tmp_path / "step.pt", str(store), config, **step)
+    value, _ = expected(KDConfig(alpha=0.9), store)
+    assert found["eval"]["eval_loss"] == pytest.approx(value, rel=1e-6)
+    assert found["log"][0]["loss"] != pytest.approx(value, rel=1e-2)
+
+
+def test_a_schedule_follows_the_steps_of_trainer(store: Path, tmp_path: Path) -> None:
+    config = KDSchedule(alpha=1.0, alpha_end=0.0)
+    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    still: dict[str, Any] = {"max_steps": 4, "learning_rate": 0.0, **batches}
+    found = steps.run(tmp_path / "step.pt", str(store), config, **still)
+    sft, kd = (expected(KDConfig(alpha=alpha), store)[0] for alpha in (0.0, 1.0))
+    assert abs(sft - kd) > 0.5
+    wanted = [alpha * kd + (1 - alpha) * sft for alpha in (1.0, 0.75, 0.5, 0.25)]
+    assert [line["loss"] for line in found["log"]] == pytest.approx(wanted, abs=1e-4)
+    assert found["eval"]["eval_loss"] == pytest.approx(sft, rel=1e-6)
+
+
+def test_a_schedule_may_change_the_temperature(store: Path, tmp_path: Path) -> None:
+    config = KDSchedule(alpha=1.0, support="topk", temperature_end=2.0, schedule_steps=2)
+    still: dict[str, Any] = {"max_steps": 3, "learning_rate": 0.0}
+    found = steps.run(tmp_path / "step.pt", str(store), config, **still)
+    first, last = (
+        expected(KDConfig(alpha=1.0, support="topk", temperature=t), store)[0] for t in (1.0, 2.0)
+    )
+    losses = [line["loss"] for line in found["log"]]
+    assert [losses[0], losses[2]] == pytest.approx([first, last], abs=1e-4)
+    assert min(first, last) < losses[1] < max(first, last)
+    assert found["eval"]["eval_loss"] == pytest.approx(last, rel=1e-6)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import torch
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import (
     KDConfig,
+    KDSchedule,
     TopK,
     gather_logits_and_logsumexp,
     linear_sft_kd_loss,
@@ -112,6 +113,24 @@ def test_draws_are_refused_by_a_loss_that_they_bias(fused: bool) -> None:
         loss(KDConfig(divergence="jsd"))
     assert loss(KDConfig()).isfinite().all()
     assert loss(KDConfig(divergence="jsd", alpha=0.0)).isfinite().all()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_a_schedule_without_its_step_is_refused(fused: bool) -> None:
+    z, teacher = torch.randn(N, V), rows(N)
+
+    def loss(config: KDConfig) -> torch.Tensor:
+        if fused:
+            return linear_sft_kd_loss(z, torch.eye(V), torch.arange(N), teacher, config).loss
+        return sft_kd_loss(z, torch.arange(N), teacher, config).loss
+
+    schedule = KDSchedule(alpha=0.8, alpha_end=0.2)
+    with pytest.raises(NemoKDError, match=r"alpha_end=0.2, but not the step: pass config=config.a"):
+        loss(schedule)
+    with pytest.raises(NemoKDError, match="config with temperature_end=2"):
+        loss(KDSchedule(support="topk", temperature_end=2.0))
+    torch.testing.assert_close(loss(schedule.at(1, 2)), loss(KDConfig(alpha=0.5)))
+    assert loss(KDSchedule(alpha=0.5)).equal(loss(KDConfig(alpha=0.5)))
 
 
 def test_the_others_refuse() -> None:
