@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -53,8 +53,7 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
         """Most ids per answer token."""
         fingerprint = self.stores[0].spec.tokenizer.get("fingerprint")
         if tokenizer is not None:
-            tokens = tokenizer.convert_ids_to_tokens(list(range(VocabularySize.of(tokenizer).ids)))
-            fingerprint = vocabulary_fingerprint(tokens)
+            check_tokenizer(self.stores, tokenizer)
         for store in self.stores:
             store.check(
                 tokenizer_fingerprint=fingerprint,
@@ -64,6 +63,13 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
             check_schedule(store, config)
         self._used = [_used(store, max_seq_length, over_long) for store in self.stores]
         self._ends = list(accumulate(map(len, self._used)))
+
+    @property
+    def longest(self) -> int:
+        """Most tokens of a sample."""
+        pairs = zip(self.stores, self._used, strict=True)
+        longest = max(int(store.lengths[used].max()) for store, used in pairs)
+        return longest if self.max_seq_length is None else min(longest, self.max_seq_length)
 
     @property
     def chat_template(self) -> Any:
@@ -87,6 +93,14 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
         return (
             sample if self.max_seq_length is None else truncate_prompt(sample, self.max_seq_length)
         )
+
+
+def check_tokenizer(stores: Iterable[Store], tokenizer: Any) -> None:
+    """Raise StoreError unless `tokenizer`, of transformers, is that of the stores."""
+    tokens = tokenizer.convert_ids_to_tokens(list(range(VocabularySize.of(tokenizer).ids)))
+    fingerprint = vocabulary_fingerprint(tokens)
+    for store in stores:
+        store.check(tokenizer_fingerprint=fingerprint)
 
 
 def _used(store: Store, max_seq_length: int | None, over_long: str) -> NDArray[np.int64]:

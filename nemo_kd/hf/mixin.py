@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.collator import TEACHER, StoreCollator, mean
+from nemo_kd.hf.dataset import StoreDataset, check_tokenizer
 from nemo_kd.loss import KDConfig
 from nemo_kd.loss.schedule import evaluation_config, training_config
 
@@ -38,7 +39,8 @@ class StoreLossMixin:
     distil all answer tokens whatever `top_entropy_fraction` is.
 
     Errors: NemoKDError on construction for another collator and for arguments that the loss
-    cannot follow; in the first step of several processes after an evaluation.
+    cannot follow; in the first step of several processes after an evaluation. StoreError on
+    construction if `processing_class` is another tokenizer than the stores'.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -47,6 +49,7 @@ class StoreLossMixin:
         self.label_names: list[str] = ["labels"]  # with adapters, Trainer does not find them
         self._sums = {"train": _Sums(), "eval": _Sums()}
         _check(self)
+        _check_data(self)
 
     def compute_loss(
         self,
@@ -147,3 +150,15 @@ def _check(trainer: Any) -> None:
             "so that tokens in short answers weigh more; set it to True",
             stacklevel=4,
         )
+
+
+def _check_data(trainer: Any) -> None:
+    """Compare the stores' tokenizer and the samples' lengths with the trainer's."""
+    from transformers import PreTrainedTokenizerBase
+
+    given = trainer.eval_dataset
+    evaluated = given.values() if isinstance(given, Mapping) else [given]
+    data = [one for one in (trainer.train_dataset, *evaluated) if isinstance(one, StoreDataset)]
+    if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+        stores = [*trainer.data_collator.stores, *(store for one in data for store in one.stores)]
+        check_tokenizer(stores, trainer.processing_class)

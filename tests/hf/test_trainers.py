@@ -15,6 +15,8 @@ import transformers
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
 from nemo_kd.loss import KDConfig, KDSchedule
+from nemo_kd.store import StoreError
+from nemo_kd.store.fingerprint import vocabulary_fingerprint
 from tests.checkpoints.models import tokenizer
 from tests.hf import steps
 from tests.hf.student import assert_gradients, expected, student, write_store
@@ -25,7 +27,14 @@ CONFIG = KDConfig(alpha=0.7, temperature=2.0)
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    return write_store(tmp_path / "store", [4, 1, 7, 2])
+    return write_store(tmp_path / "store", [4, 1, 7, 2], tokenizer=identity(tokenizer()))
+
+
+def identity(of: Any) -> dict[str, Any]:
+    """What a store records of a tokenizer."""
+    tokens = of.convert_ids_to_tokens(list(range(len(of))))
+    found = {"fingerprint": vocabulary_fingerprint(tokens)}
+    return {**found, "library": "huggingface", "path": None}
 
 
 def assert_one_step(result: dict[str, Any], store: Path) -> None:
@@ -210,6 +219,35 @@ def test_arguments_without_effect_are_refused(
         kind = pytest.importorskip("trl").SFTTrainer
     with pytest.raises(NemoKDError, match=message):
         trainer_of(kind, store, tmp_path, **arguments)
+
+
+def test_another_tokenizer_than_the_stores_is_refused(store: Path, tmp_path: Path) -> None:
+    class StoreTrainer(StoreLossMixin, transformers.Trainer):
+        pass
+
+    foreign = write_store(tmp_path / "foreign", [4])
+
+    def build(path: Path, given: Any, evaluated: Path | None = None) -> None:
+        data = StoreDataset(path, CONFIG)
+        StoreTrainer(
+            model=student(),
+            args=transformers.TrainingArguments(**steps.arguments(tmp_path)),
+            data_collator=StoreCollator(data),
+            train_dataset=torch.utils.data.Subset(data, [0]),
+            eval_dataset=evaluated and {"first": StoreDataset(evaluated, CONFIG)},
+            processing_class=given,
+        )
+
+    message = "tokenizer is 'aaaa.*dump again with the student's tokenizer"
+    with pytest.raises(StoreError, match=message):
+        StoreDataset(foreign, CONFIG, tokenizer=tokenizer())
+    with pytest.raises(StoreError, match=message):
+        build(foreign, tokenizer())
+    with pytest.raises(StoreError, match=message):
+        build(store, tokenizer(), evaluated=foreign)
+    build(store, tokenizer(), evaluated=store)
+    build(foreign, None)
+    build(foreign, transformers.WhisperFeatureExtractor())
 
 
 def test_other_losses_and_collators_are_refused(store: Path, tmp_path: Path) -> None:
