@@ -20,6 +20,8 @@ from nemo_kd.mcore.mix import changed
 from nemo_kd.teacher.processes import Launch
 
 FILE = "nemo_kd.json"
+STORE_ALPHA = "store_alpha"
+"""Setting of that file: the alpha of each store that has its own; absent in older files."""
 LATEST = "latest_checkpointed_iteration.txt"
 """Megatron's file in a directory with a checkpoint."""
 
@@ -36,12 +38,13 @@ def keep_settings(
     """Compare data and loss with those of the checkpoints in `load`; write them into `save`.
 
     Each rank calls it, before or after the process groups start. `allow`: names that may differ,
-    such as `seed` or `alpha`. `more`: further settings to compare, None where they are not used.
-    Checkpoints without the file are continued, and a line says so.
+    such as `seed`, `alpha` or `store_alpha`. `more`: further settings to compare, None where they
+    are not used. Checkpoints without the file are continued, and a line says so.
 
     Errors: NemoKDError, naming each difference.
     """
     loss = asdict(KDSchedule(**asdict(config)))
+    loss[STORE_ALPHA] = _store_alphas(data)
     settings = decode_json(canonical_json({**data.identity, **loss, **(more or {})}))
     is_first = Launch.of(os.environ).rank == 0
     if load is not None and Path(load, LATEST).is_file():
@@ -51,6 +54,13 @@ def keep_settings(
         publish(Path(save, FILE), canonical_json(settings))
 
 
+def _store_alphas(data: KDDataset) -> list[float | None] | None:
+    """Return each store's own alpha; None if all have that of the training."""
+    own = [facts.alpha for facts in data.facts]
+    alphas = [None if alpha is None else float(alpha) for alpha in own]
+    return None if all(alpha is None for alpha in alphas) else alphas
+
+
 def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_first: bool) -> None:
     if not (load / FILE).is_file():
         if is_first:
@@ -58,6 +68,10 @@ def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_fi
         return
     then = read_json(load / FILE)
     refused = [name for name in changed(then, settings) if name not in allow]
+    if STORE_ALPHA in refused and STORE_ALPHA not in then:  # written by an earlier version
+        refused.remove(STORE_ALPHA)
+        if is_first:
+            print(f"{load / FILE} has no {STORE_ALPHA}, so it was not compared", flush=True)
     if refused:
         named = "; ".join(
             f"{name}: {then.get(name)} in the checkpoint, {settings[name]} now" for name in refused

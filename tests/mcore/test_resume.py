@@ -1,0 +1,66 @@
+"""A resume compares data and loss with those of the checkpoints in the directory."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemo_kd.errors import NemoKDError
+from nemo_kd.loss import KDConfig
+from nemo_kd.mcore import KDDataset, Source
+from nemo_kd.mcore.resume import FILE, LATEST, keep_settings
+from nemo_kd.store import Store
+from tests.store.samples import sample, spec, write
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(write(tmp_path / "store", spec(), [sample(i, spec(), 3) for i in range(4)]))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """A directory that Megatron would resume from."""
+    directory = tmp_path / "run"
+    directory.mkdir()
+    (directory / LATEST).write_text("10")
+    return directory
+
+
+def keep(run: Path, store: Store, *alphas: float | None, resume: bool = True, **more: Any) -> None:
+    data = KDDataset([Source(store, alpha) for alpha in alphas], seq_length=127)
+    keep_settings(data, KDConfig(), save=run, load=run if resume else None, **more)
+
+
+def test_another_alpha_of_a_store_is_refused_by_name(run: Path, store: Store) -> None:
+    keep(run, store, 0.8, None, resume=False)
+    keep(run, store, 0.8, None)
+    for alphas in ((0.1, None), (0.8, 0.9), (None, None)):
+        with pytest.raises(NemoKDError, match=r"other settings: store_alpha: \[0.8, None\] in the"):
+            keep(run, store, *alphas)
+    keep(run, store, 0.1, None, allow=["store_alpha"])
+    keep(run, store, 0.1, None)
+
+
+def test_a_store_that_had_the_alpha_of_the_training_keeps_it(run: Path, store: Store) -> None:
+    keep(run, store, None, resume=False)
+    keep(run, store, None)
+    with pytest.raises(NemoKDError, match=r"store_alpha: None in the checkpoint, \[0.1\] now"):
+        keep(run, store, 0.1)
+
+
+def test_a_file_of_an_earlier_version_is_resumed(
+    run: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has no alpha of the stores."""
+    keep(run, store, 0.8, resume=False)
+    written = json.loads((run / FILE).read_text())
+    del written["store_alpha"]
+    (run / FILE).write_text(json.dumps(written))
+    keep(run, store, 0.1)
+    assert "has no store_alpha, so it was not compared" in capsys.readouterr().out
+    keep(run, store, 0.1)
+    assert not capsys.readouterr().out
