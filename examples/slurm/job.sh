@@ -13,13 +13,14 @@ export CUDA_DEVICE_MAX_CONNECTIONS=1 # Megatron requires it with tensor parallel
 # Seconds for the ranks to stop after the warning; less than those of --signal.
 GRACE=${GRACE:-240}
 
-# run PRODUCT SCRIPT [key=value ...]: run SCRIPT on all tasks; PRODUCT exists when it is complete.
+# run PRODUCT SCRIPT [key=value ...]: run SCRIPT on all tasks, which writes PRODUCT when complete.
 run() {
-    local product=$1 task status=0
+    local product=$1 task status=0 before
     local -a command
     launcher
     command+=("${@:2}" trainer.devices="$SLURM_NTASKS_PER_NODE" trainer.num_nodes="$SLURM_NNODES")
     echo "job $SLURM_JOB_ID, start $((${SLURM_RESTART_COUNT:-0} + 1)), $(date): ${command[*]}"
+    before=$(version "$product")
     stop_by=
     trap stop USR1
     "${command[@]}" &
@@ -29,12 +30,20 @@ run() {
     done
     if ! kill -0 "$task" 2>/dev/null; then
         wait "$task" || status=$?
-        # A run that was stopped also exits with 0: only its product shows that it is complete.
-        [[ $status == 0 && -e $product ]] && return 0
+        # A run that was stopped also exits with 0: only a product that it wrote itself shows that
+        # it is complete. An earlier run of fewer steps may have left one.
+        [[ $status == 0 && -e $product && (-z $stop_by || $(version "$product") != "$before") ]] &&
+            return 0
         [[ -z $stop_by ]] && return $((status ? status : 1))
     fi
     echo "not finished at the time limit: requeued"
     scontrol requeue "$SLURM_JOB_ID"
+}
+
+# version FILE: its inode and modification time; empty if there is none. They are only compared for
+# equality, because the clocks of nodes and file servers differ.
+version() {
+    [[ ! -e $1 ]] || stat --format='%i %y' "$1"
 }
 
 # Send SIGTERM to the ranks, not to this script: a dump completes its shard, a training its step.
