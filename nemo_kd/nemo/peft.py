@@ -40,7 +40,10 @@ def schemes_of(cfg: DictConfig) -> list[str]:
 
 
 def add_adapters(cfg: DictConfig, model: MegatronGPTSFTKDModel) -> None:
-    """Add the adapters of `model.peft`: new ones, or those of `model.peft.restore_from_path`."""
+    """Add the adapters of `model.peft`: new ones, or those of `model.peft.restore_from_path`.
+
+    Errors: NemoKDError for adapters of another model or layout.
+    """
     schemes = schemes_of(cfg)
     if not schemes:
         return
@@ -50,7 +53,16 @@ def add_adapters(cfg: DictConfig, model: MegatronGPTSFTKDModel) -> None:
 
     fit_adapters_to_megatron()
     configs = [PEFT_CONFIG_MAP[scheme](model.cfg) for scheme in schemes]
-    if cfg.model.peft.restore_from_path:
-        model.load_adapters(cfg.model.peft.restore_from_path, configs)
-    else:
+    path = cfg.model.peft.restore_from_path
+    if not path:
         model.add_adapter(configs)
+        return
+    try:
+        model.load_adapters(path, configs)
+    except (AssertionError, RuntimeError) as error:  # other names, or other shapes
+        reason = str(error).strip().splitlines()[-1:] or ["their weights have other names"]
+        raise NemoKDError(
+            f"model.peft.restore_from_path={path}: the adapters do not fit "
+            f"{cfg.model.restore_from_path} on these tensor and pipeline parallel sizes "
+            f"({reason[0].strip()}); use the model and the sizes of their training"
+        ) from error

@@ -20,6 +20,7 @@ from nemo_kd.nemo.data_settings import check_data_settings
 from nemo_kd.nemo.length import fit_length, refuse_part_epochs
 from nemo_kd.nemo.peft import add_adapters, schemes_of
 from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of
+from nemo_kd.nemo.restored_adapters import settle_adapters
 from nemo_kd.nemo.settings import training
 from nemo_kd.nemo.splits import Split, TrainSplit, splits_of
 from nemo_kd.nemo.template import settle_template
@@ -102,6 +103,13 @@ def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
 def evaluate(cfg: DictConfig) -> None:
     """Measure on `model.data.validation_ds.store`; print the results and write them to `output`."""
     check_settings(cfg)
+    peft = cfg.model.peft
+    if schemes_of(cfg) and not peft.restore_from_path:
+        raise NemoKDError(
+            f"model.peft.peft_scheme={peft.peft_scheme} without model.peft.restore_from_path would "
+            "measure new, untrained adapters: set it to the trained ones (a .nemo), or "
+            "model.peft.peft_scheme=none"
+        )
     if not cfg.model.data.validation_ds.store:
         raise StoreError("nothing to measure on: set model.data.validation_ds.store")
     files.check_files(cfg, [("output", files.output_file)])
@@ -126,10 +134,14 @@ def merge(cfg: DictConfig) -> None:
     """Add the LoRA adapters of `model.peft.restore_from_path` to the weights; save the model."""
     check_settings(cfg)
     peft = cfg.model.peft
-    if peft.peft_scheme != "lora" or not peft.restore_from_path:
+    if not peft.restore_from_path:
         raise NemoKDError(
-            "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo), and "
-            "model.peft.lora_tuning to the settings of their training"
+            "nothing to merge: set model.peft.restore_from_path to the adapters (a .nemo)"
+        )
+    if peft.peft_scheme != "lora":
+        raise NemoKDError(
+            f"model.peft.peft_scheme={peft.peft_scheme}: only the adapters of lora can be added "
+            "to the weights of a model; use the others as they are"
         )
     if not cfg.get("output"):
         raise NemoKDError("output must be given: the merged model, a .nemo")
@@ -158,8 +170,9 @@ def check_settings(cfg: DictConfig) -> None:
     check_data_settings(cfg.model.data)
     TrainSplit.of(cfg.model.data.train_ds).alphas(kd_training_config(cfg.model.kd))
     start.refuse(cfg)
-    schemes_of(cfg)
+    schemes = schemes_of(cfg)
     training.check_inputs(cfg)
+    settle_adapters(cfg, schemes)
     splits = splits_of(cfg.model.data)
     settle_template(cfg.model, {name: _stores(name, split) for name, split in splits.items()})
     training.check_templates(cfg)

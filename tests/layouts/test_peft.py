@@ -18,7 +18,11 @@ from tests.processes import run_script
 from tests.runs import LAYOUT, SPLIT, steps, validations
 
 pytestmark = pytest.mark.skipif(not has_adapters(), reason="this NeMo's model takes no adapters")
-LORA = ["model.peft.peft_scheme=lora", "model.peft.lora_tuning.adapter_dim=4"]
+LORA = [
+    "model.peft.peft_scheme=lora",
+    "model.peft.lora_tuning.adapter_dim=4",
+    "model.peft.lora_tuning.alpha=8",
+]
 ALL = "model.peft.lora_tuning.target_modules=[all]"
 
 
@@ -54,7 +58,7 @@ def test_lora_lowers_the_loss_and_its_file_gives_it_back(
         assert weights is not None
         names = list(torch.load(io.BytesIO(weights.read()), weights_only=False))
     assert names and all("adapter" in name for name in names)
-    adapted = [f"model.peft.restore_from_path={adapters}", *LORA, ALL]
+    adapted = ["model.peft.peft_scheme=lora", f"model.peft.restore_from_path={adapters}"]
     figures = evaluated(tiny / "student.nemo", dump(split="heldout"), tmp_path, *adapted)
     expected = validations(run)[-1]
     for name, value in figures.items():
@@ -95,8 +99,6 @@ def test_merged_it_is_a_plain_model_of_the_same_losses(
         f"model.peft.restore_from_path={run}/checkpoints/gpt_sft_kd.nemo",
         f"output={merged}",
         "trainer.precision=32",
-        *LORA,
-        ALL,
         *more,
         processes=processes,
         fork=False,  # as a user starts it

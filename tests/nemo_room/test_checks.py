@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -24,12 +26,17 @@ STARTS: dict[str, Callable[[DictConfig], None]] = {
     DUMP: teacher.run,
     GENERATE: teacher.run_generation,
 }
-ADAPTERS = "model.peft.restore_from_path=model.nemo"
+ADAPTERS = "model.peft.restore_from_path=adapters.nemo"
 
 
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "model.nemo").touch()
+    with tarfile.open(tmp_path / "adapters.nemo", "w") as archive:
+        text = b"peft: {peft_scheme: lora}"
+        member = tarfile.TarInfo("model_config.yaml")
+        member.size = len(text)
+        archive.addfile(member, io.BytesIO(text))
     (tmp_path / "store").mkdir()
     rows = [json.dumps({"input": "a", "output": "b"})]
     (tmp_path / "x.jsonl").write_text("\n".join(rows) + "\n")
@@ -74,6 +81,10 @@ SFT = "model.data.train_ds.file_names=[x.jsonl] model.kd.alpha=0"
             "x.jsonl exists already; remove it or choose",
         ),
         (MERGE, f"{ADAPTERS} output=store", "output: store exists already"),
+        (TRAIN, f"{SFT} {ADAPTERS}", "set model.peft.peft_scheme=lora"),
+        (EVALUATE, "model.peft.peft_scheme=lora", "would measure new, untrained adapters"),
+        (EVALUATE, ADAPTERS, "set model.peft.peft_scheme=lora"),
+        (MERGE, f"{ADAPTERS} model.peft.peft_scheme=ia3", "adapters.nemo are lora"),
         (MERGE, f"{ADAPTERS} output=x.jsonl/merged.nemo", "x.jsonl is a file"),
         (MERGE, "model.peft.restore_from_path=no.nemo", "no file of adapters at no.nemo"),
         (DUMP, "data.file_path=no.jsonl", "data.file_path: no SFT file at no.jsonl"),
