@@ -20,7 +20,7 @@ class KDConfig:
     """loss = (1 - alpha) · CE + alpha · T² · D(teacher, student) per token, in nats.
 
     Errors: NemoKDError on construction for unknown names, values out of range, settings that
-    exclude each other, and a divergence that would be infinite.
+    exclude each other or have no effect, and a divergence that would be infinite.
     """
 
     alpha: float | None = None
@@ -56,6 +56,7 @@ class KDConfig:
                     f"{name} is {getattr(self, name)}: expected a value in (0, 1). "
                     "At the limits use `forward_kl` or `reverse_kl`."
                 )
+        self._check_parameters()
         if not 0 < self.temperature <= MAX_TEMPERATURE:
             raise NemoKDError(
                 f"temperature is {self.temperature}: expected a value > 0 and at most "
@@ -93,6 +94,18 @@ class KDConfig:
                 continue
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise NemoKDError(f"{field.name} is {value!r}: expected a number")
+
+    def _check_parameters(self) -> None:
+        """Refuse a parameter of a divergence that was not selected."""
+        for name, default in (("beta", KDConfig.beta), ("skew", KDConfig.skew)):
+            value = getattr(self, name)
+            if value == default or DIVERGENCES[self.divergence].parameter == name:
+                continue
+            users = [each for each, found in DIVERGENCES.items() if found.parameter == name]
+            raise NemoKDError(
+                f"{name} is {value}, but divergence {self.divergence!r} has no {name}: set "
+                f"divergence to {' or '.join(users)}, or leave {name} at {default}"
+            )
 
     def _check_weights(self) -> None:
         explicit = {"sft_weight": self.sft_weight, "kd_weight": self.kd_weight}

@@ -43,7 +43,9 @@ def nonlinear_settings(config: KDConfig) -> tuple[str, ...]:
         if field.name not in ("alpha", "sft_weight", "kd_weight")
         and getattr(config, field.name) != field.default
     }
-    alone = (name for name, value in changed.items() if not _is_linear(KDConfig(**{name: value})))
+    # A divergence's parameter has no effect without it.
+    settings = {name: value for name, value in changed.items() if name not in ("beta", "skew")}
+    alone = (name for name, value in settings.items() if not _is_linear(KDConfig(**{name: value})))
     return tuple(alone) or tuple(changed)
 
 

@@ -48,6 +48,14 @@ class KDSchedule(KDConfig):
             )
         if self.scheduled:
             _ = self.end  # checks the final values
+            return
+        for name, default in (("schedule", KDSchedule.schedule), ("schedule_steps", None)):
+            value = getattr(self, name)
+            if value != default:
+                raise NemoKDError(
+                    f"{name} is {value!r}, but neither alpha nor temperature changes: set "
+                    f"alpha_end or temperature_end, or remove {name}"
+                )
 
     @property
     def scheduled(self) -> bool:
@@ -86,6 +94,8 @@ class KDSchedule(KDConfig):
             temperature=between(self.temperature, self.temperature_end),
             alpha_end=None,
             temperature_end=None,
+            schedule=KDSchedule.schedule,
+            schedule_steps=None,
         )
 
 

@@ -144,9 +144,16 @@ def without_index_builder() -> None:
 
 
 def settings(args: Namespace) -> KDSchedule:
-    """Return the settings of the loss."""
+    """Return the settings of the loss.
+
+    Errors: NemoKDError for values that it refuses.
+    """
     names = [field.name for field in fields(KDSchedule)]
-    return KDSchedule(**{name: getattr(args, f"kd_{name}") for name in names})
+    try:
+        return KDSchedule(**{name: getattr(args, f"kd_{name}") for name in names})
+    except NemoKDError as error:
+        name, _, rest = str(error).partition(" ")
+        raise NemoKDError(f"{option(name)} {rest}" if name in names else str(error)) from error
 
 
 def datasets_provider(

@@ -11,6 +11,7 @@ import torch
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import (
+    DIVERGENCES,
     KDConfig,
     KDSchedule,
     TopK,
@@ -160,11 +161,41 @@ def test_the_others_refuse() -> None:
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf: expected a value > 0 and at most 100"),
         ({"temperature": 101.0}, "temperature is 101.0: expected"),
+        (
+            {"beta": 0.3},
+            "beta is 0.3, but divergence 'forward_kl' has no beta: set divergence to jsd, or leave",
+        ),
+        (
+            {"divergence": "jsd", "skew": 0.2},
+            "skew is 0.2, but divergence 'jsd' has no skew: set divergence to skew_forward_kl or "
+            "skew_reverse_kl, or leave skew at 0.1",
+        ),
     ],
 )
 def test_the_configuration_refuses(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         KDConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"schedule": "cosine"}, "schedule is 'cosine', but neither alpha nor temperature changes"),
+        ({"schedule_steps": 8}, "schedule_steps is 8, but neither .* set alpha_end or temperature"),
+    ],
+)
+def test_a_schedule_of_nothing_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(NemoKDError, match=message):
+        KDSchedule(**settings)
+    ends = KDSchedule(alpha_end=0.5, **settings).end
+    assert (ends.alpha, ends.schedule, ends.schedule_steps) == (0.5, "linear", None)
+
+
+def test_a_parameter_is_accepted_with_each_divergence_that_has_it() -> None:
+    for name, divergence in DIVERGENCES.items():
+        given: dict[str, Any] = {p: 0.3 for p in [divergence.parameter] if p}
+        assert KDConfig(divergence=name, **given).divergence == name
+    KDConfig(beta=0.5, skew=0.1)  # the defaults
 
 
 def test_one_weight_given_leaves_the_other_at_1() -> None:
