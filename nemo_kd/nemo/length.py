@@ -40,6 +40,20 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
         _fit_checkpoints(cfg)
 
 
+def check_evaluation(cfg: DictConfig) -> None:
+    """Check that an evaluation measures at least a batch of every set.
+
+    Errors: NemoKDError if it does not.
+    """
+    refuse_part_epochs(cfg.trainer)
+    if not validates(cfg):
+        raise NemoKDError(
+            f"trainer.limit_val_batches={cfg.trainer.limit_val_batches} would measure nothing: set "
+            "a number of batches, or 1.0 for all of model.data.validation_ds"
+        )
+    _check_validation(cfg)
+
+
 def validates(cfg: DictConfig) -> bool:
     """Whether there is validation data, and validation is not turned off."""
     limit = cfg.trainer.get("limit_val_batches")
@@ -162,7 +176,7 @@ def _interval(given: Any, steps: int, epoch: int | None) -> int:
 
 
 def _check_validation(cfg: DictConfig) -> None:
-    """Require a batch from every set: without a validation, no checkpoint would be saved."""
+    """Require a batch from every set: without one, no checkpoint or result would be saved."""
     data, limit = cfg.model.data.validation_ds, cfg.trainer.get("limit_val_batches")
     split = Split.of(data)
     if split.packed_sequence:  # NeMo's own packed files

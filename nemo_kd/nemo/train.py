@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +18,7 @@ from nemo_kd.nemo.config import (
     kd_training_config,
 )
 from nemo_kd.nemo.data_settings import check_data_settings
-from nemo_kd.nemo.length import fit_length, refuse_part_epochs
+from nemo_kd.nemo.length import check_evaluation, fit_length, refuse_part_epochs
 from nemo_kd.nemo.peft import add_adapters, schemes_of
 from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of
 from nemo_kd.nemo.restored_adapters import settle_adapters
@@ -113,14 +114,11 @@ def evaluate(cfg: DictConfig) -> None:
     if not cfg.model.data.validation_ds.store:
         raise StoreError("nothing to measure on: set model.data.validation_ds.store")
     files.check_files(cfg, [("output", files.output_file)])
+    check_evaluation(cfg)
     _prepare(cfg)
     trainer = start.build_trainer(cfg)
     trainer.validate(_student(cfg, trainer), verbose=False)
-    results = {
-        name.removeprefix("val/"): float(value)
-        for name, value in trainer.callback_metrics.items()
-        if name.startswith("val/")
-    }
+    results = measured(trainer.callback_metrics, cfg.model.data.validation_ds.metric.name)
     if torch.distributed.get_rank() == 0:
         for name, value in sorted(results.items()):
             print(f"{name:40} {value:.4f}")
@@ -128,6 +126,28 @@ def evaluate(cfg: DictConfig) -> None:
             path = Path(cfg.output)
             path.parent.mkdir(parents=True, exist_ok=True)
             publish(path, json.dumps(results, indent=1) + "\n")
+
+
+def measured(logged: Mapping[str, Any], metric: str | None) -> dict[str, float]:
+    """Return the results of a validation: `NAME/...` of each set, and those of NeMo's `metric`.
+
+    Errors: NemoKDError if there are none.
+    """
+    prefixes = {"val/": "val/"}  # what a name begins with → the part that the results leave out
+    if metric not in (None, "loss"):
+        prefixes[f"validation_{metric}"] = "validation_"
+    results = {
+        name.removeprefix(prefix): float(value)
+        for name, value in logged.items()
+        for beginning, prefix in prefixes.items()
+        if name.startswith(beginning)
+    }
+    if not results:
+        raise NemoKDError(
+            "nothing was measured: no sample of model.data.validation_ds has an answer token; use "
+            "a store with answers (nemo-kd show STORE 0 prints a sample)"
+        )
+    return results
 
 
 def merge(cfg: DictConfig) -> None:

@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.length import fit_length, rows_of
+from nemo_kd.nemo.length import check_evaluation, fit_length, rows_of
 from nemo_kd.nemo.record import Progress
 from nemo_kd.sft import RowError
 from tests.conftest import ROOT
@@ -181,3 +181,28 @@ def test_what_would_train_or_validate_nothing_is_refused(
 ) -> None:
     with pytest.raises(NemoKDError, match=message):
         fitted(directory, validation_ds__store=str(directory), **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"validation_ds__drop_last": True}, "gives no validation batch: 10 samples"),
+        ({"limit_val_batches": 0}, "trainer.limit_val_batches=0 would measure nothing"),
+        ({"limit_val_batches": 0.0}, "trainer.limit_val_batches=0.0 would measure nothing"),
+        ({"limit_val_batches": 0.1}, "is less than one"),
+        ({"fast_dev_run": True}, "trainer.fast_dev_run"),
+    ],
+)
+def test_an_evaluation_of_nothing_is_refused(
+    directory: Path, changes: dict[str, Any], message: str
+) -> None:
+    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.model.data.validation_ds.store = str(directory)
+    check_evaluation(cfg)
+    for key, value in changes.items():
+        block = "model.data" if "__" in key else "trainer"
+        OmegaConf.update(cfg, f"{block}.{key.replace('__', '.')}", value, force_add=True)
+    with pytest.raises(NemoKDError) as caught:
+        check_evaluation(cfg)
+    assert message in str(caught.value)
