@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from omegaconf import DictConfig, open_dict
+from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
@@ -38,6 +38,7 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
         trainer.limit_val_batches = 0
     if cfg.get("exp_manager") is not None:
         _fit_checkpoints(cfg)
+        _fit_early_stopping(cfg)
 
 
 def check_evaluation(cfg: DictConfig) -> None:
@@ -215,3 +216,16 @@ def _fit_checkpoints(cfg: DictConfig) -> None:
         if not own:
             checkpoints.every_n_epochs = 0
             checkpoints.every_n_train_steps = cfg.trainer.val_check_interval
+
+
+def _fit_early_stopping(cfg: DictConfig) -> None:
+    """Check after each validation; at `val_check_interval=1` Lightning would at an epoch's end."""
+    if not cfg.exp_manager.get("create_early_stopping_callback"):
+        return
+    if not validates(cfg):
+        say(
+            "exp_manager.create_early_stopping_callback=true has no effect: the run has no "
+            "validation; set model.data.validation_ds.store, and trainer.limit_val_batches above 0"
+        )
+    key = "exp_manager.early_stopping_callback_params.check_on_train_epoch_end"
+    OmegaConf.update(cfg, key, False, force_add=True)

@@ -25,6 +25,7 @@ from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.visible import visible
 
 CHECKPOINT_KEY = "nemo_kd"
+STOPPED_EARLY = "stopped_early"
 DATA_KEY, STEPS_KEY = STORES, STEPS
 """Keys of the model's configuration in which a `.nemo` records its own training."""
 Origin = dict[str, str]
@@ -37,6 +38,8 @@ class Progress:
 
     step: int = 0
     consumed_samples: int = 0
+    stopped_early: str = ""
+    """Why early stopping ended the run; "" if it did not."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,16 @@ def read(checkpoint: str) -> tuple[Progress, Record]:
     consumed = mine.get("consumed_samples", _named(checkpoint, "consumed_samples"))
     names = {field.name for field in dataclasses.fields(Record)}
     record = Record(**{name: value for name, value in mine.items() if name in names})
-    return Progress(step, int(consumed)), record
+    stopped = mine.get(STOPPED_EARLY, _out_of_patience(kept.get("callbacks") or {}))
+    return Progress(step, int(consumed), stopped), record
+
+
+def _out_of_patience(callbacks: dict[str, Any]) -> str:
+    """Return why early stopping ended the run of an older checkpoint, from Lightning's state."""
+    for name, state in callbacks.items():
+        if name.startswith("EarlyStopping") and 0 < state["wait_count"] >= state["patience"]:
+            return f"no improvement in the last {state['wait_count']} validations"
+    return ""
 
 
 def _without_weights(path: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_sampler
 from nemo.core.optim import lr_scheduler
 from omegaconf import open_dict
 
-from nemo_kd.nemo.record import CHECKPOINT_KEY, STEPS_KEY, Record
+from nemo_kd.nemo.early_stopping import keep_patience, stop_reason
+from nemo_kd.nemo.record import CHECKPOINT_KEY, STEPS_KEY, STOPPED_EARLY, Record
 
 SCHEDULE_PROGRESS = ("last_epoch", "_step_count")
 GROUP_STATE = ("params", "step")
@@ -55,6 +56,7 @@ class RunKeeper(Callback):
         checkpoint[CHECKPOINT_KEY] = {
             **dataclasses.asdict(self.record),
             "consumed_samples": pl_module.compute_consumed_samples(done),
+            STOPPED_EARLY: stop_reason(trainer),
         }
 
     def on_load_checkpoint(
@@ -62,6 +64,7 @@ class RunKeeper(Callback):
     ) -> None:
         _continue_epoch(checkpoint)
         _count_last_batch(checkpoint)
+        keep_patience(trainer, checkpoint)
         if not all(is_planned(config.scheduler) for config in trainer.lr_scheduler_configs):
             return
         states = checkpoint["lr_schedulers"] or [{"last_epoch": checkpoint["global_step"]}]

@@ -16,6 +16,7 @@ from nemo_kd.nemo.resumed_settings import (
     Settings,
     changes,
     check_allowed,
+    matches,
     refuse,
 )
 from nemo_kd.nemo.run_directory import RunDirectory
@@ -57,7 +58,7 @@ def resume(
     now: Record,
     raw: Settings,
 ) -> bool:
-    """Compare a checkpoint's run with this one; False if all steps are trained and saved.
+    """Compare a checkpoint's run with this one; False if it has ended and is saved.
 
     Errors: NemoKDError for changed settings and data that are not allowed (`refuse`), and for a run
     that would end before its checkpoint.
@@ -82,6 +83,8 @@ def resume(
             f"train longer; {NEW_RUN}"
         )
         return False
+    if done.stopped_early and _would_stop_early(cfg, changed):
+        return _stopped_early(cfg, directory, done)
     say(f"resuming at step {done.step} of {steps} from {at}")
     if changed:
         say("with new settings: " + "; ".join(map(str, changed)))
@@ -91,6 +94,36 @@ def resume(
             f"schedules are those of a run of {steps} steps"
         )
     return True
+
+
+EARLY_STOPPING = (
+    "exp_manager.create_early_stopping_callback",
+    "exp_manager.early_stopping_callback_params",
+)
+
+
+def _would_stop_early(cfg: DictConfig, changed: list[Change]) -> bool:
+    """Whether early stopping is on, with the settings with which it ended the run."""
+    on = cfg.exp_manager.get("create_early_stopping_callback")
+    return bool(on) and not any(matches(change.key, EARLY_STOPPING) for change in changed)
+
+
+def _stopped_early(cfg: DictConfig, directory: RunDirectory, done: Progress) -> bool:
+    """As `resume`, for a run that early stopping has ended."""
+    at, steps = directory.checkpoint, cfg.trainer.max_steps
+    ended = f"early stopping ended the run at step {done.step} of {steps} ({done.stopped_early})"
+    if not _is_written(directory, done.step):
+        say(f"{ended}: writing {directory.student} from {at}")
+        cfg.trainer.max_steps = done.step
+        return True
+    student = f"the student is {directory.student}" if directory.student else f"in {at}"
+    say(
+        f"nothing to train: {ended}, {student}. To train on, set "
+        f"exp_manager.create_early_stopping_callback=false or a larger "
+        f"exp_manager.early_stopping_callback_params.patience, with resume.allow=[exp_manager]; "
+        f"{NEW_RUN}"
+    )
+    return False
 
 
 def _compare(

@@ -20,7 +20,7 @@ from nemo_kd.nemo.config import (
 from nemo_kd.nemo.data_settings import check_data_settings
 from nemo_kd.nemo.length import check_evaluation, fit_length, refuse_part_epochs
 from nemo_kd.nemo.peft import add_adapters, schemes_of
-from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of
+from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of, say
 from nemo_kd.nemo.restored_adapters import settle_adapters
 from nemo_kd.nemo.settings import training
 from nemo_kd.nemo.splits import Split, TrainSplit, splits_of
@@ -65,6 +65,7 @@ def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory |
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
 
+    from nemo_kd.nemo.early_stopping import MonitorCheck, stop_reason
     from nemo_kd.nemo.metrics import StepMetrics
     from nemo_kd.nemo.resume import RunKeeper, note_steps
 
@@ -75,7 +76,7 @@ def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory |
     if log_dir is not None and done and is_global_rank_zero():
         run_directory.keep_metrics(Path(log_dir), done)
     file = None if log_dir is None else Path(log_dir) / run_directory.METRICS
-    trainer.callbacks.insert(0, StepMetrics(file))
+    trainer.callbacks[:0] = [StepMetrics(file), MonitorCheck()]
     if not torch.cuda.is_available():
         _stop_on_sigterm(cfg, trainer)
     with open_dict(cfg):
@@ -84,6 +85,8 @@ def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory |
     # To resume, Megatron-core 0.14 creates only objects of registered classes.
     with unpickles():
         trainer.fit(model)
+    if reason := stop_reason(trainer):
+        say(f"stopped early at step {trainer.global_step} of {trainer.max_steps}: {reason}")
     student = directory.student if directory is not None else None
     if student and done == trainer.max_steps:  # Lightning does not call NeMo's on_train_end
         note_steps(trainer, model)

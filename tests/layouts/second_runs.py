@@ -85,6 +85,27 @@ def trained_on_files(rows: Path, directory: Path) -> None:
     edit(last(directory), change)
 
 
+STOPPED = {"wait_count": 2, "patience": 2, "stopped_epoch": 0, "best_score": torch.tensor(1.0)}
+
+
+def stopped_early(directory: Path, *, recorded: bool = True) -> None:
+    """As if the run had had 40 steps and early stopping had ended it at step 6.
+
+    `recorded`: by this package; otherwise only in Lightning's state of the callback.
+    """
+
+    def change(common: dict[str, Any]) -> None:
+        kept = common["nemo_kd"]
+        kept["max_steps"] = 40
+        kept["settings"]["exp_manager"]["create_early_stopping_callback"] = True
+        kept.pop("stopped_early")
+        if recorded:
+            kept["stopped_early"] = "val_loss is nan"
+        common["callbacks"]["EarlyStopping{'monitor': 'val_loss', 'mode': 'min'}"] = STOPPED
+
+    edit(last(directory), change)
+
+
 def main(source: Path, work: Path, out: Path, overrides: list[str]) -> None:
     results: dict[str, Any] = {}
 
@@ -119,6 +140,11 @@ def main(source: Path, work: Path, out: Path, overrides: list[str]) -> None:
         case(name, *files_alone, "model.kd.alpha=0", *more, prepare=trained)
     case("two_last", prepare=earlier_beside_it)
     case("older", prepare=lambda copy: edit(last(copy), lambda common: common.pop("nemo_kd")))
+    early = ["exp_manager.create_early_stopping_callback=true", "trainer.max_steps=40"]
+    patience = "exp_manager.early_stopping_callback_params.patience=20"
+    case("stopped_early", *early, prepare=stopped_early)
+    case("stopped_earlier", *early, prepare=partial(stopped_early, recorded=False))
+    case("more_patience", *early, patience, prepare=stopped_early)
     # NeMo's own names for a directory.
     shutil.copytree(source, work / "here/nemo_experiments/gpt_sft_kd")
     os.chdir(work / "here")

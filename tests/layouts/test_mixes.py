@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -87,11 +88,12 @@ def test_a_killed_mix_goes_on_exactly_and_refuses_another_file(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", ["one", "pp2"])
-def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(train: Run, layout: str) -> None:
+def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(
+    train: Run, dump: Run, tiny: Path, tmp_path: Path, layout: str
+) -> None:
     """No improvement is large enough: the second validation is the last."""
     params = "exp_manager.checkpoint_callback_params"
-    run = train(
-        layout,
+    early = [
         "trainer.max_steps=40",
         "trainer.val_check_interval=2",
         "exp_manager.create_early_stopping_callback=true",
@@ -99,11 +101,42 @@ def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(train: Run, layou
         "exp_manager.early_stopping_callback_params.min_delta=100",
         "exp_manager.early_stopping_callback_params.patience=1",
         f"{params}.monitor=val/heldout/kd_loss",
-    )
+    ]
+    run = train(layout, *early)
     assert [line["step"] for line in steps(run)] == [1, 2, 3, 4]
+    assert (
+        "stopped early at step 4 of 40: val/heldout/kd_loss did not improve on "
+        in (run / "stderr.txt").read_text()
+    )
     best = min(validations(run), key=lambda line: line["val/heldout/kd_loss"])
     assert list((run / "checkpoints").glob(f"*-step={best['step']}-*"))
     assert len({line["step"] for line in validations(run)}) == 2
+    copy = tmp_path / "copy"
+    shutil.copytree(run, copy)
+    processes, overrides = LAYOUTS[layout]
+    again = [*train_overrides(tiny, dump(), dump(split="heldout"), copy), *overrides, *early]
+    done = run_script("train_gpt_sft_kd.py", *again, processes=processes)
+    assert "nothing to train: early stopping ended the run at step 4 of 40" in done.stderr
+    assert steps(copy) == steps(run)
+    more = ["exp_manager.early_stopping_callback_params.patience=3", "resume.allow=[exp_manager]"]
+    done = run_script("train_gpt_sft_kd.py", *again, *more, processes=processes)
+    assert "stopped early at step 8 of 40" in done.stderr and "3 validations" in done.stderr
+    assert [line["step"] for line in steps(copy)] == list(range(1, 9))
+
+
+def test_a_monitor_that_does_not_exist_is_refused(tiny: Path, dump: Run, tmp_path: Path) -> None:
+    """At the first validation, before a checkpoint: NeMo would train to the end of the run."""
+    message = error_of(
+        "train_gpt_sft_kd.py",
+        *train_overrides(tiny, dump(), dump(split="heldout"), tmp_path),
+        "trainer.val_check_interval=1",
+        "exp_manager.create_early_stopping_callback=true",
+        "exp_manager.early_stopping_callback_params.monitor=val/held/kd_loss",
+    )
+    assert "early_stopping_callback_params.monitor=val/held/kd_loss is not a metric" in message
+    assert "val/heldout/kd_loss, " in message and "val_loss, validation_loss" in message
+    assert [line["step"] for line in metrics(tmp_path)] == [1, 1]
+    assert not list((tmp_path / "checkpoints").glob("*"))
 
 
 @pytest.mark.slow

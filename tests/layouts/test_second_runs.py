@@ -57,6 +57,27 @@ def test_a_run_that_is_over_says_so(cases: Cases, name: str) -> None:
     assert f"checkpoints/{student}; for transformers: nemo-kd export " in case["said"][-1]
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("stopped_early", "val_loss is nan"),
+        ("stopped_earlier", "no improvement in the last 2 validations"),
+    ],
+)
+def test_a_run_that_early_stopping_ended_is_over(cases: Cases, name: str, reason: str) -> None:
+    case = cases[name]
+    assert case["error"] is None
+    (line,) = [one for one in case["said"] if "nothing to train" in one]
+    assert f"early stopping ended the run at step 6 of 40 ({reason})" in line
+    assert "exp_manager.create_early_stopping_callback=false" in line
+    assert "resume.allow=[exp_manager]" in line and "checkpoints/gpt_sft_kd.nemo" in line
+
+
+def test_other_settings_of_early_stopping_must_be_allowed(cases: Cases) -> None:
+    error = cases["more_patience"]["error"]
+    assert "early_stopping_callback_params.patience: 10 in the checkpoint, 20 now" in error
+
+
 def test_a_checkpoint_without_settings_is_not_compared_and_says_so(cases: Cases) -> None:
     assert any("were not compared" in line for line in cases["older"]["said"])
     assert not any("were not compared" in line for line in cases["same"]["said"])

@@ -206,3 +206,20 @@ def test_an_evaluation_of_nothing_is_refused(
     with pytest.raises(NemoKDError) as caught:
         check_evaluation(cfg)
     assert message in str(caught.value)
+
+
+def test_early_stopping_follows_each_validation_and_says_if_there_is_none(
+    directory: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Lightning takes a validation after every step for one at the end of every epoch."""
+    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.exp_manager.create_early_stopping_callback = True
+    cfg.trainer.val_check_interval = 1
+    cfg.model.data.train_ds.store = cfg.model.data.validation_ds.store = str(directory)
+    fit_length(cfg, Progress())
+    assert cfg.exp_manager.early_stopping_callback_params.check_on_train_epoch_end is False
+    assert "early_stopping" not in capsys.readouterr().err
+    cfg.model.data.validation_ds.store = None
+    fit_length(cfg, Progress())
+    assert "create_early_stopping_callback=true has no effect" in capsys.readouterr().err
