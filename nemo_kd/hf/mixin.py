@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ class StoreLossMixin:
 
     Errors: NemoKDError on construction for another collator and for arguments that the loss
     cannot follow; in the first step of several processes after an evaluation. StoreError on
-    construction if `processing_class` is another tokenizer than the stores'.
+    construction if `processing_class` is another tokenizer than the one the stores record.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -161,4 +161,20 @@ def _check_data(trainer: Any) -> None:
     data = [one for one in (trainer.train_dataset, *evaluated) if isinstance(one, StoreDataset)]
     if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         stores = [*trainer.data_collator.stores, *(store for one in data for store in one.stores)]
-        check_tokenizer(stores, trainer.processing_class)
+        known = [store for store in stores if store.spec.tokenizer.get("fingerprint") is not None]
+        check_tokenizer(known, trainer.processing_class)
+    _warn_of_max_length(getattr(trainer.args, "max_length", None), data)
+
+
+def _warn_of_max_length(max_length: int | None, data: Sequence[StoreDataset]) -> None:
+    """Warn of longer samples than TRL's `max_length`, which limits only rows that it prepares."""
+    if max_length is None:
+        return
+    longest = max((one.longest for one in data), default=0)
+    if longest > max_length:
+        warnings.warn(
+            f"max_length={max_length} has no effect, and the longest sample has {longest} tokens: "
+            f"give StoreDataset max_seq_length={max_length} and over_long='truncate' or 'drop', or "
+            "set max_length=None",
+            stacklevel=4,
+        )

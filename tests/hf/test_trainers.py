@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -101,9 +102,16 @@ def test_two_processes_make_the_step_of_one(store: Path, tmp_path: Path) -> None
         assert result["eval"]["eval_loss"] == pytest.approx(wanted, rel=1e-6)
 
 
-def trainer_of(kind: type, store: Path, directory: Path, model: Any = None, **more: Any) -> Any:
+def trainer_of(
+    kind: type,
+    store: Path,
+    directory: Path,
+    model: Any = None,
+    data: StoreDataset | None = None,
+    **more: Any,
+) -> Any:
     """A trainer of class `kind` with the loss of `store`; `more` are its arguments."""
-    data = StoreDataset(store, CONFIG)
+    data = data or StoreDataset(store, CONFIG)
     arguments = transformers.TrainingArguments
     if kind is not transformers.Trainer:
         arguments = importlib.import_module("trl").SFTConfig
@@ -131,16 +139,35 @@ def result_of(trainer: Any) -> dict[str, Any]:
 
 def test_trls_trainer_makes_the_same_step(store: Path, tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
-    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    batches: dict[str, Any] = {
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
     assert_one_step(result_of(trainer_of(trl.SFTTrainer, store, tmp_path, **batches)), store)
+
+
+def test_trls_max_length_is_warned_of_where_it_would_truncate(store: Path, tmp_path: Path) -> None:
+    """Samples have 6, 4, 11 and 7 tokens."""
+    trl = pytest.importorskip("trl")
+    message = "max_length=10 has no effect, and the longest sample has 11 tokens: give StoreDataset"
+    with pytest.warns(UserWarning, match=message):
+        trainer_of(trl.SFTTrainer, store, tmp_path, max_length=10)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "max_length")
+        trainer_of(trl.SFTTrainer, store, tmp_path, max_length=11)
+        trainer_of(trl.SFTTrainer, store, tmp_path, max_length=None)
+        data = StoreDataset(store, CONFIG, max_seq_length=10, over_long="truncate")
+        assert data.longest == 10
+        assert StoreDataset(store, CONFIG, max_seq_length=8, over_long="drop").longest == 7
+        trainer_of(trl.SFTTrainer, store, tmp_path, data=data, max_length=10)
 
 
 def test_adapters_learn_and_the_rest_stays(store: Path, tmp_path: Path) -> None:
     """New adapters change nothing: the first loss is the student's; later ones are below it."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(student(), config)
-    rate = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 1e-2}
-    batch = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
+    rate: dict[str, Any] = {"max_steps": 20, "optim": "adamw_torch", "learning_rate": 1e-2}
+    batch: dict[str, Any] = {"per_device_train_batch_size": 4, "per_device_eval_batch_size": 4}
     trainer = trainer_of(transformers.Trainer, store, tmp_path, model, **rate, **batch)
     value, _ = expected(CONFIG, store)
     assert trainer.evaluate()["eval_loss"] == pytest.approx(value, rel=1e-6)
@@ -247,6 +274,7 @@ def test_another_tokenizer_than_the_stores_is_refused(store: Path, tmp_path: Pat
         build(store, tokenizer(), evaluated=foreign)
     build(store, tokenizer(), evaluated=store)
     build(foreign, None)
+    build(write_store(tmp_path / "unknown", [4], tokenizer={"path": None}), tokenizer())
     build(foreign, transformers.WhisperFeatureExtractor())
 
 
