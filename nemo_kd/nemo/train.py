@@ -18,7 +18,7 @@ from nemo_kd.nemo.config import (
     kd_training_config,
 )
 from nemo_kd.nemo.data_settings import check_data_settings
-from nemo_kd.nemo.length import check_evaluation, fit_length, refuse_part_epochs
+from nemo_kd.nemo.length import check_evaluation, fit_length, refuse_part_epochs, validates
 from nemo_kd.nemo.peft import add_adapters, schemes_of
 from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of, say
 from nemo_kd.nemo.restored_adapters import settle_adapters
@@ -56,8 +56,25 @@ def run(cfg: DictConfig) -> None:
         elif not start_of_run.resume(cfg, directory, done, then, record, raw):
             end_of_run.say_where(cfg, directory.student or directory.checkpoint, directory)
             return
+    if notice := alpha_of_validation(cfg):
+        say(notice)
     trainer = _train(cfg, record, done.step, directory)
     end_of_run.say_where(cfg, end_of_run.written(trainer, directory), directory)
+
+
+def alpha_of_validation(cfg: DictConfig) -> str:
+    """Return a notice if `validation_loss` weights a store differently than the training; or ""."""
+    kd = kd_training_config(cfg.model.kd)
+    alpha = round(kd.end.weights[1], 9)  # an end of 0.1 is computed as 0.09999999999999998
+    given = TrainSplit.of(cfg.model.data.train_ds).alphas(kd)
+    if not validates(cfg) or all(one in (None, alpha) for one in given):
+        return ""
+    shown = ",".join("null" if one is None else str(one) for one in given)
+    return (
+        f"validation_loss has alpha={alpha}, that of model.kd, for every validation set, not "
+        f"model.data.train_ds.alpha=[{shown}]; val/NAME/sft_loss and val/NAME/kd_loss depend on "
+        "neither"
+    )
 
 
 def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory | None) -> Trainer:
