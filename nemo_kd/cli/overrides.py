@@ -35,7 +35,9 @@ PATHS = {
     "url",
 }
 PATH_LISTS = {"store", "file_names"}
-TEXTS = {"prompt_template", "pattern", "label_key", "truncation_field"}
+TEXTS = {"prompt_template", "label_key", "truncation_field"}
+LITERAL = {"pattern"}
+"""Regular expressions: their backslashes, brackets and commas are never Hydra's."""
 
 
 def accept_every_spelling(arguments: list[str]) -> list[str]:
@@ -89,13 +91,19 @@ def given_keys() -> set[str]:
 
 
 def readable(key: str, value: str) -> str:
-    """Return the value, quoted if Hydra would otherwise not parse it as the literal text."""
+    """Return the value, quoted if Hydra would otherwise not parse it as the literal text.
+
+    A path or text whose special characters are all escaped for Hydra stays unquoted, unless a
+    file of that name exists; a prompt template with plain braces is therefore always quoted.
+    """
     name = key.rpartition(".")[2]
     is_path = name in PATHS or name in PATH_LISTS
     if is_path and value.startswith("~/"):
         value = os.path.expanduser(value)
     if not value or value in ("null", "???") or _is_quoted(value) or "${" in value:
         return value
+    if name in LITERAL or (is_path and "\\" in value and os.path.exists(value)):
+        return quoted(value)
     if value.startswith("[") and value.endswith("]"):
         return value if _parses(value) else _quoted_list(value)
     is_text = name in PATHS or name in TEXTS or (name in PATH_LISTS and _is_one_path(value))

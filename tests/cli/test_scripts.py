@@ -67,6 +67,36 @@ def test_values_that_hydra_does_not_read_are_quoted(argument: str, value: object
     assert value_of(argument) == value
 
 
+PATTERNS = [
+    r"\(\d+\)",
+    r"\[\d+\]",
+    r"\\boxed\{",
+    r"^\{",
+    r"\d+",
+    r"C\+\+\, x\: y\\",
+    "[0-9]",
+    "[a-c,]+[x]",
+    "{2}",
+    "true",
+    r"it's \'",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_a_regular_expression_is_read_as_it_is_written(pattern: str) -> None:
+    assert value_of(f"generation.filter.pattern={pattern}") == pattern
+    assert value_of(r"generation.filter.pattern='\d\('") == r"\d\("  # quoted by the user
+
+
+def test_paths_and_templates_may_be_escaped_for_hydra(tmp_path: Path) -> None:
+    assert value_of(r"data.prompt_template=Q\: \{input\} \{output\}") == "Q: {input} {output}"
+    assert value_of(r"data.prompt_template=Q\: {input} {output}") == r"Q\: {input} {output}"
+    path = str(tmp_path / r"a\,b.jsonl")
+    assert value_of(f"data.file_path={path}") == path.replace("\\", "")
+    Path(path).touch()
+    assert value_of(f"data.file_path={path}") == path
+
+
 def test_a_path_with_a_comma_is_one_where_it_exists(tmp_path: Path) -> None:
     store = tmp_path / "a,b"
     assert "'" not in accept_every_spelling([f"model.data.train_ds.store={store}"])[0]
