@@ -1,7 +1,7 @@
 """Conversations of SFT rows in OpenAI's shape, whatever shape the row has.
 
-`messages` is OpenAI's: role, content, tool_calls. `conversations` is NeMo's, with system and mask
-beside it, or ShareGPT's. Chat templates get the content as text, the arguments of tool calls as
+`messages` is OpenAI's: role, content, tool_calls; `system` may be beside it, as in Anthropic's.
+`conversations` is NeMo's, with system and mask beside it, or ShareGPT's. Chat templates get the content as text, the arguments of tool calls as
 objects, no null values, and all other keys as in the row.
 """
 
@@ -52,26 +52,44 @@ class Conversation:
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
-def conversation_of(row: Any) -> Conversation:
-    """Read the conversation of a row.
+def conversation_of(row: Any, key: str | None = None) -> Conversation:
+    """Read the conversation of a row: that of `key` (`messages` or `conversations`) if it is given.
 
-    Raises RowError, naming the message but neither file nor row.
+    Otherwise `messages` comes first. Raises RowError, naming the message but neither file nor row.
     """
     if not isinstance(row, Mapping):
         raise RowError(f"a JSON {type(row).__name__}: expected an object with messages")
     if row.get("functions"):
         raise RowError("functions are an old form of tools; write tools and tool_calls")
-    if row.get("messages") is not None:
-        turns = _list(row["messages"], "messages")
-    elif row.get("conversations") is not None:
-        turns = _turns(row)
-    else:
-        raise RowError(f"no messages or conversations; the row has {sorted(map(str, row))}")
+    keys = ("messages", "conversations") if key is None else (key,)
+    found = next((each for each in keys if row.get(each) is not None), None)
+    if found is None:
+        meant = f", which data.format={key} reads" if key else ""
+        raise RowError(f"no {' or '.join(keys)}{meant}; the row has {sorted(map(str, row))}")
+    turns = _list(row[found], found) if found == "messages" else _turns(row)
     if not turns:
         raise RowError("the conversation is empty; remove the row")
+    turns = _with_system(turns, row.get("system"))
     messages = [_message(turn, i) for i, turn in enumerate(turns)]
     weights = [_weight(message.pop("weight", None), i) for i, message in enumerate(messages)]
     return Conversation(messages, _tools(row.get("tools")), weights)
+
+
+def _with_system(turns: list[Any], system: Any) -> list[Any]:
+    """Put a row's `system` before its messages, unless they begin with the same text."""
+    if system is not None and not isinstance(system, str):
+        raise RowError(f"system is {system!r:.60}: expected a string")
+    if not system:
+        return turns
+    first = turns[0] if isinstance(turns[0], Mapping) else {}
+    if first.get("role") not in ("system", "developer"):
+        return [{"role": "system", "content": system}, *turns]
+    if _content(dict(first), "message 0") != system:
+        raise RowError(
+            f"system is {system!r:.60}, but message 0 ({first['role']}) is "
+            f"{first.get('content')!r:.60}; remove one of them"
+        )
+    return turns
 
 
 def _message(turn: Any, number: int) -> Message:
@@ -186,11 +204,7 @@ def _turns(row: Mapping[str, Any]) -> list[Message]:
     if mask is not None and _role(mask, "mask") != "user":
         raise RowError(f"mask {mask!r:.60}: a chat template learns what the assistant says")
     turns = _list(row["conversations"], "conversations")
-    messages = [_turn(turn, f"message {i}") for i, turn in enumerate(turns)]
-    system = row.get("system")
-    if system is not None and not isinstance(system, str):
-        raise RowError(f"system is {system!r:.60}: expected a string")
-    return [{"role": "system", "content": system}, *messages] if system else messages
+    return [_turn(turn, f"message {i}") for i, turn in enumerate(turns)]
 
 
 def _turn(turn: Any, where: str) -> Message:

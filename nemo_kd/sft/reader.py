@@ -71,7 +71,8 @@ def open_rows(
     if found.reader == "nemo" and found.format == CONVERSATIONS:
         encoder = _nemos(nemos)(found, model)
     else:
-        encoder, text = _encoder(found, model, say)
+        key = found.format if config.format != "auto" else None
+        encoder, text = _encoder(found, model, say, key)
     template = recorded(found, model, text)
     return SFTRows(file, encoder, model.max_seq_length, template, verbatim, model.tokenizer)
 
@@ -142,9 +143,12 @@ def _format(config: RowConfig, row: Mapping[str, Any]) -> str:
 
 
 def _encoder(
-    config: RowConfig, model: Model, say: Callable[[str], None]
+    config: RowConfig, model: Model, say: Callable[[str], None], key: str | None
 ) -> tuple[Encoder, Template | None]:
-    """Return the encoder of a format, and the chat template that it uses, as recorded."""
+    """Return the encoder of a format, and the chat template that it uses, as recorded.
+
+    `key`: the only key of conversations to read; None reads either.
+    """
     if config.format == PROMPT:
         return PromptEncoder(prompt_template(config, model), model.answer_only_loss), None
     if config.format == TEXT:
@@ -153,7 +157,7 @@ def _encoder(
         "nemo" if config.format == CONVERSATIONS else "tokenizer"
     )
     if template_name == "nemo":
-        return _nemo_turns(config, model), "nemo"
+        return _nemo_turns(config, model, key), "nemo"
     template = chosen_template(template_name, model.tokenizer)
     chat = ChatTemplate(
         tokenizer=model.tokenizer,
@@ -166,7 +170,7 @@ def _encoder(
         truncate_at=config.truncate_at,
         say=say,
     )
-    return _Chat(chat), template
+    return _Chat(chat, key), template
 
 
 def prompt_template(config: RowConfig, model: Model) -> PromptTemplate:
@@ -236,12 +240,14 @@ class _Chat:
     """Encoder of `messages` or `conversations` by a chat template."""
 
     chat: ChatTemplate
+    key: str | None
+    """The only key to read; None: `messages`, else `conversations`."""
 
     def __call__(self, row: Any) -> Encoded:
-        return self.chat(conversation_of(row))
+        return self.chat(conversation_of(row, self.key))
 
     def alters(self, row: Any) -> bool:
-        return self.chat.alters(conversation_of(row))
+        return self.chat.alters(conversation_of(row, self.key))
 
 
 @dataclass(frozen=True)
@@ -250,6 +256,7 @@ class _Turns:
 
     turns: NemoTurns
     of_messages: bool
+    key: str | None
 
     def __call__(self, row: Any) -> Encoded:
         return self.turns(self._row(row))
@@ -260,7 +267,7 @@ class _Turns:
     def _row(self, row: Any) -> Any:
         if not self.of_messages:
             return row
-        conversation = conversation_of(row)
+        conversation = conversation_of(row, self.key)
         if 0 in conversation.weights or conversation.tools:
             raise RowError(
                 "a message's weight and tools do not fit into NeMo's turns; use the tokenizer's "
@@ -269,7 +276,7 @@ class _Turns:
         return as_conversation(conversation.messages)
 
 
-def _nemo_turns(config: RowConfig, model: Model) -> Encoder:
+def _nemo_turns(config: RowConfig, model: Model, key: str | None) -> Encoder:
     if config.train_on == "last_assistant":
         raise NemoKDError(
             "data.train_on=last_assistant does not work with NeMo's turns, whose `mask` says what "
@@ -277,4 +284,4 @@ def _nemo_turns(config: RowConfig, model: Model) -> Encoder:
         )
     learn_all = config.train_on == "all" or not model.answer_only_loss
     turns = NemoTurns(model.tokenizer, config.turn_tokens, learn_all)
-    return _Turns(turns, config.format == MESSAGES)
+    return _Turns(turns, config.format == MESSAGES, key)

@@ -88,6 +88,30 @@ def test_sharegpts_conversations() -> None:
     ]
 
 
+def test_a_system_text_beside_messages_comes_first() -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    first = {"role": "system", "content": "You are brief."}
+    row = {"system": "You are brief.", "messages": turns}
+    assert conversation_of(row).messages == [first, *turns]
+    assert conversation_of({**row, "messages": [first, *turns]}).messages == [first, *turns]
+    assert conversation_of(row).weights == [None] * 3
+    for empty in ("", None):
+        assert conversation_of({**row, "system": empty}).messages == turns
+
+
+def test_a_key_that_is_named_is_the_only_one_read() -> None:
+    row = {"messages": [{"role": "user", "content": "m"}], "conversations": [HUMAN]}
+    read = {key: conversation_of(row, key).messages[0]["content"] for key in row}
+    assert read == {"messages": "m", "conversations": "c"}
+    assert conversation_of(row).messages[0]["content"] == "m"
+    with pytest.raises(RowError, match=r"no messages, which data.format=messages reads; the row"):
+        conversation_of({"conversations": [HUMAN]}, "messages")
+
+
+HUMAN = {"from": "human", "value": "c"}
+SYSTEM = {"role": "system", "content": "x"}
+
+
 def say(**message: Any) -> dict[str, Any]:
     return {"messages": [{"role": "assistant", **message}]}
 
@@ -122,7 +146,9 @@ def say(**message: Any) -> dict[str, Any]:
         ({"conversations": [{"from": "User"}]}, "expected an object with from and value"),
         ({"mask": "Assistant", "conversations": [{}]}, "mask 'Assistant'"),
         ({"type": "TEXT_TO_VALUE", "conversations": [{}]}, "data.chat_template=nemo only"),
-        ({"system": 3, "conversations": []}, "system is 3: expected a string"),
+        ({"system": 3, "conversations": [HUMAN]}, "system is 3: expected a string"),
+        ({**say(content="a"), "system": ["s"]}, r"system is \['s'\]: expected a string"),
+        ({"system": "s", "messages": [SYSTEM]}, r"system is 's', but message 0 \(system\) is 'x'"),
     ],
 )
 def test_what_is_no_conversation_is_an_error_by_message(row: Any, message: str) -> None:

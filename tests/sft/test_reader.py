@@ -79,6 +79,21 @@ def test_rows_with_two_formats_are_said_to_have_one(tmp_path: Path) -> None:
     assert rows.template["format"] == "prompt" and "are read as prompt; data.format" in said[0]
 
 
+@pytest.mark.parametrize("template", [CHAT, "nemo"])
+def test_the_format_names_the_key_of_a_row_that_has_both(tmp_path: Path, template: str) -> None:
+    both = {**TALK, "messages": [{"role": "assistant", "content": "other"}]}
+    both["messages"] = [{"role": "user", "content": "x"}, *both["messages"]]
+    for name, answer in (("conversations", "a"), ("messages", "other"), ("auto", "other")):
+        rows, _ = read(tmp_path, both, chat_template=template, format=name)
+        assert texts(rows)[1].startswith(answer)
+
+
+@pytest.mark.parametrize("template", [CHAT, "nemo"])
+def test_a_system_text_beside_messages_is_read(tmp_path: Path, template: str) -> None:
+    rows, _ = read(tmp_path, {"system": "Brief!", **MESSAGES}, chat_template=template)
+    assert "Brief!" in texts(rows)[0] and texts(rows)[1].startswith("a")
+
+
 def test_the_chat_template_is_recorded_with_its_hash(tmp_path: Path) -> None:
     (tmp_path / "own.jinja").write_text(CHAT)
     rows, _ = read(tmp_path, MESSAGES, chat_template=str(tmp_path / "own.jinja"))
