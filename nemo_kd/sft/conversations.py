@@ -7,12 +7,16 @@ the mark that begins the next turn. With `type` VALUE_TO_TEXT a label precedes t
 learned; with TEXT_TO_VALUE it follows, and is learned instead of the text. The first turn is
 context only, unless its label is learned. NeMo counts the tokens of each turn alone; here they are
 found by their place in the text of the whole conversation.
+
+A conversation that is too long loses its end or, with `truncation_method=left`, its beginning;
+with `truncate_at=turn`, whole turns from that side, never the system prompt.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_kd.sft.jsonl import RowError
@@ -26,6 +30,19 @@ NAMES = {"user": "User", "assistant": "Assistant"}
 """NeMo's name of a speaker, by the role of a message."""
 
 
+NO_TURN_FITS = "data.truncate_at=turn: no learned turn fits into data.max_seq_length"
+
+
+@dataclass(frozen=True)
+class _Talk:
+    """A checked row: its system prompt, type, masked speakers and turns."""
+
+    system: str
+    kind: str | None
+    masked: list[str]
+    turns: list[dict[str, Any]]
+
+
 @dataclass(frozen=True)
 class NemoTurns:
     """Encoder of NeMo's conversations."""
@@ -37,12 +54,49 @@ class NemoTurns:
     learn_all: bool = False
     """Whether every token is learned."""
 
+    max_seq_length: int | None = None
+    """Longer conversations are truncated to this many tokens; None keeps them."""
+
+    truncation_method: str = "right"
+    """The end from which tokens or turns are removed: `left` or `right`."""
+
+    truncate_at: str = "token"
+    """What is removed of a conversation that is too long: `token`s or whole turns (`turn`)."""
+
     def __call__(self, row: Any) -> Encoded:
         """Tokenize a conversation; raise RowError if it is none, or if nothing of it is learned."""
-        text, spans = self.layout(row)
+        talk = _checked(row)
+        encoded = self._encode(talk)
+        excess = len(encoded.input_ids) - (self.max_seq_length or len(encoded.input_ids))
+        if excess <= 0:
+            return encoded
+        if self.truncate_at == "turn":
+            return self._with_fewer_turns(talk)
+        kept = slice(excess, None) if self.truncation_method == "left" else slice(-excess)
+        return Encoded(encoded.input_ids[kept], encoded.loss_mask[kept], truncated=True)
+
+    def _encode(self, talk: _Talk) -> Encoded:
+        text, spans = self._layout(talk)
         if not spans:
             raise NoAnswerError(NO_ANSWER)
         return encode_spans(self.tokenizer, text, [(0, len(text))] if self.learn_all else spans)
+
+    def _with_fewer_turns(self, talk: _Talk) -> Encoded:
+        """Remove as few turns as possible from one end; on the left the rest begins unlearned."""
+        count = range(1, len(talk.turns))
+        if self.truncation_method == "left":
+            starts = [start for start in count if talk.turns[start]["from"] in talk.masked]
+            parts = [replace(talk, turns=talk.turns[start:]) for start in starts]
+        else:
+            parts = [replace(talk, turns=talk.turns[:stop]) for stop in reversed(count)]
+        found = bisect_left(parts, True, key=self._fits)
+        if found == len(parts):
+            raise NoAnswerError(NO_TURN_FITS)
+        return self._encode(parts[found])._replace(truncated=True)
+
+    def _fits(self, talk: _Talk) -> bool:
+        encoded = encode_spans(self.tokenizer, *self._layout(talk))
+        return len(encoded.input_ids) <= (self.max_seq_length or len(encoded.input_ids))
 
     def alters(self, row: Any) -> bool:
         """Return whether the tokens of a row, decoded, are another text."""
@@ -51,7 +105,10 @@ class NemoTurns:
 
     def layout(self, row: Any) -> tuple[str, list[Span]]:
         """Return a conversation's text, and the [start, stop) of the characters to learn."""
-        system, kind, masked, turns = _checked(row)
+        return self._layout(_checked(row))
+
+    def _layout(self, talk: _Talk) -> tuple[str, list[Span]]:
+        system, kind, masked, turns = talk.system, talk.kind, talk.masked, talk.turns
         at = self.turn_tokens
         text = f"{at['system_turn_start']}System{at['end_of_name']}{system}{at['end_of_turn']}"
         spans: list[Span] = []
@@ -95,8 +152,8 @@ def as_conversation(messages: list[dict[str, Any]]) -> dict[str, Any]:
     return {"system": system, "conversations": turns, "mask": "User"}
 
 
-def _checked(row: Any) -> tuple[str, str | None, list[str], list[dict[str, Any]]]:
-    """Return system prompt, type, masked speakers and turns; raise RowError for another shape."""
+def _checked(row: Any) -> _Talk:
+    """Check the shape of a row; raise RowError for another one."""
     if not isinstance(row, Mapping):
         raise RowError(f"a JSON {type(row).__name__}: expected an object with `conversations`")
     turns, system = row.get("conversations"), row.get("system")
@@ -122,7 +179,7 @@ def _checked(row: Any) -> tuple[str, str | None, list[str], list[dict[str, Any]]
             f"`mask` is {mask!r:.60}, but the speakers are {', '.join(sorted(speakers))}: it names "
             "those whose turns are not learned, separated by commas"
         )
-    return system or "", kind, masked, turns
+    return _Talk(system or "", kind, masked, turns)
 
 
 def _label(turn: Mapping[str, Any], kind: str | None) -> str | None:

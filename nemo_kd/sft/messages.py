@@ -1,8 +1,9 @@
 """Conversations of SFT rows in OpenAI's shape, whatever shape the row has.
 
 `messages` is OpenAI's: role, content, tool_calls; `system` may be beside it, as in Anthropic's.
-`conversations` is NeMo's, with system and mask beside it, or ShareGPT's. Chat templates get the content as text, the arguments of tool calls as
-objects, no null values, and all other keys as in the row.
+`conversations` is NeMo's, with system and mask beside it, or ShareGPT's. Chat templates get the
+content as text, the arguments of tool calls as objects, no null values, and all other keys as in
+the row.
 """
 
 from __future__ import annotations

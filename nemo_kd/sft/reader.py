@@ -283,5 +283,12 @@ def _nemo_turns(config: RowConfig, model: Model, key: str | None) -> Encoder:
             "is learned; set data.chat_template=tokenizer, or data.train_on=all_assistant"
         )
     learn_all = config.train_on == "all" or not model.answer_only_loss
-    turns = NemoTurns(model.tokenizer, config.turn_tokens, learn_all)
+    turns = NemoTurns(
+        tokenizer=model.tokenizer,
+        turn_tokens=config.turn_tokens,
+        learn_all=learn_all,
+        max_seq_length=model.max_seq_length,
+        truncation_method=config.truncation_method,
+        truncate_at=config.truncate_at,
+    )
     return _Turns(turns, config.format == MESSAGES, key)

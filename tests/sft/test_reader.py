@@ -134,6 +134,58 @@ def test_a_text_is_cut_on_either_side(tmp_path: Path) -> None:
     assert right[0].truncated and left[0].truncated
 
 
+LONG = {
+    "system": "S",
+    "mask": "User",
+    "conversations": [
+        {"from": "User", "value": "q1"},
+        {"from": "Assistant", "value": "first answer"},
+        {"from": "User", "value": "q2"},
+        {"from": "Assistant", "value": "last answer"},
+    ],
+}
+SYSTEM, Q1, Q2 = "<extra_id_0>System\nS\n", "<extra_id_1>User\nq1\n", "<extra_id_1>User\nq2\n"
+FIRST = "<extra_id_1>Assistant\nfirst answer\n"
+LAST = "<extra_id_1>Assistant\nlast answer\n<extra_id_1>"
+
+
+@pytest.mark.parametrize(
+    ("side", "unit", "whole", "learned"),
+    [
+        ("left", "turn", SYSTEM + Q2 + LAST, "last answer\n<extra_id_1>"),
+        ("right", "turn", SYSTEM + Q1 + FIRST + Q2, "first answer\n<extra_id_1>"),
+        ("left", "token", None, "first answer\n<extra_id_1>last answer\n<extra_id_1>"),
+        ("right", "token", None, "first answer\n<extra_id_1>"),
+    ],
+)
+@pytest.mark.parametrize("answer_only", [True, False])
+def test_nemos_turns_are_cut_on_either_side(
+    tmp_path: Path, side: str, unit: str, whole: str | None, learned: str, answer_only: bool
+) -> None:
+    text, tokenizer = SYSTEM + Q1 + FIRST + Q2 + LAST, gpt2_like()
+    full = read(tmp_path, LONG, length=1000)[0][0].input_ids
+    assert decoded(tokenizer, full) == text
+    limit = len(full) - len(tokenizer.text_to_ids("last answer\n<extra_id_1>")) - 1
+    if (side, unit) == ("left", "token"):
+        limit = len(full) - 3
+    rows, _ = read(
+        tmp_path, LONG, length=limit, truncation_method=side, truncate_at=unit,
+        train_on="all_assistant" if answer_only else "all",
+    )  # fmt: skip
+    cut = full[-limit:] if side == "left" else full[:limit]
+    expected = decoded(tokenizer, cut) if whole is None else whole
+    assert rows[0].truncated and len(rows[0]) <= limit
+    assert texts(rows)[0] == expected
+    assert texts(rows)[1] == learned if answer_only else rows[0].loss_mask[1:].all()
+
+
+def test_a_conversation_of_which_no_turn_fits_is_refused(tmp_path: Path) -> None:
+    for side in ("left", "right"):
+        rows, _ = read(tmp_path, LONG, length=9, truncation_method=side, truncate_at="turn")
+        with pytest.raises(RowError, match=r"row 0: .*(no learned turn fits|no answer token)"):
+            rows[0]
+
+
 def test_what_a_template_takes_off_an_answer_is_counted(tmp_path: Path) -> None:
     trimming = CHAT.replace("m.content", "m.content | trim")
     indented = {"messages": [MESSAGES["messages"][0], {"role": "assistant", "content": "    x"}]}
