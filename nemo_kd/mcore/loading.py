@@ -182,11 +182,14 @@ def _check(opened: Opened, config: DumpConfig) -> None:
 
 def _identity(opened: Opened, config: DumpConfig) -> dict[str, Any] | None:
     """Return `teacher` of the store's spec; None: that of the configured path."""
-    if opened.path == config.model.checkpoint:
+    path, arguments = opened.path, config.teacher.arguments
+    if path == config.model.checkpoint and not arguments:
         return None
     # The last of several iterations: the directory above changes while the training runs.
+    last = path != config.model.checkpoint
     return {
-        "name": f"{opened.path.parent.name}/{opened.path.name}",
-        "fingerprint": checkpoint_fingerprint(opened.path),
+        "name": f"{path.parent.name}/{path.name}" if last else path.name,
+        "fingerprint": checkpoint_fingerprint(path),
         "precision": str(config.trainer.precision),
+        **({"arguments": dict(arguments)} if arguments else {}),
     }

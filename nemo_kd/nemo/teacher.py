@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,11 +13,13 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_kd.mcore.layout import layout
 from nemo_kd.mcore.teacher import TopKForward
 from nemo_kd.mcore.writer import MegatronWriter
-from nemo_kd.nemo import start
+from nemo_kd.nemo import cpu, start
 from nemo_kd.nemo.families import check_length
 from nemo_kd.nemo.sft_files import max_positions
 from nemo_kd.nemo.vocabulary import SFTModel
 from nemo_kd.store import StoreSpec
+from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.teacher.config import TeacherModelConfig
 
 if TYPE_CHECKING:
     from nemo_kd.teacher.generation.step import Decoding
@@ -33,15 +38,25 @@ NOT_TRAINED = {
     "attention_dropout": 0.0,
 }
 """Overrides of the checkpoint's settings for its own training."""
+LOGITS_UNCHANGED = {
+    *(field.name for field in fields(TeacherModelConfig)),  # or recorded elsewhere in the spec
+    *NOT_TRAINED,
+    *(key.removeprefix("model.") for key in cpu.cpu_settings()),  # kernels, not arithmetic
+    *("global_batch_size", "ffn_dropout", "tokenizer", "data", "optim", "kd"),
+    *("virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "rampup_batch_size"),
+    *("resume_from_checkpoint", "sync_batch_comm", "nsys_profile", "memory_profile"),
+    *("chakra_profile", "num_micro_batches_with_partial_activation_checkpoints"),
+    *("activations_checkpoint_layers_per_pipeline", "cpu_offloading", "peft"),
+}
+"""Keys of `model` that do not enter `spec.teacher`; the others may change the logits."""
 
 
 class NemoTeacher:
     """A `teacher.interface.Teacher` of a NeMo model, on any tensor and pipeline layout."""
 
-    identity = None
-
-    def __init__(self, model: SFTModel) -> None:
+    def __init__(self, model: SFTModel, identity: Mapping[str, Any] | None = None) -> None:
         self.model: Any = model
+        self.identity = identity
         self.layout = layout()
         self.tokenizer = model.tokenizer
         tokenizer = model.cfg.tokenizer
@@ -65,13 +80,32 @@ class NemoTeacher:
 
 def load_teacher(cfg: DictConfig) -> NemoTeacher:
     """Load the .nemo at `model.restore_from_path`, and start the process groups of its layout."""
+    identity = _identity(cfg)
     _complete(cfg)
     trainer = start.build_trainer(cfg)
     start.start_process_groups(cfg.model, trainer)
     model = start.restore(cfg.model.restore_from_path, SFTModel, cfg, trainer)
     check_length(model.cfg, cfg.data.max_seq_length, "data")
     model.freeze()
-    return NemoTeacher(model.to(torch.cuda.current_device()))
+    return NemoTeacher(model.to(torch.cuda.current_device()), identity)
+
+
+def _identity(cfg: DictConfig) -> dict[str, Any] | None:
+    """Return `teacher` of the store's spec where `model` overrides the checkpoint; None elsewhere.
+
+    `cfg.model` has, besides the keys of a dump, only those that the user has given.
+    """
+    model: Any = OmegaConf.to_container(cfg.model, resolve=True)
+    given = {key: value for key, value in model.items() if key not in LOGITS_UNCHANGED}
+    if not given:
+        return None
+    path = Path(cfg.model.restore_from_path)
+    return {
+        "name": path.name,
+        "fingerprint": checkpoint_fingerprint(path),
+        "precision": str(cfg.trainer.precision),
+        "model": given,
+    }
 
 
 def _complete(cfg: DictConfig) -> None:

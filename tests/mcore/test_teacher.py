@@ -94,6 +94,23 @@ def test_every_kind_of_checkpoint_has_the_same_answers(
             assert (theirs.directory / path).read_bytes() == (directory / path).read_bytes()
 
 
+def test_arguments_that_a_checkpoint_lacks_are_part_of_the_teacher(
+    teachers: Path, tmp_path: Path
+) -> None:
+    checkpoint = tmp_path / "lacking"
+    program = "tests/mcore/megatron_lm.py"
+    run_program(program, checkpoint, teachers / "mixtral", "rotary_base=null", fork=True)
+    more = [
+        f"teacher.tokenizer={teachers}/mixtral",
+        f"data.file_path={teachers}/train.jsonl",
+    ]
+    store = dump("mcore", checkpoint, tmp_path / "store", *more)
+    assert "arguments" not in Store(store).spec.teacher
+    given = [*overrides("mcore", checkpoint, store), *more, "teacher.arguments={rotary_base: 500}"]
+    done = run_script("dump_teacher_topk.py", *given, fails=True)
+    assert "teacher.arguments.rotary_base: None in the store, 500 now" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [
