@@ -20,6 +20,7 @@ from nemo_kd.sft.messages import conversation_of
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, Encoder, NoAnswerError, PromptEncoder, SFTRows
 from nemo_kd.sft.template import PromptTemplate
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
+from nemo_kd.sft.unread import unread
 
 PROMPT, MESSAGES, CONVERSATIONS, TEXT = "prompt", "messages", "conversations", "text"
 SEP_ID = 49704
@@ -55,7 +56,8 @@ def open_rows(
 ) -> SFTRows:
     """Open the rows of a file in the format that `config` names, or that the first row has.
 
-    `say` prints a line for the user. The settings of the result, with `auto` and names of chat
+    `say` prints a line for the user, also on settings without effect: those of a store's rows are
+    no error for the files beside it. The settings of the result, with `auto` and names of chat
     templates replaced by what they stand for, are its `template`. Raises NemoKDError for settings
     that do not fit each other or the tokenizer.
     """
@@ -73,6 +75,8 @@ def open_rows(
     else:
         key = found.format if config.format != "auto" else None
         encoder, text = _encoder(found, model, say, key)
+    for line in unread(found, text == "nemo"):
+        say(line)
     template = recorded(found, model, text)
     return SFTRows(file, encoder, model.max_seq_length, template, verbatim, model.tokenizer)
 

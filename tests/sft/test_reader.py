@@ -186,6 +186,34 @@ def test_a_conversation_of_which_no_turn_fits_is_refused(tmp_path: Path) -> None
             rows[0]
 
 
+@pytest.mark.parametrize(
+    ("value", "settings", "unread"),
+    [
+        (PROMPT, {"train_on": "all", "truncate_at": "turn"}, ["train_on=all", "truncate_at=turn"]),
+        (PROMPT, {"chat_template": CHAT}, ["chat_template={% for m in messages %}"]),
+        (PROMPT, {"add_eos": False, "prompt_template": "{input}{output}"}, []),
+        (TALK, {"chat_template_kwargs": {"x": 1}}, ["chat_template_kwargs={'x': 1}"]),
+        (TALK, {"train_on": "all", "truncate_at": "turn", "truncation_method": "left"}, []),
+        (MESSAGES, {"chat_template": CHAT, "add_sep": True}, ["add_sep=true"]),
+        (
+            MESSAGES,
+            {"chat_template": CHAT, "add_bos": True, "chat_prompt_tokens": {"turn_start": "@"}},
+            ["add_bos=true", "chat_prompt_tokens={'turn_start': '@'}"],
+        ),
+        (MESSAGES, {"chat_template": CHAT, "prompt_template": None, "train_on": "all"}, []),
+        ({"text": "x"}, {"truncate_at": "turn"}, ["truncate_at=turn"]),
+    ],
+)
+def test_settings_that_the_format_does_not_read_are_said(
+    tmp_path: Path, value: Any, settings: Any, unread: list[str]
+) -> None:
+    _, said = read(tmp_path, value, **settings)
+    lines = [line for line in said if "has no effect" in line]
+    assert len(lines) == len(unread)
+    for line, setting in zip(lines, unread, strict=True):
+        assert line.startswith(f"data.{setting}") and " has no effect on rows read as " in line
+
+
 def test_what_a_template_takes_off_an_answer_is_counted(tmp_path: Path) -> None:
     trimming = CHAT.replace("m.content", "m.content | trim")
     indented = {"messages": [MESSAGES["messages"][0], {"role": "assistant", "content": "    x"}]}
