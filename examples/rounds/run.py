@@ -12,7 +12,8 @@ memory at a time. The labels are the student's own tokens, so nothing is learned
 is 1. Start from a student after SFT, whose answers the teacher can judge. The teacher reads the
 answers' text: its tokens may be others than those that the student drew.
 
-Run the same command to resume: finished commands are skipped, an interrupted one resumes.
+Run the same command to resume: finished commands are skipped, an interrupted one resumes. The
+arguments that made a product are beside it (`store.command.json`): others are refused.
 `--generate`, `--dump` and `--train` pass KEY=VALUE to the three scripts and can be repeated.
 After Lightning OPD (arXiv 2604.13010).
 """
@@ -20,6 +21,7 @@ After Lightning OPD (arXiv 2604.13010).
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import subprocess
 import sys
@@ -36,6 +38,33 @@ class Command(NamedTuple):
     script: str
     arguments: list[str]
     product: Path
+    record: Path
+    """File with the command that made the product, written after it."""
+
+    def check(self) -> None:
+        """Exit if another command made the product."""
+        if not self.record.exists():
+            return  # a directory made before the commands were recorded
+        before = json.loads(self.record.read_text(encoding="utf-8"))
+        now = self.arguments
+        if before != now:
+            made = " ".join(each for each in before if each not in now) or "other arguments"
+            given = " ".join(each for each in now if each not in before) or "none of these"
+            sys.exit(
+                f"error: {self.product} was made with {made}, but this command has {given}; give "
+                "another --output, or the arguments of the first run"
+            )
+
+    def finish(self, status: int) -> None:
+        """Record the command; exit if its script failed or was stopped."""
+        if status:
+            sys.exit(f"error: {self.script} ended with {status}; run the same command again")
+        if not self.product.exists():
+            sys.exit(
+                f"error: {self.script} was stopped; run the same command again ({self.product} is "
+                "missing)"
+            )
+        self.record.write_text(json.dumps(self.arguments, indent=1), encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -80,7 +109,8 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
                 "dump.top_k=1",  # only the text is needed
                 *args.generate,
             ],
-            answers / "manifest.json",
+            answers / "answers.jsonl",
+            directory / "answers.command.json",
         )
         yield Command(
             "examples/dump_teacher_topk.py",
@@ -92,6 +122,7 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
                 *args.dump,
             ],
             store / "manifest.json",
+            directory / "store.command.json",
         )
         yield Command(
             "examples/train_gpt_sft_kd.py",
@@ -105,6 +136,7 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
                 *args.train,
             ],
             trained,
+            directory / "run.command.json",
         )
         student = trained
 
@@ -125,12 +157,12 @@ def main() -> None:
         if args.dry_run:
             print(shown)
         elif command.product.exists():
+            command.check()
             print(f"finished: {command.product}", flush=True)
         else:
             print(shown, flush=True)
             full = [*launcher(args.processes), str(ROOT / command.script), *command.arguments]
-            if status := subprocess.run(full, check=False).returncode:
-                sys.exit(f"error: {command.script} ended with {status}; run the same command again")
+            command.finish(subprocess.run(full, check=False).returncode)
     print(f"the trained student: {last}")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import runpy
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from tests.processes import run_program
 from tests.runs import steps
 
 ROUNDS = "examples/rounds/run.py"
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def arguments(tiny: Path, out: Path) -> list[str]:
@@ -73,3 +76,72 @@ def test_the_commands_of_a_round_are_printed_on_request(tmp_path: Path) -> None:
     assert all(f"model.restore_from_path={trained}" in lines[place] for place in (3, 5))
     assert lines[6].endswith("out/round-2/run/checkpoints/student.nemo")
     assert not (tmp_path / "out").exists()
+
+
+GIVEN = ["--teacher=hf-teacher", "--student=s.nemo", "--prompts=p.jsonl", "--rounds=1"]
+PRODUCTS = ["answers/answers.jsonl", "store/manifest.json", "run/checkpoints/student.nemo"]
+
+
+def run_rounds(
+    monkeypatch: pytest.MonkeyPatch, out: Path, *more: str, makes: int = len(PRODUCTS)
+) -> int:
+    """Run `main` with scripts that end with 0, of which the first `makes` write their product.
+
+    Returns how many scripts were started.
+    """
+    started: list[list[str]] = []
+
+    def script(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
+        product = out / "round-1" / PRODUCTS[[name in command[1] for name in NAMES].index(True)]
+        if len(started) < makes:
+            product.parent.mkdir(parents=True, exist_ok=True)
+            product.touch()
+        started.append(command)
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", script)
+    monkeypatch.setattr("sys.argv", ["run.py", *GIVEN, f"--output={out}", *more])
+    runpy.run_path(str(ROOT / ROUNDS), run_name="__main__")
+    return len(started)
+
+
+NAMES = ("generate", "dump_teacher", "train")
+
+
+def test_a_script_that_was_stopped_ends_the_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A script stopped by a signal ends with 0, but without its product."""
+    for makes, name in enumerate(NAMES):
+        with pytest.raises(SystemExit, match=f"{name}.* was stopped; run the same command again"):
+            run_rounds(monkeypatch, tmp_path / name, makes=makes)
+        assert run_rounds(monkeypatch, tmp_path / name) == len(NAMES) - makes
+
+
+def test_the_answers_are_what_a_generation_makes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = tmp_path / "round-1" / "answers" / "manifest.json"
+    manifest.parent.mkdir(parents=True)
+    manifest.touch()  # killed before answers.jsonl
+    assert run_rounds(monkeypatch, tmp_path) == 3
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--teacher=t.nemo", "store/manifest.json was made with teacher.kind=hf .*has teacher.k"),
+        ("--student=x.nemo", "made with model.restore_from_path=s.nemo, but .*=x.nemo; give anoth"),
+        ("--prompts=x.jsonl", "made with data.file_path=p.jsonl, but this command has data.file_p"),
+        ("--steps=7", "student.nemo was made with trainer.max_steps=100, but .*max_steps=7"),
+        ("--temperature=0.1", "made with generation.temperature=1.0, but .*temperature=0.1"),
+        ("--train=a=1", "made with other arguments, but this command has a=1"),
+    ],
+)
+def test_products_of_another_command_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, message: str
+) -> None:
+    assert run_rounds(monkeypatch, tmp_path) == 3
+    assert run_rounds(monkeypatch, tmp_path) == 0
+    with pytest.raises(SystemExit, match=message):
+        run_rounds(monkeypatch, tmp_path, more)
