@@ -88,6 +88,8 @@ def convert(
     nemo-kd convert logits/ store --data samples.jsonl --tokenizer teacher/
     """
     from nemo_kd.cli import caches, conversions
+    from nemo_kd.store import StoreError
+    from nemo_kd.store.remote import is_url
 
     options = {
         "--profile": profile,
@@ -113,6 +115,11 @@ def convert(
         kind, made = conversions.kind_of(source), conversions.kind_by_suffix(target)
         if made == "a store":
             check_store_target(Path(target))
+        elif is_url(target):
+            raise StoreError(
+                f"{target} is an address, but a file is written to a local disk: give a path, then "
+                "copy the file"
+            )
         if made == "Parquet":
             with progress("convert") as advance:
                 result = conversions.to_parquet(
