@@ -28,9 +28,11 @@ from nemo_kd.store import (
     write_jsonl,
     write_samples,
 )
+from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, existing_chunks
 from nemo_kd.store.tools.parquet import read_parquet, spec_of, widest, write_parquet
 from nemo_kd.store.tools.selection import check_intact
+from nemo_kd.store.tools.transform import refuse_larger_p
 
 MASS_SAMPLES = 64  # evenly spaced samples read to measure the mass that a conversion lost
 _PROFILE = ("--profile", "--p", "--top-k", "--segment-bytes")
@@ -87,6 +89,11 @@ def to_jsonl(
             f"{' and all other chunks of that name' if chunked else ''}"
         )
     store = Store(source)
+    if store.spec.profile == Sampled.name:
+        raise StoreError(
+            f"{source} has the profile {Sampled.name}, which a JSONL file cannot record: its draws "
+            "would be taken for the teacher's top logits; convert it to Parquet"
+        )
     check_intact(store)
     written = write_jsonl(target, store, samples_per_chunk=samples_per_chunk)
     return {"written": target, "samples": written}
@@ -131,6 +138,7 @@ def from_parquet(
         )
     elif tokenizer is not None:
         raise StoreError(f"--tokenizer has no effect: {source} records its own")
+    refuse_larger_p(source, recorded, profile or recorded.profile, profile_options or {})
     spec = replace(
         recorded,
         top_k=recorded.top_k if top_k is None else top_k,

@@ -16,7 +16,7 @@ from nemo_kd.settings.files import (
     check_files,
     directory,
     file_or_directory,
-    output_directory,
+    local_directory,
     paths_at,
 )
 from nemo_kd.settings.moved import DUMP
@@ -90,7 +90,7 @@ def check_inputs(cfg: DictConfig) -> None:
         cfg,
         [
             TEACHERS[cfg.teacher.kind],
-            ("output_dir", output_directory),
+            ("output_dir", local_directory),
         ],
     )
     files = list(paths_at(cfg, "data.file_path"))

@@ -30,9 +30,10 @@ def pull(
     as_json: Json = False,
 ) -> None:
     """Copy a store from s3://, gs:// or another address; run it again to resume."""
-    from nemo_kd.cli.app import summary
+    from nemo_kd.cli.app import check_store_target, summary
     from nemo_kd.store.tools.copying import pull as pull_store
 
+    check_store_target(target)
     with progress("pull") as advance:
         manifest = pull_store(url, target, advance)
     report(summary(target, manifest), as_json)

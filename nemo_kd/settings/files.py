@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -23,8 +24,25 @@ def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> Non
     """
     for key, problem in problems:
         for path in paths_at(cfg, key):
-            if REMOTE not in path and (found := problem(path)):
+            if REMOTE in path and problem is not local_directory:
+                continue
+            if found := problem(path):
                 raise NemoKDError(f"{key}: {found}")
+
+
+def is_address(path: str) -> bool:
+    """Return whether a path is a remote address, also after `Path` has made `s3:/` of `s3://`."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
+
+
+def local_directory(path: str) -> str:
+    """Require `output_directory` on a local disk."""
+    if is_address(path):
+        return (
+            f"{path} is an address, but a store is written to a local directory: give one, then "
+            "copy it with nemo-kd push"
+        )
+    return output_directory(path)
 
 
 def paths_at(cfg: DictConfig, key: str) -> Iterator[str]:

@@ -131,6 +131,11 @@ class SFTRows:
         return Row(row, input_ids, loss_mask, truncated or len(ids) > len(input_ids))
 
     @property
+    def limit(self) -> str:
+        """What truncates rows, for a message."""
+        return f"data.max_seq_length={self.max_seq_length}"
+
+    @property
     def altered_by(self) -> str:
         """What changes the text of altered rows, for a message."""
         if self.verbatim is not None:

@@ -7,7 +7,7 @@ identical to one dumped from scratch.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from itertools import zip_longest
 from pathlib import Path
@@ -17,6 +17,7 @@ import numpy as np
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, publish, read_json
 from nemo_kd.store.manifest import (
+    EXCHANGE,
     INDEX,
     MANIFEST,
     PACKING,
@@ -28,6 +29,7 @@ from nemo_kd.store.manifest import (
 )
 from nemo_kd.store.ours import remove_part
 from nemo_kd.store.parts import part_number, segment_directories, shard_directories
+from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Tokens
 from nemo_kd.store.segments import Packing, Segments
 from nemo_kd.store.shard import Shard
@@ -35,6 +37,8 @@ from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.writer import StoreWriter
 
 MAY_DIFFER = {"source.sha256", "source.rows", "source.files"}
+COMPARED = 256
+"""Samples of a finished store that are looked for in the changed source."""
 
 
 class EarlierStore:
@@ -94,14 +98,36 @@ class EarlierStore:
         return cls(Path(directory), earlier, spec)
 
     @property
+    def finished(self) -> bool:
+        return (self.directory / MANIFEST).exists()
+
+    @property
     def shards(self) -> list[int]:
         """The indices of the complete shards, ascending."""
         numbers = (part_number(path) for path in shard_directories(self.directory))
         return sorted(number for number in numbers if self._writer.is_complete(number))
 
+    def has_rows_of(
+        self, num_rows: int, tokens_of: Callable[[Sequence[int]], Iterable[Tokens]]
+    ) -> bool:
+        """Whether any of up to `COMPARED` samples of a finished store is still in the source.
+
+        Also if the store is damaged, so that this cannot be said: it is written again then.
+        """
+        try:
+            store = Store(self.directory)
+            index = np.linspace(0, len(store) - 1, min(COMPARED, len(store))).astype(int)
+            samples = [store.encoded(int(i))[0] for i in index]
+        except StoreError:
+            return True
+        rows = [one.row for one in samples if one.row < num_rows]
+        found = {row.row: row for row in tokens_of(rows)}
+        return any(_same(one, found.get(one.row)) for one in samples)
+
     def begin(self) -> None:
-        """Mark the store as unfinished by removing its manifest."""
-        (self.directory / MANIFEST).unlink(missing_ok=True)
+        """Mark the store as unfinished by removing its manifest, and its content as JSONL."""
+        for name in (MANIFEST, EXCHANGE):
+            (self.directory / name).unlink(missing_ok=True)
 
     def keep(self, number: int, rows: Iterable[Tokens]) -> bool:
         """Assign a complete shard to the new spec if it holds exactly these rows.

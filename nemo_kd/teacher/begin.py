@@ -36,6 +36,10 @@ class Source(Protocol):
     def __len__(self) -> int: ...
 
     @property
+    def limit(self) -> str:
+        """What truncates rows, for a message."""
+
+    @property
     def altered_by(self) -> str:
         """What changes the text of altered rows, for a message."""
 
@@ -92,8 +96,9 @@ def open_writer(
     """Open the store's writer on every rank, after rank 0 has prepared the directory.
 
     If the source file has changed since the store was started, shards are kept if their rows,
-    `tokens_of(row numbers)`, are unchanged. Without `tokens_of` such a store is rejected, unless it
-    has no complete shard.
+    `tokens_of(row numbers)`, are unchanged. Such a store is rejected like one of another
+    configuration if it has complete shards and there is no `tokens_of`, or if it is finished and
+    none of its samples is still in the source: that is another file, not a corrected one.
     """
     if layout.rank == 0 and overwrite:
         StoreWriter(directory, spec, overwrite=True)
@@ -104,12 +109,23 @@ def open_writer(
     layout.barrier()
     earlier = EarlierStore.find(directory, spec)
     layout.barrier()
-    if earlier is not None and (tokens_of is not None or not earlier.shards):
+    if earlier is not None and _is_corrected(earlier, num_rows, tokens_of, layout):
         _keep_unchanged(earlier, spec, num_rows, tokens_of, layout)
     if layout.rank == 0:
         StoreWriter(directory, spec)
     layout.barrier()
     return StoreWriter(directory, spec)
+
+
+def _is_corrected(
+    earlier: EarlierStore, num_rows: int, tokens_of: TokensOf | None, layout: Layout
+) -> bool:
+    """Whether the store may become that of the changed source; the same on every rank."""
+    if tokens_of is None:
+        return not (earlier.shards or earlier.finished)
+    if not earlier.finished:
+        return True
+    return layout.from_rank_0(layout.rank == 0 and earlier.has_rows_of(num_rows, tokens_of))
 
 
 def _keep_unchanged(
@@ -146,9 +162,11 @@ def _keep_unchanged(
 
 
 def check_rows(
-    source: Source, todo: Sequence[int], bad: BadRows, layout: Layout
+    source: Source, todo: Sequence[int], bad: BadRows, layout: Layout, *, report: bool = True
 ) -> tuple[int, int] | None:
     """Check the rows `todo` of this replica, divided among its ranks, before the first pass.
+
+    With `report` rank 0 prints how many rows are left out, truncated or altered.
 
     Returns the numbers of the shortest and the longest row of all replicas; None without a row.
     Raises RowError on every rank, naming the first bad rows of all replicas, if there are any that
@@ -156,12 +174,13 @@ def check_rows(
     all-gather of a few strings.
     """
     share = layout.share([row for row in todo if row % source.samples_per_row == 0])
-    refused, dropped, altered = BadRowErrors(), BadRowErrors(), 0
+    refused, dropped, truncated, altered = BadRowErrors(), BadRowErrors(), 0, 0
     lengths: list[tuple[int, int]] = []
     last = time.monotonic()
     for count, row in enumerate(share, start=1):
         try:
             found = source.check(row)
+            truncated += found.truncated
             altered += found.altered
             lengths.append((found.length, row))
         except RowError as error:
@@ -170,17 +189,23 @@ def check_rows(
             last = time.monotonic()
             layout.say(f"checking the rows before the first pass: {count} of {len(share)}")
     lengths = [min(lengths), max(lengths)] if lengths else []
-    parts = layout.gather((len(share), refused, dropped, altered, lengths))
+    parts = layout.gather((len(share), refused, dropped, lengths, truncated, altered))
     refused, dropped = BadRowErrors.of(p[1] for p in parts), BadRowErrors.of(p[2] for p in parts)
-    altered = sum(part[3] for part in parts)
+    truncated = sum(part[4] for part in parts)
+    altered = sum(part[5] for part in parts)
     path, checked = source.file.path, sum(part[0] for part in parts)
     if refused.count:
         raise RowError(f"{path}: {refused.text(path, checked)}\n{REMEDY}")
     if dropped.count and dropped.count == len(source.file):
         raise RowError(f"{path}: no row is left to dump: {dropped.text(path, checked)}")
-    if dropped.count:
+    if report and dropped.count:
         layout.say(f"{path}: left out {dropped.text(path, checked)}")
-    if altered:
+    if report and truncated:
+        layout.say(
+            f"{path}: WARNING: {truncated} of {checked} rows are longer than {source.limit} and "
+            "are truncated"
+        )
+    if report and altered:
         layout.say(f"{path}: {altered} of {checked} rows are altered: {source.altered_by}")
-    lengths = [each for part in parts for each in part[4]]
+    lengths = [each for part in parts for each in part[3]]
     return (min(lengths)[1], max(lengths)[1]) if lengths else None

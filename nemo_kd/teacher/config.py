@@ -225,6 +225,13 @@ class DumpConfig:
     overwrite: bool = False
     """Replace an existing store; it is kept in `.replaced` until the new one is complete."""
 
+    def __post_init__(self) -> None:
+        if self.jsonl and self.dump.profile == "sampled":
+            raise NemoKDError(
+                "jsonl=true with dump.profile=sampled: a JSONL file cannot record that its ids are "
+                "draws; set jsonl=false, and convert the store to Parquet if need be"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class FilterConfig:

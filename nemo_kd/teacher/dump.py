@@ -14,6 +14,7 @@ from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.rows import Row, SFTRows, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
+from nemo_kd.store.earlier import EarlierStore
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.store.manifest import EXCHANGE
 from nemo_kd.teacher.begin import (
@@ -92,7 +93,13 @@ def write_store(
     `open_writer`.
     Collectives over all ranks: a few small ones before the first shard and two after the last.
     """
+    shards = shards_of(spec, len(source))
+    mine = range(layout.replica, shards, layout.replicas)
     with locked(config.output_dir, layout) as check_lock:
+        if not config.overwrite and EarlierStore.find(config.output_dir, spec) is not None:
+            # Before anything of the store of the earlier source is changed.
+            mine_rows = [row for shard in mine for row in rows_of(shard, spec, len(source))]
+            check_rows(source, mine_rows, bad_rows(config), layout, report=False)
         writer = open_writer(
             Path(config.output_dir),
             spec,
@@ -101,8 +108,6 @@ def write_store(
             tokens_of=tokens_of,
             overwrite=config.overwrite,
         )
-        shards = shards_of(spec, len(source))
-        mine = range(layout.replica, shards, layout.replicas)
         todo = [shard for shard in mine if not writer.is_complete(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
         # Its collective also keeps a rank from writing before others have listed complete shards.

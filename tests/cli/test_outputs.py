@@ -15,7 +15,8 @@ from nemo_kd.store import Store
 from tests.cli.test_cli import PROGRAM, nemo_kd
 from tests.disk import small_disk
 from tests.processes import environment
-from tests.store.samples import spec, store
+from tests.store.samples import spec, store, write
+from tests.store.test_page import draws
 from tests.store.test_writer import contents
 
 
@@ -208,6 +209,44 @@ def test_a_target_of_another_kind_is_one_line(
     assert len(list(tmp_path.rglob("*"))) == 4
 
 
+def test_a_store_is_not_written_to_an_address(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a path, `s3://bucket` would be a directory of the current one."""
+    monkeypatch.chdir(tmp_path)
+    for command in (
+        ("convert", pair / "a", "s3://bucket/t"),
+        ("merge", pair / "a", pair / "b", "s3://bucket/t"),
+        ("split", pair / "a", "t", "s3://bucket/t", "--weights", "1,1"),
+        ("average", pair / "a", pair / "a", "gs://bucket/t"),
+        ("pull", f"file://{pair}/a", "s3://bucket/t"),
+    ):
+        said = nemo_kd(*command, fails=True)
+        assert "is an address, but a store is written to a local directory" in said
+        assert "nemo-kd push" in said and len(said.splitlines()) == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_draws_are_not_written_as_jsonl(tmp_path: Path) -> None:
+    """Which cannot say that they are draws."""
+    of = spec(profile="sampled", top_k=7)
+    write(tmp_path / "drawn", of, [draws(row, of) for row in range(7)])
+    said = nemo_kd("convert", tmp_path / "drawn", tmp_path / "drawn.jsonl", fails=True)
+    assert "convert it to Parquet" in said and not (tmp_path / "drawn.jsonl").exists()
+    nemo_kd("convert", tmp_path / "drawn", tmp_path / "drawn.parquet")
+    nemo_kd("convert", tmp_path / "drawn.parquet", tmp_path / "back")
+    assert Store(tmp_path / "back").spec == Store(tmp_path / "drawn").spec
+
+
 def test_a_missing_parent_of_a_jsonl_is_made(pair: Path, tmp_path: Path) -> None:
     nemo_kd("convert", pair / "a", tmp_path / "no/such/x.jsonl")
     assert (tmp_path / "no/such/x.jsonl").exists() and len(Store(pair / "a")) == 120
+
+
+def test_a_larger_p_is_refused_also_by_way_of_parquet(tmp_path: Path) -> None:
+    store(tmp_path / "s", spec(profile="top_p", profile_options={"p": 0.3}))
+    nemo_kd("convert", tmp_path / "s", tmp_path / "s.parquet")
+    for source in (tmp_path / "s", tmp_path / "s.parquet"):
+        said = nemo_kd("convert", source, tmp_path / "t", "--p", 0.9, fails=True)
+        assert "holds the logits of p=0.3, but p is 0.9" in said and len(said.splitlines()) == 1
+        nemo_kd("convert", source, tmp_path / "less", "--p", 0.2, "--overwrite")

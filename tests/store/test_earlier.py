@@ -134,3 +134,26 @@ def test_any_other_difference_is_refused_as_before(tmp_path: Path) -> None:
         assert EarlierStore.find(tmp_path / "s", other) is None
         with pytest.raises(StoreError, match="holds a store of another configuration"):
             StoreWriter(tmp_path / "s", other)
+
+
+def test_a_finished_store_knows_whether_the_source_is_another(tmp_path: Path) -> None:
+    """One unchanged row is enough; of a damaged store it is not known."""
+    write(tmp_path / "s", ROWS, source(ROWS, "1"), range(3))
+    StoreWriter(tmp_path / "s", source(ROWS, "1")).finish(3)
+
+    def has(samples: Sequence[Sample]) -> bool:
+        earlier = EarlierStore.find(tmp_path / "s", source(samples, "2"))
+        assert earlier is not None and earlier.finished
+
+        def tokens_of(rows: Sequence[int]) -> Iterator[Tokens]:
+            for row in rows:
+                yield Tokens(row, samples[row].input_ids, samples[row].loss_mask)
+
+        return earlier.has_rows_of(len(samples), tokens_of)
+
+    others = [sample(row, spec(), 1 + row % 4, prompt=5) for row in range(8)]
+    assert has(changed(2)) and has(ROWS[:1]) and has([*others[:7], ROWS[7]])
+    assert not has(others) and not has(others[:2]) and not has(masked(0)[:1])
+    for file in (tmp_path / "s").glob("segment-*/*"):
+        file.unlink()
+    assert has(others)

@@ -63,6 +63,33 @@ def test_a_split_follows_from_seed_and_row_alone(tmp_path: Path) -> None:
     assert rows[0] == rows[1] != rows[2]
 
 
+def test_a_split_keeps_the_answers_to_a_prompt_together(tmp_path: Path) -> None:
+    """Also in merged stores, whose later parts begin at any row; every second answer is missing."""
+    of = spec(template={"generation": {"samples_per_prompt": 4}})
+    samples = [sample(row, of, 1 + row % 3) for row in range(0, 98, 2)]
+    write(tmp_path / "s", of, samples)
+    merge([Store(tmp_path / "s")] * 2, tmp_path / "two")
+    merge([Store(tmp_path / "s"), Store(tmp_path / "two")], tmp_path / "three")
+    for name, starts in {"s": [0], "two": [0, 97], "three": [0, 97, 194]}.items():
+        targets = [tmp_path / f"{name}-{part}" for part in range(2)]
+        split(Store(tmp_path / name), targets, [1, 1])
+        prompts: list[set[tuple[int, int]]] = []
+        for target in targets:
+            rows = Store(target).rows.tolist()
+            begin = [max(start for start in starts if start <= row) for row in rows]
+            prompts.append({(b, (row - b) // 4) for row, b in zip(rows, begin, strict=True)})
+        assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def test_more_than_the_source_holds_is_refused(tmp_path: Path) -> None:
+    opened = Store(store(tmp_path / "s", spec(profile="top_p", profile_options={"p": 0.3})))
+    convert(opened, tmp_path / "less", profile_options={"p": 0.2})
+    with pytest.raises(StoreError, match=r"holds the logits of p=0\.3, but p is 0\.9; lower it"):
+        convert(opened, tmp_path / "more", profile_options={"p": 0.9})
+    with pytest.raises(StoreError, match=r"logits per token, but top_k is"):
+        convert(opened, tmp_path / "more", top_k=opened.spec.top_k + 1)
+
+
 @pytest.mark.parametrize("profile", PROFILES)
 def test_converting_to_the_same_profile_changes_nothing(tmp_path: Path, profile: str) -> None:
     opened = Store(store(tmp_path / "s", spec(**PROFILES[profile]), parts=False))

@@ -16,6 +16,7 @@ from nemo_kd.sft import open_files
 from nemo_kd.store import Store
 from tests.processes import run_script
 from tests.runs import SAME_LINE, validations
+from tests.store.test_writer import contents
 from tests.teacher.conftest import SETTINGS
 from tests.teacher.test_without_nemo import PATH
 
@@ -97,6 +98,46 @@ def test_shards_of_unchanged_files_are_kept(
     assert "2 of 3 complete shards have unchanged rows and are kept" in done.stderr + done.stdout
     files = Store(tmp_path / "store").spec.source["files"]
     assert [file["rows"] for file in files] == [4, 4] and len(Store(tmp_path / "store")) == 8
+
+
+def test_another_file_does_not_replace_a_finished_store(
+    world: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    """Neither another data set of the same name, nor one with an unusable row."""
+    for name in "ab":
+        (tmp_path / name).mkdir()
+    write_rows(tmp_path / "a/train.jsonl", rows[:6])
+    dump(world, tmp_path / "store", f"{tmp_path}/a/train.jsonl")
+    before = contents(tmp_path / "store")
+
+    write_rows(tmp_path / "b/train.jsonl", rows[6:])
+    said = dump(world, tmp_path / "store", f"{tmp_path}/b/train.jsonl", fails=True).stderr
+    assert "holds a store of another configuration" in said and "source.sha256" in said
+    assert "overwrite=true" in said and contents(tmp_path / "store") == before
+
+    write_rows(tmp_path / "a/train.jsonl", [*rows[:6], {**rows[6], "output": 7}])
+    said = dump(world, tmp_path / "store", f"{tmp_path}/a/train.jsonl", fails=True).stderr
+    assert "row 6: 'output' is 7" in said and contents(tmp_path / "store") == before
+
+    write_rows(tmp_path / "a/train.jsonl", [{**rows[0], "output": "corrected"}, *rows[1:7]])
+    dump(world, tmp_path / "store", f"{tmp_path}/a/train.jsonl")
+    assert len(Store(tmp_path / "store")) == 7
+
+
+def test_truncated_rows_are_counted_before_the_first_pass(
+    world: Path, rows: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    write_rows(tmp_path / "rows.jsonl", [{**rows[0], "input": "long " * 200}, *rows[:2]])
+    said = dump(world, tmp_path / "store", f"{tmp_path}/rows.jsonl").stderr
+    limit = Store(tmp_path / "store").spec.template["max_seq_length"]
+    assert (
+        f"rows.jsonl: WARNING: 1 of 3 rows are longer than data.max_seq_length={limit} and are "
+        "truncated"
+    ) in said
+
+
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_an_unusable_row_is_named_by_its_file(

@@ -206,6 +206,7 @@ def configuration(*overrides: str) -> Any:
         ("+model.context_parallel_size=2", "needs no context parallelism"),
         ("teacher.kind=hf model.restore_from_path=a.nemo", "set teacher.kind=nemo"),
         ("model.restore_from_path=a.gguf", "set teacher.kind=hf"),
+        ("jsonl=true dump.profile=sampled", "cannot record that its ids are draws"),
     ],
 )
 def test_what_does_not_go_together_is_refused(overrides: str, message: str) -> None:

@@ -7,7 +7,7 @@ to another profile or K decodes and re-encodes, which incurs the quantization er
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from itertools import accumulate
@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.outputs import refuse_inputs
-from nemo_kd.store.codecs import Sampled
+from nemo_kd.store.codecs import Sampled, TopP
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import EncodedSample, Sample
@@ -84,6 +84,7 @@ def convert(
             f"{store.directory} holds {old.top_k} logits per token, but top_k is {k}; lower it, or "
             "dump again"
         )
+    refuse_larger_p(store.directory, old, profile, profile_options)
     if (profile == Sampled.name) != (old.profile == Sampled.name):
         raise StoreError(
             f"{store.directory} has the profile {old.profile}, which cannot be converted to "
@@ -104,6 +105,17 @@ def convert(
             segment_bytes=segment_bytes,
             progress=progress,
             jobs=jobs,
+        )
+
+
+def refuse_larger_p(
+    source: str | Path, old: StoreSpec, profile: str, options: Mapping[str, Any]
+) -> None:
+    """Raise StoreError if the profile `top_p` would be given more than `source` holds of it."""
+    kept, p = old.profile_options.get("p", 1), options.get("p", 0)
+    if profile == old.profile == TopP.name and p > kept:
+        raise StoreError(
+            f"{source} holds the logits of p={kept}, but p is {p}; lower it, or dump again"
         )
 
 
@@ -156,7 +168,8 @@ def split(
     """Randomly split a store into parts with the given relative weights.
 
     A sample's part depends only on the seed and its row number, so that stores with the same rows
-    are split identically. Rows keep their numbers. The parts appear once all are complete.
+    are split identically; of several answers to a prompt, on the prompt's number, so that they are
+    in the same part. Rows keep their numbers. The parts appear once all are complete.
     """
     if len(weights) != len(directories) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise StoreError(
@@ -164,7 +177,7 @@ def split(
             f"positive sum, not {list(weights)}"
         )
     refuse_inputs(directories, [store.directory])
-    parts = _parts(seed, store.rows, weights)
+    parts = _parts(seed, _prompts(store), weights)
     manifests, done = [], 0
     with ExitStack() as stack:
         new = [stack.enter_context(new_store(one, overwrite)) for one in directories]
@@ -227,6 +240,22 @@ def _refuse_unlike(first: Store, other: Store) -> None:
 def _after(done: int, progress: Progress | None) -> Progress | None:
     """Return a callback that adds the samples that were done before."""
     return None if progress is None else lambda more: progress(done + more)
+
+
+def _prompts(store: Store) -> NDArray[np.int64]:
+    """Return the number of each row's prompt [rows]: the row's, unless prompts have several."""
+    rows = store.rows
+    answers = store.spec.template.get("generation", {}).get("samples_per_prompt", 1)
+    offsets = np.unique([0, *_offsets(store.spec.source)])
+    start = offsets[np.searchsorted(offsets, rows, side="right") - 1]
+    return start + (rows - start) // answers
+
+
+def _offsets(source: Mapping[str, Any], start: int = 0) -> Iterator[int]:
+    """Yield the first rows of the stores that were merged, also of merged ones among them."""
+    for part in source.get("merged", ()):
+        yield start + part["offset"]
+        yield from _offsets(part["source"], start + part["offset"])
 
 
 def _parts(seed: int, rows: NDArray[np.int64], weights: Sequence[float]) -> NDArray[np.int64]:

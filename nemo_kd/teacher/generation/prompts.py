@@ -41,6 +41,14 @@ class Prompts:
                 )
         return Prompt(row, tuple(prompted.prompt), length, prompted.truncated)
 
+    @property
+    def limit(self) -> str:
+        """What truncates prompts, for a message."""
+        return (
+            f"data.max_seq_length={self.template.max_seq_length} less "
+            f"generation.max_new_tokens={self.decoding.max_new_tokens}"
+        )
+
     altered_by = "the tokenizer does not give back the same text"
 
     def check(self, row: int) -> Check:
