@@ -166,7 +166,9 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
     room = io.StringIO()
     with redirect_stderr(room):  # the prompts have room without generation, and not with it
         for more in ({}, {"tokens_to_generate": LIMIT - 1}):
-            file_rows(student, str(file), OmegaConf.merge(quiet, more), "model.data.validation_ds")
+            file_rows(
+                student, str(file), OmegaConf.create({**quiet, **more}), "model.data.validation_ds"
+            )
     return {
         "no room": room.getvalue().replace(str(file), "grown.jsonl"),
         "other format": other,
