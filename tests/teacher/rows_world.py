@@ -165,10 +165,9 @@ def grown(directory: Path, tokenizer: Any, model: LlamaForCausalLM) -> dict[str,
         other = str(error)
     room = io.StringIO()
     with redirect_stderr(room):  # the prompts have room without generation, and not with it
-        for more in ({}, {"tokens_to_generate": LIMIT - 1}):
-            file_rows(
-                student, str(file), OmegaConf.create({**quiet, **more}), "model.data.validation_ds"
-            )
+        for generated in (0, LIMIT - 1):
+            block = OmegaConf.create({**quiet, "tokens_to_generate": generated})
+            file_rows(student, str(file), block, "model.data.validation_ds")
     return {
         "no room": room.getvalue().replace(str(file), "grown.jsonl"),
         "other format": other,
