@@ -46,6 +46,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.worked_problems(study.rows["math"]),
         words.gain_by_task(study.rows["math"], study.rows["math_reference"][0], tasks(study)),
         words.inherited(study.rows["math"], study.rows["math_reference"][0]),
+        words.beyond_the_teacher(study.rows["math_longer"], study.rows["math_reference"][0]),
         words.unsure(study.results),
         words.larger_students(study.rows["knowledge"]),
         "## What helped and what did not\n",
@@ -131,13 +132,16 @@ def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
         if sizes:
             size = min(sizes)
             questions[name] = f"{name}: {size} {what}, up to {50 / size**0.5:.1f} points"
+    every = [row for rows in found.values() for row in rows.values() if row.found]
+    fewer = {len(row.found) for row in every if "of the steps" in row.label}
+    seeds = f" ({words.plural(min(fewer), 'seed')})" if fewer else ""
     return (
         f"Means over the finished seeds of {words.DEFAULT}, on held-out modules of code and "
         f"prose and held-out questions; {NOT_PLANNED}: not measured. Lower is better for "
         "cross-entropy (nats per token) and steps ratio, higher for the others. Steps ratio: the "
         "step at which the curve reaches SFT's best, divided by the step of SFT's best. With 70 % "
-        "and 50 % of the steps the learning rate decays within them. One standard error of a "
-        f"percentage: {'; '.join(questions.values()) or NOT_RUN}.\n"
+        f"and 50 % of the steps{seeds} the learning rate decays within them. One standard error of "
+        f"a percentage: {'; '.join(questions.values()) or NOT_RUN}.\n"
     )
 
 

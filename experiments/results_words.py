@@ -170,6 +170,23 @@ def inherited(rows: Sequence[Row], teacher: Row | None) -> str:
     )
 
 
+def beyond_the_teacher(rows: Sequence[Row], teacher: Row | None) -> str:
+    """Which students of longer trainings have more answers right than their teacher."""
+    limit = teacher.right(EXACT) if teacher else None
+    shares = {row.label: share for row in rows if (share := row.right(EXACT)) is not None}
+    if limit is None or not shares:
+        return ""
+    listed = ", ".join(
+        f"{label}, {100 * share:.1f} %, {'above' if share > limit else 'not above'} the teacher"
+        for label, share in shares.items()
+    )
+    seeds = plural(min(len(row.found) for row in rows if row.label in shares), "seed")
+    return (
+        f"The teacher has {100 * limit:.1f} % right, less than the labels, which are always right. "
+        f"After longer training: {listed} ({seeds}).\n"
+    )
+
+
 def gain_by_task(rows: Sequence[Row], teacher: Row | None, tasks: Sequence[str]) -> str:
     """How right the teacher is on each task, and what KD, the second row, gains over SFT there."""
     each = [row.right_by_task(len(tasks)) for row in (teacher, *rows[:2]) if row is not None]
@@ -198,7 +215,7 @@ def unsure(results: Results) -> str:
     values = ", ".join(f"{value:.3f} on {domain}" for domain, value in found.items())
     return (
         f"Entropy of the fine-tuned teacher, nats per held-out answer token: {values}. Near 0 it "
-        "adds little to the label, which may be why KD then adds little to SFT.\n"
+        "adds little to the label.\n"
     )
 
 
