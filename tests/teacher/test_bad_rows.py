@@ -134,7 +134,10 @@ def test_prompts_that_leave_no_room_for_an_answer_are_truncated_and_named(
 ) -> None:
     refusal, output, errors = said["prompts truncated"]
     assert not refusal
-    assert "WARNING: row 2: only the first 10 tokens of the prompt are left" in errors
+    assert (
+        "WARNING: 1 of 2 rows are longer than data.max_seq_length=20 less "
+        "generation.max_new_tokens=9 and are truncated"
+    ) in errors
     assert errors.count("WARNING") == 1
     assert "WARNING: 2 answers are to truncated prompts: data.max_seq_length" in output
     lengths = [int(sample.answer_positions()[0]) for sample in Store(world / "generated-short")]

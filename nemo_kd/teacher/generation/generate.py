@@ -71,7 +71,6 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
         size = 1 if company.alone else config.model.micro_batch_size
         for call, _ in calls(batch, size, limit, 1, lambda prompt: company.group(len(prompt.ids))):
             _check_regime(teacher, call)
-            progress.warn(call, config.data.max_seq_length)
             answers = write(call)
             if answers is not None:
                 yield from kept(answers, progress)
@@ -166,17 +165,6 @@ class GenerateProgress(DumpProgress):
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*arguments)
         self.answers = self.tokens = self.unfinished = self.filtered = 0
-
-    def warn(self, prompts: Sequence[Prompt], limit: int) -> None:
-        """Warn of the first truncated prompt: its answer may be to another question."""
-        first = next((prompt for prompt in prompts if prompt.truncated), None)
-        if first is not None and not self.tally.truncated and self.shows:
-            print(
-                f"WARNING: row {first.row}: only the first {len(first.ids)} tokens of the prompt "
-                f"are left, because data.max_seq_length={limit} has to hold "
-                f"generation.max_new_tokens={first.room} too; raise data.max_seq_length",
-                file=sys.stderr,
-            )
 
     def count(self, pairs: list[tuple[Row, TopK]]) -> None:
         """Count answers, whether kept or dropped."""
