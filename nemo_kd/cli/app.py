@@ -81,13 +81,10 @@ def check_parent(option: str, path: Path) -> None:
 def check_store_target(path: Path) -> None:
     """Raise StoreError if `path` looks like a file or an address: a store is a local directory."""
     from nemo_kd.errors import StoreError
-    from nemo_kd.settings.files import is_address
+    from nemo_kd.settings.files import address_problem
 
-    if is_address(str(path)):
-        raise StoreError(
-            f"{path} is an address, but a store is written to a local directory: give one, then "
-            "copy it with nemo-kd push"
-        )
+    if problem := address_problem(str(path)):
+        raise StoreError(problem)
     if path.is_file() or (path.suffix[1:].isalpha() and not path.is_dir()):
         raise StoreError(
             f"{path} is the name of a file, but a store is a directory: give a name without "

@@ -30,19 +30,22 @@ def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> Non
                 raise NemoKDError(f"{key}: {found}")
 
 
-def is_address(path: str) -> bool:
-    """Return whether a path is a remote address, also after `Path` has made `s3:/` of `s3://`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is not None
+def address_problem(path: str) -> str:
+    """Say that a store is not written to a remote address; "" for a local path.
+
+    Also recognizes the `s3:/` that `Path` makes of `s3://`.
+    """
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]+:/", path) is None:
+        return ""
+    return (
+        f"{path} is an address, but a store is written to a local directory: give one, then copy "
+        "it with nemo-kd push"
+    )
 
 
 def local_directory(path: str) -> str:
     """Require `output_directory` on a local disk."""
-    if is_address(path):
-        return (
-            f"{path} is an address, but a store is written to a local directory: give one, then "
-            "copy it with nemo-kd push"
-        )
-    return output_directory(path)
+    return address_problem(path) or output_directory(path)
 
 
 def paths_at(cfg: DictConfig, key: str) -> Iterator[str]:

@@ -19,7 +19,6 @@ SHOWN = 5
 CHECKED = 256
 """Maximum number of rows that are checked before a training."""
 
-
 KEYS = "|".join(field.name for field in dataclasses.fields(RowConfig))
 
 
