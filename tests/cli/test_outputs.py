@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import resource
 import shutil
+import signal
 import subprocess
-import time
+import sys
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,23 @@ def commands(source: Path, target: Path) -> dict[str, list[object]]:
 
 
 COMMANDS = list(commands(Path(), Path("t")))
+
+# Runs `nemo-kd` and kills it where it opens a file of its new output for the given time.
+KILLED_AT_WORK = """
+import os, signal, sys
+from nemo_kd.cli.main import main
+left = int(sys.argv.pop(1))
+
+def killing(event, args):
+    global left
+    if event == "open" and "/content/" in str(args[0]):
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(killing)
+main()
+"""
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -92,12 +110,9 @@ def test_killed_it_leaves_the_old_one_and_the_next_run_leaves_nothing_else(
     (tmp_path / "out/t.jsonl").write_text("old")
     before = contents(tmp_path / "out")
     expected = contents(tmp_path / "expected")
-    process = subprocess.Popen([PROGRAM, *command, "--overwrite"], env=environment())
-    while process.poll() is None and not any((tmp_path / "out").glob(".*/content/*")):
-        time.sleep(0.001)
-    time.sleep(0.01)
-    process.kill()
-    process.wait()
+    opened = "2" if name == "jsonl" else "60"
+    killed = [sys.executable, "-c", KILLED_AT_WORK, opened, *command, "--overwrite"]
+    assert subprocess.run(killed, env=environment()).returncode == -signal.SIGKILL
     found = contents(tmp_path / "out")
     assert {key: found[key] for key in before} == before
     assert len(found) > len(before), "it was killed at work"
