@@ -64,6 +64,7 @@ class Assets:
         arguments = [f"--tokenizer={tokenizer}", f"--output-dir={directory}"]
         if data.packages is None:
             program = ["experiments/make_problems.py"]
+            program += ["--several-wordings"] if data.get("several_wordings") else []
         else:
             program = ["experiments/split_data.py", domain]
             arguments += [f"--packages={','.join(data.packages)}"]

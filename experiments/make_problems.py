@@ -28,11 +28,12 @@ def main(
     groups: Annotated[int, typer.Option(help="groups of the test split")],
     max_tokens: Annotated[int, typer.Option(help="prompt, answer and end-of-sequence")],
     seed: Annotated[int, typer.Option(help="of the sequence of problems")] = 0,
+    several_wordings: Annotated[bool, typer.Option(help="draw a wording for each step")] = False,
 ) -> None:
     """Write the three splits and data.json."""
     encode = AutoTokenizer.from_pretrained(str(tokenizer))
     output_dir.mkdir(parents=True, exist_ok=True)
-    sequence = problems(seed)
+    sequence = problems(seed, several_wordings=several_wordings)
     about: dict[str, Any] = {"domain": "math", "max_tokens": max_tokens, "tasks": list(TASKS)}
     for split, count in (("test", test), ("valid", valid), ("train", train)):
         rows = [

@@ -19,6 +19,7 @@ from study import Experiment, read_experiments
 from nemo_kd.cli.scripts import script
 
 POLL_SECONDS = 20
+DOMAINS = ("code", "prose", "math", "worded")
 
 
 def select(experiments: list[Experiment], only: Any) -> list[Experiment]:
@@ -60,7 +61,7 @@ def say(jobs: list[Job], cfg: DictConfig, found: dict[str, Any]) -> None:
 
 def collect(out: Path, results: Path) -> None:
     """Copy the facts of data and stores that the report needs next to the results."""
-    for domain in ("code", "prose", "math"):
+    for domain in DOMAINS:
         source = out / "data" / domain / "data.json"
         if source.is_file():
             target = results / "data" / f"{domain}.json"

@@ -31,7 +31,11 @@ sys.path.insert(0, str(ROOT / "examples" / "demo"))
 import report_data
 
 CURVES = ("sft_loss", "kd_loss", "top1_label")
-JUDGES = {"code": functions.judge, "math": worked_problems.judge}
+JUDGES = {
+    "code": functions.judge,
+    "math": worked_problems.judge,
+    "worded": worked_problems.judge,
+}
 
 
 def train_stores(run: Run, assets: Assets) -> tuple[list[Step], list[Path]]:

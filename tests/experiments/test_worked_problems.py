@@ -49,6 +49,25 @@ def test_every_step_of_arithmetic_is_right() -> None:
     assert all(operations[sign](int(a), int(b)) == int(c) for a, sign, b, c in steps)
 
 
+def test_several_wordings_change_the_steps_and_nothing_else() -> None:
+    worded = list(islice(problems(3, several_wordings=True), len(DRAWN)))
+    wordings = Counter()
+    for (task, question, answer), (*same, other) in zip(DRAWN, worded, strict=True):
+        assert same == [task, question] and final(other) == final(answer)
+        lines, others = answer.splitlines(), other.splitlines()
+        for line, changed in zip(lines, others, strict=True):
+            if task == "reversal":
+                assert set(numbers(changed)) <= set(numbers(line))
+                assert line.split()[-1] == changed.split()[-1]
+            else:
+                assert numbers(changed) == numbers(line)
+            wordings[task, re.sub(r"[\d, ]+|\S+$", " ", changed).strip()] += 1
+    for task in TASKS:
+        often = [count for (name, _), count in wordings.items() if name == task and count > 100]
+        assert len(often) >= 6
+    assert worded == list(islice(problems(3, several_wordings=True), len(DRAWN)))
+
+
 def test_no_question_is_repeated_and_no_answer_can_be_guessed() -> None:
     assert len({question for _, question, _ in DRAWN}) == len(DRAWN)
     for task in TASKS:
