@@ -54,7 +54,7 @@ MULTIPLY = (
     "For {a} at {b} each: {c}.",
     "{a} pieces at ${b} cost ${c}.",
     "The product of {a} and {b} is {c}.",
-    "Each is {b}, so {a} are {c}.",
+    "We need {a} of {b}: {c}.",
 )
 TAKE = (
     "Of {left} take {smallest}.",
