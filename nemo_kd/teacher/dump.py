@@ -16,7 +16,7 @@ from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.earlier import EarlierStore
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
-from nemo_kd.store.manifest import EXCHANGE
+from nemo_kd.store.manifest import EXCHANGE, SPEC
 from nemo_kd.teacher.begin import (
     Source,
     TokensOf,
@@ -96,8 +96,8 @@ def write_store(
     shards = shards_of(spec, len(source))
     mine = range(layout.replica, shards, layout.replicas)
     with locked(config.output_dir, layout) as check_lock:
-        if not config.overwrite and EarlierStore.find(config.output_dir, spec) is not None:
-            # Before anything of the store of the earlier source is changed.
+        if layout.from_rank_0(layout.rank == 0 and _changes_a_store(config, spec)):
+            # Before anything of that store is changed.
             mine_rows = [row for shard in mine for row in rows_of(shard, spec, len(source))]
             check_rows(source, mine_rows, bad_rows(config), layout, report=False)
         writer = open_writer(
@@ -152,6 +152,13 @@ def write_store(
                 write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
         layout.barrier()
     return None if stopped else Store(writer.directory).manifest
+
+
+def _changes_a_store(config: DumpConfig, spec: StoreSpec) -> bool:
+    """Whether this dump replaces a store, or corrects one of an earlier source."""
+    if config.overwrite:
+        return (Path(config.output_dir) / SPEC).exists()
+    return EarlierStore.find(config.output_dir, spec) is not None
 
 
 def _say_joined(layout: Layout) -> Callable[[int, int], None]:

@@ -38,13 +38,14 @@ def parts(rows: list[dict[str, Any]], tmp_path_factory: pytest.TempPathFactory) 
     return [directory / "1.json", directory / "2.parquet", directory / "3"]
 
 
-def dump(world: Path, store: Path, files: str, **options: Any) -> Any:
+def dump(world: Path, store: Path, files: str, *overrides: str, **options: Any) -> Any:
     arguments = [
         *SETTINGS,
         "teacher.kind=hf",
         f"model.restore_from_path={world}/llama",
         f"data.file_path={files}",
         f"output_dir={store}",
+        *overrides,
     ]
     return run_script("dump_teacher_topk.py", *arguments, PYTHONPATH=PATH, **options)
 
@@ -116,8 +117,9 @@ def test_another_file_does_not_replace_a_finished_store(
     assert "overwrite=true" in said and contents(tmp_path / "store") == before
 
     write_rows(tmp_path / "a/train.jsonl", [*rows[:6], {**rows[6], "output": 7}])
-    said = dump(world, tmp_path / "store", f"{tmp_path}/a/train.jsonl", fails=True).stderr
-    assert "row 6: 'output' is 7" in said and contents(tmp_path / "store") == before
+    for more in ((), ("overwrite=true",)):
+        said = dump(world, tmp_path / "store", f"{tmp_path}/a/train.jsonl", *more, fails=True).stderr
+        assert "row 6: 'output' is 7" in said and contents(tmp_path / "store") == before
 
     write_rows(tmp_path / "a/train.jsonl", [{**rows[0], "output": "corrected"}, *rows[1:7]])
     dump(world, tmp_path / "store", f"{tmp_path}/a/train.jsonl")
