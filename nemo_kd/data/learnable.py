@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.loss.linearity import nonlinear_settings
 from nemo_kd.store import Store, StoreError, StoreSpec
@@ -25,6 +26,28 @@ class StoreFacts:
     """The store's own weight of the distillation; None: that of the training."""
 
 
+def check_stores(
+    stores: Sequence[StoreFacts],
+    config: KDConfig,
+    *,
+    training: bool = True,
+    naming: Naming = FIELD,
+) -> None:
+    """Apply `check_schedule` to the stores of a mix.
+
+    Errors: as there, and NemoKDError for a schedule of `alpha` where each store has its own.
+    """
+    for store in stores:
+        check_schedule(store, config, store.alpha, training=training, naming=naming)
+    alphas = [store.alpha for store in stores]
+    end = config.alpha_end if isinstance(config, KDSchedule) else None
+    if training and end is not None and alphas and None not in alphas:
+        raise NemoKDError(
+            f"{naming('alpha_end')}={end} has no effect on the training, since each store has its "
+            f"own alpha, {alphas}: remove it, or the alpha of a store that is to follow it"
+        )
+
+
 def check_schedule(
     store: Store | StoreFacts,
     config: KDConfig,
@@ -36,13 +59,21 @@ def check_schedule(
     """Apply `check_learnable` to both ends of a schedule; `alpha` is the store's own weight.
 
     A validation, whose metrics are over all positions, is checked without `top_entropy_fraction`.
+
+    Errors: as `check_learnable`, and NemoKDError for `alpha` beside `sft_weight` or `kd_weight`,
+    which another store's tokens would have on another scale.
     """
+    if alpha is not None and (config.sft_weight, config.kd_weight) != (None, None):
+        raise NemoKDError(
+            f"alpha={alpha} gives store {store.origin} weights of its own: use {naming('alpha')} "
+            f"for the others, not {naming('sft_weight')} and {naming('kd_weight')}"
+        )
     ends = [(config, "")]
     if isinstance(config, KDSchedule):
         ends = [(config.at(0, 1), ""), (config.end, " at the end of the schedule")]
     for kd, when in ends:
         if alpha is not None:
-            kd = replace(kd, alpha=alpha, sft_weight=None, kd_weight=None)
+            kd = replace(kd, alpha=alpha)
         kd = kd if training else replace(kd, top_entropy_fraction=1.0)
         check_learnable(store, kd, when, naming=naming)
 

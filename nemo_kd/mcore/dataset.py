@@ -15,7 +15,6 @@ from nemo_kd.data import (
     LengthLimit,
     StoreFacts,
     answer_tokens,
-    check_schedule,
     collate_packs,
     fit_lengths,
     joined,
@@ -25,7 +24,7 @@ from nemo_kd.data import (
     teacher_of,
     truncate_prompt,
 )
-from nemo_kd.data.learnable import FIELD, Naming
+from nemo_kd.data.learnable import FIELD, Naming, check_stores
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.blend import EndlessBlend
@@ -156,11 +155,10 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     def check(self, config: KDConfig, *, training: bool = True, naming: Naming = FIELD) -> None:
         """Refuse stores from which the loss of `config` learns nothing, or only with a bias.
 
-        `StepLoss` does it at the first micro-batch too. Errors: StoreError, as
-        `nemo_kd.data.check_schedule`.
+        `StepLoss` does it at the first micro-batch too. Errors: StoreError and NemoKDError, as
+        `nemo_kd.data.learnable.check_stores`.
         """
-        for store in self.facts:
-            check_schedule(store, config, store.alpha, training=training, naming=naming)
+        check_stores(self.facts, config, training=training, naming=naming)
 
     def collate_fn(self, items: Sequence[Item]) -> Batch:
         """Collate the items of a micro-batch, this context-parallel rank's part of it."""

@@ -148,12 +148,29 @@ def settings(args: Namespace) -> KDSchedule:
 
     Errors: NemoKDError for values that it refuses.
     """
+    _check_store_alpha(args)
     names = [field.name for field in fields(KDSchedule)]
     try:
         return KDSchedule(**{name: getattr(args, f"kd_{name}") for name in names})
     except NemoKDError as error:
         name, _, rest = str(error).partition(" ")
         raise NemoKDError(f"{option(name)} {rest}" if name in names else str(error)) from error
+
+
+def _check_store_alpha(args: Namespace) -> None:
+    """Refuse settings of the loss that have no effect when each store has its own alpha."""
+    if args.kd_store_alpha is None:
+        return
+    if (args.kd_sft_weight, args.kd_kd_weight) != (None, None):
+        raise NemoKDError(
+            "--kd-store-alpha gives stores weights of their own: remove it, or --kd-sft-weight and "
+            "--kd-kd-weight"
+        )
+    if args.kd_alpha_end is not None:
+        raise NemoKDError(
+            f"--kd-alpha-end {args.kd_alpha_end} has no effect on the training with "
+            "--kd-store-alpha, by which each store has its own alpha; remove one of them"
+        )
 
 
 def datasets_provider(

@@ -17,8 +17,8 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 
-from nemo_kd.data import AnswerTokens, check_schedule
-from nemo_kd.data.learnable import FIELD, Naming, StoreFacts
+from nemo_kd.data import AnswerTokens
+from nemo_kd.data.learnable import FIELD, Naming, StoreFacts, check_stores
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule, sft_kd_loss
 from nemo_kd.loss.schedule import evaluation_config, training_config
@@ -106,8 +106,7 @@ class StepLoss:
     def _check_stores(self, stores: tuple[StoreFacts, ...], training: bool) -> None:
         if self._accepted.get(training) == stores:
             return
-        for store in stores:
-            check_schedule(store, self.config, store.alpha, training=training, naming=self.naming)
+        check_stores(stores, self.config, training=training, naming=self.naming)
         self._accepted[training] = stores
 
     def _at(self, training: bool) -> KDConfig:

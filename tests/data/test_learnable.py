@@ -7,8 +7,10 @@ from typing import Any
 
 import pytest
 
-from nemo_kd.data import check_learnable
-from nemo_kd.loss import KDConfig
+from nemo_kd.data import StoreFacts, check_learnable, check_schedule
+from nemo_kd.data.learnable import check_stores
+from nemo_kd.errors import NemoKDError
+from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.store import Store, StoreError
 from tests.store.samples import spec, write
 
@@ -50,3 +52,28 @@ def test_one_id_on_support_topk_is_refused(tmp_path: Path, profile: str) -> None
         check_learnable(one, KDConfig(support="topk"))
     for config in (KDConfig(), KDConfig(support="vocab"), KDConfig(support="topk", alpha=0.0)):
         check_learnable(one, config)
+
+
+@pytest.mark.parametrize("weights", [{"sft_weight": 1.0, "kd_weight": 4.0}, {"kd_weight": 4.0}])
+def test_an_alpha_of_a_store_beside_weights_is_refused(
+    tmp_path: Path, weights: dict[str, Any]
+) -> None:
+    """Tokens of this store would have weights that sum to 1, those of others (1, 4)."""
+    one, config = store(tmp_path / "one"), KDConfig(**weights)
+    with pytest.raises(NemoKDError, match=r"alpha=0.5 gives store .*/one weights of its own") as no:
+        check_schedule(one, config, 0.5)
+    assert "use KDConfig.alpha for the others, not KDConfig.sft_weight and" in str(no.value)
+    check_schedule(one, config)
+    check_schedule(one, KDConfig(alpha=0.9), 0.5)
+
+
+def test_a_schedule_of_alpha_that_no_store_follows_is_refused(tmp_path: Path) -> None:
+    of = store(tmp_path / "one").spec
+    schedule = KDSchedule(alpha=0.9, alpha_end=0.1)
+    own = [StoreFacts("a", of, 0.5), StoreFacts("b", of, 0.0)]
+    with pytest.raises(NemoKDError, match=r"KDConfig.alpha_end=0.1 has no effect .* \[0.5, 0.0\]"):
+        check_stores(own, schedule)
+    check_stores(own, schedule, training=False)
+    check_stores([*own, StoreFacts("c", of)], schedule)
+    check_stores([], schedule)
+    check_stores(own, KDSchedule(alpha=0.9, support="topk", temperature_end=2.0))

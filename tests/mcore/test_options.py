@@ -16,6 +16,11 @@ from nemo_kd.mcore.megatron_lm import add_arguments, settings
         ("--kd-beta 0.3", "--kd-beta is 0.3, but divergence 'forward_kl' has no beta"),
         ("--kd-schedule cosine", "--kd-schedule is 'cosine', but neither alpha nor"),
         ("--kd-schedule-steps 9", "--kd-schedule-steps is 9, but neither alpha nor"),
+        (
+            "--kd-store-alpha 0.5 --kd-kd-weight 4",
+            "--kd-store-alpha gives stores weights of their own: remove it, or --kd-sft-weight",
+        ),
+        ("--kd-store-alpha 0.5 --kd-alpha-end 0", "--kd-alpha-end 0.0 has no effect on the tr"),
         ("--kd-support vocab --kd-divergence reverse_kl", "divergence 'reverse_kl' is infinite"),
     ],
 )
