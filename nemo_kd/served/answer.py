@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_kd.sft import RowError
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
+from nemo_kd.teacher.forward import NoAnswerOfServerError
 from nemo_kd.topk import ABSENT_ID, TopK
 
 MASS_TOLERANCE = 0.02
@@ -28,7 +28,7 @@ MAX_PADDING = 1e-3
 """Allowed probability of ids beyond the tokenizer's vocabulary, which pad a model's LM head."""
 
 
-class AnswerError(RowError):
+class AnswerError(NoAnswerOfServerError):
     """Error for a row whose answer does not fit it, or is not a distribution."""
 
 
@@ -78,6 +78,16 @@ def topk_of(answer: Answer, row: Row, spec: StoreSpec, wire: Wire) -> TopK:
     Ids beyond the vocabulary of `spec` and those of probability 0 become absent. Raises AnswerError
     if the answer does not belong to the row, or its values are not log-probabilities.
     """
+    found = checked(answer, row, spec, wire)
+    found.padding(spec.vocab_size)
+    return _absent_at_end(found.all_ids, found.logprobs, spec.vocab_size)
+
+
+def checked(answer: Answer, row: Row, spec: StoreSpec, wire: Wire) -> Checks:
+    """Return the ids and log-probabilities of a row's A answer tokens, in descending order.
+
+    Raises AnswerError for all that `topk_of` refuses, but for ids beyond the vocabulary.
+    """
     tokens = row.input_ids.tolist()
     _check_positions(answer, tokens, spec.vocab_size, wire)
     where = row.loss_mask.nonzero()[0].tolist()
@@ -92,12 +102,11 @@ def topk_of(answer: Answer, row: Row, spec: StoreSpec, wire: Wire) -> TopK:
     ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)
     labels = row.input_ids[where].astype(np.int64)
     own = np.array([each.own for each in found], np.float32)
-    checks = _Checks(ids, logprobs, where)
+    checks = Checks(ids, logprobs, where)
     checks.ids()
     checks.distribution(2 * spec.vocab_size)  # the LM head's padding is not known
     checks.own(labels, own)
-    checks.padding(spec.vocab_size)
-    return _absent_at_end(ids, logprobs, spec.vocab_size)
+    return checks
 
 
 def _check_positions(answer: Answer, tokens: list[int], vocab_size: int, wire: Wire) -> None:
@@ -164,7 +173,7 @@ def _limit(count: int, top_k: int, wire: Wire) -> str:
     return f"; raise the server's limit ({wire.limit_option}), or lower dump.top_k"
 
 
-class _Checks:
+class Checks:
     """Checks of ids and log-probabilities [A, K] in descending order, at the positions `where`."""
 
     def __init__(

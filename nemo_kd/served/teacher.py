@@ -7,7 +7,9 @@ import os
 from collections.abc import Generator, Sequence
 from typing import NoReturn
 
-from nemo_kd.served.answer import AnswerError, Wire, topk_of
+import numpy as np
+
+from nemo_kd.served.answer import AnswerError, Wire, checked, topk_of
 from nemo_kd.served.client import LIMIT, Client, ServedTeacherError, StatusError
 from nemo_kd.served.server import PROBE, Server, describe
 from nemo_kd.served.sglang import SGLang
@@ -52,7 +54,10 @@ class ServedTeacher:
         return 0
 
     def forward(self, spec: StoreSpec, rows_per_lm_head: int) -> ServedForward:
-        """Raise ServedTeacherError if the server refuses K, before a store is begun."""
+        """Raise ServedTeacherError if the server gives no K log-probabilities per token.
+
+        This is before a store is begun.
+        """
         forward = ServedForward(self, spec)
         asyncio.run(forward.probe())
         return forward
@@ -137,9 +142,18 @@ class ServedForward:
         return found
 
     async def probe(self) -> None:
-        """Send a short request, whose answer is not examined."""
+        """Send a short request; raise ServedTeacherError for an answer that fits no row."""
+        ids = np.array(self.teacher.tokenizer.text_to_ids(PROBE)[:4], np.int32)
+        row, wrong = Row(0, ids, (np.arange(len(ids)) > 0).astype(np.uint8)), AnswerError()
         async with Client(self.teacher.config, self.teacher.layout.say) as client:
-            await self._ask(client, self.teacher.tokenizer.text_to_ids(PROBE)[:4], "a test request")
+            for _ in range(TRIES):
+                content = await self._ask(client, ids.tolist(), "a test request")
+                try:
+                    checked(self.wire.parse(content), row, self.spec, self.wire)
+                    return
+                except AnswerError as error:
+                    wrong = error
+            raise ServedTeacherError(f"{client.url}{self.wire.path}: a test request: {wrong}")
 
     async def _ask(self, client: Client, tokens: list[int], what: str) -> bytes:
         body = self.wire.request(self.teacher.server.model, tokens, self.spec.top_k)

@@ -16,7 +16,8 @@ from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.earlier import EarlierStore
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
-from nemo_kd.store.manifest import EXCHANGE, SPEC
+from nemo_kd.store.manifest import EXCHANGE, SPEC, shard_name
+from nemo_kd.store.ours import remove_part
 from nemo_kd.teacher.begin import (
     Source,
     TokensOf,
@@ -34,6 +35,7 @@ from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import bad_rows, sft_rows
 from nemo_kd.teacher.stop import StopOnSignal
+from nemo_kd.teacher.tally import Tally
 
 
 class Numbered(Protocol):
@@ -91,7 +93,8 @@ def write_store(
     of a shard in any order, on the writing rank; `check(row numbers)` is called before the first
     shard with the shortest and the longest row, on every rank; `tokens_of` is passed to
     `open_writer`.
-    Collectives over all ranks: a few small ones before the first shard and two after the last.
+    Raises RowError instead of writing a store of no row, because every row was left out.
+    Collectives over all ranks: a few small ones before the first shard and after the last.
     """
     shards = shards_of(spec, len(source))
     mine = range(layout.replica, shards, layout.replicas)
@@ -131,6 +134,9 @@ def write_store(
                             out.add(sample)
             stopped = stop.agreed()
         summary = progress.summary()
+        if progress.left_out and not stopped:
+            total = Tally.total(layout.gather(progress.tally), spec)
+            _refuse_nothing(writer, shards, total, layout)
         if layout.rank == 0:
             if summary:
                 print(summary)
@@ -159,6 +165,29 @@ def _changes_a_store(config: DumpConfig, spec: StoreSpec) -> bool:
     if config.overwrite:
         return (Path(config.output_dir) / SPEC).exists()
     return EarlierStore.find(config.output_dir, spec) is not None
+
+
+def _refuse_nothing(writer: StoreWriter, shards: int, total: Tally, layout: Layout) -> None:
+    """Raise RowError if this run has left out all of its rows, and no earlier run kept any.
+
+    The shards, which are empty, are removed, so that the same command tries the rows again.
+    Collective over all ranks: a broadcast.
+    """
+    if total.rows or layout.from_rank_0(layout.rank == 0 and _has_samples(writer, shards)):
+        return
+    if layout.rank == 0:
+        for shard in range(shards):
+            remove_part(writer.directory / shard_name(shard))
+    _, reason = max(zip(total.dropped, total.reasons, strict=True))
+    raise RowError(
+        f"{writer.directory}: no store is written, because all {total.done} rows were left out; "
+        f"one of them: {reason}"
+    )
+
+
+def _has_samples(writer: StoreWriter, shards: int) -> bool:
+    found = [writer.complete_shard(shard) for shard in range(shards)]
+    return any(info is None or info.samples for info in found)
 
 
 def _say_joined(layout: Layout) -> Callable[[int, int], None]:

@@ -21,6 +21,10 @@ class NoLogitsError(RowError):
     """Error for a row whose logits define no distribution: NaN, +inf, or all -inf."""
 
 
+class NoAnswerOfServerError(RowError):
+    """Error for a row about which an inference server says nothing that can be used."""
+
+
 def usable(
     pairs: Iterable[tuple[Row, TopK | RowError]],
     file: RowFile,

@@ -20,7 +20,7 @@ from nemo_kd.sft.rows import NoAnswerError, Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.tools.agreement import Agreement
-from nemo_kd.teacher.forward import NoLogitsError
+from nemo_kd.teacher.forward import NoAnswerOfServerError, NoLogitsError
 from nemo_kd.topk import TopK
 
 WORST = 5
@@ -28,6 +28,7 @@ WORST = 5
 _DROPPED: dict[type[RowError], str] = {
     NoAnswerError: "without an answer token",
     NoLogitsError: "without a finite logit of the teacher",
+    NoAnswerOfServerError: "without a usable answer of the server",
     RowError: "that cannot be read",
 }
 """Description of the rows left out, by type of error; an error counts for the first match."""
@@ -49,6 +50,8 @@ class Tally:
         self.rows = self.truncated = 0
         self.dropped = [0] * len(_DROPPED)
         """Number of rows left out of the store, in the order of `_DROPPED`."""
+        self.reasons = [""] * len(_DROPPED)
+        """The error of one of these rows each."""
         self.mass = np.zeros(len(spec.temperatures))
         """Sum over answer tokens of the probability of the K ids, at each temperature."""
         self.worst: list[Worst] = []
@@ -88,7 +91,9 @@ class Tally:
 
     def drop(self, error: RowError) -> None:
         """Count one row that is left out."""
-        self.dropped[[isinstance(error, kind) for kind in _DROPPED].index(True)] += 1
+        kind = [isinstance(error, each) for each in _DROPPED].index(True)
+        self.dropped[kind] += 1
+        self.reasons[kind] = self.reasons[kind] or " ".join(str(error).split())
 
     @classmethod
     def total(cls, tallies: Iterable[Tally], spec: StoreSpec) -> Tally:
@@ -97,6 +102,7 @@ class Tally:
             total.rows += tally.rows
             total.truncated += tally.truncated
             total.dropped = [a + b for a, b in zip(total.dropped, tally.dropped, strict=True)]
+            total.reasons = [a or b for a, b in zip(total.reasons, tally.reasons, strict=True)]
             total.agreement += tally.agreement
             total.mass += tally.mass
             total._keep(total.worst + tally.worst)
@@ -127,9 +133,13 @@ class Tally:
         return "\n".join(lines)
 
     def left_out(self) -> str:
-        """Return one line per reason for leaving out rows, with the number of rows."""
-        counts = zip(_DROPPED.values(), self.dropped, strict=True)
-        return "\n".join(f"left out: {count} rows {kind}" for kind, count in counts if count)
+        """Return one line per kind of rows left out, with their number and the error of one."""
+        counts = zip(_DROPPED.values(), self.dropped, self.reasons, strict=True)
+        return "\n".join(
+            f"left out: {count} rows {kind}{reason and f', such as {reason}'}"
+            for kind, count, reason in counts
+            if count
+        )
 
     def _held(self) -> str:
         if self.spec.profile == Sampled.name:

@@ -85,7 +85,7 @@ def _server(teacher: Path) -> Iterator[Server]:
 def server(_server: Server) -> Server:
     """The server of llama/, without faults and without the requests of an earlier test's client."""
     deadline = time.monotonic() + 10
-    while _server.in_flight and time.monotonic() < deadline:
+    while _server.connections and time.monotonic() < deadline:
         time.sleep(0.01)
     fresh: dict[str, Any] = {"faults": lambda number: "", "seconds": 0.0, "requests": []}
     fresh |= {

@@ -39,7 +39,7 @@ class Server:
         self.seconds = 0.0
         """Length of a slow answer, and of every answer's additional time."""
         self.requests: list[Json] = []
-        self.in_flight = self.most_in_flight = 0
+        self.in_flight = self.most_in_flight = self.connections = 0
         self.lock = threading.Lock()
         self.port = port
 
@@ -91,8 +91,13 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def handle(self) -> None:
+        server = self.server_of_tests
+        with server.lock:
+            server.connections += 1
         with suppress(ConnectionError):  # a client that was killed
             super().handle()
+        with server.lock:
+            server.connections -= 1
 
     def do_GET(self) -> None:
         server = self.server_of_tests
@@ -140,6 +145,8 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             detail = {"message": str(error), "type": "BadRequestError", "param": None, "code": 400}
             return self._send(400, {"error": detail})
+        if fault == "other api":  # one that ignores what it does not know
+            answer = {"choices": [{"text": "x"}], "text": "x", "meta_info": {}}
         self._send(200, answer, fault=fault)
 
     def _denied(self) -> bool:
@@ -186,6 +193,8 @@ def vllm(server: Server, body: Json, fault: str) -> Json:
     choice: Json = {"index": 0, "text": "x", "prompt_logprobs": broken(entries, fault)}
     if body.get("return_token_ids"):
         choice["prompt_token_ids"] = tokens
+    if fault == "no logprobs":
+        del choice["prompt_logprobs"]
     if fault in ("shifted", "rotated", "short", "other row"):
         del choice["prompt_token_ids"]  # only the positions tell
     return {"choices": [choice], "usage": {"prompt_tokens": len(tokens), "completion_tokens": 1}}
@@ -210,7 +219,7 @@ def sglang(server: Server, body: Json, fault: str) -> Json:
         item[1] = item[1] if item[1] < last else 0
     meta: Json = {"prompt_tokens": len(tokens), "completion_tokens": 0}
     meta["input_token_logprobs"] = broken(own, fault) if fault == "short" else own
-    meta["input_top_logprobs"] = broken(tops, fault)
+    meta["input_top_logprobs"] = None if fault == "no logprobs" else broken(tops, fault)
     return {"text": "", "meta_info": meta}
 
 

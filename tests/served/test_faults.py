@@ -17,7 +17,7 @@ from nemo_kd.served.client import _retry_after
 from nemo_kd.sft import RowError
 from nemo_kd.store import Store
 from tests.served.conftest import ROWS, SHARED, configuration, run, served
-from tests.served.server import Server
+from tests.served.server import Faults, Server
 from tests.served.test_served import same_files
 
 APIS = ["vllm", "sglang"]
@@ -83,12 +83,22 @@ WRONG = {
 }
 
 
+def of_rows(server: Server, fault: str) -> Faults:
+    """A fault in all answers but that to the test request, which is shorter than any row."""
+
+    def of_row(number: int) -> str:
+        body = server.requests[number]
+        return fault if len(body.get("prompt") or body["input_ids"]) > 4 else ""
+
+    return of_row
+
+
 @pytest.mark.parametrize("api", APIS)
 @pytest.mark.parametrize("fault", WRONG)
 def test_answers_that_do_not_fit_are_errors_of_their_rows(
     teacher: Path, server: Server, tmp_path: Path, api: str, fault: str
 ) -> None:
-    server.faults = lambda number: fault if number else ""
+    server.faults = of_rows(server, fault)
     overrides = served(server, teacher, tmp_path / "store", f"teacher.api={api}", SHORT)
     with pytest.raises(RowError, match=rf"train\.jsonl, row \d: .*({WRONG[fault]})"):
         run(*overrides)
@@ -97,8 +107,35 @@ def test_answers_that_do_not_fit_are_errors_of_their_rows(
 
 def test_an_id_too_many_is_an_error(teacher: Path, server: Server, tmp_path: Path) -> None:
     server.faults = lambda number: "long"
-    with pytest.raises(RowError, match=r"has 2[12] ids at position \d+, expected dump.top_k=20"):
+    message = r"a test request: .* has 2[12] ids at position \d+, expected dump.top_k=20"
+    with pytest.raises(NemoKDError, match=message):
         run(*served(server, teacher, tmp_path / "store"))
+
+
+@pytest.mark.parametrize("api", APIS)
+@pytest.mark.parametrize("fault", ["no logprobs", "shifted", "logits", "other api"])
+def test_a_server_that_gives_no_log_probabilities_is_refused_at_the_start(
+    teacher: Path, server: Server, tmp_path: Path, api: str, fault: str
+) -> None:
+    server.faults = lambda number: fault
+    overrides = served(server, teacher, tmp_path / "store", f"teacher.api={api}")
+    with pytest.raises(NemoKDError, match=r"http://127\.0\.0\.1:\d+/\S+: a test request: the "):
+        run(*overrides, "on_bad_row=drop")
+    assert len(server.requests) == 2 and not (tmp_path / "store").exists()
+
+
+def test_no_store_is_written_if_every_row_is_left_out(
+    teacher: Path, server: Server, undisturbed: Path, tmp_path: Path
+) -> None:
+    server.faults = of_rows(server, "shifted")
+    overrides = served(server, teacher, tmp_path / "store", "on_bad_row=drop")
+    message = rf"all {ROWS} rows were left out; one of them: \S+train\.jsonl, row \d+: the answer"
+    with pytest.raises(RowError, match=message):
+        run(*overrides)
+    assert not (tmp_path / "store/manifest.json").exists()
+    server.faults = lambda number: ""
+    run(*overrides)
+    same_files(undisturbed / "vllm", tmp_path / "store")
 
 
 def test_rows_with_wrong_answers_are_dropped_if_asked(
@@ -115,7 +152,9 @@ def test_rows_with_wrong_answers_are_dropped_if_asked(
     assert [sample.row for sample in store] == [row for row in range(ROWS) if row not in (2, 7)]
     for sample in store:
         assert np.array_equal(sample.topk.ids, whole[sample.row].topk.ids)
-    assert "left out: 2 rows" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "left out: 2 rows without a usable answer of the server, such as" in said
+    assert f"{teacher}/train.jsonl, row " in said
 
 
 def test_a_top_k_above_the_servers_limit_names_its_option(
@@ -136,7 +175,8 @@ def test_other_limits_on_top_k_name_the_option_too(
     with pytest.raises(NemoKDError, match=r"more than 10 prompt logprobs.*option --max-logprobs"):
         run(*overrides)
     server.faults = lambda number: "capped"
-    with pytest.raises(RowError, match=r"has 1[01] ids at .*server's limit \(--max-logprobs\)"):
+    message = r"has 1[01] ids at .*server's limit \(--max-logprobs\)"
+    with pytest.raises(NemoKDError, match=message):
         run(*overrides)
 
 

@@ -118,7 +118,9 @@ def test_another_file_does_not_replace_a_finished_store(
 
     write_rows(tmp_path / "a/train.jsonl", [*rows[:6], {**rows[6], "output": 7}])
     for more in ((), ("overwrite=true",)):
-        said = dump(world, tmp_path / "store", f"{tmp_path}/a/train.jsonl", *more, fails=True).stderr
+        said = dump(
+            world, tmp_path / "store", f"{tmp_path}/a/train.jsonl", *more, fails=True
+        ).stderr
         assert "row 6: 'output' is 7" in said and contents(tmp_path / "store") == before
 
     write_rows(tmp_path / "a/train.jsonl", [{**rows[0], "output": "corrected"}, *rows[1:7]])

@@ -69,13 +69,13 @@ def test_the_total_does_not_depend_on_which_rank_had_a_row() -> None:
     kinds = (NoAnswerError, RowError, NoLogitsError)
     for kind, count in zip(kinds, (5, 2, 1), strict=True):
         for i in range(count):
-            whole.drop(kind())
-            parts[1 + 2 * (i % 2)].drop(kind())
+            whole.drop(kind(f"row {i}:\n  {kind.__name__}"))
+            parts[1 + 2 * (i % 2)].drop(kind(f"row {i}:\n  {kind.__name__}"))
     total = Tally.total(parts, SPEC)
     assert total.left_out().splitlines() == [
-        "left out: 5 rows without an answer token",
-        "left out: 1 rows without a finite logit of the teacher",
-        "left out: 2 rows that cannot be read",
+        "left out: 5 rows without an answer token, such as row 0: NoAnswerError",
+        "left out: 1 rows without a finite logit of the teacher, such as row 0: NoLogitsError",
+        "left out: 2 rows that cannot be read, such as row 0: RowError",
     ]
     assert total.left_out() in total.summary() and total.done == whole.done == 17 + 8
     assert total.worst == whole.worst and total.summary() == whole.summary()
