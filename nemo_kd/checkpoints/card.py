@@ -37,20 +37,22 @@ class Card:
 
 
 def model_card(
-    card: Card, source: Source, config: Mapping[str, Any], library: str = "transformers"
+    card: Card, source: Source, config: Mapping[str, Any], adapted: str | None = None
 ) -> str:
-    """The text of a README.md."""
+    """The text of a README.md; `adapted`: the directory of the model to which adapters belong."""
     section = source.section or {}
-    base = base_name(section, config)
+    base = Path(adapted).name if adapted else _converted(section)
+    hub = _on_the_hub(config) if adapted is None else None
     data = [one for one in section.get(STORES) or [] if isinstance(one, Mapping)]
+    library = "transformers" if adapted is None else "peft"
     head: dict[str, Any] = {"library_name": library, "pipeline_tag": "text-generation"}
-    if HUB_NAME.fullmatch(base or ""):
-        head["base_model"] = base
+    if hub:
+        head |= {"base_model": hub, "base_model_relation": "finetune"}
     tags = ["nemo", *(["knowledge-distillation"] if card.kd else [])]
     lines = ["---", yaml.safe_dump({**head, "tags": tags}, sort_keys=False).strip(), "---", ""]
     lines += [f"# {source.path.name.removesuffix('.nemo')}", ""]
     lines += ["Exported from a NeMo or Megatron-core checkpoint with `nemo-kd export`.", ""]
-    rows = _rows(base, section, data, card)
+    rows = _rows(base, hub, section, data, card)
     if rows:
         lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows), ""]
     if card.figures:
@@ -72,25 +74,25 @@ def _seal(text: str) -> str:
     return f"<!-- nemo-kd export {hashlib.sha256(text.encode()).hexdigest()[:16]} -->"
 
 
-def base_name(
-    section: Mapping[str, Any], config: Mapping[str, Any], *, full: bool = False
-) -> str | None:
-    """The model before training: its name on the hub if recorded, else its directory's.
-
-    `full`: with the directories above it.
-    """
-    recorded = str(config.get("_name_or_path") or "")
-    if HUB_NAME.fullmatch(recorded) and not Path(recorded).exists():
-        return recorded
+def _converted(section: Mapping[str, Any]) -> str | None:
+    """The name of the directory that was converted: the model before training."""
     converted = section.get("converted_from")
     name = converted.get("checkpoint") if isinstance(converted, Mapping) else None
-    if not name:
-        return None
-    return str(Path(str(name)).resolve()) if full else Path(str(name)).name
+    return Path(str(name)).name if name else None
+
+
+def _on_the_hub(config: Mapping[str, Any]) -> str | None:
+    """The hub's model that the converted one was loaded from, by a transformers before version 5.
+
+    The converted one may have been trained since.
+    """
+    name = str(config.get("_name_or_path") or "")
+    return name if HUB_NAME.fullmatch(name) and not Path(name).exists() else None
 
 
 def _rows(
     base: str | None,
+    hub: str | None,
     section: Mapping[str, Any],
     data: list[Mapping[str, Any]],
     card: Card,
@@ -99,6 +101,8 @@ def _rows(
     converted = section.get("converted_from")
     if base:
         rows.append(("base model", base))
+    if hub:
+        rows.append(("fine-tuned from", hub))
     if isinstance(converted, Mapping) and isinstance(converted.get("config"), Mapping):
         kept, total = len(converted["layers"]), converted["config"].get("num_hidden_layers")
         if kept != total:

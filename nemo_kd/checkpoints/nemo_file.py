@@ -134,7 +134,7 @@ def write_nemo(
             "use_fast": True,
         }
         config["converted_from"] = {
-            "checkpoint": checkpoint.name,
+            "checkpoint": os.path.abspath(checkpoint.name),
             "layers": list(keep_layers),
             "config": dict(checkpoint.config),
             "generation_config": checkpoint.generation_config,

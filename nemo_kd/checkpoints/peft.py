@@ -13,15 +13,17 @@ import torch
 
 from nemo_kd.checkpoints import safetensors_file
 from nemo_kd.checkpoints.card import FILE as CARD
-from nemo_kd.checkpoints.card import Card, base_name, model_card
+from nemo_kd.checkpoints.card import STEPS, Card, model_card
 from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.directory import dump, new_directory
+from nemo_kd.checkpoints.export import CONFIG as HF_CONFIG
 from nemo_kd.checkpoints.export import config_of
 from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
 from nemo_kd.checkpoints.lora import Adapters, open_adapters, split
 from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.nemo_settings import CONVERTED
 from nemo_kd.checkpoints.safetensors_file import Entry
-from nemo_kd.checkpoints.source import open_source
+from nemo_kd.checkpoints.source import Source, open_source
 
 CONFIG, SINGLE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,15 +40,15 @@ def export_adapters(
 ) -> int:
     """Write the adapters at `path` to the directory `output`; return their number.
 
-    `base` is the Hugging Face directory of the model that they belong to; None: the one it was
-    converted from.
-    Errors: CheckpointError for a base that is not recorded, and those of `open_adapters`.
+    `base` is the Hugging Face directory of the model that they belong to; None: the one from which
+    it was converted.
+    Errors: CheckpointError for a base that is not an unchanged conversion, and those of
+    `open_adapters`.
     """
     source = open_source(path)
     config = config_of(source, base)
     config.setdefault("vocab_size", 1)
-    section = source.section or {}
-    name = str(Path(base).resolve()) if base is not None else _recorded(path, section, config)
+    name = str(Path(base).resolve()) if base is not None else _recorded(source)
     model = read_model(config)
     adapters = open_adapters(path, model)
     loaded = tokenizer_of(source, base, tokenizer)
@@ -58,30 +60,49 @@ def export_adapters(
         dump(
             new / CONFIG, peft_config(adapters, [key for key, _ in tensors], name, model.num_layers)
         )
-        (new / CARD).write_text(model_card(card or Card(), source, config, library="peft"))
+        (new / CARD).write_text(model_card(card or Card(), source, config, adapted=name))
         files = [*(one.name for one in new.iterdir()), SINGLE]
         for _ in safetensors_file.write(new, {SINGLE: entries}, iter(tensors), files):
             pass
     return len(adapters.pairs)
 
 
-def _recorded(path: str | Path, section: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    """The base's name on the hub, or the directory that it was converted from."""
-    converted = section.get("converted_from")
-    if isinstance(converted, Mapping) and len(converted["layers"]) == converted["config"].get(
-        "num_hidden_layers"
-    ):
-        name = base_name(section, config, full=True)
-        if name:
-            return name
+def _recorded(source: Source) -> str:
+    """The Hugging Face directory with the weights on which the adapters were trained.
+
+    Errors: CheckpointError if their base is not the unchanged conversion of one, or not found.
+    """
+    nemo = (source.section or {}).get("restore_from_path")
+    try:
+        section = open_source(str(nemo)).section or {} if nemo else {}
+        reason = f"its base {nemo} {_changed(section)}" if nemo else "it does not record its base"
+    except CheckpointError as error:
+        section, reason = {}, f"its base cannot be read: {error}"
+    if section and not _changed(section):
+        directory = Path(section[CONVERTED]["checkpoint"]).absolute()
+        if (directory / HF_CONFIG).is_file():
+            return str(directory)
+        reason = f"its base {nemo} was converted from {directory}, where there is no {HF_CONFIG}"
     raise CheckpointError(
-        f"{path} does not record a Hugging Face directory with the layers of its base; give it by "
-        "--base (export the base first, if there is none)"
+        f"{source.path}: {reason}; give --base, the Hugging Face directory of its base "
+        "(nemo-kd export writes one)"
     )
 
 
+def _changed(section: Mapping[str, Any]) -> str:
+    """How a model's weights differ from those of the directory it was converted from, or ""."""
+    converted = section.get(CONVERTED)
+    if not isinstance(converted, Mapping):
+        return "was not converted from a Hugging Face directory"
+    if STEPS in section or section.get("restore_from_path"):
+        return "was trained after its conversion"
+    if len(converted["layers"]) != (converted.get("config") or {}).get("num_hidden_layers"):
+        return "has not all layers of the directory it was converted from"
+    return ""
+
+
 def peft_config(adapters: Adapters, names: list[str], base: str, num_layers: int) -> dict[str, Any]:
-    """adapter_config.json for tensors `names`; `base` is the model's name or directory."""
+    """adapter_config.json for tensors `names`; `base` is the model's directory."""
     layers = sorted({layer for layer, _ in adapters.pairs})
     config: dict[str, Any] = {
         "peft_type": "LORA",

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import json
+import shutil
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -73,22 +75,26 @@ def divided(state: State, tensor: int, stages: int, layers: int) -> dict[str, St
 
 def write_adapters(base: Path, path: Path, ranks: dict[str, State], **settings: Any) -> Path:
     """A `.nemo` of adapters, as NeMo saves them, with the configuration of the model `base`."""
-    with tarfile.open(base) as archive, tarfile.open(path, "w:") as target:
-        for member in archive:
-            if member.isfile() and "model_weights" not in member.name:
-                data = archive.extractfile(member).read()  # type: ignore[union-attr]
-                if member.name.endswith("model_config.yaml"):
-                    section = yaml.safe_load(data)
-                    lora = {"adapter_dim": DIM, "alpha": ALPHA, "variant": "nemo"}
-                    section["peft"] = {"peft_scheme": "lora", "lora_tuning": lora}
-                    for key, value in settings.items():
-                        lora.update(value) if key == "lora" else section.update({key: value})
-                    data = yaml.safe_dump(section).encode()
-                add(target, member.name, data)
+    lora = {"adapter_dim": DIM, "alpha": ALPHA, "variant": "nemo", **settings.pop("lora", {})}
+    peft = {"peft_scheme": "lora", "lora_tuning": lora}
+    rewrite(base, path, weights=False, restore_from_path=str(base), **{"peft": peft, **settings})
+    with tarfile.open(path, "a:") as target:
         for folder, state in ranks.items():
             buffer = io.BytesIO()
             torch.save(state, buffer)
             add(target, f"./{folder}model_weights.ckpt", buffer.getvalue())
+    return path
+
+
+def rewrite(base: Path, path: Path, *, weights: bool = True, **settings: Any) -> Path:
+    """The model `base` with other settings, or its settings without its weights."""
+    with tarfile.open(base) as archive, tarfile.open(path, "w:") as target:
+        for member in archive:
+            if member.isfile() and (weights or "model_weights" not in member.name):
+                data = archive.extractfile(member).read()  # type: ignore[union-attr]
+                if member.name.endswith("model_config.yaml"):
+                    data = yaml.safe_dump({**yaml.safe_load(data), **settings}).encode()
+                add(target, member.name, data)
     return path
 
 
@@ -181,3 +187,57 @@ def test_adapters_and_models_are_not_mistaken_for_each_other(base: Path, tmp_pat
     broken = write_adapters(base, tmp_path / "b.nemo", {"": extra})
     with pytest.raises(CheckpointError, match="is not of a LoRA adapter"):
         open_student(broken, base_model=base)
+
+
+def named_base(adapters: Path, output: Path, **more: Any) -> str:
+    """The base that the exported adapters name."""
+    export_adapters(adapters, output, **more)
+    name: str = json.loads((output / "adapter_config.json").read_text())["base_model_name_or_path"]
+    return name
+
+
+def test_the_base_of_adapters_is_the_converted_directory_and_not_what_it_was_made_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = models.llama("tied_grouped")
+    source, state = saved(model, tmp_path / "sft"), adapted(model, range(4))[0]
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"_name_or_path": "meta/Llama"}))
+    monkeypatch.chdir(tmp_path)
+    nemo = converted(Path("sft"))
+    adapters = write_adapters(nemo.absolute(), tmp_path / "a.nemo", {"": state})
+    monkeypatch.chdir("/")
+    assert named_base(adapters, tmp_path / "one") == str(source)
+    card = (tmp_path / "one/README.md").read_text()
+    assert "| base model | sft |" in card and "meta/Llama" not in card
+    model_card = export(open_student(tmp_path / "sft.nemo"), tmp_path / "out").path / "README.md"
+    assert "| fine-tuned from | meta/Llama |" in model_card.read_text()
+    shutil.move(source, tmp_path / "moved")
+    with pytest.raises(
+        CheckpointError, match=r"converted from \S+/sft, where there is no .*--base"
+    ):
+        export_adapters(adapters, tmp_path / "two")
+    given = named_base(adapters, tmp_path / "two", base=tmp_path / "moved")
+    assert given == str(tmp_path / "moved")
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kd_trained_steps": 500}, "was trained after its conversion"),
+        ({"restore_from_path": "other.nemo"}, "was trained after its conversion"),
+        ({"converted_from": None}, "was not converted from a Hugging Face directory"),
+    ],
+)
+def test_the_base_of_adapters_is_asked_for_if_it_is_no_plain_conversion(
+    base: Path, tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    state, _ = adapted(models.llama("tied_grouped"), range(4))
+    trained = rewrite(base, tmp_path / "trained.nemo", **settings)
+    adapters = write_adapters(trained, tmp_path / "a.nemo", {"": state})
+    with pytest.raises(CheckpointError, match=rf"trained\.nemo {reason}; give --base"):
+        export_adapters(adapters, tmp_path / "peft")
+    assert named_base(adapters, tmp_path / "peft", base=base.parent / "source")
+    trained.unlink()
+    with pytest.raises(CheckpointError, match=r"its base cannot be read: .* does not exist"):
+        export_adapters(adapters, tmp_path / "again")
