@@ -13,7 +13,8 @@ is 1. Start from a student after SFT, whose answers the teacher can judge. The t
 answers' text: its tokens may be others than those that the student drew.
 
 Run the same command to resume: finished commands are skipped, an interrupted one resumes. The
-arguments that made a product are beside it (`store.command.json`): others are refused.
+arguments that made a product are beside it (`store.command.json`), with the SHA-256 of the prompts
+and the fingerprints of teacher and student: others are refused.
 `--generate`, `--dump` and `--train` pass KEY=VALUE to the three scripts and can be repeated.
 After Lightning OPD (arXiv 2604.13010).
 """
@@ -29,6 +30,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from nemo_kd.errors import NemoKDError
+from nemo_kd.sft import open_files
+from nemo_kd.store.fingerprint import checkpoint_fingerprint
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -39,13 +44,40 @@ class Command(NamedTuple):
     arguments: list[str]
     product: Path
     record: Path
-    """File with the command that made the product, written after it."""
+    """File with the command that made the product, and what it read, written after it."""
+    model: Path
+    """The model that the script reads."""
+    prompts: Path | None = None
+    """The user's file that it reads, if any."""
+
+    def inputs(self) -> dict[str, str]:
+        """Return what identifies the content of each input, by its path; exit without one."""
+        found = {}
+        try:
+            if self.prompts is not None:
+                found[str(self.prompts)] = open_files(str(self.prompts)).sha256
+            found[str(self.model)] = checkpoint_fingerprint(self.model)
+        except (NemoKDError, OSError) as error:
+            sys.exit(f"error: {error}")
+        return found
 
     def check(self) -> None:
-        """Exit if another command made the product."""
+        """Exit if another command made the product, or the same one from other inputs."""
         if not self.record.exists():
             return  # a directory made before the commands were recorded
-        before = json.loads(self.record.read_text(encoding="utf-8"))
+        record = json.loads(self.record.read_text(encoding="utf-8"))
+        if isinstance(record, list):  # made before the inputs were recorded
+            record = {"arguments": record, "inputs": {}}
+        self._check_arguments(record["arguments"])
+        now = self.inputs()
+        for path, identity in record["inputs"].items():
+            if now.get(path) != identity:
+                sys.exit(
+                    f"error: {self.product} was made from another {path}, which has changed or "
+                    "is gone; give another --output, or what the first run read"
+                )
+
+    def _check_arguments(self, before: list[str]) -> None:
         now = self.arguments
         if before != now:
             made = " ".join(each for each in before if each not in now) or "other arguments"
@@ -55,8 +87,8 @@ class Command(NamedTuple):
                 "another --output, or the arguments of the first run"
             )
 
-    def finish(self, status: int) -> None:
-        """Record the command; exit if its script failed or was stopped."""
+    def finish(self, status: int, inputs: dict[str, str]) -> None:
+        """Record the command and its inputs; exit if its script failed or was stopped."""
         if status:
             sys.exit(f"error: {self.script} ended with {status}; run the same command again")
         if not self.product.exists():
@@ -64,7 +96,8 @@ class Command(NamedTuple):
                 f"error: {self.script} was stopped; run the same command again ({self.product} is "
                 "missing)"
             )
-        self.record.write_text(json.dumps(self.arguments, indent=1), encoding="utf-8")
+        record = {"arguments": self.arguments, "inputs": inputs}
+        self.record.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -111,6 +144,8 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
             ],
             answers / "answers.jsonl",
             directory / "answers.command.json",
+            student,
+            args.prompts,
         )
         yield Command(
             "examples/dump_teacher_topk.py",
@@ -123,6 +158,7 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
             ],
             store / "manifest.json",
             directory / "store.command.json",
+            args.teacher,
         )
         yield Command(
             "examples/train_gpt_sft_kd.py",
@@ -137,6 +173,7 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
             ],
             trained,
             directory / "run.command.json",
+            student,
         )
         student = trained
 
@@ -162,7 +199,8 @@ def main() -> None:
         else:
             print(shown, flush=True)
             full = [*launcher(args.processes), str(ROOT / command.script), *command.arguments]
-            command.finish(subprocess.run(full, check=False).returncode)
+            inputs = command.inputs()
+            command.finish(subprocess.run(full, check=False).returncode, inputs)
     print(f"the trained student: {last}")
 
 

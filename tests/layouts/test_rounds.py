@@ -99,6 +99,12 @@ def run_rounds(
         started.append(command)
         return subprocess.CompletedProcess(command, 0)
 
+    for name in ("s.nemo", "p.jsonl", "hf-teacher/config.json"):
+        path = out.parent / "given" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            path.write_text('{"input": "a", "output": "b"}\n')
+    monkeypatch.chdir(out.parent / "given")
     monkeypatch.setattr(subprocess, "run", script)
     monkeypatch.setattr("sys.argv", ["run.py", *GIVEN, f"--output={out}", *more])
     runpy.run_path(str(ROOT / ROUNDS), run_name="__main__")
@@ -121,10 +127,10 @@ def test_a_script_that_was_stopped_ends_the_rounds(
 def test_the_answers_are_what_a_generation_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = tmp_path / "round-1" / "answers" / "manifest.json"
+    manifest = tmp_path / "out" / "round-1" / "answers" / "manifest.json"
     manifest.parent.mkdir(parents=True)
     manifest.touch()  # killed before answers.jsonl
-    assert run_rounds(monkeypatch, tmp_path) == 3
+    assert run_rounds(monkeypatch, tmp_path / "out") == 3
 
 
 @pytest.mark.parametrize(
@@ -141,7 +147,32 @@ def test_the_answers_are_what_a_generation_makes(
 def test_products_of_another_command_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, message: str
 ) -> None:
-    assert run_rounds(monkeypatch, tmp_path) == 3
-    assert run_rounds(monkeypatch, tmp_path) == 0
+    out = tmp_path / "out"
+    assert run_rounds(monkeypatch, out) == 3
+    assert run_rounds(monkeypatch, out) == 0
     with pytest.raises(SystemExit, match=message):
-        run_rounds(monkeypatch, tmp_path, more)
+        run_rounds(monkeypatch, out, more)
+
+
+@pytest.mark.parametrize(
+    ("name", "product"),
+    [
+        ("p.jsonl", "answers/answers.jsonl"),
+        ("s.nemo", "answers/answers.jsonl"),
+        ("hf-teacher", "store/manifest.json"),
+    ],
+)
+def test_products_of_other_inputs_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, product: str
+) -> None:
+    out = tmp_path / "out"
+    assert run_rounds(monkeypatch, out) == 3
+    assert run_rounds(monkeypatch, out) == 0
+    path = tmp_path / "given" / name
+    path = path / "config.json" if path.is_dir() else path
+    path.write_text('{"input": "a", "output": "c"}\n')
+    with pytest.raises(SystemExit, match=f"{product} was made from another {name}, which has chan"):
+        run_rounds(monkeypatch, out)
+    for record in (out / "round-1").glob("*.command.json"):  # as before inputs were recorded
+        record.write_text(json.dumps(json.loads(record.read_text())["arguments"]))
+    assert run_rounds(monkeypatch, out) == 0
