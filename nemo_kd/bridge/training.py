@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,7 +16,10 @@ from nemo_kd.bridge.recipe import evaluation_of
 from nemo_kd.bridge.step import KDForwardStep
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
-from nemo_kd.mcore.resume import keep_settings
+from nemo_kd.mcore.mix import STUDENT
+from nemo_kd.mcore.resume import LATEST, keep_settings
+from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.teacher.processes import say_once
 
 
 def finetune(
@@ -31,8 +35,8 @@ def finetune(
     Without `eval_iters` (of `validation`, or of `train` before Bridge 0.4) an evaluation contains
     each item of the validation data once.
     `kd`: a `KDConfig` or `KDSchedule`. `callbacks`: as of `pretrain`, with a version that has them.
-    `allow`: names of settings of data, loss and adapters in which a continued training may differ
-    from its checkpoint.
+    `allow`: names of settings of data, loss, adapters and student in which a continued training may
+    differ from its checkpoint. A training whose checkpoint has all steps ends with a line.
 
     Errors: NemoKDError for settings that do not fit each other, StoreError for a store that does
     not fit the student or the loss.
@@ -47,8 +51,10 @@ def finetune(
         save=checkpoint.save,
         load=checkpoint.load,
         allow=allow,
-        more={"peft": described(config.peft)},
+        more={"peft": described(config.peft), **_student(data)},
     )
+    if _is_complete(config):
+        return
     _complete(config)
     keep_student(config)
     more = {} if callbacks is None else {"callbacks": callbacks}
@@ -81,6 +87,29 @@ def _check(config: ConfigContainer) -> None:
             f"model.context_parallel_size={config.model.context_parallel_size} with "
             "dataset.packed is not supported: set it to 1, or packed to False"
         )
+
+
+def _student(data: Any) -> dict[str, Any]:
+    """Return what a continued training compares of the student; {} if it is not known."""
+    if data.student is None:
+        return {}
+    fingerprint = checkpoint_fingerprint(Path(data.student))
+    return {STUDENT: {"path": str(data.student), "fingerprint": fingerprint}}
+
+
+def _is_complete(config: ConfigContainer) -> bool:
+    """Whether the checkpoint to continue has all steps; Bridge would end in an assertion."""
+    checkpoint, steps = config.checkpoint, config.train.train_iters
+    if checkpoint.load is None or checkpoint.finetune or steps is None:
+        return False
+    latest = Path(checkpoint.load, LATEST)
+    text = str(checkpoint.ckpt_step or (latest.read_text().strip() if latest.is_file() else ""))
+    if not text.isdigit() or int(text) < steps:
+        return False
+    say_once(
+        [f"nothing to train: {checkpoint.load} has iteration {text}, and train.train_iters={steps}"]
+    )
+    return True
 
 
 def _complete(config: ConfigContainer) -> None:

@@ -16,6 +16,9 @@ from nemo_kd.sft.rows import SFTRows
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Store
 
+STUDENT = "student"
+"""Setting of a training: path and fingerprint of the student that it started from."""
+
 
 @dataclass(frozen=True)
 class Source:
@@ -85,11 +88,16 @@ def sources_of(given: Sources) -> list[Source]:
 
 
 def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the names of `now` with another value in `then`; of weights only the ratios count."""
+    """Return the names of `now` with another value in `then`.
+
+    Of weights only the ratios count, of a student only the fingerprint.
+    """
     return [name for name in now if not _same(name, then.get(name), now[name])]
 
 
 def _same(name: str, then: Any, now: Any) -> bool:
+    if name == STUDENT and isinstance(then, dict):
+        return bool(then.get("fingerprint") == now["fingerprint"])
     if name != "weights" or not isinstance(then, list) or len(then) != len(now):
         return bool(then == now)
     return np.allclose(np.divide(then, sum(then)), np.divide(now, sum(now)), rtol=1e-12, atol=0)

@@ -16,12 +16,14 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.files import canonical_json, decode_json, publish, read_json
 from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.mcore.dataset import KDDataset
-from nemo_kd.mcore.mix import changed
+from nemo_kd.mcore.mix import STUDENT, changed
 from nemo_kd.teacher.processes import Launch
 
 FILE = "nemo_kd.json"
 STORE_ALPHA = "store_alpha"
-"""Setting of that file: the alpha of each store that has its own; absent in older files."""
+"""Setting of that file: the alpha of each store that has its own."""
+LATER = (STORE_ALPHA, STUDENT)
+"""Settings of that file that files of earlier versions lack."""
 LATEST = "latest_checkpointed_iteration.txt"
 """Megatron's file in a directory with a checkpoint."""
 
@@ -68,15 +70,23 @@ def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_fi
         return
     then = read_json(load / FILE)
     refused = [name for name in changed(then, settings) if name not in allow]
-    if STORE_ALPHA in refused and STORE_ALPHA not in then:  # written by an earlier version
-        refused.remove(STORE_ALPHA)
-        if is_first:
-            print(f"{load / FILE} has no {STORE_ALPHA}, so it was not compared", flush=True)
+    for name in LATER:
+        if name in refused and name not in then:
+            refused.remove(name)
+            if is_first:
+                print(f"{load / FILE} has no {name}, so it was not compared", flush=True)
     if refused:
         named = "; ".join(
-            f"{name}: {then.get(name)} in the checkpoint, {settings[name]} now" for name in refused
+            f"{name}: {_shown(then.get(name))} in the checkpoint, {_shown(settings[name])} now"
+            for name in refused
         )
         raise NemoKDError(
             f"{load} belongs to a run with other settings: {named}. Restore them, save to and load "
             f"from another directory, or allow {', '.join(refused)} to change"
         )
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict) and {"path", "fingerprint"} <= value.keys():
+        return f"{value['path']} (fingerprint {value['fingerprint'][:12]})"
+    return str(value)

@@ -10,7 +10,7 @@ from typing import Any
 
 from nemo_kd.bridge import cpu
 from nemo_kd.errors import NemoKDError
-from nemo_kd.loss import KDConfig
+from nemo_kd.loss import KDConfig, KDSchedule
 
 
 def main(data: Path, output: Path) -> None:
@@ -46,7 +46,13 @@ def main(data: Path, output: Path) -> None:
         "rows_without_file": ([store], change(rows={"add_eos": False})),
         "unknown_setting": (mix, change(rows={"prompt_tempalte": "x"})),
         "temperature": ([store], change(temperature=2.0)),
+        "alpha_beside_weights": ([KDSource(path=store, alpha=0.5), store], change()),
+        "alpha_end_of_none": ([KDSource(path=store, alpha=0.5)], change()),
         "precision": ([store], half),
+    }
+    losses = {
+        "alpha_beside_weights": KDConfig(sft_weight=1.0, kd_weight=4.0),
+        "alpha_end_of_none": KDSchedule(alpha=0.9, alpha_end=0.1),
     }
     found = {}
     for name, (train, changed) in wrong.items():
@@ -55,7 +61,7 @@ def main(data: Path, output: Path) -> None:
         )
         changed(config)
         try:
-            finetune(config, KDConfig())
+            finetune(config, losses.get(name, KDConfig()))
         except NemoKDError as error:
             found[name] = str(error)
     print(json.dumps(found))

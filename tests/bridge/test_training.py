@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from tests.bridge import loop
 from tests.bridge.conftest import Bridge
@@ -98,6 +101,33 @@ def test_other_data_and_another_loss_are_refused_on_resume(
     assert "support: bucket in the checkpoint, topk now" in line and "seed" not in line
 
 
+def test_another_student_is_refused_on_resume(
+    whole: Path, bridge: Bridge, data: Path, tmp_path: Path
+) -> None:
+    """Bridge would continue the first one, and export it under the name of the other."""
+    weights = load_file(data / "student/model.safetensors")
+    shutil.copytree(data / "student", tmp_path / "other")
+    larger = {name: weight * 1.5 for name, weight in weights.items()}
+    save_file(larger, tmp_path / "other/model.safetensors", metadata={"format": "pt"})
+    other = [f"{tmp_path}/other", *options(data, whole)[1:], f"--export={tmp_path}/exported"]
+    done = bridge(TRAIN, *other, fails=True)
+    (line,) = [line for line in done.stderr.splitlines() if "belongs to a run" in line]
+    assert f"student: {data}/student (fingerprint" in line and f"{tmp_path}/other (" in line
+    assert not (tmp_path / "exported").exists()
+
+
+def test_a_complete_training_has_nothing_to_train_and_is_exported(
+    whole: Path, bridge: Bridge, data: Path, tmp_path: Path
+) -> None:
+    done = bridge(TRAIN, *options(data, whole), f"--export={tmp_path}/student")
+    assert f"nothing to train: {whole}/checkpoints has iteration {loop.STEPS}," in done.stderr
+    assert not steps(done.stdout)
+    found, expected = (load_file(path / "student/model.safetensors") for path in (tmp_path, whole))
+    assert found.keys() == expected.keys()
+    for name in found:
+        assert torch.equal(found[name], expected[name]), name
+
+
 def test_settings_that_do_not_fit_are_refused(bridge: Bridge, data: Path, tmp_path: Path) -> None:
     """Each in one line, before the model is built."""
     done = bridge(str(ROOT / "tests/bridge/refusals.py"), data, tmp_path)
@@ -113,6 +143,8 @@ def test_settings_that_do_not_fit_are_refused(bridge: Bridge, data: Path, tmp_pa
         "rows_without_file": "is for SFT files, but there are only stores",
         "unknown_setting": "dataset.rows.prompt_tempalte is unknown; did you mean dataset.rows.p",
         "temperature": "dataset.temperature=2.0, but the loss has temperature=1.0",
+        "alpha_beside_weights": "weights of its own: use KDConfig.alpha for the others, not KDConf",
+        "alpha_end_of_none": "KDConfig.alpha_end=0.1 has no effect on the training, since each st",
         "precision": "mixed_precision=bf16_mixed: Megatron's optimizer for half precision needs a",
     }
     assert found.keys() == expected.keys()

@@ -64,3 +64,24 @@ def test_a_file_of_an_earlier_version_is_resumed(
     assert "has no store_alpha, so it was not compared" in capsys.readouterr().out
     keep(run, store, 0.1)
     assert not capsys.readouterr().out
+
+
+def student(name: str, fingerprint: str) -> dict[str, Any]:
+    return {"more": {"student": {"path": name, "fingerprint": fingerprint}}}
+
+
+def test_another_student_is_refused_and_a_moved_one_is_continued(run: Path, store: Store) -> None:
+    keep(run, store, None, resume=False, **student("a", "0" * 64))
+    keep(run, store, None, **student("moved", "0" * 64))
+    message = r"student: moved \(fingerprint 0{12}\) in the checkpoint, b \(fingerprint 1{12}\) now"
+    with pytest.raises(NemoKDError, match=message):
+        keep(run, store, None, **student("b", "1" * 64))
+    keep(run, store, None, allow=["student"], **student("b", "1" * 64))
+
+
+def test_a_file_without_a_student_is_resumed(
+    run: Path, store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keep(run, store, None, resume=False)
+    keep(run, store, None, **student("a", "0" * 64))
+    assert "has no student, so it was not compared" in capsys.readouterr().out
