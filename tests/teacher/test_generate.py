@@ -145,6 +145,7 @@ def test_of_equal_logits_the_first_is_chosen() -> None:
         ({"temperature": -1.0}, "temperature=-1.0 is below 0"),
         ({"temperature": 1.0, "top_p": 0.0}, r"top_p=0.0 is not in \(0, 1\]"),
         ({"samples_per_prompt": 2}, "the same answer each time"),
+        ({"top_p": 0.9}, "top_p=0.9 with temperature 0 has no effect"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], message: str) -> None:

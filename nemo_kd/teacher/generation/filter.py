@@ -7,8 +7,10 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+from nemo_kd.files import sha256_of
 from nemo_kd.teacher.generation.step import GenerationError
 
 
@@ -17,7 +19,8 @@ class AnswerFilter:
 
     `function` is `module:function`, called as `function(answer: str, row: dict) -> bool` with the
     prompt's row of the SFT file; modules are also searched in the working directory. The function
-    must be deterministic, or a resumed run would write a different store.
+    must be deterministic, or a resumed run would write a different store. `identity` is recorded
+    in the store: the file of the function's module, but not what it imports.
     """
 
     def __init__(self, pattern: str | None = None, function: str | None = None) -> None:
@@ -28,6 +31,7 @@ class AnswerFilter:
                 f"generation.filter.pattern={pattern!r} is not a regular expression: {error}"
             ) from error
         self._function = None if function is None else _load(function)
+        self.identity = {} if function is None else _identity(function)
 
     def keeps(self, answer: str, row: dict[str, Any]) -> bool:
         if self._pattern is not None and not self._pattern.search(answer):
@@ -51,3 +55,9 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
     if not callable(function):
         raise GenerationError(f"generation.filter.function={name} is not a function")
     return function
+
+
+def _identity(name: str) -> dict[str, str]:
+    """The SHA-256 of the file of the function's module, which has been imported."""
+    file = getattr(sys.modules[name.partition(":")[0]], "__file__", None)
+    return {"function_sha256": sha256_of(Path(file))} if file else {}

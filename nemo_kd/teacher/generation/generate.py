@@ -18,8 +18,10 @@ import numpy as np
 
 from nemo_kd.files import published
 from nemo_kd.sft import RowError, RowFile
+from nemo_kd.sft.config import RowConfig
 from nemo_kd.sft.reader import PROMPT, prompt_template, recorded, resolved
 from nemo_kd.sft.rows import Row, readable
+from nemo_kd.sft.unread import unread
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.manifest import ANSWERS
 from nemo_kd.teacher.begin import rows_of
@@ -52,9 +54,11 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
             "prompt: write the conversation's format into data.prompt_template, and set "
             "data.format=prompt"
         )
+    for line in _without_effect(config, data):
+        layout.say(line)
     model = model_of(config, teacher)
     prompts = Prompts(file, prompt_template(data, model), decoding)
-    spec = generation_spec(config, teacher, file, recorded(data, model))
+    spec = generation_spec(config, teacher, file, recorded(data, model), keep)
     write, company = teacher.writer(spec, decoding), Company()
 
     def check(numbers: Sequence[int]) -> None:
@@ -123,6 +127,18 @@ def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, A
     """Check the block `generation` and return its decoding settings and its filter."""
     settings, end = config.generation, teacher.tokenizer.eos_id
     assert end is not None  # teachers reject a tokenizer without an end-of-sequence token
+    if not config.model.answer_only_loss:
+        raise GenerationError(
+            "model.answer_only_loss=false: a generation stores the top-K of generated tokens only; "
+            f"leave it out, and dump the {ANSWERS} of the generation with it"
+        )
+    size = teacher.tokenizer.vocab_size
+    beyond = [each for each in settings.stop_ids if each >= size]
+    if beyond:
+        raise GenerationError(
+            f"generation.stop_ids has {beyond[0]}, but the teacher's tokenizer has ids up to "
+            f"{size - 1}"
+        )
     decoding = Decoding(
         max_new_tokens=settings.max_new_tokens,
         stop_ids=(end, *settings.stop_ids),
@@ -134,12 +150,29 @@ def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, A
     return decoding, AnswerFilter(settings.filter.pattern, settings.filter.function)
 
 
+def _without_effect(config: GenerateConfig, data: RowConfig) -> Iterator[str]:
+    """Yield a line for each setting that a generation never reads."""
+    yield from unread(data, is_nemos=False)
+    if not data.add_eos:
+        yield (
+            "data.add_eos=false has no effect on generated answers: the token that ends an answer "
+            "is stored with it"
+        )
+    if config.data.no_answer == "drop":
+        yield "data.no_answer=drop has no effect on a generation: it ignores answers in the file"
+
+
 def generation_spec(
-    config: GenerateConfig, teacher: Teacher, file: RowFile, template: dict[str, Any]
+    config: GenerateConfig,
+    teacher: Teacher,
+    file: RowFile,
+    template: dict[str, Any],
+    keep: AnswerFilter,
 ) -> StoreSpec:
     """Return the spec of a dump whose template also contains the generation settings."""
-    template = {**template, "generation": asdict(config.generation)}
-    return store_spec(config, teacher, file, template)
+    settings = asdict(config.generation)
+    settings["filter"] |= keep.identity
+    return store_spec(config, teacher, file, {**template, "generation": settings})
 
 
 def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]:
@@ -152,9 +185,23 @@ def write_answers(path: Path, store: Store, prompts: Prompts) -> tuple[int, int]
         for sample in store:
             answer = sample.input_ids[sample.answer_positions()].tolist()
             row = {**prompts.source(sample.row), prompts.template.label_key: prompts.text(answer)}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(f"{_json(row)}\n")
             same += prompts.as_sft(row) == sample.input_ids.tolist()
     return len(store), same
+
+
+def _json(row: dict[str, Any]) -> str:
+    """Return a row as a line; a field with half of a surrogate pair is only written as ASCII."""
+    text = json.dumps(row, ensure_ascii=False)
+    return text if _is_encodable(text) else json.dumps(row)
+
+
+def _is_encodable(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 class GenerateProgress(DumpProgress):

@@ -60,6 +60,11 @@ class Decoding:
                 f"generation.samples_per_prompt={self.samples_per_prompt} with temperature 0 would "
                 "generate the same answer each time; set generation.temperature above 0"
             )
+        if self.top_p < 1 and self.temperature == 0:
+            raise GenerationError(
+                f"generation.top_p={self.top_p} with temperature 0 has no effect: only the most "
+                "probable token is chosen; set generation.temperature above 0, or leave it out"
+            )
 
 
 def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:

@@ -1,0 +1,101 @@
+"""Settings of a generation: what has no effect is said, what changes the answers is refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from nemo_kd.cli.teacher import load, read
+from nemo_kd.errors import NemoKDError
+from nemo_kd.store import Store
+from nemo_kd.teacher.config import GenerateConfig
+from nemo_kd.teacher.generation.generate import generate
+from tests.processes import ROOT
+from tests.teacher.typist import write_typist
+
+SHARED = [
+    "teacher.kind=hf",
+    "trainer.precision=32",
+    "trainer.devices=1",
+    "data.prompt_template='{input}{output}'",
+    "data.max_seq_length=64",
+    "dump.top_k=3",
+    "generation.max_new_tokens=5",
+    "generation.keep_unfinished=true",
+]
+
+
+@pytest.fixture(scope="module")
+def typist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("typist")
+    write_typist(directory)
+    return directory
+
+
+def run(typist: Path, tmp_path: Path, *more: str, rows: list[Any] | None = None) -> Store:
+    """Generate answers in this process; return the store."""
+    data = tmp_path / "prompts.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows or [{"input": "abc"}]))
+    paths = [f"model.restore_from_path={typist}", f"data.file_path={data}"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        overrides = [*SHARED, *paths, f"output_dir={tmp_path}/store", *more]
+        cfg = compose("generate_with_teacher", overrides)
+    config = read(cfg)
+    assert isinstance(config, GenerateConfig)
+    generate(config, load(config, cfg))
+    return Store(tmp_path / "store")
+
+
+def test_settings_without_effect_are_said(
+    typist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    more = ["data.train_on=last_assistant", "data.add_eos=false", "data.no_answer=drop"]
+    assert len(run(typist, tmp_path, *more)) == 1
+    said = capsys.readouterr().err
+    assert "data.train_on=last_assistant has no effect on rows read as prompt" in said
+    assert "data.add_eos=false has no effect on generated answers" in said
+    assert "data.no_answer=drop has no effect on a generation" in said
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("model.answer_only_loss=false", "stores the top-K of generated tokens only"),
+        ("generation.stop_ids=[0,96]", r"stop_ids has 96, but .* ids up to 94"),
+        ("generation.top_p=0.9", "top_p=0.9 with temperature 0 has no effect"),
+    ],
+)
+def test_settings_that_cannot_take_effect_are_refused(
+    typist: Path, tmp_path: Path, more: str, message: str
+) -> None:
+    with pytest.raises(NemoKDError, match=message):
+        run(typist, tmp_path, more)
+    assert not (tmp_path / "store").exists()
+
+
+def test_a_field_with_half_of_a_surrogate_pair_is_kept(typist: Path, tmp_path: Path) -> None:
+    rows = [{"input": "abc", "note": "ł"}, {"input": "def", "note": "cut \ud83d"}]
+    run(typist, tmp_path, rows=rows)
+    lines = (tmp_path / "store/answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert '"ł"' in lines[0] and "\\ud83d" in lines[1]
+    assert [json.loads(line)["note"] for line in lines] == ["ł", "cut \ud83d"]
+
+
+def test_another_filter_under_the_same_name_is_refused(
+    typist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    checks = tmp_path / "checks_of_answers.py"
+    checks.write_text("def keeps(answer, row):\n    return True\n")
+    filtered = "generation.filter.function=checks_of_answers:keeps"
+    assert len(run(typist, tmp_path, filtered)) == 1
+    run(typist, tmp_path, filtered)
+    checks.write_text("def keeps(answer, row):\n    return False\n")
+    message = r"template\.generation\.filter\.function_sha256: '\w+' in the store, '\w+' now"
+    with pytest.raises(NemoKDError, match=message):
+        run(typist, tmp_path, filtered)
