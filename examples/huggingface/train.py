@@ -14,7 +14,7 @@ from transformers import Trainer, TrainingArguments
 
 from nemo_kd.cli.failures import reported
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
-from nemo_kd.hf.student import load_student
+from nemo_kd.hf.student import load_student, refuse_filled
 from nemo_kd.loss import SUPPORTS, KDConfig
 
 
@@ -29,7 +29,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("student", help="directory or .gguf file")
     parser.add_argument("--keep-layers", help="layers to keep, such as 0,1,8-11, or @FILE")
     parser.add_argument("--store", nargs="+", required=True, help="one or several stores")
-    parser.add_argument("--output", required=True, help="directory for the trained student")
+    parser.add_argument("--output", required=True, help="new directory for the trained student")
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters, by peft")
     parser.add_argument("--alpha", type=float, help="weight of the distillation")
     parser.add_argument("--temperature", type=float, default=1.0)
@@ -42,8 +42,24 @@ def parser() -> argparse.ArgumentParser:
     return parser
 
 
+def training(args: argparse.Namespace) -> TrainingArguments:
+    return TrainingArguments(
+        args.output,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulate,
+        average_tokens_across_devices=True,
+        learning_rate=args.lr,
+        warmup_steps=min(10, args.steps // 10),
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+    )
+
+
 def main() -> None:
     args = parser().parse_args()
+    refuse_filled(args.output)
     model, tokenizer = load_student(args.student, args.keep_layers)
     if args.lora:
         from peft import LoraConfig, get_peft_model
@@ -53,21 +69,9 @@ def main() -> None:
     config = KDConfig(alpha=args.alpha, temperature=args.temperature, support=args.support)
     data = StoreDataset(args.store, config, max_seq_length=args.max_seq_length, tokenizer=tokenizer)
     tokenizer.chat_template = data.chat_template or tokenizer.chat_template
-    training = TrainingArguments(
-        args.output,
-        max_steps=args.steps,
-        per_device_train_batch_size=args.batch_size,
-        gradient_accumulation_steps=args.accumulate,
-        average_tokens_across_devices=True,
-        learning_rate=args.lr,
-        warmup_steps=10,
-        logging_steps=1,
-        save_strategy="no",
-        report_to="none",
-    )
     trainer = StoreTrainer(
         model=model,
-        args=training,
+        args=training(args),
         data_collator=StoreCollator(data),
         train_dataset=data,
         processing_class=tokenizer,

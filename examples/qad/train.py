@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 from nemo_kd.cli.failures import reported
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
-from nemo_kd.hf.student import load_student
+from nemo_kd.hf.student import load_student, refuse_filled
 from nemo_kd.loss import KDConfig
 
 CALIBRATION_BATCHES = 4
@@ -46,7 +46,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("student", help="directory or .gguf file")
     parser.add_argument("--store", nargs="+", required=True, help="one or several stores")
     parser.add_argument("--heldout", nargs="+", required=True, help="stores to measure on")
-    parser.add_argument("--output", required=True, help="directory for the trained student")
+    parser.add_argument("--output", required=True, help="new directory for the trained student")
     parser.add_argument(
         "--format",
         default="INT4_BLOCKWISE_WEIGHT_ONLY_CFG",
@@ -181,7 +181,7 @@ def training(args: argparse.Namespace) -> TrainingArguments:
         average_tokens_across_devices=True,
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
-        warmup_steps=10,
+        warmup_steps=min(10, args.steps // 10),
         logging_steps=5,
         save_strategy="no",
         report_to="none",
@@ -190,6 +190,7 @@ def training(args: argparse.Namespace) -> TrainingArguments:
 
 def main() -> None:
     args = parser().parse_args()
+    refuse_filled(args.output)
     checkpointing()
     model, tokenizer = load_student(args.student)
     config = KDConfig(alpha=args.alpha)

@@ -10,6 +10,7 @@ import torch
 
 from nemo_kd.checkpoints import open_checkpoint, parse_layers
 from nemo_kd.checkpoints.huggingface import to_transformers
+from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.loading import from_directory
 from nemo_kd.sft.tokenizer import load_tokenizer
 
@@ -37,3 +38,17 @@ def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreT
         for config in (model.config, model.generation_config):
             setattr(config, name, getattr(tokenizer, name))
     return model, tokenizer
+
+
+def refuse_filled(output: str | Path) -> None:
+    """Raise NemoKDError unless `output` is a new or an empty directory.
+
+    `save_pretrained` leaves the files of an earlier student: beside an `adapter_config.json` of it
+    `from_pretrained` would ignore the new weights.
+    """
+    output = Path(output)
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise NemoKDError(
+            f"{output} is not an empty directory, and the student would be mixed with what it "
+            "holds; choose another --output, or move it away"
+        )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from transformers import get_scheduler
 
 from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
 from tests.bare import extra, run_bare
@@ -138,6 +141,37 @@ def test_the_trained_student_is_saved_with_its_tokenizer(students: Path, tmp_pat
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
     assert len(tokenizer) == models.TOKENS
     assert tokenizer.chat_template == "{{ messages }}"
+
+
+def test_a_second_run_into_an_output_is_refused(students: Path, tmp_path: Path) -> None:
+    """Otherwise `from_pretrained` would follow the adapters of the first one."""
+    out = tmp_path / "out"
+    by_transformers(students, out, "--batch-size=4", "--lora=2")
+    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    given = [f"{students}/llama", f"--store={students}/store", f"--output={out}"]
+    done = run_program(EXAMPLE, *given, "--steps=1", fork=True, fails=True, NEMO_KD_TRACEBACK="")
+    assert f"error: {out} is not an empty directory" in done.stderr
+    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+
+
+@pytest.mark.parametrize(("steps", "reached"), [(5, 0), (20, 2), (200, 10)])
+def test_the_learning_rate_is_reached_after_a_tenth_of_the_steps(
+    tmp_path: Path, steps: int, reached: int
+) -> None:
+    example = runpy.run_path(str(ROOT / EXAMPLE))
+    given = ["student", "--store", "store", f"--output={tmp_path}", f"--steps={steps}"]
+    args = example["training"](example["parser"]().parse_args(given))
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimizer = torch.optim.SGD([parameter], args.learning_rate)
+    schedule = get_scheduler(
+        args.lr_scheduler_type, optimizer, args.get_warmup_steps(steps), args.max_steps
+    )
+    rates = []
+    for _ in range(steps):
+        rates.extend(schedule.get_last_lr())
+        optimizer.step()
+        schedule.step()
+    assert rates.index(max(rates)) == reached and max(rates) == args.learning_rate
 
 
 def test_the_extra_trainer_is_enough(students: Path, tmp_path: Path) -> None:

@@ -129,6 +129,13 @@ def test_formats_that_do_not_run_here_are_refused(
     assert f"--format {name}" in line and said in line
 
 
+def test_a_filled_output_is_refused(tmp_path: Path) -> None:
+    """Before modelopt and the student are looked for."""
+    (tmp_path / "adapter_config.json").write_text("{}")
+    line = error_of(EXAMPLE, "none", *options(tmp_path, f"--output={tmp_path}"))
+    assert f"{tmp_path} is not an empty directory" in line
+
+
 @pytest.mark.skipif(find_spec("modelopt") is not None, reason="modelopt is there")
 def test_without_modelopt_it_is_named(quantisable: Path, tmp_path: Path) -> None:
     given = [f"{quantisable}/llama", *options(quantisable, f"--output={tmp_path}/out")]
