@@ -6,17 +6,23 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from nemo_kd.store.manifest import SPEC
+from nemo_kd.store.ours import is_store
+
 BLOCK = 1 << 16
 BLOCKS = 64
+WEIGHTS = {".metadata"}
+"""Hidden files that are part of a checkpoint: the index of a distributed one."""
 
 
 def checkpoint_fingerprint(path: Path) -> str:
     """Hex SHA-256 over the size and 64 evenly spaced blocks of 64 KiB of each checkpoint file.
 
     It reads only 4 MiB per file, however large. Sampling suffices because every training step
-    changes weights throughout the checkpoint.
+    changes weights throughout the checkpoint. What does not decide logits and tokens is left out:
+    hidden files and directories, `*.md`, and stores below `path`.
     """
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+    files = [path] if path.is_file() else _files(path)
     digest = hashlib.sha256()
     for file in files:
         size = file.stat().st_size
@@ -29,6 +35,24 @@ def checkpoint_fingerprint(path: Path) -> str:
                 if size <= BLOCK:
                     break
     return digest.hexdigest()
+
+
+def _files(directory: Path) -> list[Path]:
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    stores = {file.parent for file in files if file.name == SPEC and is_store(file.parent)}
+    stores.discard(directory)
+    return [
+        file
+        for file in files
+        if not _is_beside(file.relative_to(directory)) and stores.isdisjoint(file.parents)
+    ]
+
+
+def _is_beside(path: Path) -> bool:
+    """Whether a file, relative to its checkpoint, is hidden or a text about it."""
+    *above, name = path.parts
+    hidden = [part for part in above if part.startswith(".")]
+    return bool(hidden) or path.suffix.lower() == ".md" or (name[0] == "." and name not in WEIGHTS)
 
 
 def vocabulary_fingerprint(tokens: Iterable[str]) -> str:
