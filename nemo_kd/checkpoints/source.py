@@ -32,7 +32,7 @@ from nemo_kd.checkpoints.distributed import (
 from nemo_kd.checkpoints.model import CheckpointError, checked, reading
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "model_config.yaml", "model_weights", "model_weights.ckpt"
-LATEST = "latest_checkpointed_iteration.txt"
+LATEST, RELEASE = "latest_checkpointed_iteration.txt", "release"
 MAX_CONFIG = 64 << 20  # bytes
 EMBEDDING = "embedding.word_embeddings.weight"
 EXPECTED = (
@@ -82,11 +82,15 @@ def open_source(path: str | Path) -> Source:
 
 
 def _latest(path: Path) -> Path:
-    """Return the last iteration of a directory in which Megatron-LM keeps several."""
+    """Return the last iteration of a directory in which Megatron-LM keeps several.
+
+    It has the model before training under `release`, as its converters write it.
+    """
     if not (path / LATEST).is_file():
         return path
     with reading(str(path / LATEST)):
-        return path / f"iter_{int((path / LATEST).read_text()):07}"
+        last = (path / LATEST).read_text().strip()
+        return path / (last if last == RELEASE else f"iter_{int(last):07}")
 
 
 def _of_nemo(path: Path, files: Files) -> Source:

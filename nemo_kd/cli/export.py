@@ -86,6 +86,10 @@ def export(
             raise typer.BadParameter(
                 "merges the adapters; give it or --peft", param_hint="base-model"
             )
+        if verify:
+            raise typer.BadParameter(
+                "adapters have no logits to compare; leave it out with --peft", param_hint="verify"
+            )
         card = card_of(open_source(source))
         count = export_adapters(
             *(source, output),

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING
 
 from nemo_kd.checkpoints import CheckpointError
 from nemo_kd.checkpoints.distributed import DistributedCheckpoint, Slice, files_of, write
-from nemo_kd.checkpoints.source import PICKLED, unpickles
+from nemo_kd.checkpoints.source import PICKLED, open_source, unpickles
 from tests.attacks.bounds import bounded
 from tests.processes import run_program
 
@@ -54,6 +54,16 @@ def test_a_slice_is_what_was_written(tmp_path: Path) -> None:
         assert torch.equal(checkpoint.read("layers.w", (layer,)), value(layer))
     assert torch.equal(checkpoint.read("layers.w"), torch.stack([*map(value, range(LAYERS))]))
     assert torch.equal(checkpoint.read("table"), value(7).bfloat16())
+
+
+@pytest.mark.parametrize(("last", "name"), [("10\n", "iter_0000010"), ("release\n", "release")])
+def test_the_directory_above_is_the_last_checkpoint_in_it(
+    tmp_path: Path, last: str, name: str
+) -> None:
+    made(tmp_path / name)
+    (tmp_path / "latest_checkpointed_iteration.txt").write_text(last)
+    source = open_source(tmp_path)
+    assert source.path == tmp_path / name and source.weights is not None
 
 
 def test_a_tar_is_read_in_place(tmp_path: Path) -> None:

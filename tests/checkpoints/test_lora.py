@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import typer
 import yaml
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
@@ -21,6 +22,7 @@ from nemo_kd.checkpoints.export import export, open_student
 from nemo_kd.checkpoints.families import by_query_group
 from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.checkpoints.peft import export_adapters
+from nemo_kd.cli import export as cli
 from tests.checkpoints import models
 from tests.checkpoints.test_export import converted, logits, saved
 
@@ -241,3 +243,11 @@ def test_the_base_of_adapters_is_asked_for_if_it_is_no_plain_conversion(
     trained.unlink()
     with pytest.raises(CheckpointError, match=r"its base cannot be read: .* does not exist"):
         export_adapters(adapters, tmp_path / "again")
+
+
+def test_adapters_are_not_said_to_be_compared(base: Path, tmp_path: Path) -> None:
+    state, _ = adapted(models.llama("tied_grouped"), range(4))
+    adapters = write_adapters(base, tmp_path / "a.nemo", {"": state})
+    with pytest.raises(typer.BadParameter, match="adapters have no logits to compare"):
+        cli.export(adapters, tmp_path / "peft", peft=True, verify=True)
+    assert not (tmp_path / "peft").exists()
