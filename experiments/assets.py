@@ -45,8 +45,9 @@ class Assets:
         name = "-".join(filter(None, (domain, teacher, split, store)))
         return self.out / "stores" / name
 
-    def groups(self, domain: str) -> Path:
-        return self.out / "stores" / f"{domain}-test-groups"
+    def groups(self, domain: str, temperature: float = 1.0) -> Path:
+        """The test split by groups; a run is validated on them at its own temperature."""
+        return self.out / "stores" / f"{domain}-test-groups{_at(temperature)}"
 
     def of(self, domain: str) -> DictConfig:
         """The configuration with what the domain has of its own."""
@@ -142,18 +143,26 @@ class Assets:
         step = Step(target.name, ("nemo-kd", *convert, "--overwrite"), product)
         return [*self.store_steps(domain, teacher, whole), step]
 
-    def held_out_steps(self, domain: str) -> list[Step]:
-        """Dump validation and test, always with the fine-tuned teacher, for all runs alike."""
-        test, groups = self.store(domain, "tuned", "test"), self.groups(domain)
+    def held_out_steps(self, domain: str, temperature: float = 1.0) -> list[Step]:
+        """Dump validation and test, always with the fine-tuned teacher, for all runs alike.
+
+        Another temperature of a run adds a test split by groups that has it, too.
+        """
         top_k = [f"dump.top_k={self.cfg.teacher.top_k}"]
-        split = [str(test), str(groups), f"--data={self.data(domain)}/data.json"]
-        product = groups / "groups.json"
-        return [
+        steps = [
             *self.teacher_steps(domain, "tuned"),
             self._dump(domain, "tuned", "valid", "", top_k),
-            self._dump(domain, "tuned", "test", "", top_k),
-            Step(f"{domain}-test-groups", ("experiments/split_store.py", *split), product),
         ]
+        for t in dict.fromkeys((1.0, temperature)):
+            test, groups = self.store(domain, "tuned", f"test{_at(t)}"), self.groups(domain, t)
+            both = [] if t == 1 else [f"dump.temperatures=[1.0,{t:g}]"]
+            split = [str(test), str(groups), f"--data={self.data(domain)}/data.json"]
+            product = groups / "groups.json"
+            steps += [
+                self._dump(domain, "tuned", "test", "", [*top_k, *both], target=test),
+                Step(groups.name, ("experiments/split_store.py", *split), product),
+            ]
+        return steps
 
     def answers_steps(self, domain: str) -> list[Step]:
         """Generate the fine-tuned teacher's greedy answers to the training prompts, with logits."""
@@ -175,9 +184,15 @@ class Assets:
         return [*self.teacher_steps(domain, "tuned"), step]
 
     def _dump(
-        self, domain: str, teacher: str, split: str, store: str, options: Sequence[str]
+        self,
+        domain: str,
+        teacher: str,
+        split: str,
+        store: str,
+        options: Sequence[str],
+        target: Path | None = None,
     ) -> Step:
-        target = self.store(domain, teacher, split, store)
+        target = target or self.store(domain, teacher, split, store)
         arguments = [
             "examples/dump_teacher_topk.py",
             f"model.restore_from_path={self.model(domain, TEACHER_LAYERS, teacher)}",
@@ -194,6 +209,10 @@ class Assets:
 
 SIZES = ("train", "valid", "test", "groups", "max_tokens", "seed")
 TOP_P = 0.8
+
+
+def _at(temperature: float) -> str:
+    return "" if temperature == 1 else f"@{temperature:g}"
 
 
 def generated_length(cfg: DictConfig) -> int:

@@ -47,6 +47,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.gain_by_task(study.rows["math"], study.rows["math_reference"][0], tasks(study)),
         words.inherited(study.rows["math"], study.rows["math_reference"][0]),
         words.beyond_the_teacher(study.rows["math_longer"], study.rows["math_reference"][0]),
+        words.worked_problems(study.rows["worded"][1:], words.SEVERAL),
         words.unsure(study.results),
         words.larger_students(study.rows["knowledge"]),
         "## What helped and what did not\n",
@@ -106,6 +107,7 @@ def benchmark_rows(study: Study) -> dict[str, dict[str, Row]]:
         "code": code,
         "prose": {row.label: row for row in study.rows["prose"]},
         "math": math,
+        WORDED: {row.label: row for row in study.rows["worded"]},
         LARGER: {row.label: row for row in study.rows["knowledge"]},
     }
 
@@ -177,6 +179,7 @@ METHODS = {
 }
 """Column of the first table → label in the experiments."""
 LARGER = "code, 15 layers"
+WORDED = "math, several wordings"
 LOSS, RATIO = ("loss", "sft_loss"), ("ratio", "")
 GENERATED = {"parses": "function parses", "exact": EXACT}
 BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
@@ -187,6 +190,11 @@ BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
     },
     "prose": {"cross-entropy": LOSS, "steps ratio": RATIO},
     "math": {
+        EXACT: ("right", EXACT),
+        "cross-entropy": LOSS,
+        "steps ratio": RATIO,
+    },
+    WORDED: {
         EXACT: ("right", EXACT),
         "cross-entropy": LOSS,
         "steps ratio": RATIO,

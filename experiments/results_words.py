@@ -105,6 +105,7 @@ def elsewhere(rows: Rows) -> str:
         "prose": rows["prose"],
         "code with 15 layers": rows["knowledge"],
         "worked problems": rows["math"],
+        SEVERAL: rows["worded"],
     }
     sentences = []
     for name, table in found.items():
@@ -121,7 +122,10 @@ def elsewhere(rows: Rows) -> str:
     )
 
 
-def worked_problems(rows: Sequence[Row]) -> str:
+SEVERAL = "worked problems in several wordings"
+
+
+def worked_problems(rows: Sequence[Row], name: str = "worked problems") -> str:
     """The result on questions whose answers are right or wrong."""
     sft, *others = rows
     base = sft.right(EXACT)
@@ -134,9 +138,9 @@ def worked_problems(rows: Sequence[Row]) -> str:
                 f"{row.planned}; difference {points(change)})"
             )
     if base is None or not sentences:
-        return "Worked problems: not run yet.\n"
+        return f"{name.capitalize()}: not run yet.\n"
     return (
-        "On worked problems, final answers that are right: SFT "
+        f"On {name}, final answers that are right: SFT "
         f"{100 * base:.1f} % ({plural(len(sft.found), 'seed')} of {sft.planned}); "
         f"{'; '.join(sentences)}.\n"
     )
@@ -206,13 +210,13 @@ def gain_by_task(rows: Sequence[Row], teacher: Row | None, tasks: Sequence[str])
 def unsure(results: Results) -> str:
     """How much a distribution of the teacher says beyond the label: its entropy by domain."""
     found = {
-        domain: results[name]["test"]["teacher_entropy"]
-        for domain in ("code", "prose", "math")
+        label: results[name]["test"]["teacher_entropy"]
+        for domain, label in ENTROPY_OF.items()
         if (name := Run(domain=domain, layers=30, length=0).name) in results
     }
     if not found:
         return ""
-    values = ", ".join(f"{value:.3f} on {domain}" for domain, value in found.items())
+    values = ", ".join(f"{value:.3f} on {label}" for label, value in found.items())
     return (
         f"Entropy of the fine-tuned teacher, nats per held-out answer token: {values}. Near 0 it "
         "adds little to the label.\n"
@@ -385,6 +389,7 @@ def data(about: Mapping[str, Any]) -> str:
     return f"{sizes}; no module is in two splits. Sources: {sources}"
 
 
+ENTROPY_OF = {"code": "code", "prose": "prose", "math": "math", "worded": SEVERAL}
 TEACHERS = {"stock": "stock teacher", "tuned": "fine-tuned teacher"}
 
 

@@ -75,7 +75,7 @@ def trained(run: Run, assets: Assets) -> Path:
 
 def train_step(run: Run, assets: Assets) -> Step:
     cfg = assets.of(run.domain)
-    groups = assets.groups(run.domain)
+    groups = assets.groups(run.domain, run.temperature)
     names = [f"group-{i:02d}" for i in range(cfg.data.groups)]
     arguments = (
         "examples/train_gpt_sft_kd.py",
@@ -234,7 +234,7 @@ def more_steps(run: Run, assets: Assets, also: str) -> list[Step]:
 
 def steps(run: Run, assets: Assets, also: Sequence[str]) -> list[Step]:
     """All steps up to the result, in order; steps shared with other runs are done only once."""
-    mine = assets.held_out_steps(run.domain)
+    mine = assets.held_out_steps(run.domain, run.temperature)
     if run.layers < TEACHER_LAYERS:
         mine = [*mine, *assets.student_steps(run.domain, run.layers)]
     if run.length > 0:
