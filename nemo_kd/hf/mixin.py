@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.collator import TEACHER, StoreCollator, mean
 from nemo_kd.hf.dataset import StoreDataset, check_tokenizer
-from nemo_kd.loss import KDConfig
+from nemo_kd.hf.positions import learned_positions
+from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.loss.schedule import evaluation_config, training_config
 
 TERMS = ("loss", "sft_loss", "kd_loss", "answer_tokens")
@@ -38,9 +40,11 @@ class StoreLossMixin:
     A `KDSchedule` follows the steps of the trainer. Evaluations have the settings of its end, and
     distil all answer tokens whatever `top_entropy_fraction` is.
 
-    Errors: NemoKDError on construction for another collator and for arguments that the loss
-    cannot follow; in the first step of several processes after an evaluation. StoreError on
-    construction if `processing_class` is another tokenizer than the one the stores record.
+    Errors: NemoKDError on construction for another collator, for arguments that the loss cannot
+    follow, for data sets with another loss than the collator's and for samples longer than the
+    positions of a model that learns them; in the first step of several processes after an
+    evaluation. StoreError on construction if `processing_class` is another tokenizer than the one
+    the stores record.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -153,25 +157,75 @@ def _check(trainer: Any) -> None:
 
 
 def _check_data(trainer: Any) -> None:
-    """Compare the stores' tokenizer and the samples' lengths with the trainer's."""
+    """Compare the data sets' losses, tokenizers and longest samples with the trainer's."""
     from transformers import PreTrainedTokenizerBase
 
-    given = trainer.eval_dataset
-    evaluated = given.values() if isinstance(given, Mapping) else [given]
-    data = [one for one in (trainer.train_dataset, *evaluated) if isinstance(one, StoreDataset)]
+    named = dict(_data_sets(trainer))
+    for name, one in named.items():
+        _check_config(name, one.config, trainer.data_collator.config)
+    data = list(named.values())
     if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         stores = [*trainer.data_collator.stores, *(store for one in data for store in one.stores)]
         known = [store for store in stores if store.spec.tokenizer.get("fingerprint") is not None]
         check_tokenizer(known, trainer.processing_class)
-    _warn_of_max_length(getattr(trainer.args, "max_length", None), data)
-
-
-def _warn_of_max_length(max_length: int | None, data: Sequence[StoreDataset]) -> None:
-    """Warn of longer samples than TRL's `max_length`, which limits only rows that it prepares."""
-    if max_length is None:
-        return
     longest = max((one.longest for one in data), default=0)
-    if longest > max_length:
+    _check_positions(trainer, longest)
+    _warn_of_max_length(getattr(trainer.args, "max_length", None), longest)
+
+
+def _data_sets(trainer: Any) -> Iterator[tuple[str, StoreDataset]]:
+    """Yield each data set of samples under its name in messages."""
+    given = trainer.eval_dataset
+    evaluated = {"eval_dataset": given}
+    if isinstance(given, Mapping):
+        evaluated = {f"eval_dataset[{name!r}]": one for name, one in given.items()}
+    for name, one in {"train_dataset": trainer.train_dataset, **evaluated}.items():
+        if isinstance(one, StoreDataset):
+            yield name, one
+
+
+def _check_config(data: str, given: KDConfig, used: KDConfig) -> None:
+    """Raise NemoKDError if a data set's settings of the loss are not those that are computed."""
+    if data != "train_dataset":
+        given, used = evaluation_config(given), evaluation_config(used)
+    own, computed = _settings(given), _settings(used)
+    changed = [name for name in own if own[name] != computed[name]]
+    differing = [f"{name}={own[name]} instead of {computed[name]}" for name in changed]
+    if differing:
+        raise NemoKDError(
+            f"{data} has another config than the data set of the data_collator, whose loss is "
+            f"computed: {', '.join(differing)}; make both with the same config"
+        )
+
+
+def _settings(config: KDConfig) -> dict[str, Any]:
+    """Return the settings, with the weights of the terms in the one form that all have."""
+    found = {one.name: getattr(config, one.name, one.default) for one in fields(KDSchedule)}
+    for name in ("alpha", "sft_weight", "kd_weight"):
+        del found[name]
+    return {"weights": config.weights, **found}
+
+
+def _check_positions(trainer: Any, longest: int) -> None:
+    """Raise NemoKDError for batches with more positions than the model has embeddings for."""
+    positions, pad_to = learned_positions(trainer.model), trainer.data_collator.pad_to
+    if positions is None:
+        return
+    if longest > positions:
+        raise NemoKDError(
+            f"the longest sample has {longest} tokens, but the model only {positions} positions: "
+            f"give StoreDataset max_seq_length={positions} and over_long='truncate' or 'drop'"
+        )
+    if pad_to is not None and pad_to > positions:
+        raise NemoKDError(
+            f"pad_to={pad_to}, but the model has only {positions} positions: give StoreCollator "
+            f"pad_to={positions} or less"
+        )
+
+
+def _warn_of_max_length(max_length: int | None, longest: int) -> None:
+    """Warn of longer samples than TRL's `max_length`, which limits only rows that it prepares."""
+    if max_length is not None and longest > max_length:
         warnings.warn(
             f"max_length={max_length} has no effect, and the longest sample has {longest} tokens: "
             f"give StoreDataset max_seq_length={max_length} and over_long='truncate' or 'drop', or "

@@ -15,6 +15,7 @@ import transformers
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
+from nemo_kd.hf.positions import learned_positions
 from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.store import StoreError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
@@ -108,6 +109,7 @@ def trainer_of(
     directory: Path,
     model: Any = None,
     data: StoreDataset | None = None,
+    pad_to: int | None = None,
     **more: Any,
 ) -> Any:
     """A trainer of class `kind` with the loss of `store`; `more` are its arguments."""
@@ -125,7 +127,7 @@ def trainer_of(
     return type("StoreTrainer", (StoreLossMixin, kind), {})(
         model=model or student(),
         args=arguments(**steps.arguments(directory, **more)),
-        data_collator=StoreCollator(data),
+        data_collator=StoreCollator(data, pad_to=pad_to),
         train_dataset=data,
         eval_dataset=data,
         **inputs,
@@ -276,6 +278,83 @@ def test_another_tokenizer_than_the_stores_is_refused(store: Path, tmp_path: Pat
     build(foreign, None)
     build(write_store(tmp_path / "unknown", [4], tokenizer={"path": None}), tokenizer())
     build(foreign, transformers.WhisperFeatureExtractor())
+
+
+def test_a_data_set_with_another_loss_is_refused(store: Path, tmp_path: Path) -> None:
+    """Its loss would not be computed: that of the collator's data set is."""
+
+    class StoreTrainer(StoreLossMixin, transformers.Trainer):
+        pass
+
+    def build(used: KDConfig, train: KDConfig, *evaluated: KDConfig) -> None:
+        StoreTrainer(
+            model=student(),
+            args=transformers.TrainingArguments(**steps.arguments(tmp_path)),
+            data_collator=StoreCollator(StoreDataset(store, used)),
+            train_dataset=StoreDataset(store, train),
+            eval_dataset={str(i): StoreDataset(store, one) for i, one in enumerate(evaluated)},
+        )
+
+    other = KDConfig(alpha=0.7, temperature=1.0)
+    with pytest.raises(NemoKDError, match=r"eval_dataset\['1'\] has another .*: temperature=1.0 i"):
+        build(CONFIG, CONFIG, CONFIG, other)
+    with pytest.raises(NemoKDError, match=r"train_dataset has another config .*: temperature=1.0"):
+        build(CONFIG, other)
+    weights = r"weights=\(0.5, 0.5\) instead of \(1.0, 0.0\)"  # at the end of the schedule
+    schedule = KDSchedule(alpha=1.0, alpha_end=0.0)
+    with pytest.raises(NemoKDError, match=rf"eval_dataset\['0'\] has another .*: {weights}"):
+        build(schedule, schedule, KDConfig(alpha=0.5))
+    build(schedule, schedule, KDConfig(alpha=0.0), KDConfig(alpha=0.0, top_entropy_fraction=0.5))
+    build(KDConfig(), KDSchedule(alpha=0.9), KDConfig(alpha=0.9))
+
+
+def test_samples_beyond_learned_positions_are_refused(store: Path, tmp_path: Path) -> None:
+    """Samples have 6, 4, 11 and 7 tokens; torch would end in an IndexError in the first step."""
+    shape: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2}
+
+    def train(
+        positions: int,
+        data: StoreDataset | None = None,
+        adapted: bool = False,
+        pad_to: int | None = None,
+    ) -> None:
+        config = transformers.GPT2Config(vocab_size=64, n_positions=positions, **shape)
+        model: Any = transformers.GPT2LMHeadModel(config)
+        if adapted:
+            model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["wte", "c_attn"]))
+        trainer_of(transformers.Trainer, store, tmp_path, model, data, pad_to).train()
+
+    message = "the longest sample has 11 tokens, but the model only 8 positions: give StoreDataset"
+    for adapted in (False, True):
+        with pytest.raises(NemoKDError, match=f"{message} max_seq_length=8"):
+            train(8, adapted=adapted)
+    train(8, StoreDataset(store, CONFIG, max_seq_length=8, over_long="drop"))
+    with pytest.raises(NemoKDError, match="pad_to=12, but the model has only 11 positions"):
+        train(11, pad_to=12)
+    train(11)
+
+
+@pytest.mark.parametrize(
+    ("kind", "more", "positions"),
+    [
+        ("OPT", {"ffn_dim": 32, "word_embed_proj_dim": 32}, 8),  # has 10 rows for 8 positions
+        ("GPTNeo", {"attention_types": [[["global"], 2]]}, 8),
+        ("Llama", {"intermediate_size": 32}, None),
+        ("GPTNeoX", {"intermediate_size": 32}, None),
+        ("Bloom", {}, None),
+    ],
+)
+def test_only_learned_positions_limit_the_samples(
+    kind: str, more: dict[str, Any], positions: int | None
+) -> None:
+    shape: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "GPTNeo":
+        shape = {"hidden_size": 32, "num_layers": 2, "num_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=8, max_position_embeddings=8, **shape, **more
+    )
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    assert learned_positions(model) == positions
 
 
 def test_other_losses_and_collators_are_refused(store: Path, tmp_path: Path) -> None:
