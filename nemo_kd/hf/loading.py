@@ -28,8 +28,16 @@ NO_WEIGHTS = re.compile(
 BEYOND = re.compile(r"(.*\.)?(mtp\.|layers\.(\d+)\.).*")
 
 
-def from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
+FIXED = ("bitsandbytes", "hqq")
+"""Kinds of quantized weights that transformers does not move once they are loaded."""
+
+
+def from_directory(
+    path: Path, dtype: torch.dtype, device: torch.device | None = None
+) -> PreTrainedModel:
     """Load the causal LM of a directory; raise NemoKDError unless it is complete and unambiguous.
+
+    It is on the CPU, but for weights of a kind in `FIXED`, which are loaded to `device` if given.
 
     Errors: HFTeacherError for sequence-to-sequence models, models with code of their own, and
     tensors that are missing, left over or contradict each other; ConfigError; CheckpointError for
@@ -46,6 +54,7 @@ def from_directory(path: Path, dtype: torch.dtype) -> PreTrainedModel:
             output_loading_info=True,
             local_files_only=True,
             trust_remote_code=False,
+            **({"device_map": {"": device}} if device and _method(config) in FIXED else {}),
         )
     except NemoKDError:
         raise
@@ -76,15 +85,31 @@ def _check_kind(path: Path, config: PretrainedConfig) -> None:
             f"{path}: config.json names the architecture {unknown[0]}, which transformers "
             f"{transformers.__version__} does not have; code beside a checkpoint is not run"
         )
-    method = getattr(config, "quantization_config", None) or {}
-    method = method.get("quant_method") if isinstance(method, dict) else method.quant_method
-    if method is not None and method not in AUTO_QUANTIZATION_CONFIG_MAPPING:
+    method = _method(config)
+    # transformers' mapping has bitsandbytes under the names of its two widths.
+    if method not in (None, *FIXED, *AUTO_QUANTIZATION_CONFIG_MAPPING):
         raise HFTeacherError(
             f"{path}: its weights are quantized by {method}, which transformers "
             f"{transformers.__version__} does not know and would pass over"
         )
     if any(path.glob("*.safetensors")):
         weight_files(path)
+
+
+def _method(config: PretrainedConfig) -> str | None:
+    """How the weights are quantized; None if they are not."""
+    found = getattr(config, "quantization_config", None) or {}
+    if not isinstance(found, dict):
+        found = found.to_dict()
+    method = found.get("quant_method")
+    if method is None and (found.get("load_in_8bit") or found.get("load_in_4bit")):
+        return "bitsandbytes"  # an older file
+    return None if method is None else str(getattr(method, "value", method))
+
+
+def on_device(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    """Return a model of `from_directory` on the device that it was given."""
+    return model if _method(model.config) in FIXED else model.to(device)
 
 
 def _check_names(path: Path, config: PretrainedConfig, info: dict[str, Any]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from nemo_kd.checkpoints import open_checkpoint
-from nemo_kd.hf.loading import from_directory
+from nemo_kd.hf.loading import from_directory, on_device
 from nemo_kd.hf.split import HFTeacherError, SplitModel
 from nemo_kd.hf.writer import HFWriter
 from nemo_kd.settings.batches import processes_of
@@ -82,7 +82,7 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
         accelerator=config.trainer.accelerator,
     )
     if path.is_dir():
-        model, tokenizer_path = from_directory(path, dtype), str(path.absolute())
+        model, tokenizer_path = from_directory(path, dtype, layout.device), str(path.absolute())
         tokenizer = HFTokenizer(tokenizer_path)
     elif path.is_file():
         from nemo_kd.checkpoints.huggingface import to_transformers
@@ -97,7 +97,7 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
             f"no checkpoint at {path}; set model.restore_from_path to a directory with config.json "
             "and *.safetensors, or to a .gguf file"
         )
-    model = model.eval().requires_grad_(False).to(layout.device)
+    model = on_device(model.eval().requires_grad_(False), layout.device)
     teacher = HFTeacher(model, tokenizer, tokenizer_path, layout)
     _check(teacher, config)
     return teacher
