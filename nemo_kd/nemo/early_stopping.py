@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.trainer.states import TrainerFn
 
 from nemo_kd.errors import NemoKDError
@@ -25,6 +25,13 @@ def stop_reason(trainer: Trainer) -> str:
         if reason:
             return reason
     return ""
+
+
+def out_of_time(trainer: Trainer) -> bool:
+    """Whether `exp_manager.max_time_per_run` has ended this start of the run."""
+    timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
+    left = [timer.time_remaining() for timer in timers]
+    return trainer.global_step < trainer.max_steps and any(x is not None and x <= 0 for x in left)
 
 
 def reason_of(callback: EarlyStopping, value: float) -> str:

@@ -9,7 +9,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.record import Progress, say
-from nemo_kd.nemo.splits import Split
+from nemo_kd.nemo.splits import Split, splits_of
 from nemo_kd.sft import open_files
 from nemo_kd.store import Store
 
@@ -32,6 +32,7 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
     with open_dict(trainer):
         trainer.max_steps, trainer.max_epochs = steps, -1
         trainer.val_check_interval = _interval(trainer.get("val_check_interval"), steps, epoch)
+    _check_warmup(cfg, steps)
     if validates(cfg):
         _check_validation(cfg)
     else:
@@ -39,6 +40,30 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
     if cfg.get("exp_manager") is not None:
         _fit_checkpoints(cfg)
         _fit_early_stopping(cfg)
+
+
+def check_split_lengths(cfg: DictConfig) -> None:
+    """Check that the longest sequence can be split as the layout splits sequences.
+
+    Sequence parallelism splits it over the tensor-parallel ranks, context parallelism into two
+    chunks for each context-parallel rank. Shorter ones are padded to a length that can be split.
+
+    Errors: NemoKDError for a `max_seq_length` that cannot.
+    """
+    model = cfg.model
+    context = model.get("context_parallel_size") or 1
+    parts = 2 * context if context > 1 else 1
+    parts *= model.tensor_model_parallel_size if model.get("sequence_parallel") else 1
+    for name, split in splits_of(model.data).items():
+        length = model.data[name].max_seq_length
+        if split.sources and length % parts:
+            lower = length - length % parts
+            raise NemoKDError(
+                f"model.data.{name}.max_seq_length={length} cannot be split into {parts} equal "
+                "parts, as model.sequence_parallel and model.context_parallel_size do: set "
+                + (f"{lower} or " if lower else "")
+                + f"{lower + parts}"
+            )
 
 
 def check_evaluation(cfg: DictConfig) -> None:
@@ -153,6 +178,18 @@ def refuse_part_epochs(trainer: DictConfig) -> None:
             "trainer.limit_train_batches and trainer.overfit_batches are not supported: set "
             "trainer.max_steps to the number of steps"
         )
+    if trainer.get("max_time"):
+        raise NemoKDError(
+            f"trainer.max_time={trainer.max_time} counts the time of all starts, so that a run it "
+            "has ended cannot be resumed: set exp_manager.max_time_per_run, after which the same "
+            "command resumes"
+        )
+    if trainer.get("accumulate_grad_batches") not in (None, 1):
+        raise NemoKDError(
+            f"trainer.accumulate_grad_batches={trainer.accumulate_grad_batches} is not supported: "
+            "Megatron accumulates the gradients of model.global_batch_size / "
+            "(model.micro_batch_size * data-parallel ranks) micro-batches; set these two"
+        )
     if trainer.get("check_val_every_n_epoch") not in (None, 1):
         raise NemoKDError(
             f"trainer.check_val_every_n_epoch={trainer.check_val_every_n_epoch} is not supported: "
@@ -174,6 +211,19 @@ def _interval(given: Any, steps: int, epoch: int | None) -> int:
         f"trainer.val_check_interval={given}: expected a number of steps (at least 1), or a "
         "fraction in (0, 1] of an epoch; trainer.limit_val_batches=0 turns validation off"
     )
+
+
+def _check_warmup(cfg: DictConfig, steps: int) -> None:
+    """Print a warning if the run ends before its learning rate is reached."""
+    optim = cfg.model.get("optim")
+    schedule = optim.get("sched") if optim else None
+    warmup = schedule.get("warmup_steps") if schedule and schedule.get("name") else None
+    if warmup and warmup >= steps:
+        say(
+            f"WARNING: model.optim.sched.warmup_steps={warmup} of a run of {steps} steps: the "
+            f"learning rate reaches at most {optim.lr * steps / (warmup + 1):.2g} of "
+            f"model.optim.lr={optim.lr:g}; lower warmup_steps, or set null and warmup_ratio"
+        )
 
 
 def _check_validation(cfg: DictConfig) -> None:

@@ -20,11 +20,15 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import MassWatch
 from nemo_kd.mcore.metrics import means_of
 
 ANSWER_TOKENS = "answer_tokens"
 NEMO_LOSS = "reduced_train_loss"
+STEPS_NOT_FINITE = 5
+"""Steps in a row with a loss that is NaN or infinite after which a run ends with an error. One can
+be a batch at which float16 overflows."""
 VALIDATION = ("val", "validation")
 """Beginnings of the names that a validation logs."""
 
@@ -80,6 +84,7 @@ class StepMetrics(Callback):
         self._names: list[str] = []  # logged at the last time
         self._clock: float | None = None  # when the steps that are unread began
         self._watch: MassWatch | None = None
+        self._not_finite: list[int] = []  # the last steps, whose loss was NaN or infinite
 
     def on_train_batch_start(self, *args: Any) -> None:
         if self._clock is None:
@@ -92,6 +97,7 @@ class StepMetrics(Callback):
         self._unread.append(_Unread(trainer.global_step, pl_module.step_sums, nemos))
         if trainer._logger_connector.should_update_logs:
             self._log(trainer, pl_module, self._read(pl_module))
+            self._refuse_not_finite(STEPS_NOT_FINITE)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(pl_module)
@@ -110,6 +116,7 @@ class StepMetrics(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(pl_module)
+        self._refuse_not_finite(2)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -134,11 +141,30 @@ class StepMetrics(Callback):
             if step.own.distils and "teacher_mass" in means:
                 self._warn_of_mass(means["teacher_mass"], pl_module.kd_schedule.temperature)
             means.update({ANSWER_TOKENS: tokens, "tokens_per_s": speed})
-            if not tokens:
+            if tokens:
+                self._check(step.number, logged.get(NEMO_LOSS, 0.0))
+            else:
                 logged.pop(NEMO_LOSS, None)
             lines.append({**logged, **means, "step": step.number})
         self._write(lines)
         return means
+
+    def _refuse_not_finite(self, steps: int) -> None:
+        if len(self._not_finite) >= steps:
+            raise NemoKDError(
+                f"the loss is not finite from step {self._not_finite[0]} on, so the model is of no "
+                "use: resume from an earlier checkpoint, or start again in a new directory, with a "
+                "smaller model.optim.lr, or trainer.precision=bf16-mixed instead of 16-mixed"
+            )
+
+    def _check(self, step: int, loss: float) -> None:
+        """Note a loss that is not finite; print a warning at the first of several."""
+        if math.isfinite(loss):
+            self._not_finite.clear()
+            return
+        self._not_finite.append(step)
+        if len(self._not_finite) == 1:
+            print(f"WARNING: the loss of step {step} is {loss}", file=sys.stderr, flush=True)
 
     def _log(self, trainer: Trainer, pl_module: Any, means: Mapping[str, float]) -> None:
         """Log the means of this step; its values, and no others, get to Lightning's loggers."""

@@ -31,6 +31,7 @@ from nemo_kd.nemo.packed import check_packing
 from nemo_kd.nemo.record import Progress, read
 from nemo_kd.nemo.resume import WholeRunBatchSampler
 from nemo_kd.nemo.splits import TrainSplit, ValidationSplit
+from nemo_kd.teacher.layout import Layout
 
 NEMO_SFT = f"{MegatronGPTSFTModel.__module__}.{MegatronGPTSFTModel.__qualname__}"
 
@@ -83,12 +84,25 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
             wanted = self._done.consumed_samples + steps * data_cfg.global_batch_size
             return blend(datasets, wanted, data_cfg)
         split.check_sources(self.kd_schedule)
+        self._say_without_effect()
         if split.packed_sequence:
             return super()._build_dataset(data_cfg, is_train)  # NeMo's own packed files
         number = self.trainer.max_steps * data_cfg.global_batch_size
         blended = blend_files(self, number, data_cfg)
         reorder_files(blended, split)
         return blended
+
+    def _say_without_effect(self) -> None:
+        """Print settings that the training does not read: SFT files alone have Megatron's loss."""
+        kd, say = self.kd_schedule, Layout.of_job().say
+        if kd.fused_lm_head:
+            say("model.kd.fused_lm_head=true has no effect without a store")
+        if not kd.count_padding and self.student_loss.padding:
+            say(
+                "SFT files without a store are trained with NeMo's own loss: its softmax has the "
+                f"vocabulary's {self.student_loss.padding} padding columns, too, which "
+                "model.kd.count_padding=false leaves out of the losses of stores and of validations"
+            )
 
     def _build_validation(self, data_cfg: DictConfig) -> Any:
         check_generation(self.cfg, data_cfg)

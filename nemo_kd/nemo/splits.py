@@ -123,6 +123,11 @@ class TrainSplit(Split):
                 "model.data.train_ds.alpha gives stores weights of their own: use model.kd.alpha "
                 "for the others, not sft_weight and kd_weight"
             )
+        if kd.alpha_end is not None and None not in self.alpha:
+            raise NemoKDError(
+                f"model.kd.alpha_end={kd.alpha_end} has no effect: every store has an alpha of its "
+                "own in model.data.train_ds.alpha; give null for those that follow the schedule"
+            )
         return self.alpha
 
 

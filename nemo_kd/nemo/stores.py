@@ -9,15 +9,14 @@ from omegaconf import DictConfig
 from nemo_kd.data import LengthLimit, check_schedule, fit_lengths, notices, pack_samples
 from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
-from nemo_kd.nemo.sft_files import shared_arguments
+from nemo_kd.nemo.sft_files import max_positions, shared_arguments
 from nemo_kd.nemo.splits import TrainSplit
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError
 from nemo_kd.store.codecs import TopP
 from nemo_kd.store.replaced import refuse_other_ranks
 from nemo_kd.teacher.layout import Layout
-
-"""Number of evenly spaced samples whose labels are compared with the teacher's rows."""
+from nemo_kd.teacher.rows import limited_length
 
 
 def store_dataset(
@@ -33,7 +32,10 @@ def store_dataset(
     """
     store = open_store(model, directory)
     check_schedule(store, model.kd_schedule, alpha, training=training, naming="model.kd.{}".format)
-    split, length = TrainSplit.of(data_cfg), data_cfg.max_seq_length
+    split, where = TrainSplit.of(data_cfg), "train_ds" if training else "validation_ds"
+    length = limited_length(
+        data_cfg.max_seq_length, max_positions(model.cfg), f"model.data.{where}", Layout.of_job()
+    )
     limit = LengthLimit(length)
     fitting = fit_lengths(store, limit, split.over_long)
     Layout.of_job().say_each(notices(store, fitting, limit))
@@ -44,8 +46,9 @@ def store_dataset(
         **shared_arguments(model, data_cfg),
     }
     if not split.packed_sequence:
-        return StoreSFTDataset(store, fitting, alpha, **arguments)
-    packing = pack_samples(store, fitting, length, split.shuffle_seed if split.shuffle else None)
+        return StoreSFTDataset(store, fitting, alpha, **{**arguments, "max_seq_length": length})
+    whole = data_cfg.max_seq_length  # of a pack, in which each sample has positions of its own
+    packing = pack_samples(store, fitting, whole, split.shuffle_seed if split.shuffle else None)
     _log(store, str(packing))
     return PackedStoreSFTDataset(store, packing, alpha, **arguments)
 

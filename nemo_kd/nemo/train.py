@@ -18,7 +18,13 @@ from nemo_kd.nemo.config import (
     kd_training_config,
 )
 from nemo_kd.nemo.data_settings import check_data_settings
-from nemo_kd.nemo.length import check_evaluation, fit_length, refuse_part_epochs, validates
+from nemo_kd.nemo.length import (
+    check_evaluation,
+    check_split_lengths,
+    fit_length,
+    refuse_part_epochs,
+    validates,
+)
 from nemo_kd.nemo.peft import add_adapters, schemes_of
 from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of, say
 from nemo_kd.nemo.restored_adapters import settle_adapters
@@ -59,6 +65,16 @@ def run(cfg: DictConfig) -> None:
     if notice := alpha_of_validation(cfg):
         say(notice)
     trainer = _train(cfg, record, done.step, directory)
+    from nemo_kd.nemo.early_stopping import out_of_time
+
+    if out_of_time(trainer):
+        limit = cfg.exp_manager.max_time_per_run
+        at, steps = trainer.global_step, trainer.max_steps
+        say(
+            f"stopped by exp_manager.max_time_per_run={limit} at step {at} of {steps}: run the "
+            "same command to resume"
+        )
+        return
     end_of_run.say_where(cfg, end_of_run.written(trainer, directory), directory)
 
 
@@ -107,8 +123,19 @@ def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory |
     student = directory.student if directory is not None else None
     if student and done == trainer.max_steps:  # Lightning does not call NeMo's on_train_end
         note_steps(trainer, model)
+        _restore_best(trainer)
         model.save_to(str(student))
     return trainer
+
+
+def _restore_best(trainer: Trainer) -> None:
+    """Load the best checkpoint, as NeMo does at a run's end with `save_best_model`."""
+    callback: Any = trainer.checkpoint_callback
+    if callback is None or not callback.save_best_model or not callback.best_model_path:
+        return
+    best = callback.best_model_path.removesuffix(".ckpt")
+    path = best if Path(best).is_dir() else callback.best_model_path
+    trainer._checkpoint_connector.restore(trainer.strategy.broadcast(path))
 
 
 def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
@@ -212,6 +239,7 @@ def check_settings(cfg: DictConfig) -> None:
     start.refuse(cfg)
     schemes = schemes_of(cfg)
     training.check_inputs(cfg)
+    check_split_lengths(cfg)
     settle_adapters(cfg, schemes)
     splits = splits_of(cfg.model.data)
     settle_template(cfg.model, {name: _stores(name, split) for name, split in splits.items()})

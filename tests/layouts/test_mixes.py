@@ -61,6 +61,21 @@ def test_sets_of_a_validation_have_their_own_metrics(mixed: Run) -> None:
 
 
 @pytest.mark.slow
+def test_files_alone_say_what_nemos_loss_does_not_read(tiny: Path, train: Run) -> None:
+    run = train(
+        "one",
+        "model.data.train_ds.store=null",
+        f"model.data.train_ds.file_names=[{tiny}/train.jsonl]",
+        "model.data.train_ds.concat_sampling_probabilities=[1.0]",
+        "model.kd.alpha=0",
+        "model.kd.fused_lm_head=true",
+    )
+    said = (run / "stderr.txt").read_text()
+    assert "model.kd.fused_lm_head=true has no effect without a store" in said
+    assert "padding columns, too, which model.kd.count_padding=false leaves out" in said
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["tp2", "pp2", "dp2"])
 def test_mixes_on_every_layout(mixed: Run, layout: str) -> None:
     one, other = mixed(), mixed(layout, FUSED)
@@ -209,6 +224,11 @@ def test_generation_under_sequence_parallelism_is_refused(
         pytest.param(
             "model.data.train_ds.alpha=[0.5] model.kd.kd_weight=1",
             "not sft_weight and kd_weight",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            "model.data.train_ds.alpha=[0.5] model.kd.alpha_end=0.1",
+            "model.kd.alpha_end=0.1 has no effect",
             marks=pytest.mark.slow,
         ),
         pytest.param(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from nemo_kd.checkpoints.source import open_source
 from nemo_kd.nemo.start_of_run import trained_steps
 from tests.layouts.conftest import train_overrides
 from tests.processes import run_program, run_script
@@ -201,6 +203,73 @@ def test_a_student_that_a_kill_prevented_is_written(
     assert f"all 6 steps are done: writing {student}" in done.stderr
     assert trained_steps(student) == 6
     assert "nothing to train" in run_script("train_gpt_sft_kd.py", *overrides).stderr
+
+
+@pytest.mark.slow
+def test_the_best_student_that_a_kill_prevented_is_written(
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    """The best by `mode=max` is the first, whose loss is the largest."""
+    overrides = [
+        *train_overrides(tiny, dump(), dump(split="heldout"), tmp_path),
+        "trainer.max_steps=3",
+        "trainer.val_check_interval=1",
+        "exp_manager.checkpoint_callback_params.mode=max",
+        "exp_manager.checkpoint_callback_params.save_top_k=1",
+        "+exp_manager.checkpoint_callback_params.save_best_model=true",
+    ]
+    run_script("train_gpt_sft_kd.py", *overrides)
+    student, kept = tmp_path / "checkpoints/gpt_sft_kd.nemo", tmp_path / "kept.nemo"
+    student.rename(kept)
+    run_script("train_gpt_sft_kd.py", *overrides)
+    (last,) = (tmp_path / "checkpoints").glob("*-last")
+    best, again, latest = (weights(path) for path in (kept, student, last))
+    assert all(torch.equal(best[name], again[name]) for name in best)
+    assert not all(torch.equal(best[name], latest[name]) for name in best)
+
+
+def weights(path: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a `.nemo` or of a checkpoint of NeMo, without the optimizer's."""
+    found = open_source(path).weights
+    assert found is not None
+    return {name: found.read(name) for name in found.shapes if name.startswith("model.")}
+
+
+@pytest.mark.slow
+def test_a_time_limit_ends_a_start_and_not_the_run(
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        *train_overrides(tiny, dump(), dump(split="heldout"), tmp_path),
+        "trainer.max_steps=100000",
+        "trainer.val_check_interval=100000",
+        "exp_manager.max_time_per_run=00:00:00:05",
+    ]
+    steps = []
+    for _ in range(2):
+        said = run_script("train_gpt_sft_kd.py", *overrides).stderr
+        found = re.search("max_time_per_run=00:00:00:05 at step (.*) of 100000: run the same", said)
+        assert found, said
+        steps.append(int(found[1]))
+        assert not (tmp_path / "checkpoints/gpt_sft_kd.nemo").exists()
+        assert "the model is" not in said
+    assert 0 < steps[0] < steps[1]
+
+
+def test_a_loss_that_is_nan_ends_the_run(
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    overrides = [
+        *train_overrides(tiny, dump(), dump(split="heldout"), tmp_path),
+        "model.optim.lr=1e30",
+        "model.optim.sched.warmup_steps=0",
+    ]
+    said = run_script("train_gpt_sft_kd.py", *overrides, fails=True, fork=True).stderr
+    found = re.search("WARNING: the loss of step ([23]) is nan", said)
+    assert found, said
+    assert f"the loss is not finite from step {found[1]} on" in said
+    assert not (tmp_path / "checkpoints/gpt_sft_kd.nemo").exists()
+    assert all(line["lr"] > 0 for line in metrics(tmp_path) if "lr" in line)
 
 
 def test_an_epoch_ends_the_run_and_checkpoints_are_kept_without_validation(

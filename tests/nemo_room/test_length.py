@@ -9,7 +9,7 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.length import check_evaluation, fit_length, rows_of
+from nemo_kd.nemo.length import check_evaluation, check_split_lengths, fit_length, rows_of
 from nemo_kd.nemo.record import Progress
 from nemo_kd.sft import RowError
 from tests.conftest import ROOT
@@ -169,6 +169,8 @@ def test_without_validation_checkpoints_follow_the_training_loss(
         ({"check_val_every_n_epoch": 2}, "trainer.val_check_interval"),
         ({"limit_train_batches": 5}, "trainer.max_steps"),
         ({"fast_dev_run": True}, "save nothing: set trainer.max_steps"),
+        ({"max_time": "00:01:00:00"}, "set exp_manager.max_time_per_run"),
+        ({"accumulate_grad_batches": 2}, "model.global_batch_size / "),
         (
             {"validation_ds__drop_last": True, "validation_ds__global_batch_size": 11},
             "gives no validation batch: 10 samples",
@@ -206,6 +208,61 @@ def test_an_evaluation_of_nothing_is_refused(
     with pytest.raises(NemoKDError) as caught:
         check_evaluation(cfg)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "warned"), [(50, True), (7, True), (6, False), (0, False), (None, False)]
+)
+def test_a_warm_up_that_outlasts_the_run_is_said(
+    directory: Path, capsys: pytest.CaptureFixture[str], warmup: int | None, warned: bool
+) -> None:
+    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.model.data.train_ds.store, cfg.trainer.max_steps = str(directory), 7
+    cfg.model.optim.sched.warmup_steps = warmup
+    fit_length(cfg, Progress())
+    said = capsys.readouterr().err
+    assert ("of a run of 7 steps: the learning rate reaches at most" in said) is warned
+
+
+@pytest.mark.parametrize(
+    ("layout", "length", "message"),
+    [
+        ({"tensor_model_parallel_size": 4}, 110, ""),
+        ({"tensor_model_parallel_size": 4, "sequence_parallel": True}, 112, ""),
+        (
+            {"tensor_model_parallel_size": 4, "sequence_parallel": True},
+            110,
+            "max_seq_length=110 cannot be split into 4 equal parts, as model.sequence_parallel and "
+            "model.context_parallel_size do: set 108 or 112",
+        ),
+        ({"context_parallel_size": 2}, 110, "set 108 or 112"),
+        (
+            {
+                "context_parallel_size": 2,
+                "tensor_model_parallel_size": 2,
+                "sequence_parallel": True,
+            },
+            7,
+            "into 8 equal parts, as model.sequence_parallel and model.context_parallel_size do: "
+            "set 8",
+        ),
+    ],
+)
+def test_the_longest_sequence_can_be_split(
+    directory: Path, layout: dict[str, Any], length: int, message: str
+) -> None:
+    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.model.update(layout)
+    cfg.model.data.train_ds.store = str(directory)
+    cfg.model.data.train_ds.max_seq_length = length
+    if not message:
+        check_split_lengths(cfg)
+        return
+    with pytest.raises(NemoKDError) as caught:
+        check_split_lengths(cfg)
+    assert str(caught.value).endswith(message)
 
 
 def test_early_stopping_follows_each_validation_and_says_if_there_is_none(

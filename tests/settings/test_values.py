@@ -31,6 +31,11 @@ from tests.settings.test_keys import DUMPS, TRAIN, check, configuration, refusal
         ("trainer.val_check_interval=0", "trainer.val_check_interval is 0"),
         ("trainer.limit_val_batches=2.5", "trainer.limit_val_batches is 2.5"),
         ("trainer.gradient_clip_val=-1", "trainer.gradient_clip_val is -1"),
+        (
+            "+trainer.gradient_clip_algorithm=value",
+            "trainer.gradient_clip_algorithm is 'value': expected one of norm, or null",
+        ),
+        ("+model.rampup_batch_size=[2,2,8]", "NeMo's SFT has one batch size"),
         ("+trainer.limit_train_batches=many", "trainer.limit_train_batches is 'many'"),
         ("+trainer.detect_anomaly=no", "trainer.detect_anomaly is 'no': expected true or false"),
         ("exp_manager.resume_if_exists=yes", "exp_manager.resume_if_exists is 'yes'"),

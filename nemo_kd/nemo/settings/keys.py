@@ -50,6 +50,7 @@ TRAINER = Block(
         "val_check_interval": optional(either(COUNT, number(0, 1, above=True))),
         "limit_val_batches": optional(either(NATURAL, SHARE)),
         "gradient_clip_val": optional(number(0)),
+        "gradient_clip_algorithm": optional(one_of("norm")),  # NeMo clips by no other
     },
     lambda block: {
         name: kind
@@ -210,6 +211,7 @@ MODEL: dict[str, Kind | Block] = {
     "attention_dropout": SHARE,
     "ffn_dropout": SHARE,
     "gradient_as_bucket_view": FLAG,
+    "rampup_batch_size": Kind("null: NeMo's SFT has one batch size", lambda v: v is None),
     "save_nemo_on_validation_end": FLAG,
     "tokenizer": Block({}, tokenizer_keys),
     **CHECKPOINTING,
