@@ -15,11 +15,15 @@ from nemo_kd.bridge.peft import described, keep_student
 from nemo_kd.bridge.recipe import evaluation_of
 from nemo_kd.bridge.step import KDForwardStep
 from nemo_kd.errors import NemoKDError
+from nemo_kd.files import sha256_of_json
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.mix import STUDENT
 from nemo_kd.mcore.resume import LATEST, keep_settings
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.teacher.processes import say_once
+
+WEIGHTS = (".safetensors", ".bin")
+"""Ends of the names of files with weights in a Hugging Face directory."""
 
 
 def finetune(
@@ -93,8 +97,12 @@ def _student(data: Any) -> dict[str, Any]:
     """Return what a continued training compares of the student; {} if it is not known."""
     if data.student is None:
         return {}
-    fingerprint = checkpoint_fingerprint(Path(data.student))
-    return {STUDENT: {"path": str(data.student), "fingerprint": fingerprint}}
+    weights = {  # not of all files: the directory may hold the run itself
+        file.name: checkpoint_fingerprint(file)
+        for file in Path(data.student).iterdir()
+        if file.suffix in WEIGHTS or file.name == "config.json"
+    }
+    return {STUDENT: {"path": str(data.student), "fingerprint": sha256_of_json(weights)}}
 
 
 def _is_complete(config: ConfigContainer) -> bool:
