@@ -147,7 +147,6 @@ def student_and_loss(run: Run, assets: Assets) -> list[str]:
         f"model.kd.support={run.support}",
         f"model.kd.divergence={run.divergence}",
         f"model.kd.temperature={run.temperature}",
-        f"model.kd.top_entropy_fraction={run.top_entropy_fraction}",
         "model.kd.fused_lm_head=true",
     ]
 

@@ -43,7 +43,6 @@ class Run:
     divergence: str = "forward_kl"
     temperature: float = 1.0
     """If not 1: of a store `<profile>-<size>@<temperature>`, dumped at both temperatures."""
-    top_entropy_fraction: float = 1.0
     lr: float | None = None
     seed: int = 1
     """Seed of the sample order; nothing else is random."""
@@ -76,8 +75,6 @@ class Run:
         else:
             objective = (self.support, self.divergence, self.store, self.teacher)
             parts += [f"kd{self.alpha:g}", *(p for p in objective if p not in USUAL)]
-            fraction = self.top_entropy_fraction
-            parts += [] if fraction == 1 else [f"entropy{fraction:g}"]
         parts += [] if self.trust == "all" else [f"trust-{self.trust}"]
         parts += [] if self.answers == "original" else [f"answers-{self.answers}"]
         parts += [f"lr{self.lr:g}", f"s{self.seed}"]

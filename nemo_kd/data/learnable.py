@@ -38,7 +38,7 @@ def check_stores(
     Errors: as there, and NemoKDError for a schedule of `alpha` where each store has its own.
     """
     for store in stores:
-        check_schedule(store, config, store.alpha, training=training, naming=naming)
+        check_schedule(store, config, store.alpha, naming=naming)
     alphas = [store.alpha for store in stores]
     end = config.alpha_end if isinstance(config, KDSchedule) else None
     if training and end is not None and alphas and None not in alphas:
@@ -53,12 +53,9 @@ def check_schedule(
     config: KDConfig,
     alpha: float | None = None,
     *,
-    training: bool = True,
     naming: Naming = FIELD,
 ) -> None:
     """Apply `check_learnable` to both ends of a schedule; `alpha` is the store's own weight.
-
-    A validation, whose metrics are over all positions, is checked without `top_entropy_fraction`.
 
     Errors: as `check_learnable`, and NemoKDError for `alpha` beside `sft_weight` or `kd_weight`,
     which another store's tokens would have on another scale.
@@ -74,7 +71,6 @@ def check_schedule(
     for kd, when in ends:
         if alpha is not None:
             kd = replace(kd, alpha=alpha)
-        kd = kd if training else replace(kd, top_entropy_fraction=1.0)
         check_learnable(store, kd, when, naming=naming)
 
 

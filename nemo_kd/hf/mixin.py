@@ -37,8 +37,7 @@ class StoreLossMixin:
     evaluation is the mean over all of its answer tokens; the logs have `sft_loss` and `kd_loss`
     beside it, over all processes. The model gets neither labels nor teacher.
 
-    A `KDSchedule` follows the steps of the trainer. Evaluations have the settings of its end, and
-    distil all answer tokens whatever `top_entropy_fraction` is.
+    A `KDSchedule` follows the steps of the trainer. Evaluations have the settings of its end.
 
     Errors: NemoKDError on construction for another collator, for arguments that the loss cannot
     follow, for data sets with another loss than the collator's and for samples longer than the

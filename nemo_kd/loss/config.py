@@ -39,9 +39,6 @@ class KDConfig:
     """The fraction mixed in by `skew_forward_kl` and `skew_reverse_kl`, in (0, 1)."""
     temperature: float = 1.0
     """Divides both models' logits; the divergence is multiplied by its square."""
-    top_entropy_fraction: float = 1.0
-    """Fraction in (0, 1] of a micro-batch's answer tokens that are distilled: those with the
-    largest student entropy."""
     count_padding: bool = False
     """Include the vocabulary's padding columns in the student's softmax, as NeMo's loss does."""
 
@@ -61,10 +58,6 @@ class KDConfig:
             raise NemoKDError(
                 f"temperature is {self.temperature}: expected a value > 0 and at most "
                 f"{MAX_TEMPERATURE:g}."
-            )
-        if not 0 < self.top_entropy_fraction <= 1:
-            raise NemoKDError(
-                f"top_entropy_fraction is {self.top_entropy_fraction}: expected a value in (0, 1]."
             )
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
             raise NemoKDError(

@@ -31,7 +31,6 @@ from nemo_kd.loss.objective import (
 )
 from nemo_kd.loss.schedule import refuse_scheduled
 from nemo_kd.loss.shard import VocabShard
-from nemo_kd.loss.weights import token_weights
 from nemo_kd.topk import TopK
 
 CHUNK_ELEMENTS = {"cpu": 9 << 20}
@@ -61,8 +60,7 @@ def linear_sft_kd_loss(
     """`sft_kd_loss` of logits z = softcap(logit_scale · hidden weightᵀ) that are never stored.
 
     softcap(z) = c · tanh(z / c) for `logit_softcap` c. Only `loss` has a gradient: `nll`, `kd` and
-    the metrics are for reporting. `top_entropy_fraction` < 1 costs one more pass over the chunks,
-    since the selection depends on all of them.
+    the metrics are for reporting.
 
     Layout: weight [Vp, H] are this rank's rows; labels [*], mask [*], weights and the teacher are
     as in `sft_kd_loss`. It replaces Megatron's ColumnParallelLinear and takes over
@@ -138,9 +136,6 @@ class _LinearLoss(torch.autograd.Function):
         ctx.dtype = _product_dtype(hidden)
         ctx.positions, ctx.teacher, ctx.head = positions, teacher, head
         ctx.weights = head.config.weights if weights is None else weights
-        if head.config.top_entropy_fraction < 1:
-            seen = _all_chunks(ctx, hidden, weight, ids, None, (False, False))
-            ctx.weights = token_weights(head.config, weights, seen.metrics)
         result = _all_chunks(ctx, hidden, weight, ids, None, ctx.needs_input_grad[:2])
         ctx.gradients = result.grad_hidden, result.grad_weight
         ctx.save_for_backward(hidden, weight, ids)

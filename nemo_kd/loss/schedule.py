@@ -105,12 +105,8 @@ def training_config(config: KDConfig, step: int, max_steps: int) -> KDConfig:
 
 
 def evaluation_config(config: KDConfig) -> KDConfig:
-    """Return the settings of evaluations: the schedule's end, and all answer tokens.
-
-    With these, values are comparable within and between runs, and do not depend on micro-batches.
-    """
-    end = config.end if isinstance(config, KDSchedule) else config
-    return dataclasses.replace(end, top_entropy_fraction=1.0)
+    """Return the settings of evaluations, the schedule's end: values are comparable in a run."""
+    return config.end if isinstance(config, KDSchedule) else config
 
 
 def refuse_scheduled(config: KDConfig) -> None:

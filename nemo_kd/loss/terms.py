@@ -23,7 +23,7 @@ from nemo_kd.loss.supports import (
     teacher_topk,
     with_empty_rest,
 )
-from nemo_kd.loss.weights import combine, token_weights
+from nemo_kd.loss.weights import combine
 from nemo_kd.topk import TopK
 
 
@@ -47,7 +47,7 @@ def token_losses(
         logits, ids, shard, temperatures=config.temperatures, positions=positions, inplace=inplace
     )
     nll, kd, metrics = token_terms(gathered, ids, teacher, config, shard.size)
-    return combine(nll, kd, token_weights(config, weights, metrics)), nll, kd, metrics
+    return combine(nll, kd, config.weights if weights is None else weights), nll, kd, metrics
 
 
 def token_terms(

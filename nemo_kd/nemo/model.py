@@ -23,7 +23,6 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.mcore.device import on_device
 from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.nemo.blend import TRAINING, VALIDATION, blend, blend_files, build_datasets
-from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.families import check_length
 from nemo_kd.nemo.generation import GeneratingSFTModel, check_generation
 from nemo_kd.nemo.order import reorder_files
@@ -161,12 +160,6 @@ def _refuse_unsupported(cfg: DictConfig) -> None:
 
 def _refuse_with_context_parallelism(cfg: DictConfig) -> None:
     where = f"model.context_parallel_size={cfg.context_parallel_size}"
-    fraction = kd_training_config(cfg.get("kd")).top_entropy_fraction
-    if fraction < 1:
-        raise NemoKDError(
-            f"model.kd.top_entropy_fraction={fraction} with {where}: each rank would choose among "
-            "its own part of a sequence; set model.kd.top_entropy_fraction=1"
-        )
     if cfg.data.get("train_ds") and cfg.data.train_ds.get("packed_sequence", False):
         raise NemoKDError(
             f"model.data.train_ds.packed_sequence=true with {where} is not supported: the samples "

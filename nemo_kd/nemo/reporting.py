@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -115,10 +114,9 @@ class ReportingSFTModel(SFTModel):
     def inference_step_validation_call(
         self, batch: Any, batch_idx: int, data_cfg: DictConfig, dataloader_idx: int = 0
     ) -> Any:
-        # Final settings and all positions, so that values are comparable within and between runs.
-        kd = dataclasses.replace(self.kd_schedule.end, top_entropy_fraction=1.0)
         sums = self._validation_sums.setdefault(dataloader_idx, MetricSums())
-        self.student_loss.begin(kd, sums, training=False)
+        # Final settings, so that values are comparable within a run.
+        self.student_loss.begin(self.kd_schedule.end, sums, training=False)
         return super().inference_step_validation_call(batch, batch_idx, data_cfg, dataloader_idx)
 
     def inference_epoch_end(self, outputs: Any, mode: str, data_cfg: DictConfig) -> Any:

@@ -22,6 +22,9 @@ Settings = Mapping[str, Any]
 LAYOUT = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
 """Keys that a resumed run may change, unless it trains adapters."""
 
+REMOVED = (("model.kd.top_entropy_fraction", 1.0),)
+"""Settings of earlier versions, with the only values that a run can be continued with."""
+
 FREE = (
     "name",
     "output",
@@ -128,6 +131,7 @@ def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[
     is `now` with interpolations: a key that only refers to another differing key is left out.
     """
     old, new, links = flatten(then), flatten(now), flatten(raw or {})
+    old = {key: value for key, value in old.items() if (key, value) not in REMOVED}
     old, new = ({**flat, DATA_PARALLEL: _data_parallel_size(flat)} for flat in (old, new))
     keys = sorted(old.keys() | new.keys())
     differ = {key for key in keys if old.get(key) != new.get(key)}
@@ -226,9 +230,7 @@ def _source(value: Any) -> str | None:
 
 
 def _depends_on_micro_batches(flat: Settings) -> bool:
-    normalize = flat.get("model.kd.normalize") or KDTrainingConfig.normalize
-    fraction = flat.get("model.kd.top_entropy_fraction", KDTrainingConfig.top_entropy_fraction)
-    return normalize == "microbatch" or fraction < 1
+    return (flat.get("model.kd.normalize") or KDTrainingConfig.normalize) == "microbatch"
 
 
 def _data_parallel_size(flat: Settings) -> int | None:

@@ -31,7 +31,7 @@ def store_dataset(
     Logs how many samples were truncated or dropped.
     """
     store = open_store(model, directory)
-    check_schedule(store, model.kd_schedule, alpha, training=training, naming="model.kd.{}".format)
+    check_schedule(store, model.kd_schedule, alpha, naming="model.kd.{}".format)
     split, where = TrainSplit.of(data_cfg), "train_ds" if training else "validation_ds"
     length = limited_length(
         data_cfg.max_seq_length, max_positions(model.cfg), f"model.data.{where}", Layout.of_job()

@@ -11,6 +11,10 @@ STORE = (
     "NeMo-Aligner's JSONL becomes a store (nemo-kd convert), which model.data.train_ds.store and "
     "model.data.validation_ds.store name"
 )
+SELECTION = (
+    "every answer token is distilled: distilling only those with the largest student entropy gave "
+    "worse students"
+)
 EVERYWHERE = {
     "pretrained_checkpoint": "the model is model.restore_from_path",
     "trainer.replace_sampler_ddp": "Lightning calls it trainer.use_distributed_sampler",
@@ -38,7 +42,8 @@ TRAINING = EVERYWHERE | {
     "trainer.gradient_clip_val",
     "trainer.sft": "its keys are in trainer: trainer.max_steps, trainer.max_epochs, "
     "trainer.val_check_interval, trainer.limit_val_batches, trainer.gradient_clip_val",
-    "model.kd.positions": "it is model.kd.top_entropy_fraction, a number: 0.2 for top_entropy(0.2)",
+    "model.kd.positions": SELECTION,
+    "model.kd.top_entropy_fraction": SELECTION,
     "model.data.data_prefix": STORE,
     "model.data.data_impl": STORE,
     "model.data.n_chunks": STORE,

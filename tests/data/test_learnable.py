@@ -24,10 +24,10 @@ def store(directory: Path, profile: str = "plain", top_k: int = 5) -> Store:
     [
         ({"divergence": "reverse_kl"}, "KDConfig.divergence=reverse_kl;"),
         ({"support": "topk"}, "KDConfig.support=topk;"),
-        ({"top_entropy_fraction": 0.5}, "KDConfig.top_entropy_fraction=0.5;"),
+        ({"support": "vocab", "temperature": 2.0}, "KDConfig.temperature=2.0;"),
         (
-            {"support": "vocab", "temperature": 2.0, "top_entropy_fraction": 0.2},
-            "KDConfig.temperature=2.0, KDConfig.top_entropy_fraction=0.2;",
+            {"support": "topk", "divergence": "jsd"},
+            "KDConfig.support=topk, KDConfig.divergence=jsd;",
         ),
     ],
 )

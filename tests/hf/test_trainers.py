@@ -197,17 +197,6 @@ def test_an_evaluation_is_the_mean_over_answer_tokens(store: Path, tmp_path: Pat
     assert trainer.predict(trainer.eval_dataset).predictions.shape == (4, 11, 64)
 
 
-@pytest.mark.parametrize("size", [1, 3, 4])
-def test_an_evaluation_distils_all_answer_tokens(store: Path, tmp_path: Path, size: int) -> None:
-    """Otherwise it would depend on the size of its batches."""
-    config = KDConfig(alpha=0.9, top_entropy_fraction=0.3)
-    step: dict[str, Any] = {"learning_rate": 0.0, "per_device_eval_batch_size": size}
-    found = steps.run(tmp_path / "step.pt", str(store), config, **step)
-    value, _ = expected(KDConfig(alpha=0.9), store)
-    assert found["eval"]["eval_loss"] == pytest.approx(value, rel=1e-6)
-    assert found["log"][0]["loss"] != pytest.approx(value, rel=1e-2)
-
-
 def test_a_schedule_follows_the_steps_of_trainer(store: Path, tmp_path: Path) -> None:
     config = KDSchedule(alpha=1.0, alpha_end=0.0)
     batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
@@ -304,7 +293,7 @@ def test_a_data_set_with_another_loss_is_refused(store: Path, tmp_path: Path) ->
     schedule = KDSchedule(alpha=1.0, alpha_end=0.0)
     with pytest.raises(NemoKDError, match=rf"eval_dataset\['0'\] has another .*: {weights}"):
         build(schedule, schedule, KDConfig(alpha=0.5))
-    build(schedule, schedule, KDConfig(alpha=0.0), KDConfig(alpha=0.0, top_entropy_fraction=0.5))
+    build(schedule, schedule, KDConfig(alpha=0.0), KDConfig(alpha=0.0))
     build(KDConfig(), KDSchedule(alpha=0.9), KDConfig(alpha=0.9))
 
 

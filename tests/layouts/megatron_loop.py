@@ -183,7 +183,7 @@ def evaluation(store: Store) -> dict[str, Any]:
     """Means of a validation by Megatron's quotient of sums, and those of `MetricSums`."""
     model, sums = student().eval(), MetricSums()
     totals: dict[str, Any] = {}
-    schedule = KDSchedule(alpha=0.9, alpha_end=0.2, top_entropy_fraction=0.3)
+    schedule = KDSchedule(alpha=0.9, alpha_end=0.2)
     step = kd_forward_step(schedule, 500, progress=lambda: (0, 6), sums=sums)
     reports = get_forward_backward_func()(
         forward_step_func=step,

@@ -210,16 +210,6 @@ def test_without_validation_it_trains_and_saves_what_plain_nemo_loads(
 
 
 @pytest.mark.slow
-def test_selected_positions_are_the_same_on_every_layout(train: Callable[..., Path]) -> None:
-    """Which tokens are distilled shows in the sum of the losses, and in the gradient."""
-    selection = "model.kd.top_entropy_fraction=0.3"
-    one, other, every = train("one", selection), train("tp2", selection, FUSED), train()
-    assert_close(steps(one), steps(other), ("loss", *SPLIT_METRICS), abs=LAYOUT)
-    for a, all_positions in zip(steps(one), steps(every), strict=True):
-        assert abs(a["loss"] - all_positions["loss"]) > 0.01  # harder tokens than the others
-
-
-@pytest.mark.slow
 def test_schedules_change_the_weights_and_the_temperature_step_by_step(
     train: Callable[..., Path],
 ) -> None:

@@ -1,8 +1,7 @@
-"""Tokens weighed by sample, without a teacher, or selected by entropy, over 1, 2 and 4 ranks."""
+"""Tokens weighed by sample, or without a teacher, over 1, 2 and 4 ranks."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import pytest
@@ -40,24 +39,13 @@ def expected_losses(
     rows = teacher[seen]
     kd = torch.zeros_like(nll)
     kd[seen] = reference.sft_kd_loss(z[seen], labels[seen], rows, config)[2]
-    weights = weights.double().clone()
-    if config.top_entropy_fraction < 1:
-        _, q = reference.distributions(z[seen], rows, KDConfig(support="bucket"))
-        entropy = torch.full_like(nll.detach(), -torch.inf)
-        entropy[seen] = -(q * q.log()).sum(-1).detach()
-        entropy[weights[:, 1] == 0] = -torch.inf
-        count = int((entropy > -torch.inf).sum())
-        chosen = entropy.topk(math.ceil(config.top_entropy_fraction * count)).indices
-        factor = torch.zeros_like(entropy)
-        factor[chosen] = count / len(chosen)
-        weights[:, 1] *= factor
+    weights = weights.double()
     return weights[:, 0] * nll + weights[:, 1] * kd
 
 
 def configurations() -> list[KDConfig]:
     supports = [KDConfig(support=support) for support in SUPPORTS]
-    selected = [KDConfig(top_entropy_fraction=share) for share in (0.2, 0.5)]
-    return [*supports, *selected, KDConfig(divergence="reverse_kl", top_entropy_fraction=0.3)]
+    return [*supports, KDConfig(divergence="reverse_kl")]
 
 
 def check_weights_of_logits() -> None:
@@ -120,34 +108,12 @@ def test_weighted_tokens_agree_with_the_dense_reference(ranks: Ranks, check: Che
     ranks.run(check)
 
 
-def test_selection_keeps_the_weight_of_the_distillation() -> None:
-    """Its sum over the selected is a mean over them, times the weight and the tokens."""
-    labels = torch.zeros(10, dtype=torch.int64)
-    z = student_logits_alone(10)
-    teacher = teacher_alone(10)
-    for share, count in ((0.2, 2), (0.25, 3), (0.01, 1), (1.0, 10)):
-        config = KDConfig(sft_weight=0, kd_weight=3, top_entropy_fraction=share)
-        result = sft_kd_loss(z, labels, teacher, config)
-        chosen = result.loss > 0
-        assert int(chosen.sum()) == count
-        mean = float(result.kd[chosen].mean())
-        assert float(result.loss.sum()) == pytest.approx(3 * 10 * mean, rel=1e-5)
-        entropy = result.metrics["student_entropy"]
-        assert count == 10 or float(entropy[chosen].min()) > float(entropy[~chosen].max())
-
-
 def student_logits_alone(n: int) -> torch.Tensor:
     return 3 * torch.randn(n, V, generator=torch.Generator().manual_seed(1))
 
 
 def teacher_alone(n: int) -> TopK:
     return single(reference.topk(torch.randn(n, V, generator=torch.Generator().manual_seed(2)), K))
-
-
-@pytest.mark.parametrize("fraction", [0.0, -0.2, 1.5, float("nan")])
-def test_a_fraction_outside_0_to_1_is_refused(fraction: float) -> None:
-    with pytest.raises(ValueError, match=r"top_entropy_fraction is .* in \(0, 1\]"):
-        KDConfig(top_entropy_fraction=fraction)
 
 
 def test_weights_of_another_number_are_refused() -> None:

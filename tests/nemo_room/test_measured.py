@@ -36,7 +36,7 @@ def test_no_results_are_an_error() -> None:
         ({"alpha": 0.9}, [None, 0.9], False),
         ({"alpha": 0.9}, [None, 0.5], True),
         ({}, [0.9, 0.9], False),  # the default
-        ({"alpha": 0.9, "alpha_end": 0.1}, [0.9, 0.9], True),  # the schedule's end counts
+        ({"alpha": 0.9, "alpha_end": 0.1}, [0.9, None], True),  # the schedule's end counts
         ({"alpha": 0.9, "alpha_end": 0.1}, [0.1, None], False),
     ],
 )

@@ -24,7 +24,6 @@ def draws(tmp_path: Path) -> Store:
         ({"support": "vocab", "temperature_end": 2.0}, None, "temperature=2.0 at the end of the s"),
         ({"divergence": "jsd", "alpha": 0.0, "alpha_end": 0.5}, None, "divergence=jsd at the end"),
         ({"divergence": "jsd", "alpha": 0.0}, 0.5, "divergence=jsd;"),
-        ({"top_entropy_fraction": 0.2}, None, "top_entropy_fraction=0.2"),
     ],
 )
 def test_every_step_and_a_stores_own_alpha_count(
@@ -36,15 +35,14 @@ def test_every_step_and_a_stores_own_alpha_count(
 
 
 @pytest.mark.parametrize(
-    ("settings", "alpha", "training"),
+    ("settings", "alpha"),
     [
-        ({"alpha_end": 0.1, "normalize": "global_tokens", "fused_lm_head": True}, None, True),
-        ({"divergence": "jsd"}, 0.0, True),
-        ({"divergence": "jsd", "alpha": 0.0}, None, True),
-        ({"top_entropy_fraction": 0.2}, None, False),  # a validation measures all positions
+        ({"alpha_end": 0.1, "normalize": "global_tokens", "fused_lm_head": True}, None),
+        ({"divergence": "jsd"}, 0.0),
+        ({"divergence": "jsd", "alpha": 0.0}, None),
     ],
 )
 def test_what_is_linear_or_not_learned_is_accepted(
-    draws: Store, settings: dict[str, Any], alpha: float | None, training: bool
+    draws: Store, settings: dict[str, Any], alpha: float | None
 ) -> None:
-    check_schedule(draws, KDTrainingConfig(**settings), alpha, training=training)
+    check_schedule(draws, KDTrainingConfig(**settings), alpha)

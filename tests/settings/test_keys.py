@@ -229,7 +229,7 @@ def test_every_key_of_nemo_aligners_is_explained_or_the_same() -> None:
             "model.restore_from_path",
         ),
         (TRAIN, "+trainer.knowledge_distillation.max_steps=1", "trainer.max_steps"),
-        (TRAIN, "+model.kd.positions=all", "model.kd.top_entropy_fraction, a number: 0.2"),
+        (TRAIN, "+model.kd.positions=all", "every answer token is distilled"),
         (TRAIN, "+trainer.sft.max_steps=1", "trainer.max_steps"),
         (TRAIN, "+model.label_smoothing=0.1", "no label smoothing"),
         (TRAIN, "+outputdir=x", "exp_manager.explicit_log_dir"),
