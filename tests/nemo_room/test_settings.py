@@ -49,6 +49,12 @@ def test_these_may_differ(flat: dict[str, Any]) -> None:
     assert keys({}, nested(**flat)) == keys(nested(**flat), {}) == []
 
 
+def test_a_setting_that_is_removed_may_only_have_had_its_default() -> None:
+    name = "model__kd__top_entropy_fraction"
+    assert keys(nested(**{name: 1.0}), {}) == []
+    assert keys(nested(**{name: 0.2}), {}) == ["model.kd.top_entropy_fraction"]
+
+
 @pytest.mark.parametrize(
     "flat",
     [
