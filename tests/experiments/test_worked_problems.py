@@ -51,7 +51,7 @@ def test_every_step_of_arithmetic_is_right() -> None:
 
 def test_several_wordings_change_the_steps_and_nothing_else() -> None:
     worded = list(islice(problems(3, several_wordings=True), len(DRAWN)))
-    wordings = Counter()
+    wordings: Counter[tuple[str, str]] = Counter()
     for (task, question, answer), (*same, other) in zip(DRAWN, worded, strict=True):
         assert same == [task, question] and final(other) == final(answer)
         lines, others = answer.splitlines(), other.splitlines()
