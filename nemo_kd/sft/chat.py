@@ -19,8 +19,9 @@ from numpy.typing import NDArray
 from nemo_kd.sft.chat_template import GENERATION, Renderer, Template
 from nemo_kd.sft.config import CHAT_DATE
 from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.left_out import check_context
 from nemo_kd.sft.many_turns import find_turns
-from nemo_kd.sft.messages import REASONING, Conversation
+from nemo_kd.sft.messages import REASONING, Conversation, is_empty
 from nemo_kd.sft.rows import Encoded, NoAnswerError
 from nemo_kd.sft.spans import Span, encode_spans
 from nemo_kd.sft.template import METHODS, TemplateError
@@ -33,7 +34,7 @@ FEW = 64
 """Up to this many ways of shortening a conversation are all tried."""
 SYSTEM = ("system", "developer")
 
-NO_TURN = "no assistant turn is learned: there is none, or their weight is 0"
+NO_TURN = "no assistant turn is learned: there is none, or they are empty or have weight 0"
 NO_TURN_FITS = (
     "no assistant turn fits in data.max_seq_length; raise it, or set data.truncate_at=token"
 )
@@ -145,7 +146,11 @@ class ChatTemplate:
                     "the weight, or set data.train_on=all"
                 )
         last = turns[-1:] if self.train_on == "last_assistant" else turns
-        return [i for i in last if weights[i] != 0]
+        kept = [i for i in last if weights[i] != 0]
+        chosen = [i for i in kept if not is_empty(conversation.messages[i])]
+        if len(chosen) < len(kept):
+            self._say_once("assistant messages without content and tool calls are not learned")
+        return chosen
 
     def _encode(self, conversation: Conversation, chosen: list[int]) -> Encoded:
         """Tokenize all of a conversation."""
@@ -156,6 +161,7 @@ class ChatTemplate:
         else:
             text, blocks = self._render.marked(messages, tools)
             spans = self._blocks(conversation, text, blocks, chosen)
+        check_context(self._render, conversation, text)
         self._say_what_is_left_out(
             conversation, "".join(text[slice(*span)] for span in spans), chosen
         )
@@ -178,8 +184,8 @@ class ChatTemplate:
         if not one_each and chosen and chosen != turns:
             raise RowError(
                 f"the chat template marks {len(blocks)} {{% generation %}} blocks for {len(turns)} "
-                "assistant turns: which to learn is not clear; remove the weights, or set "
-                "data.train_on=all_assistant"
+                "assistant turns: which to learn is not clear; remove weights and empty "
+                "messages, or set data.train_on=all_assistant"
             )
         spans = [blocks[turns.index(i)] for i in chosen] if one_each else blocks * bool(chosen)
         learned = "".join(text[slice(*span)] for span in spans)

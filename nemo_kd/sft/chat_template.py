@@ -125,7 +125,7 @@ class Renderer:
         self._said_date = self._arguments_as_text = False
         for text in [template] if isinstance(template, str) else template.values():
             _compiled(text)
-        self._check_used([name for name in kwargs if name != "tools"])
+        self._check_used([*kwargs])
 
     def _check_used(self, names: list[str]) -> None:
         texts = [self.template] if isinstance(self.template, str) else self.template.values()

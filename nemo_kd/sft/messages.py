@@ -29,6 +29,11 @@ ROLES = {
 }
 """Role of each name of a speaker in `conversations`, in lower case."""
 
+SPELLINGS = {**ROLES, "developer": "developer"}
+"""How `messages` spell the role of a name in lower case."""
+OWN_ROLES = ("observation",)
+"""Roles of `messages` that templates know by this name, such as GLM-4's."""
+
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which messages hold the reasoning before an answer."""
 
@@ -53,6 +58,12 @@ class Conversation:
         return [i for i, message in enumerate(self.messages) if message["role"] == "assistant"]
 
 
+def is_empty(message: Message) -> bool:
+    """Whether a message has no words, reasoning or tool calls."""
+    texts = [message["content"], *(str(message.get(key) or "") for key in REASONING)]
+    return not any(text.strip() for text in texts) and not message.get("tool_calls")
+
+
 def conversation_of(row: Any, key: str | None = None) -> Conversation:
     """Read the conversation of a row: that of `key` (`messages` or `conversations`) if it is given.
 
@@ -73,7 +84,7 @@ def conversation_of(row: Any, key: str | None = None) -> Conversation:
     turns = _with_system(turns, row.get("system"))
     messages = [_message(turn, i) for i, turn in enumerate(turns)]
     weights = [_weight(message.pop("weight", None), i) for i, message in enumerate(messages)]
-    return Conversation(messages, _tools(row.get("tools")), weights)
+    return Conversation(messages, tools_of(row.get("tools")), weights)
 
 
 def _with_system(turns: list[Any], system: Any) -> list[Any]:
@@ -101,8 +112,9 @@ def _message(turn: Any, number: int) -> Message:
     role = message.get("role")
     if not isinstance(role, str) or not role:
         raise RowError(f"{where} has role {role!r}: expected system, user, assistant or tool")
-    if role != "assistant" and ROLES.get(role.lower()) == "assistant":
-        raise RowError(f"{where} has role {role!r}: write assistant, whose messages are learned")
+    spelling = SPELLINGS.get(role.lower(), role)
+    if role not in (spelling, *OWN_ROLES):
+        raise RowError(f"{where} has role {role!r}: write {spelling}")
     if "function_call" in message:
         raise RowError(f"{where}: function_call is an old form; write tool_calls")
     if "tool_calls" in message:
@@ -174,7 +186,8 @@ def _arguments(arguments: Any, where: str) -> Arguments:
     return made
 
 
-def _tools(tools: Any) -> list[Any] | None:
+def tools_of(tools: Any) -> list[Any] | None:
+    """Return the list of tools that a row's `tools` are, also in JSON; None if there are none."""
     if isinstance(tools, str):
         try:
             tools = json.loads(tools) if tools.strip() else None

@@ -173,7 +173,7 @@ class PromptEncoder:
 
     def __call__(self, value: Any) -> Encoded:
         prompted = self.template(value)
-        if not prompted.answer:
+        if not prompted.answer or self._is_blank(value):
             raise NoAnswerError(NO_ANSWER)
         mask = np.ones(len(prompted.tokens), dtype=np.uint8)
         if self.answer_only_loss:
@@ -182,6 +182,11 @@ class PromptEncoder:
 
     def alters(self, value: Any) -> bool:
         return self.template.alters(value)
+
+    def _is_blank(self, value: Any) -> bool:
+        """Whether the answer's own field is empty; NeMo learns the template's space before it."""
+        template = self.template
+        return template.reader != "nemo" and not value[template.label_key].strip()
 
 
 @contextmanager

@@ -326,7 +326,7 @@ def _missing_calls(message: Message, content: str, turn: str) -> list[str]:
         elsewhere = sum(text.count(name) for text in own)
         missing += [name] * (turn.count(name) - elsewhere < count)
     values = [value for call in calls for value in _values(call["arguments"])]
-    return missing + [value for value in values if not _is_in(value, turn)]
+    return missing + [value for value in values if not is_in(value, turn)]
 
 
 def _values(arguments: Any) -> Iterator[str]:
@@ -340,7 +340,7 @@ def _values(arguments: Any) -> Iterator[str]:
         yield str(arguments)
 
 
-def _is_in(value: str, turn: str) -> bool:
+def is_in(value: str, turn: str) -> bool:
     """Return whether a value is in a text, as it is or in JSON or Python."""
     forms = (value, json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1])
     return any(form in turn for form in (*forms, repr(value)[1:-1]))

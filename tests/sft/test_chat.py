@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,25 @@ def test_a_conversation_without_a_learned_turn(messages: list[Any]) -> None:
         chat_template("qwen3")(conversation_of({"messages": messages}))
 
 
+@pytest.mark.parametrize("name", ["generation", "qwen3"])
+def test_empty_assistant_turns_are_not_learned_and_it_is_said_once(name: str) -> None:
+    notices: list[str] = []
+    chat = chat_template(name, say=notices.append)
+    row = {"messages": [user("a"), assistant(" \n"), user("c"), assistant("d")]}
+    assert [learned(chat, row)[0][-11:] for _ in range(2)] == [f"d{END}"] * 2
+    assert [len(learned(chat, row)), len(notices)] == [1, 1] and "without content" in notices[0]
+    for empty in (assistant(""), assistant("", reasoning_content=" "), assistant("", weight=1)):
+        with pytest.raises(NoAnswerError, match="or they are empty"):
+            chat(conversation_of({"messages": [user("a"), empty]}))
+
+
+def test_a_last_turn_that_is_empty_is_not_replaced_by_another() -> None:
+    row = {"messages": [user("a"), assistant("b"), user("c"), assistant("")]}
+    with pytest.raises(NoAnswerError, match="or they are empty"):
+        chat_template("qwen3", train_on="last_assistant")(conversation_of(row))
+    assert chat_template("qwen3", train_on="all")(conversation_of(row)).loss_mask.all()
+
+
 def test_weight_1_of_a_user_is_an_error() -> None:
     row = {"messages": [user("a", weight=1), assistant("b")]}
     with pytest.raises(RowError, match=r"message 0 \(user\) has weight 1"):
@@ -117,11 +137,11 @@ def test_generation_blocks_that_are_not_one_for_each_turn() -> None:
 @pytest.mark.parametrize("unit", ["token", "turn"])
 def test_cut_to_every_length(name: str, side: str, unit: str) -> None:
     """Against the definition: the most messages whose rendering fits; tokens off one end."""
-    messages = ROW["messages"][1:] if name == "harmony" else ROW["messages"]
+    firsts = 0 if name in ("harmony", "mistral") else 1
+    messages = ROW["messages"][1 - firsts :]
     conversation = conversation_of({"messages": messages})
     uncut = chat_template(name)
     whole = uncut(conversation)
-    firsts = 0 if name == "harmony" else 1
     starts = [i for i, m in enumerate(messages) if m["role"] == "user" and i > firsts]
     parts = (
         [messages[:size] for size in range(len(messages) - 1, 0, -1)]
@@ -150,22 +170,26 @@ def test_cut_to_every_length(name: str, side: str, unit: str) -> None:
         assert made.truncated and made.loss_mask.any() and made.input_ids == expected
 
 
-def rendered(chat: ChatTemplate, messages: list[Any]) -> list[int]:
+def rendered(chat: ChatTemplate, messages: list[Any], text: str | None = None) -> list[int]:
     library = chat.tokenizer.tokenizer  # type: ignore[attr-defined]
-    return list(library.apply_chat_template(messages, strftime_now=lambda _: "26 Jul 2024"))
+    date = {"strftime_now": lambda _: "26 Jul 2024"}
+    return list(library.apply_chat_template(messages, chat_template=text, **date))
 
 
 def test_the_most_messages_are_kept_where_fewer_are_longer() -> None:
-    """Mistral's system prompt is in the last question only: without the answer it is longer."""
-    messages = [system("s" * 40), user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
+    """A template that writes instructions after a last question: with its answer it is shorter."""
+    text = (
+        "{% for m in messages %}<|im_start|>{% if m.role == 'assistant' %}{% generation %}"
+        "{{ m.content }}<|im_end|>{% endgeneration %}{% else %}{{ m.content }}<|im_end|>{% endif %}"
+        "{% endfor %}{% if messages[-1].role == 'user' %}{{ 'x' * 60 }}{% endif %}"
+    )
+    messages = [user("a"), assistant("b"), user("c"), assistant("d"), user("e")]
     conversation = conversation_of({"messages": messages})
     for side in ("left", "right"):
-        chat = chat_template(
-            "mistral", max_seq_length=20, truncation_method=side, truncate_at="turn"
-        )
+        chat = with_text(text, truncation_method=side, truncate_at="turn")
+        chat = replace(chat, max_seq_length=len(rendered(chat, messages[:4], text)))
         if side == "right":
-            made = chat(conversation)
-            assert made.input_ids == rendered(chat, messages[:5])
+            assert chat(conversation).input_ids == rendered(chat, messages[:4], text)
         else:
             with pytest.raises(NoAnswerError):
                 chat(conversation)

@@ -99,6 +99,13 @@ def test_a_system_text_beside_messages_comes_first() -> None:
         assert conversation_of({**row, "system": empty}).messages == turns
 
 
+@pytest.mark.parametrize("role", ["developer", "tool", "observation", "ipython", "critic"])
+def test_roles_that_only_a_template_knows_stay_as_they_are(role: str) -> None:
+    assert (
+        conversation_of({"messages": [{"role": role, "content": "a"}]}).messages[0]["role"] == role
+    )
+
+
 def test_a_key_that_is_named_is_the_only_one_read() -> None:
     row = {"messages": [{"role": "user", "content": "m"}], "conversations": [HUMAN]}
     read = {key: conversation_of(row, key).messages[0]["content"] for key in row}
@@ -127,6 +134,11 @@ def say(**message: Any) -> dict[str, Any]:
         ({"messages": [{"content": "a"}]}, "message 0 has role None"),
         ({"messages": [{"role": "Assistant", "content": "a"}]}, "role 'Assistant': write assist"),
         ({"messages": [{"role": "model", "content": "a"}]}, "role 'model': write assistant"),
+        ({"messages": [{"role": "human", "content": "a"}]}, "0 has role 'human': write user"),
+        ({"messages": [{"role": "User", "content": "a"}]}, "role 'User': write user"),
+        ({"messages": [{"role": "System", "content": "a"}]}, "role 'System': write system"),
+        ({"messages": [{"role": "Developer", "content": "a"}]}, "write developer"),
+        ({"messages": [{"role": "TOOL", "content": "a"}]}, "role 'TOOL': write tool"),
         (say(), r"message 0 \(assistant\) has no content"),
         (say(content=3), "content is 3: expected text"),
         (say(content=[{"type": "image_url", "image_url": {}}]), "part of type 'image_url'"),

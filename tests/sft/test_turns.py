@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from nemo_kd.sft import RowError
 from nemo_kd.sft.many_turns import find_turns
 from nemo_kd.sft.messages import conversation_of
+from nemo_kd.sft.rows import NoAnswerError
 from tests.sft.chats import (
     SPECIAL,
     assistant,
@@ -29,36 +30,36 @@ ADD_TEXT = (
     '{"type": "function", "function": {"name": "add", "description": "sum", "parameters": {}}}'
 )
 
-# Two turns, the first of which ends in a newline; the second is empty.
-TURNS = [user("a"), assistant("b\n"), user("é"), assistant("")]
+# Two turns, the first of which ends in a newline.
+TURNS = [user("a"), assistant("b\n"), user("é"), assistant("c")]
 EXPECTED = {
     "alpaca": "### Instruction:\na\n\n### Response:\n⟦b\n</s>⟧\n\n"
-    "### Instruction:\né\n\n### Response:\n⟦</s>⟧\n\n",
+    "### Instruction:\né\n\n### Response:\n⟦c</s>⟧\n\n",
     "cohere": "<BOS><|START|><|SYSTEM|>You are helpful.<|END|><|START|><|USER|>a<|END|>"
     "<|START|><|CHATBOT|><|RESPONSE|>⟦b\n<|END_RESPONSE|><|END|>⟧<|START|><|USER|>é<|END|>"
-    "<|START|><|CHATBOT|><|RESPONSE|>⟦<|END_RESPONSE|><|END|>⟧<|START|><|CHATBOT|>",
+    "<|START|><|CHATBOT|><|RESPONSE|>⟦c<|END_RESPONSE|><|END|>⟧<|START|><|CHATBOT|>",
     "deepseek": "<｜begin▁of▁sentence｜><｜User｜>a<｜Assistant｜>⟦b\n<｜end▁of▁sentence｜>⟧"
-    "<｜User｜>é<｜Assistant｜>⟦<｜end▁of▁sentence｜>⟧",
-    "ends_once": "USER: a\nASSISTANT: ⟦b\n⟧\nUSER: é\nASSISTANT: ⟦\n</s>⟧",
+    "<｜User｜>é<｜Assistant｜>⟦c<｜end▁of▁sentence｜>⟧",
+    "ends_once": "USER: a\nASSISTANT: ⟦b\n⟧\nUSER: é\nASSISTANT: ⟦c\n</s>⟧",
     "gemma": "<bos><start_of_turn>user\na<end_of_turn>\n<start_of_turn>model\n⟦b<end_of_turn>⟧\n"
-    "<start_of_turn>user\né<end_of_turn>\n<start_of_turn>model\n⟦<end_of_turn>⟧\n",
+    "<start_of_turn>user\né<end_of_turn>\n<start_of_turn>model\n⟦c<end_of_turn>⟧\n",
     "generation": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b\n<|im_end|>⟧\n"
-    "<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n⟦<|im_end|>⟧\n",
+    "<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n⟦c<|im_end|>⟧\n",
     "generation_no_end": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b\n⟧<|im_end|>\n"
-    "<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n<|im_end|>\n",
+    "<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n⟦c⟧<|im_end|>\n",
     "harmony": "<|start|>user<|message|>a<|end|>"
     "<|start|>assistant⟦<|channel|>final<|message|>b\n<|end|>⟧<|start|>user<|message|>é<|end|>"
-    "<|start|>assistant⟦<|channel|>final<|message|><|return|>⟧",
+    "<|start|>assistant⟦<|channel|>final<|message|>c<|return|>⟧",
     "llama3": "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
     "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
     "<|start_header_id|>user<|end_header_id|>\n\na<|eot_id|>"
     "<|start_header_id|>assistant<|end_header_id|>\n\n⟦b<|eot_id|>⟧"
     "<|start_header_id|>user<|end_header_id|>\n\né<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦<|eot_id|>⟧",
-    "mistral": "<s>[INST] a[/INST]⟦ b</s>⟧[INST] é[/INST]⟦ </s>⟧",
+    "<|start_header_id|>assistant<|end_header_id|>\n\n⟦c<|eot_id|>⟧",
+    "mistral": "<s>[INST] a[/INST]⟦ b</s>⟧[INST] é[/INST]⟦ c</s>⟧",
     "qwen3": "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n⟦b\n<|im_end|>⟧\n"
     "<|im_start|>user\né<|im_end|>\n<|im_start|>assistant\n"
-    "⟦<think>\n\n</think>\n\n<|im_end|>⟧\n",
+    "⟦<think>\n\n</think>\n\nc<|im_end|>⟧\n",
 }
 
 
@@ -261,16 +262,22 @@ TEXT = st.text(st.sampled_from("ab \n\r\t<>|é😀ش\u200f\u00a0\u2028{}%"), max
 def test_random_conversations_learn_exactly_the_assistants_words(
     name: str, contents: list[str]
 ) -> None:
-    """Users and assistants in turn; the learned text is each answer with the template's end."""
+    """Users and assistants in turn; learned is each answer with words, with the template's end."""
     messages = [(user, assistant)[i % 2](text) for i, text in enumerate(contents)]
     chat = CHATS[name]
+    if not any(text.strip() for text in contents[1::2]):
+        with pytest.raises(NoAnswerError):
+            chat(conversation_of({"messages": messages}))
+        return
     made = chat(conversation_of({"messages": messages}))
     assert list(made.input_ids) == chat.tokenizer.tokenizer.apply_chat_template(  # type: ignore[attr-defined]
         messages, strftime_now=lambda _: "26 Jul 2024"
     )
     ids = [token for token, mask in zip(made.input_ids, made.loss_mask, strict=True) if mask]
     answers = [
-        said(name, text, 2 * i + 2 == len(contents)) for i, text in enumerate(contents[1::2])
+        said(name, text, 2 * i + 2 == len(contents))
+        for i, text in enumerate(contents[1::2])
+        if text.strip()
     ]
     assert chat.tokenizer.ids_to_text(ids) == "".join(answers)
 
