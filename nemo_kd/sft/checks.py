@@ -55,6 +55,12 @@ class BadRowErrors:
         return f"{self.count} of {checked} rows that cannot be used:{shown}"
 
 
+def spaced(count: int) -> list[int]:
+    """Return the numbers of up to `CHECKED` of `count` rows, from the first to the last."""
+    numbers = np.linspace(0, count - 1, min(CHECKED, count)).round()
+    return [int(number) for number in numbers]
+
+
 def check_some(rows: SFTRows, limit: str, say: Callable[[str], None]) -> None:
     """Check `CHECKED` rows, evenly spaced from the first to the last, before a training.
 
@@ -63,7 +69,7 @@ def check_some(rows: SFTRows, limit: str, say: Callable[[str], None]) -> None:
     Errors: RowError with the first unusable rows, which would end the training when they are drawn.
     """
     path = rows.file.path
-    numbers = np.linspace(0, len(rows) - 1, min(CHECKED, len(rows))).round().astype(int).tolist()
+    numbers = spaced(len(rows))
     bad, truncated, altered = BadRowErrors(), 0, 0
     for row in numbers:
         try:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.messages import REASONING, tools_of
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, NoAnswerError
 from nemo_kd.sft.spans import Span, encode_spans
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
@@ -30,6 +31,10 @@ NAMES = {"user": "User", "assistant": "Assistant"}
 """NeMo's name of a speaker, by the role of a message."""
 
 
+NOT_HELD = (
+    "NeMo's turns have no place for this; remove it, or use the tokenizer's chat template "
+    "(data.chat_template=tokenizer)"
+)
 NO_TURN_FITS = "data.truncate_at=turn: no learned turn fits into data.max_seq_length"
 
 
@@ -77,7 +82,7 @@ class NemoTurns:
 
     def _encode(self, talk: _Talk) -> Encoded:
         text, spans = self._layout(talk)
-        if not spans:
+        if not spans or not (self.learn_all or _has_words(talk)):
             raise NoAnswerError(NO_ANSWER)
         return encode_spans(self.tokenizer, text, [(0, len(text))] if self.learn_all else spans)
 
@@ -142,14 +147,35 @@ def as_conversation(messages: list[dict[str, Any]]) -> dict[str, Any]:
         role = message["role"]
         if role == "system" and not number:
             system = message["content"]
-        elif role in NAMES and not message.get("tool_calls"):
+        elif role in NAMES and not (more := _more(message)):
             turns.append({"from": NAMES[role], "value": message["content"]})
+        elif role in NAMES:
+            raise RowError(f"message {number} ({role}): {more}: {NOT_HELD}")
         else:
             raise RowError(
                 f"message {number} ({role}) does not fit into NeMo's turns, which are those of "
                 "user and assistant after one system prompt; use the tokenizer's chat template"
             )
     return {"system": system, "conversations": turns, "mask": "User"}
+
+
+def check_held(row: Any) -> None:
+    """Raise RowError for what a row of `conversations` asks and NeMo's layout cannot hold."""
+    if not isinstance(row, Mapping):
+        return
+    if tools_of(row.get("tools")):
+        raise RowError(f"the row's tools: {NOT_HELD}")
+    turns = row.get("conversations")
+    for number, turn in enumerate(turns if isinstance(turns, list) else ()):
+        if isinstance(turn, Mapping) and (more := _more(turn)):
+            raise RowError(f"turn {number}: {more}: {NOT_HELD}")
+
+
+def _more(turn: Mapping[str, Any]) -> str:
+    """Return what a turn has besides its words, for a message; empty if it has no more."""
+    if turn.get("weight") not in (None, 1):
+        return f"weight {turn['weight']!r:.60}"
+    return next((key for key in ("tool_calls", *REASONING) if turn.get(key)), "")
 
 
 def _checked(row: Any) -> _Talk:
@@ -180,6 +206,16 @@ def _checked(row: Any) -> _Talk:
             "those whose turns are not learned, separated by commas"
         )
     return _Talk(system or "", kind, masked, turns)
+
+
+def _has_words(talk: _Talk) -> bool:
+    """Whether a learned turn or label is not empty."""
+    first = 0 if talk.kind == TO_VALUE else 1  # the first turn's text is context
+    for turn in talk.turns[first:]:
+        label = _label(turn, talk.kind) if talk.kind == TO_VALUE else None
+        if turn["from"] not in talk.masked and (label or turn["value"]).strip():
+            return True
+    return False
 
 
 def _label(turn: Mapping[str, Any], kind: str | None) -> str | None:

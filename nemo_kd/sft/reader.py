@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,14 +12,15 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.chat import ChatTemplate
 from nemo_kd.sft.chat_template import Template, chosen_template
 from nemo_kd.sft.config import RowConfig, template_hash
-from nemo_kd.sft.conversations import NemoTurns, as_conversation
+from nemo_kd.sft.conversations import NemoTurns, as_conversation, check_held
 from nemo_kd.sft.files import RowFile
 from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import conversation_of
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, Encoder, NoAnswerError, PromptEncoder, SFTRows
-from nemo_kd.sft.template import PromptTemplate
+from nemo_kd.sft.template import PromptTemplate, field_names
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
 from nemo_kd.sft.unread import unread
+from nemo_kd.sft.unread_fields import check_fields
 
 PROMPT, MESSAGES, CONVERSATIONS, TEXT = "prompt", "messages", "conversations", "text"
 SEP_ID = 49704
@@ -66,12 +66,15 @@ def open_rows(
         others = {MESSAGES, CONVERSATIONS} & _first_row(file).keys()
         if others or found.format != PROMPT:
             say(f"{file.path}: its rows are read as {found.format}; data.format sets it")
+    if found.format == PROMPT:
+        check_fields(found, file, say)
     verbatim = None
     if found.reader == "nemo":
         verbatim = open_rows(replace(found, reader="verbatim"), file, model)
     text: Template | None = "nemo"
+    encoder: Encoder
     if found.reader == "nemo" and found.format == CONVERSATIONS:
-        encoder = _nemos(nemos)(found, model)
+        encoder = _Turns(_nemos(nemos)(found, model))
     else:
         key = found.format if config.format != "auto" else None
         encoder, text = _encoder(found, model, say, key)
@@ -135,7 +138,7 @@ def _first_row(file: RowFile) -> Mapping[str, Any]:
 
 
 def _format(config: RowConfig, row: Mapping[str, Any]) -> str:
-    fields = re.findall("{(.*?)}", config.prompt_template or "")
+    fields = field_names(config.prompt_template or "")
     if not config.chat and fields and all(field in row for field in fields):
         return PROMPT
     for name in (MESSAGES, CONVERSATIONS):
@@ -157,6 +160,11 @@ def _encoder(
         return PromptEncoder(prompt_template(config, model), model.answer_only_loss), None
     if config.format == TEXT:
         return Texts(config, model), None
+    if config.train_on == "last_assistant" and not model.answer_only_loss:
+        raise NemoKDError(
+            "data.train_on=last_assistant does not work with answer_only_loss=false, which learns "
+            "every token; set answer_only_loss=true, or data.train_on=all"
+        )
     template_name = config.chat_template or (
         "nemo" if config.format == CONVERSATIONS else "tokenizer"
     )
@@ -258,9 +266,9 @@ class _Chat:
 class _Turns:
     """Encoder of `messages` or `conversations` as NeMo's turns."""
 
-    turns: NemoTurns
-    of_messages: bool
-    key: str | None
+    turns: Encoder
+    of_messages: bool = False
+    key: str | None = None
 
     def __call__(self, row: Any) -> Encoded:
         return self.turns(self._row(row))
@@ -270,6 +278,7 @@ class _Turns:
 
     def _row(self, row: Any) -> Any:
         if not self.of_messages:
+            check_held(row)
             return row
         conversation = conversation_of(row, self.key)
         if 0 in conversation.weights or conversation.tools:

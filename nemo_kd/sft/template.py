@@ -118,7 +118,7 @@ class PromptTemplate:
 
     @cached_property
     def fields(self) -> list[str]:
-        return re.findall("{(.*?)}", self._decoded)
+        return field_names(self._decoded)
 
     @cached_property
     def pieces(self) -> list[Piece]:
@@ -250,6 +250,11 @@ class PromptTemplate:
             "longer than data.max_seq_length, and a truncation field stands in "
             "data.prompt_template twice: its tokens cannot be divided; use each field once"
         )
+
+
+def field_names(template: str) -> list[str]:
+    """Return the fields of a template, in order."""
+    return re.findall("{(.*?)}", template)
 
 
 def unescaped(text: str) -> str:

@@ -114,8 +114,11 @@ def test_a_row_of_another_shape_is_refused(conversation: Any, message: str) -> N
 
 
 def test_a_conversation_without_an_answer_has_nothing_to_learn() -> None:
-    with pytest.raises(NoAnswerError):
-        encoder()(row("a"))
+    for turns in (["a"], ["a", ""], ["a", " \n", "b", ""]):
+        with pytest.raises(NoAnswerError):
+            encoder()(row(*turns))
+    assert NemoTurns(gpt2_like(), TURN_TOKENS, learn_all=True)(row("a", "")).loss_mask.all()
+    assert pieces(row("a", ("", "good"), type="TEXT_TO_VALUE"))[1] == [f"good\n{TURN}"]
 
 
 def test_messages_become_nemos_turns() -> None:
@@ -127,6 +130,8 @@ def test_messages_become_nemos_turns() -> None:
     assert pieces(as_conversation(messages)) == pieces(row("hi", "hello"))
     with pytest.raises(RowError, match=r"message 3 \(tool\) does not fit into NeMo's turns"):
         as_conversation([*messages, {"role": "tool", "content": "x"}])
+    with pytest.raises(RowError, match=r"message 0 \(assistant\): thinking: NeMo's turns have no"):
+        as_conversation([{"role": "assistant", "content": "x", "thinking": "y"}])
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.sft import JsonlFile, RowError
 from nemo_kd.sft.config import RowConfig, template_hash
 from nemo_kd.sft.reader import Model, open_rows
-from nemo_kd.sft.rows import SFTRows
+from nemo_kd.sft.rows import NoAnswerError, SFTRows
 from nemo_kd.sft.tokenizer import HFTokenizer, decoded
 from tests.sft.test_spans import sentence_piece
 from tests.sft.vocabularies import gpt2_like, saved
@@ -22,6 +22,14 @@ PROMPT = {"input": "größe?", "output": "  two\n"}
 MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
 TURNS = [{"from": "User", "value": "q"}, {"from": "Assistant", "value": "a"}]
 TALK = {"system": "s", "mask": "User", "conversations": TURNS}
+
+
+def turns_with(number: int, **more: Any) -> dict[str, Any]:
+    """A conversation of which one turn has more keys."""
+    turns = [{**turn, **(more if i == number else {})} for i, turn in enumerate(TURNS)]
+    return {**TALK, "conversations": turns}
+
+
 CHAT = "{% for m in messages %}[{{ m.role }}]{{ m.content }}<eos>{% endfor %}"
 
 
@@ -234,6 +242,10 @@ def test_what_a_template_takes_off_an_answer_is_counted(tmp_path: Path) -> None:
         (MESSAGES, {"chat_template": "{% if %}"}, "the chat template cannot be compiled"),
         (MESSAGES, {"chat_template": "no.jinja"}, "no.jinja is no chat template"),
         (TALK, {"train_on": "last_assistant"}, "does not work with NeMo's turns"),
+        (turns_with(1, weight=0), {}, "row 0: turn 1: weight 0: NeMo's turns have no place"),
+        (turns_with(1, reasoning_content="r"), {}, "turn 1: reasoning_content: NeMo's turns have"),
+        (turns_with(1, tool_calls=[{"name": "f"}]), {}, "turn 1: tool_calls: NeMo's turns"),
+        ({**TALK, "tools": [{"name": "f"}]}, {}, "row 0: the row's tools: NeMo's turns have no"),
         ({"text": "x"}, {"add_bos": True}, "the tokenizer has no bos token"),
     ],
 )
@@ -271,3 +283,86 @@ def test_a_row_without_text_is_named(tmp_path: Path, value: Any, message: str) -
     rows, _ = read(tmp_path, {"text": "x"}, value, format="text")
     with pytest.raises(RowError, match=f"row 1: .*{message}"):
         rows[1]
+
+
+ASKED = {"instruction": "Translate.", **PROMPT}
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (
+            {"instruction": "Translate."},
+            r"have instruction, which the default data.prompt_template='{input} {output}' does not "
+            r"read; set .* such as data.prompt_template='{instruction}\\n{input} {output}', or rem",
+        ),
+        ({"system": "s", "question": "q"}, r"have system, question, .*='{system}\\n{question}\\n"),
+        (
+            {"weight": 0},
+            "have weight, .* a template reads only texts: write the rows as `messages`",
+        ),
+        ({"tools": [{"name": "f"}]}, "have tools, .* a template reads only texts"),
+    ],
+)
+@pytest.mark.parametrize("settings", [{}, {"format": "prompt"}, {"reader": "nemo"}])
+def test_fields_that_the_default_template_does_not_read_are_refused(
+    tmp_path: Path, more: Any, message: str, settings: Any
+) -> None:
+    """Wherever in the file a row has one."""
+    with pytest.raises(NemoKDError, match=message):
+        read(tmp_path, PROMPT, [1], {**PROMPT, **more}, PROMPT, **settings)
+
+
+def test_fields_that_a_template_of_ones_own_does_not_read_are_said_once(tmp_path: Path) -> None:
+    rows = [{"system": "s", **ASKED, "weight": 0.5}] * 3
+    _, said = read(tmp_path, *rows, prompt_template="{input}: {output}")
+    assert len(said) == 1 and "have instruction, system, weight, which data.prompt" in said[0]
+    reading = "{system}{instruction}{input}: {output}"
+    assert read(tmp_path, {**rows[0], "weight": 1}, prompt_template=reading)[1] == []
+
+
+def test_fields_that_describe_a_row_or_are_empty_are_no_matter(tmp_path: Path) -> None:
+    metadata = {"id": 3, "task": "t", "category": "c", "source": "s", "weight": 1, "system": ""}
+    empty: dict[str, Any] = {
+        "instruction": " ",
+        "tools": [],
+        "context": None,
+        "history": "[]",
+        "weight": "3 kg",
+    }
+    _, said = read(tmp_path, {**PROMPT, **metadata}, {**PROMPT, **empty})
+    assert said == []
+
+
+@pytest.mark.parametrize("answer", ["", " ", "\n"])
+@pytest.mark.parametrize("template", ["{input} {output}", "{input}{output}"])
+def test_an_empty_answer_is_none_whatever_space_the_template_puts_before_it(
+    tmp_path: Path, answer: str, template: str
+) -> None:
+    rows, _ = read(tmp_path, {**PROMPT, "output": answer}, prompt_template=template)
+    with pytest.raises(NoAnswerError, match="row 0: no answer token: the answer is empty"):
+        rows[0]
+
+
+def test_last_assistant_does_not_fit_a_loss_on_every_token(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(MESSAGES) + "\n")
+    model = Model(tokenizer=gpt2_like(), max_seq_length=100, answer_only_loss=False)
+    for train_on in ("all", "all_assistant", "last_assistant"):
+        config = RowConfig(train_on=train_on, chat_template=CHAT)
+        if train_on == "last_assistant":
+            with pytest.raises(NemoKDError, match="does not work with answer_only_loss=false"):
+                open_rows(config, JsonlFile(file), model)
+        else:
+            assert open_rows(config, JsonlFile(file), model)[0].loss_mask[1:].all()
+
+
+def test_what_nemos_turns_cannot_hold_is_refused_with_nemos_reader_too(tmp_path: Path) -> None:
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(turns_with(1, weight=0)) + "\n")
+    model = Model(tokenizer=gpt2_like(), max_seq_length=100)
+    config, verbatim = RowConfig(reader="nemo"), RowConfig(chat=True)
+    nemos = open_rows(verbatim, JsonlFile(file), model).encode
+    rows = open_rows(config, JsonlFile(file), model, nemos=lambda config, model: nemos)
+    with pytest.raises(RowError, match="turn 1: weight 0"):
+        rows[0]
