@@ -161,9 +161,10 @@ def test_store_of_the_mixture(tmp_path: Path, first: str, second: str) -> None:
             assert (kept.sum(1) == np.minimum((expected > 0).sum(1), 12)).all()
 
 
-def test_averaging_a_teacher_with_itself_changes_nothing(tmp_path: Path) -> None:
+def test_averaging_a_teacher_with_its_like_changes_nothing(tmp_path: Path) -> None:
     a = Store(store(tmp_path / "a", spec()))
-    average([a, a], tmp_path / "m", [0.3, 0.7])
+    b = Store(store(tmp_path / "b", spec(teacher={"name": "same.nemo"})))
+    average([a, b], tmp_path / "m", [0.3, 0.7])
     for was, now in zip(a, Store(tmp_path / "m"), strict=True):
         assert np.array_equal(was.topk.ids, now.topk.ids)
         assert now.topk.logits == pytest.approx(was.topk.logits - was.topk.logsumexp, rel=2**-10)
@@ -184,8 +185,10 @@ def test_stores_over_other_tokens_are_refused(tmp_path: Path) -> None:
     draws = spec(profile="sampled", top_k=4)
     counts = with_topk(sample(0, draws, answers=0), draws=True)
     refused("whose draws have no top-K", write(tmp_path / "e", draws, [counts]))
-    refused("weights must be positive", tmp_path / "a", (1, 0))
-    refused("3 weights for 2 stores", tmp_path / "a", (1, 1, 1))
+    refused("are the same store; give it once", tmp_path / "a")
+    other = store(tmp_path / "other", spec(teacher={"name": "other.nemo"}))
+    refused("weights must be positive", other, (1, 0))
+    refused("3 weights for 2 stores", other, (1, 1, 1))
     samples = [sample(row, spec(), answers=1 + row % 4) for row in range(7)]
     ids = samples[4].input_ids.copy()
     ids[2] += 1 if ids[2] < 499 else -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ PROFILES: dict[str, dict[str, Any]] = {
     "compact": {"profile": "compact"},
     "top_p": {"profile": "top_p", "profile_options": {"p": 0.9}},
 }
+OTHER = spec(source={"name": "other.jsonl"})
 
 
 def bits(opened: Store, offset: int = 0) -> dict[int, tuple[bytes, ...]]:
@@ -68,7 +70,8 @@ def test_a_split_keeps_the_answers_to_a_prompt_together(tmp_path: Path) -> None:
     of = spec(template={"generation": {"samples_per_prompt": 4}})
     samples = [sample(row, of, 1 + row % 3) for row in range(0, 98, 2)]
     write(tmp_path / "s", of, samples)
-    merge([Store(tmp_path / "s")] * 2, tmp_path / "two")
+    write(tmp_path / "other", replace(of, source=OTHER.source), samples)
+    merge([Store(tmp_path / "s"), Store(tmp_path / "other")], tmp_path / "two")
     merge([Store(tmp_path / "s"), Store(tmp_path / "two")], tmp_path / "three")
     for name, starts in {"s": [0], "two": [0, 97], "three": [0, 97, 194]}.items():
         targets = [tmp_path / f"{name}-{part}" for part in range(2)]
@@ -79,6 +82,53 @@ def test_a_split_keeps_the_answers_to_a_prompt_together(tmp_path: Path) -> None:
             begin = [max(start for start in starts if start <= row) for row in rows]
             prompts.append({(b, (row - b) // 4) for row, b in zip(rows, begin, strict=True)})
         assert prompts[0] and prompts[1] and not prompts[0] & prompts[1]
+
+
+def rows_split(source: Path, seed: int, *weights: float) -> list[Path]:
+    """Split a store beside itself; returns the parts."""
+    targets = [source.with_name(f"{source.name}-{seed}-{part}") for part in range(len(weights))]
+    split(Store(source), targets, weights, seed=seed)
+    return targets
+
+
+def shares(parts: list[Path]) -> list[float]:
+    sizes = [len(Store(part)) for part in parts]
+    return [size / sum(sizes) for size in sizes]
+
+
+def test_a_part_is_split_again_by_other_draws(tmp_path: Path) -> None:
+    """With the same seed too, directly or after another; also where parts have been merged."""
+    of = spec()
+    write(tmp_path / "s", of, [sample(row, of, 1) for row in range(400)])
+    train, held = rows_split(tmp_path / "s", 0, 0.8, 0.2)
+    assert Store(held).rows[:5].tolist() == [1, 4, 10, 20, 21]  # as ever
+    again = rows_split(train, 0, 0.8, 0.2)
+    assert shares(again) == pytest.approx([0.8, 0.2], abs=0.1)
+    third = rows_split(rows_split(again[0], 1, 0.5, 0.5)[0], 0, 0.8, 0.2)
+    assert shares(third) == pytest.approx([0.8, 0.2], abs=0.15)
+    merge([Store(train), Store(held)], tmp_path / "merged")
+    parts = [set(Store(part).rows.tolist()) for part in rows_split(tmp_path / "merged", 0, 1, 1)]
+    first = set(Store(train).rows.tolist())  # of the merged store they are the same numbers
+    assert len(parts[0] & first) / len(first) == pytest.approx(0.5, abs=0.1)
+    assert Store(third[0]).spec.source["split"]["earlier"]["seed"] == 1
+
+
+def test_a_part_without_samples_is_refused(tmp_path: Path) -> None:
+    opened, targets = Store(store(tmp_path / "s", spec())), [tmp_path / "a", tmp_path / "b"]
+    with pytest.raises(StoreError, match=r"/b, of weight 0.001, would have none of the 7 samples"):
+        split(opened, targets, [1, 0.001])
+    assert not any(target.exists() for target in targets)
+    split(opened, targets, [1, 0])
+    assert len(Store(targets[1])) == 0
+
+
+def test_a_store_is_not_merged_with_itself(tmp_path: Path) -> None:
+    one = Store(store(tmp_path / "a", spec()))
+    copied = Store(store(tmp_path / "b", spec()))
+    for given in ([one, one], [one, copied]):
+        with pytest.raises(StoreError, match="are the same store; give it once"):
+            merge(given, tmp_path / "c")
+    assert not (tmp_path / "c").exists()
 
 
 def test_more_than_the_source_holds_is_refused(tmp_path: Path) -> None:
@@ -181,7 +231,7 @@ def test_damage_is_not_copied(tmp_path: Path, file: str) -> None:
         with pytest.raises(StoreError, match=f"{file} is damaged"):
             convert(opened, tmp_path / "t", jobs=jobs)
     with pytest.raises(StoreError, match=f"{file} is damaged"):
-        merge([opened, opened], tmp_path / "t")
+        merge([Store(store(tmp_path / "v", OTHER)), opened], tmp_path / "t")
     with pytest.raises(StoreError, match=f"{file} is damaged"):
         split(opened, [tmp_path / "t", tmp_path / "u"], [1, 1])
     assert not (tmp_path / "t").exists()
@@ -191,9 +241,9 @@ def test_rows_far_sparser_than_samples_cost_nothing(tmp_path: Path) -> None:
     rows = [0, 10**9, 10**12]
     of = spec(rows_per_shard=10**12)
     sparse = Store(write(tmp_path / "s", of, [sample(row, of, 2) for row in rows], parts=False))
-    merge([sparse, sparse], tmp_path / "merged")
+    merge([sparse, Store(store(tmp_path / "other", OTHER))], tmp_path / "merged")
     merged = Store(tmp_path / "merged")
-    assert merged.rows.tolist() == [*rows, *(row + 10**12 + 1 for row in rows)]
+    assert merged.rows.tolist() == [*rows, *(row + 10**12 + 1 for row in range(7))]
     assert sum(1 for _ in (tmp_path / "merged").rglob("*")) < 20
     assert list(verify(merged)) == []
 
@@ -207,8 +257,9 @@ def test_a_row_number_that_is_none_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_average_of_sparse_rows_costs_nothing(tmp_path: Path) -> None:
-    of, rows = spec(rows_per_shard=10**15), [0, 10**9, 10**15 - 1]
+    rows = [0, 10**9, 10**15 - 1]
     for name in "ab":
+        of = spec(rows_per_shard=10**15, teacher={"name": name})
         write_samples([sample(row, of, 2) for row in rows], tmp_path / name, of)
     average([Store(tmp_path / "a"), Store(tmp_path / "b")], tmp_path / "mixed", [1, 1])
     assert Store(tmp_path / "mixed").rows.tolist() == rows
@@ -220,4 +271,4 @@ def test_rows_beyond_any_file_are_not_merged(tmp_path: Path) -> None:
     write_samples([sample((1 << 62) - 1, of, 1)], tmp_path / "s", of)
     opened = Store(tmp_path / "s")
     with pytest.raises(StoreError, match="row numbers that cannot be those of a file"):
-        merge([opened, opened], tmp_path / "t")
+        merge([opened, Store(store(tmp_path / "other", OTHER))], tmp_path / "t")

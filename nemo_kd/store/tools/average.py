@@ -32,7 +32,7 @@ from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import ROWS_PER_SHARD
 from nemo_kd.store.tools.probabilities import log_probabilities
 from nemo_kd.store.tools.selection import Progress, check_intact
-from nemo_kd.store.tools.transform import write_samples
+from nemo_kd.store.tools.transform import refuse_twice, write_samples
 from nemo_kd.topk import ABSENT_ID, TopK
 
 
@@ -53,6 +53,7 @@ def average(
     Raises StoreError, naming the row or field, if the stores do not hold the same samples.
     """
     refuse_inputs([directory], [store.directory for store in stores])
+    refuse_twice(stores)
     for store in stores:
         check_intact(store)
     shares = _shares(weights, stores)

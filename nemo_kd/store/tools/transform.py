@@ -25,7 +25,7 @@ from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import EncodedSample, Sample
 from nemo_kd.store.segments import MOST_ROWS
 from nemo_kd.store.spec import StoreSpec
-from nemo_kd.store.splitmix import GOLDEN, counter, unit
+from nemo_kd.store.splitmix import GOLDEN, counter, mixed, unit
 from nemo_kd.store.target import new_store
 from nemo_kd.store.tools.selection import Progress, Selection, check_intact, copy
 from nemo_kd.store.writer import StoreWriter
@@ -133,6 +133,7 @@ def merge(
     preceding stores. `spec.source` records each store's source and offset.
     """
     refuse_inputs([directory], [store.directory for store in stores])
+    refuse_twice(stores)
     first = stores[0]
     for other in stores[1:]:
         _refuse_unlike(first, other)
@@ -169,7 +170,10 @@ def split(
 
     A sample's part depends only on the seed and its row number, so that stores with the same rows
     are split identically; of several answers to a prompt, on the prompt's number, so that they are
-    in the same part. Rows keep their numbers. The parts appear once all are complete.
+    in the same part. A part is split again independently of the split that made it, also with the
+    same seed. Rows keep their numbers. The parts appear once all are complete.
+
+    Raises StoreError if a part of positive weight would have no samples.
     """
     if len(weights) != len(directories) or min(weights) < 0 or not 0 < sum(weights) < math.inf:
         raise StoreError(
@@ -177,13 +181,17 @@ def split(
             f"positive sum, not {list(weights)}"
         )
     refuse_inputs(directories, [store.directory])
-    parts = _parts(seed, _prompts(store), weights)
+    earlier = _splits(store.spec.source, seed)
+    parts = _parts(seed, _prompts(store), weights, earlier)
+    _refuse_empty(directories, weights, parts)
     manifests, done = [], 0
     with ExitStack() as stack:
         new = [stack.enter_context(new_store(one, overwrite)) for one in directories]
         check_intact(store, jobs)
         for part, directory in enumerate(new):
             note = {"part": part, "weights": [*weights], "seed": seed, "store": store.fingerprint}
+            if "split" in store.spec.source:
+                note["earlier"] = store.spec.source["split"]
             spec = replace(store.spec, source={**store.spec.source, "split": note})
             selection = Selection.of(store, parts == part)
             manifests.append(
@@ -237,6 +245,30 @@ def _refuse_unlike(first: Store, other: Store) -> None:
         )
 
 
+def refuse_twice(stores: Sequence[Store]) -> None:
+    """Raise StoreError if two of the stores are the same, under any path."""
+    seen: dict[str, Store] = {}
+    for store in stores:
+        if store.fingerprint in seen:
+            raise StoreError(
+                f"{seen[store.fingerprint].directory} and {store.directory} are the same store; "
+                "give it once"
+            )
+        seen[store.fingerprint] = store
+
+
+def _refuse_empty(
+    directories: Sequence[str | Path], weights: Sequence[float], parts: NDArray[np.int64]
+) -> None:
+    """Raise StoreError if a part of positive weight is not among the samples' `parts`."""
+    for part, (directory, weight) in enumerate(zip(directories, weights, strict=True)):
+        if weight > 0 and not (parts == part).any():
+            raise StoreError(
+                f"{directory}, of weight {weight:g}, would have none of the {len(parts)} samples; "
+                "raise its weight or choose another seed"
+            )
+
+
 def _after(done: int, progress: Progress | None) -> Progress | None:
     """Return a callback that adds the samples that were done before."""
     return None if progress is None else lambda more: progress(done + more)
@@ -258,9 +290,23 @@ def _offsets(source: Mapping[str, Any], start: int = 0) -> Iterator[int]:
         yield from _offsets(part["source"], start + part["offset"])
 
 
-def _parts(seed: int, rows: NDArray[np.int64], weights: Sequence[float]) -> NDArray[np.int64]:
-    """Return the part of each row [rows]."""
+def _splits(source: Mapping[str, Any], seed: int) -> int:
+    """Return how often the samples have been split with this seed, also those of merged stores."""
+    merged = max((_splits(part["source"], seed) for part in source.get("merged", ())), default=0)
+    own, note = 0, source.get("split")
+    while note is not None:
+        own += note["seed"] == seed
+        note = note.get("earlier")
+    return merged + own
+
+
+def _parts(
+    seed: int, rows: NDArray[np.int64], weights: Sequence[float], earlier: int = 0
+) -> NDArray[np.int64]:
+    """Return the part of each row [rows]; independent of the `earlier` splits with this seed."""
     bounds = [end / sum(weights) for end in accumulate(weights)]
-    (start,) = counter(seed * 0xD1342543DE82EF95)
+    start = counter(seed * 0xD1342543DE82EF95)  # [1]
+    for _ in range(earlier):
+        start = mixed(start + np.uint64(GOLDEN))
     shares = unit(start + rows.astype(np.uint64) * np.uint64(GOLDEN))
     return np.searchsorted(bounds, shares, side="right")
