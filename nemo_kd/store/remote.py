@@ -67,6 +67,10 @@ class RemoteFiles:
 
         return self._retried(name, attempt)
 
+    def create(self) -> None:
+        """Create the directory, where the file system has directories."""
+        self._retried("", lambda: self._system.makedirs(self._root, exist_ok=True))
+
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
         self._retried(name, lambda: self._system.pipe_file(self._path(name), content))

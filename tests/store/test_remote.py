@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import time
@@ -203,6 +204,43 @@ def test_pulling_what_was_pushed_gives_the_same_files(
     pull(url, tmp_path / "pulled")
     assert s3.of("GET", ".bin") == gets
     assert os.listdir(tmp_path) == ["pulled"]
+
+
+def test_a_pull_mends_a_damaged_copy(url: str, local: Path, s3: Server, tmp_path: Path) -> None:
+    target = tmp_path / "pulled"
+    pull(url, target)
+    wrong = target / "segment-00001/topk_ids.bin"
+    wrong.write_bytes(bytes(wrong.stat().st_size))
+    (target / "segment-00002/shard.json").unlink()
+    shutil.rmtree(target / "segment-00003")
+    (target / "index.bin").write_bytes(b"")
+    (target / "spec.json").unlink()
+    s3.requests.clear()
+    pull(url, target)
+    assert files(target) == files(local)
+    assert [s3.of("GET", f"segment-0000{i}/tokens.bin") for i in range(4)] == [0, 1, 1, 1]
+    assert os.listdir(tmp_path) == ["pulled"]
+
+
+def test_a_mending_that_was_killed_is_continued(
+    url: str, s3: Server, local: Path, tmp_path: Path
+) -> None:
+    target = tmp_path / "pulled"
+    pull(url, target)
+    for number in (0, 2):
+        (target / f"segment-0000{number}/tokens.bin").unlink()
+    s3.requests.clear()
+    killed_at(s3, "GET", "segment-00002/tokens.bin", "pull", url, target)
+    s3.requests.clear()
+    pull(url, target)
+    assert files(target) == files(local)
+    assert not s3.of("GET", "segment-00000/tokens.bin")
+
+
+def test_a_push_to_a_directory_creates_it(local: Path, s3: Server, tmp_path: Path) -> None:
+    for url in (f"file://{tmp_path}/a/store", str(tmp_path / "b" / "store")):
+        push(local, url)
+        assert all(map(same, Store(url), Store(local)))
 
 
 def test_a_push_writes_the_manifest_last(s3: Server, local: Path) -> None:

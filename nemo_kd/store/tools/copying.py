@@ -1,7 +1,8 @@
 """Push a store to a URL and pull one from there; both can be interrupted and repeated.
 
 The manifest is pushed last. Until then `transfer.json` names it, so that an unfinished copy is only
-continued with the same store. A pull is made beside its directory, and renamed.
+continued with the same store. A pull is made beside its directory, and renamed. Repeated, it copies
+the parts again that are damaged.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_kd.errors import StoreError
-from nemo_kd.files import canonical_json, commit, full_disk_explained
+from nemo_kd.files import canonical_json, commit, full_disk_explained, size_of
 from nemo_kd.lock import DirectoryLock
 from nemo_kd.store.manifest import MANIFEST, SHARD, SPEC, Manifest, ShardInfo, refuse_unfinished
+from nemo_kd.store.ours import remove_part
 from nemo_kd.store.parts import is_intact
 from nemo_kd.store.remote import RemoteFiles
 from nemo_kd.store.schema import MAX_MANIFEST
@@ -60,6 +63,7 @@ def push(directory: str | Path, url: str, advance: Advance = lambda *_: None) ->
     there = files.sizes()
     _refuse_other_url(files, there, text)
     if MANIFEST not in there:
+        files.create()
         files.write(TRANSFER, _marker(text))
     bar = _Bar(advance, manifest.totals["bytes"])
     for info in manifest.parts:
@@ -124,33 +128,99 @@ def _marker(text: bytes) -> bytes:
     return canonical_json({"manifest_sha256": hashlib.sha256(text).hexdigest()}).encode()
 
 
-def pull(url: str, directory: str | Path, advance: Advance = lambda *_: None) -> Manifest:
+def pull(
+    url: str,
+    directory: str | Path,
+    advance: Advance = lambda *_: None,
+    on_unchanged: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Copy the store at a URL to a directory; intact files of an interrupted copy are kept.
 
-    Every file's SHA-256 is compared on arrival. Raises StoreError if the directory holds anything
-    else, or if the remote store is damaged.
+    Every file's SHA-256 is compared on arrival. Of a complete copy, damaged and missing parts are
+    copied again; if there are none, `on_unchanged()` is called. Raises StoreError if the directory
+    holds anything else, or if the remote store is damaged.
     """
     files, target = RemoteFiles(url), Path(directory).absolute()
     text = files.read(MANIFEST, MAX_MANIFEST)
     if _is_pulled(target, text):
-        return Manifest.read(target)
-    work = target.with_name(f".{target.name}.pull")
-    with full_disk_explained(target.parent), DirectoryLock(work, shown=target):
-        new = work / "store"
-        new.mkdir(exist_ok=True)
+        return _mended(files, target, advance, on_unchanged)
+    with _work_beside(target) as new:
         (new / MANIFEST).write_bytes(text)
         manifest = Manifest.read(new)
         bar = _Bar(advance, manifest.totals["bytes"])
         for number, info in enumerate(manifest.parts):
-            listed = part_files(manifest, info)
-            if not all(is_intact(new / name, file) for name, file in listed.items()):
-                shutil.rmtree(new / info.name, ignore_errors=True)
-                fetch_part(files, manifest, number, new, bar.add)
+            _fetch(files, manifest, number, new, bar)
             bar.complete(info)
         fetch_top(files, manifest, new)
         commit(new, target)
-    work.rmdir()
     return manifest
+
+
+def _mended(
+    files: RemoteFiles, target: Path, advance: Advance, on_unchanged: Callable[[], None]
+) -> Manifest:
+    """Copy what is damaged or missing in the copy at `target` again."""
+    manifest = Manifest.read(target)
+    bar, damaged = _Bar(advance, manifest.totals["bytes"]), list[int]()
+    for number, info in enumerate(manifest.parts):
+        if not _is_complete(target, manifest, info):
+            damaged.append(number)
+        bar.complete(info)
+    if not damaged and _has_top(target, manifest):
+        on_unchanged()
+        return manifest
+    lost = sum(file.bytes for i in damaged for file in manifest.parts[i].files.values())
+    bar = _Bar(advance, lost)
+    with _work_beside(target) as new:
+        for number in damaged:
+            info = manifest.parts[number]
+            _fetch(files, manifest, number, new, bar)
+            if (target / info.name).exists():
+                remove_part(target / info.name)
+            commit(new / info.name, target / info.name)
+            bar.complete(info)
+        fetch_top(files, manifest, target)
+        shutil.rmtree(new)
+    return manifest
+
+
+@contextmanager
+def _work_beside(target: Path) -> Iterator[Path]:
+    """Yield a directory for a copy of `target`, locked; it is kept if the copy is interrupted."""
+    work = target.with_name(f".{target.name}.pull")
+    with full_disk_explained(target.parent), DirectoryLock(work, shown=target):
+        (work / "store").mkdir(exist_ok=True)
+        yield work / "store"
+    work.rmdir()
+
+
+def _fetch(files: RemoteFiles, manifest: Manifest, number: int, new: Path, bar: _Bar) -> None:
+    """Copy a part to `new`, unless an interrupted copy has done so."""
+    info = manifest.parts[number]
+    if not _is_complete(new, manifest, info):
+        shutil.rmtree(new / info.name, ignore_errors=True)
+        fetch_part(files, manifest, number, new, bar.add)
+
+
+def _is_complete(directory: Path, manifest: Manifest, info: ShardInfo) -> bool:
+    """Return whether a part has all its files, with their SHA-256."""
+    listed = part_files(manifest, info)
+    return _holds(directory / info.name / SHARD, part_json(manifest, info)) and all(
+        is_intact(directory / name, file) for name, file in listed.items()
+    )
+
+
+def _has_top(directory: Path, manifest: Manifest) -> bool:
+    """Return whether the files beside the manifest are intact."""
+    return _holds(directory / SPEC, canonical_json(manifest.spec_json)) and all(
+        is_intact(directory / name, file) for name, file in top_files(manifest).items()
+    )
+
+
+def _holds(path: Path, text: str) -> bool:
+    """Return whether a file has this content."""
+    content = text.encode()
+    return size_of(path) == len(content) and path.read_bytes() == content
 
 
 def _is_pulled(target: Path, text: bytes) -> bool:
