@@ -124,14 +124,24 @@ def summary(target: str | Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def report(result: dict[str, Any], as_json: bool) -> None:
-    """Print a command's summary of what it wrote, as a table or as JSON."""
+def report(result: dict[str, Any], as_json: bool, *, unchanged: str = "") -> None:
+    """Print a command's summary of what it wrote, as a table or as JSON.
+
+    `unchanged`: the reason why nothing was written; in JSON, `written` is then null.
+    """
     from nemo_kd.cli import render
 
+    target = result["written"]
+    if unchanged:
+        result = {**result, "written": None, "unchanged": str(target)}
     if as_json:
         print_json(result)
         return
     numbers = {k: f"{v:,}" if isinstance(v, int) else v for k, v in result.items()}
-    title = f"wrote {numbers.pop('written')}"
-    rows = {name.replace("_", " "): value for name, value in numbers.items()}
+    title = f"{target} {unchanged}" if unchanged else f"wrote {target}"
+    rows = {
+        name.replace("_", " "): value
+        for name, value in numbers.items()
+        if name not in ("written", "unchanged")
+    }
     render.console().print(render.pairs(title, rows))

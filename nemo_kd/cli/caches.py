@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -78,6 +79,7 @@ class Aligner:
             renumber=self.renumber,
             on_bad_line=on_bad,
             padding=self.changes.padding,
+            widths=self.changes.widths,
         )
 
 
@@ -224,24 +226,35 @@ def from_cache(
         dropped.append(error)
         print(visible(f"dropped: {error}"), file=sys.stderr)
 
-    agreement = Agreement()
+    agreement, read = Agreement(), 0
 
     def samples() -> Iterator[Sample]:
-        nonlocal agreement
+        nonlocal agreement, read
         for sample in cache.samples(spec, loaded, drop if bad_lines == "drop" else None):
             agreement += Agreement.of_sample(sample, spec)
+            read += 1
             yield sample
+        if dropped and not read:
+            raise StoreError(
+                f"no store is written, because all {len(dropped)} lines were dropped; the first: "
+                f"{dropped[0]}"
+            )
 
     manifest = write_samples(
         samples(), target, spec, segment_bytes=segment_bytes, overwrite=overwrite
     )
-    padding = cache.changes.padding
-    for warning in (agreement.warning(), _padding_warning(padding, agreement.tokens, tokenizer)):
+    cut = _cut(cache.changes.widths, spec.top_k) if top_k is None else 0
+    for warning in (
+        agreement.warning(),
+        _padding_warning(cache.changes.padding, agreement.tokens, tokenizer),
+        _cut_warning(cache.changes.widths, spec.top_k) if cut else "",
+    ):
         if warning:
             print(visible(f"WARNING: {source}: {warning}"), file=sys.stderr)
     return {
         **summary(target, manifest),
         "dropped_lines": len(dropped),
+        **({"samples_cut_to_top_k": cut} if cut else {}),
         **cache.changes.to_json(),
         **agreement.to_json(),
     }
@@ -270,6 +283,19 @@ def _padding_warning(padding: Padding, tokens: float, tokenizer: str) -> str:
         f"the ids beyond the tokenizer's vocabulary, which were dropped, had "
         f"{padding.mass / max(tokens, 1):.1%} of the teacher's probability, too much for padding; "
         f"check that {tokenizer} is its tokenizer"
+    )
+
+
+def _cut(widths: Counter[int], top_k: int) -> int:
+    """Return the number of samples of which ids were cut."""
+    return sum(count for width, count in widths.items() if width > top_k)
+
+
+def _cut_warning(widths: Counter[int], top_k: int) -> str:
+    return (
+        f"{_cut(widths, top_k)} of {widths.total()} samples have up to {max(widths)} ids per token "
+        f"and were cut to {top_k}, as many as the first has; convert them apart to keep all, or "
+        f"give --top-k {top_k}"
     )
 
 

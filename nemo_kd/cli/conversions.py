@@ -45,7 +45,7 @@ OPTIONS = {
     f"from {CAPTURE} to a store": (*_FOREIGN, "--compression-config"),
     f"from {SHARDS} to a store": (*_FOREIGN, "--data"),
     "from Parquet to a store": (*_PROFILE, "--tokenizer"),
-    "from a store to a store": _PROFILE,
+    "from a store to a store": (*_PROFILE, "--jobs"),
 }
 KINDS = {".jsonl": "JSONL", ".parquet": "Parquet"}
 
@@ -96,7 +96,7 @@ def to_jsonl(
         )
     check_intact(store)
     written = write_jsonl(target, store, samples_per_chunk=samples_per_chunk)
-    return {"written": target, "samples": written}
+    return {"written": target, "samples": written, **temperatures_left_out([store])}
 
 
 def to_parquet(
@@ -183,9 +183,13 @@ def averaged(
     manifest = average(stores, target, weights, **options)
     unlike = {name for store in stores for name in _unlike_profile(stores[0], store)}
     of_first = {"as_in_the_first_store": ", ".join(sorted(unlike))} if unlike else {}
+    return {**summary(target, manifest), **temperatures_left_out(stores), **of_first}
+
+
+def temperatures_left_out(stores: Sequence[Store]) -> dict[str, Any]:
+    """Return what to report of the temperatures of stores that are written at 1.0 only."""
     others = {t for store in stores for t in store.spec.temperatures} - {1.0}
-    left_out = {"temperatures_left_out": sorted(others)} if others else {}
-    return {**summary(target, manifest), **left_out, **of_first}
+    return {"temperatures_left_out": sorted(others)} if others else {}
 
 
 def _unlike_profile(first: Store, other: Store) -> list[str]:

@@ -93,13 +93,15 @@ def show(
     from nemo_kd.cli.tokenizers import Ids, check_tokenizer_path, shown_tokenizer
     from nemo_kd.files import publish
     from nemo_kd.outputs import refuse_inputs
-    from nemo_kd.store import Store
+    from nemo_kd.store import Store, StoreError
 
     if html is not None:
         check_parent("--html", html)
         refuse_inputs([html], [store, *([] if tokenizer is None else [tokenizer])])
+    if tokenizer is not None and ids:
+        raise StoreError("--tokenizer has no effect with --ids; omit one of them")
     opened = Store(store)
-    if tokenizer is not None and not ids:
+    if tokenizer is not None:
         check_tokenizer_path(tokenizer)
     opened.index_of(row)  # fail before importing a tokenizer, which takes seconds
     shown, note = (Ids(), "") if ids else shown_tokenizer(opened.spec, tokenizer)
@@ -109,9 +111,9 @@ def show(
     if html is not None:
         publish(html, render_html(view, Path(store).name))
         typer.echo(visible(f"wrote {html}"), err=True)
-    elif as_json:
+    if as_json:
         print_json(view.to_json())
-    else:
+    elif html is None:
         render.console().print(render.row(view))
 
 
@@ -160,16 +162,20 @@ def stats(
 ) -> None:
     """Show the probability mass kept, entropy and agreement with the labels, with histograms.
 
-    The entropy is a lower bound: that of K + 1 outcomes, the kept ids and all others as one.
+    The entropy is a lower bound: that of K + 1 outcomes, the kept ids and all others as one. Warns
+    of rows that look shifted, and of a teacher that does not predict the labels.
     """
     from nemo_kd.cli import render
     from nemo_kd.store import Store
     from nemo_kd.store import stats as stats_of
 
     with progress("stats") as advance:
-        value = stats_of(Store(store), samples, advance, jobs).to_json()
+        found = stats_of(Store(store), samples, advance, jobs)
+    value, warning = found.to_json(), found.agreement.warning()
+    if warning:
+        typer.echo(visible(f"WARNING: {store}: {warning}"), err=True)
     if as_json:
-        print_json(value)
+        print_json({**value, "warning": warning or None})
         return
     histograms = {k: value.pop(k) for k in list(value) if k.endswith("_histogram")}
     console = render.console()

@@ -69,7 +69,12 @@ def convert(
     samples_per_chunk: Annotated[
         int | None, typer.Option(min=1, help="Samples per file of a JSONL target with CHUNK_ID.")
     ] = None,
-    jobs: Jobs = 0,
+    jobs: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Store to store: number of processes; default: one per core if it is large."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -102,6 +107,7 @@ def convert(
         "--compression-config": compression_config,
         "--data": data,
         "--samples-per-chunk": samples_per_chunk,
+        "--jobs": jobs,
     }
     conversions.refuse_idle_options(source, target, options)
     common: dict[str, Any] = {
@@ -139,7 +145,7 @@ def convert(
         else:
             with progress("convert") as advance:
                 result = conversions.between_stores(
-                    source, target, advance=advance, jobs=jobs, **common
+                    source, target, advance=advance, jobs=jobs or 0, **common
                 )
     report(result, as_json)
 
@@ -243,6 +249,13 @@ def pack(
     """Join the many shards of a store that an earlier version wrote to a few segments, in place."""
     from nemo_kd.store import pack as pack_store
 
+    unchanged: list[bool] = []
     with options_named(), progress("pack") as advance:
-        manifest = pack_store(store, segment_bytes=segment_bytes, on_segment=advance)
-    report(summary(store, manifest), as_json)
+        manifest = pack_store(
+            store,
+            segment_bytes=segment_bytes,
+            on_segment=advance,
+            on_unchanged=lambda: unchanged.append(True),
+        )
+    why = "has segments already; nothing was changed" if unchanged else ""
+    report(summary(store, manifest), as_json, unchanged=why)

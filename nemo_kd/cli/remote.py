@@ -29,11 +29,12 @@ def pull(
     target: Annotated[Path, typer.Argument(help="Directory of the store to write.")],
     as_json: Json = False,
 ) -> None:
-    """Copy a store from s3://, gs:// or another address; run it again to resume."""
+    """Copy a store from s3://, gs:// or another address; run it again to resume, or to mend it."""
     from nemo_kd.cli.app import check_store_target, summary
     from nemo_kd.store.tools.copying import pull as pull_store
 
     check_store_target(target)
+    unchanged: list[bool] = []
     with progress("pull") as advance:
-        manifest = pull_store(url, target, advance)
-    report(summary(target, manifest), as_json)
+        manifest = pull_store(url, target, advance, lambda: unchanged.append(True))
+    report(summary(target, manifest), as_json, unchanged="is already there" if unchanged else "")

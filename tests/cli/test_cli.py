@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +25,7 @@ from nemo_kd.store import Sample, Store, write_jsonl
 from tests.checkpoints import models
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec, store, write
+from tests.store.test_segments import VERSION_1
 
 
 def nemo_kd(*arguments: object, fails: bool = False) -> str:
@@ -65,6 +67,12 @@ def test_show_as_ids_and_as_a_page(a_store: Path, tmp_path: Path) -> None:
     nemo_kd("show", a_store, 3, "--ids", "--html", page)
     text = page.read_text()
     assert "<html" in text and "http" not in text  # self-contained
+    page.unlink()
+    printed = nemo_kd("show", a_store, 3, "--ids", "--html", page, "--json")
+    assert printed.startswith(f"wrote {page}") and page.read_text() == text
+    assert json.loads(printed.partition("\n")[2])["row"] == 3
+    idle = nemo_kd("show", a_store, 3, "--ids", "--tokenizer", tmp_path, fails=True)
+    assert "--tokenizer has no effect with --ids" in idle
     assert "no sample for row 99" in nemo_kd("show", a_store, 99, "--ids", fails=True)
 
 
@@ -187,6 +195,9 @@ def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, pr
         ("S", "x.jsonl", "--top-k=2"),
         ("S", "x.jsonl", "--profile=compact"),
         ("S", "x.jsonl", "--tokenizer=t"),
+        ("S", "x.jsonl", "--jobs=2"),
+        ("S", "x.parquet", "--jobs=2"),
+        ("x.jsonl", "t", "--jobs=0"),
         ("S", "t", "--bad-lines=drop"),
         ("S", "t", "--renumber"),
         ("S", "t", "--samples-per-chunk=3"),
@@ -203,7 +214,8 @@ def test_options_without_effect_are_refused(
 
 
 def test_a_source_is_not_written_over(a_store: Path, tmp_path: Path) -> None:
-    one, two = store(tmp_path / "one", spec()), store(tmp_path / "two", spec())
+    one = store(tmp_path / "one", spec())
+    two = store(tmp_path / "two", spec(source={"name": "other.jsonl"}))
     (tmp_path / "link").symlink_to(one)
     for command in (
         ("convert", one, one, "--top-k", 2),
@@ -558,7 +570,11 @@ def test_a_converted_teacher_that_is_shifted_is_warned_of(tmp_path: Path) -> Non
     assert "y.jsonl: the teacher's rows look shifted" in printed[1]
     assert "predicts the token before its label" in printed[1]
     assert "predicts the token after its label" in printed[-1]
-    value = as_json("stats", tmp_path / "s1")
+    warning, _, rest = nemo_kd("stats", tmp_path / "s1", "--json").partition("\n")
+    assert warning.startswith(f"WARNING: {tmp_path}/s1: the teacher's rows look shifted")
+    value = json.loads(rest)
+    assert warning.endswith(value["warning"])
+    assert as_json("stats", tmp_path / "s0")["warning"] is None
     assert value["agreement"] < 0.1 < 0.5 < value["agreement_one_earlier"]
 
 
@@ -616,6 +632,70 @@ def test_a_bad_line_stops_or_is_skipped(text_store: tuple[Path, Path], tmp_path:
     printed = nemo_kd(*common, "--overwrite", "--bad-lines", "drop")
     assert "dropped: " in printed and "x.jsonl, line 2" in printed
     assert [one.row for one in Store(tmp_path / "s")] == [0, 2, 3]
+
+
+def test_a_conversion_that_drops_every_line_keeps_the_store(
+    text_store: tuple[Path, Path], tmp_path: Path
+) -> None:
+    directory, tokenizer = text_store
+    file, target = tmp_path / "x.jsonl", tmp_path / "s"
+    nemo_kd("convert", directory, file)
+    common = ("convert", file, target, "--tokenizer", tokenizer, "--bad-lines", "drop")
+    nemo_kd(*common)
+    kept = Store(target).fingerprint
+    printed = nemo_kd(*common, "--top-k", 50, "--overwrite", fails=True)
+    assert "no store is written, because all 4 lines were dropped" in printed
+    assert f"{file}, line 1" in printed
+    assert Store(target).fingerprint == kept
+
+
+def test_lines_that_are_cut_to_the_k_of_the_first_are_counted(
+    text_store: tuple[Path, Path], tmp_path: Path
+) -> None:
+    directory, tokenizer = text_store
+    file, target = tmp_path / "x.jsonl", tmp_path / "s"
+    nemo_kd("convert", directory, file)
+    k = Store(directory).spec.top_k
+    first, *others = file.read_text().splitlines()
+    record = json.loads(first)
+    for key in ("topk_logits", "topk_token_ids"):
+        record[key] = [row[:2] for row in record[key]]
+    file.write_text("\n".join([json.dumps(record), *others]) + "\n")
+    common = ("convert", file, target, "--tokenizer", tokenizer, "--overwrite")
+    printed = nemo_kd(*common)
+    assert f"3 of 4 samples have up to {k} ids per token and were cut to 2" in printed
+    assert Store(target).spec.top_k == 2
+    assert "were cut" not in nemo_kd(*common, "--top-k", 2)
+
+
+def test_temperatures_that_jsonl_cannot_hold_are_reported(tmp_path: Path, a_store: Path) -> None:
+    source = store(tmp_path / "s", spec(temperatures=(1.0, 2.0)))
+    result = as_json("convert", source, tmp_path / "x.jsonl")
+    assert result["temperatures_left_out"] == [2.0]
+    assert "temperatures_left_out" not in as_json("convert", a_store, tmp_path / "y.jsonl")
+
+
+def test_a_store_that_has_segments_is_not_packed(tmp_path: Path) -> None:
+    path = store(tmp_path / "s", spec())
+    assert "has segments already; nothing was changed" in " ".join(nemo_kd("pack", path).split())
+    result = as_json("pack", path)
+    assert (result["written"], result["unchanged"]) == (None, str(path))
+    refused = nemo_kd("pack", path, "--segment-bytes", 100, fails=True)
+    assert f"nemo-kd convert {path} NEW --segment-bytes 100" in refused
+    old = tmp_path / "old"
+    shutil.copytree(VERSION_1 / "plain", old)
+    assert as_json("pack", old, "--segment-bytes", 100)["written"] == str(old)
+
+
+def test_a_copy_that_is_there_is_not_called_written(tmp_path: Path, a_store: Path) -> None:
+    pytest.importorskip("tenacity")
+    pull = ("pull", f"file://{a_store}", tmp_path / "copy")
+    assert "wrote" in nemo_kd(*pull)
+    printed = " ".join(nemo_kd(*pull).split())
+    assert "is already there" in printed and "wrote" not in printed
+    (tmp_path / "copy" / "segment-00001" / "tokens.bin").unlink()
+    assert "wrote" in nemo_kd(*pull)
+    assert "no problems" in nemo_kd("verify", tmp_path / "copy")
 
 
 def test_draws_are_not_made_of_a_top_k_store(a_store: Path, tmp_path: Path) -> None:

@@ -7,6 +7,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +179,16 @@ def test_ids_of_the_padding_are_dropped_and_counted(tmp_path: Path) -> None:
     assert cut.topk.ids.tolist() == [[9, 4], [4, 2]]
     with pytest.warns(UserWarning, match="x.jsonl: dropped 3 padding ids of the vocabulary"):
         list(read_jsonl(path, spec(top_k=4)))
+
+
+def test_the_ids_of_a_line_are_counted_before_they_are_cut(tmp_path: Path) -> None:
+    """Absent ones are not ids, and a line without answer tokens has none."""
+    of, widths = spec(top_k=5), Counter[int]()
+    made = [sample(row, of, answers=2 * (row < 2)) for row in range(3)]
+    made[1].topk.ids[:, 3:], made[1].topk.logits[:, 3:] = -1, -np.inf
+    write_jsonl(tmp_path / "x.jsonl", made)
+    read = list(read_jsonl(tmp_path / "x.jsonl", replace(of, top_k=2), widths=widths))
+    assert len(read) == 3 and widths == {5: 1, 3: 1, 0: 1}
 
 
 def test_rows_can_be_numbered_anew_over_chunks(tmp_path: Path) -> None:

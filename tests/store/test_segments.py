@@ -97,6 +97,8 @@ def test_a_store_of_version_1_is_read_and_joined(tmp_path: Path, kind: str) -> N
     assert bytes_of(directory) == bytes_of(write(tmp_path / "new", of, expected, parts=False))
     before = bytes_of(directory)
     pack(directory)
+    with pytest.raises(StoreError, match="has segments already; for others of 100 bytes use"):
+        pack(directory, segment_bytes=100)
     assert bytes_of(directory) == before
 
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import chain, count, islice
@@ -73,6 +74,7 @@ def read_jsonl(
     renumber: bool = False,
     on_bad_line: Callable[[StoreError], None] | None = None,
     padding: Padding | None = None,
+    widths: Counter[int] | None = None,
 ) -> Iterator[Sample]:
     """Yield the samples of `path` at T = 1, cut to the first `spec.top_k` logits.
 
@@ -83,7 +85,8 @@ def read_jsonl(
 
     NeMo-Aligner's top-K may include ids of Megatron's vocabulary padding. These ids are dropped and
     counted in `padding`; if that is None, a warning at the end reports their number. The
-    log-sum-exp is unchanged, so that their probability counts towards the tail mass.
+    log-sum-exp is unchanged, so that their probability counts towards the tail mass. `widths`
+    counts the samples by the largest number of ids that a token of theirs has in the file.
     """
     if spec.temperatures != (1.0,):
         raise StoreError(
@@ -96,13 +99,15 @@ def read_jsonl(
         for number, line in lines_of(file_path):
             row = next(lines)
             try:
-                sample = _sample(line, row, renumber, spec, dropped)
+                sample, width = _sample(line, row, renumber, spec, dropped)
                 check_ascending(sample.row, last_row, row)
             except StoreError as error:
                 bad = StoreError(f"{file_path}, line {number}: {error}")
                 skip_or_raise(bad, error, on_bad_line)
                 continue
             last_row = sample.row
+            if widths is not None:
+                widths[width] += 1
             yield sample
     if padding is None and dropped.ids:
         warnings.warn(f"{path}: dropped {dropped.ids} padding ids of the vocabulary", stacklevel=2)
@@ -242,7 +247,10 @@ def record_of(line: bytes) -> dict[str, Any]:
     return record
 
 
-def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Padding) -> Sample:
+def _sample(
+    line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Padding
+) -> tuple[Sample, int]:
+    """Return the sample of a line, and the largest number of ids that a token has in the line."""
     record = record_of(line)
     missing = [key for key in KEYS if key not in record]
     if missing:
@@ -253,7 +261,9 @@ def _sample(line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Pad
     return _checked(record, row if renumber else index, spec, padding)
 
 
-def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding) -> Sample:
+def _checked(
+    record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
+) -> tuple[Sample, int]:
     tokens, labels = list_in(record, "tokens", "iu", 1), list_in(record, "labels", "iu", 1)
     mask = list_in(record, "loss_mask", "iufb", 1)
     length = len(tokens)
@@ -281,13 +291,19 @@ def _checked(record: dict[str, Any], row: int, spec: StoreSpec, padding: Padding
     absent = np.isfinite(logsumexp) & (logits - logsumexp <= ABSENT_LOG_PROBABILITY / 2)
     ids, logits = np.where(absent, ABSENT_ID, ids), np.where(absent, -np.inf, logits)
     ids, logits, found = without_padding(ids, logits, logsumexp, spec.vocab_size)
+    width = width_of(ids)
     ids, logits = ids[:, : spec.top_k], logits[:, : spec.top_k]
     sample = Sample(row, input_ids, loss_mask, TopK(ids=ids, logits=logits, logsumexp=logsumexp))
     topk = checked_topk(sample, len(answers), spec)
     for fault in deep_faults(topk, spec):
         raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
     padding.add(found)
-    return replace(sample, topk=topk)
+    return replace(sample, topk=topk), width
+
+
+def width_of(ids: NDArray[Any]) -> int:
+    """Return the largest number of ids [A, n] that a token has, without absent ones."""
+    return int((ids != ABSENT_ID).sum(axis=1).max(initial=0))
 
 
 def without_padding(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,7 +12,7 @@ from nemo_kd.errors import StoreError
 from nemo_kd.store.checks import checked_topk, deep_faults
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.spec import StoreSpec
-from nemo_kd.store.tools.jsonl import Padding, without_padding
+from nemo_kd.store.tools.jsonl import Padding, width_of, without_padding
 from nemo_kd.topk import TopK
 
 MAX_MASS = 1.1
@@ -27,6 +28,8 @@ class Changes:
     """Number of answer tokens whose probabilities summed to more than 1 and were scaled to 1."""
     padding_labels: int = 0
     """Number of labels that are a pad token, which are not learned."""
+    widths: Counter[int] = field(default_factory=Counter)
+    """Number of samples by the largest number of ids that a token of theirs has in the cache."""
 
     def to_json(self) -> dict[str, int]:
         """Return the counts; those of ids always, the others where something was changed."""
@@ -62,13 +65,14 @@ def sample_of(
     logprobs, lowered = _lowered(logprobs)
     zero = np.zeros((len(ids), 1), np.float32)
     ids, logprobs, found = without_padding(ids, logprobs, zero, spec.vocab_size)
-    k = spec.top_k
+    k, width = spec.top_k, width_of(ids)
     topk = TopK(ids=ids[:, :k], logits=logprobs[:, :k], logsumexp=zero)
     sample = Sample(tokens.row, tokens.input_ids, tokens.loss_mask, topk)
     topk = checked_topk(sample, len(ids), spec)
     for fault in deep_faults(topk, spec):
         raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
     changes.padding.add(found)
+    changes.widths[width] += 1
     changes.lowered_tokens += lowered
     return Sample(tokens.row, tokens.input_ids, tokens.loss_mask, topk)
 

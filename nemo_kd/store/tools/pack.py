@@ -19,12 +19,14 @@ def pack(
     *,
     segment_bytes: int | None = None,
     on_segment: Callable[[int, int], None] | None = None,
+    on_unchanged: Callable[[], None] = lambda: None,
 ) -> Manifest:
     """Join the shards of a finished store to segments of about `segment_bytes`.
 
-    A store that has segments is left as it is. If it is interrupted, the store is unfinished until
-    `pack` is called again. `on_segment(done, total)` is called after each segment.
-    Errors: StoreError for a directory without a finished store.
+    A store that has segments is left as it is, and `on_unchanged()` is called. If it is
+    interrupted, the store is unfinished until `pack` is called again. `on_segment(done, total)` is
+    called after each segment. Raises StoreError for a directory without a finished store, and for
+    `segment_bytes` if the store has segments.
     """
     path = Path(directory)
     if not path.is_dir():
@@ -37,6 +39,12 @@ def pack(
             raise StoreError(f"{path}: no finished store; run its dump again, which joins it")
         manifest = Manifest.read(path)
         if manifest.index is not None:
+            if segment_bytes is not None:
+                raise StoreError(
+                    f"{path} has segments already; for others of {segment_bytes} bytes use "
+                    f"`nemo-kd convert {path} NEW --segment-bytes {segment_bytes}`"
+                )
+            on_unchanged()
             return manifest
         return _joined(path, len(manifest.parts), segment_bytes, on_segment)
 
