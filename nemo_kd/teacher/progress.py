@@ -68,7 +68,9 @@ class DumpProgress:
         self.task = self.bar.add_task(self.name, total=self.total, note="")
 
     def __enter__(self) -> DumpProgress:
-        if self.shows and self.skipped:
+        if self.shows and self.skipped and not self.total:
+            print(f"{self.name}: the store is complete; nothing is dumped", file=sys.stderr)
+        elif self.shows and self.skipped:
             print(f"{self.name}: skipping {self.skipped} complete shards", file=sys.stderr)
         self.bar.start()
         return self
