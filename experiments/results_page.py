@@ -48,7 +48,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.inherited(study.rows["math"], study.rows["math_reference"][0]),
         words.beyond_the_teacher(study.rows["math_longer"], study.rows["math_reference"][0]),
         words.worked_problems(study.rows["worded"][1:], words.SEVERAL),
-        words.unsure(study.results),
+        words.unsure(study.results, study.rows["worded"]),
         words.larger_students(study.rows["knowledge"]),
         "## What helped and what did not\n",
         words.verdicts(study.experiments, study.rows),

@@ -207,8 +207,11 @@ def gain_by_task(rows: Sequence[Row], teacher: Row | None, tasks: Sequence[str])
     )
 
 
-def unsure(results: Results) -> str:
-    """How much a distribution of the teacher says beyond the label: its entropy by domain."""
+def unsure(results: Results, worded: Sequence[Row]) -> str:
+    """How much the teacher's distribution says beyond the label: its entropy, and if that decides.
+
+    `worded`: the worked problems that differ from others in their entropy only.
+    """
     found = {
         label: results[name]["test"]["teacher_entropy"]
         for domain, label in ENTROPY_OF.items()
@@ -217,10 +220,16 @@ def unsure(results: Results) -> str:
     if not found:
         return ""
     values = ", ".join(f"{value:.3f} on {label}" for label, value in found.items())
-    return (
-        f"Entropy of the fine-tuned teacher, nats per held-out answer token: {values}. Near 0 it "
-        "adds little to the label.\n"
-    )
+    text = f"Entropy of the fine-tuned teacher, nats per held-out answer token: {values}."
+    kd = next(row for row in worded if row.label == DEFAULT)
+    gain = kd.right_against_baseline.get(EXACT)
+    if gain is not None and {"math", SEVERAL} <= found.keys():
+        text += (
+            " What it adds to the label is not decided by its entropy: with several wordings, "
+            f"which have {found[SEVERAL] / found['math']:.0f} times that of one, KD + SFT "
+            f"{'has' if gain.low > 0 else 'does not have'} more final answers right than SFT."
+        )
+    return text + "\n"
 
 
 def larger_students(rows: Sequence[Row]) -> str:
