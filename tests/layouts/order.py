@@ -52,7 +52,7 @@ def blended(directories: list[str], max_steps: int, **changes: Any) -> Blendable
     model: Any = types.SimpleNamespace(
         trainer=types.SimpleNamespace(max_steps=max_steps),
         kd_schedule=KDTrainingConfig(),
-        cfg=OmegaConf.create({}),
+        cfg=OmegaConf.create({"position_embedding_type": "rope"}),
         tokenizer=types.SimpleNamespace(eos_id=2, space_sensitive=False),
     )
     data = {"store": directories, "max_seq_length": 128, "min_seq_length": 1, "micro_batch_size": 1}
