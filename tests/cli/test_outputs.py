@@ -23,10 +23,10 @@ from tests.store.test_writer import contents
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A directory with two stores of 120 samples over the same rows, `a` and `b`."""
+    """A directory with two stores of the same 120 samples, `a` and `b`, of other files."""
     directory = tmp_path_factory.mktemp("outputs")
     store(directory / "a", spec(), rows=120)
-    store(directory / "b", spec(), rows=120)
+    store(directory / "b", spec(source={"name": "other.jsonl"}), rows=120)
     return directory
 
 
