@@ -96,10 +96,11 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
         kd, say = self.kd_schedule, Layout.of_job().say
         if kd.fused_lm_head:
             say("model.kd.fused_lm_head=true has no effect without a store")
-        if not kd.count_padding and self.student_loss.padding:
+        padding = self.padded_vocab_size - self.tokenizer.vocab_size
+        if padding and not kd.count_padding:
             say(
                 "SFT files without a store are trained with NeMo's own loss: its softmax has the "
-                f"vocabulary's {self.student_loss.padding} padding columns, too, which "
+                f"vocabulary's {padding} padding columns, too, which "
                 "model.kd.count_padding=false leaves out of the losses of stores and of validations"
             )
 

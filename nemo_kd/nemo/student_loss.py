@@ -36,8 +36,7 @@ class StudentLoss:
         logit_softcap: float | None = None,
     ) -> None:
         self._schedule = schedule
-        self._vocab_size, self._softcap = vocab_size, logit_softcap
-        self.padding = padding
+        self._vocab_size, self._padding, self._softcap = vocab_size, padding, logit_softcap
         self._kd, self._sums, self._training = schedule.at(0, 1), MetricSums(), True
         self._answers: AnswerTokens | None = None
 
@@ -134,5 +133,5 @@ class StudentLoss:
 
     def _is_plain_sft(self, answers: AnswerTokens) -> bool:
         """Whether to train with Megatron's cross-entropy, which equals NeMo's SFT bit for bit."""
-        nemos_softmax = self._schedule.count_padding or not self.padding
+        nemos_softmax = self._schedule.count_padding or not self._padding
         return not self._kd.weights[1] and answers.alpha is None and nemos_softmax
