@@ -39,9 +39,9 @@ TRAINING_TERMS = 3
 class StepLoss:
     """The loss of micro-batches, at the settings of the current step.
 
-    In training those of `config` at `progress()`; in evaluation those of the schedule's end and
-    all answer tokens, so that values are comparable within and between runs. `sums`: evaluated
-    micro-batches are added to it. `naming`: how messages name a field of `config`.
+    In training those of `config` at `progress()`; in evaluation those of the schedule's end, so
+    that values are comparable within a run. `sums`: evaluated micro-batches are added to it.
+    `naming`: how messages name a field of `config`.
 
     An evaluation's data set has the schedule's last temperature, `config.end.temperature`. With the
     log-sum-exp at another one the teacher's mass and entropy are not known, and not reported.
