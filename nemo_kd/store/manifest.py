@@ -8,13 +8,16 @@ from typing import Any, NamedTuple
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, publish, read_json, sha256_of_json
-from nemo_kd.store.schema import read_manifest
+from nemo_kd.store.codecs import Sampled
+from nemo_kd.store.schema import VERSIONS, read_manifest
 from nemo_kd.store.spec import StoreSpec
 
 FORMAT = "nemo-kd store"
 VERSION = 2
 WITHOUT_SEGMENTS = 1
 """Earlier version, which lists the shards of the dump and has no index."""
+VERSION_OF_DRAWS = 3
+"""The version of stores of draws, which had another encoding before."""
 MANIFEST = "manifest.json"
 SPEC = "spec.json"  # the spec, written when a dump starts
 SHARD = "shard.json"  # the manifest entry of a shard or segment, in its directory
@@ -96,7 +99,9 @@ class Manifest:
     @property
     def version(self) -> int:
         """The format's version."""
-        return WITHOUT_SEGMENTS if self.index is None else VERSION
+        if self.index is None:
+            return WITHOUT_SEGMENTS
+        return VERSION_OF_DRAWS if self.spec.profile == Sampled.name else VERSION
 
     @property
     def totals(self) -> dict[str, int]:
@@ -145,12 +150,13 @@ class Manifest:
         value = read_manifest(path, FORMAT)
         if not isinstance(value, dict) or value.get("format") != FORMAT:
             raise StoreError(f'{path}: not the manifest of a store (no "format": "{FORMAT}")')
-        if value.get("version") not in (VERSION, WITHOUT_SEGMENTS):
+        version = value.get("version")
+        if version not in VERSIONS:
             raise StoreError(
-                f"{path}: format version {value.get('version')}, but this nemo-kd reads "
-                f"{WITHOUT_SEGMENTS} and {VERSION}; use the nemo-kd that wrote it, or dump again"
+                f"{path}: format version {version}, but this nemo-kd reads {VERSIONS[0]} to "
+                f"{VERSIONS[-1]}; use the nemo-kd that wrote it, or dump again"
             )
-        segmented = value["version"] == VERSION
+        segmented = version != WITHOUT_SEGMENTS
         kind, name_of = ("segments", segment_name) if segmented else ("shards", shard_name)
         if not isinstance(value.get(kind), list):
             raise StoreError(f"{path}: no list of {kind}; restore the file")
@@ -158,6 +164,11 @@ class Manifest:
         if [part.name for part in parts] != [name_of(i) for i in range(len(parts))]:
             raise StoreError(f"{path}: its {kind} are not {name_of(0)}, {name_of(1)}, ... in order")
         spec = StoreSpec.from_json(value.get("spec"))
+        if spec.profile == Sampled.name and version != VERSION_OF_DRAWS:
+            raise StoreError(
+                f"{path}: profile {Sampled.name} in format version {version}, an encoding that "
+                "this nemo-kd does not read; use the nemo-kd that wrote it, or dump again"
+            )
         manifest = cls(spec, parts, *(_index_of(value, path) if segmented else ()))
         if manifest.totals != value.get("totals"):
             raise StoreError(

@@ -28,7 +28,8 @@ from nemo_kd.store.manifest import (
 FILES = (MANIFEST, SPEC, PACKING, INDEX, EXCHANGE, ANSWERS)
 FIELDS = (
     *SAMPLE_FIELDS,
-    *("topk_ids", "topk_logits", "lse", "records", "kept", "distinct", "entries"),
+    *("topk_ids", "topk_logits", "lse", "records", "kept"),
+    *("distinct", "entries"),  # of `sampled` before version 3
 )
 """Names of the fields of a shard or segment in all profiles."""
 PART = re.compile(r"(shard|segment)-\d{5,}|\.(shard|segment)-\d{5,}\.tmp")

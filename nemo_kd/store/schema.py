@@ -21,7 +21,7 @@ MAX_DEPTH = 32
 MAX_TEMPERATURES = 64
 MAX_MEMBERS = 64  # files of a shard
 MAX_INTEGER = (1 << 63) - 1
-VERSIONS = (1, 2)
+VERSIONS = (1, 2, 3)
 
 Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INTEGER)]
 

@@ -47,7 +47,7 @@ def forking(directory: str) -> None:
 def fork_and_read(store: Store) -> None:
     child = os.fork()  # while the main thread holds the lock
     if not child:
-        signal.alarm(10)
+        signal.alarm(60)
         os._exit(len(store[0].input_ids) == 0)
     _, status = os.waitpid(child, 0)
     print(status)

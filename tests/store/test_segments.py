@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -81,13 +82,22 @@ def test_samples_rows_and_lengths_of_segments(tmp_path: Path) -> None:
         assert np.array_equal(one.topk.logits, other.topk.logits)
 
 
-@pytest.mark.parametrize("kind", ["plain", "sampled"])
-def test_a_store_of_version_1_is_read_and_joined(tmp_path: Path, kind: str) -> None:
-    of = spec(**FINGERPRINTS[kind][0])
-    make = draws if kind == "sampled" else (lambda row, of: sample(row, of, answers=1 + row % 4))
-    expected = [make(row, of) for row in range(7)]
+@pytest.mark.parametrize("use", [Store, pack])
+def test_draws_of_version_2_are_refused(tmp_path: Path, use: Callable[[Path], object]) -> None:
+    """They had another encoding."""
+    of = spec(profile="sampled", top_k=7)
+    directory = write(tmp_path / "s", of, [draws(row, of) for row in range(3)])
+    manifest = directory / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"version": 3', '"version": 2'))
+    with pytest.raises(StoreError, match="profile sampled in format version 2, an encoding that"):
+        use(directory)
+
+
+def test_a_store_of_version_1_is_read_and_joined(tmp_path: Path) -> None:
+    of = spec(**FINGERPRINTS["plain"][0])
+    expected = [sample(row, of, answers=1 + row % 4) for row in range(7)]
     directory = tmp_path / "old"
-    shutil.copytree(VERSION_1 / kind, directory)
+    shutil.copytree(VERSION_1 / "plain", directory)
     old = Store(directory)
     assert (old.manifest.version, list(verify(old))) == (1, [])
     for read, one in zip(old, expected, strict=True):

@@ -112,9 +112,9 @@ STORE_DAMAGE: dict[str, tuple[Callable[[Path], Any], str, str]] = {
         "differs from the shard's entry",
     ),
     "manifest's version": (
-        lambda d: rewrite(d / "manifest.json", lambda v: v.update(version=3)),
+        lambda d: rewrite(d / "manifest.json", lambda v: v.update(version=4)),
         "manifest.json",
-        "version 3, but this nemo-kd reads 1 and 2",
+        "version 4, but this nemo-kd reads 1 to 3",
     ),
     "manifest's totals": (
         lambda d: rewrite(d / "manifest.json", lambda v: v["totals"].update(tokens=1)),

@@ -81,6 +81,12 @@ def check_entries(tokens: int, width: int) -> None:
         )
 
 
+def check_counts(counts: NDArray[Any], width: int) -> None:
+    """Raise ValueError if a row has no entry or more than `width`."""
+    if counts.size and (counts.min() < 1 or counts.max() > width):
+        raise ValueError(f"a row of {counts.min()} to {counts.max()} entries, allowed 1 to {width}")
+
+
 def ragged(counts: NDArray[Any], width: int, filler: Any, values: NDArray[Any]) -> NDArray[Any]:
     """Split `values` into rows [A, width]: row a takes the next `counts[a]`, then filler.
 
@@ -89,8 +95,7 @@ def ragged(counts: NDArray[Any], width: int, filler: Any, values: NDArray[Any]) 
     """
     check_entries(len(counts), width)
     counts = counts.astype(np.int64)
-    if counts.size and (counts.min() < 1 or counts.max() > width):
-        raise ValueError(f"a row of {counts.min()} to {counts.max()} entries, allowed 1 to {width}")
+    check_counts(counts, width)
     if counts.sum() != len(values):
         raise ValueError(f"{len(values)} entries where the counts sum to {counts.sum()}")
     rows = np.full((len(counts), width), filler, values.dtype)

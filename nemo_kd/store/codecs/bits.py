@@ -1,4 +1,4 @@
-"""Bit-packed rows of a common layout: fields of any width, and ascending numbers in unary.
+"""Bit-packed rows of a common layout, with fields and ascending numbers in unary; bit strings.
 
 Bit j of a row is bit j % 8 (counted from the least significant) of byte j // 8; the least
 significant bit of a field comes first.
@@ -71,3 +71,24 @@ def get_unary(rows: NDArray[np.uint8], offset: int, count: int, largest: int) ->
     if values.view(np.uint64).max(initial=0) > largest:  # as unsigned, negative values are large
         raise ValueError(f"a row does not have {count} numbers")
     return values
+
+
+def field_bits(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:
+    """Return the low `widths[i]` bits of each of `values` [n], one after another."""
+    ends = widths.cumsum()
+    place = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - widths, widths)
+    return (np.repeat(values, widths) >> place & 1).astype(np.uint8)
+
+
+def get_fields(octets: NDArray[np.uint8], start: int, widths: NDArray[np.int64]) -> NDArray[Any]:
+    """Read the fields written by `field_bits` [n] int64, of at most 56 bits, from bit `start` on.
+
+    Raises ValueError if they do not end in the last byte of `octets`.
+    """
+    ends = start + widths.cumsum()
+    if -(-int(ends[-1] if len(ends) else start) // 8) != len(octets):
+        raise ValueError(f"{len(octets)} bytes, but {len(widths)} fields of another length")
+    starts = ends - widths
+    padded = np.concatenate([octets, np.zeros(SPARE, np.uint8)])
+    windows: NDArray[Any] = np.ndarray((len(octets) + 1,), "<i8", padded.data, strides=(1,))
+    return windows[starts >> 3] >> (starts & 7) & ((1 << widths) - 1)
