@@ -210,6 +210,46 @@ def answers(result: Mapping[str, Any]) -> dict[str, str]:
     return {what: right for what, right in found.items() if right is not None}
 
 
+@dataclass(frozen=True)
+class ConfidenceClass:
+    """Answer tokens to whose labels the teacher gives a probability in [low, high)."""
+
+    low: float
+    high: float
+    share: float
+    """of all answer tokens"""
+    a: float
+    """cross-entropy of the class, in nats per token of the class"""
+    b: float
+
+    @property
+    def part(self) -> float:
+        """The part of B's difference from A, in nats per answer token of any class."""
+        return self.share * (self.b - self.a)
+
+
+def confidence_classes(a: Row, b: Row) -> list[ConfidenceClass]:
+    """By the teacher's probability of the label, over the seeds that both have; empty without any.
+
+    Classes without a token are left out.
+    """
+    first, second = ({r["run"]["seed"]: r for r in x.found if "confidence" in r} for x in (a, b))
+    both = [seed for seed in first if seed in second]
+    if not both:
+        return []
+    split = first[both[0]]["confidence"]
+    ends = [*split["from"][1:], 1.0]
+    found = []
+    for i, (low, high) in enumerate(zip(split["from"], ends, strict=True)):
+        if tokens := split["tokens"][i]:
+            losses = [
+                statistics.fmean(of[seed]["confidence"]["sft_loss"][i] for seed in both)
+                for of in (first, second)
+            ]
+            found.append(ConfidenceClass(low, high, tokens / sum(split["tokens"]), *losses))
+    return found
+
+
 def seed_spread(rows: Iterable[Row], split: str = "test") -> float | None:
     """The standard deviation from seed to seed of a difference from the baseline.
 

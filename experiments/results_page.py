@@ -8,7 +8,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import results_words as words
-from findings import ANSWERED, DOCTESTS, EXACT, SHOTS, Row, answers
+from findings import (
+    ANSWERED,
+    DOCTESTS,
+    EXACT,
+    SHOTS,
+    ConfidenceClass,
+    Row,
+    answers,
+    confidence_classes,
+)
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr
 from study import Experiment, Run
@@ -49,6 +58,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.beyond_the_teacher(study.rows["math_longer"], study.rows["math_reference"][0]),
         words.worked_problems(study.rows["worded"][1:], words.SEVERAL),
         words.unsure(study.results, study.rows["worded"]),
+        words.where_it_differs(sure_of_label(study)),
         words.larger_students(study.rows["knowledge"]),
         "## What helped and what did not\n",
         words.verdicts(study.experiments, study.rows),
@@ -220,6 +230,8 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
     if experiment.name == "math":
         parts.append(words.learning_rates(study.cfg, study.results, "math"))
     parts.append(by_task(study, experiment))
+    if experiment.name == "confidence":
+        parts.append(confidence_table(study))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
     return parts
@@ -273,6 +285,37 @@ def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
             ]
         )
     return table(head, lines)
+
+
+def sure_of_label(study: Study) -> dict[str, list[ConfidenceClass]]:
+    """Domain → SFT and KD + SFT by the teacher's probability of the label, where measured."""
+    found = {}
+    for name, domain in (("confidence", LARGER), ("math", "math"), ("worded", WORDED)):
+        rows = {row.label: row for row in study.rows[name]}
+        if classes := confidence_classes(rows["SFT"], rows[words.DEFAULT]):
+            found[domain] = classes
+    return found
+
+
+def confidence_table(study: Study) -> str:
+    """One row per domain and class."""
+    lines = [
+        [
+            f"{domain}: {words.class_name(each)}",
+            words.figure(each.share, percent=True),
+            words.figure(each.a),
+            words.figure(each.b),
+            f"{each.part:+.4f}",
+        ]
+        for domain, classes in sure_of_label(study).items()
+        for each in classes
+    ]
+    head = ["teacher's probability of the label", "tokens", "SFT", "KD + SFT", "part of Δ"]
+    note = (
+        "Cross-entropy in nats per token of the class; the parts, in nats per answer token, add up "
+        f"to the difference of {words.DEFAULT} from SFT on the test split.\n"
+    )
+    return f"{table(head, lines)}\n{note}" if lines else ""
 
 
 def right_cells(row: Row, what: str) -> list[str]:

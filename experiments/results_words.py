@@ -7,7 +7,16 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from findings import DOCTESTS, EXACT, SHOTS, Row, right_answers, seed_spread, verdict
+from findings import (
+    DOCTESTS,
+    EXACT,
+    SHOTS,
+    ConfidenceClass,
+    Row,
+    right_answers,
+    seed_spread,
+    verdict,
+)
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr, grid
 from steps_ratio import Interval
@@ -230,6 +239,31 @@ def unsure(results: Results, worded: Sequence[Row]) -> str:
             f"{'has' if gain.low > 0 else 'does not have'} more final answers right than SFT."
         )
     return text + "\n"
+
+
+def where_it_differs(found: Mapping[str, Sequence[ConfidenceClass]]) -> str:
+    """At which labels KD + SFT gains or loses most, by the teacher's probability of them."""
+    said = []
+    for domain, classes in found.items():
+        whole = sum(each.part for each in classes)
+        most = max(classes, key=lambda each: abs(each.part))
+        said.append(
+            f"{domain}, {most.part:+.4f} of {whole:+.4f} nats at the "
+            f"{figure(most.share, percent=True)} of tokens to whose labels the teacher gives "
+            f"{class_name(most)}"
+        )
+    if not said:
+        return ""
+    return (
+        "Where most of the difference of KD + SFT from SFT in cross-entropy comes from: "
+        f"{'; '.join(said)} ([all](#where-the-teacher-is-sure-of-the-label)).\n"
+    )
+
+
+def class_name(of: ConfidenceClass) -> str:
+    if of.low == 0:
+        return f"less than {of.high:g}"
+    return f"at least {of.low:g}" if of.high == 1 else f"{of.low:g} to {of.high:g}"
 
 
 def larger_students(rows: Sequence[Row]) -> str:

@@ -2,7 +2,7 @@
 
     {"name", "run": settings, "steps", "curve": {"steps", "groups", metric: [step][group]},
      "valid": figures, "test": figures, "store": sizes, "seconds": {…},
-     "generation": {…}, "knowledge": {…}, "doctests": {…}}
+     "generation": {…}, "knowledge": {…}, "doctests": {…}, "confidence": {…}}
 
 The curve is that of the test split, a column for each of its groups; it is absent where rounds on
 the student's own answers follow. `valid` and `test` are measured on the finished student. The last
@@ -220,6 +220,17 @@ def questions_steps(run: Run, assets: Assets) -> list[Step]:
     ]
 
 
+def confidence_steps(run: Run, assets: Assets) -> list[Step]:
+    """Compare the student with the labels by the teacher's probability of each."""
+    exported, product = (directory(run, assets) / name for name in ("hf", "confidence.json"))
+    store = assets.store(run.domain, "tuned", "test")
+    compare = ("experiments/by_confidence.py", str(exported), str(store), f"--output={product}")
+    return [
+        export_step(run.name, trained(run, assets), exported),
+        Step(f"compare-{run.name}", compare, product),
+    ]
+
+
 def more_steps(run: Run, assets: Assets, also: str) -> list[Step]:
     """The steps of an optional entry of the result file; the last one's product has its content."""
     if also == "generation":
@@ -228,7 +239,9 @@ def more_steps(run: Run, assets: Assets, also: str) -> list[Step]:
         return questions_steps(run, assets)
     if also == "doctests":
         return doctests_steps(run, assets)
-    raise ValueError(f"also: {also}: expected generation, knowledge or doctests")
+    if also == "confidence":
+        return confidence_steps(run, assets)
+    raise ValueError(f"also: {also}: expected generation, knowledge, doctests or confidence")
 
 
 def steps(run: Run, assets: Assets, also: Sequence[str]) -> list[Step]:
