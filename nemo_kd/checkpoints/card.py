@@ -20,8 +20,11 @@ FILE = "README.md"
 STORES, STEPS = "kd_train_stores", "kd_trained_steps"
 """Keys of NeMo's configuration in which a training records its data and its length."""
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-SETTINGS = ("alpha", "sft_weight", "kd_weight", "divergence", "support", "temperature")
-"""Settings of `model.kd` that a card names."""
+SETTINGS = (
+    *("alpha", "alpha_end", "sft_weight", "kd_weight", "divergence", "beta", "skew", "support"),
+    *("temperature", "temperature_end", "schedule", "schedule_steps"),
+)
+"""Settings of `model.kd` that a card names, where they are in effect."""
 
 
 @dataclass(frozen=True)

@@ -98,7 +98,13 @@ class Responses:
         return first_top_k(self.source)
 
     def samples(self, spec: StoreSpec, tokenizer: Tokenizer, on_bad: OnBad) -> Iterator[Sample]:
-        return read_responses(self.source, spec, renumber=self.renumber, on_bad_line=on_bad)
+        return read_responses(
+            self.source,
+            spec,
+            renumber=self.renumber,
+            on_bad_line=on_bad,
+            changes=self.changes,
+        )
 
 
 class DistillKit:
@@ -243,18 +249,17 @@ def from_cache(
     manifest = write_samples(
         samples(), target, spec, segment_bytes=segment_bytes, overwrite=overwrite
     )
-    cut = _cut(cache.changes.widths, spec.top_k) if top_k is None else 0
+    cut = warned_of_cut(source, cache.changes.widths, spec.top_k) if top_k is None else {}
     for warning in (
         agreement.warning(),
         _padding_warning(cache.changes.padding, agreement.tokens, tokenizer),
-        _cut_warning(cache.changes.widths, spec.top_k) if cut else "",
     ):
         if warning:
             print(visible(f"WARNING: {source}: {warning}"), file=sys.stderr)
     return {
         **summary(target, manifest),
         "dropped_lines": len(dropped),
-        **({"samples_cut_to_top_k": cut} if cut else {}),
+        **cut,
         **cache.changes.to_json(),
         **agreement.to_json(),
     }
@@ -286,17 +291,18 @@ def _padding_warning(padding: Padding, tokens: float, tokenizer: str) -> str:
     )
 
 
-def _cut(widths: Counter[int], top_k: int) -> int:
-    """Return the number of samples of which ids were cut."""
-    return sum(count for width, count in widths.items() if width > top_k)
-
-
-def _cut_warning(widths: Counter[int], top_k: int) -> str:
-    return (
-        f"{_cut(widths, top_k)} of {widths.total()} samples have up to {max(widths)} ids per token "
-        f"and were cut to {top_k}, as many as the first has; convert them apart to keep all, or "
-        f"give --top-k {top_k}"
+def warned_of_cut(source: str, widths: Counter[int], top_k: int) -> dict[str, int]:
+    """Return the number of samples of which ids were cut, if any, and warn of them."""
+    cut = sum(count for width, count in widths.items() if width > top_k)
+    if not cut:
+        return {}
+    warning = (
+        f"{cut} of {widths.total()} samples have up to {max(widths)} ids per token and were cut to "
+        f"{top_k}, as many as the first have; convert them apart to keep all, or give --top-k "
+        f"{top_k}"
     )
+    print(visible(f"WARNING: {source}: {warning}"), file=sys.stderr)
+    return {"samples_cut_to_top_k": cut}
 
 
 def _aligners_top_k(line: bytes) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,6 +16,7 @@ from nemo_kd.cli.caches import (
     identified,
     kind_of_source,
     needs_tokenizer,
+    warned_of_cut,
 )
 from nemo_kd.cli.tokenizers import load_tokenizer
 from nemo_kd.outputs import refuse_directory, refuse_inputs
@@ -32,7 +34,7 @@ from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, existing_chunks
 from nemo_kd.store.tools.parquet import read_parquet, spec_of, widest, write_parquet
 from nemo_kd.store.tools.selection import check_intact
-from nemo_kd.store.tools.transform import refuse_larger_p
+from nemo_kd.store.tools.transform import refuse_more
 
 MASS_SAMPLES = 64  # evenly spaced samples read to measure the mass that a conversion lost
 _PROFILE = ("--profile", "--p", "--top-k", "--segment-bytes")
@@ -126,6 +128,7 @@ def from_parquet(
     """Convert a Parquet file to a store: the one that it was made of, unless options change it."""
     refuse_inputs([target], [source, *([tokenizer] if tokenizer else [])])
     recorded = spec_of(source)
+    foreign = recorded is None
     if recorded is None:
         if tokenizer is None:
             raise StoreError(needs_tokenizer(source))
@@ -138,7 +141,6 @@ def from_parquet(
         )
     elif tokenizer is not None:
         raise StoreError(f"--tokenizer has no effect: {source} records its own")
-    refuse_larger_p(source, recorded, profile or recorded.profile, profile_options or {})
     spec = replace(
         recorded,
         top_k=recorded.top_k if top_k is None else top_k,
@@ -149,10 +151,18 @@ def from_parquet(
             else recorded.profile_options
         ),
     )
+    if not foreign:
+        refuse_more(source, recorded, spec)
+    widths = Counter[int]()
     manifest = write_samples(
-        read_parquet(source, spec), target, spec, segment_bytes=segment_bytes, overwrite=overwrite
+        read_parquet(source, spec, widths),
+        target,
+        spec,
+        segment_bytes=segment_bytes,
+        overwrite=overwrite,
     )
-    return summary(target, manifest)
+    cut = warned_of_cut(source, widths, spec.top_k) if foreign and top_k is None else {}
+    return {**summary(target, manifest), **cut}
 
 
 def between_stores(

@@ -171,6 +171,13 @@ def _distillation(section: dict[str, Any]) -> dict[str, Any]:
     except NemoKDError:  # of another version
         return {}
     settings = dataclasses.asdict(config)
+    in_effect = {
+        "beta": config.divergence == "jsd",
+        "skew": config.divergence.startswith("skew_"),
+        "schedule": config.scheduled,
+        "schedule_steps": config.scheduled,
+    }
+    settings |= {name: None for name, used in in_effect.items() if not used}
     if (config.sft_weight, config.kd_weight) == (None, None):
         settings["alpha"] = config.weights[1] if train.get("alpha") is None else train["alpha"]
     return settings if config.distils else {}

@@ -78,9 +78,7 @@ def topk_of(answer: Answer, row: Row, spec: StoreSpec, wire: Wire) -> TopK:
     Ids beyond the vocabulary of `spec` and those of probability 0 become absent. Raises AnswerError
     if the answer does not belong to the row, or its values are not log-probabilities.
     """
-    found = checked(answer, row, spec, wire)
-    found.padding(spec.vocab_size)
-    return _absent_at_end(found.all_ids, found.logprobs, spec.vocab_size)
+    return checked(answer, row, spec, wire).topk(spec.vocab_size)
 
 
 def checked(answer: Answer, row: Row, spec: StoreSpec, wire: Wire) -> Checks:
@@ -229,6 +227,11 @@ class Checks:
                 f"ids beyond the tokenizer's {vocab_size} tokens have probability {mass[a]:.3g} at "
                 f"position {self.where[a]}; set teacher.tokenizer to the served model's tokenizer"
             )
+
+    def topk(self, vocab_size: int) -> TopK:
+        """Return all entries; those beyond the vocabulary, or of probability 0, are absent."""
+        self.padding(vocab_size)
+        return _absent_at_end(self.all_ids, self.logprobs, vocab_size)
 
 
 def _absent_at_end(ids: NDArray[np.int64], logprobs: NDArray[np.float32], vocab_size: int) -> TopK:

@@ -25,12 +25,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_kd.served.answer import Answer, AnswerError, topk_of
+from nemo_kd.served.answer import Answer, AnswerError, checked
 from nemo_kd.served.vllm import VLLM, Choice
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import Sample, StoreError, StoreSpec
 from nemo_kd.store.checks import checked_tokens
-from nemo_kd.store.tools.jsonl import check_ascending, lines_of, skip_or_raise
+from nemo_kd.store.tools.jsonl import Padding, check_ascending, lines_of, skip_or_raise
+from nemo_kd.store.tools.logprobs import Changes
 from nemo_kd.topk import TopK
 
 MAX_OBJECTS = 1 << 22  # in a line; each kept id has one
@@ -84,17 +85,20 @@ def read_responses(
     *,
     renumber: bool = False,
     on_bad_line: Callable[[StoreError], None] | None = None,
+    changes: Changes | None = None,
 ) -> Iterator[Sample]:
     """Yield the samples of a file, cut to the first `spec.top_k` ids; the log-sum-exp is 0.
 
-    With `renumber` a sample's row is its line number, counted from 0. Raises StoreError, naming
-    file and line, for a line that is no response, or whose values do not fit its tokens; with
-    `on_bad_line` the line is skipped and the error passed to that function.
+    `changes` counts ids beyond the vocabulary, and samples by their K. With `renumber` a sample's
+    row is its line number, counted from 0. Raises StoreError, naming file and line, for a line that
+    is no response, or whose values do not fit its tokens; with `on_bad_line` the line is skipped
+    and the error passed to that function.
     """
     last = -1
+    changes = Changes(Padding()) if changes is None else changes
     for count, (number, line) in enumerate(lines_of(path)):
         try:
-            sample = _sample(line, count, renumber, spec)
+            sample = _sample(line, count, renumber, spec, changes)
             check_ascending(sample.row, last, count)
         except (AnswerError, StoreError) as error:
             bad = _named(path, number, error)
@@ -111,7 +115,7 @@ def _named(path: Path, number: int, error: Exception) -> StoreError:
     return StoreError(f"{path}, line {number}: {text}")
 
 
-def _sample(line: bytes, count: int, renumber: bool, spec: StoreSpec) -> Sample:
+def _sample(line: bytes, count: int, renumber: bool, spec: StoreSpec, changes: Changes) -> Sample:
     record, answer = _read(line)
     tokens = _prompt(record)
     if tokens is None:
@@ -127,17 +131,23 @@ def _sample(line: bytes, count: int, renumber: bool, spec: StoreSpec) -> Sample:
     if row < 0:
         raise StoreError(f"index must be a row number, not {row}")
     one = Row(row, input_ids, mask)
-    return Sample(row, input_ids, mask, _topk(answer, one, spec) if answers else _nothing(spec))
+    topk = _topk(answer, one, spec, changes) if answers else _nothing(spec)
+    return Sample(row, input_ids, mask, topk)
 
 
-def _topk(answer: Answer, row: Row, spec: StoreSpec) -> TopK:
+def _topk(answer: Answer, row: Row, spec: StoreSpec, changes: Changes) -> TopK:
     width = _width(answer)
     if width < spec.top_k:
         raise StoreError(
             f"the response has the {width} most probable ids of each token, but top_k is "
             f"{spec.top_k}; lower it to {width} with --top-k"
         )
-    topk = topk_of(answer, row, replace(spec, top_k=width), _WIRE).map(torch.Tensor.numpy)
+    found = checked(answer, row, replace(spec, top_k=width), _WIRE)
+    topk = found.topk(spec.vocab_size).map(torch.Tensor.numpy)
+    beyond = found.all_ids >= spec.vocab_size
+    mass = float(found.p[beyond].sum())
+    changes.padding.add(Padding(int(beyond.sum()), int(beyond.any(1).sum()), mass))
+    changes.widths[width] += 1
     k = spec.top_k
     return replace(topk, ids=topk.ids[:, :k], logits=topk.logits[:, :k])
 

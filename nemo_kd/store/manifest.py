@@ -167,9 +167,15 @@ class Manifest:
         if spec.profile == Sampled.name and version != VERSION_OF_DRAWS:
             raise StoreError(
                 f"{path}: profile {Sampled.name} in format version {version}, an encoding that "
-                "this nemo-kd does not read; use the nemo-kd that wrote it, or dump again"
+                "this nemo-kd does not read; convert it to Parquet with the nemo-kd that wrote it, "
+                "and the Parquet file to a store with this one"
             )
         manifest = cls(spec, parts, *(_index_of(value, path) if segmented else ()))
+        if manifest.version != version:
+            raise StoreError(
+                f"{path}: format version {version} with the profile {spec.profile}, which has "
+                f"version {manifest.version}; restore the file"
+            )
         if manifest.totals != value.get("totals"):
             raise StoreError(
                 f"{path}: totals {value.get('totals')} differ from the sums over {kind} "

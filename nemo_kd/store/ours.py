@@ -12,6 +12,7 @@ from nemo_kd.errors import StoreError
 from nemo_kd.files import read_json
 from nemo_kd.lock import LOCK
 from nemo_kd.outputs import SUFFIX
+from nemo_kd.store.codecs.sampled import EARLIER_FIELDS
 from nemo_kd.store.layout import SAMPLE_FIELDS
 from nemo_kd.store.manifest import (
     ANSWERS,
@@ -29,7 +30,7 @@ FILES = (MANIFEST, SPEC, PACKING, INDEX, EXCHANGE, ANSWERS)
 FIELDS = (
     *SAMPLE_FIELDS,
     *("topk_ids", "topk_logits", "lse", "records", "kept"),
-    *("distinct", "entries"),  # of `sampled` before version 3
+    *EARLIER_FIELDS,
 )
 """Names of the fields of a shard or segment in all profiles."""
 PART = re.compile(r"(shard|segment)-\d{5,}|\.(shard|segment)-\d{5,}\.tmp")

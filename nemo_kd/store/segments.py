@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, commit, full_disk_explained, publish, read_json, size_of
 from nemo_kd.store.codecs import Codec
+from nemo_kd.store.codecs.sampled import EARLIER_FIELDS
 from nemo_kd.store.indexed import FieldWriter, mapped
 from nemo_kd.store.layout import field_dtypes, file_names
 from nemo_kd.store.manifest import (
@@ -56,7 +57,8 @@ def last_row(parts: Iterable[ShardInfo]) -> int:
 def complete_part(directory: Path, codec: Codec, fingerprints: Sequence[str]) -> ShardInfo | None:
     """Return the entry of a shard or segment; None unless all its files have their full size.
 
-    `fingerprints`: those of the specs of which it may be.
+    `fingerprints`: those of the specs of which it may be. Raises StoreError for draws in an earlier
+    encoding, which would be lost if the part counted as incomplete.
     """
     if not (directory / SHARD).exists():
         return None
@@ -64,6 +66,11 @@ def complete_part(directory: Path, codec: Codec, fingerprints: Sequence[str]) ->
         part, spec = read_shard_info(directory)
     except StoreError:
         return None
+    if spec in fingerprints and {f"{name}.bin" for name in EARLIER_FIELDS} <= set(part.files):
+        raise StoreError(
+            f"{directory} has draws in the encoding of format version 2; finish the dump with the "
+            f"nemo-kd that began it, or remove {directory.parent} to start over"
+        )
     if spec not in fingerprints or sorted(part.files) != file_names(codec):
         return None
     sizes = {name: size_of(directory / name) for name in part.files}

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from nemo_kd import __version__
@@ -25,6 +27,7 @@ from nemo_kd.store import Sample, Store, write_jsonl
 from tests.checkpoints import models
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec, store, write
+from tests.store.test_page import draws
 from tests.store.test_segments import VERSION_1
 
 
@@ -696,6 +699,43 @@ def test_a_copy_that_is_there_is_not_called_written(tmp_path: Path, a_store: Pat
     (tmp_path / "copy" / "segment-00001" / "tokens.bin").unlink()
     assert "wrote" in nemo_kd(*pull)
     assert "no problems" in nemo_kd("verify", tmp_path / "copy")
+
+
+def test_draws_are_not_taken_for_a_top_k(tmp_path: Path) -> None:
+    of = spec(profile="sampled", top_k=7)
+    source = write(tmp_path / "s", of, [draws(row, of) for row in range(3)])
+    file, target = tmp_path / "s.parquet", tmp_path / "t"
+    nemo_kd("convert", source, file)
+    for each in (source, file):
+        plain = nemo_kd("convert", each, target, "--profile", "plain", fails=True)
+        assert "the profile sampled, which cannot be converted to plain" in plain
+        fewer = nemo_kd("convert", each, target, "--top-k", 3, fails=True)
+        assert "holds 7 draws per token, which cannot be reduced to 3; dump again with" in fewer
+        assert "but top_k is 9; lower it" in nemo_kd(
+            "convert", each, target, "--top-k", 9, fails=True
+        )
+    assert not target.exists()
+    nemo_kd("convert", file, target)
+    assert "no problems" in nemo_kd("verify", target)
+
+
+def test_rows_of_a_parquet_file_that_are_cut_are_counted(
+    text_store: tuple[Path, Path], tmp_path: Path
+) -> None:
+    widths = (2, 4, 3)
+    columns = {
+        "row": [0, 1, 2],
+        "input_ids": [[5, 6]] * 3,
+        "loss_mask": [[0, 1]] * 3,
+        "topk_ids": [[list(range(k))] for k in widths],
+        "topk_logprobs": [[[-1.5 - 0.1 * i for i in range(k)]] for k in widths],
+    }
+    file, target = tmp_path / "x.parquet", tmp_path / "s"
+    pq.write_table(pa.table(columns), file, row_group_size=1)
+    common = ("convert", file, target, "--tokenizer", text_store[1], "--overwrite")
+    assert "2 of 3 samples have up to 4 ids per token and were cut to 2" in nemo_kd(*common)
+    assert Store(target).spec.top_k == 2
+    assert "were cut" not in nemo_kd(*common, "--top-k", 2)
 
 
 def test_draws_are_not_made_of_a_top_k_store(a_store: Path, tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 
 from nemo_kd.served.responses import first_top_k, is_response, read_responses
 from nemo_kd.store import Sample, Store, StoreError
+from nemo_kd.store.tools.jsonl import Padding
+from nemo_kd.store.tools.logprobs import Changes
 from nemo_kd.topk import ABSENT_ID
 from tests.served.server import Server
 from tests.store.samples import spec
@@ -142,6 +144,17 @@ def test_fewer_ids_are_kept_and_those_beyond_the_vocabulary_are_absent(tmp_path:
     (one,) = read(tmp_path / "x.jsonl", line(choices=[choice(prompt_logprobs=positions)]))
     assert one.topk.ids.tolist()[-1] == [5, ABSENT_ID]
     assert np.isneginf(one.topk.logits[-1, 1])
+
+
+def test_ids_beyond_the_vocabulary_and_the_ks_of_lines_are_counted(tmp_path: Path) -> None:
+    padded = [*POSITIONS[:3], entry((5, 0.9995, 1), (9, 1e-4, 2))]
+    wider = [entry((label, 0.5, 1), (0, 0.25, 2), (2, 0.125, 3)) for label in IDS[1:]]
+    changes = Changes(Padding())
+    lines = (line(choices=[choice(prompt_logprobs=each)]) for each in (padded, [None, *wider]))
+    read(tmp_path / "x.jsonl", *lines, of=OF, changes=changes, renumber=True)
+    assert (changes.padding.ids, changes.padding.tokens) == (1, 1)
+    assert changes.padding.mass == pytest.approx(1e-4)
+    assert changes.widths == {2: 1, 3: 1}
 
 
 MANY = [(1, 0.4, 1), (0, 0.3, 2), (2, 0.2, 3), (3, 0.1, 4)]

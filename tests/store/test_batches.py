@@ -8,10 +8,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from nemo_kd.store import Store, stats, verify
+from nemo_kd.store import Store, StoreError, StoreWriter, stats, verify
 from nemo_kd.store.layout import seal, seals, word_sums
+from nemo_kd.store.sample import Tokens
 from nemo_kd.store.shard import Shard
 from nemo_kd.store.tools.batches import counts_if_valid, split
+from nemo_kd.store.tools.parquet import write_parquet
+from nemo_kd.topk import TopK
 from tests.store.samples import spec, store
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -46,6 +49,36 @@ def test_a_valid_stretch_is_counted_and_any_changed_byte_is_seen(
             path.write_bytes(changed)
             assert counts(directory) is None, (path.name, place)
         path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("profile", ["sampled", "top_p"])
+def test_samples_that_are_valid_only_together_are_found(tmp_path: Path, profile: str) -> None:
+    """The encoding of two tokens, divided between two samples of one token each."""
+    of = spec(profile=profile, top_k=7, profile_options={"p": 1} if profile == "top_p" else {})
+    writer = StoreWriter(tmp_path / "s", of)
+    if profile == "sampled":
+        ids = np.array([[3, 70, 400, 8, 9, 10, 11], [490, 2, 3, 4, 5, 6, 7]])
+        counts = np.full((2, 7), 1 / 7)
+    else:
+        ids, counts = np.full((2, 7), -1), np.full((2, 7), 0.0)
+        ids[0, 0], counts[0, 0] = 3, 0.9
+        ids[1, :3], counts[1, :3] = [4, 5, 6], [0.5, 0.2, 0.1]
+    with np.errstate(divide="ignore"):
+        logits = np.log(counts).astype(np.float32)
+    zeros = np.zeros((2, 1), np.float32)
+    topk = TopK(ids=ids, logits=logits, logsumexp=zeros, draws=profile == "sampled")
+    both = writer.codec.encode(topk)
+    with writer.shard(0) as out:
+        for row in range(2):
+            tokens = Tokens(row, np.array([1, 2], np.int32), np.array([0, 1], np.uint8))
+            halves = {name: np.array_split(array, 2)[row] for name, array in both.items()}
+            out.add_encoded(tokens, halves)
+    writer.finish(1)
+    with pytest.raises(StoreError, match=r"sample 0 .* is damaged"):
+        Store(tmp_path / "s")[0]
+    assert list(verify(tmp_path / "s"))
+    with pytest.raises(StoreError, match="row 0 is damaged"):
+        write_parquet(tmp_path / "s.parquet", Store(tmp_path / "s"))
 
 
 def test_rows_outside_the_part_or_not_after_the_last_one_are_not_valid(tmp_path: Path) -> None:

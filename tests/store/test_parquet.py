@@ -15,7 +15,8 @@ import pytest
 from nemo_kd.store import Store, StoreError, StoreSpec, convert, write_samples
 from nemo_kd.store.tools import parquet
 from nemo_kd.store.tools.parquet import read_parquet, spec_of, widest, write_parquet
-from tests.store.samples import spec, store
+from tests.store.samples import spec, store, write
+from tests.store.test_page import draws
 from tests.store.test_writer import contents
 
 PROFILES: dict[str, dict[str, Any]] = {
@@ -44,6 +45,19 @@ def test_back_again_it_is_the_same_store(
     assert write_parquet(file, Store(directory)) == len(Store(directory))
     convert(Store(directory), tmp_path / "one")  # the same, in one segment
     assert contents(back(file, tmp_path / "again")) == contents(tmp_path / "one")
+
+
+def test_draws_in_an_earlier_encoding_are_read_from_the_other_columns(tmp_path: Path) -> None:
+    of = spec(profile="sampled", top_k=7)
+    directory = write(tmp_path / "s", of, [draws(row, of) for row in range(7)], parts=False)
+    file = tmp_path / "s.parquet"
+    write_parquet(file, Store(directory))
+    table = pq.read_table(file)
+    old = table.rename_columns(
+        [n.replace("encoded_records", "encoded_entries") for n in table.column_names]
+    )
+    pq.write_table(old.replace_schema_metadata(table.schema.metadata), file)
+    assert contents(back(file, tmp_path / "again")) == contents(directory)
 
 
 def test_pandas_and_datasets_read_the_values(tmp_path: Path) -> None:

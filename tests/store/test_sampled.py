@@ -99,13 +99,18 @@ def test_any_bytes_are_draws_or_refused(v: int, draws: int, answers: int, data: 
     ("answers", "lengths", "rest", "message"),
     [
         (1, "1111 1111", "", "do not have the ids of 1 tokens"),
-        (2, "0 0 0 10 0 0", "000", "a row of 0 to 1 entries"),
-        (2, "111111111 0 0 0 10 0 0", "1" * 40, "a row of 1 to 9 entries"),
+        (2, "0 0 0 10 0 0", "000", "rows of 0 to 1 ids"),
+        (2, "111111111 0 0 0 10 0 0", "1" * 40, "rows of 1 to 9 ids"),
         (1, "110 0 0", "0000000", "do not have the counts of 2 ids"),
         (1, "1110 0 0", "0001 1" + "0" * 12, "a token of more than 7 draws"),  # n = 3: at least 8
         (1, "110 0 0", "001 000 001 11", "more than 7 draws, or an id"),  # 4 + 3 leave none for 0
         (1, "0 0 10", "001 111 111", "or an id beyond the vocabulary"),  # 511
-        (1, "10 0 0", "000 00000", "2 bytes, but 1 fields"),
+        (1, "10 0 0", "000 00000", "2 bytes for fields that end at bit 7"),
+        (1, "10 0 0", "001 1", "bits after the last field"),
+        (1, "0 10 0", "111000", "start with a digit 0"),
+        (1, "110 0 0", "1 010 100", "ids that do not ascend"),
+        (1, "110 0 0", "1 010 010", "ids that do not ascend"),
+        (1, "10 0 0", "0" * 400, "51 bytes are too many for 1 tokens"),
     ],
 )
 def test_damaged_bits_are_refused(answers: int, lengths: str, rest: str, message: str) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from nemo_kd.errors import StoreError
 from nemo_kd.store import Store, StoreSpec, StoreWriter, pack, verify
-from nemo_kd.store.manifest import INDEX, MANIFEST, PACKING
+from nemo_kd.store.manifest import INDEX, MANIFEST, PACKING, SHARD
 from nemo_kd.store.open_parts import OpenParts
 from nemo_kd.store.segments import Packing
 from tests.processes import run_program
@@ -266,3 +266,28 @@ def test_plan_of_segments(tmp_path: Path) -> None:
     assert packing.segments_of(range(9, 11)) == range(2)
     assert packing.segments_of(range(24, 99)) == range(2, 3)
     assert packing.segments_of(range(25, 99)) == range(0)
+
+
+def test_shards_of_draws_in_an_earlier_encoding_are_not_written_anew(tmp_path: Path) -> None:
+    """Resuming the dump would remove what it counts as incomplete."""
+    of = spec(profile="sampled", top_k=7)
+    with StoreWriter(tmp_path / "s", of).shard(0) as out:
+        out.add(draws(0, of))
+    info = tmp_path / "s" / "shard-00000" / SHARD
+    text = info.read_text()
+    for end in ("bin", "idx"):
+        entry = json.loads(text)["files"][f"records.{end}"]
+        text = text.replace(
+            f'"records.{end}"', f'"distinct.{end}": {json.dumps(entry)}, "entries.{end}"'
+        )
+    info.write_text(text)
+    with pytest.raises(StoreError, match="format version 2; finish the dump with the nemo-kd that"):
+        StoreWriter(tmp_path / "s", of).is_complete(0)
+
+
+def test_a_version_that_is_not_the_profiles_is_refused(tmp_path: Path) -> None:
+    directory = finished(tmp_path / "s", spec())
+    manifest = directory / MANIFEST
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 3'))
+    with pytest.raises(StoreError, match="version 3 with the profile plain, which has version 2"):
+        Store(directory)

@@ -27,6 +27,9 @@ class Codec(ABC):
     name: ClassVar[str]
     options: ClassVar[tuple[str, ...]] = ()
     """The keys of `StoreSpec.profile_options` that the profile accepts."""
+    joinable: ClassVar[bool] = True
+    """Whether every answer token has the same number of values in each field, so that the joined
+    arrays of several samples decode as those of one."""
 
     def __init__(self, spec: StoreSpec) -> None:
         unknown = sorted(set(spec.profile_options) - set(self.options))
@@ -84,7 +87,9 @@ def check_entries(tokens: int, width: int) -> None:
 def check_counts(counts: NDArray[Any], width: int) -> None:
     """Raise ValueError if a row has no entry or more than `width`."""
     if counts.size and (counts.min() < 1 or counts.max() > width):
-        raise ValueError(f"a row of {counts.min()} to {counts.max()} entries, allowed 1 to {width}")
+        raise ValueError(
+            f"rows of {counts.min()} to {counts.max()} ids, expected 1 to {width} in each"
+        )
 
 
 def ragged(counts: NDArray[Any], width: int, filler: Any, values: NDArray[Any]) -> NDArray[Any]:

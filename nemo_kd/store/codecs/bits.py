@@ -1,4 +1,4 @@
-"""Bit-packed rows of a common layout, with fields and ascending numbers in unary; bit strings.
+"""Bit strings: rows of a common layout, with ascending numbers in unary, and fields of any widths.
 
 Bit j of a row is bit j % 8 (counted from the least significant) of byte j // 8; the least
 significant bit of a field comes first.
@@ -74,20 +74,24 @@ def get_unary(rows: NDArray[np.uint8], offset: int, count: int, largest: int) ->
 
 
 def field_bits(values: NDArray[np.int64], widths: NDArray[np.int64]) -> NDArray[np.uint8]:
-    """Return the low `widths[i]` bits of each of `values` [n], one after another."""
-    ends = widths.cumsum()
-    place = np.arange(ends[-1] if len(ends) else 0) - np.repeat(ends - widths, widths)
-    return (np.repeat(values, widths) >> place & 1).astype(np.uint8)
+    """Return the low `widths[i]` bits of each of `values` [n], one after another, as 0 and 1."""
+    used = -(-int(widths.max(initial=0)) // 8)
+    octets = np.ascontiguousarray(values, "<i8").view(np.uint8).reshape(-1, 8)[:, :used]
+    bits = np.unpackbits(octets, axis=1, bitorder="little")
+    return bits[np.arange(8 * used) < widths[:, None]]
 
 
-def get_fields(octets: NDArray[np.uint8], start: int, widths: NDArray[np.int64]) -> NDArray[Any]:
-    """Read the fields written by `field_bits` [n] int64, of at most 56 bits, from bit `start` on.
+def read_fields(octets: NDArray[np.uint8], start: int, widths: NDArray[np.int64]) -> NDArray[Any]:
+    """Read consecutive fields [n] int64, of at most 56 bits, from bit `start` of packed bits on.
 
-    Raises ValueError if they do not end in the last byte of `octets`.
+    Raises ValueError unless they end in the last byte of `octets`, with zeros after them.
     """
     ends = start + widths.cumsum()
-    if -(-int(ends[-1] if len(ends) else start) // 8) != len(octets):
-        raise ValueError(f"{len(octets)} bytes, but {len(widths)} fields of another length")
+    end = int(ends[-1]) if len(ends) else start
+    if -(-end // 8) != len(octets):
+        raise ValueError(f"{len(octets)} bytes for fields that end at bit {end}")
+    if end % 8 and octets[-1] >> (end % 8):
+        raise ValueError("bits after the last field")
     starts = ends - widths
     padded = np.concatenate([octets, np.zeros(SPARE, np.uint8)])
     windows: NDArray[Any] = np.ndarray((len(octets) + 1,), "<i8", padded.data, strides=(1,))

@@ -9,10 +9,11 @@ log-sum-exp 0; entries beyond the distinct ids are absent.
 
 A tokenizer gives small ids to frequent tokens, and most ids are drawn once, so an id takes as many
 octal digits as it has and a count a variable number of bits. A sample is one bit string, zeros up
-to a full byte at its end; its D ids are in the order of tokens, then ascending:
+to a full byte at its end; its D ids are in the order of tokens, those of a token ascending. With V
+the size of the vocabulary and B the number of digits of V - 1:
 
     A * B + D       for each of the A tokens and d = 1 ... B: a 1 for each id of d octal digits,
-                    then a 0; B is the number of digits of V - 1
+                    then a 0
     Σ (n + 1)       floor(log2 count) = n zeros, then a 1, for each id but the first of its token
     Σ (w + n)       for each id: its w = min(3 d, bits of V - 1) bits, then the n bits of
                     count - 2^n, none for the first of its token: the counts of a token add up to K
@@ -20,6 +21,7 @@ to a full byte at its end; its D ids are in the order of tokens, then ascending:
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -27,21 +29,25 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs.base import Arrays, Codec, check_counts, check_entries, ragged
-from nemo_kd.store.codecs.bits import field_bits, get_fields
+from nemo_kd.store.codecs.bits import field_bits, read_fields
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.topk import ABSENT_ID, TopK
 
 MAX_DRAWS = 255
 DIGIT_BITS = 3
-# Means for an id's bits, as a share of those of V - 1, and for a count's: fitted within 8 % to 6.4,
-# 10.2, 16.5, 23.6, 31.6 and 45.8 bytes at 6, 12, 24, 40, 60 and 100 draws (SmolLM2-135M on Python).
+EARLIER_FIELDS = ("distinct", "entries")
+"""The fields of the encoding before format version 3, which is not read."""
+# For `bytes_per_token`: an id's mean bits as a share of those of V - 1, and the growth of a count's
+# bits with the mean count. With the distinct ids of SmolLM2-135M on Python they give the measured
+# bytes of 6 to 100 draws (6.4 to 45.8) within 5 %.
 ID_SHARE = 0.75
-COUNT_BITS = 2.0
+COUNT_GROWTH = 0.59
 
 
 class Sampled(Codec):
     name = "sampled"
     options = ("seed",)
+    joinable = False
 
     def __init__(self, spec: StoreSpec) -> None:
         super().__init__(spec)
@@ -56,11 +62,11 @@ class Sampled(Codec):
                 f"not {list(spec.temperatures)}"
             )
         self.id_bits = (spec.vocab_size - 1).bit_length()
-        self.digits = max(1, -(-self.id_bits // DIGIT_BITS))
-        widths = DIGIT_BITS * np.arange(1, self.digits + 1)
-        self.edges = np.int64(1) << widths[:-1]  # the smallest ids of 2, 3 ... digits
-        self.widths = np.minimum(widths, self.id_bits)
-        self.exponents = np.frexp(np.arange(spec.top_k + 1))[1].astype(np.int64) - 1
+        self.max_digits = max(1, -(-self.id_bits // DIGIT_BITS))
+        bits = DIGIT_BITS * np.arange(self.max_digits + 1)
+        self.smallest = np.int64(1) << bits  # at d - 1: the smallest id of d digits, d > 1
+        self.widths = np.minimum(bits, self.id_bits)  # of an id of d digits
+        self.log2 = np.frexp(np.arange(spec.top_k + 1))[1].astype(np.int64) - 1  # of a count >= 1
 
     @property
     def dtypes(self) -> dict[str, type[np.generic]]:
@@ -70,21 +76,21 @@ class Sampled(Codec):
         draws, answers = self.spec.top_k, len(topk.ids)
         check_entries(answers, draws)
         shares = np.exp(np.minimum(topk.logits, 0), dtype=np.float64)
-        counts = np.rint(shares * draws).astype(np.int64)
-        if (counts.sum(axis=1) != draws).any() or topk.logsumexp.any():
+        drawn = np.rint(shares * draws).astype(np.int64)
+        if (drawn.sum(axis=1) != draws).any() or topk.logsumexp.any():
             raise StoreError(
                 f"profile sampled needs the counts of {draws} draws, as logits "
                 f"log(count / {draws}) with log-sum-exp 0; a top-K cannot be converted to draws"
             )
-        drawn = counts > 0
-        token = np.repeat(np.arange(answers), drawn.sum(axis=1))
-        ids, counts = self._ascending(token, topk.ids[drawn], counts[drawn])
+        present = drawn > 0
+        token = np.repeat(np.arange(answers), present.sum(axis=1))
+        ids, counts = self._ascending(token, topk.ids[present], drawn[present])
+        digits = 1 + np.searchsorted(self.smallest[1:-1], ids, side="right")
+        lengths = np.zeros(answers * self.max_digits + len(ids), np.uint8)
+        lengths[token * self.max_digits + digits - 1 + np.arange(len(ids))] = 1
         later = np.zeros(len(ids), np.bool_)  # all but the first id of each token
         later[1:] = token[1:] == token[:-1]
-        digits = np.searchsorted(self.edges, ids, side="right")
-        lengths = np.zeros(answers * self.digits + len(ids), np.uint8)
-        lengths[token * self.digits + digits + np.arange(len(ids))] = 1
-        n = np.where(later, self.exponents[counts], 0)
+        n = np.where(later, self.log2[counts], 0)
         ends = (n[later] + 1).cumsum()
         exponents = np.zeros(ends[-1] if len(ends) else 0, np.uint8)
         exponents[ends - 1] = 1
@@ -96,22 +102,25 @@ class Sampled(Codec):
 
     def decode(self, arrays: Arrays, answers: int) -> TopK:
         draws, records = self.spec.top_k, arrays["records"]
-        check_entries(answers, draws)
+        self._check_size(len(records), answers)
         bits = np.unpackbits(records, bitorder="little")
         of_length = self._of_length(bits, answers)
         distinct = of_length.sum(axis=1)
         check_counts(distinct, draws)
         token = np.repeat(np.arange(answers), distinct)
-        digits = np.repeat(np.tile(np.arange(self.digits), answers), of_length.ravel())
+        digits = np.repeat(np.tile(np.arange(self.max_digits) + 1, answers), of_length.ravel())
         firsts = distinct.cumsum() - distinct
         n, start = self._count_bits(bits, of_length.size + len(token), firsts, len(token))
         widths = self.widths[digits]
-        values = get_fields(records, start, widths + n)
+        values = read_fields(records, start, widths + n)
         ids, counts = values & ((1 << widths) - 1), (values >> widths) + (1 << n)
         if answers:
             counts[firsts] += draws - np.add.reduceat(counts, firsts)
         if counts.min(initial=1) < 1 or ids.max(initial=0) >= self.spec.vocab_size:
             raise ValueError(f"a token of more than {draws} draws, or an id beyond the vocabulary")
+        padded = (ids < self.smallest[digits - 1]) & (digits > 1)
+        if padded.any() or (np.diff(token << self.id_bits | ids) <= 0).any():
+            raise ValueError("ids that do not ascend, or start with a digit 0")
         # By falling count, then by id: one sort of numbers that contain both.
         keys = (token * draws + draws - counts) << self.id_bits | ids
         keys.sort()
@@ -126,8 +135,17 @@ class Sampled(Codec):
 
     def bytes_per_token(self, kept: float) -> float:
         """An estimate: the bytes depend on which ids are kept, and how often each was drawn."""
-        ids = self.digits + kept * (1 + ID_SHARE * self.id_bits)
-        return (ids + (kept - 1) * COUNT_BITS) / 8
+        ids = self.max_digits + kept * (1 + ID_SHARE * self.id_bits)
+        counts = (kept - 1) * (1 + COUNT_GROWTH * math.log2(self.spec.top_k / kept))
+        return (ids + counts) / 8
+
+    def _check_size(self, octets: int, answers: int) -> None:
+        """Refuse what would take much more memory than a sample's rows."""
+        draws = self.spec.top_k
+        check_entries(answers, max(draws, self.max_digits))
+        count_bits = 2 * int(self.log2[-1]) + 1
+        if octets > 1 + answers * (self.max_digits + draws * (1 + self.id_bits + count_bits)) // 8:
+            raise ValueError(f"{octets} bytes are too many for {answers} tokens")
 
     def _ascending(
         self, token: NDArray[np.int64], ids: NDArray[np.int64], counts: NDArray[np.int64]
@@ -140,11 +158,11 @@ class Sampled(Codec):
 
     def _of_length(self, bits: NDArray[np.uint8], answers: int) -> NDArray[np.int64]:
         """Return the number of ids of each length for each token [A, B]."""
-        zeros = np.flatnonzero(bits[: answers * (self.digits + self.spec.top_k)] == 0)
-        if len(zeros) < answers * self.digits:
+        size = answers * self.max_digits
+        zeros = np.flatnonzero(bits[: size + answers * self.spec.top_k] == 0)[:size]
+        if len(zeros) < size:
             raise ValueError(f"{len(bits)} bits do not have the ids of {answers} tokens")
-        ends = zeros[: answers * self.digits] - np.arange(answers * self.digits)
-        return np.diff(ends, prepend=0).reshape(answers, self.digits)
+        return np.diff(zeros - np.arange(size), prepend=0).reshape(answers, self.max_digits)
 
     def _count_bits(
         self, bits: NDArray[np.uint8], start: int, firsts: NDArray[np.int64], ids: int
@@ -157,15 +175,15 @@ class Sampled(Codec):
         later[firsts] = False
         coded = ids - len(firsts)
         n, ends = np.zeros(ids, np.int64), np.zeros(0, np.int64)
-        for most in (3, int(self.exponents[-1]) + 1):  # bits per id: usually, at most
-            window = bits[start : start + coded * most].view(np.bool_)
+        for mean in (3, int(self.log2[-1]) + 1):  # bits per id: usually fewer, never more
+            window = bits[start : start + coded * mean].view(np.bool_)
             ends = np.flatnonzero(window)[:coded]
             if len(ends) == coded:
                 break
         if len(ends) < coded:
             raise ValueError(f"{len(bits)} bits do not have the counts of {ids} ids")
         n[later] = np.diff(ends, prepend=-1) - 1
-        if n.max(initial=0) > self.exponents[-1]:
+        if n.max(initial=0) > self.log2[-1]:
             raise ValueError(f"a token of more than {self.spec.top_k} draws")
         return n, start + (int(ends[-1]) + 1 if coded else 0)
 

@@ -28,6 +28,7 @@ MAX_KEPT = (1 << 16) - 1
 
 class TopP(Codec):
     name = "top_p"
+    joinable = False
     options = ("p",)
 
     def __init__(self, spec: StoreSpec) -> None:

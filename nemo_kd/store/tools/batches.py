@@ -42,6 +42,8 @@ def counts_if_valid(
     Returns their rows, tokens and answer tokens [3, samples] if they pass every check of `verify`;
     None if one fails, or where the profile's arrays cannot be checked together.
     """
+    if not codec.joinable:
+        return None
     try:
         fields = part.stretch(stretch.start, stretch.stop)
         return _counts_if_valid(fields, codec, rows, last_row)

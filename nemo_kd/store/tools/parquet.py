@@ -16,6 +16,7 @@ is encoded anew.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,10 +101,13 @@ def widest(path: str | Path) -> int:
         return int(arrow().compute.max(counts).as_py() or 0)
 
 
-def read_parquet(path: str | Path, spec: StoreSpec) -> Iterator[Sample | EncodedSample]:
+def read_parquet(
+    path: str | Path, spec: StoreSpec, widths: Counter[int] | None = None
+) -> Iterator[Sample | EncodedSample]:
     """Yield the samples of a file, cut to the first `spec.top_k` ids.
 
-    Raises StoreError, naming file and row, for a row that is not a sample.
+    `widths` counts samples by the largest number of ids of their tokens, at least K. Raises
+    StoreError, naming file and row, for a row that is not a sample.
     """
     recorded = spec_of(path)
     own = recorded is not None and same_encoding(recorded, spec)
@@ -114,10 +118,12 @@ def read_parquet(path: str | Path, spec: StoreSpec) -> Iterator[Sample | Encoded
     last = -1
     for number, values in enumerate(rows_of(path, [*known, *names], BATCH)):
         try:
-            sample = _sample(values, spec, names)
+            sample, width = _sample(values, spec, names)
             if sample.row <= last:
                 raise StoreError(f"row {sample.row} after {last}: sort the file by its column row")
             last = sample.row
+            if widths is not None:
+                widths[width] += 1
             yield sample
         except (AttributeError, StoreError, TypeError, ValueError) as error:
             raise StoreError(f"{path}, row {number}: {error}") from error
@@ -155,7 +161,7 @@ def _groups(store: Store) -> Iterator[list[Encoded]]:
 def _table(group: list[Encoded], store: Store, schema: Any) -> Any:
     """Return a row group; nested lists are made of flat arrays, not of Python objects."""
     pa, spec = arrow(), store.spec
-    topks = [store.codec.decode(arrays, tokens.answers) for tokens, arrays in group]
+    topks = [_decoded(store, tokens, arrays) for tokens, arrays in group]
     present = [topk.ids != ABSENT_ID for topk in topks]
     answers = np.array([len(topk.ids) for topk in topks])
     kept = np.concatenate([one.sum(1) for one in present])
@@ -178,6 +184,13 @@ def _table(group: list[Encoded], store: Store, schema: Any) -> Any:
     return pa.Table.from_arrays(columns, schema=schema)
 
 
+def _decoded(store: Store, tokens: Tokens, arrays: Arrays) -> TopK:
+    try:
+        return store.codec.decode(arrays, tokens.answers)
+    except ValueError as error:
+        raise StoreError(f"{store.directory}: row {tokens.row} is damaged: {error}") from error
+
+
 def _nested(values: NDArray[Any], lengths: list[NDArray[np.int64]], kind: Any) -> Any:
     """Return an Arrow list of values; `lengths` are those of the innermost lists first."""
     pa, inner = arrow(), kind
@@ -190,8 +203,13 @@ def _nested(values: NDArray[Any], lengths: list[NDArray[np.int64]], kind: Any) -
     return array
 
 
-def _sample(values: dict[str, Any], spec: StoreSpec, names: list[str]) -> Sample | EncodedSample:
-    """Return a row as a sample, encoded if its `encoded_` columns `names` decode to the others."""
+def _sample(
+    values: dict[str, Any], spec: StoreSpec, names: list[str]
+) -> tuple[Sample | EncodedSample, int]:
+    """Return a row as a sample, and the largest number of ids of its tokens, at least K.
+
+    The sample is encoded if its `encoded_` columns `names` decode to the others.
+    """
     row = values["row"].as_py()
     if type(row) is not int or row < 0:
         raise StoreError(f"row is {row!r:.40}: expected a number of at least 0")
@@ -203,9 +221,9 @@ def _sample(values: dict[str, Any], spec: StoreSpec, names: list[str]) -> Sample
     sample = Sample(row, tokens.input_ids, tokens.loss_mask, read.topk(spec))
     arrays = _encoded(values, spec, names)
     if arrays is None or not read.is_of(arrays, spec):
-        return sample
+        return sample, read.ids.shape[1]
     checked_topk(sample, tokens.answers, spec)
-    return EncodedSample(row, tokens.input_ids, tokens.loss_mask, arrays)
+    return EncodedSample(row, tokens.input_ids, tokens.loss_mask, arrays), read.ids.shape[1]
 
 
 @dataclass(frozen=True)

@@ -78,24 +78,13 @@ def convert(
     profile = old.profile if profile is None else profile
     if profile_options is None:
         profile_options = old.profile_options if profile == old.profile else {}
-    k = old.top_k if top_k is None else top_k
-    if k > old.top_k:
-        raise StoreError(
-            f"{store.directory} holds {old.top_k} logits per token, but top_k is {k}; lower it, or "
-            "dump again"
-        )
-    refuse_larger_p(store.directory, old, profile, profile_options)
-    if (profile == Sampled.name) != (old.profile == Sampled.name):
-        raise StoreError(
-            f"{store.directory} has the profile {old.profile}, which cannot be converted to "
-            f"{profile}: draws from the full distribution are made at the dump"
-        )
     spec = replace(
         old,
-        top_k=k,
+        top_k=old.top_k if top_k is None else top_k,
         profile=profile,
         profile_options=profile_options,
     )
+    refuse_more(store.directory, old, spec)
     with new_store(directory, overwrite) as new:
         check_intact(store, jobs)
         return copy(
@@ -108,14 +97,28 @@ def convert(
         )
 
 
-def refuse_larger_p(
-    source: str | Path, old: StoreSpec, profile: str, options: Mapping[str, Any]
-) -> None:
-    """Raise StoreError if the profile `top_p` would be given more than `source` holds of it."""
-    kept, p = old.profile_options.get("p", 1), options.get("p", 0)
-    if profile == old.profile == TopP.name and p > kept:
+def refuse_more(source: str | Path, old: StoreSpec, new: StoreSpec) -> None:
+    """Raise StoreError if what `source` holds of the spec `old` cannot be converted to `new`."""
+    if new.top_k > old.top_k:
+        raise StoreError(
+            f"{source} holds {old.top_k} logits per token, but top_k is {new.top_k}; lower it, or "
+            "dump again"
+        )
+    kept, p = old.profile_options.get("p", 1), new.profile_options.get("p", 0)
+    if new.profile == old.profile == TopP.name and p > kept:
         raise StoreError(
             f"{source} holds the logits of p={kept}, but p is {p}; lower it, or dump again"
+        )
+    drawn = old.profile == Sampled.name
+    if drawn != (new.profile == Sampled.name):
+        raise StoreError(
+            f"{source} has the profile {old.profile}, which cannot be converted to {new.profile}: "
+            "draws from the full distribution are made at the dump"
+        )
+    if drawn and new.top_k < old.top_k:
+        raise StoreError(
+            f"{source} holds {old.top_k} draws per token, which cannot be reduced to {new.top_k}; "
+            f"dump again with dump.top_k={new.top_k}"
         )
 
 
