@@ -3,12 +3,15 @@
     python examples/huggingface/train.py Qwen2.5-0.5B/ --store store --output run --lora 16
     torchrun --nproc_per_node=2 examples/huggingface/train.py student/ --store store --output run
 
-STUDENT is a Hugging Face directory, or the .gguf file of a Llama.
+STUDENT is a Hugging Face directory, or the .gguf file of a Llama. With --lora OUTPUT has adapters
+of it; of a pruned student or a .gguf file also the student that they belong to, in OUTPUT/base.
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
+from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
@@ -16,6 +19,9 @@ from nemo_kd.cli.failures import reported
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
 from nemo_kd.hf.student import load_student, refuse_filled
 from nemo_kd.loss import SUPPORTS, KDConfig
+
+BASE = "base"
+"""Directory in the output with the weights that adapters belong to, where no other one has them."""
 
 
 class StoreTrainer(StoreLossMixin, Trainer):
@@ -30,7 +36,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep-layers", help="layers to keep, such as 0,1,8-11, or @FILE")
     parser.add_argument("--store", nargs="+", required=True, help="one or several stores")
     parser.add_argument("--output", required=True, help="new directory for the trained student")
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters, by peft")
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train and save adapters, by peft")
     parser.add_argument("--alpha", type=float, help="weight of the distillation")
     parser.add_argument("--temperature", type=float, default=1.0)
     parser.add_argument("--support", choices=SUPPORTS, default="bucket")
@@ -57,15 +63,19 @@ def training(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def main() -> None:
-    args = parser().parse_args()
-    refuse_filled(args.output)
+def adapted(model: Any, rank: int, base: Path) -> Any:
+    """Return the model with adapters that name the directory of its weights: its own, or `base`."""
+    from peft import LoraConfig, get_peft_model
+
+    model.name_or_path = model.name_or_path or str(base.absolute())
+    lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    return get_peft_model(model, lora)
+
+
+def trained(args: argparse.Namespace) -> StoreTrainer:
     model, tokenizer = load_student(args.student, args.keep_layers)
     if args.lora:
-        from peft import LoraConfig, get_peft_model
-
-        lora = LoraConfig(r=args.lora, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = get_peft_model(model, lora)
+        model = adapted(model, args.lora, Path(args.output, BASE))
     config = KDConfig(alpha=args.alpha, temperature=args.temperature, support=args.support)
     data = StoreDataset(args.store, config, max_seq_length=args.max_seq_length, tokenizer=tokenizer)
     tokenizer.chat_template = data.chat_template or tokenizer.chat_template
@@ -77,8 +87,26 @@ def main() -> None:
         processing_class=tokenizer,
     )
     trainer.train()
+    return trainer
+
+
+def save(trainer: StoreTrainer) -> None:
+    """Save the student; its adapters, and the weights beneath them if no directory has them."""
+    model, base = trainer.model, Path(trainer.args.output_dir, BASE)
+    alone = trainer.args.should_save and model.name_or_path == str(base.absolute())
+    if alone:
+        model.config.save_pretrained(base)  # which peft compares when it saves adapters
     trainer.save_model()
     trainer.save_state()
+    if alone:
+        model.unload().save_pretrained(base)
+        trainer.processing_class.save_pretrained(base)
+
+
+def main() -> None:
+    args = parser().parse_args()
+    refuse_filled(args.output)
+    save(trained(args))
 
 
 if __name__ == "__main__":

@@ -46,6 +46,7 @@ def _set(provider: Any, config: DumpConfig) -> None:
     provider.pipeline_model_parallel_size = config.model.pipeline_model_parallel_size
     provider.sequence_parallel = config.model.sequence_parallel
     provider.hidden_dropout = provider.attention_dropout = 0.0
+    provider.mtp_num_layers = None  # further layers, on which the logits do not depend
     if not torch.cuda.is_available():
         cpu.adapt_model(provider)
     provider.finalize()

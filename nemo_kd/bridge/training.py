@@ -18,6 +18,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.files import sha256_of_json
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.mix import STUDENT
+from nemo_kd.mcore.multi_token import refuse_multi_token
 from nemo_kd.mcore.resume import LATEST, keep_settings
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.teacher.processes import say_once
@@ -71,6 +72,7 @@ def _check(config: ConfigContainer) -> None:
         raise NemoKDError(
             f"dataset is a {type(data).__name__}, which has no teacher; set it to a KDDataConfig"
         )
+    refuse_multi_token(config.model, "model.mtp_num_layers")
     if data.seq_length != config.model.seq_length:
         raise NemoKDError(
             f"dataset.seq_length={data.seq_length}, but model.seq_length="

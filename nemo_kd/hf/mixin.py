@@ -22,9 +22,10 @@ REFUSED = {
     "label_smoothing_factor": "the loss has no label smoothing",
     "packing": "samples are not packed",
     "padding_free": "samples are not packed",
+    "use_legacy_prediction_loop": "it evaluates a mean over batches, not over answer tokens",
     "use_liger_kernel": "the loss needs the logits",
 }
-"""Arguments of trainers that change the loss or the batches in a way that has no effect here."""
+"""Arguments of trainers that the loss, its batches or its evaluation cannot follow."""
 
 
 class StoreLossMixin:
@@ -38,12 +39,13 @@ class StoreLossMixin:
     beside it, over all processes. The model gets neither labels nor teacher.
 
     A `KDSchedule` follows the steps of the trainer. Evaluations have the settings of its end.
+    Checkpoints keep the settings of the loss and the stores' fingerprints, in `nemo_kd.json`.
 
     Errors: NemoKDError on construction for another collator, for arguments that the loss cannot
     follow, for data sets with another loss than the collator's and for samples longer than the
     positions of a model that learns them; in the first step of several processes after an
-    evaluation. StoreError on construction if `processing_class` is another tokenizer than the one
-    the stores record.
+    evaluation; on resuming a checkpoint of another loss or of other stores. StoreError on
+    construction if `processing_class` is another tokenizer than the one the stores record.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -53,6 +55,19 @@ class StoreLossMixin:
         self._sums = {"train": _Sums(), "eval": _Sums()}
         _check(self)
         _check_data(self)
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Train, or resume a checkpoint of the same loss and stores; as `Trainer.train`."""
+        from nemo_kd.hf.resume import SettingsKeeper, check_resumed, settings_of
+
+        trainer: Any = self
+        parent: Any = super()
+        settings = settings_of(trainer.data_collator, trainer.train_dataset)
+        resumed = kwargs.get("model_path", resume_from_checkpoint)  # its name of earlier versions
+        check_resumed(resumed, trainer.args.output_dir, settings)
+        trainer.remove_callback(SettingsKeeper)
+        trainer.add_callback(SettingsKeeper(settings))
+        return parent.train(resume_from_checkpoint, *args, **kwargs)
 
     def compute_loss(
         self,

@@ -22,6 +22,7 @@ from nemo_kd.loss import KDSchedule
 from nemo_kd.mcore.batches import EvaluationBatches, KDBatches
 from nemo_kd.mcore.dataset import KDDataset
 from nemo_kd.mcore.mix import Source
+from nemo_kd.mcore.multi_token import NO_TEACHER
 from nemo_kd.mcore.resume import keep_settings
 from nemo_kd.mcore.training import ForwardStep, LossFunction, kd_forward_step
 from nemo_kd.sft.tokenizer import HFTokenizer, first_difference, tokenizer_fingerprint
@@ -52,7 +53,7 @@ _SINGLE = {
     "cross_entropy_loss_fusion": _LOSS,
     "cross_entropy_fusion_impl": _LOSS,
     "fp16_lm_cross_entropy": _LOSS,
-    "mtp_num_layers": "multi-token prediction has no teacher",
+    "mtp_num_layers": NO_TEACHER,
     "hybrid_context_parallel": "it packs Megatron-LM's own batches",
     "dataloader_save": "the position is in the checkpoint: consumed_train_samples",
     "iterations_to_skip": "it reads Megatron-LM's own batches",

@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.errors import NemoKDError
+from nemo_kd.data.resumed import FILE, FILE_IS_MISSING, loss_settings, refuse_changed
 from nemo_kd.files import canonical_json, decode_json, publish, read_json
-from nemo_kd.loss import KDConfig, KDSchedule
+from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.dataset import KDDataset
 from nemo_kd.mcore.mix import STUDENT, changed
 from nemo_kd.teacher.processes import Launch
 
-FILE = "nemo_kd.json"
 STORE_ALPHA = "store_alpha"
 """Setting of that file: the alpha of each store that has its own."""
 LATER = (STORE_ALPHA, STUDENT)
@@ -45,8 +43,7 @@ def keep_settings(
 
     Errors: NemoKDError, naming each difference.
     """
-    loss = asdict(KDSchedule(**asdict(config)))
-    loss[STORE_ALPHA] = _store_alphas(data)
+    loss = {**loss_settings(config), STORE_ALPHA: _store_alphas(data)}
     settings = decode_json(canonical_json({**data.identity, **loss, **(more or {})}))
     is_first = Launch.of(os.environ).rank == 0
     if load is not None and Path(load, LATEST).is_file():
@@ -66,7 +63,7 @@ def _store_alphas(data: KDDataset) -> list[float | None] | None:
 def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_first: bool) -> None:
     if not (load / FILE).is_file():
         if is_first:
-            print(f"{load} has no {FILE}, so data and loss were not compared with it", flush=True)
+            print(FILE_IS_MISSING.format(load, FILE), flush=True)
         return
     then = read_json(load / FILE)
     refused = [name for name in changed(then, settings) if name not in allow]
@@ -75,18 +72,5 @@ def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_fi
             refused.remove(name)
             if is_first:
                 print(f"{load / FILE} has no {name}, so it was not compared", flush=True)
-    if refused:
-        named = "; ".join(
-            f"{name}: {_shown(then.get(name))} in the checkpoint, {_shown(settings[name])} now"
-            for name in refused
-        )
-        raise NemoKDError(
-            f"{load} belongs to a run with other settings: {named}. Restore them, save to and load "
-            f"from another directory, or allow {', '.join(refused)} to change"
-        )
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, dict) and {"path", "fingerprint"} <= value.keys():
-        return f"{value['path']} (fingerprint {value['fingerprint'][:12]})"
-    return str(value)
+    remedy = f"save to and load from another directory, or allow {', '.join(refused)} to change"
+    refuse_changed(load, refused, then, settings, remedy)

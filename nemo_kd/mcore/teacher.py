@@ -10,6 +10,7 @@ from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
 from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
+from nemo_kd.mcore.multi_token import refuse_multi_token
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.forward import AnswerHead, LMHead, inputs_of
@@ -22,6 +23,8 @@ class TopKForward(AnswerHead):
 
     `model` is this stage's GPTModel in its wrappers, as Megatron's schedules take it. Collectives:
     those of the model's forward pass, and of the top-K on the last stage.
+
+    Errors: NemoKDError for a model with MTP layers.
     """
 
     def __init__(
@@ -31,6 +34,7 @@ class TopKForward(AnswerHead):
         self.model, self.device = model, layout.device
         self.gpt = gpt_module(model)
         config = self.gpt.config
+        refuse_multi_token(config)
         self.pad_to = 8 * config.tensor_model_parallel_size if config.sequence_parallel else 16
 
     @torch.no_grad()

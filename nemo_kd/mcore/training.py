@@ -26,6 +26,7 @@ from nemo_kd.mcore.dataset import Batch
 from nemo_kd.mcore.device import on_device
 from nemo_kd.mcore.lm_head import gpt_module
 from nemo_kd.mcore.metrics import NAMES, OF_THE_TEACHER, MetricSums, token_sums
+from nemo_kd.mcore.multi_token import refuse_multi_token
 
 LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
 ForwardStep = Callable[..., tuple[Any, LossFunction]]
@@ -78,8 +79,9 @@ class StepLoss:
         the quotient of their sums over micro-batches and ranks: `loss`, `sft_loss` and `kd_loss`,
         and in evaluation the other metrics of `MetricSums`.
 
-        Errors: NemoKDError for a model whose logits are gathered from the tensor-parallel ranks,
-        for stores of another vocabulary, and for those that `KDDataset.check` refuses.
+        Errors: NemoKDError for a model with MTP layers or whose logits are gathered from the
+        tensor-parallel ranks, for stores of another vocabulary, and for those that
+        `KDDataset.check` refuses.
         """
         self._check(batch, model)
         training = model.training and torch.is_grad_enabled()
@@ -90,6 +92,7 @@ class StepLoss:
         return partial(self._loss, batch["labels"], batch["answers"], config, training, fewest)
 
     def _check(self, batch: Batch, model: Any) -> None:
+        refuse_multi_token(get_model_config(model))
         stored = batch.get("vocab_size")
         if stored not in (None, self.vocab_size):
             raise NemoKDError(
@@ -172,9 +175,9 @@ def kd_forward_step(
         iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
     ) -> tuple[Any, LossFunction]:
         batch = {name: on_device(value) for name, value in next(iterator).items()}
+        function = loss(batch, model)  # checks the model before its forward pass
         forward = model.build_schedule_plan if return_schedule_plan else model
-        output = forward(**model_inputs(batch))
-        return output, loss(batch, model)
+        return forward(**model_inputs(batch)), function
 
     return step
 

@@ -35,6 +35,9 @@ def main(data: Path, output: Path) -> None:
     def half(config: Any) -> None:
         config.mixed_precision = "bf16_mixed"
 
+    def multi_token(config: Any) -> None:
+        config.model.mtp_num_layers = 1
+
     mix = [KDSource(path=store), KDSource(file=file)]
     wrong: dict[str, tuple[list[Any], Callable[[Any], None]]] = {
         "micro_batch": ([store], micro_batch),
@@ -49,6 +52,7 @@ def main(data: Path, output: Path) -> None:
         "alpha_beside_weights": ([KDSource(path=store, alpha=0.5), store], change()),
         "alpha_end_of_none": ([KDSource(path=store, alpha=0.5)], change()),
         "precision": ([store], half),
+        "multi_token": ([store], multi_token),
     }
     losses = {
         "alpha_beside_weights": KDConfig(sft_weight=1.0, kd_weight=4.0),

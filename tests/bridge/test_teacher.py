@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -38,6 +39,21 @@ def test_its_store_is_that_of_transformers(
     found, expected = Store(tmp_path / "store"), Store(tmp_path / "expected")
     assert found.spec == expected.spec
     assert_equal(found, expected)
+
+
+def test_layers_for_multi_token_prediction_are_left_out(
+    bridge: Bridge, data: Path, tmp_path: Path
+) -> None:
+    """Its hidden states would be followed by theirs."""
+    rows, teacher = tmp_path / "rows.jsonl", tmp_path / "teacher"
+    rows.write_text("\n".join(map(json.dumps, ROWS)))
+    shutil.copytree(data / "student", teacher)
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    given = [teacher, f"--data={rows}", f"--output={tmp_path}/store", "--precision=32"]
+    bridge(DUMP, *given, "--top-k=20", "--max-seq-length=64")
+    dump("hf", data / "student", rows, tmp_path / "expected")
+    assert_equal(Store(tmp_path / "store"), Store(tmp_path / "expected"))
 
 
 def test_its_own_checkpoint_is_a_teacher_without_it(whole: Path, tmp_path: Path) -> None:

@@ -147,11 +147,35 @@ def test_a_second_run_into_an_output_is_refused(students: Path, tmp_path: Path) 
     """Otherwise `from_pretrained` would follow the adapters of the first one."""
     out = tmp_path / "out"
     by_transformers(students, out, "--batch-size=4", "--lora=2")
-    before = {file.name: file.read_bytes() for file in out.iterdir()}
+    before = {file: file.read_bytes() for file in out.rglob("*.*")}
     given = [f"{students}/llama", f"--store={students}/store", f"--output={out}"]
     done = run_program(EXAMPLE, *given, "--steps=1", fork=True, fails=True, NEMO_KD_TRACEBACK="")
     assert f"error: {out} is not an empty directory" in done.stderr
-    assert {file.name: file.read_bytes() for file in out.iterdir()} == before
+    assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+
+
+@pytest.mark.parametrize("pruned", [True, False])
+def test_saved_adapters_have_the_trained_students_logits(
+    students: Path, tmp_path: Path, pruned: bool
+) -> None:
+    """On the student that they name: the pruned one lies beside them."""
+    from peft import AutoPeftModelForCausalLM
+
+    example = runpy.run_path(str(ROOT / EXAMPLE))
+    layers = [f"--keep-layers=@{students}/layers.json"] if pruned else []
+    given = [f"{students}/llama", *layers, f"--store={students}/store", f"--output={tmp_path}/out"]
+    options = ["--steps=3", "--lora=2", "--lr=0.1"]
+    trainer = example["trained"](example["parser"]().parse_args([*given, *options]))
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = trainer.model.eval()(ids).logits
+        with trainer.model.disable_adapter():
+            assert (trainer.model(ids).logits - wanted).abs().max() > 0.1
+        example["save"](trainer)
+        saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
+        assert torch.allclose(saved(ids).logits, wanted, atol=1e-5)
+    assert (tmp_path / "out/base").exists() == pruned
+    assert saved.config.num_hidden_layers == (2 if pruned else 4)
 
 
 @pytest.mark.parametrize(("steps", "reached"), [(5, 0), (20, 2), (200, 10)])

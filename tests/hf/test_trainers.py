@@ -226,6 +226,7 @@ def test_a_schedule_may_change_the_temperature(store: Path, tmp_path: Path) -> N
     ("arguments", "message"),
     [
         ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1: the loss has no label"),
+        ({"use_legacy_prediction_loop": True}, "use_legacy_prediction_loop=True: it evaluates a m"),
         ({"packing": True, "packing_strategy": "wrapped"}, "packing=True: samples are not packed"),
     ],
 )
