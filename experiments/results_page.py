@@ -310,10 +310,11 @@ def confidence_table(study: Study) -> str:
         for domain, classes in sure_of_label(study).items()
         for each in classes
     ]
-    head = ["teacher's probability of the label", "tokens", "SFT", "KD + SFT", "part of Δ"]
+    head = ["", "tokens", "SFT", "KD + SFT", "part of Δ"]
     note = (
-        "Cross-entropy in nats per token of the class; the parts, in nats per answer token, add up "
-        f"to the difference of {words.DEFAULT} from SFT on the test split.\n"
+        "Rows: the teacher's probability of the label. Cross-entropy in nats per token of the row, "
+        "in float32; the parts, in nats per answer token, add up to the difference of "
+        f"{words.DEFAULT} from SFT on the test split.\n"
     )
     return f"{table(head, lines)}\n{note}" if lines else ""
 

@@ -297,7 +297,7 @@ def test_every_script_of_make_experiments_starts(name: str) -> None:
     )
 
 
-UNFINISHED = ("prose", "bytes", "math", "worded", "knowledge", "confidence")
+UNFINISHED = ("prose", "knowledge")
 
 
 @pytest.mark.parametrize("name", ["run", "time_steps"])

@@ -206,6 +206,27 @@ def test_what_is_known_and_what_runs_are_beside_the_losses_and_compared_one_by_o
     assert "| doctests passed | Δ | OpenBookQA, 0-shot | Δ |" in section
 
 
+def test_where_kd_gains_is_said_by_the_teachers_probability(
+    cfg: Any, worked: Path, tmp_path: Path
+) -> None:
+    """A class of a quarter of the tokens, 0.4 higher, and one of three quarters, 0.1 lower."""
+    losses = {"sft": [1.0, None, 0.5], "alpha 0.9": [1.4, None, 0.4]}
+    for family, classes in losses.items():
+        run = dataclasses.replace(grid(cfg, family, {}, "math")[0], lr=None)
+        for path in worked.glob("math-l10-*-s1.json"):
+            content = json.loads(path.read_text())
+            if content["run"]["alpha"] == run.alpha:
+                split = {"from": [0.0, 0.5, 0.9], "tokens": [25, 0, 75], "right": [0.5, None, 0.5]}
+                path.write_text(json.dumps(content | {"confidence": split | {"sft_loss": classes}}))
+    text = written(cfg, worked, tmp_path)
+    said = "math, +0.1000 of +0.0250 nats at the 25.0 % of tokens to whose labels the teacher gives"
+    assert f"{said} less than 0.5 ([all]" in text
+    rows = [line for line in text.splitlines() if line.startswith("| math: ")]
+    assert "| math: less than 0.5 | 25.0 % | 1.000 | 1.400 | +0.1000 |" in rows
+    assert "| math: at least 0.9 | 75.0 % | 0.500 | 0.400 | -0.0750 |" in rows
+    assert not any("0.5 to 0.9" in row for row in rows)
+
+
 def test_rounds_are_compared_by_their_answers_and_their_hours(
     cfg: Any, worked: Path, tmp_path: Path
 ) -> None:
