@@ -24,10 +24,10 @@ from nemo_kd.settings.batches import processes_of
 from nemo_kd.sft.reader import SEP_ID
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
-from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig, TeacherModelConfig
 from nemo_kd.teacher.generation.step import Decoding
+from nemo_kd.teacher.identity import teacher_identity
 from nemo_kd.teacher.layout import LayoutError
 
 DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
@@ -186,10 +186,6 @@ def _identity(opened: Opened, config: DumpConfig) -> dict[str, Any] | None:
     if path == config.model.checkpoint and not arguments:
         return None
     # The last of several iterations: the directory above changes while the training runs.
-    last = path != config.model.checkpoint
-    return {
-        "name": f"{path.parent.name}/{path.name}" if last else path.name,
-        "fingerprint": checkpoint_fingerprint(path),
-        "precision": str(config.trainer.precision),
-        **({"arguments": dict(arguments)} if arguments else {}),
-    }
+    name = f"{path.parent.name}/{path.name}" if path != config.model.checkpoint else None
+    identity = teacher_identity(config, path, name)
+    return {**identity, "arguments": dict(arguments)} if arguments else identity

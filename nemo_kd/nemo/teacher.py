@@ -18,8 +18,8 @@ from nemo_kd.nemo.families import check_length
 from nemo_kd.nemo.sft_files import max_positions
 from nemo_kd.nemo.vocabulary import SFTModel
 from nemo_kd.store import StoreSpec
-from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.teacher.config import TeacherModelConfig
+from nemo_kd.teacher.identity import teacher_identity
 
 if TYPE_CHECKING:
     from nemo_kd.teacher.generation.step import Decoding
@@ -39,7 +39,8 @@ NOT_TRAINED = {
 }
 """Overrides of the checkpoint's settings for its own training."""
 LOGITS_UNCHANGED = {
-    *(field.name for field in fields(TeacherModelConfig)),  # or recorded elsewhere in the spec
+    # The layout, or recorded: as fingerprint, `template`, or `weights` (`teacher_identity`).
+    *(field.name for field in fields(TeacherModelConfig)),
     *NOT_TRAINED,
     *(key.removeprefix("model.") for key in cpu.cpu_settings()),  # kernels, not arithmetic
     *("global_batch_size", "ffn_dropout", "tokenizer", "data", "optim", "kd"),
@@ -99,13 +100,7 @@ def _identity(cfg: DictConfig) -> dict[str, Any] | None:
     given = {key: value for key, value in model.items() if key not in LOGITS_UNCHANGED}
     if not given:
         return None
-    path = Path(cfg.model.restore_from_path)
-    return {
-        "name": path.name,
-        "fingerprint": checkpoint_fingerprint(path),
-        "precision": str(cfg.trainer.precision),
-        "model": given,
-    }
+    return {**teacher_identity(cfg, Path(cfg.model.restore_from_path)), "model": given}
 
 
 def _complete(cfg: DictConfig) -> None:

@@ -15,7 +15,6 @@ from nemo_kd.sft.rows import Row, SFTRows, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.earlier import EarlierStore
-from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.store.manifest import EXCHANGE, SPEC, shard_name
 from nemo_kd.store.ours import remove_part
 from nemo_kd.teacher.begin import (
@@ -30,6 +29,7 @@ from nemo_kd.teacher.begin import (
 from nemo_kd.teacher.checks import Company, check_teacher
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.forward import sample_of, usable
+from nemo_kd.teacher.identity import teacher_identity
 from nemo_kd.teacher.interface import Forward, Teacher
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.progress import DumpProgress
@@ -228,7 +228,7 @@ def store_spec(
             "fingerprint": tokenizer_fingerprint(teacher.tokenizer),
             **teacher.tokenizer_origin,
         },
-        teacher=dict(teacher.identity or _identity(config)),
+        teacher=dict(teacher.identity or teacher_identity(config, config.model.checkpoint)),
         template=dict(template),
         source=_source(file),
     )
@@ -238,15 +238,6 @@ def _source(file: RowFile) -> dict[str, Any]:
     """Return name, rows and hash of the SFT file; those of each file too if there are several."""
     whole = {"name": file.path.name, "rows": len(file), "sha256": file.sha256}
     return {**whole, "files": file.files} if len(file.files) > 1 else whole
-
-
-def _identity(config: DumpConfig) -> dict[str, Any]:
-    checkpoint = config.model.checkpoint
-    return {
-        "name": checkpoint.name,
-        "fingerprint": checkpoint_fingerprint(checkpoint),
-        "precision": str(config.trainer.precision),
-    }
 
 
 def _samples(

@@ -46,7 +46,7 @@ class Teacher(Protocol):
 
     @property
     def identity(self) -> Mapping[str, Any] | None:
-        """`teacher` in the store's spec; None: name, fingerprint and precision of a checkpoint."""
+        """`teacher` in the store's spec; None: `teacher_identity` of the configured checkpoint."""
 
     @property
     def layout(self) -> Layout: ...

@@ -111,6 +111,18 @@ def test_arguments_that_a_checkpoint_lacks_are_part_of_the_teacher(
     assert "teacher.arguments.rotary_base: None in the store, 500 now" in done.stderr
 
 
+def test_another_rounding_of_the_weights_is_another_teacher(teachers: Path, tmp_path: Path) -> None:
+    """In bf16 the logits differ; in float32 the store is the same one."""
+    checkpoint, store = teachers / "mixtral", tmp_path / "store"
+    dump("mcore", checkpoint, store, "trainer.precision=bf16")
+    given = [*overrides("mcore", checkpoint, store), "trainer.precision=bf16"]
+    done = run_script("dump_teacher_topk.py", *given, "model.megatron_amp_O2=true", fails=True)
+    assert "teacher.weights: None in the store, 'bf16' now" in done.stderr
+    done = run_script("dump_teacher_topk.py", *given, "teacher.kind=hf", fails=True)
+    assert "teacher.kind: 'mcore' in the store, None now" in done.stderr
+    assert "nothing is dumped" in run_script("dump_teacher_topk.py", *given).stderr
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

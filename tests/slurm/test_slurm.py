@@ -156,7 +156,7 @@ def test_an_array_dumps_each_part_into_a_store_of_its_own(
     lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
     for part, some in enumerate((lines[:20], lines[20:])):
         (tmp_path / f"part-{part}.jsonl").write_text("".join(some))
-    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--time=5")
+    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--time=20")
     job = cluster.run(
         "sbatch",
         "--parsable",
@@ -170,6 +170,33 @@ def test_an_array_dumps_each_part_into_a_store_of_its_own(
     for part, rows in enumerate((20, len(lines) - 20)):
         assert cluster.wait(f"{job}_{part}", 180)["JobState"] == "COMPLETED"
         assert len(Store(tmp_path / f"store-{part}")) == rows
+
+
+def test_the_time_limit_of_a_task_leaves_the_other_tasks_of_its_array_alone(
+    cluster: Cluster, tiny: Path, rows: Path, tmp_path: Path
+) -> None:
+    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--time=20")
+    job = cluster.run(
+        "sbatch",
+        "--parsable",
+        *options,
+        "examples/slurm/dump_teacher.sbatch",
+        *DUMP,
+        TEACHER=str(tiny / "teacher.nemo"),
+        DATA=str(rows),
+        STORE=str(tmp_path / "store-%a"),
+        GRACE="50",
+    ).strip()
+    stores = [tmp_path / f"store-{part}" for part in range(2)]
+    wait_for(lambda: all(list(store.glob("shard-*")) for store in stores), 240)
+    tasks = [f"{job}_{part}" for part in range(2)]
+    # The task that has the array's id.
+    stopped = next(task for task in tasks if cluster.job(task)["JobId"] == job)
+    cluster.run("scancel", "--batch", "--signal=USR1", stopped)
+    for task in tasks:
+        ended = cluster.wait(task, 240)
+        assert ended["JobState"] == "COMPLETED", cluster.log(ended["JobId"])
+        assert (int(ended["Restarts"]) > 0) == (task == stopped)
 
 
 def steps(run: Path) -> list[int]:

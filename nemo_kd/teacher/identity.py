@@ -1,0 +1,45 @@
+"""What identifies a teacher in a store's spec: its checkpoint, and how its numbers are computed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemo_kd.store.fingerprint import checkpoint_fingerprint
+
+
+class Settings(Protocol):
+    """The blocks of a `DumpConfig`, or of NeMo's configuration with the same keys."""
+
+    @property
+    def teacher(self) -> Any: ...
+    @property
+    def trainer(self) -> Any: ...
+    @property
+    def model(self) -> Any: ...
+
+
+def teacher_identity(config: Settings, path: Path, name: str | None = None) -> dict[str, Any]:
+    """Return `teacher` of the store's spec for the checkpoint at `path`.
+
+    In float32 every kind of teacher writes the same store. In a lower precision the numbers also
+    depend on which weights are rounded and by whom: only then are `weights` (`megatron_amp_O2`) and
+    `kind` recorded, and `kind` only where two kinds read the same checkpoint.
+    """
+    precision, kind = str(config.trainer.precision), config.teacher.kind
+    identity = {
+        "name": name or path.name,
+        "fingerprint": checkpoint_fingerprint(path),
+        "precision": precision,
+    }
+    dtype = precision.partition("-")[0]
+    if dtype != "32" and kind == "mcore" and _is_of_another_kind(path):
+        identity["kind"] = kind
+    if dtype != "32" and config.model.megatron_amp_O2:
+        identity["weights"] = dtype
+    return identity
+
+
+def _is_of_another_kind(path: Path) -> bool:
+    """Whether `nemo` or `hf` reads it too: a .nemo, a .gguf or a Hugging Face directory."""
+    return path.is_file() or any((path / f).is_file() for f in ("config.json", "model_config.yaml"))
