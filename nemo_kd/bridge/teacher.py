@@ -14,6 +14,7 @@ from nemo_kd.mcore.loading import DTYPES, MegatronTeacher
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig
+from nemo_kd.teacher.identity import teacher_identity
 
 
 def load_teacher(config: DumpConfig) -> MegatronTeacher:
@@ -35,6 +36,7 @@ def load_teacher(config: DumpConfig) -> MegatronTeacher:
         HFTokenizer(path),
         str(path.absolute()),
         max_positions=provider.seq_length if learned else None,
+        identity=teacher_identity(config, path, kind="bridge"),
     )
 
 

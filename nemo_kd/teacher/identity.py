@@ -19,21 +19,25 @@ class Settings(Protocol):
     def model(self) -> Any: ...
 
 
-def teacher_identity(config: Settings, path: Path, name: str | None = None) -> dict[str, Any]:
+def teacher_identity(
+    config: Settings, path: Path, name: str | None = None, kind: str | None = None
+) -> dict[str, Any]:
     """Return `teacher` of the store's spec for the checkpoint at `path`.
+
+    `kind`: who reads it, if that is not `teacher.kind`.
 
     In float32 every kind of teacher writes the same store. In a lower precision the numbers also
     depend on which weights are rounded and by whom: only then are `weights` (`megatron_amp_O2`) and
     `kind` recorded, and `kind` only where two kinds read the same checkpoint.
     """
-    precision, kind = str(config.trainer.precision), config.teacher.kind
+    precision, kind = str(config.trainer.precision), kind or config.teacher.kind
     identity = {
         "name": name or path.name,
         "fingerprint": checkpoint_fingerprint(path),
         "precision": precision,
     }
     dtype = precision.partition("-")[0]
-    if dtype != "32" and kind == "mcore" and _is_of_another_kind(path):
+    if dtype != "32" and kind in ("mcore", "bridge") and _is_of_another_kind(path):
         identity["kind"] = kind
     if dtype != "32" and config.model.megatron_amp_O2:
         identity["weights"] = dtype

@@ -56,6 +56,15 @@ def test_a_lower_precision_records_what_rounds_the_weights(tmp_path: Path, preci
         assert all(a != b for i, a in enumerate(identities) for b in identities[:i])
 
 
+def test_bridge_is_another_kind_in_a_lower_precision(tmp_path: Path) -> None:
+    hf = hf_directory(tmp_path / "hf")
+    path = f"model.restore_from_path={hf}"
+    for precision, differs in (("32", False), ("bf16", True)):
+        config = read(configuration("teacher.kind=hf", path, f"trainer.precision={precision}"))
+        by_bridge = teacher_identity(config, hf, kind="bridge")
+        assert (by_bridge != teacher_identity(config, hf)) is differs
+
+
 def test_unfinished_dumps_of_earlier_versions_resume(tmp_path: Path) -> None:
     """With the defaults, where no other kind of teacher reads the checkpoint."""
     assert set(identity(tmp_path / "teacher.nemo", "nemo")) == KNOWN
