@@ -118,6 +118,13 @@ def test_damaged_bits_are_refused(answers: int, lengths: str, rest: str, message
         codec(500, 7).decode({"records": bits(lengths, rest)}, answers)
 
 
+def test_an_id_with_two_counts_is_refused() -> None:
+    twice = topk([{4: 7}, {5: 4, 6: 3}], 7)
+    twice.ids[1, 1] = 5
+    with pytest.raises(StoreError, match="answer token 1: the id 5 twice"):
+        codec(500, 7).encode(twice)
+
+
 def test_counts_that_are_not_of_the_draws_are_refused() -> None:
     with pytest.raises(StoreError, match="needs the counts of 7 draws"):
         codec(500, 7).encode(topk([{5: 3, 6: 3}], 7))

@@ -74,7 +74,7 @@ class Sampled(Codec):
 
     def encode(self, topk: TopK) -> Arrays:
         draws, answers = self.spec.top_k, len(topk.ids)
-        check_entries(answers, draws)
+        check_entries(answers, max(draws, self.max_digits))
         shares = np.exp(np.minimum(topk.logits, 0), dtype=np.float64)
         drawn = np.rint(shares * draws).astype(np.int64)
         if (drawn.sum(axis=1) != draws).any() or topk.logsumexp.any():
@@ -85,6 +85,9 @@ class Sampled(Codec):
         present = drawn > 0
         token = np.repeat(np.arange(answers), present.sum(axis=1))
         ids, counts = self._ascending(token, topk.ids[present], drawn[present])
+        same = np.flatnonzero(np.diff(token << self.id_bits | ids) == 0)
+        if same.size:
+            raise StoreError(f"answer token {token[same[0]]}: the id {ids[same[0]]} twice")
         digits = 1 + np.searchsorted(self.smallest[1:-1], ids, side="right")
         lengths = np.zeros(answers * self.max_digits + len(ids), np.uint8)
         lengths[token * self.max_digits + digits - 1 + np.arange(len(ids))] = 1
