@@ -297,7 +297,7 @@ def test_every_script_of_make_experiments_starts(name: str) -> None:
     )
 
 
-UNFINISHED = ("prose", "knowledge")
+UNFINISHED = ("knowledge",)
 
 
 @pytest.mark.parametrize("name", ["run", "time_steps"])
