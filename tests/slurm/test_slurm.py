@@ -150,23 +150,29 @@ def test_what_waits_for_a_failed_dump_is_cancelled(
     assert not (tmp_path / "run").exists()
 
 
-def test_an_array_dumps_each_part_into_a_store_of_its_own(
-    cluster: Cluster, tiny: Path, tmp_path: Path
-) -> None:
-    lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
-    for part, some in enumerate((lines[:20], lines[20:])):
-        (tmp_path / f"part-{part}.jsonl").write_text("".join(some))
+def array_of_dumps(cluster: Cluster, tiny: Path, data: Path, output: Path, **more: str) -> str:
+    """Submit an array of two dumps, into `store-0` and `store-1` of `output`; return its id."""
     options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--time=20")
-    job = cluster.run(
+    return cluster.run(
         "sbatch",
         "--parsable",
         *options,
         "examples/slurm/dump_teacher.sbatch",
         *DUMP,
         TEACHER=str(tiny / "teacher.nemo"),
-        DATA=str(tmp_path / "part-%a.jsonl"),
-        STORE=str(tmp_path / "store-%a"),
+        DATA=str(data),
+        STORE=str(output / "store-%a"),
+        **more,
     ).strip()
+
+
+def test_an_array_dumps_each_part_into_a_store_of_its_own(
+    cluster: Cluster, tiny: Path, tmp_path: Path
+) -> None:
+    lines = (tiny / "train.jsonl").read_text().splitlines(keepends=True)
+    for part, some in enumerate((lines[:20], lines[20:])):
+        (tmp_path / f"part-{part}.jsonl").write_text("".join(some))
+    job = array_of_dumps(cluster, tiny, tmp_path / "part-%a.jsonl", tmp_path)
     for part, rows in enumerate((20, len(lines) - 20)):
         assert cluster.wait(f"{job}_{part}", 180)["JobState"] == "COMPLETED"
         assert len(Store(tmp_path / f"store-{part}")) == rows
@@ -175,18 +181,7 @@ def test_an_array_dumps_each_part_into_a_store_of_its_own(
 def test_the_time_limit_of_a_task_leaves_the_other_tasks_of_its_array_alone(
     cluster: Cluster, tiny: Path, rows: Path, tmp_path: Path
 ) -> None:
-    options = ("--array=0-1", "--nodes=1", "--ntasks-per-node=1", "--time=20")
-    job = cluster.run(
-        "sbatch",
-        "--parsable",
-        *options,
-        "examples/slurm/dump_teacher.sbatch",
-        *DUMP,
-        TEACHER=str(tiny / "teacher.nemo"),
-        DATA=str(rows),
-        STORE=str(tmp_path / "store-%a"),
-        GRACE="50",
-    ).strip()
+    job = array_of_dumps(cluster, tiny, rows, tmp_path, GRACE="50")
     stores = [tmp_path / f"store-{part}" for part in range(2)]
     wait_for(lambda: all(list(store.glob("shard-*")) for store in stores), 240)
     tasks = [f"{job}_{part}" for part in range(2)]
