@@ -36,6 +36,7 @@ from nemo_kd.store.sample import EncodedSample, Sample, Tokens
 from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.arrow import arrow, columns_of, lists_of, numbers_of, opened, rows_of
+from nemo_kd.store.tools.jsonl import width_of
 from nemo_kd.store.tools.selection import same_encoding
 from nemo_kd.topk import ABSENT_ID, TopK, t1_index
 
@@ -106,8 +107,8 @@ def read_parquet(
 ) -> Iterator[Sample | EncodedSample]:
     """Yield the samples of a file, cut to the first `spec.top_k` ids.
 
-    `widths` counts samples by the largest number of ids of their tokens, at least K. Raises
-    StoreError, naming file and row, for a row that is not a sample.
+    `widths` counts the samples by the largest number of ids that a token of theirs has in the file.
+    Raises StoreError, naming file and row, for a row that is not a sample.
     """
     recorded = spec_of(path)
     own = recorded is not None and same_encoding(recorded, spec)
@@ -206,7 +207,7 @@ def _nested(values: NDArray[Any], lengths: list[NDArray[np.int64]], kind: Any) -
 def _sample(
     values: dict[str, Any], spec: StoreSpec, names: list[str]
 ) -> tuple[Sample | EncodedSample, int]:
-    """Return a row as a sample, and the largest number of ids of its tokens, at least K.
+    """Return a row as a sample, and the largest number of ids that a token of it has.
 
     The sample is encoded if its `encoded_` columns `names` decode to the others.
     """
@@ -219,11 +220,12 @@ def _sample(
     tokens = Tokens(row, input_ids.astype(np.int32), mask.astype(np.uint8))
     read = _Read.of(values, tokens.answers, spec)
     sample = Sample(row, tokens.input_ids, tokens.loss_mask, read.topk(spec))
+    width = width_of(read.ids)
     arrays = _encoded(values, spec, names)
     if arrays is None or not read.is_of(arrays, spec):
-        return sample, read.ids.shape[1]
+        return sample, width
     checked_topk(sample, tokens.answers, spec)
-    return EncodedSample(row, tokens.input_ids, tokens.loss_mask, arrays), read.ids.shape[1]
+    return EncodedSample(row, tokens.input_ids, tokens.loss_mask, arrays), width
 
 
 @dataclass(frozen=True)
