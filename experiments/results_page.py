@@ -109,21 +109,11 @@ def published_table(study: Study) -> str:
 
 def benchmark_rows(study: Study) -> dict[str, dict[str, Row]]:
     """Domain → label → row; a label is the same method in every domain."""
-    code = {row.label: row for row in teachers(study.rows["reference"])}
-    code |= {row.label: row for row in (*study.rows["headline"], *study.rows["budget"][1:])}
-    math = {row.label: row for row in teachers(study.rows["math_reference"])}
-    math |= {row.label: row for row in (*study.rows["math"], *study.rows["math_budget"][1:])}
-    return {
-        "code": code,
-        "prose": {row.label: row for row in study.rows["prose"]},
-        "math": math,
-        WORDED: {row.label: row for row in study.rows["worded"]},
-        LARGER: {row.label: row for row in study.rows["knowledge"]},
-    }
-
-
-def teachers(rows: Sequence[Row]) -> list[Row]:
-    return [row for row in rows if row.label.startswith("Teacher")]
+    found: dict[str, dict[str, Row]] = {}
+    for domain, names in EXPERIMENTS.items():
+        rows = [row for name in names for row in study.rows[name]]
+        found[domain] = {row.label: row for row in rows if row.label in METHODS.values()}
+    return found
 
 
 def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
@@ -146,7 +136,8 @@ def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
             questions[name] = f"{name}: {size} {what}, up to {50 / size**0.5:.1f} points"
     every = [row for rows in found.values() for row in rows.values() if row.found]
     fewer = {len(row.found) for row in every if "of the steps" in row.label}
-    seeds = f" ({words.plural(min(fewer), 'seed')})" if fewer else ""
+    least = f"{min(fewer)} to " if len(fewer) > 1 else ""
+    seeds = f" ({least}{words.plural(max(fewer), 'seed')})" if fewer else ""
     return (
         f"Means over the finished seeds of {words.DEFAULT}, on held-out modules of code and "
         f"prose and held-out questions; {NOT_PLANNED}: not measured. Lower is better for "
@@ -190,6 +181,14 @@ METHODS = {
 """Column of the first table → label in the experiments."""
 LARGER = "code, 15 layers"
 WORDED = "math, several wordings"
+EXPERIMENTS = {
+    "code": ("reference", "budget", "headline"),
+    "prose": ("prose_budget", "prose"),
+    "math": ("math_reference", "math_budget", "math"),
+    WORDED: ("worded",),
+    LARGER: ("knowledge_budget", "knowledge"),
+}
+"""Domain → experiments of the first table; of equal labels the last one counts."""
 LOSS, RATIO = ("loss", "sft_loss"), ("ratio", "")
 GENERATED = {"parses": "function parses", "exact": EXACT}
 BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
