@@ -121,18 +121,21 @@ class Assets:
         return [*self.data_steps(domain), step]
 
     def store_steps(self, domain: str, teacher: str, store: str) -> list[Step]:
-        """Dump the teacher's logits of the training split.
+        """Dump the teacher's logits of the training split, of its answers.
 
         `plain-K` and `compact-K` with K logits; `top_p-K` with those that hold `TOP_P` of the
         probability, at most K; `sampled-N` with N draws. All others are converted from a full dump.
-        `@T` after any of these is a dump at temperatures 1 and T.
+        `@T` after any of these is a dump at temperatures 1 and T. `plain-K-all` has all tokens, not
+        only the answers'.
         """
         whole = f"plain-{self.cfg.teacher.top_k}"
-        profile, _, size = store.rpartition("-")
+        every_token = store.endswith(ALL_TOKENS)
+        profile, _, size = store.removesuffix(ALL_TOKENS).rpartition("-")
         size, _, temperature = size.partition("@")
-        if store == whole or temperature or profile == "sampled":
+        if store == whole or temperature or profile == "sampled" or every_token:
             options = [f"dump.top_k={size}", f"dump.profile={profile}"]
             options += [f"dump.temperatures=[1.0,{temperature}]"] if temperature else []
+            options += ["model.answer_only_loss=false"] if every_token else []
             steps = [self._dump(domain, teacher, "train", store, options)]
             return [*self.teacher_steps(domain, teacher), *steps]
         source = self.store(domain, teacher, "train", whole)
@@ -209,6 +212,7 @@ class Assets:
 
 SIZES = ("train", "valid", "test", "groups", "max_tokens", "seed")
 TOP_P = 0.8
+ALL_TOKENS = "-all"
 
 
 def _at(temperature: float) -> str:

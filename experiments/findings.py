@@ -133,7 +133,7 @@ def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results) -> Seeds:
     found: Seeds = {}
     for run in runs:
         sft = Run(domain=run.domain, layers=run.layers, alpha=0, seed=run.seed)
-        is_sft = run.alpha == 0 and run.answers == sft.answers
+        is_sft = run.alpha == 0 and (run.answers, run.tokens) == (sft.answers, sft.tokens)
         result = None if is_sft else result_of(cfg, sft, results)
         if result is not None:
             found[run.seed] = result

@@ -21,7 +21,15 @@ from typing import Any
 
 import functions
 import worked_problems
-from assets import CHECKPOINTS, TEACHER_LAYERS, Assets, export_step, generated_length, training
+from assets import (
+    ALL_TOKENS,
+    CHECKPOINTS,
+    TEACHER_LAYERS,
+    Assets,
+    export_step,
+    generated_length,
+    training,
+)
 from omegaconf import DictConfig
 from steps import ROOT, Step, StepFailedError, Workshop
 from study import Run
@@ -44,8 +52,9 @@ def train_stores(run: Run, assets: Assets) -> tuple[list[Step], list[Path]]:
     stores = []
     if run.answers in ("original", "both"):
         # SFT has no use for the logits: it shares the store of its experiment's other runs.
-        steps += assets.store_steps(run.domain, run.teacher, run.store)
-        whole = assets.store(run.domain, run.teacher, "train", run.store)
+        name = run.store + ALL_TOKENS if run.tokens == "all" else run.store
+        steps += assets.store_steps(run.domain, run.teacher, name)
+        whole = assets.store(run.domain, run.teacher, "train", name)
         if run.trust == "right":
             parts = whole.with_name(f"{whole.name}-parts")
             split = ("experiments/split_trusted.py", str(whole), str(parts))
