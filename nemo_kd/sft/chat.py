@@ -137,7 +137,16 @@ class ChatTemplate:
         """Return the numbers of the turns to learn; with `all`, of those not to learn."""
         turns, weights = conversation.assistant_turns(), conversation.weights
         if self.train_on == "all":
-            return [i for i, weight in enumerate(weights) if i in turns and weight == 0]
+            left_out = [i for i, weight in enumerate(weights) if weight == 0]
+            for i in left_out:
+                if i not in turns:
+                    role = conversation.messages[i]["role"]
+                    raise RowError(
+                        f"message {i} ({role}) has weight 0, but every token is learned: only an "
+                        "assistant message can be left out; remove the weight, or set "
+                        "data.train_on=all_assistant (and answer_only_loss=true)"
+                    )
+            return left_out
         for i, weight in enumerate(weights):
             if weight == 1 and i not in turns:
                 role = conversation.messages[i]["role"]

@@ -102,7 +102,7 @@ class RowConfig:
     """Texts around NeMo's turns, as in NeMo: `turn_start`, `end_of_turn` and so on."""
     train_on: TrainOn = "all_assistant"
     """Turns of a conversation that are learned: `all_assistant`, `last_assistant`, or `all` for
-    every token. A message's `weight: 0` leaves it out."""
+    every token. An assistant message's `weight: 0` leaves it out."""
 
     def __post_init__(self) -> None:
         try:

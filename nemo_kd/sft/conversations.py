@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from nemo_kd.sft.jsonl import RowError
-from nemo_kd.sft.messages import REASONING, tools_of
+from nemo_kd.sft.messages import REASONING, ROLES, check_row, tools_of, weight_of
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, NoAnswerError
 from nemo_kd.sft.spans import Span, encode_spans
 from nemo_kd.sft.tokenizer import Tokenizer, decoded
@@ -163,6 +163,7 @@ def check_held(row: Any) -> None:
     """Raise RowError for what a row of `conversations` asks and NeMo's layout cannot hold."""
     if not isinstance(row, Mapping):
         return
+    check_row(row)
     if tools_of(row.get("tools")):
         raise RowError(f"the row's tools: {NOT_HELD}")
     turns = row.get("conversations")
@@ -173,8 +174,9 @@ def check_held(row: Any) -> None:
 
 def _more(turn: Mapping[str, Any]) -> str:
     """Return what a turn has besides its words, for a message; empty if it has no more."""
-    if turn.get("weight") not in (None, 1):
-        return f"weight {turn['weight']!r:.60}"
+    weight = weight_of(turn, "a turn")
+    if weight == 0 and ROLES.get(str(turn.get("from", "")).lower()) != "user":
+        return "weight 0"
     return next((key for key in ("tool_calls", *REASONING) if turn.get(key)), "")
 
 

@@ -83,8 +83,10 @@ class HashedFile(OneFile):
     def read(self, start: int, stop: int) -> bytes:
         """Return the bytes [start, stop) of the file that was hashed.
 
-        Raises RowError if it is shorter now.
+        Raises RowError if the file has been changed in place since.
         """
+        if _Stamp.of(os.fstat(self.descriptor)) != self._stamp:
+            self.check_unchanged()
         data = os.pread(self.descriptor, stop - start, start)
         while len(data) < stop - start:  # a partial read of a long row, or a truncated file
             part = os.pread(self.descriptor, stop - start - len(data), start + len(data))

@@ -34,8 +34,20 @@ SPELLINGS = {**ROLES, "developer": "developer"}
 OWN_ROLES = ("observation",)
 """Roles of `messages` that templates know by this name, such as GLM-4's."""
 
+LEARNED = ("train", "training", "trainable", "loss")
+"""Keys by which other trainers say with true or false what `weight` says with 1 or 0."""
+ROW_WIDE = {
+    "chat_template_kwargs": "set data.chat_template_kwargs for all rows",
+    "documents": "write them into a message",
+    "system_prompt": "rename it to `system`",
+}
+"""Fields of a row that change what is asked, and what to do instead."""
+
 REASONING = ("reasoning_content", "reasoning", "thinking")
 """Keys under which messages hold the reasoning before an answer."""
+
+BESIDE_VALUE = ("weight", "tool_calls", "tool_call_id", "name", *LEARNED)
+"""Keys of a turn of `conversations` that mean the same as in a message."""
 
 Message = dict[str, Any]
 
@@ -71,6 +83,7 @@ def conversation_of(row: Any, key: str | None = None) -> Conversation:
     """
     if not isinstance(row, Mapping):
         raise RowError(f"a JSON {type(row).__name__}: expected an object with messages")
+    check_row(row)
     if row.get("functions"):
         raise RowError("functions are an old form of tools; write tools and tool_calls")
     keys = ("messages", "conversations") if key is None else (key,)
@@ -83,8 +96,24 @@ def conversation_of(row: Any, key: str | None = None) -> Conversation:
         raise RowError("the conversation is empty; remove the row")
     turns = _with_system(turns, row.get("system"))
     messages = [_message(turn, i) for i, turn in enumerate(turns)]
-    weights = [_weight(message.pop("weight", None), i) for i, message in enumerate(messages)]
+    weights = [weight_of(message, f"message {i}") for i, message in enumerate(messages)]
+    for message in messages:
+        message.pop("weight", None)
     return Conversation(messages, tools_of(row.get("tools")), weights)
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Raise RowError for a field beside the conversation that changes what is asked or learned."""
+    for name, instead in ROW_WIDE.items():
+        if row.get(name) and row[name] not in _said(row):
+            raise RowError(
+                f"{name} is {row[name]!r:.60}: it is not read of a row; {instead}, or remove it"
+            )
+    weight = row.get("weight")
+    if isinstance(weight, int | float) and weight != 1:
+        raise RowError(
+            f"the row has weight {weight}: rows are not weighted; remove the row, or the weight"
+        )
 
 
 def _with_system(turns: list[Any], system: Any) -> list[Any]:
@@ -169,6 +198,12 @@ class Arguments(dict[str, Any]):
     """Arguments of a tool call, with their JSON as in the row for templates that write it."""
 
     text: str
+    is_text: bool
+    """Whether the row has them as JSON, which transformers' templates would get."""
+
+    def __str__(self) -> str:
+        """Return what a template writes that does not convert them."""
+        return self.text if self.is_text else super().__str__()
 
 
 def _arguments(arguments: Any, where: str) -> Arguments:
@@ -181,8 +216,8 @@ def _arguments(arguments: Any, where: str) -> Arguments:
     if not isinstance(value, dict):
         raise RowError(f"{where}: arguments are {arguments!r:.60}: expected a JSON object")
     made = Arguments(value)
-    is_text = isinstance(arguments, str)
-    made.text = arguments if is_text else json.dumps(value, ensure_ascii=False)
+    made.is_text = isinstance(arguments, str)
+    made.text = arguments if isinstance(arguments, str) else json.dumps(value, ensure_ascii=False)
     return made
 
 
@@ -200,12 +235,27 @@ def tools_of(tools: Any) -> list[Any] | None:
     return tools or None
 
 
-def _weight(weight: Any, number: int) -> int | None:
-    if weight is None:
-        return None
-    if isinstance(weight, bool) or weight not in (0, 1):
-        raise RowError(f"message {number}: weight is {weight!r:.60}: expected 0 or 1")
-    return int(weight)
+def _said(row: Mapping[str, Any]) -> list[Any]:
+    """Return the contents of a row's messages."""
+    turns = row.get("messages") or row.get("conversations")
+    known = turns if isinstance(turns, list) else []
+    return [turn.get("content", turn.get("value")) for turn in known if isinstance(turn, Mapping)]
+
+
+def weight_of(message: Mapping[str, Any], where: str) -> int | None:
+    """Return whether a message is learned, 1 or 0, by its `weight` or another trainer's key.
+
+    None if it does not say. Raises RowError for another weight, and for keys that disagree.
+    """
+    weight = message.get("weight")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise RowError(f"{where}: weight is {weight!r:.60}: expected 0 or 1")
+    said = {key: int(message[key]) for key in LEARNED if isinstance(message.get(key), bool)}
+    if weight is not None:
+        said["weight"] = int(weight)
+    if len({*said.values()}) > 1:
+        raise RowError(f"{where}: {said} disagree; remove all but one")
+    return next(iter(said.values()), None)
 
 
 def _turns(row: Mapping[str, Any]) -> list[Message]:
@@ -224,7 +274,7 @@ def _turns(row: Mapping[str, Any]) -> list[Message]:
 def _turn(turn: Any, where: str) -> Message:
     if not isinstance(turn, Mapping) or not isinstance(turn.get("value"), str):
         raise RowError(f"{where} is {turn!r:.60}: expected an object with from and value")
-    more = {key: turn[key] for key in ("weight", *REASONING) if key in turn}
+    more = {key: turn[key] for key in (*BESIDE_VALUE, *REASONING) if key in turn}
     return {"role": _role(turn.get("from"), where), "content": turn["value"], **more}
 
 

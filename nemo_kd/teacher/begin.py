@@ -15,7 +15,7 @@ from nemo_kd.sft.checks import BadRowErrors
 from nemo_kd.sft.rows import BadRows, Check
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
-from nemo_kd.store.manifest import REPLACED
+from nemo_kd.store.manifest import MANIFEST, REPLACED, Manifest
 from nemo_kd.store.sample import Tokens
 from nemo_kd.teacher.layout import Layout
 
@@ -159,6 +159,32 @@ def _keep_unchanged(
             f"{len(shards) - kept} are dumped again or removed"
         )
     layout.barrier()
+
+
+def check_kept(
+    writer: StoreWriter, spec: StoreSpec, num_rows: int, bad: BadRows, layout: Layout
+) -> None:
+    """Raise RowError on every rank if kept shards lack rows and `bad` would drop none.
+
+    Their rows were left out by an earlier run with other settings. Collective: a broadcast.
+    """
+    lacking, refusal = 0, ""
+    if layout.rank == 0 and not (bad.drop_bad or bad.drop_unanswered):
+        if (writer.directory / MANIFEST).exists():
+            lacking = num_rows - Manifest.read(writer.directory).totals["samples"]
+        else:
+            shards = range(shards_of(spec, num_rows))
+            infos = [(shard, writer.complete_shard(shard)) for shard in shards]
+            lacking = sum(len(rows_of(s, spec, num_rows)) - i.samples for s, i in infos if i)
+    if lacking:
+        refusal = (
+            f"{writer.directory}: an earlier run, with on_bad_row=drop or data.no_answer=drop, has "
+            f"left out {lacking} rows of the complete shards; set the same again to keep these "
+            "shards, or overwrite=true to dump all rows again"
+        )
+    refusal = layout.from_rank_0(refusal)
+    if refusal:
+        raise RowError(refusal)
 
 
 def check_rows(

@@ -20,6 +20,7 @@ from nemo_kd.store.ours import remove_part
 from nemo_kd.teacher.begin import (
     Source,
     TokensOf,
+    check_kept,
     check_rows,
     locked,
     open_writer,
@@ -93,7 +94,8 @@ def write_store(
     of a shard in any order, on the writing rank; `check(row numbers)` is called before the first
     shard with the shortest and the longest row, on every rank; `tokens_of` is passed to
     `open_writer`.
-    Raises RowError instead of writing a store of no row, because every row was left out.
+    Raises RowError instead of writing a store of no row, because every row was left out, and for
+    shards of an earlier run that left out rows, if this one is to leave out none.
     Collectives over all ranks: a few small ones before the first shard and after the last.
     """
     shards = shards_of(spec, len(source))
@@ -115,6 +117,8 @@ def write_store(
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
         # Its collective also keeps a rank from writing before others have listed complete shards.
         extremes = check_rows(source, todo_rows, bad_rows(config), layout)
+        if tokens_of is not None:  # a generation leaves out answers as a matter of course
+            check_kept(writer, spec, len(source), bad_rows(config), layout)
         if extremes is not None:
             check(extremes)
         done = len(mine) - len(todo)

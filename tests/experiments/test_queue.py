@@ -243,6 +243,23 @@ def test_a_temperature_has_a_store_that_was_dumped_at_it(cfg: Any, tmp_path: Pat
         assert temperatures == ([] if usual else [f"dump.temperatures=[1.0,{run.temperature:g}]"])
 
 
+def test_only_the_training_store_of_a_run_on_all_tokens_has_the_prompts(
+    cfg: Any, tmp_path: Path
+) -> None:
+    usual = Run(alpha=0.9, lr=1.2e-3)
+    every = dataclasses.replace(usual, tokens="all")
+    for run in (usual, every):
+        planned = steps(run, Assets(cfg, tmp_path), [])
+        dumps = {each.name for each in planned if "dump_teacher_topk" in each.arguments[0]}
+        prompts = {
+            step.name for step in planned if "model.answer_only_loss=false" in step.arguments
+        }
+        trains = " ".join(next(each for each in planned if each.name.startswith("train")).arguments)
+        assert len(dumps) == 3
+        assert prompts == ({"code-tuned-train-plain-100-all"} if run is every else set())
+        assert ("code-tuned-train-plain-100-all]" in trains) == (run is every)
+
+
 def test_rounds_start_from_the_same_run_without_them(cfg: Any, tmp_path: Path) -> None:
     assets = Assets(cfg, tmp_path)
     run = Run(domain="math", layers=10, alpha=0.9, lr=6e-4, rounds=2)
@@ -297,7 +314,7 @@ def test_every_script_of_make_experiments_starts(name: str) -> None:
     )
 
 
-UNFINISHED = ("knowledge", "budget", "prose_budget", "knowledge_budget")
+UNFINISHED = ("knowledge", "budget", "prose_budget", "knowledge_budget", "tokens")
 
 
 @pytest.mark.parametrize("name", ["run", "time_steps"])

@@ -95,6 +95,13 @@ def test_a_last_turn_that_is_empty_is_not_replaced_by_another() -> None:
     assert chat_template("qwen3", train_on="all")(conversation_of(row)).loss_mask.all()
 
 
+def test_weight_0_of_a_user_is_an_error_if_every_token_is_learned() -> None:
+    row = {"messages": [user("a", weight=0), assistant("b")]}
+    assert learned(chat_template("qwen3"), row)
+    with pytest.raises(RowError, match=r"message 0 \(user\) has weight 0, but every token is"):
+        chat_template("qwen3", train_on="all")(conversation_of(row))
+
+
 def test_weight_1_of_a_user_is_an_error() -> None:
     row = {"messages": [user("a", weight=1), assistant("b")]}
     with pytest.raises(RowError, match=r"message 0 \(user\) has weight 1"):
@@ -242,6 +249,31 @@ def test_arguments_as_json_for_templates_that_write_text() -> None:
     one["function"]["arguments"] = '{ "x":1 }'
     row = {"messages": [user("a"), assistant("", tool_calls=[one])]}
     assert learned(with_text(text), row) == ['f{ "x":1 }<|im_end|>']
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [('{"c": "P", "b": true}', '{"c": "P", "b": true}'), ({"c": "P"}, "{'c': 'P'}")],
+)
+def test_arguments_that_a_template_writes_are_those_of_transformers(
+    arguments: Any, expected: str
+) -> None:
+    """JSON text stays as it is; of an object transformers writes Python's form."""
+    text = (
+        "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content }}"
+        "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}"
+        "{% endfor %}{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}"
+        "{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    one = call("f")
+    one["function"]["arguments"] = arguments
+    messages = [user("a"), assistant("", tool_calls=[one])]
+    chat = with_text(text)
+    own = chat.tokenizer.tokenizer.apply_chat_template(  # type: ignore[attr-defined]
+        messages, chat_template=text, tokenize=False
+    )
+    assert own.endswith(f"f{expected}<|im_end|>")
+    assert learned(chat, {"messages": messages}) == [f"f{expected}<|im_end|>"]
 
 
 def test_todays_date_is_a_fixed_one_and_said_once() -> None:

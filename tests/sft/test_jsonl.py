@@ -147,6 +147,12 @@ def test_rows_are_those_that_were_hashed_or_the_change_is_noticed(tmp_path: Path
     os.replace(copy, path)  # copied again
     file.check_unchanged()
     assert [file[i] for i in range(3)] == [1, 2, 3]
+    with path.open("r+") as inside:
+        inside.write("7")
+    with pytest.raises(RowError, match="has changed since this run began to read it"):
+        file[0]  # not 7
+    write(path, lines(1, 2, 3))
+    assert file[0] == 1
     with path.open("a") as appending:
         appending.write("4\n")
     with pytest.raises(RowError, match="has changed since this run began to read it"):

@@ -88,6 +88,44 @@ def test_sharegpts_conversations() -> None:
     ]
 
 
+def test_tool_calls_of_conversations_are_those_of_messages() -> None:
+    """Other trainers' rows have them beside `value`."""
+    use = {"tool_calls": [call('{"x": 1}')]}
+    answer = {"tool_call_id": "c1", "name": "f"}
+    asked = {"from": "gpt", "value": "I look.", **use}
+    row = {"conversations": [HUMAN, asked, {"from": "tool", "value": "2", **answer}]}
+    same = [
+        {"role": "user", "content": "c"},
+        {"role": "assistant", "content": "I look.", **use},
+        {"role": "tool", "content": "2", **answer},
+    ]
+    found, of_messages = conversation_of(row), conversation_of({"messages": same})
+    assert found == of_messages
+    assert found.messages[1]["tool_calls"] and found.messages[2]["tool_call_id"] == "c1"
+
+
+@pytest.mark.parametrize("key", ["train", "training", "trainable", "loss"])
+def test_other_trainers_keys_mean_weight(key: str) -> None:
+    turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", key: False}]
+    assert conversation_of({"messages": turns}).weights == [None, 0]
+    turns = [HUMAN, {"from": "gpt", "value": "a", key: False}, {**HUMAN, key: True}]
+    assert conversation_of({"conversations": turns}).weights == [None, 0, 1]
+    assert conversation_of(say(content="a", **{key: 0.5})).weights == [None]
+    with pytest.raises(RowError, match="disagree"):
+        conversation_of(say(content="a", weight=1, **{key: False}))
+
+
+def test_a_system_prompt_that_the_messages_say_is_not_refused() -> None:
+    row = {**say(content="a"), "system_prompt": "x"}
+    with pytest.raises(RowError, match="rename it to `system`"):
+        conversation_of(row)
+    conversation_of({**row, "messages": [SYSTEM, *row["messages"]]})
+    conversation_of({"system_prompt": "c", "conversations": [{**HUMAN, "from": "system"}]})
+    for name in ("system_prompt", "chat_template_kwargs", "documents", "weight"):
+        conversation_of({**say(content="a"), name: None})
+    conversation_of({**say(content="a"), "weight": "heavy", "chat_template_kwargs": {}})
+
+
 def test_a_system_text_beside_messages_comes_first() -> None:
     turns = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
     first = {"role": "system", "content": "You are brief."}
@@ -154,6 +192,9 @@ def say(**message: Any) -> dict[str, Any]:
         ({**say(content="a"), "tools": "{"}, "tools are not JSON"),
         ({**say(content="a"), "tools": ["f"]}, "tools: 'f': expected an object"),
         ({**say(content="a"), "functions": [{}]}, "functions are an old form"),
+        ({**say(content="a"), "weight": 0}, "the row has weight 0: rows are not weighted"),
+        ({**say(content="a"), "chat_template_kwargs": {"x": 1}}, "data.chat_template_kwargs for"),
+        ({**say(content="a"), "documents": ["d"]}, "documents is .*write them into a message"),
         ({"conversations": [{"from": "who", "value": "a"}]}, "'who' is no known speaker"),
         ({"conversations": [{"from": "User"}]}, "expected an object with from and value"),
         ({"mask": "Assistant", "conversations": [{}]}, "mask 'Assistant'"),

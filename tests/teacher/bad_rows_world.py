@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stderr, redirect_stdout
@@ -146,14 +148,13 @@ def lines(rows: Sequence[Any]) -> str:
     return "".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows)
 
 
-def meddling(path: Path, text: str) -> Any:
-    """Teacher → one whose forward pass appends to the file, as another process might."""
+def meddling(act: Callable[[], None]) -> Any:
+    """Teacher → one during whose forward passes something else happens."""
 
     class Forward(HFForward):
         def __call__(self, rows: Sequence[Row], micro_batch_size: int) -> Any:
             if self.select.spec.top_k == 20:  # a pass of the dump, not of the check before it
-                with path.open("a") as file:
-                    file.write(text)
+                act()
             return super().__call__(rows, micro_batch_size)
 
     class Teacher(HFTeacher):
@@ -163,6 +164,16 @@ def meddling(path: Path, text: str) -> Any:
     return lambda teacher: Teacher(
         teacher.model, teacher.tokenizer, teacher.tokenizer_origin["path"], teacher.layout
     )
+
+
+def appending(path: Path, text: str) -> Callable[[], None]:
+    """Append to the file, as another process might."""
+
+    def act() -> None:
+        with path.open("a") as file:
+            file.write(text)
+
+    return act
 
 
 def main(directory: Path) -> None:
@@ -181,6 +192,13 @@ def main(directory: Path) -> None:
 
     world.dump("refused", "bad", "refused")
     world.dump("dropped", "bad", "dropped", "on_bad_row=drop")
+    stop = meddling(lambda: os.kill(os.getpid(), signal.SIGTERM))
+    world.dump("dropped, complete", "bad", "dropped")
+    world.dump("dropped, again", "bad", "dropped", "data.no_answer=drop")
+    (directory / "half").write_text(lines([*clean[:2], broken, clean[3], broken]))
+    world.dump("half", "half", "half-store", "on_bad_row=drop", meddle=stop)
+    world.dump("half, all", "half", "half-store")
+    world.dump("half, the same", "half", "half-store", "on_bad_row=drop")
     world.dump("nothing", "nothing", "nothing-store", "on_bad_row=drop")
 
     # One bad row late in the file; mended, the rest is kept.
@@ -202,7 +220,7 @@ def main(directory: Path) -> None:
     world.dump("other K", "data", "growing", "dump.top_k=19")
 
     data.write_text(lines(clean))
-    world.dump("changed", "data", "changed", meddle=meddling(data, lines([rows[ROWS]])))
+    world.dump("changed", "data", "changed", meddle=meddling(appending(data, lines([rows[ROWS]]))))
     world.dump("changed, again", "data", "changed")
     world.dump("changed, fresh", "data", "changed-fresh")
 

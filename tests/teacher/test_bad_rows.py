@@ -71,6 +71,18 @@ def test_dropped_rows_are_counted_and_named(world: Path, said: dict[str, list[st
     assert "no row is left to dump: 2 of 2 rows" in said["nothing"][0]
 
 
+def test_rows_that_an_earlier_run_left_out_are_not_passed_over(
+    world: Path, said: dict[str, list[str]]
+) -> None:
+    """Neither in a complete store nor in one that is resumed."""
+    assert "has left out 5 rows of the complete shards" in said["dropped, complete"][0]
+    assert "set the same again to keep these shards, or overwrite=true" in said["half, all"][0]
+    assert "has left out 1 rows" in said["half, all"][0]
+    assert not said["dropped, again"][0] and not said["half, the same"][0]
+    assert "1 of 2 shards are complete" in said["half"][1]
+    assert [sample.row for sample in Store(world / "half-store")] == [0, 1, 3]
+
+
 def test_a_row_with_nan_is_refused_by_number_and_complete_shards_are_kept(
     said: dict[str, list[str]],
 ) -> None:
