@@ -54,11 +54,7 @@ class KDConfig:
                     "At the limits use `forward_kl` or `reverse_kl`."
                 )
         self._check_parameters()
-        if not 0 < self.temperature <= MAX_TEMPERATURE:
-            raise NemoKDError(
-                f"temperature is {self.temperature}: expected a value > 0 and at most "
-                f"{MAX_TEMPERATURE:g}."
-            )
+        check_temperature("temperature", self.temperature)
         if self.support == "vocab" and DIVERGENCES[self.divergence].needs_teacher_everywhere:
             raise NemoKDError(
                 f"divergence {self.divergence!r} is infinite on support 'vocab', where the teacher "
@@ -108,10 +104,23 @@ class KDConfig:
                 f"alpha = {self.alpha} and {given} are both given: use alpha, or sft_weight and "
                 "kd_weight."
             )
-        if self.alpha is not None and not 0 <= self.alpha <= 1:
-            raise NemoKDError(f"alpha is {self.alpha}: expected a value in [0, 1].")
+        check_alpha("alpha", self.alpha)
         for name, weight in given.items():
             if not 0 <= weight < float("inf"):
                 raise NemoKDError(f"{name} is {weight}: expected a finite value >= 0.")
         if not any(self.weights):
             raise NemoKDError("sft_weight and kd_weight are both 0: nothing would be learned.")
+
+
+def check_alpha(name: str, value: float | None) -> None:
+    """Raise NemoKDError for a weight of the distillation outside [0, 1]; None is accepted."""
+    if value is not None and not 0 <= value <= 1:
+        raise NemoKDError(f"{name} is {value}: expected a value in [0, 1].")
+
+
+def check_temperature(name: str, value: float | None) -> None:
+    """Raise NemoKDError for a temperature that is not in (0, 100]; None is accepted."""
+    if value is not None and not 0 < value <= MAX_TEMPERATURE:
+        raise NemoKDError(
+            f"{name} is {value}: expected a value > 0 and at most {MAX_TEMPERATURE:g}."
+        )

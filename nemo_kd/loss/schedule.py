@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.loss.config import KDConfig
+from nemo_kd.loss.config import KDConfig, check_alpha, check_temperature
 from nemo_kd.loss.names import check_name
 
 SCHEDULES = ("linear", "cosine")
@@ -47,7 +47,9 @@ class KDSchedule(KDConfig):
                 "number of training steps"
             )
         if self.scheduled:
-            _ = self.end  # checks the final values
+            check_alpha("alpha_end", self.alpha_end)
+            check_temperature("temperature_end", self.temperature_end)
+            _ = self.end  # checks the rest of the final values
             return
         for name, default in (("schedule", KDSchedule.schedule), ("schedule_steps", None)):
             value = getattr(self, name)

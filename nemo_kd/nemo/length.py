@@ -8,6 +8,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
+from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.record import Progress, say
 from nemo_kd.nemo.splits import Split, splits_of
 from nemo_kd.sft import open_files
@@ -33,6 +34,7 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
         trainer.max_steps, trainer.max_epochs = steps, -1
         trainer.val_check_interval = _interval(trainer.get("val_check_interval"), steps, epoch)
     _check_warmup(cfg, steps)
+    _check_schedule(cfg, steps)
     if validates(cfg):
         _check_validation(cfg)
     else:
@@ -223,6 +225,18 @@ def _check_warmup(cfg: DictConfig, steps: int) -> None:
             f"WARNING: model.optim.sched.warmup_steps={warmup} of a run of {steps} steps: the "
             f"learning rate reaches at most {optim.lr * steps / (warmup + 1):.2g} of "
             f"model.optim.lr={optim.lr:g}; lower warmup_steps, or set null and warmup_ratio"
+        )
+
+
+def _check_schedule(cfg: DictConfig, steps: int) -> None:
+    """Print a warning if the run ends before its schedule of alpha and temperature."""
+    kd = kd_training_config(cfg.model.kd)
+    if kd.scheduled and kd.schedule_steps is not None and kd.schedule_steps > steps:
+        last = kd.at(steps - 1, steps)
+        say(
+            f"WARNING: model.kd.schedule_steps={kd.schedule_steps} of a run of {steps} steps: "
+            f"its last step has alpha={last.weights[1]:.4g}, temperature={last.temperature:.4g}, "
+            "not the schedule's end, with which it is validated; set null for the run's length"
         )
 
 

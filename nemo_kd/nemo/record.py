@@ -20,6 +20,8 @@ from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.resumed_settings import Settings
 from nemo_kd.nemo.splits import TrainSplit
 from nemo_kd.sft import open_files
+from nemo_kd.sft.chat_template import resolved_template
+from nemo_kd.sft.config import template_hash
 from nemo_kd.store import Store
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.visible import visible
@@ -57,6 +59,8 @@ class Record:
     """The adapters before training, `model.peft.restore_from_path`."""
     max_steps: int | None = None
     """Steps of the run, with epochs converted to steps."""
+    chat_template: Origin | None = None
+    """The file that `model.data.train_ds.chat_template` names, if it names one."""
 
 
 def asked(cfg: DictConfig) -> Settings:
@@ -75,6 +79,7 @@ def record_of(cfg: DictConfig, settings: Settings) -> Record:
         student=_checkpoint(cfg.model.restore_from_path),
         adapters=_checkpoint(adapters) if adapters else None,
         max_steps=cfg.trainer.max_steps,
+        chat_template=template_file(cfg.model.data.train_ds.get("chat_template")),
     )
 
 
@@ -90,6 +95,14 @@ def training_data(data_cfg: DictConfig) -> list[Origin]:
 
 def _checkpoint(path: str) -> Origin:
     return {"path": str(path), "fingerprint": checkpoint_fingerprint(Path(path))}
+
+
+def template_file(given: str | None) -> Origin | None:
+    """Return path and fingerprint of a file with a chat template; None for the text of one."""
+    text = None if given is None else resolved_template(given)
+    if text is None or text == given:
+        return None
+    return {"path": str(given), "fingerprint": template_hash(text)}
 
 
 def read(checkpoint: str) -> tuple[Progress, Record]:

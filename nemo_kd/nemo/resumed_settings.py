@@ -73,10 +73,11 @@ FREE = (
     "model.data.train_ds.file_names",
     "model.data.test_ds.*",
 )
+LIMIT = "trainer.limit_val_batches"
 VALIDATION = (
     "trainer.val_check_interval",
     "trainer.check_val_every_n_epoch",
-    "trainer.limit_val_batches",
+    LIMIT,
     "trainer.num_sanity_val_steps",
     "model.data.validation_drop_last",
     "model.data.validation_ds.*",
@@ -134,7 +135,7 @@ def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[
     old = {key: value for key, value in old.items() if (key, value) not in REMOVED}
     old, new = ({**flat, DATA_PARALLEL: _data_parallel_size(flat)} for flat in (old, new))
     keys = sorted(old.keys() | new.keys())
-    differ = {key for key in keys if old.get(key) != new.get(key)}
+    differ = {key for key in keys if _differ(key, old.get(key), new.get(key))}
     if _weights(old) == _weights(new):
         differ -= {f"model.kd.{name}" for name in WEIGHTS}
     return [
@@ -144,6 +145,11 @@ def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[
         and not (is_free(key, old) and is_free(key, new))
         and _source(links.get(key)) not in differ
     ]
+
+
+def _differ(key: str, old: Any, new: Any) -> bool:
+    """Whether two values differ; 1 is one batch, but 1.0 all batches."""
+    return bool(old != new) or (key == LIMIT and type(old) is not type(new))
 
 
 def is_free(key: str, flat: Settings) -> bool:

@@ -151,6 +151,9 @@ def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
         ("model.restore_from_path", _listed(then.student), _listed(now.student)),
         ("model.peft.restore_from_path", _listed(then.adapters), _listed(now.adapters)),
     ]
+    if then.chat_template and now.chat_template:  # an older checkpoint does not record it
+        template = ("model.data.train_ds.chat_template", [then.chat_template], [now.chat_template])
+        pairs.append(template)
     if then.settings is None:  # an older checkpoint, which records at most its data
         pairs = [pair for pair in pairs if pair[1]]
     return [

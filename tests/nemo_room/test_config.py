@@ -42,10 +42,13 @@ def test_cosine_is_half_a_wave() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"alpha_end": 1.5}, r"alpha is 1.5: expected a value in \[0, 1\]"),
+        ({"alpha_end": 1.5}, r"model.kd.alpha_end is 1.5: expected a value in \[0, 1\]"),
         ({"kd_weight": 1.0, "alpha_end": 0.5}, "use alpha instead of sft_weight and kd_weight"),
         ({"temperature_end": 2.0}, "model.kd.temperature_end needs support topk or vocab"),
-        ({"support": "topk", "temperature_end": 0.0}, "temperature is 0.0: expected a value > 0"),
+        (
+            {"support": "topk", "temperature_end": 0.0},
+            "temperature_end is 0.0: expected a value > 0",
+        ),
         ({"alpha_end": 0.5, "schedule": "cosin"}, "Did you mean 'cosine'?"),
         ({"schedule_steps": 0}, "schedule_steps is 0: expected at least 1"),
         (

@@ -225,6 +225,19 @@ def test_a_warm_up_that_outlasts_the_run_is_said(
     assert ("of a run of 7 steps: the learning rate reaches at most" in said) is warned
 
 
+@pytest.mark.parametrize(("steps", "warned"), [(8, True), (7, False), (None, False)])
+def test_a_schedule_that_outlasts_the_run_is_said(
+    directory: Path, capsys: pytest.CaptureFixture[str], steps: int | None, warned: bool
+) -> None:
+    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.model.data.train_ds.store, cfg.trainer.max_steps = str(directory), 7
+    cfg.model.kd.alpha, cfg.model.kd.alpha_end, cfg.model.kd.schedule_steps = 0.8, 0.0, steps
+    fit_length(cfg, Progress())
+    said = capsys.readouterr().err
+    assert ("its last step has alpha=0.2, temperature=1, not the schedule" in said) is warned
+
+
 @pytest.mark.parametrize(
     ("layout", "length", "message"),
     [

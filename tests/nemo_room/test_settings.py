@@ -105,6 +105,8 @@ def test_validation_counts_where_it_chooses_the_student() -> None:
         "model.data.validation_ds.max_seq_length",
         "trainer.val_check_interval",
     ]
+    one, every = (nested(trainer__limit_val_batches=value) for value in (1, 1.0))
+    assert keys({**chosen, **one}, {**chosen, **every}) == ["trainer.limit_val_batches"]
 
 
 def test_adapters_stay_on_their_layout() -> None:

@@ -8,6 +8,10 @@ from typing import Any
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.errors import NemoKDError
+from nemo_kd.nemo.record import Progress, Record, template_file
+from nemo_kd.nemo.run_directory import RunDirectory
+from nemo_kd.nemo.start_of_run import resume
 from nemo_kd.nemo.template import OF_SPLITS, settle_template
 from nemo_kd.store import Store, StoreError
 from tests.conftest import ROOT
@@ -120,3 +124,23 @@ def test_a_setting_that_a_store_does_not_say_is_not_compared_and_that_is_said(
     cfg, lines = settled(configuration(data__train_ds__add_bos=True), [converted])
     assert cfg.data.train_ds.add_bos is True and cfg.data.train_ds.add_eos is True
     assert len(lines) == 1 and "does not record add_bos" in lines[0]
+
+
+def test_a_resumed_run_notices_another_text_in_its_template_file(tmp_path: Path) -> None:
+    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
+    assert isinstance(cfg, DictConfig)
+    cfg.trainer.max_steps = 7
+    file = tmp_path / "chat.jinja"
+    directory = RunDirectory(tmp_path, "last", None)
+    records = []
+    for text in ("{{ messages }}", "{{ messages }}\n"):
+        file.write_text(text)
+        origin = template_file(str(file))
+        records.append(Record([], settings={}, max_steps=7, chat_template=origin))
+    then, now = records
+    assert resume(cfg, directory, Progress(3), then, then, {})
+    with pytest.raises(NemoKDError, match=r"train_ds.chat_template: .*chat.jinja \([0-9a-f]{12}\)"):
+        resume(cfg, directory, Progress(3), then, now, {})
+    older = Record([], settings={}, max_steps=7)
+    assert resume(cfg, directory, Progress(3), older, now, {})
+    assert template_file(None) is template_file("tokenizer") is template_file("{{ 1 }}") is None
