@@ -17,6 +17,7 @@ from nemo_kd.checkpoints.config_json import completed, read_model
 from nemo_kd.checkpoints.families import check_tensors, family_of, shapes_of
 from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, finite, reading
 from nemo_kd.checkpoints.safetensors_file import INDEX, NAMES, SINGLE
+from nemo_kd.checkpoints.windows import fix_windows
 from nemo_kd.files import decode_json, read_bounded
 from nemo_kd.tokenizer_files import load_files
 from nemo_kd.vocabulary import VocabularySize
@@ -217,6 +218,7 @@ def transformers_config(checkpoint: Checkpoint, kept: Sequence[int]) -> Pretrain
     settings, _ = completed(cut_layers(checkpoint.config, kept), family)
     settings |= {"model_type": family.model_type, "torch_dtype": "float32"}
     config: PretrainedConfig = AutoConfig.for_model(**settings)
+    fix_windows(config)
     return config
 
 

@@ -95,6 +95,17 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
         )
 
 
+def datasets_in(data: Any) -> list[StoreDataset]:
+    """Return the data sets of samples in torch's `Subset` and `ConcatDataset`, and in their like.
+
+    Empty for a data set of another kind.
+    """
+    if isinstance(data, StoreDataset):
+        return [data]
+    inner = [*getattr(data, "datasets", ()), *filter(None, [getattr(data, "dataset", None)])]
+    return [one for each in inner for one in datasets_in(each)]
+
+
 def check_tokenizer(stores: Iterable[Store], tokenizer: Any) -> None:
     """Raise StoreError unless `tokenizer`, of transformers, is that of the stores."""
     tokens = tokenizer.convert_ids_to_tokens(list(range(VocabularySize.of(tokenizer).ids)))

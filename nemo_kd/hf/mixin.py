@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.collator import TEACHER, StoreCollator, mean
-from nemo_kd.hf.dataset import StoreDataset, check_tokenizer
+from nemo_kd.hf.dataset import check_tokenizer, datasets_in
 from nemo_kd.hf.positions import learned_positions
 from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.loss.schedule import evaluation_config, training_config
@@ -68,6 +68,25 @@ class StoreLossMixin:
         trainer.remove_callback(SettingsKeeper)
         trainer.add_callback(SettingsKeeper(settings))
         return parent.train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """Return the batches of an evaluation, of a data set with the same loss; Trainer calls it.
+
+        Errors: NemoKDError and StoreError as on construction.
+        """
+        parent: Any = super()
+        if eval_dataset is not None and not isinstance(eval_dataset, str):
+            _check_each(self, {"eval_dataset": eval_dataset})
+        return parent.get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
+        """Return the batches of a prediction, of a data set with the same loss; Trainer calls it.
+
+        Errors: NemoKDError and StoreError as on construction.
+        """
+        parent: Any = super()
+        _check_each(self, {"test_dataset": test_dataset})
+        return parent.get_test_dataloader(test_dataset)
 
     def compute_loss(
         self,
@@ -171,31 +190,37 @@ def _check(trainer: Any) -> None:
 
 
 def _check_data(trainer: Any) -> None:
-    """Compare the data sets' losses, tokenizers and longest samples with the trainer's."""
-    from transformers import PreTrainedTokenizerBase
-
-    named = dict(_data_sets(trainer))
-    for name, one in named.items():
-        _check_config(name, one.config, trainer.data_collator.config)
-    data = list(named.values())
-    if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
-        stores = [*trainer.data_collator.stores, *(store for one in data for store in one.stores)]
-        known = [store for store in stores if store.spec.tokenizer.get("fingerprint") is not None]
-        check_tokenizer(known, trainer.processing_class)
-    longest = max((one.longest for one in data), default=0)
-    _check_positions(trainer, longest)
-    _warn_of_max_length(getattr(trainer.args, "max_length", None), longest)
-
-
-def _data_sets(trainer: Any) -> Iterator[tuple[str, StoreDataset]]:
-    """Yield each data set of samples under its name in messages."""
+    """Check the data sets that the trainer is constructed with."""
     given = trainer.eval_dataset
     evaluated = {"eval_dataset": given}
     if isinstance(given, Mapping):
         evaluated = {f"eval_dataset[{name!r}]": one for name, one in given.items()}
-    for name, one in {"train_dataset": trainer.train_dataset, **evaluated}.items():
-        if isinstance(one, StoreDataset):
-            yield name, one
+    longest = _check_each(trainer, {"train_dataset": trainer.train_dataset, **evaluated})
+    _warn_of_max_length(getattr(trainer.args, "max_length", None), longest)
+
+
+def _check_each(trainer: Any, named: Mapping[str, Any]) -> int:
+    """Compare losses, tokenizers and longest samples of data sets with the trainer's.
+
+    Returns the number of tokens of the longest sample.
+    """
+    from transformers import PreTrainedTokenizerBase
+
+    collator, longest = trainer.data_collator, 0
+    fingerprint = collator.stores[0].spec.tokenizer.get("fingerprint")
+    stores = [*collator.stores]
+    for name, given in named.items():
+        for one in datasets_in(given):
+            _check_config(name, one.config, collator.config)
+            for store in one.stores:
+                store.check(tokenizer_fingerprint=fingerprint)
+            stores += one.stores
+            longest = max(longest, one.longest)
+    if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
+        known = [store for store in stores if store.spec.tokenizer.get("fingerprint") is not None]
+        check_tokenizer(known, trainer.processing_class)
+    _check_positions(trainer, longest)
+    return longest
 
 
 def _check_config(data: str, given: KDConfig, used: KDConfig) -> None:

@@ -13,9 +13,9 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from nemo_kd.data.resumed import FILE, FILE_IS_MISSING, loss_settings, refuse_changed
-from nemo_kd.files import canonical_json, decode_json, publish, read_json
+from nemo_kd.files import canonical_json, decode_json, publish, read_json, sha256_of_json
 from nemo_kd.hf.collator import StoreCollator
-from nemo_kd.hf.dataset import StoreDataset
+from nemo_kd.hf.dataset import datasets_in
 from nemo_kd.teacher.processes import say_once
 
 
@@ -37,13 +37,14 @@ def settings_of(collator: StoreCollator, data: Any) -> dict[str, Any]:
     loss = loss_settings(collator.config)
     if (loss["sft_weight"], loss["kd_weight"]) == (None, None):
         loss["alpha"] = collator.config.weights[1]
-    known = isinstance(data, StoreDataset)
-    stores = data.stores if known else collator.stores
+    known, chosen = datasets_in(data), getattr(data, "indices", None)  # of torch's `Subset`
+    stores = [store for one in known for store in one.stores] or collator.stores
     settings = {
         **loss,
         "stores": [store.fingerprint for store in stores],
         "samples": len(data) if hasattr(data, "__len__") else None,
-        "longest_sample": data.longest if known else None,
+        "longest_sample": max((one.longest for one in known), default=None),
+        "subset": None if chosen is None else sha256_of_json([int(index) for index in chosen]),
     }
     found: dict[str, Any] = decode_json(canonical_json(settings))
     return found

@@ -19,6 +19,7 @@ from transformers import AutoConfig, PretrainedConfig
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from nemo_kd.checkpoints.settings import HARMLESS, OFF, SettingsError, to_version_4
+from nemo_kd.checkpoints.windows import first_with_window, fix_windows
 from nemo_kd.errors import NemoKDError
 
 OF_ALL_MODELS = {
@@ -52,7 +53,7 @@ def read_config(directory: Path) -> PretrainedConfig:
         settings = _translated(settings, found)
         config: PretrainedConfig = found.from_dict(settings)
         _check(settings, config)
-        _fix_windows(config.get_text_config())
+        fix_windows(config.get_text_config())
     except SettingsError as error:
         raise ConfigError(f"{directory}/config.json: {error}{_remedy(settings)}") from error
     return config
@@ -92,32 +93,6 @@ def _check(settings: Mapping[str, Any], config: PretrainedConfig) -> None:
             f"{key}={_short(value)} is not a setting of {type(config).__name__} and would have no "
             "effect"
         )
-
-
-def _fix_windows(config: PretrainedConfig) -> None:
-    """Take away a window that the settings turn off, which transformers 4.51 would mask with.
-
-    `max_window_layers`: the first layer with a window. Raises SettingsError if it is between the
-    first and the last: transformers 4.51 gives the window to all.
-    """
-    first = _first_with_window(config)
-    if first is None or getattr(config, "sliding_window", None) is None:
-        return
-    if getattr(config, "layer_types", None):  # transformers 4.53 masks each layer by its type
-        return
-    if not config.use_sliding_window or first >= config.num_hidden_layers:
-        config.sliding_window = None
-    elif first > 0:
-        raise SettingsError(
-            f"max_window_layers={first} gives a sliding window to some of the "
-            f"{config.num_hidden_layers} layers, and this version to all"
-        )
-
-
-def _first_with_window(config: PretrainedConfig) -> Any:
-    """Return the first layer with a window, for Qwen's; None for others."""
-    # transformers 5 gives it to all layers of this one.
-    return 0 if config.model_type == "qwen3_moe" else getattr(config, "max_window_layers", None)
 
 
 def _short(value: Any) -> str:
@@ -195,8 +170,8 @@ def layer_types(config: PretrainedConfig) -> list[str]:
         slides = [layer % 2 == 0 for layer in layers]
     elif kind in ("gemma3_text", "cohere2"):
         slides = [(layer + 1) % config.sliding_window_pattern != 0 for layer in layers]
-    elif hasattr(config, "max_window_layers"):  # Qwen's; see `_fix_windows`
-        first = _first_with_window(config)
+    elif hasattr(config, "max_window_layers"):  # Qwen's; see `fix_windows`
+        first = first_with_window(config)
         slides = [bool(config.use_sliding_window) and layer >= first for layer in layers]
     else:
         slides = [window is not None] * len(layers)

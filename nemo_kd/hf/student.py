@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
+from transformers.utils import GENERATION_CONFIG_NAME
 
 from nemo_kd.checkpoints import open_checkpoint, parse_layers
 from nemo_kd.checkpoints.huggingface import to_transformers
@@ -37,6 +39,8 @@ def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreT
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in (model.config, model.generation_config):
             setattr(config, name, getattr(tokenizer, name))
+    if (path / GENERATION_CONFIG_NAME).is_file():  # that of the whole model, such as its ends
+        model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)
     return model, tokenizer
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,7 @@ def store(tmp_path: Path) -> Path:
 
 
 def trainer_of(
-    run: Path, store: Path, config: KDConfig, *, subset: bool = False, **more: Any
+    run: Path, store: Path, config: KDConfig, *, subset: Sequence[int] | None = None, **more: Any
 ) -> StoreTrainer:
     """Of 4 steps, and a checkpoint after each second one."""
     data = StoreDataset(store, config, **more)
@@ -36,7 +37,7 @@ def trainer_of(
         model=student(),
         args=transformers.TrainingArguments(**steps.arguments(run, **often)),
         data_collator=StoreCollator(data),
-        train_dataset=torch.utils.data.Subset(data, range(4)) if subset else data,
+        train_dataset=data if subset is None else torch.utils.data.Subset(data, subset),
     )
 
 
@@ -90,10 +91,13 @@ def test_other_stores_are_refused(run: Path, store: Path, tmp_path: Path) -> Non
 
 def test_a_subset_of_a_store_is_compared_too(tmp_path: Path, store: Path) -> None:
     run = tmp_path / "run"
-    trainer_of(run, store, KDConfig(), subset=True).train()
-    resume(run, store, KDConfig(), subset=True)
+    trainer_of(run, store, KDConfig(), subset=[0, 2, 3]).train()
+    resume(run, store, KDConfig(), subset=[0, 2, 3])
     with pytest.raises(NemoKDError, match="stores: "):
-        resume(run, write_store(tmp_path / "other", [4, 1, 7, 3]), KDConfig(), subset=True)
+        other = write_store(tmp_path / "other", [4, 1, 7, 3])
+        resume(run, other, KDConfig(), subset=[0, 2, 3])
+    with pytest.raises(NemoKDError, match="settings: subset: "):
+        resume(run, store, KDConfig(), subset=[0, 1, 3])
 
 
 def test_a_checkpoint_without_the_file_is_resumed_with_a_line(

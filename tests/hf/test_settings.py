@@ -16,6 +16,8 @@ from nemo_kd.checkpoints.settings import to_version_4
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.loading import from_directory
 from nemo_kd.hf.settings import ConfigError, read_config
+from nemo_kd.hf.student import load_student
+from tests.checkpoints import models
 
 LLAMA = {
     **{"vocab_size": 61, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4},
@@ -202,6 +204,22 @@ def test_a_window_that_is_off_masks_nothing(tmp_path: Path) -> None:
     rest.load_state_dict(original.state_dict())
     loaded = from_directory(tmp_path, torch.float32).eval()
     assert torch.equal(loaded(IDS).logits, rest(IDS).logits)
+
+
+@torch.no_grad()
+def test_a_pruned_student_has_no_window_that_is_off_and_the_ends_of_the_whole(
+    tmp_path: Path,
+) -> None:
+    off = {"use_sliding_window": False, "sliding_window": 8, "num_hidden_layers": 3}
+    model("Qwen2", {**LLAMA, **off, "vocab_size": 300}).save_pretrained(tmp_path)
+    models.tokenizer().save_pretrained(tmp_path)
+    ends = {"eos_token_id": [1, 5], "temperature": 0.6, "do_sample": True}
+    (tmp_path / "generation_config.json").write_text(json.dumps(ends))
+    whole, _ = load_student(tmp_path)
+    pruned, _ = load_student(tmp_path, "0-2")
+    assert (pruned.eval()(IDS).logits - whole.eval()(IDS).logits).abs().max() < 1e-5
+    assert pruned.generation_config.to_dict() == whole.generation_config.to_dict()
+    assert pruned.generation_config.eos_token_id == [1, 5]
 
 
 def test_the_empty_settings_beside_those_of_layer_types_are_passed_over() -> None:

@@ -298,6 +298,44 @@ def test_a_data_set_with_another_loss_is_refused(store: Path, tmp_path: Path) ->
     build(KDConfig(), KDSchedule(alpha=0.9), KDConfig(alpha=0.9))
 
 
+def test_data_sets_that_come_later_or_are_wrapped_are_checked_too(
+    store: Path, tmp_path: Path
+) -> None:
+    class StoreTrainer(StoreLossMixin, transformers.Trainer):
+        pass
+
+    data = StoreDataset(store, CONFIG)
+    other = StoreDataset(store, KDConfig(alpha=0.7, temperature=1.0))
+    foreign = StoreDataset(write_store(tmp_path / "foreign", [4]), CONFIG)
+
+    def build(train: Any, evaluated: Any = None) -> StoreTrainer:
+        return StoreTrainer(
+            model=student(),
+            args=transformers.TrainingArguments(**steps.arguments(tmp_path)),
+            data_collator=StoreCollator(data),
+            train_dataset=train,
+            eval_dataset=evaluated,
+        )
+
+    subset, joined = torch.utils.data.Subset, torch.utils.data.ConcatDataset
+    for wrapped in (subset(other, [0]), joined([data, other]), subset(joined([other]), [0])):
+        with pytest.raises(NemoKDError, match="train_dataset has another config"):
+            build(wrapped)
+    with pytest.raises(StoreError, match="tokenizer is 'aaaa"):
+        build(data, foreign)
+    trainer = build(data, {"a": data})
+    for one in (data, subset(data, [0]), {"b": data}, "a", None):
+        assert any(name.endswith("loss") for name in trainer.evaluate(one))
+    assert "test_loss" in trainer.predict(data).metrics
+    for given in (other, subset(other, [0]), {"b": other}):
+        with pytest.raises(NemoKDError, match="eval_dataset has another config"):
+            trainer.evaluate(given)
+    with pytest.raises(StoreError, match="tokenizer is 'aaaa"):
+        trainer.evaluate(foreign)
+    with pytest.raises(NemoKDError, match="test_dataset has another config"):
+        trainer.predict(other)
+
+
 def test_samples_beyond_learned_positions_are_refused(store: Path, tmp_path: Path) -> None:
     """Samples have 6, 4, 11 and 7 tokens; torch would end in an IndexError in the first step."""
     shape: dict[str, Any] = {"n_embd": 32, "n_layer": 1, "n_head": 2}
