@@ -17,7 +17,9 @@ from megatron.bridge.training.model_load_save import (
 )
 from megatron.core import dist_checkpointing
 
+from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
+from nemo_kd.files import read_json
 from nemo_kd.mcore.resume import LATEST
 
 BASE = "pretrained"
@@ -63,7 +65,7 @@ def described(peft: PEFT | None) -> str | None:
     given = [
         f"{one.name}={getattr(peft, one.name)}"
         for one in fields(peft)
-        if getattr(peft, one.name) != _default(one)
+        if one.init and getattr(peft, one.name) != _default(one)  # others change while it trains
     ]
     return f"{type(peft).__name__}({', '.join(given)})"
 
@@ -95,7 +97,16 @@ def export_merged(
     training. `output`: a Hugging Face directory. `peft`: that of the training, such as
     `LoRA(dim=16)`. `base`: `checkpoint.pretrained_checkpoint`, if it was set. One process, after
     the training.
+
+    Errors: NemoKDError if the training recorded other adapters than `peft`.
     """
+    file = Path(checkpoints, FILE)
+    trained = read_json(file).get("peft") if file.is_file() else None
+    if trained not in (None, described(peft)):
+        raise NemoKDError(
+            f"{checkpoints} has adapters of {trained}, but peft is {described(peft)}: give the "
+            "same as in the training"
+        )
     bridge = AutoBridge.from_hf_pretrained(
         str(student), local_files_only=True, trust_remote_code=False
     )

@@ -9,13 +9,17 @@ from pathlib import Path
 from typing import Any
 
 from nemo_kd.bridge import cpu
+from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule
 
 
 def main(data: Path, output: Path) -> None:
     """Print a JSON line, name → message of `finetune`."""
-    from nemo_kd.bridge import KDSource, finetune, finetune_config
+    from megatron.bridge.peft.lora import LoRA
+
+    from nemo_kd.bridge import KDSource, export_merged, finetune, finetune_config
+    from nemo_kd.bridge.peft import described
 
     store, file = f"{data}/train", f"{data}/rows.jsonl"
 
@@ -68,6 +72,11 @@ def main(data: Path, output: Path) -> None:
             finetune(config, losses.get(name, KDConfig()))
         except NemoKDError as error:
             found[name] = str(error)
+    (output / FILE).write_text(json.dumps({"peft": described(LoRA(dim=4, alpha=4))}))
+    try:
+        export_merged(data / "student", output, output / "merged", LoRA(dim=4))
+    except NemoKDError as error:
+        found["other_adapters"] = str(error)
     print(json.dumps(found))
 
 
