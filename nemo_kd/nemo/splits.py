@@ -81,7 +81,7 @@ class TrainSplit(Split):
     """Seed of the orders of the epochs; NeMo's own order has seed 1."""
 
     def check_sources(self, kd: KDTrainingConfig) -> None:
-        """Check that there is training data, and a store if the run distills.
+        """Check that there is training data of which some is used, and a store if the run distills.
 
         Errors: NemoKDError if there is not.
         """
@@ -96,6 +96,12 @@ class TrainSplit(Split):
             raise NemoKDError(
                 "there is nothing to train on: set model.data.train_ds.store or "
                 "model.data.train_ds.file_names"
+            )
+        shares = self.concat_sampling_probabilities
+        if shares is not None and not any(shares):
+            raise NemoKDError(
+                f"model.data.train_ds.concat_sampling_probabilities={list(shares)}: expected a "
+                "share above 0"
             )
 
     def alphas(self, kd: KDTrainingConfig) -> tuple[float | None, ...]:

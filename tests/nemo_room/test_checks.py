@@ -68,6 +68,11 @@ SFT = "model.data.train_ds.file_names=[x.jsonl] model.kd.alpha=0"
         (TRAIN, f"{SFT} model.data.train_ds.prompt_template={{q}}{{output}}", "truncation_field"),
         (TRAIN, f"{SFT} model.tensor_model_parallel_size=2", "1 processes cannot hold tensor"),
         (TRAIN, f"{SFT} model.data.train_ds.alpha=[0.5,0.5]", "has 2 entries for 0 stores"),
+        (
+            TRAIN,
+            f"{SFT} model.data.train_ds.concat_sampling_probabilities=[0.0]",
+            "concat_sampling_probabilities=[0.0]: expected a share above 0",
+        ),
         (EVALUATE, "", "nothing to measure on: set model.data.validation_ds.store"),
         (
             EVALUATE,
