@@ -318,7 +318,8 @@ def test_data_sets_that_come_later_or_are_wrapped_are_checked_too(
         )
 
     subset, joined = torch.utils.data.Subset, torch.utils.data.ConcatDataset
-    for wrapped in (subset(other, [0]), joined([data, other]), subset(joined([other]), [0])):
+    wraps: list[Any] = [subset(other, [0]), joined([data, other]), subset(joined([other]), [0])]
+    for wrapped in wraps:
         with pytest.raises(NemoKDError, match="train_dataset has another config"):
             build(wrapped)
     with pytest.raises(StoreError, match="tokenizer is 'aaaa"):
