@@ -105,6 +105,7 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
         for label, runs in experiment.runs.items()
     }
     baseline = found.get(experiment.baseline or "", {})
+    compared_with = experiment.runs.get(experiment.baseline or "", (Run(),))[0]
     table = []
     for label, runs in experiment.runs.items():
         mine = found[label]
@@ -116,7 +117,7 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
                 tuple(mine.values()),
                 compared(cfg, difference, against, mine),
                 {split: by_seed(against, mine, split) for split in ("valid", "test")},
-                compared(cfg, ratio, sft_beside(cfg, runs, results), mine),
+                compared(cfg, ratio, sft_beside(cfg, runs, results, compared_with.tokens), mine),
                 right_differences(cfg, against, mine),
                 label == experiment.baseline,
             )
@@ -128,11 +129,11 @@ Seeds = dict[int, dict[str, Any]]
 """Seed → result file."""
 
 
-def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results) -> Seeds:
-    """SFT runs of the same domain, depth and seeds; empty for SFT itself."""
+def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results, tokens: str) -> Seeds:
+    """SFT runs of the same domain, depth and seeds, on `tokens`; empty for SFT itself."""
     found: Seeds = {}
     for run in runs:
-        sft = Run(domain=run.domain, layers=run.layers, alpha=0, seed=run.seed)
+        sft = Run(domain=run.domain, layers=run.layers, alpha=0, seed=run.seed, tokens=tokens)
         is_sft = run.alpha == 0 and (run.answers, run.tokens) == (sft.answers, sft.tokens)
         result = None if is_sft else result_of(cfg, sft, results)
         if result is not None:

@@ -49,6 +49,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "# Results\n",
         words.opening(study.rows),
         words.headline(study.rows["headline"], PUBLISHED_SHARE),
+        words.prompts_too(study.rows["tokens"]),
         words.elsewhere(study.rows),
         published_table(study),
         picture(figures, "headline"),
@@ -180,9 +181,11 @@ METHODS = {
 }
 """Column of the first table → label in the experiments."""
 LARGER = "code, 15 layers"
+EVERY = "code, trained on all tokens"
 WORDED = "math, several wordings"
 EXPERIMENTS = {
     "code": ("reference", "budget", "headline"),
+    EVERY: ("all_tokens",),
     "prose": ("prose_budget", "prose"),
     "math": ("math_reference", "math_budget", "math"),
     WORDED: ("worded",),
@@ -197,6 +200,7 @@ BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
         GENERATED["parses"]: ("share", "parses"),
         "steps ratio": RATIO,
     },
+    EVERY: {"cross-entropy": LOSS, "steps ratio": RATIO},
     "prose": {"cross-entropy": LOSS, "steps ratio": RATIO},
     "math": {
         EXACT: ("right", EXACT),

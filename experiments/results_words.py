@@ -111,6 +111,7 @@ def where(steps: Interval, target: float) -> str:
 def elsewhere(rows: Rows) -> str:
     """The same difference on the other domains and depths."""
     found = {
+        "code, both trained on the prompts too": rows["all_tokens"],
         "prose": rows["prose"],
         "code with 15 layers": rows["knowledge"],
         "worked problems": rows["math"],
@@ -132,6 +133,21 @@ def elsewhere(rows: Rows) -> str:
 
 
 SEVERAL = "worked problems in several wordings"
+EVERY_TOKEN = f"{DEFAULT}, all tokens"
+
+
+def prompts_too(rows: Sequence[Row]) -> str:
+    """What training on the prompts' tokens adds; empty without results."""
+    usual, every = (row for row in rows if row.label in (DEFAULT, EVERY_TOKEN))
+    if every.steps is None or every.against_baseline is None or usual.steps is None:
+        return ""
+    return (
+        "With the prompts' tokens trained on too, and the teacher's logits for them, "
+        f"{DEFAULT} {reaching(every.steps)} ({plural(len(every.found), 'seed')}; on answers alone "
+        f"{100 * usual.steps.value:.0f} %) and ends "
+        f"{-every.against_baseline.value:.3f} nats per answer token below it "
+        f"([more](#prompts-as-training-text)).\n"
+    )
 
 
 def worked_problems(rows: Sequence[Row], name: str = "worked problems") -> str:
