@@ -120,6 +120,8 @@ HARMLESS = re.compile(
     # Settings of what is refused or off without another argument, and of other models.
     r"|qk_clip_\w+|qk_head_dim|qk_pos_emb_head_dim|kv_lora_rank|q_lora_rank|yarn_\w+|mup_\w+"
     r"|mla_\w+|rotary_scaling_factor|swin\w+|vision_\w+|dsa_\w+|mamba\w+"
+    # The older name of position_embedding_type=rope, which Megatron-LM sets and saves beside it.
+    r"|use_rotary_position_embeddings"
 )
 Arguments = Mapping[str, Any]
 

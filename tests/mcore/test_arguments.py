@@ -47,6 +47,13 @@ def test_a_gpt_of_megatrons_defaults() -> None:
     assert settings.config["add_bias_linear"] and settings.max_positions == 128
 
 
+def test_the_older_flag_for_rotary_positions_changes_nothing() -> None:
+    """Megatron-LM saves it beside position_embedding_type, which it sets."""
+    found = settings_of_arguments("c", {**STORED, "use_rotary_position_embeddings": True}, {})
+    assert found == settings_of_arguments("c", STORED, {})
+    assert found.position_embedding_type == "rope"
+
+
 @pytest.mark.parametrize(
     ("stored", "given", "message"),
     [
