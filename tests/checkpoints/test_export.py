@@ -263,6 +263,18 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return converted(saved(models.llama("tied_grouped"), directory / "source"))
 
 
+def test_a_router_that_a_training_changed_is_refused_and_a_balancing_loss_is_not(
+    tmp_path: Path,
+) -> None:
+    source = saved(models.family("mixtral"), tmp_path / "source")
+    nemo, key = converted(source), "moe_router_load_balancing_type"
+    with pytest.raises(CheckpointError, match=rf"model\.{key} is 'sinkhorn'"):
+        open_student(changed(nemo, tmp_path / "sinkhorn", **{key: "sinkhorn"}))
+    other = changed(nemo, tmp_path / "other", **{key: ["seq_aux_loss", "global_aux_loss"]})
+    output = export(open_student(other), tmp_path / "out").path
+    assert torch.equal(logits(output), logits(source))
+
+
 def test_a_llama_without_its_config_json_is_described_by_nemos_settings(
     plain: Path, tmp_path: Path
 ) -> None:

@@ -54,6 +54,25 @@ def test_the_older_flag_for_rotary_positions_changes_nothing() -> None:
     assert found.position_embedding_type == "rope"
 
 
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 32}
+BALANCING = "moe_router_load_balancing_type"
+
+
+@pytest.mark.parametrize("kind", ["none", "seq_aux_loss", ["aux_loss", "global_aux_loss"]])
+def test_a_loss_that_balances_the_experts_does_not_change_the_router(kind: Any) -> None:
+    found = settings_of_arguments("c", {**STORED, **EXPERTS, BALANCING: kind}, {})
+    assert found == settings_of_arguments("c", {**STORED, **EXPERTS}, {})
+    assert found.config[BALANCING] == "aux_loss" and found.config["moe_aux_loss_coeff"] == 0
+
+
+@pytest.mark.parametrize("kind", ["sinkhorn", ["aux_loss", "sinkhorn"], "of_next_year"])
+def test_another_router_is_refused_and_does_not_matter_without_experts(kind: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"{BALANCING}=.*routes tokens to other experts"):
+        settings_of_arguments("c", {**STORED, **EXPERTS, BALANCING: kind}, {})
+    found = settings_of_arguments("c", {**STORED, BALANCING: kind}, {})
+    assert found == settings_of_arguments("c", STORED, {})
+
+
 @pytest.mark.parametrize(
     ("stored", "given", "message"),
     [
