@@ -24,7 +24,7 @@ from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.checkpoints.peft import export_adapters
 from nemo_kd.cli import export as cli
 from tests.checkpoints import models
-from tests.checkpoints.test_export import converted, logits, saved
+from tests.checkpoints.test_export import converted, logits, saved, tensors
 
 DIM, ALPHA = 3, 5
 BLOCKS = {
@@ -138,6 +138,24 @@ def test_merged_and_by_peft_they_give_the_same_logits(
     ids = models.tokenizer()(models.TEXT[:200], return_tensors="pt").input_ids
     with torch.no_grad():
         close(by_peft(ids).logits[0], wanted)
+
+
+def test_a_merge_into_bfloat16_is_rounded_once_when_it_is_written(tmp_path: Path) -> None:
+    model = models.llama("tied_grouped").bfloat16()
+    nemo = converted(saved(model, tmp_path / "source"))
+    state, wanted = adapted(model.float(), range(4))
+    adapters = write_adapters(nemo, tmp_path / "adapters.nemo", {"": state})
+    for dtype in (torch.float32, torch.bfloat16):
+        student = open_student(adapters, base_model=nemo)
+        found = tensors(export(student, tmp_path / str(dtype), dtype=dtype).path)
+        for name, tensor in found.items():
+            rows = wanted[name][: len(tensor)]
+            # Float32's error of B A and the sum, before the one rounding.
+            error = (tensor.double() - rows.double()).abs() - 1e-5
+            assert tensor.dtype == dtype
+            assert (error <= torch.finfo(dtype).eps / 2 * rows.double().abs()).all(), name
+    exported = tensors(export(open_student(adapters, base_model=nemo), tmp_path / "own").path)
+    assert all(torch.equal(exported[name], found[name]) for name in found)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
