@@ -26,6 +26,10 @@ STORED: dict[str, Any] = {
     "lr": 1e-4,
     "recompute_granularity": "full",
     "moe_router_load_balancing_type": "aux_loss",
+    "initial_loss_scale": 2.0**32,
+    "loss_scale_window": 1000,
+    "mtp_loss_scaling_factor": 0.1,
+    "muon_scale_mode": "spectral",
     "tensor_model_parallel_size": 8,
 }
 
@@ -82,6 +86,7 @@ def test_another_router_is_refused_and_does_not_matter_without_experts(kind: Any
         ({"multi_latent_attention": True}, {}, "multi_latent_attention=True is not supported"),
         ({"moe_shared_expert_intermediate_size": 8}, {}, "is not supported"),
         ({"attention_of_next_year": 3}, {}, "attention_of_next_year=3 is not supported"),
+        ({"embedding_multiplier": 12.0}, {}, "embedding_multiplier=12.0 is not supported"),
         ({"position_embedding_type": "yarn"}, {}, "position_embedding_type='yarn'"),
         ({"rotary_percent": 2.0}, {}, "c: its arguments"),
     ],
