@@ -30,6 +30,7 @@ from nemo_kd.checkpoints.recorded_base import check_base, tensors_of
 from nemo_kd.checkpoints.safetensors_file import Entry
 from nemo_kd.checkpoints.source import CONFIG as NEMO_CONFIG
 from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.trained_arguments import check_arguments
 from nemo_kd.checkpoints.verify import Verified, verify_export
 from nemo_kd.checkpoints.weights import Weights
 from nemo_kd.vocabulary import VocabularySize
@@ -108,6 +109,10 @@ def open_student(
     model = replace(model, tied=tied)
     if source.section is not None:
         nemo_settings.check(name, source.section, model)
+    else:
+        note = check_arguments(source, model)
+        if note is not None:
+            say(note)
     config.setdefault("architectures", [model.architecture])
     config.setdefault("model_type", family_of(model).model_type)
     generation = _generation(source, config, base, loaded)
