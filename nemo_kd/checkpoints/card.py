@@ -40,11 +40,25 @@ class Card:
 
 
 def model_card(
-    card: Card, source: Source, config: Mapping[str, Any], adapted: str | None = None
+    card: Card,
+    source: Source,
+    config: Mapping[str, Any],
+    *,
+    adapted: str | None = None,
+    merged: Source | None = None,
 ) -> str:
-    """The text of a README.md; `adapted`: the directory of the model to which adapters belong."""
+    """The text of a README.md; `source` records the training.
+
+    `adapted`: the directory of the model to which adapters belong. `merged`: the model into which
+    they were merged, which may be another than the one that they record.
+    """
     section = source.section or {}
-    base = Path(adapted).name if adapted else _converted(section)
+    converted = _converted(section if merged is None else merged.section or {})
+    if merged is not None and STEPS in (merged.section or {}):
+        converted = {}  # trained since
+    base = Path(adapted).name if adapted else _name(converted)
+    if merged is not None:
+        base = base or merged.path.name
     hub = _on_the_hub(config) if adapted is None else None
     data = [one for one in section.get(STORES) or [] if isinstance(one, Mapping)]
     library = "transformers" if adapted is None else "peft"
@@ -55,7 +69,7 @@ def model_card(
     lines = ["---", yaml.safe_dump({**head, "tags": tags}, sort_keys=False).strip(), "---", ""]
     lines += [f"# {source.path.name.removesuffix('.nemo')}", ""]
     lines += ["Exported from a NeMo or Megatron-core checkpoint with `nemo-kd export`.", ""]
-    rows = _rows(base, hub, section, data, card)
+    rows = _rows(base, hub, converted, section, data, card)
     if rows:
         lines += ["| | |", "|---|---|", *(f"| {key} | {_cell(value)} |" for key, value in rows), ""]
     if card.figures:
@@ -77,10 +91,15 @@ def _seal(text: str) -> str:
     return f"<!-- nemo-kd export {hashlib.sha256(text.encode()).hexdigest()[:16]} -->"
 
 
-def _converted(section: Mapping[str, Any]) -> str | None:
-    """The name of the directory that was converted: the model before training."""
+def _converted(section: Mapping[str, Any]) -> Mapping[str, Any]:
+    """What a conversion recorded: of the model before training."""
     converted = section.get("converted_from")
-    name = converted.get("checkpoint") if isinstance(converted, Mapping) else None
+    return converted if isinstance(converted, Mapping) else {}
+
+
+def _name(converted: Mapping[str, Any]) -> str | None:
+    """The name of the directory that was converted."""
+    name = converted.get("checkpoint")
     return Path(str(name)).name if name else None
 
 
@@ -96,17 +115,17 @@ def _on_the_hub(config: Mapping[str, Any]) -> str | None:
 def _rows(
     base: str | None,
     hub: str | None,
+    converted: Mapping[str, Any],
     section: Mapping[str, Any],
     data: list[Mapping[str, Any]],
     card: Card,
 ) -> list[tuple[str, Any]]:
     rows: list[tuple[str, Any]] = []
-    converted = section.get("converted_from")
     if base:
         rows.append(("base model", base))
     if hub:
         rows.append(("fine-tuned from", hub))
-    if isinstance(converted, Mapping) and isinstance(converted.get("config"), Mapping):
+    if isinstance(converted.get("config"), Mapping):
         kept, total = len(converted["layers"]), converted["config"].get("num_hidden_layers")
         if kept != total:
             layers = ", ".join(map(str, converted["layers"]))

@@ -26,9 +26,11 @@ from nemo_kd.checkpoints.families import family_of
 from nemo_kd.checkpoints.huggingface import read_object
 from nemo_kd.checkpoints.lora import MergedWeights, open_adapters
 from nemo_kd.checkpoints.model import CheckpointError, Model, reading
+from nemo_kd.checkpoints.recorded_base import check_base, tensors_of
 from nemo_kd.checkpoints.safetensors_file import Entry
 from nemo_kd.checkpoints.source import CONFIG as NEMO_CONFIG
 from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.trained_arguments import check_arguments
 from nemo_kd.checkpoints.verify import Verified, verify_export
 from nemo_kd.checkpoints.weights import Weights
 from nemo_kd.vocabulary import VocabularySize
@@ -70,12 +72,16 @@ def open_student(
     base: str | Path | None = None,
     tokenizer: str | Path | None = None,
     base_model: str | Path | None = None,
+    *,
+    say: Callable[[str], object] = print,
 ) -> Student:
     """Open the model at `path` and check that all of it can be exported.
 
     `base` is a Hugging Face directory whose config.json describes the model, `tokenizer` one that
     replaces the model's own. With `base_model`, `path` has LoRA adapters, which are merged into it.
-    Errors: CheckpointError for a model that a config.json cannot describe.
+    `say` is called with a line for what cannot be checked.
+    Errors: CheckpointError for a model that a config.json cannot describe, and for a `base_model`
+    other than that of the adapters' training.
     """
     source = open_source(path if base_model is None else base_model)
     if source.weights is None:
@@ -103,6 +109,10 @@ def open_student(
     model = replace(model, tied=tied)
     if source.section is not None:
         nemo_settings.check(name, source.section, model)
+    else:
+        note = check_arguments(source, model)
+        if note is not None:
+            say(note)
     config.setdefault("architectures", [model.architecture])
     config.setdefault("model_type", family_of(model).model_type)
     generation = _generation(source, config, base, loaded)
@@ -111,6 +121,9 @@ def open_student(
     weights, record = Weights(source.weights, source.prefix, model), source
     if base_model is not None:
         adapters = open_adapters(path, model)
+        note = check_base(adapters.source, base_model, model, tensors_of(weights))
+        if note is not None:
+            say(note)
         weights, record = MergedWeights(weights, adapters), adapters.source
     return Student(source, record, model, config, loaded, generation, weights)
 
@@ -223,7 +236,8 @@ def export(
         student.tokenizer.save_pretrained(str(new))
         dump(new / CONFIG, config)
         dump(new / GENERATION, student.generation)
-        (new / CARD).write_text(model_card(card or Card(), student.record, config))
+        merged = None if student.record is student.source else student.source
+        (new / CARD).write_text(model_card(card or Card(), student.record, config, merged=merged))
         if len(shards) > 1:
             (new / safetensors_file.INDEX).write_text(safetensors_file.index_of(shards))
         files = [*(one.name for one in new.iterdir()), *shards]

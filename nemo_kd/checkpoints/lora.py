@@ -181,7 +181,7 @@ def _check(source: Source, pairs: Pairs, model: Model) -> None:
 
 
 class MergedWeights(Weights):
-    """Weights of a model with adapters added."""
+    """Weights of a model with adapters added, those in float32: who writes them rounds once."""
 
     def __init__(self, base: Weights, adapters: Adapters) -> None:
         super().__init__(base.checkpoint, base.prefix, base.model)
@@ -193,7 +193,7 @@ class MergedWeights(Weights):
         if pair is None:
             return weight
         a, b = (factor.float() for factor in pair)
-        return weight + (self.adapters.scale * (b @ a)).to(weight.dtype)
+        return (self.adapters.scale * (b @ a)).add_(weight)
 
 
 def split(adapters: Adapters, model: Model) -> Iterator[tuple[str, torch.Tensor]]:

@@ -56,7 +56,11 @@ DEFAULTS: dict[str, Any] = {
 }
 """Settings that decide the logits, and what NeMo 2.4 takes where one is missing."""
 LLAMA3 = {"scale_factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "old_context_len": 8192}
+LOAD_BALANCING = "moe_router_load_balancing_type"
+BY_LOSS = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
+"""Ways to balance experts that change the training's loss, not the router; `sinkhorn` does."""
 EXPERTS = {
+    LOAD_BALANCING: "aux_loss",
     "moe_router_topk": 2,
     "moe_ffn_hidden_size": None,
     "moe_router_pre_softmax": False,
@@ -104,7 +108,15 @@ def effective(section: Mapping[str, Any]) -> dict[str, Any]:
     if found["num_moe_experts"]:
         found |= _filled(section, EXPERTS)
         found["moe_ffn_hidden_size"] = found["moe_ffn_hidden_size"] or found["ffn_hidden_size"]
+        if is_by_loss(found[LOAD_BALANCING]):
+            found[LOAD_BALANCING] = EXPERTS[LOAD_BALANCING]
     return found
+
+
+def is_by_loss(balancing: Any) -> bool:
+    """Return whether a `moe_router_load_balancing_type`, one or a list, leaves the router as is."""
+    kinds = balancing if isinstance(balancing, list | tuple) else [balancing]
+    return all(kind in BY_LOSS for kind in kinds)
 
 
 def _filled(section: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,13 +5,13 @@ Format: huggingface.co/docs/peft, "PEFT checkpoint format".
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from nemo_kd.checkpoints import safetensors_file
+from nemo_kd.checkpoints import open_checkpoint, safetensors_file
 from nemo_kd.checkpoints.card import FILE as CARD
 from nemo_kd.checkpoints.card import STEPS, Card, model_card
 from nemo_kd.checkpoints.config_json import read_model
@@ -20,8 +20,9 @@ from nemo_kd.checkpoints.export import CONFIG as HF_CONFIG
 from nemo_kd.checkpoints.export import config_of
 from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
 from nemo_kd.checkpoints.lora import Adapters, open_adapters, split
-from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.model import CheckpointError, Model
 from nemo_kd.checkpoints.nemo_settings import CONVERTED
+from nemo_kd.checkpoints.recorded_base import check_base, tensors_in
 from nemo_kd.checkpoints.safetensors_file import Entry
 from nemo_kd.checkpoints.source import Source, open_source
 
@@ -37,13 +38,15 @@ def export_adapters(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: Card | None = None,
+    say: Callable[[str], object] = print,
 ) -> int:
     """Write the adapters at `path` to the directory `output`; return their number.
 
     `base` is the Hugging Face directory of the model that they belong to; None: the one from which
-    it was converted.
-    Errors: CheckpointError for a base that is not an unchanged conversion, and those of
-    `open_adapters`.
+    it was converted. `say` is called with a line if it cannot be compared with the base of the
+    adapters' training.
+    Errors: CheckpointError for a base that is not an unchanged conversion, for one of other weights
+    than that of the training, and those of `open_adapters`.
     """
     source = open_source(path)
     config = config_of(source, base)
@@ -51,6 +54,10 @@ def export_adapters(
     name = str(Path(base).resolve()) if base is not None else _recorded(source)
     model = read_model(config)
     adapters = open_adapters(path, model)
+    if base is not None:
+        note = _check_base(source, base, model)
+        if note is not None:
+            say(note)
     loaded = tokenizer_of(source, base, tokenizer)
     tensors = list(split(adapters, model))
     entries = [Entry(key, tuple(one.shape), dtype or one.dtype) for key, one in tensors]
@@ -65,6 +72,15 @@ def export_adapters(
         for _ in safetensors_file.write(new, {SINGLE: entries}, iter(tensors), files):
             pass
     return len(adapters.pairs)
+
+
+def _check_base(source: Source, base: str | Path, model: Model) -> str | None:
+    """As `check_base`, for a Hugging Face directory, which may have no weights beside the rest."""
+    try:
+        checkpoint = open_checkpoint(base)
+    except CheckpointError as error:
+        return f"{source.path}: {base} cannot be compared with its base ({error})"
+    return check_base(source, base, model, tensors_in(checkpoint))
 
 
 def _recorded(source: Source) -> str:

@@ -14,11 +14,12 @@ from typing import Any
 import yaml
 
 from nemo_kd.checkpoints.model import CheckpointError, reading
+from nemo_kd.checkpoints.nemo_settings import LLAMA3
 from nemo_kd.checkpoints.source import MAX_CONFIG, Source
 
 RUN_CONFIG = "run_config.yaml"
 PROVIDER = re.compile(
-    r"megatron\.bridge\.models\.[\w.]+\.(GPT|(Code)?Llama\d*|Qwen(2|25|3|3MoE))ModelProvider\w*"
+    r"megatron\.bridge\.models\.[\w.]+\.(GPT|(Code)?Llama(?!4)\d*|Qwen(2|25|3|3MoE))ModelProvider\w*"
 )
 """Classes of models that are Megatron-core's GPTModel and nothing else."""
 LAYERS = {
@@ -33,6 +34,7 @@ RENAMED = {
     "seq_len_interpolation_factor": "rotary_seq_len_interpolation_factor",
 }
 """Fields of Bridge's GPTModelProvider, and Megatron-LM's names of them."""
+READ_HERE = ("_target_", "activation_func", "transformer_layer_spec")
 ACTIVATIONS = {
     "torch.nn.functional.silu": (True, False),
     "torch.nn.functional.gelu": (False, False),
@@ -58,8 +60,8 @@ def read_run_config(source: Source) -> dict[str, Any] | None:
         raise CheckpointError(f"{name} has no block model; save the checkpoint again")
     _refuse_others(name, model)
     tokenizer = config.get("tokenizer")
-    found = _plain(model) | _activation(name, model)
-    found |= _plain(tokenizer if isinstance(tokenizer, Mapping) else {}, "tokenizer_")
+    found = _settings(_rope_scaled(name, model)) | _activation(name, model)
+    found |= _settings(tokenizer if isinstance(tokenizer, Mapping) else {}, "tokenizer_")
     found["group_query_attention"] = model.get("num_query_groups") is not None
     tied = model.get("share_embeddings_and_output_weights", True)
     return {**found, "untie_embeddings_and_output_weights": not tied}
@@ -88,18 +90,39 @@ def _target(value: Any) -> str:
     return str(dict(value) if more or value.get("_call_") else value["_target_"])
 
 
-def _plain(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return the values that are no objects, of names with `prefix`, renamed.
+def _settings(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of names with `prefix`, renamed.
 
-    A renamed one counts before one that has the name by itself, whatever the file's order.
+    Objects stay mappings, for which no setting of a model is supported. A renamed one counts before
+    one that has the name by itself, whatever the file's order.
     """
     values = {
         name: value
         for name, value in block.items()
-        if name != "_target_" and name.startswith(prefix) and not isinstance(value, Mapping)
+        if name not in READ_HERE and name.startswith(prefix)
     }
     renamed = {RENAMED[name]: value for name, value in values.items() if name in RENAMED}
     return {name: value for name, value in values.items() if name not in RENAMED} | renamed
+
+
+def _rope_scaled(name: str, model: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `model` with Llama 3.1's scaling of RoPE as later versions of Bridge have it.
+
+    Providers of Bridge 0.1 to 0.3.0 scale the angles by their own `scale_factor` after GPTModel is
+    built; with `rope_scaling`, GPTModel does it, with Megatron-core's constants.
+    """
+    if model.get("scale_factor") is None:
+        return dict(model)
+    constants = {key: value for key, value in LLAMA3.items() if key != "scale_factor"}
+    for key, value in {**constants, "rope_scaling": False}.items():
+        if model.get(key, value) != value:
+            raise CheckpointError(
+                f"{name}: {key}={model[key]!r} beside scale_factor={model['scale_factor']!r} is "
+                f"not supported, only {value!r}; export the model to Hugging Face's format with "
+                "Megatron-Bridge, and dump that"
+            )
+    others = {key: value for key, value in model.items() if key not in LLAMA3}
+    return {**others, "rope_scaling": True, "rope_scaling_factor": model["scale_factor"]}
 
 
 def _activation(name: str, model: Mapping[str, Any]) -> dict[str, bool]:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from nemo_kd.checkpoints.model import CheckpointError, Rope, RopeScaling, checked
+from nemo_kd.checkpoints.nemo_settings import BY_LOSS, LOAD_BALANCING, is_by_loss
 from nemo_kd.mcore.gpt import UNUSED_BASE, GPTSettings, squared_relu
 
 REQUIRED = object()
@@ -54,6 +55,7 @@ READ: dict[str, Any] = {
     "moe_layer_freq": 1,
     "moe_router_topk": 2,
     "moe_router_pre_softmax": False,
+    LOAD_BALANCING: "aux_loss",
     "make_vocab_size_divisible_by": 128,
 }
 """Arguments that are converted, and Megatron-LM's defaults."""
@@ -98,6 +100,7 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
     "moe_router_force_load_balancing": (False,),
     "moe_router_force_biased": (None,),
     "moe_expert_capacity_factor": (None,),
+    "moe_expert_rank_capacity_factor": (None,),
     "moe_apply_probs_on_input": (False,),
     "moe_mlp_glu_interleave_size": (None,),
     "moe_token_dropping": (False,),
@@ -105,7 +108,8 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Arguments that would change the logits, and their values that do not."""
 OF_A_MODEL = re.compile(
     r"(rope|rotary|yarn|mrope|qk_|kv_|attn|attention|softmax|window|glu|gelu|relu|activation_func"
-    r"|moe_router|moe_shared|moe_latent|mup|mla|lora_rank|norm|heterogeneous|hybrid|residual)"
+    r"|moe_router|moe_shared|moe_latent|mup|mla|lora_rank|norm|heterogeneous|hybrid|residual"
+    r"|(scale|scaling|multiplier|softcap|freq|nope)(_|$))"
 )
 """What the names of a model's arguments begin with or have after an underscore."""
 HARMLESS = re.compile(
@@ -114,12 +118,16 @@ HARMLESS = re.compile(
     r"|\w*(recompute|checkpoint|offload|fp8|fsdp|sharding|context_parallel|inference|dropout"
     r"|log_|logging|_grad|grad_|wandb|memory_efficient)\w*|memory_efficient_layer_norm"
     r"|attention_softmax_in_fp32|apply_query_key_layer_scaling|hybrid_context_parallel"
-    r"|moe_router_(load_balancing_type|dtype|bias_update_rate|padding_for_\w+|fusion|quantile_\w+)"
-    r"|moe_hybridep_\w+|rl_\w+|loss_scale\w*|create_attention_mask_in_dataloader"
+    r"|moe_router_(dtype|bias_update_rate|padding_for_\w+|fusion|quantile_\w+)"
+    r"|moe_hybridep_\w+|rl_\w+|create_attention_mask_in_dataloader"
     r"|moe_shared_expert_overlap|mlp_chunks\w+|fused_residual_rmsnorm|fused_single_qkv_rope"
     # Settings of what is refused or off without another argument, and of other models.
     r"|qk_clip_\w+|qk_head_dim|qk_pos_emb_head_dim|kv_lora_rank|q_lora_rank|yarn_\w+|mup_\w+"
     r"|mla_\w+|rotary_scaling_factor|swin\w+|vision_\w+|dsa_\w+|mamba\w+"
+    # The older name of position_embedding_type=rope, which Megatron-LM sets and saves beside it.
+    r"|use_rotary_position_embeddings"
+    # Scales of losses, gradients and optimizers.
+    r"|(\w+_)?(loss|grad)_scal\w+|muon_\w+|retriever_\w+"
 )
 Arguments = Mapping[str, Any]
 
@@ -163,8 +171,8 @@ def _renamed(args: Arguments) -> dict[str, Any]:
 def _refuse_unsupported(name: str, args: Arguments) -> None:
     for key, value in args.items():
         if key in READ or key == "padded_vocab_size":
-            continue
-        if key in NEUTRAL:
+            known = not isinstance(value, Mapping)  # an object of Bridge
+        elif key in NEUTRAL:
             known = value in NEUTRAL[key] or not value
         else:
             parts = f"_{key}"
@@ -230,12 +238,17 @@ def _experts(name: str, args: Arguments) -> dict[str, Any]:
             f"{name}: moe_layer_freq={args['moe_layer_freq']!r}: layers without experts beside "
             "those with them are not supported"
         )
+    if not is_by_loss(args[LOAD_BALANCING]):
+        raise CheckpointError(
+            f"{name}: {LOAD_BALANCING}={args[LOAD_BALANCING]!r} routes tokens to other experts "
+            f"than the top-k logits; supported are {', '.join(BY_LOSS)}, and lists of them"
+        )
     return {
         "num_moe_experts": args["num_experts"],
         "moe_router_topk": args["moe_router_topk"],
         "moe_router_pre_softmax": args["moe_router_pre_softmax"],
         "moe_ffn_hidden_size": args["moe_ffn_hidden_size"] or args["ffn_hidden_size"],
-        "moe_router_load_balancing_type": "aux_loss",
+        LOAD_BALANCING: "aux_loss",
         "moe_aux_loss_coeff": 0.0,
     }
 

@@ -38,8 +38,9 @@ from nemo_kd.topk import TopK
 
 Batch = dict[str, Any]
 """A micro-batch on the CPU: `tokens`, `labels`, `loss_mask` and `position_ids` [B, S / C], and
-`answers`, an `AnswerTokens`; with packs also `cu_seqlens` [sequences + 1] int32 and `max_seqlen`,
-an int; `vocab_size`, an int, or None without a store; `stores`, the `StoreFacts` of all stores."""
+`answers`, an `AnswerTokens`; with packs also `cu_seqlens` [sequences + 1] int32 and two ints,
+`max_seqlen`, for which padding is a sequence too, and `longest`, for which it is not; `vocab_size`,
+an int, or None without a store; `stores`, the `StoreFacts` of all stores."""
 
 PAD_ID = 0
 
@@ -201,6 +202,7 @@ class KDDataset(torch.utils.data.Dataset[Item]):
             "loss_mask": found["loss_mask"].float(),
             "cu_seqlens": ends,
             "max_seqlen": int(ends.diff().max()),
+            "longest": max(len(part.input_ids) - 1 for part in items[0].parts),
         }
 
     def _check(self) -> None:

@@ -128,7 +128,8 @@ def build(
 
     The layout is that of `parallel_state`. `vocab_size`: rows of the embedding before padding, by
     default those of the checkpoint. `changes` are fields of `TransformerConfig`, such as
-    `sequence_parallel`, `params_dtype` and what a training sets. The weights are random.
+    `sequence_parallel`, `params_dtype` and what a training sets. The weights are random. A model
+    that `GPTSettings.limit` limits has it as `token_limit`: `StepLoss` refuses longer sequences.
 
     Errors: CheckpointError for a setting that this megatron-core does not have, or that cannot be
     divided by the layout.
@@ -157,6 +158,7 @@ def build(
             **stage,
         )
         _set_frequencies(gpt, settings.rope)
+        gpt.token_limit = settings.limit()  # which `StepLoss` compares with each micro-batch
         chunks.append(gpt.to(torch.cuda.current_device()))
     return chunks
 

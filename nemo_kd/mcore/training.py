@@ -80,8 +80,8 @@ class StepLoss:
         and in evaluation the other metrics of `MetricSums`.
 
         Errors: NemoKDError for a model with MTP layers or whose logits are gathered from the
-        tensor-parallel ranks, for stores of another vocabulary, and for those that
-        `KDDataset.check` refuses.
+        tensor-parallel ranks, for sequences beyond the `token_limit` of `gpt.build`, for stores of
+        another vocabulary, and for those that `KDDataset.check` refuses.
         """
         self._check(batch, model)
         training = model.training and torch.is_grad_enabled()
@@ -105,6 +105,8 @@ class StepLoss:
                 "the model gathers its logits from the tensor-parallel ranks: build it with "
                 "parallel_output=True"
             )
+
+        _check_length(batch, gpt_module(model))
 
     def _check_stores(self, stores: tuple[StoreFacts, ...], training: bool) -> None:
         if self._accepted.get(training) == stores:
@@ -150,6 +152,25 @@ class StepLoss:
         number = max(len(answers.positions), fewest)
         divisor = torch.full((), number, dtype=torch.int, device=logits.device)
         return result.loss.sum(), divisor, report
+
+
+def _check_length(batch: Batch, gpt: Any) -> None:
+    """Raise NemoKDError for sequences on which the model computes other than its config.json."""
+    limit = getattr(gpt, "token_limit", None)  # of `gpt.build`
+    if limit is None:
+        return
+    longest, reason = limit
+    length = batch.get("longest")  # of packs: each of their sequences begins at position 0
+    what = f"a packed sequence of {length} tokens"
+    if length is None:
+        length = batch["labels"].shape[1] * parallel_state.get_context_parallel_world_size()
+        what = f"seq_length={length}"
+    if length > longest:
+        raise NemoKDError(
+            f"{what}: beyond {longest} tokens {reason}, which Megatron-core does not do here, so "
+            "that the student would be trained as another model than its config.json describes; "
+            f"use sequences of {longest} tokens or less"
+        )
 
 
 def kd_forward_step(

@@ -45,7 +45,7 @@ def merge_lora(model: MegatronGPTSFTKDModel) -> int:
                     "model.peft.lora_tuning.variant=nemo can"
                 )
             weight = getattr(module, BESIDE[name]).weight
-            weight += product(adapter).to(weight.dtype)
+            weight.copy_(product(adapter).add_(weight))  # in float32, rounded once
             merged += 1
         del module.adapter_layer
     model.use_peft = False  # the complete model is saved now

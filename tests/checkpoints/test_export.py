@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -218,6 +219,75 @@ def test_a_checkpoint_of_megatron_core_takes_settings_and_tokenizer_from_its_bas
         open_student(tmp_path / "run", base=other)
 
 
+ARGUMENTS: dict[str, Any] = {  # of tied_grouped
+    "num_layers": 4,
+    "num_attention_heads": 4,
+    "group_query_attention": True,
+    "num_query_groups": 2,
+    "norm_epsilon": 1e-3,
+    "normalization": "RMSNorm",
+    "swiglu": True,
+    "position_embedding_type": "rope",
+    "rotary_base": 10000,
+    "rotary_percent": 1.0,
+    "use_rope_scaling": False,
+    "rope_scaling_factor": 8.0,
+    "window_size": None,
+    "max_position_embeddings": 4096,
+    "num_experts": None,
+    "moe_router_topk": 2,
+    "moe_router_load_balancing_type": "sinkhorn",  # not read without experts
+}
+
+
+@pytest.fixture(scope="module")
+def megatron_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`source/` and `iter_0000010/`, the same model as Megatron-core saves it."""
+    directory = tmp_path_factory.mktemp("megatron")
+    source = saved(models.llama("tied_grouped"), directory / "source")
+    write_megatron(source, directory / "iter_0000010", rows=384)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, None),
+        ({"rotary_base": 500}, r"rotary_base=500, but .* computes with 10000\.0"),
+        ({"norm_epsilon": 1e-5}, "layernorm_epsilon=1e-05"),
+        ({"use_rope_scaling": True}, "use_rope_scaling=True"),
+        ({"rotary_percent": 0.5}, r"rotary_percent=0\.5"),
+        ({"window_size": [15, 0]}, r"window_size=\(15, 0\), but .* computes with None"),
+        ({"swiglu": False}, "swiglu=False"),
+        ({"apply_layernorm_1p": True}, "layernorm_zero_centered_gamma=True"),
+        ({"position_embedding_type": "none"}, "position_embedding_type='none'"),
+    ],
+)
+def test_arguments_of_a_training_that_its_base_does_not_have_are_refused(
+    changes: dict[str, Any],
+    message: str | None,
+    megatron_run: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    shutil.copytree(megatron_run / "iter_0000010", tmp_path / "run")
+    state = {"args": argparse.Namespace(**{**ARGUMENTS, **changes})}
+    torch.save(state, tmp_path / "run/common.pt")
+    if message is None:
+        open_student(tmp_path / "run", base=megatron_run / "source")
+    else:
+        with pytest.raises(CheckpointError, match=message):
+            open_student(tmp_path / "run", base=megatron_run / "source")
+    assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_without_arguments_is_exported_with_a_line(
+    megatron_run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    open_student(megatron_run / "iter_0000010", base=megatron_run / "source")
+    assert "has no arguments of its training: its settings cannot be" in capsys.readouterr().out
+
+
 def changed(nemo: Path, directory: Path, **settings: Any) -> Path:
     """The `.nemo` unpacked, with other settings."""
     with tarfile.open(nemo) as archive:
@@ -261,6 +331,18 @@ def test_a_setting_that_changes_the_model_is_refused_by_its_name(
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("plain")
     return converted(saved(models.llama("tied_grouped"), directory / "source"))
+
+
+def test_a_router_that_a_training_changed_is_refused_and_a_balancing_loss_is_not(
+    tmp_path: Path,
+) -> None:
+    source = saved(models.family("mixtral"), tmp_path / "source")
+    nemo, key = converted(source), "moe_router_load_balancing_type"
+    with pytest.raises(CheckpointError, match=rf"model\.{key} is 'sinkhorn'"):
+        open_student(changed(nemo, tmp_path / "sinkhorn", **{key: "sinkhorn"}))
+    other = changed(nemo, tmp_path / "other", **{key: ["seq_aux_loss", "global_aux_loss"]})
+    output = export(open_student(other), tmp_path / "out").path
+    assert torch.equal(logits(output), logits(source))
 
 
 def test_a_llama_without_its_config_json_is_described_by_nemos_settings(

@@ -24,7 +24,7 @@ from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.checkpoints.peft import export_adapters
 from nemo_kd.cli import export as cli
 from tests.checkpoints import models
-from tests.checkpoints.test_export import converted, logits, saved
+from tests.checkpoints.test_export import SAFELY, converted, logits, saved, tensors
 
 DIM, ALPHA = 3, 5
 BLOCKS = {
@@ -79,7 +79,8 @@ def write_adapters(base: Path, path: Path, ranks: dict[str, State], **settings: 
     """A `.nemo` of adapters, as NeMo saves them, with the configuration of the model `base`."""
     lora = {"adapter_dim": DIM, "alpha": ALPHA, "variant": "nemo", **settings.pop("lora", {})}
     peft = {"peft_scheme": "lora", "lora_tuning": lora}
-    rewrite(base, path, weights=False, restore_from_path=str(base), **{"peft": peft, **settings})
+    own = {"restore_from_path": str(base), "peft": peft}
+    rewrite(base, path, weights=False, **{**own, **settings})
     with tarfile.open(path, "a:") as target:
         for folder, state in ranks.items():
             buffer = io.BytesIO()
@@ -138,6 +139,24 @@ def test_merged_and_by_peft_they_give_the_same_logits(
     ids = models.tokenizer()(models.TEXT[:200], return_tensors="pt").input_ids
     with torch.no_grad():
         close(by_peft(ids).logits[0], wanted)
+
+
+def test_a_merge_into_bfloat16_is_rounded_once_when_it_is_written(tmp_path: Path) -> None:
+    model = models.llama("tied_grouped").bfloat16()
+    nemo = converted(saved(model, tmp_path / "source"))
+    state, wanted = adapted(model.float(), range(4))
+    adapters = write_adapters(nemo, tmp_path / "adapters.nemo", {"": state})
+    for dtype in (torch.float32, torch.bfloat16):
+        student = open_student(adapters, base_model=nemo)
+        found = tensors(export(student, tmp_path / str(dtype), dtype=dtype).path)
+        for name, tensor in found.items():
+            rows = wanted[name][: len(tensor)]
+            # Float32's error of B A and the sum, before the one rounding.
+            error = (tensor.double() - rows.double()).abs() - 1e-5
+            assert tensor.dtype == dtype
+            assert (error <= torch.finfo(dtype).eps / 2 * rows.double().abs()).all(), name
+    exported = tensors(export(open_student(adapters, base_model=nemo), tmp_path / "own").path)
+    assert all(torch.equal(exported[name], found[name]) for name in found)
 
 
 def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
@@ -251,3 +270,73 @@ def test_adapters_are_not_said_to_be_compared(base: Path, tmp_path: Path) -> Non
     with pytest.raises(typer.BadParameter, match="adapters have no logits to compare"):
         cli.export(adapters, tmp_path / "peft", peft=True, verify=True)
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.fixture(scope="module")
+def other(base: Path) -> Path:
+    """A model of the same shapes as `base`, of which one value of one layer differs."""
+    model = models.llama("tied_grouped")
+    model.state_dict()["model.layers.2.mlp.down_proj.weight"][0, 0] += 1
+    return converted(saved(model, base.parent / "other"))
+
+
+def lora(base: Path, path: Path, **settings: Any) -> Path:
+    state, _ = adapted(models.llama("tied_grouped"), range(4))
+    return write_adapters(base, path, {"": state}, **settings)
+
+
+def test_another_base_of_the_same_shapes_is_refused_with_both_names(
+    base: Path, other: Path, tmp_path: Path
+) -> None:
+    adapters = lora(base, tmp_path / "a.nemo")
+    difference = r"model\.layers\.2\.mlp\.down_proj\.weight differs"
+    with pytest.raises(CheckpointError, match=rf"on {base}, but {other} is another .*{difference}"):
+        open_student(adapters, base_model=other)
+    source = other.with_suffix("")
+    with pytest.raises(CheckpointError, match=rf"on {base}, but {source} is .*{difference}"):
+        export_adapters(adapters, tmp_path / "peft", base=source)
+    assert not (tmp_path / "peft").exists()
+
+
+def test_a_base_with_the_weights_of_the_recorded_one_is_accepted_in_any_form(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unpacked, and rounded to bfloat16."""
+    adapters = lora(base, tmp_path / "a.nemo")
+    with tarfile.open(base) as archive:
+        archive.extractall(tmp_path / "unpacked", **SAFELY)
+    open_student(adapters, base_model=tmp_path / "unpacked")
+    rounded = export(open_student(base), tmp_path / "rounded", dtype=torch.bfloat16).path
+    open_student(adapters, base_model=converted(rounded))
+    assert export_adapters(adapters, tmp_path / "peft", base=rounded) == 16
+    assert capsys.readouterr().out == ""
+
+
+def test_a_base_that_cannot_be_compared_is_named_beside_the_recorded_one(
+    base: Path, other: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / "gone.nemo"
+    adapters = lora(rewrite(base, gone), tmp_path / "a.nemo")
+    gone.unlink()
+    student = open_student(adapters, base_model=other)
+    assert capsys.readouterr().out == (
+        f"{adapters} was trained on {gone}, which is gone; {other} is taken for it\n"
+    )
+    card = (export(student, tmp_path / "out").path / "README.md").read_text()
+    assert "| base model | other |" in card and "source" not in card
+    unknown = lora(base, tmp_path / "b.nemo", restore_from_path=None)
+    open_student(unknown, base_model=base)
+    assert "does not record its base" in capsys.readouterr().out
+    bare = tmp_path / "bare"
+    shutil.copytree(other.with_suffix(""), bare, ignore=shutil.ignore_patterns("*.safetensors"))
+    export_adapters(lora(base, tmp_path / "c.nemo"), tmp_path / "peft", base=bare)
+    assert f"{bare} cannot be compared with its base" in capsys.readouterr().out
+
+
+def test_the_card_names_a_trained_base_and_not_what_that_was_converted_from(
+    base: Path, tmp_path: Path
+) -> None:
+    trained = rewrite(base, tmp_path / "trained.nemo", kd_trained_steps=500)
+    student = open_student(lora(trained, tmp_path / "a.nemo"), base_model=trained)
+    card = (export(student, tmp_path / "out").path / "README.md").read_text()
+    assert "| base model | trained.nemo |" in card

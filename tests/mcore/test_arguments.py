@@ -26,6 +26,10 @@ STORED: dict[str, Any] = {
     "lr": 1e-4,
     "recompute_granularity": "full",
     "moe_router_load_balancing_type": "aux_loss",
+    "initial_loss_scale": 2.0**32,
+    "loss_scale_window": 1000,
+    "mtp_loss_scaling_factor": 0.1,
+    "muon_scale_mode": "spectral",
     "tensor_model_parallel_size": 8,
 }
 
@@ -47,6 +51,32 @@ def test_a_gpt_of_megatrons_defaults() -> None:
     assert settings.config["add_bias_linear"] and settings.max_positions == 128
 
 
+def test_the_older_flag_for_rotary_positions_changes_nothing() -> None:
+    """Megatron-LM saves it beside position_embedding_type, which it sets."""
+    found = settings_of_arguments("c", {**STORED, "use_rotary_position_embeddings": True}, {})
+    assert found == settings_of_arguments("c", STORED, {})
+    assert found.position_embedding_type == "rope"
+
+
+EXPERTS = {"num_experts": 4, "moe_ffn_hidden_size": 32}
+BALANCING = "moe_router_load_balancing_type"
+
+
+@pytest.mark.parametrize("kind", ["none", "seq_aux_loss", ["aux_loss", "global_aux_loss"]])
+def test_a_loss_that_balances_the_experts_does_not_change_the_router(kind: Any) -> None:
+    found = settings_of_arguments("c", {**STORED, **EXPERTS, BALANCING: kind}, {})
+    assert found == settings_of_arguments("c", {**STORED, **EXPERTS}, {})
+    assert found.config[BALANCING] == "aux_loss" and found.config["moe_aux_loss_coeff"] == 0
+
+
+@pytest.mark.parametrize("kind", ["sinkhorn", ["aux_loss", "sinkhorn"], "of_next_year"])
+def test_another_router_is_refused_and_does_not_matter_without_experts(kind: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"{BALANCING}=.*routes tokens to other experts"):
+        settings_of_arguments("c", {**STORED, **EXPERTS, BALANCING: kind}, {})
+    found = settings_of_arguments("c", {**STORED, BALANCING: kind}, {})
+    assert found == settings_of_arguments("c", STORED, {})
+
+
 @pytest.mark.parametrize(
     ("stored", "given", "message"),
     [
@@ -56,6 +86,7 @@ def test_a_gpt_of_megatrons_defaults() -> None:
         ({"multi_latent_attention": True}, {}, "multi_latent_attention=True is not supported"),
         ({"moe_shared_expert_intermediate_size": 8}, {}, "is not supported"),
         ({"attention_of_next_year": 3}, {}, "attention_of_next_year=3 is not supported"),
+        ({"embedding_multiplier": 12.0}, {}, "embedding_multiplier=12.0 is not supported"),
         ({"position_embedding_type": "yarn"}, {}, "position_embedding_type='yarn'"),
         ({"rotary_percent": 2.0}, {}, "c: its arguments"),
     ],
