@@ -186,10 +186,10 @@ WORDED = "math, several wordings"
 EXPERIMENTS = {
     "code": ("reference", "budget", "headline"),
     EVERY: ("all_tokens",),
-    "prose": ("prose_budget", "prose"),
+    "prose": ("prose",),
     "math": ("math_reference", "math_budget", "math"),
     WORDED: ("worded",),
-    LARGER: ("knowledge_budget", "knowledge"),
+    LARGER: ("knowledge",),
 }
 """Domain → experiments of the first table; of equal labels the last one counts."""
 LOSS, RATIO = ("loss", "sft_loss"), ("ratio", "")

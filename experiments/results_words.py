@@ -143,10 +143,9 @@ def prompts_too(rows: Sequence[Row]) -> str:
         return ""
     return (
         "With the prompts' tokens trained on too, and the teacher's logits for them, "
-        f"{DEFAULT} {reaching(every.steps)} ({plural(len(every.found), 'seed')}; on answers alone "
-        f"{100 * usual.steps.value:.0f} %) and ends "
+        f"{DEFAULT} {reaching(every.steps)} instead of {100 * usual.steps.value:.0f} %, and ends "
         f"{-every.against_baseline.value:.3f} nats per answer token below it "
-        f"([more](#prompts-as-training-text)).\n"
+        f"({plural(len(every.found), 'seed')}; [all](#prompts-as-training-text)).\n"
     )
 
 
