@@ -13,6 +13,7 @@ from transformers.utils import GENERATION_CONFIG_NAME
 from nemo_kd.checkpoints import open_checkpoint, parse_layers
 from nemo_kd.checkpoints.huggingface import to_transformers
 from nemo_kd.errors import NemoKDError
+from nemo_kd.files import read_json
 from nemo_kd.hf.loading import from_directory
 from nemo_kd.sft.tokenizer import load_tokenizer
 
@@ -39,8 +40,9 @@ def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreT
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         for config in (model.config, model.generation_config):
             setattr(config, name, getattr(tokenizer, name))
-    if (path / GENERATION_CONFIG_NAME).is_file():  # that of the whole model, such as its ends
-        model.generation_config = GenerationConfig.from_pretrained(str(path), local_files_only=True)
+    whole = path / GENERATION_CONFIG_NAME
+    if whole.is_file():  # such as several ends of an answer
+        model.generation_config = GenerationConfig.from_dict(read_json(whole))
     return model, tokenizer
 
 
