@@ -39,7 +39,8 @@ def stop_after(step: int, overrides: list[str], run: Path) -> None:
     """
     for _ in range(5):
         stop_once(step, overrides, run)
-        if steps(run)[-1]["step"] < STEPS:
+        saved = [path.name for path in (run / "checkpoints").glob("*-last")]
+        if f"-step={STEPS}-" not in saved[0]:
             return
         shutil.rmtree(run)
         run.mkdir()
