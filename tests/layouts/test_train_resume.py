@@ -40,7 +40,7 @@ def stop_after(step: int, overrides: list[str], run: Path) -> None:
     for _ in range(5):
         stop_once(step, overrides, run)
         saved = [path.name for path in (run / "checkpoints").glob("*-last")]
-        if f"-step={STEPS}-" not in saved[0]:
+        if not any(f"-step={STEPS}-" in name for name in saved):
             return
         shutil.rmtree(run)
         run.mkdir()
@@ -114,7 +114,8 @@ def test_killed_run_goes_on_exactly(
     assert validated(tmp_path) == validated(train(layout, *longer))
 
 
-@pytest.mark.parametrize("step", [4, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.slow  # where the signal arrives depends on the machine's speed
+@pytest.mark.parametrize("step", [4, 3])
 def test_a_run_stopped_by_sigterm_goes_on_exactly_and_validates_at_the_same_steps(
     train: Callable[..., Path],
     dump: Callable[..., Path],
