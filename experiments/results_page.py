@@ -137,8 +137,7 @@ def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
             questions[name] = f"{name}: {size} {what}, up to {50 / size**0.5:.1f} points"
     every = [row for rows in found.values() for row in rows.values() if row.found]
     fewer = {len(row.found) for row in every if "of the steps" in row.label}
-    least = f"{min(fewer)} to " if len(fewer) > 1 else ""
-    seeds = f" ({least}{words.plural(max(fewer), 'seed')})" if fewer else ""
+    seeds = f" ({words.plural(min(fewer), 'seed')})" if fewer else ""
     return (
         f"Means over the finished seeds of {words.DEFAULT}, on held-out modules of code and "
         f"prose and held-out questions; {NOT_PLANNED}: not measured. Lower is better for "

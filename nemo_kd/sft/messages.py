@@ -217,7 +217,7 @@ def _arguments(arguments: Any, where: str) -> Arguments:
         raise RowError(f"{where}: arguments are {arguments!r:.60}: expected a JSON object")
     made = Arguments(value)
     made.is_text = isinstance(arguments, str)
-    made.text = arguments if isinstance(arguments, str) else json.dumps(value, ensure_ascii=False)
+    made.text = arguments if made.is_text else json.dumps(value, ensure_ascii=False)
     return made
 
 

@@ -24,12 +24,17 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write(path, made, [sample(row, made, answers=1 + row) for row in range(10)])
 
 
-def fitted(directory: Path, done: Progress | None = None, **changes: Any) -> DictConfig:
-    """`max_steps=7`, `train_ds__drop_last=False`: keys of `trainer`, or of `model.data`."""
+def configuration(directory: Path) -> DictConfig:
     cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
     assert isinstance(cfg, DictConfig)
-    cfg.model.global_batch_size = 4
     cfg.model.data.train_ds.store = str(directory)
+    return cfg
+
+
+def fitted(directory: Path, done: Progress | None = None, **changes: Any) -> DictConfig:
+    """`max_steps=7`, `train_ds__drop_last=False`: keys of `trainer`, or of `model.data`."""
+    cfg = configuration(directory)
+    cfg.model.global_batch_size = 4
     for key, value in changes.items():
         block = "model.data" if "__" in key else "trainer"
         OmegaConf.update(cfg, f"{block}.{key.replace('__', '.')}", value, force_add=True)
@@ -216,9 +221,8 @@ def test_an_evaluation_of_nothing_is_refused(
 def test_a_warm_up_that_outlasts_the_run_is_said(
     directory: Path, capsys: pytest.CaptureFixture[str], warmup: int | None, warned: bool
 ) -> None:
-    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
-    assert isinstance(cfg, DictConfig)
-    cfg.model.data.train_ds.store, cfg.trainer.max_steps = str(directory), 7
+    cfg = configuration(directory)
+    cfg.trainer.max_steps = 7
     cfg.model.optim.sched.warmup_steps = warmup
     fit_length(cfg, Progress())
     said = capsys.readouterr().err
@@ -229,9 +233,8 @@ def test_a_warm_up_that_outlasts_the_run_is_said(
 def test_a_schedule_that_outlasts_the_run_is_said(
     directory: Path, capsys: pytest.CaptureFixture[str], steps: int | None, warned: bool
 ) -> None:
-    cfg = OmegaConf.load(ROOT / "conf/train_gpt_sft_kd.yaml")
-    assert isinstance(cfg, DictConfig)
-    cfg.model.data.train_ds.store, cfg.trainer.max_steps = str(directory), 7
+    cfg = configuration(directory)
+    cfg.trainer.max_steps = 7
     cfg.model.kd.alpha, cfg.model.kd.alpha_end, cfg.model.kd.schedule_steps = 0.8, 0.0, steps
     fit_length(cfg, Progress())
     said = capsys.readouterr().err
