@@ -49,7 +49,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "# Results\n",
         words.opening(study.rows),
         words.headline(study.rows["headline"], PUBLISHED_SHARE),
-        words.prompts_too(study.rows["tokens"]),
+        words.prompts_too(study.rows),
         words.elsewhere(study.rows),
         published_table(study),
         picture(figures, "headline"),
@@ -180,15 +180,17 @@ METHODS = {
 }
 """Column of the first table → label in the experiments."""
 LARGER = "code, 15 layers"
-EVERY = "code, trained on all tokens"
+TOO = "trained on all tokens"
 WORDED = "math, several wordings"
 EXPERIMENTS = {
     "code": ("reference", "budget", "headline"),
-    EVERY: ("all_tokens",),
+    f"code, {TOO}": ("all_tokens",),
     "prose": ("prose",),
+    f"prose, {TOO}": ("all_tokens_prose",),
     "math": ("math_reference", "math_budget", "math"),
     WORDED: ("worded",),
     LARGER: ("knowledge",),
+    f"{LARGER}, {TOO}": ("all_tokens_depth",),
 }
 """Domain → experiments of the first table; of equal labels the last one counts."""
 LOSS, RATIO = ("loss", "sft_loss"), ("ratio", "")
@@ -199,8 +201,9 @@ BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
         GENERATED["parses"]: ("share", "parses"),
         "steps ratio": RATIO,
     },
-    EVERY: {"cross-entropy": LOSS, "steps ratio": RATIO},
+    f"code, {TOO}": {"cross-entropy": LOSS, "steps ratio": RATIO},
     "prose": {"cross-entropy": LOSS, "steps ratio": RATIO},
+    f"prose, {TOO}": {"cross-entropy": LOSS, "steps ratio": RATIO},
     "math": {
         EXACT: ("right", EXACT),
         "cross-entropy": LOSS,
@@ -216,6 +219,7 @@ BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
         "steps ratio": RATIO,
         **{what: ("right", what) for what in (DOCTESTS, *SHOTS.values())},
     },
+    f"{LARGER}, {TOO}": {"cross-entropy": LOSS, "steps ratio": RATIO},
 }
 
 

@@ -113,7 +113,9 @@ def elsewhere(rows: Rows) -> str:
     found = {
         "code, both trained on the prompts too": rows["all_tokens"],
         "prose": rows["prose"],
+        "prose, both trained on the prompts too": rows["all_tokens_prose"],
         "code with 15 layers": rows["knowledge"],
+        "code with 15 layers, both trained on the prompts too": rows["all_tokens_depth"],
         "worked problems": rows["math"],
         SEVERAL: rows["worded"],
     }
@@ -136,16 +138,28 @@ SEVERAL = "worked problems in several wordings"
 EVERY_TOKEN = f"{DEFAULT}, all tokens"
 
 
-def prompts_too(rows: Sequence[Row]) -> str:
+def prompts_too(rows: Rows) -> str:
     """What training on the prompts' tokens adds; empty without results."""
-    usual, every = (row for row in rows if row.label in (DEFAULT, EVERY_TOKEN))
-    if every.steps is None or every.against_baseline is None or usual.steps is None:
+    sentences = []
+    for name, table in {
+        "on code": rows["tokens"],
+        "on prose": rows["tokens_prose"],
+        "with 15 layers": rows["tokens_depth"],
+    }.items():
+        usual, every = (row for row in table if row.label in (DEFAULT, EVERY_TOKEN))
+        if every.steps is None or every.against_baseline is None or usual.steps is None:
+            continue
+        sentences.append(
+            f"{name} it {reaching(every.steps)} instead of {100 * usual.steps.value:.0f} %, and "
+            f"differs by {interval(every.against_baseline, signed=True)} nats per answer token "
+            f"({plural(len(every.found), 'seed')})"
+        )
+    if not sentences:
         return ""
     return (
-        "With the prompts' tokens trained on too, and the teacher's logits for them, "
-        f"{DEFAULT} {reaching(every.steps)} instead of {100 * usual.steps.value:.0f} %, and ends "
-        f"{-every.against_baseline.value:.3f} nats per answer token below it "
-        f"({plural(len(every.found), 'seed')}; [all](#prompts-as-training-text)).\n"
+        f"With the prompts' tokens trained on too, and the teacher's logits for them, {DEFAULT} "
+        f"gains more over SFT on answers: {'; '.join(sentences)} "
+        "([all](#prompts-as-training-text)).\n"
     )
 
 

@@ -28,6 +28,7 @@ from nemo_kd.visible import visible
 
 CHECKPOINT_KEY = "nemo_kd"
 STOPPED_EARLY = "stopped_early"
+VALIDATED = "validated"
 DATA_KEY, STEPS_KEY = STORES, STEPS
 """Keys of the model's configuration in which a `.nemo` records its own training."""
 Origin = dict[str, str]
@@ -42,6 +43,8 @@ class Progress:
     consumed_samples: int = 0
     stopped_early: str = ""
     """Why early stopping ended the run; "" if it did not."""
+    validated: bool = True
+    """Whether a validation of this step was run before the checkpoint was saved, if one was due."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +117,8 @@ def read(checkpoint: str) -> tuple[Progress, Record]:
     names = {field.name for field in dataclasses.fields(Record)}
     record = Record(**{name: value for name, value in mine.items() if name in names})
     stopped = mine.get(STOPPED_EARLY, _out_of_patience(kept.get("callbacks") or {}))
-    return Progress(step, int(consumed), stopped), record
+    validated = bool(mine.get(VALIDATED, True))  # missing in an older checkpoint
+    return Progress(step, int(consumed), stopped, validated), record
 
 
 def _out_of_patience(callbacks: dict[str, Any]) -> str:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
     MegatronPretrainingBatchSampler,
 )
@@ -13,7 +14,7 @@ from nemo.core.optim import lr_scheduler
 from omegaconf import open_dict
 
 from nemo_kd.nemo.early_stopping import keep_patience, stop_reason
-from nemo_kd.nemo.record import CHECKPOINT_KEY, STEPS_KEY, STOPPED_EARLY, Record
+from nemo_kd.nemo.record import CHECKPOINT_KEY, STEPS_KEY, STOPPED_EARLY, VALIDATED, Record
 
 SCHEDULE_PROGRESS = ("last_epoch", "_step_count")
 GROUP_STATE = ("params", "step")
@@ -37,6 +38,38 @@ class WholeRunBatchSampler(MegatronPretrainingBatchSampler):
         return self.batches_done + full + bool(rest and not self.drop_last)
 
 
+class ResumedLoop(_TrainingEpochLoop):
+    """Lightning's loop over steps, which validates after the same steps as a run without a stop.
+
+    NeMo's own loop leaves out the validation of the step at which a run resumes, even if its
+    checkpoint was saved before that validation, and the one after the next step. Lightning's
+    validates then on the batches after those of the last validation before the stop.
+
+    `validate_first`: begin with the validation of the checkpoint's step.
+    """
+
+    def __init__(self, trainer: Trainer, *, validate_first: bool) -> None:
+        super().__init__(trainer, trainer.min_steps, trainer.max_steps)
+        self.validate_first = validate_first
+
+    @property
+    def max_steps(self) -> int:
+        # Lightning would not begin to validate after the last step.
+        return self._max_steps + (self.restarting and self.validate_first)
+
+    @max_steps.setter
+    def max_steps(self, steps: int) -> None:
+        self._max_steps = steps
+
+    def advance(self, data_fetcher: Any) -> None:
+        """Train a step, or do nothing if the next is to validate."""
+        if self.restarting:
+            self.val_loop.restarting = False  # from its first batch on
+            self._restarting = self.validate_first
+        super().advance(data_fetcher)
+        self._restarting = False
+
+
 class RunKeeper(Callback):
     """Save a run's record in its checkpoints; keep the new command's settings when resuming.
 
@@ -46,6 +79,7 @@ class RunKeeper(Callback):
 
     def __init__(self, record: Record) -> None:
         self.record = record
+        self._validated: int | None = None  # step of the last validation
         self._groups: list[dict[str, Any]] = []  # settings of the optimizer's parameter groups
 
     def on_save_checkpoint(
@@ -57,7 +91,11 @@ class RunKeeper(Callback):
             **dataclasses.asdict(self.record),
             "consumed_samples": pl_module.compute_consumed_samples(done),
             STOPPED_EARLY: stop_reason(trainer),
+            VALIDATED: self._validated == trainer.global_step,
         }
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._validated = None if trainer.sanity_checking else trainer.global_step
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]

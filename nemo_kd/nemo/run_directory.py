@@ -120,11 +120,11 @@ def _pin(cfg: DictConfig, path: Path, checkpoint: Path) -> None:
         cfg.exp_manager.resume_from_checkpoint = str(checkpoint)
 
 
-def keep_metrics(directory: Path, step: int) -> None:
-    """Restore `metrics.jsonl`, which `exp_manager` has moved to `run_N`, up to `step`.
+def keep_metrics(directory: Path, step: int, *, validated: bool) -> None:
+    """Restore `metrics.jsonl`, which `exp_manager` has moved to `run_N`, up to the checkpoint.
 
-    Lines of steps after the checkpoint are left out, since those steps are trained again. Call on
-    one rank.
+    Lines of later steps are left out, since those steps are trained again, and the validation after
+    `step`, the checkpoint's, unless it was `validated` before it was saved. Call on one rank.
     """
     runs = sorted(directory.glob("run_*"), key=lambda run: int(run.name.removeprefix("run_")))
     moved = runs[-1] / METRICS if runs else None
@@ -135,13 +135,17 @@ def keep_metrics(directory: Path, step: int) -> None:
         moved.open() as old,
         temporary.open("w") as new,
     ):
-        new.writelines(line for line in old if _step(line) <= step)
+        new.writelines(line for line in old if _position(line) <= (step, validated))
     moved.unlink()
 
 
-def _step(line: str) -> float:
-    """Return the step of a line; infinity for an incomplete line of a killed run."""
+def _position(line: str) -> tuple[float, bool]:
+    """Return the step of a line, and whether it is of a validation; sorts as they were written.
+
+    The step is infinity for an incomplete line of a killed run.
+    """
     try:
-        return float(json.loads(line)["step"])
+        values = json.loads(line)
+        return float(values["step"]), any(name.startswith("val") for name in values)
     except ValueError:
-        return float("inf")
+        return float("inf"), False

@@ -9,6 +9,7 @@ import yaml
 from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.nemo.length import validates
 from nemo_kd.nemo.record import STEPS_KEY, Origin, Progress, Record, read, say
 from nemo_kd.nemo.resumed_settings import (
     FIXED,
@@ -73,7 +74,8 @@ def resume(
             f"{at} is at step {done.step}, after the end of a run of {steps} steps: raise "
             f"trainer.max_steps, or {NEW_RUN}"
         )
-    if done.step == steps:
+    validating = validates_first(cfg, done)
+    if done.step == steps and not validating:
         if not _is_written(directory, steps):
             say(f"all {steps} steps are done: writing {directory.student} from {at}")
             return True
@@ -85,7 +87,8 @@ def resume(
         return False
     if done.stopped_early and _would_stop_early(cfg, changed):
         return _stopped_early(cfg, directory, done)
-    say(f"resuming at step {done.step} of {steps} from {at}")
+    with_what = ", with the validation of this step" if validating else ""
+    say(f"resuming at step {done.step} of {steps} from {at}{with_what}")
     if changed:
         say("with new settings: " + "; ".join(map(str, changed)))
     if then.max_steps not in (None, steps):
@@ -94,6 +97,17 @@ def resume(
             f"schedules are those of a run of {steps} steps"
         )
     return True
+
+
+def validates_first(cfg: DictConfig, done: Progress) -> bool:
+    """Whether a run resumes with a validation: one is due at the checkpoint's step, and missing.
+
+    Also if `exp_manager.disable_validation_on_resume=false` asks for it again.
+    """
+    if done.step == 0 or not validates(cfg) or done.step % cfg.trainer.val_check_interval:
+        return False
+    again = cfg.exp_manager.get("disable_validation_on_resume") is False
+    return not done.validated or (again and done.step < cfg.trainer.max_steps)
 
 
 EARLY_STOPPING = (

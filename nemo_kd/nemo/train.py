@@ -26,7 +26,7 @@ from nemo_kd.nemo.length import (
     validates,
 )
 from nemo_kd.nemo.peft import add_adapters, schemes_of
-from nemo_kd.nemo.record import DATA_KEY, Record, asked, record_of, say
+from nemo_kd.nemo.record import DATA_KEY, Progress, Record, asked, record_of, say
 from nemo_kd.nemo.restored_adapters import settle_adapters
 from nemo_kd.nemo.settings import training
 from nemo_kd.nemo.splits import Split, TrainSplit, splits_of
@@ -64,7 +64,7 @@ def run(cfg: DictConfig) -> None:
             return
     if notice := alpha_of_validation(cfg):
         say(notice)
-    trainer = _train(cfg, record, done.step, directory)
+    trainer = _train(cfg, record, done, directory)
     from nemo_kd.nemo.early_stopping import out_of_time
 
     if out_of_time(trainer):
@@ -93,21 +93,25 @@ def alpha_of_validation(cfg: DictConfig) -> str:
     )
 
 
-def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory | None) -> Trainer:
-    """Train the remaining steps; `done` are those of earlier starts."""
+def _train(
+    cfg: DictConfig, record: Record, done: Progress, directory: RunDirectory | None
+) -> Trainer:
+    """Train the remaining steps; `done` is the progress of earlier starts."""
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
 
     from nemo_kd.nemo.early_stopping import MonitorCheck, stop_reason
     from nemo_kd.nemo.metrics import StepMetrics
-    from nemo_kd.nemo.resume import RunKeeper, note_steps
+    from nemo_kd.nemo.resume import ResumedLoop, RunKeeper, note_steps
 
     trainer = start.build_trainer(cfg)
     log_dir = exp_manager(trainer, cfg.exp_manager)
+    validating = start_of_run.validates_first(cfg, done)
+    trainer.fit_loop.epoch_loop = ResumedLoop(trainer, validate_first=validating)
     # Before NeMo's callbacks: the one that ends a run at SIGTERM prevents all later ones.
     trainer.callbacks.insert(0, RunKeeper(record))
-    if log_dir is not None and done and is_global_rank_zero():
-        run_directory.keep_metrics(Path(log_dir), done)
+    if log_dir is not None and done.step and is_global_rank_zero():
+        run_directory.keep_metrics(Path(log_dir), done.step, validated=not validating)
     file = None if log_dir is None else Path(log_dir) / run_directory.METRICS
     trainer.callbacks[:0] = [StepMetrics(file), MonitorCheck()]
     if not torch.cuda.is_available():
@@ -121,7 +125,8 @@ def _train(cfg: DictConfig, record: Record, done: int, directory: RunDirectory |
     if reason := stop_reason(trainer):
         say(f"stopped early at step {trainer.global_step} of {trainer.max_steps}: {reason}")
     student = directory.student if directory is not None else None
-    if student and done == trainer.max_steps:  # Lightning does not call NeMo's on_train_end
+    if student and done.step == trainer.max_steps and not validating:
+        # Lightning has not called NeMo's on_train_end.
         note_steps(trainer, model)
         _restore_best(trainer)
         model.save_to(str(student))

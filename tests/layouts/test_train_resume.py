@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,6 @@ from tests.processes import TRAIN, error_of, kill, run_script, start_program
 from tests.runs import metrics, steps
 
 EXACT = ("reduced_train_loss", "sft_loss", "kd_loss", "grad_norm", "lr", "consumed_samples")
-STEPS = 6  # of a whole run
 
 
 def kill_after(step: int, overrides: list[str], processes: int, run: Path) -> None:
@@ -33,21 +31,7 @@ def kill_after(step: int, overrides: list[str], processes: int, run: Path) -> No
 
 
 def stop_after(step: int, overrides: list[str], run: Path) -> None:
-    """Start a run, and ask it to end once it has logged `step`; it saves its state first.
-
-    If it is at its last step by then, the run is begun again: there is no validation after that.
-    """
-    for _ in range(5):
-        stop_once(step, overrides, run)
-        saved = [path.name for path in (run / "checkpoints").glob("*-last")]
-        if not any(f"-step={STEPS}-" in name for name in saved):
-            return
-        shutil.rmtree(run)
-        run.mkdir()
-    raise AssertionError(f"five runs have ended before they were asked to after step {step}")
-
-
-def stop_once(step: int, overrides: list[str], run: Path) -> None:
+    """Start a run, and ask it to end once it has logged `step`; it saves its state first."""
     output = run.parent / f"{run.name}-stopped.txt"
     with output.open("w") as log:
         started = start_program(TRAIN, *overrides, stdout=log, stderr=log)
@@ -71,12 +55,12 @@ def validated(run: Path) -> list[tuple[int, float]]:
 
 
 def assert_goes_on_exactly(
-    whole: list[dict[str, Any]], overrides: list[str], processes: int, run: Path
+    whole: list[dict[str, Any]], overrides: list[str], processes: int, run: Path, since: int = 3
 ) -> None:
-    """The killed run, started again, ends as `whole`, which nobody killed."""
+    """The killed run, started again at step `since` or a later one, ends as `whole` did."""
     done = run_script("train_gpt_sft_kd.py", *overrides, processes=processes)
-    (announced,) = re.findall(r"resuming at step (\d+) of (\d+) from (\S+)", done.stderr)
-    assert int(announced[0]) >= 3 and int(announced[1]) == len(whole)
+    (announced,) = re.findall(r"resuming at step (\d+) of (\d+) from ([^\s,]+)", done.stderr)
+    assert int(announced[0]) >= since and int(announced[1]) == len(whole)
     assert Path(announced[2]).parent == run / "checkpoints"
     # One log of the whole run: no step is missing, none is there twice.
     resumed = steps(run)
@@ -114,8 +98,9 @@ def test_killed_run_goes_on_exactly(
     assert validated(tmp_path) == validated(train(layout, *longer))
 
 
-@pytest.mark.slow  # where the signal arrives depends on the machine's speed
-@pytest.mark.parametrize("step", [4, 3])
+@pytest.mark.parametrize(
+    "step", [2, 5, *(pytest.param(step, marks=pytest.mark.slow) for step in (1, 3, 4))]
+)
 def test_a_run_stopped_by_sigterm_goes_on_exactly_and_validates_at_the_same_steps(
     train: Callable[..., Path],
     dump: Callable[..., Path],
@@ -123,9 +108,38 @@ def test_a_run_stopped_by_sigterm_goes_on_exactly_and_validates_at_the_same_step
     tmp_path: Path,
     step: int,
 ) -> None:
-    """As a batch system stops a job; validations are after steps 3 and 6."""
+    """As a batch system stops a job, at this step or the next one; validations are after 3 and 6.
+
+    NeMo saves the checkpoint before the validation of its step.
+    """
     overrides = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path)
     stop_after(step, overrides, tmp_path)
+    whole = train("one")
+    assert_goes_on_exactly(steps(whole), overrides, 1, tmp_path, since=step)
+    assert validated(tmp_path) == validated(whole)
+    last = {name: value for name, value in metrics(whole)[-1].items() if name.startswith("val")}
+    assert last.items() <= metrics(tmp_path)[-1].items()
+    saved = [
+        sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (tmp_path, whole)
+    ]
+    assert saved[0] == saved[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "setting",
+    [
+        # NeMo saves at an interval of steps before it validates, and not again after.
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=3",
+        "+exp_manager.disable_validation_on_resume=false",
+    ],
+)
+def test_a_validation_that_is_run_again_replaces_the_one_before_the_stop(
+    train: Callable[..., Path], dump: Callable[..., Path], tiny: Path, tmp_path: Path, setting: str
+) -> None:
+    overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), setting]
+    kill_after(4, overrides, 1, tmp_path)
+    assert [step for step, _ in validated(tmp_path)] == [3]
     whole = train("one")
     assert_goes_on_exactly(steps(whole), overrides, 1, tmp_path)
     assert validated(tmp_path) == validated(whole)
