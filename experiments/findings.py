@@ -41,6 +41,10 @@ class Row:
     is_baseline: bool = False
 
     @property
+    def untrained(self) -> bool:
+        return bool(self.found) and self.found[0]["run"]["length"] == 0
+
+    @property
     def finished(self) -> bool:
         return len(self.found) == self.planned
 
@@ -113,8 +117,8 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
         table.append(
             Row(
                 label,
-                len(runs),
-                tuple(mine.values()),
+                1 if runs[0].length == 0 else len(runs),  # an untrained model has no seeds
+                tuple({result["name"]: result for result in mine.values()}.values()),
                 compared(cfg, difference, against, mine),
                 {split: by_seed(against, mine, split) for split in ("valid", "test")},
                 compared(cfg, ratio, sft_beside(cfg, runs, results, compared_with.tokens), mine),
@@ -130,10 +134,14 @@ Seeds = dict[int, dict[str, Any]]
 
 
 def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results, tokens: str) -> Seeds:
-    """SFT runs of the same domain, depth and seeds, on `tokens`; empty for SFT itself."""
+    """SFT runs of the same domain, depth and seeds, on `tokens`; empty for SFT itself.
+
+    Beside a shorter run it is the complete SFT, beside a longer one SFT of the same length.
+    """
     found: Seeds = {}
     for run in runs:
-        sft = Run(domain=run.domain, layers=run.layers, alpha=0, seed=run.seed, tokens=tokens)
+        same = {"domain": run.domain, "layers": run.layers, "seed": run.seed}
+        sft = Run(**same, alpha=0, tokens=tokens, length=max(Run.length, run.length))
         is_sft = run.alpha == 0 and (run.answers, run.tokens) == (sft.answers, sft.tokens)
         result = None if is_sft else result_of(cfg, sft, results)
         if result is not None:
@@ -251,30 +259,54 @@ def confidence_classes(a: Row, b: Row) -> list[ConfidenceClass]:
     return found
 
 
-def seed_spread(rows: Iterable[Row], split: str = "test") -> float | None:
+def seed_spread(rows: Iterable[Row], domain: str, split: str = "test") -> float | None:
     """The standard deviation from seed to seed of a difference from the baseline.
 
-    Pooled over the rows with several seeds; None without any.
+    Pooled over the distinct comparisons of trained runs on a domain; None without any of several
+    seeds.
     """
-    variances = [
-        statistics.variance(row.by_seed[split])
+    differences = {
+        row.by_seed[split]
         for row in rows
-        if len(row.by_seed.get(split, ())) > 1
-    ]
+        if len(row.found) > 1
+        and row.found[0]["run"]["domain"] == domain
+        and len(row.by_seed.get(split, ())) > 1
+    }
+    variances = [statistics.variance(each) for each in differences]
     return math.sqrt(statistics.fmean(variances)) if variances else None
 
 
-def verdict(row: Row, spread: float | None = None) -> str | None:
+def verdict(row: Row, every: Iterable[Row] = ()) -> str | None:
     """`better`, `worse` or `undecided`, by the interval of the difference from the baseline.
 
-    The interval of a single seed does not cover what another order of the data changes: then a
-    difference below two standard deviations from seed to seed (`spread`) is undecided too.
+    The difference is that of right final answers where they are judged, else of cross-entropy. For
+    that, the interval of a single seed does not cover what another order of the data changes: then
+    a difference below two standard deviations from seed to seed among `every` row is undecided too.
     """
+    right = row.right_against_baseline.get(EXACT)
     found = row.against_baseline
+    if right is not None:
+        found = Interval(-right.value, -right.high, -right.low)
     if found is None:
         return None
-    if len(row.found) == 1 and spread is not None and abs(found.value) < 2 * spread:
-        return "undecided"
+    if right is None and len(row.found) == 1:
+        spread = seed_spread(every, row.found[0]["run"]["domain"])
+        if spread is not None and abs(found.value) < 2 * spread:
+            return "undecided"
     if found.high < 0:
         return "better"
     return "worse" if found.low > 0 else "undecided"
+
+
+def best_step(row: Row) -> tuple[int, int] | None:
+    """The step of a mean curve's minimum, and the last step; None without a curve."""
+    found = curves(row.found)
+    if found is None:
+        return None
+    return int(found.steps[found.mean().argmin()]), int(found.steps[-1])
+
+
+def mean_change(a: Row, b: Row) -> float | None:
+    """B's final cross-entropy minus A's, the mean over the seeds that both have."""
+    first, second = ({r["run"]["seed"]: r["test"]["sft_loss"] for r in x.found} for x in (a, b))
+    return mean([second[seed] - first[seed] for seed in second if seed in first])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,6 +14,8 @@ from findings import (
     SHOTS,
     ConfidenceClass,
     Row,
+    best_step,
+    mean_change,
     right_answers,
     seed_spread,
     verdict,
@@ -64,6 +67,29 @@ def how_much(experiments: Sequence[Experiment], rows: Rows, results: Results) ->
     return text + "\n"
 
 
+def repeated(results: Results, again: Results) -> str:
+    """Whether runs of a second clone have the same results; empty without such runs."""
+    sentences = []
+    for name, second in again.items():
+        first = results[name]
+        measured = {what for what in first if what not in ("run", "seconds", "versions", "machine")}
+        change = second["test"]["sft_loss"] - first["test"]["sft_loss"]
+        if all(first[what] == second.get(what) for what in measured):
+            how = "equal to the last digit"
+        else:
+            how = f"cross-entropy {change:+.6f}"
+        old, new = machine(first), machine(second)
+        if old != new:
+            how += f", on another processor ({new} instead of {old})"
+        sentences.append(f"`{name}` {how}")
+    if not sentences:
+        return ""
+    return (
+        "Runs repeated from a fresh clone and environment, with a teacher and stores made anew: "
+        f"{'; '.join(sentences)}.\n"
+    )
+
+
 def opening(rows: Rows) -> str:
     """What was trained, and how far that is from a user's model."""
     starts = {row.label: row.mean("sft_loss") for row in (*rows["reference"], *rows["knowledge"])}
@@ -80,86 +106,115 @@ def opening(rows: Rows) -> str:
     )
 
 
-def headline(rows: Sequence[Row], published: float) -> str:
-    """The main result, and how it compares with the published one."""
-    sft, kd = rows[0], rows[1]
-    gain, steps = kd.against_baseline, kd.steps
-    if gain is None or steps is None:
-        return "Not run yet.\n"
-    seeds = min(len(sft.found), len(kd.found))
-    how = {"better": "below SFT", "worse": "above SFT", "undecided": "from SFT, undecided"}
-    text = (
-        f"**With 8 layers on code, {kd.label} ends {abs(gain.value):.3f} nats per token "
-        f"{how[verdict(kd) or 'undecided']}** (difference {interval(gain, signed=True)}; "
-        f"{plural(seeds, 'seed')} of {sft.planned}) after the same steps on the same data in the "
-        f"same order, and its curve {reaching(steps)}. "
-    )
-    return text + (
-        "NVIDIA reports better benchmark scores than SFT's with "
-        f"{100 * published:.0f} % of the steps for [a student of 15B]"
-        "(evaluation.md#the-published-benchmarks); here the interval of the fraction lies "
-        f"{where(steps, published)} {published:.2f}, for another measure.\n"
-    )
-
-
-def where(steps: Interval, target: float) -> str:
-    if steps.high <= target:
-        return "below"
-    return "above" if steps.low > target else "around"
-
-
-def elsewhere(rows: Rows) -> str:
-    """The same difference on the other domains and depths."""
-    found = {
-        "code, both trained on the prompts too": rows["all_tokens"],
-        "prose": rows["prose"],
-        "prose, both trained on the prompts too": rows["all_tokens_prose"],
+def summary(rows: Rows) -> str:
+    """Where KD + SFT is better than SFT, where it is worse, and what to set."""
+    groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+    for name, table in {
+        "code with 8 layers": rows["headline"],
         "code with 15 layers": rows["knowledge"],
-        "code with 15 layers, both trained on the prompts too": rows["all_tokens_depth"],
+        "prose with 8 layers": rows["prose"],
         "worked problems": rows["math"],
         SEVERAL: rows["worded"],
+    }.items():
+        sft, kd = (next(row for row in table if row.label == each) for each in ("SFT", DEFAULT))
+        outcome = verdict(kd)
+        if outcome is None:
+            continue
+        groups[outcome].append(f"{name} {change(sft, kd)} ({plural(len(kd.found), 'seed')})")
+    titles = {
+        "better": f"**{DEFAULT} is better than SFT** after the same steps on the same data",
+        "worse": "**Worse than SFT**",
+        "undecided": "**Undecided**",
     }
-    sentences = []
-    for name, table in found.items():
-        kd = next(row for row in table if row.label == DEFAULT)
-        if kd.against_baseline is not None and kd.steps is not None:
-            seeds = plural(len(kd.found), "seed")
-            change = interval(kd.against_baseline, signed=True)
-            sentences.append(f"{name} {change} ({seeds}; {reaching(kd.steps, short=True)})")
-    if not sentences:
+    lines = [
+        f"- {title}: {'; '.join(groups[key])}." for key, title in titles.items() if groups[key]
+    ]
+    if not lines:
+        return "Not run yet.\n"
+    lines += [each for each in (fewer_steps(rows), prompts_too(rows)) if each]
+    lines.append(
+        "- **Set** the defaults ([below](#recommended-settings)), search the learning rate anew "
+        "(here twice SFT's), and keep an SFT run with its own learning rate to compare with, by "
+        "your task's own metric."
+    )
+    return "\n".join(lines) + "\n"
+
+
+def early_best(found: Mapping[str, Mapping[str, Row]]) -> str:
+    """On which domains, of the first table, SFT is at its best before its last step."""
+    steps = {
+        domain: best
+        for domain, rows in found.items()
+        if (sft := rows.get("SFT")) is not None and (best := best_step(sft)) is not None
+    }
+    early = [f"{name} ({step} of {last})" for name, (step, last) in steps.items() if step < last]
+    return f", which is its last step except on {', '.join(early)}" if early else ""
+
+
+def change(sft: Row, kd: Row) -> str:
+    """KD + SFT beside SFT: right final answers where they are judged, else cross-entropy."""
+    if EXACT in kd.right_against_baseline:
+        shares = [figure(row.right(EXACT), percent=True) for row in (kd, sft)]
+        return f"{shares[0]} of the final answers right instead of {shares[1]}"
+    return f"{interval(kd.against_baseline, signed=True)} nats per token"
+
+
+def fewer_steps(rows: Rows) -> str:
+    """How shorter trainings with KD compare with the complete SFT."""
+    shorter = {row.label.removeprefix(f"{DEFAULT}, "): row for row in rows["budget"]}
+    said = [
+        f"planned for {share} it ends {interval(row.against_baseline, signed=True)} from the "
+        f"complete SFT ({plural(len(row.found), 'seed')})"
+        for share in ("70 % of the steps", "50 % of the steps")
+        if (row := shorter.get(share)) is not None and row.against_baseline is not None
+    ]
+    kd = next(row for row in rows["headline"] if row.label == DEFAULT)
+    if kd.steps is not None:
+        said.append(
+            f"within a training of equal length its curve {reaching(kd.steps)}, which is no saving "
+            "by itself, as the learning rate decays later"
+        )
+    if not said:
         return ""
     return (
-        "The gain depends on task and student. Difference in cross-entropy elsewhere: "
-        f"{'; '.join(sentences)}.\n"
+        f"- **Steps**, on code with 8 layers: {'; '.join(said)}. NVIDIA reports better benchmark "
+        "scores than SFT's with 70 % of the steps, for [a student of 15B]"
+        "(evaluation.md#the-published-benchmarks)."
     )
 
 
 SEVERAL = "worked problems in several wordings"
 EVERY_TOKEN = f"{DEFAULT}, all tokens"
+PROMPTS = {
+    "code with 8 layers": "",
+    "code with 15 layers": "_depth",
+    "prose with 8 layers": "_prose",
+}
+"""Domain → end of the names of its experiments on the prompts' tokens."""
 
 
 def prompts_too(rows: Rows) -> str:
     """What training on the prompts' tokens adds; empty without results."""
-    sentences = []
-    for name, table in {
-        "on code": rows["tokens"],
-        "on prose": rows["tokens_prose"],
-        "with 15 layers": rows["tokens_depth"],
-    }.items():
-        usual, every = (row for row in table if row.label in (DEFAULT, EVERY_TOKEN))
-        if every.steps is None or every.against_baseline is None or usual.steps is None:
+    said = []
+    for name, end in PROMPTS.items():
+        table = {row.label: row for row in rows[f"tokens{end}"]}
+        every, both = table[EVERY_TOKEN], rows[f"all_tokens{end}"][1]
+        gain = mean_change(table[DEFAULT], every)
+        if gain is None or every.steps is None:
             continue
-        sentences.append(
-            f"{name} it {reaching(every.steps)} instead of {100 * usual.steps.value:.0f} %, and "
-            f"differs by {interval(every.against_baseline, signed=True)} nats per answer token "
-            f"({plural(len(every.found), 'seed')})"
-        )
-    if not sentences:
+        text = f"{name} {gain:+.3f} nats per answer token, and its curve {reaching(every.steps)}"
+        own = mean_change(table["SFT"], table["SFT, all tokens"])
+        if own is not None and both.against_baseline is not None:
+            text += (
+                f"; SFT itself changes by {own:+.3f}, and is then behind KD + SFT by "
+                f"{-both.against_baseline.value:.3f}"
+            )
+        said.append(f"{text} ({plural(len(every.found), 'seed')})")
+    if not said:
         return ""
     return (
-        f"With the prompts' tokens trained on too, and the teacher's logits for them, {DEFAULT} "
-        f"gains more over SFT on answers: {'; '.join(sentences)} "
-        "([all](#prompts-as-training-text)).\n"
+        "- **Training on the prompts' tokens too**, with the teacher's logits for them, makes "
+        f"KD + SFT better on answers ([all](#prompts-as-training-text)): {'; '.join(said)}."
     )
 
 
@@ -206,9 +261,10 @@ def inherited(rows: Sequence[Row], teacher: Row | None) -> str:
     only_sft = sft.values[:seeds] > kd.values[:seeds]  # [seeds, 1, questions]
     only_kd = kd.values[:seeds] > sft.values[:seeds]
     return (
-        f"The teacher has {100 * wrong.mean():.0f} % of the answers wrong. Of the "
-        f"{only_sft.sum()} that only SFT has right it has {(only_sft & wrong).sum()} wrong, of the "
-        f"{only_kd.sum()} that only {rows[1].label} has right, {(only_kd & wrong).sum()}.\n"
+        f"The teacher has {100 * wrong.mean():.0f} % of the answers wrong. SFT alone has "
+        f"{only_sft.sum()} answers right, of which the teacher has {(only_sft & wrong).sum()} "
+        f"wrong; {rows[1].label} alone has {only_kd.sum()} right, of which the teacher has "
+        f"{(only_kd & wrong).sum()} wrong.\n"
     )
 
 
@@ -263,9 +319,9 @@ def unsure(results: Results, worded: Sequence[Row]) -> str:
     gain = kd.right_against_baseline.get(EXACT)
     if gain is not None and {"math", SEVERAL} <= found.keys():
         text += (
-            " What it adds to the label is not decided by its entropy: with several wordings, "
-            f"which have {found[SEVERAL] / found['math']:.0f} times that of one, KD + SFT "
-            f"{'has' if gain.low > 0 else 'does not have'} more final answers right than SFT."
+            f" With several wordings the entropy is {found[SEVERAL] / found['math']:.0f} times "
+            "that with one, and KD + SFT "
+            f"{'has' if gain.low > 0 else 'still does not have'} more final answers right than SFT."
         )
     return text + "\n"
 
@@ -277,14 +333,14 @@ def where_it_differs(found: Mapping[str, Sequence[ConfidenceClass]]) -> str:
         whole = sum(each.part for each in classes)
         most = max(classes, key=lambda each: abs(each.part))
         said.append(
-            f"{domain}, {most.part:+.4f} of {whole:+.4f} nats at the "
-            f"{figure(most.share, percent=True)} of tokens to whose labels the teacher gives "
-            f"{class_name(most)}"
+            f"on {domain}, {most.part:+.4f} of {whole:+.4f} nats are at the "
+            f"{figure(most.share, percent=True)} of tokens to whose labels the teacher gives a "
+            f"probability of {class_name(most)}"
         )
     if not said:
         return ""
     return (
-        "Where most of the difference of KD + SFT from SFT in cross-entropy comes from: "
+        "The tokens with most of the difference in cross-entropy of KD + SFT from SFT: "
         f"{'; '.join(said)} ([all](#where-the-teacher-is-sure-of-the-label)).\n"
     )
 
@@ -306,7 +362,11 @@ def larger_students(rows: Sequence[Row]) -> str:
         text += "Knowledge kept, where guessing gives 25 %: " + "; ".join(filter(None, known))
         text += ". "
     if passed:
-        text += f"Functions that run, of held-out ones with doctests: {passed}."
+        text += f"Functions that run, of held-out ones with doctests: {passed}. "
+    text += (
+        "Both are too hard for models of this size to tell the objectives apart: the students "
+        "pass almost no doctest, and answer hardly better than by guessing."
+    )
     return text.strip() + "\n"
 
 
@@ -314,7 +374,7 @@ def one_by_one(rows: Sequence[Row], what: str) -> str:
     """Fractions of right answers, and their differences from SFT's; empty without a difference."""
     students = [row for row in rows if row.steps is not None]
     differences = [
-        f"{row.label} minus SFT {interval(gain, signed=True)}"
+        f"{row.label} minus SFT {points(gain)}"
         for row in students
         if (gain := row.right_against_baseline.get(what)) is not None
     ]
@@ -339,46 +399,57 @@ def reaching(steps: Interval, *, short: bool = False) -> str:
 def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
     """Every comparison, better, worse or undecided."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
-    spread = seed_spread(row for table in rows.values() for row in table)
+    every = [row for table in rows.values() for row in table]
     said: set[tuple[str, ...]] = set()  # experiments share runs, and so comparisons
     for experiment in experiments:
         base = [row for row in rows[experiment.name] if row.is_baseline]
-        for row in rows[experiment.name]:
-            outcome = verdict(row, spread)
+        trained = [row for row in rows[experiment.name] if row.found and not row.untrained]
+        for row in trained:
+            outcome = verdict(row, every)
             names = tuple(result["name"] for each in (*base, row) for result in each.found)
             if outcome is not None and names not in said:
                 said.add(names)
                 seeds = plural(len(row.found), "seed")
+                right = points(row.right_against_baseline.get(EXACT))
+                difference = interval(row.against_baseline, signed=True)
                 groups[outcome].append(
                     f"- {experiment.title}: {row.label}, "
-                    f"{interval(row.against_baseline, signed=True)} vs. "
+                    f"{f'exact match {right}' if right else difference} vs. "
                     f"{experiment.baseline} ({seeds})"
                 )
     titles = {
-        "better": "Better than the baseline: the 90 % interval is entirely below 0",
-        "worse": "Worse than the baseline: the 90 % interval is entirely above 0",
+        "better": "Better than the baseline: the 90 % interval is entirely on that side",
+        "worse": "Worse than the baseline: the 90 % interval is entirely on that side",
         "undecided": "Undecided: the interval contains 0, or one seed cannot tell",
     }
     parts = [
         f"**{title}**\n\n" + ("\n".join(groups[key]) or "None so far.") + "\n"
         for key, title in titles.items()
     ]
+    spreads = [
+        f"{spread:.3f} on {domain}"
+        for domain in ENTROPY_OF
+        if (spread := seed_spread(every, domain)) is not None
+    ]
     parts.append(
-        "Differences in final held-out cross-entropy, in nats per token. With one seed, the "
-        "interval covers only the sampling of the test data, not the variation between training "
-        "runs"
+        "Right final answers where they are judged, else final held-out cross-entropy in nats per "
+        "token. With one seed, the interval covers only the sampling of the test data, not the "
+        "variation between training runs"
         + (
-            f", which has a standard deviation of {spread:.3f}: a difference of one seed below "
-            "twice that is undecided.\n"
-            if spread is not None
+            f", which has a standard deviation of {', '.join(spreads)}: a difference in "
+            "cross-entropy of one seed below twice that is undecided.\n"
+            if spreads
             else ".\n"
         )
     )
     return "\n".join(parts)
 
 
-def recommendation(beside: Sequence[Row]) -> str:
-    """The default settings and the measured alternatives; the first row of each label counts."""
+def recommendation(beside: Sequence[Row], every: Sequence[Row]) -> str:
+    """The default settings and the measured alternatives; the first row of each label counts.
+
+    `every`: the rows of all experiments.
+    """
     loss, store = KDConfig(), TopKConfig()
     defaults = {
         "model.kd.alpha": f"{loss.weights[1]:g}",
@@ -393,9 +464,8 @@ def recommendation(beside: Sequence[Row]) -> str:
     text += "Search the learning rate separately: the best for KD + SFT differs from SFT's."
     found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
     rows = [*{row.label: row for row in reversed(beside)}.values()][::-1]
-    spread = seed_spread(rows)
     for row in rows:
-        if (outcome := verdict(row, spread)) is not None:
+        if (outcome := verdict(row, every)) is not None:
             difference = interval(row.against_baseline, signed=True)
             found[outcome][row.label] = f"{difference}, {plural(len(row.found), 'seed')}"
     said = {
@@ -406,11 +476,11 @@ def recommendation(beside: Sequence[Row]) -> str:
         f"{text}\n\nOne setting changed at a time, held-out cross-entropy on code, in nats per "
         "token; at alpha 0.5 and its learning rate unless the row names alpha. "
         f"Better: {said['better']}. Not significantly different: {said['undecided']}. "
-        f"Worse: {said['worse']}.\n\n{by_validation(rows)}"
+        f"Worse: {said['worse']}.\n\n{by_validation(rows, every)}"
     )
 
 
-def by_validation(rows: Sequence[Row]) -> str:
+def by_validation(rows: Sequence[Row], every: Sequence[Row]) -> str:
     """Which settings the validation split prefers to the default, and how sure that is."""
     asked = {row.label: row.by_seed["valid"] for row in rows if row.by_seed.get("valid")}
     means = {label: statistics.fmean(values) for label, values in asked.items()}
@@ -419,7 +489,9 @@ def by_validation(rows: Sequence[Row]) -> str:
         return ""
     listed = "; ".join(f"{label} ({mean:+.3f})" for label, mean in lower.items())
     text = f"By the validation split, on which a default is chosen, better: {listed or 'none'}. "
-    if (spread := seed_spread(rows, "valid")) is not None:
+    if (alpha := means.get("alpha 0.5")) is not None:
+        text += f"On it alpha 0.5 is {alpha:+.3f} from 0.9: of these two the test split decided. "
+    if (spread := seed_spread(every, "code", "valid")) is not None:
         errors = {label: spread / math.sqrt(len(values)) for label, values in asked.items()}
         beyond = [label for label, mean in lower.items() if -mean > 2 * errors[label]]
         text += "From seed to seed the difference of two settings on this split has a standard "
@@ -497,12 +569,37 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "intervals": f"{100 * boot.level:g} %, bootstrap percentiles of {boot.draws} draws over "
         f"the test split's {cfg.data.groups} groups of modules (worked problems: "
         f"{own.data.groups} groups of questions; right answers: single questions) and over the "
-        "seeds",
+        "seeds; with three seeds and groups of unequal size the true coverage is lower",
         "steps ratio": "the first step at which the curve reaches SFT's minimum (same data, same "
-        "depth), divided by the step of that minimum; never: not reached within the run",
+        "depth, and for longer trainings the same length), divided by the step of that minimum; "
+        "never: not reached within the run",
         "bytes per token": "the whole store divided by its answer tokens: the logits (404 for "
         "`plain` with K = 100) and 14 for the tokens of prompt and answer, masks and index",
     }
+
+
+def processors(experiments: Sequence[Experiment], rows: Rows, results: Results) -> str:
+    """On which processors the runs were trained, and which experiments have runs of several."""
+    of = {name: machine(result) for name, result in results.items() if "curve" in result}
+    counts = [f"{count} runs on an {name}" for name, count in Counter(of.values()).most_common()]
+    mixed = [
+        experiment.title
+        for experiment in experiments
+        if len({of[r["name"]] for row in rows[experiment.name] for r in row.found if "curve" in r})
+        > 1
+    ]
+    text = ", ".join(counts)
+    if mixed:
+        text += (
+            "; each has its own fine-tuned teachers, trained by the same commands. Experiments "
+            f"with runs of both: {'; '.join(mixed)}"
+        )
+    return text
+
+
+def machine(result: Mapping[str, Any]) -> str:
+    """The processor of a run."""
+    return str(result.get("machine", "unknown processor")).partition(",")[0]
 
 
 def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> list[list[str]]:

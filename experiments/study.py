@@ -13,6 +13,8 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 TIMED = "timed/step_seconds.json"  # below the results
+REPEATED = "repeated"
+"""Directory of runs of a second clone, beside the results."""
 USUAL = ("bucket", "forward_kl", "plain-100", "tuned")  # not said in a run's name
 
 

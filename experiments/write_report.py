@@ -15,7 +15,7 @@ from queue_plan import read_results
 from results_figures import draw
 from results_page import Study, page
 from steps import ROOT
-from study import TIMED, read_choices, read_experiments
+from study import REPEATED, TIMED, read_choices, read_experiments
 
 from nemo_kd.cli.scripts import script
 
@@ -36,6 +36,7 @@ def read_study(cfg: DictConfig) -> Study:
         data=dict(sorted(data.items())),
         choices=rows(cfg, read_choices(cfg), results),
         timed=json.loads(timed.read_text()) if timed.is_file() else None,
+        repeated=read_results(directory / REPEATED),
     )
 
 

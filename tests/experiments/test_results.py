@@ -82,8 +82,10 @@ def test_finished_runs_are_there_and_others_are_not_run_yet(
     assert "2 seeds of 3" in text
     unfinished = text.partition("Not finished yet:")[2]
     assert "Divergences" in unfinished and "Learning rates" not in unfinished
-    assert "ends 0.362 nats per token below SFT**" in text
-    assert "here the interval of the fraction lies" in text
+    assert (
+        "is better than SFT** after the same steps on the same data: code with 8 layers -0.36"
+        in text
+    )
 
 
 def test_steps_ratio_of_the_page_is_that_of_the_curves(
@@ -92,6 +94,25 @@ def test_steps_ratio_of_the_page_is_that_of_the_curves(
     """Mean curves fall by 0.5 in 20 steps, B's ends 0.362 below: 0.362 / 0.5 of 20 steps less."""
     text = written(cfg, results, tmp_path)
     assert f"in {100 * (1 - (0.362 / 0.5) * 20 / 60):.0f} % of its steps" in text
+
+
+def test_runs_of_a_second_clone_are_compared_digit_by_digit(
+    cfg: Any, results: Path, tmp_path: Path
+) -> None:
+    first, second = sorted(results.glob("code-l8-*.json"))[:2]
+    for path in (first, second):
+        content = {**json.loads(path.read_text()), "machine": "A, 2 cores"}
+        write_json(path, content)
+        content["seconds"] = {"train": 1.0}
+        if path == second:
+            content["machine"] = "B, 2 cores"
+            content["test"] = {**content["test"], "sft_loss": content["test"]["sft_loss"] + 0.0005}
+        write_json(results / "repeated" / path.name, content)
+    text = written(cfg, results, tmp_path)
+    assert (
+        f"`{first.stem}` equal to the last digit; `{second.stem}` cross-entropy +0.000500, " in text
+    )
+    assert "on another processor (B instead of A)" in text
 
 
 def test_a_curve_without_its_last_step_is_no_comparison(
