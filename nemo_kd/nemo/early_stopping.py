@@ -28,10 +28,10 @@ def stop_reason(trainer: Trainer) -> str:
 
 
 def out_of_time(trainer: Trainer) -> bool:
-    """Whether `exp_manager.max_time_per_run` has ended this start of the run."""
+    """Whether the time of `exp_manager.max_time_per_run` is over."""
     timers = [callback for callback in trainer.callbacks if isinstance(callback, Timer)]
     left = [timer.time_remaining() for timer in timers]
-    return trainer.global_step < trainer.max_steps and any(x is not None and x <= 0 for x in left)
+    return any(x is not None and x <= 0 for x in left)
 
 
 def reason_of(callback: EarlyStopping, value: float) -> str:

@@ -28,7 +28,7 @@ from nemo_kd.visible import visible
 
 CHECKPOINT_KEY = "nemo_kd"
 STOPPED_EARLY = "stopped_early"
-VALIDATED = "validated"
+VALIDATED, METRICS = "validated", "metrics"
 DATA_KEY, STEPS_KEY = STORES, STEPS
 """Keys of the model's configuration in which a `.nemo` records its own training."""
 Origin = dict[str, str]

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
+from dataclasses import dataclass
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.loops.training_epoch_loop import _TrainingEpochLoop
 from nemo.collections.nlp.data.language_modeling.megatron.megatron_batch_samplers import (
     MegatronPretrainingBatchSampler,
 )
 from nemo.core.optim import lr_scheduler
+from nemo.utils.callbacks.dist_ckpt_io import AsyncFinalizableCheckpointIO
 from omegaconf import open_dict
 
 from nemo_kd.nemo.early_stopping import keep_patience, stop_reason
-from nemo_kd.nemo.record import CHECKPOINT_KEY, STEPS_KEY, STOPPED_EARLY, VALIDATED, Record
+from nemo_kd.nemo.record import CHECKPOINT_KEY, METRICS, STEPS_KEY, STOPPED_EARLY, VALIDATED, Record
 
 SCHEDULE_PROGRESS = ("last_epoch", "_step_count")
 GROUP_STATE = ("params", "step")
@@ -42,8 +45,7 @@ class ResumedLoop(_TrainingEpochLoop):
     """Lightning's loop over steps, which validates after the same steps as a run without a stop.
 
     NeMo's own loop leaves out the validation of the step at which a run resumes, even if its
-    checkpoint was saved before that validation, and the one after the next step. Lightning's
-    validates then on the batches after those of the last validation before the stop.
+    checkpoint was saved before that validation, and the one after the next step.
 
     `validate_first`: begin with the validation of the checkpoint's step.
     """
@@ -51,11 +53,12 @@ class ResumedLoop(_TrainingEpochLoop):
     def __init__(self, trainer: Trainer, *, validate_first: bool) -> None:
         super().__init__(trainer, trainer.min_steps, trainer.max_steps)
         self.validate_first = validate_first
+        self.begun = False
 
     @property
     def max_steps(self) -> int:
-        # Lightning would not begin to validate after the last step.
-        return self._max_steps + (self.restarting and self.validate_first)
+        # Lightning would not begin if all steps are done, also if only a validation is missing.
+        return self._max_steps + (self.restarting and self.validate_first and not self.begun)
 
     @max_steps.setter
     def max_steps(self, steps: int) -> None:
@@ -66,8 +69,18 @@ class ResumedLoop(_TrainingEpochLoop):
         if self.restarting:
             self.val_loop.restarting = False  # from its first batch on
             self._restarting = self.validate_first
+            # The step of TensorBoard's points: a checkpoint is saved before its step is counted.
+            self._batches_that_stepped = self.global_step - self.validate_first
         super().advance(data_fetcher)
         self._restarting = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The end of a training: its last step, and why early stopping chose it, or ""."""
+
+    step: int
+    reason: str
 
 
 class RunKeeper(Callback):
@@ -79,7 +92,11 @@ class RunKeeper(Callback):
 
     def __init__(self, record: Record) -> None:
         self.record = record
+        self.ended: Ended | None = None
         self._validated: int | None = None  # step of the last validation
+        self._saved: int | None = None  # step of the last checkpoint
+        self._saved_too_early = False  # before the validation of its step
+        self._metrics: dict[str, float] = {}  # of the run before it was stopped
         self._groups: list[dict[str, Any]] = []  # settings of the optimizer's parameter groups
 
     def on_save_checkpoint(
@@ -87,19 +104,24 @@ class RunKeeper(Callback):
     ) -> None:
         note_steps(trainer, pl_module)
         done = trainer.global_step - pl_module.init_global_step
+        self._saved, self._saved_too_early = trainer.global_step, False
         checkpoint[CHECKPOINT_KEY] = {
             **dataclasses.asdict(self.record),
             "consumed_samples": pl_module.compute_consumed_samples(done),
             STOPPED_EARLY: stop_reason(trainer),
             VALIDATED: self._validated == trainer.global_step,
+            METRICS: {name: float(x) for name, x in trainer.callback_metrics.items()},
         }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._validated = None if trainer.sanity_checking else trainer.global_step
+        if not trainer.sanity_checking:
+            self._validated = trainer.global_step
+            self._saved_too_early = self._saved == trainer.global_step
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
+        self._metrics = (checkpoint.get(CHECKPOINT_KEY) or {}).get(METRICS, {})
         _continue_epoch(checkpoint)
         _count_last_batch(checkpoint)
         keep_patience(trainer, checkpoint)
@@ -120,6 +142,11 @@ class RunKeeper(Callback):
         # refuses to choose between the two at the third start.
         if str(trainer.ckpt_path).endswith(("-last", "-last.ckpt")):
             trainer.ckpt_path = None
+        # What checkpoints and early stopping monitor may be logged next after several steps.
+        metrics = {
+            name: torch.tensor(x, device=pl_module.device) for name, x in self._metrics.items()
+        }
+        trainer._logger_connector._callback_metrics.update(metrics)
         if not self._groups:
             return
         groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
@@ -129,8 +156,32 @@ class RunKeeper(Callback):
             config.scheduler.last_epoch -= 1
             config.scheduler.step()  # sets the learning rate of the next step
 
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.fit_loop.epoch_loop.begun = True
+
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # NeMo's callback restores the best checkpoint and its counts next, if it is asked to.
+        self.ended = Ended(trainer.global_step, stop_reason(trainer))
         note_steps(trainer, pl_module)
+        if self._saved_too_early:
+            for callback in trainer.checkpoint_callbacks:
+                callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        if isinstance(exception, SystemExit):  # NeMo's, at SIGTERM, on all ranks
+            finish_saving(trainer)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        finish_saving(trainer)  # NeMo's own callback does it before the last checkpoint
+
+
+def finish_saving(trainer: Trainer) -> None:
+    """Wait for the checkpoint that `async_save` writes in the background, and mark it finished."""
+    io = trainer.strategy.checkpoint_io
+    if isinstance(io, AsyncFinalizableCheckpointIO):
+        io.maybe_finalize_save_checkpoint(blocking=True)
 
 
 def note_steps(trainer: Trainer, pl_module: LightningModule) -> None:

@@ -28,7 +28,7 @@ class RunDirectory:
     student: Path | None
     """The `.nemo` that the run writes at its end; None: it writes none."""
     checkpoints: tuple[Path, ...] = ()
-    """The checkpoints named `last` of earlier starts."""
+    """The finished checkpoints of earlier starts, of which the newest is resumed from."""
 
     @property
     def has_student(self) -> bool:
@@ -53,10 +53,12 @@ def find(cfg: DictConfig) -> RunDirectory | None:
             "checkpoints must be in a mounted file system; set a path instead of a URL"
         )
     checkpoints = Path(parameters.dirpath or path / "checkpoints")
-    last = _last_checkpoints(checkpoints)
-    if settings.resume_if_exists and len(last) > 1:
-        _pin(cfg, path, newest(last))
-        settings = _settings(cfg)
+    finished = _finished_checkpoints(checkpoints)
+    if finished and settings.resume_if_exists and not settings.resume_from_checkpoint:
+        latest = newest(finished)
+        if [latest] != [one for one in finished if _is_last(one)]:
+            _pin(cfg, path, latest)
+            settings = _settings(cfg)
     stand_in = SimpleNamespace(ckpt_path=None)  # for the trainer, which is built later
     nemo.check_resume(
         stand_in,
@@ -70,7 +72,7 @@ def find(cfg: DictConfig) -> RunDirectory | None:
     writes = settings.create_checkpoint_callback and parameters.save_nemo_on_train_end
     prefix = parameters.prefix or name or settings.name or "default"
     student = checkpoints / f"{prefix}{parameters.postfix}"
-    return RunDirectory(path, stand_in.ckpt_path, student if writes else None, tuple(last))
+    return RunDirectory(path, stand_in.ckpt_path, student if writes else None, tuple(finished))
 
 
 def _settings(cfg: DictConfig) -> Any:
@@ -96,24 +98,32 @@ def _named(settings: Any) -> tuple[Path, str]:
     return path, name
 
 
-def _last_checkpoints(directory: Path) -> list[Path]:
-    """Return the checkpoints named "last": two if a run was killed before removing one."""
+def _finished_checkpoints(directory: Path) -> list[Path]:
+    """Return the checkpoints that were saved completely, the ones named `last` and the others.
+
+    NeMo resumes from one named `last` only: there is none with `save_last=false`, and two, or one
+    that is not the newest, if a run was killed between the saves of a validation.
+    """
     from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
     from nemo.utils.model_utils import uninject_model_parallel_rank
 
-    found = [path for path in directory.glob("*-last") if path.is_dir()]
-    files = directory.rglob("*-last.ckpt")
-    found = found or sorted({Path(uninject_model_parallel_rank(str(file))) for file in files})
+    found = [path.parent for path in directory.glob("*/common.pt")]
+    files = directory.rglob("*.ckpt")
+    found = sorted(found or {Path(uninject_model_parallel_rank(str(file))) for file in files})
     return [path for path in found if not NeMoModelCheckpoint.is_checkpoint_unfinished(path)]
 
 
+def _is_last(checkpoint: Path) -> bool:
+    return checkpoint.name.endswith(("-last", "-last.ckpt"))
+
+
 def newest(checkpoints: Collection[Path]) -> Path:
-    """Return the checkpoint with the most steps."""
-    return max(checkpoints, key=lambda checkpoint: read(str(checkpoint))[0].step)
+    """Return the checkpoint with the most steps; of equal steps one named `last`."""
+    return max(checkpoints, key=lambda one: (read(str(one))[0].step, _is_last(one)))
 
 
 def _pin(cfg: DictConfig, path: Path, checkpoint: Path) -> None:
-    """Make `exp_manager` use this checkpoint: it refuses to choose among several."""
+    """Make `exp_manager` resume from this checkpoint, which it would not find by itself."""
     with open_dict(cfg):
         cfg.exp_manager.explicit_log_dir = str(path)
         cfg.exp_manager.resume_if_exists = False
@@ -126,9 +136,9 @@ def keep_metrics(directory: Path, step: int, *, validated: bool) -> None:
     Lines of later steps are left out, since those steps are trained again, and the validation after
     `step`, the checkpoint's, unless it was `validated` before it was saved. Call on one rank.
     """
-    runs = sorted(directory.glob("run_*"), key=lambda run: int(run.name.removeprefix("run_")))
-    moved = runs[-1] / METRICS if runs else None
-    if moved is None or not moved.exists() or (directory / METRICS).exists():
+    found = directory.glob(f"run_*/{METRICS}")
+    moved = max(found, key=lambda file: int(file.parent.name.removeprefix("run_")), default=None)
+    if moved is None or (directory / METRICS).exists():
         return
     with (
         published(directory / METRICS) as temporary,

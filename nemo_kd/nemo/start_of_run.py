@@ -6,7 +6,7 @@ import tarfile
 from pathlib import Path
 
 import yaml
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.length import validates
@@ -25,6 +25,41 @@ from nemo_kd.nemo.splits import ResumeConfig, TrainSplit
 from nemo_kd.settings.dataclass import settings_of
 
 NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
+
+
+def check_manager(manager: DictConfig | None) -> None:
+    """Refuse settings of `exp_manager` with which a stopped run could not go on as it was.
+
+    Errors: NemoKDError.
+    """
+    if manager is None:
+        return
+    if manager.get("disable_validation_on_resume") is False:
+        raise NemoKDError(
+            "exp_manager.disable_validation_on_resume=false is not supported: a validation that is "
+            "run again would count twice for early stopping. Remove it: a validation that a stop "
+            "has prevented is run in any case"
+        )
+    if manager.get("max_time_per_run") and manager.get("create_checkpoint_callback") is False:
+        raise NemoKDError(
+            f"exp_manager.max_time_per_run={manager.max_time_per_run} with "
+            "create_checkpoint_callback=false would end the run without saving anything: remove "
+            "one of the two"
+        )
+
+
+def dropout_notice(model_cfg: DictConfig) -> str:
+    """Return a notice if dropout makes a resumed run differ from one without a stop; or ""."""
+    adapters = [f"peft.{each}.adapter_dropout" for each in ("lora_tuning", "adapter_tuning")]
+    keys = ["hidden_dropout", "attention_dropout", "ffn_dropout", *adapters]
+    shares = {key: OmegaConf.select(model_cfg, key) for key in keys}
+    on = [f"model.{key}={share}" for key, share in shares.items() if share]
+    if not on:
+        return ""
+    return (
+        f"{', '.join(on)}: the checkpoint has no state of random numbers, so dropout from here on "
+        "is not that of a run without a stop"
+    )
 
 
 def what_is_done(directory: RunDirectory | None) -> tuple[Progress, Record | None]:
@@ -100,14 +135,9 @@ def resume(
 
 
 def validates_first(cfg: DictConfig, done: Progress) -> bool:
-    """Whether a run resumes with a validation: one is due at the checkpoint's step, and missing.
-
-    Also if `exp_manager.disable_validation_on_resume=false` asks for it again.
-    """
-    if done.step == 0 or not validates(cfg) or done.step % cfg.trainer.val_check_interval:
-        return False
-    again = cfg.exp_manager.get("disable_validation_on_resume") is False
-    return not done.validated or (again and done.step < cfg.trainer.max_steps)
+    """Whether a validation is due at the checkpoint's step that was not run before it was saved."""
+    due = done.step > 0 and validates(cfg) and done.step % cfg.trainer.val_check_interval == 0
+    return due and not done.validated
 
 
 EARLY_STOPPING = (

@@ -48,6 +48,7 @@ def run(cfg: DictConfig) -> None:
     """
     check_settings(cfg)
     refuse_part_epochs(cfg.trainer)
+    start_of_run.check_manager(cfg.get("exp_manager"))
     TrainSplit.of(cfg.model.data.train_ds).check_sources(kd_training_config(cfg.model.kd))
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     settings = asked(cfg)
@@ -65,17 +66,8 @@ def run(cfg: DictConfig) -> None:
     if notice := alpha_of_validation(cfg):
         say(notice)
     trainer = _train(cfg, record, done, directory)
-    from nemo_kd.nemo.early_stopping import out_of_time
-
-    if out_of_time(trainer):
-        limit = cfg.exp_manager.max_time_per_run
-        at, steps = trainer.global_step, trainer.max_steps
-        say(
-            f"stopped by exp_manager.max_time_per_run={limit} at step {at} of {steps}: run the "
-            "same command to resume"
-        )
-        return
-    end_of_run.say_where(cfg, end_of_run.written(trainer, directory), directory)
+    if trainer is not None:
+        end_of_run.say_where(cfg, end_of_run.written(trainer, directory), directory)
 
 
 def alpha_of_validation(cfg: DictConfig) -> str:
@@ -95,21 +87,28 @@ def alpha_of_validation(cfg: DictConfig) -> str:
 
 def _train(
     cfg: DictConfig, record: Record, done: Progress, directory: RunDirectory | None
-) -> Trainer:
-    """Train the remaining steps; `done` is the progress of earlier starts."""
+) -> Trainer | None:
+    """Train the remaining steps; `done` is the progress of earlier starts.
+
+    Return None if the time limit has ended this start.
+    """
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
 
-    from nemo_kd.nemo.early_stopping import MonitorCheck, stop_reason
+    from nemo_kd.nemo.early_stopping import MonitorCheck, out_of_time
     from nemo_kd.nemo.metrics import StepMetrics
     from nemo_kd.nemo.resume import ResumedLoop, RunKeeper, note_steps
 
     trainer = start.build_trainer(cfg)
+    if done.step:  # TensorBoard leaves out points of steps that are trained again
+        key = "exp_manager.summary_writer_kwargs.purge_step"
+        OmegaConf.update(cfg, key, done.step, force_add=True)
     log_dir = exp_manager(trainer, cfg.exp_manager)
     validating = start_of_run.validates_first(cfg, done)
     trainer.fit_loop.epoch_loop = ResumedLoop(trainer, validate_first=validating)
     # Before NeMo's callbacks: the one that ends a run at SIGTERM prevents all later ones.
-    trainer.callbacks.insert(0, RunKeeper(record))
+    keeper = RunKeeper(record)
+    trainer.callbacks.insert(0, keeper)
     if log_dir is not None and done.step and is_global_rank_zero():
         run_directory.keep_metrics(Path(log_dir), done.step, validated=not validating)
     file = None if log_dir is None else Path(log_dir) / run_directory.METRICS
@@ -119,14 +118,22 @@ def _train(
     with open_dict(cfg):
         cfg.model[DATA_KEY] = record.train_stores
     model = _student(cfg, trainer)
+    if done.step and (notice := start_of_run.dropout_notice(model.cfg)):
+        say(notice)
     # To resume, Megatron-core 0.14 creates only objects of registered classes.
     with unpickles():
         trainer.fit(model)
-    if reason := stop_reason(trainer):
-        say(f"stopped early at step {trainer.global_step} of {trainer.max_steps}: {reason}")
+    steps, ended = trainer.max_steps, keeper.ended
+    if ended is None and out_of_time(trainer):
+        say(
+            f"stopped by exp_manager.max_time_per_run={cfg.exp_manager.max_time_per_run} at step "
+            f"{trainer.global_step} of {steps}: run the same command to resume"
+        )
+        return None
+    if ended is not None and ended.reason:
+        say(f"stopped early at step {ended.step} of {steps}: {ended.reason}")
     student = directory.student if directory is not None else None
-    if student and done.step == trainer.max_steps and not validating:
-        # Lightning has not called NeMo's on_train_end.
+    if student and ended is None:  # there was nothing to do for Lightning
         note_steps(trainer, model)
         _restore_best(trainer)
         model.save_to(str(student))

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.layouts.conftest import LAYOUTS, train_overrides
 from tests.processes import TRAIN, error_of, kill, run_script, start_program
@@ -125,21 +126,56 @@ def test_a_run_stopped_by_sigterm_goes_on_exactly_and_validates_at_the_same_step
     assert saved[0] == saved[1]
 
 
+def points(run: Path) -> dict[str, set[tuple[int, float]]]:
+    """Name → (step, value) of the points that TensorBoard shows, of all starts of a run."""
+    events = EventAccumulator(str(run)).Reload()
+    return {
+        name: {(event.step, event.value) for event in events.Scalars(name)}
+        for name in events.Tags()["scalars"]
+        if "timing" not in name and name != "tokens_per_s"
+    }
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "setting",
-    [
-        # NeMo saves at an interval of steps before it validates, and not again after.
-        "exp_manager.checkpoint_callback_params.every_n_train_steps=3",
-        "+exp_manager.disable_validation_on_resume=false",
-    ],
-)
-def test_a_validation_that_is_run_again_replaces_the_one_before_the_stop(
-    train: Callable[..., Path], dump: Callable[..., Path], tiny: Path, tmp_path: Path, setting: str
+def test_what_is_saved_before_its_validation_is_resumed_and_finished_as_without_a_stop(
+    train: Callable[..., Path], dump: Callable[..., Path], tiny: Path, tmp_path: Path
 ) -> None:
-    overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), setting]
+    """NeMo saves at an interval of steps before it validates, and not again after.
+
+    Checkpoints are ranked by a loss of the training, which is not measured before the validation
+    with which the run resumes.
+    """
+    run = tmp_path / "run"
+    stores = (dump(), dump(split="heldout"))
+    kept = [
+        "exp_manager.checkpoint_callback_params.every_n_train_steps=3",
+        "exp_manager.checkpoint_callback_params.monitor=reduced_train_loss",
+    ]
+    overrides = [*train_overrides(tiny, *stores, run), *kept]
+    kill_after(4, overrides, 1, run)
+    assert [step for step, _ in validated(run)] == [3]
+    whole = tmp_path / "whole"
+    run_script("train_gpt_sft_kd.py", *train_overrides(tiny, *stores, whole), *kept)
+    assert_goes_on_exactly(steps(whole), overrides, 1, run)
+    assert validated(run) == validated(whole)
+    saved = [
+        sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (run, whole)
+    ]
+    assert saved[0] == saved[1]
+    assert points(run) == points(whole)
+    before = (run / "metrics.jsonl").read_text()
+    again = run_script("train_gpt_sft_kd.py", *overrides)
+    assert "nothing to train: all 6 steps are done" in again.stderr
+    assert (run / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.slow
+def test_without_a_last_checkpoint_a_run_resumes_from_its_newest(
+    train: Callable[..., Path], dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    without = "exp_manager.checkpoint_callback_params.save_last=false"
+    overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), without]
     kill_after(4, overrides, 1, tmp_path)
-    assert [step for step, _ in validated(tmp_path)] == [3]
     whole = train("one")
     assert_goes_on_exactly(steps(whole), overrides, 1, tmp_path)
     assert validated(tmp_path) == validated(whole)
