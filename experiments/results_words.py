@@ -198,18 +198,22 @@ def prompts_too(rows: Rows) -> str:
     said = []
     for name, end in PROMPTS.items():
         table = {row.label: row for row in rows[f"tokens{end}"]}
-        every, both = table[EVERY_TOKEN], rows[f"all_tokens{end}"][1]
+        every, (sft, both) = table[EVERY_TOKEN], rows[f"all_tokens{end}"]
         gain = mean_change(table[DEFAULT], every)
         if gain is None or every.steps is None:
             continue
-        text = f"{name} {gain:+.3f} nats per answer token, and its curve {reaching(every.steps)}"
-        own = mean_change(table["SFT"], table["SFT, all tokens"])
+        text = (
+            f"{name} {gain:+.3f} nats per answer token, and its curve {reaching(every.steps)} "
+            f"({plural(len(every.found), 'seed')})"
+        )
+        own = mean_change(table["SFT"], sft)
         if own is not None and both.against_baseline is not None:
             text += (
-                f"; SFT itself changes by {own:+.3f}, and is then behind KD + SFT by "
-                f"{-both.against_baseline.value:.3f}"
+                f", SFT itself changes by {own:+.3f}, and is then "
+                f"{-both.against_baseline.value:.3f} behind KD + SFT "
+                f"({plural(len(sft.found), 'seed')})"
             )
-        said.append(f"{text} ({plural(len(every.found), 'seed')})")
+        said.append(text)
     if not said:
         return ""
     return (
