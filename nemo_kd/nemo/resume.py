@@ -67,7 +67,6 @@ class ResumedLoop(_TrainingEpochLoop):
     def advance(self, data_fetcher: Any) -> None:
         """Train a step, or do nothing if the next is to validate."""
         if self.restarting:
-            self.val_loop.restarting = False  # from its first batch on
             self._restarting = self.validate_first
             # The step of TensorBoard's points: a checkpoint is saved before its step is counted.
             self._batches_that_stepped = self.global_step - self.validate_first
@@ -81,6 +80,11 @@ class Ended:
 
     step: int
     reason: str
+
+
+def resume_exactly(trainer: Trainer, *, validate_first: bool) -> None:
+    """Replace NeMo's loop over steps by a `ResumedLoop`; call after `exp_manager`."""
+    trainer.fit_loop.epoch_loop = ResumedLoop(trainer, validate_first=validate_first)
 
 
 class RunKeeper(Callback):
@@ -124,6 +128,7 @@ class RunKeeper(Callback):
         self._metrics = (checkpoint.get(CHECKPOINT_KEY) or {}).get(METRICS, {})
         _continue_epoch(checkpoint)
         _count_last_batch(checkpoint)
+        _validate_from_the_start(checkpoint)
         keep_patience(trainer, checkpoint)
         if not all(is_planned(config.scheduler) for config in trainer.lr_scheduler_configs):
             return
@@ -203,6 +208,12 @@ def _count_last_batch(checkpoint: dict[str, Any]) -> None:
     progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     for counts in (progress["total"], progress["current"]):
         counts["completed"] = counts["processed"]
+
+
+def _validate_from_the_start(checkpoint: dict[str, Any]) -> None:
+    """Forget the batches of the last validation: Lightning would validate on those after them."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    progress["current"] = dict.fromkeys(progress["current"], 0)
 
 
 def _continue_epoch(checkpoint: dict[str, Any]) -> None:

@@ -97,7 +97,7 @@ def _train(
 
     from nemo_kd.nemo.early_stopping import MonitorCheck, out_of_time
     from nemo_kd.nemo.metrics import StepMetrics
-    from nemo_kd.nemo.resume import ResumedLoop, RunKeeper, note_steps
+    from nemo_kd.nemo.resume import RunKeeper, note_steps, resume_exactly
 
     trainer = start.build_trainer(cfg)
     if done.step:  # TensorBoard leaves out points of steps that are trained again
@@ -105,7 +105,7 @@ def _train(
         OmegaConf.update(cfg, key, done.step, force_add=True)
     log_dir = exp_manager(trainer, cfg.exp_manager)
     validating = start_of_run.validates_first(cfg, done)
-    trainer.fit_loop.epoch_loop = ResumedLoop(trainer, validate_first=validating)
+    resume_exactly(trainer, validate_first=validating)
     # Before NeMo's callbacks: the one that ends a run at SIGTERM prevents all later ones.
     keeper = RunKeeper(record)
     trainer.callbacks.insert(0, keeper)
