@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -143,9 +144,9 @@ class RunKeeper(Callback):
         ]
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Lightning would keep the checkpoint it resumed from besides the next "last" one, and NeMo
-        # refuses to choose between the two at the third start.
-        if str(trainer.ckpt_path).endswith(("-last", "-last.ckpt")):
+        # Lightning would never remove the checkpoint it resumed from, and NeMo refuses to choose
+        # between two "last" ones at the third start.
+        if trainer.ckpt_path and self._is_own(trainer, Path(trainer.ckpt_path)):
             trainer.ckpt_path = None
         # What checkpoints and early stopping monitor may be logged next after several steps.
         metrics = {
@@ -160,6 +161,11 @@ class RunKeeper(Callback):
         for config in trainer.lr_scheduler_configs:
             config.scheduler.last_epoch -= 1
             config.scheduler.step()  # sets the learning rate of the next step
+
+    @staticmethod
+    def _is_own(trainer: Trainer, checkpoint: Path) -> bool:
+        own = getattr(trainer.checkpoint_callback, "dirpath", None)
+        return own is not None and Path(own).absolute() in checkpoint.absolute().parents
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.fit_loop.epoch_loop.begun = True

@@ -170,6 +170,19 @@ def test_what_is_saved_before_its_validation_is_resumed_and_finished_as_without_
 
 
 @pytest.mark.slow
+def test_a_checkpoint_that_is_saved_in_the_background_is_finished_at_a_stop(
+    train: Callable[..., Path], dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    background = "exp_manager.checkpoint_callback_params.async_save=true"
+    overrides = train_overrides(tiny, dump(), dump(split="heldout"), tmp_path)
+    overrides += [background, "+model.mcore_gpt=true"]  # which NeMo's trainer needs for it
+    stop_after(2, overrides, tmp_path)
+    whole = train("one")
+    assert_goes_on_exactly(steps(whole), overrides, 1, tmp_path, since=2)
+    assert validated(tmp_path) == validated(whole)
+
+
+@pytest.mark.slow
 def test_without_a_last_checkpoint_a_run_resumes_from_its_newest(
     train: Callable[..., Path], dump: Callable[..., Path], tiny: Path, tmp_path: Path
 ) -> None:
