@@ -76,7 +76,7 @@ def begin(directory: RunDirectory) -> None:
     """
     if directory.checkpoints:
         raise NemoKDError(
-            f"{directory.checkpoints[0]} exists, and exp_manager.resume_if_exists=false would "
+            f"{directory.checkpoints[-1]} exists, and exp_manager.resume_if_exists=false would "
             f"start another run in its directory: {NEW_RUN}, or remove it"
         )
     if directory.has_student:
