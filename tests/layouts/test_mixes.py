@@ -139,6 +139,29 @@ def test_a_run_stops_early_and_keeps_the_best_of_a_sets_metric(
     assert [line["step"] for line in steps(copy)] == list(range(1, 9))
 
 
+@pytest.mark.slow
+def test_early_stopping_is_said_where_the_best_checkpoint_is_restored_at_the_end(
+    train: Run,
+) -> None:
+    """The best by the largest loss, which is that of the first validation."""
+    params, stopping = (
+        f"exp_manager.{each}_callback_params" for each in ("checkpoint", "early_stopping")
+    )
+    run = train(
+        "one",
+        "trainer.max_steps=40",
+        "trainer.val_check_interval=2",
+        "exp_manager.create_early_stopping_callback=true",
+        f"{stopping}.min_delta=100",
+        f"{stopping}.patience=1",
+        f"{params}.mode=max",
+        f"{params}.save_best_model=true",
+    )
+    assert "stopped early at step 4 of 40: " in (run / "stderr.txt").read_text()
+    (best,) = (run / "checkpoints").glob("*-step=2-*")
+    assert best.is_dir()
+
+
 def test_a_monitor_that_does_not_exist_is_refused(tiny: Path, dump: Run, tmp_path: Path) -> None:
     """At the first validation, before a checkpoint: NeMo would train to the end of the run."""
     message = error_of(
