@@ -52,6 +52,7 @@ def curve(run: Path, name: str) -> list[int]:
     return [point.step + 1 for point in events.Scalars(name)]
 
 
+@pytest.mark.slow
 def test_the_file_has_every_step_and_loggers_every_fourth(train: Run) -> None:
     run = train("dp2", SELDOM)
     lines = steps(run)

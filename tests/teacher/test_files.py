@@ -101,6 +101,7 @@ def test_shards_of_unchanged_files_are_kept(
     assert [file["rows"] for file in files] == [4, 4] and len(Store(tmp_path / "store")) == 8
 
 
+@pytest.mark.slow
 def test_another_file_does_not_replace_a_finished_store(
     world: Path, rows: list[dict[str, Any]], tmp_path: Path
 ) -> None:
