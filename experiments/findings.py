@@ -259,29 +259,29 @@ def confidence_classes(a: Row, b: Row) -> list[ConfidenceClass]:
     return found
 
 
-def seed_spread(rows: Iterable[Row], domain: str, split: str = "test") -> float | None:
-    """The standard deviation from seed to seed of a difference from the baseline.
+def seed_spreads(rows: Iterable[Row], split: str = "test") -> dict[str, float]:
+    """Domain → the standard deviation from seed to seed of a difference from the baseline.
 
-    Pooled over the distinct comparisons of trained runs on a domain; None without any of several
+    Pooled over the distinct comparisons of trained runs; without a domain that has none of several
     seeds.
     """
-    differences = {
-        row.by_seed[split]
-        for row in rows
-        if len(row.found) > 1
-        and row.found[0]["run"]["domain"] == domain
-        and len(row.by_seed.get(split, ())) > 1
+    differences: dict[str, set[tuple[float, ...]]] = {}
+    for row in rows:
+        if len(row.found) > 1 and len(row.by_seed.get(split, ())) > 1:
+            domain = row.found[0]["run"]["domain"]
+            differences.setdefault(domain, set()).add(row.by_seed[split])
+    return {
+        domain: math.sqrt(statistics.fmean(map(statistics.variance, found)))
+        for domain, found in differences.items()
     }
-    variances = [statistics.variance(each) for each in differences]
-    return math.sqrt(statistics.fmean(variances)) if variances else None
 
 
-def verdict(row: Row, every: Iterable[Row] = ()) -> str | None:
+def verdict(row: Row, spreads: Mapping[str, float] | None = None) -> str | None:
     """`better`, `worse` or `undecided`, by the interval of the difference from the baseline.
 
     The difference is that of right final answers where they are judged, else of cross-entropy. For
     that, the interval of a single seed does not cover what another order of the data changes: then
-    a difference below two standard deviations from seed to seed among `every` row is undecided too.
+    a difference below two standard deviations from seed to seed (`spreads`) is undecided too.
     """
     right = row.right_against_baseline.get(EXACT)
     found = row.against_baseline
@@ -290,8 +290,8 @@ def verdict(row: Row, every: Iterable[Row] = ()) -> str | None:
     if found is None:
         return None
     if right is None and len(row.found) == 1:
-        spread = seed_spread(every, row.found[0]["run"]["domain"])
-        if spread is not None and abs(found.value) < 2 * spread:
+        spread = (spreads or {}).get(row.found[0]["run"]["domain"], 0.0)
+        if abs(found.value) < 2 * spread:
             return "undecided"
     if found.high < 0:
         return "better"

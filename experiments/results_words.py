@@ -17,7 +17,7 @@ from findings import (
     best_step,
     mean_change,
     right_answers,
-    seed_spread,
+    seed_spreads,
     verdict,
 )
 from omegaconf import DictConfig
@@ -390,26 +390,24 @@ def one_by_one(rows: Sequence[Row], what: str) -> str:
     return f"{what}, {', '.join(shares)} ({'; '.join(differences)})" if differences else ""
 
 
-def reaching(steps: Interval, *, short: bool = False) -> str:
+def reaching(steps: Interval) -> str:
     """In which share of its steps SFT's best is reached, if it is."""
     if math.isinf(steps.value):
         return "never reaches SFT's best"
     share = f"{100 * steps.value:.0f} % of its steps"
-    if short:
-        return f"SFT's best in {share}"
     return f"reaches SFT's best in {share} (fraction {interval(steps)})"
 
 
 def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
     """Every comparison, better, worse or undecided."""
     groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
-    every = [row for table in rows.values() for row in table]
+    spreads = seed_spreads(row for table in rows.values() for row in table)
     said: set[tuple[str, ...]] = set()  # experiments share runs, and so comparisons
     for experiment in experiments:
         base = [row for row in rows[experiment.name] if row.is_baseline]
         trained = [row for row in rows[experiment.name] if row.found and not row.untrained]
         for row in trained:
-            outcome = verdict(row, every)
+            outcome = verdict(row, spreads)
             names = tuple(result["name"] for each in (*base, row) for result in each.found)
             if outcome is not None and names not in said:
                 said.add(names)
@@ -430,19 +428,15 @@ def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
         f"**{title}**\n\n" + ("\n".join(groups[key]) or "None so far.") + "\n"
         for key, title in titles.items()
     ]
-    spreads = [
-        f"{spread:.3f} on {domain}"
-        for domain in ENTROPY_OF
-        if (spread := seed_spread(every, domain)) is not None
-    ]
+    known = [f"{spreads[domain]:.3f} on {domain}" for domain in ENTROPY_OF if domain in spreads]
     parts.append(
         "Right final answers where they are judged, else final held-out cross-entropy in nats per "
         "token. With one seed, the interval covers only the sampling of the test data, not the "
         "variation between training runs"
         + (
-            f", which has a standard deviation of {', '.join(spreads)}: a difference in "
+            f", which has a standard deviation of {', '.join(known)}: a difference in "
             "cross-entropy of one seed below twice that is undecided.\n"
-            if spreads
+            if known
             else ".\n"
         )
     )
@@ -468,8 +462,9 @@ def recommendation(beside: Sequence[Row], every: Sequence[Row]) -> str:
     text += "Search the learning rate separately: the best for KD + SFT differs from SFT's."
     found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
     rows = [*{row.label: row for row in reversed(beside)}.values()][::-1]
+    spreads = seed_spreads(every)
     for row in rows:
-        if (outcome := verdict(row, every)) is not None:
+        if (outcome := verdict(row, spreads)) is not None:
             difference = interval(row.against_baseline, signed=True)
             found[outcome][row.label] = f"{difference}, {plural(len(row.found), 'seed')}"
     said = {
@@ -495,7 +490,7 @@ def by_validation(rows: Sequence[Row], every: Sequence[Row]) -> str:
     text = f"By the validation split, on which a default is chosen, better: {listed or 'none'}. "
     if (alpha := means.get("alpha 0.5")) is not None:
         text += f"On it alpha 0.5 is {alpha:+.3f} from 0.9: of these two the test split decided. "
-    if (spread := seed_spread(every, "code", "valid")) is not None:
+    if (spread := seed_spreads(every, "valid").get("code")) is not None:
         errors = {label: spread / math.sqrt(len(values)) for label, values in asked.items()}
         beyond = [label for label, mean in lower.items() if -mean > 2 * errors[label]]
         text += "From seed to seed the difference of two settings on this split has a standard "

@@ -99,8 +99,7 @@ class RunKeeper(Callback):
         self.record = record
         self.ended: Ended | None = None
         self._validated: int | None = None  # step of the last validation
-        self._saved: int | None = None  # step of the last checkpoint
-        self._saved_too_early = False  # before the validation of its step
+        self._saved: tuple[int, bool] | None = None  # of the last checkpoint: step, validated
         self._metrics: dict[str, float] = {}  # of the run before it was stopped
         self._groups: list[dict[str, Any]] = []  # settings of the optimizer's parameter groups
 
@@ -109,19 +108,18 @@ class RunKeeper(Callback):
     ) -> None:
         note_steps(trainer, pl_module)
         done = trainer.global_step - pl_module.init_global_step
-        self._saved, self._saved_too_early = trainer.global_step, False
+        self._saved = trainer.global_step, self._validated == trainer.global_step
         checkpoint[CHECKPOINT_KEY] = {
             **dataclasses.asdict(self.record),
             "consumed_samples": pl_module.compute_consumed_samples(done),
             STOPPED_EARLY: stop_reason(trainer),
-            VALIDATED: self._validated == trainer.global_step,
+            VALIDATED: self._saved[1],
             METRICS: {name: float(x) for name, x in trainer.callback_metrics.items()},
         }
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.sanity_checking:
             self._validated = trainer.global_step
-            self._saved_too_early = self._saved == trainer.global_step
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -174,7 +172,8 @@ class RunKeeper(Callback):
         # NeMo's callback restores the best checkpoint and its counts next, if it is asked to.
         self.ended = Ended(trainer.global_step, stop_reason(trainer))
         note_steps(trainer, pl_module)
-        if self._saved_too_early:
+        step = trainer.global_step
+        if self._validated == step and self._saved == (step, False):  # before the validation
             for callback in trainer.checkpoint_callbacks:
                 callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
 

@@ -55,6 +55,10 @@ def validated(run: Path) -> list[tuple[int, float]]:
     return [(x["step"], x["validation_loss"]) for x in lines if "validation_loss" in x]
 
 
+def checkpoints(run: Path) -> list[str]:
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
 def assert_goes_on_exactly(
     whole: list[dict[str, Any]], overrides: list[str], processes: int, run: Path, since: int = 3
 ) -> None:
@@ -120,10 +124,7 @@ def test_a_run_stopped_by_sigterm_goes_on_exactly_and_validates_at_the_same_step
     assert validated(tmp_path) == validated(whole)
     last = {name: value for name, value in metrics(whole)[-1].items() if name.startswith("val")}
     assert last.items() <= metrics(tmp_path)[-1].items()
-    saved = [
-        sorted(path.name for path in (run / "checkpoints").iterdir()) for run in (tmp_path, whole)
-    ]
-    assert saved[0] == saved[1]
+    assert checkpoints(tmp_path) == checkpoints(whole)
 
 
 def points(run: Path) -> dict[str, set[tuple[int, float]]]:
@@ -158,10 +159,7 @@ def test_what_is_saved_before_its_validation_is_resumed_and_finished_as_without_
     run_script("train_gpt_sft_kd.py", *train_overrides(tiny, *stores, whole), *kept)
     assert_goes_on_exactly(steps(whole), overrides, 1, run)
     assert validated(run) == validated(whole)
-    saved = [
-        sorted(path.name for path in (each / "checkpoints").iterdir()) for each in (run, whole)
-    ]
-    assert saved[0] == saved[1]
+    assert checkpoints(run) == checkpoints(whole)
     assert points(run) == points(whole)
     before = (run / "metrics.jsonl").read_text()
     again = run_script("train_gpt_sft_kd.py", *overrides)
