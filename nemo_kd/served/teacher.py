@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
 from typing import NoReturn
 
 import numpy as np
@@ -21,6 +23,7 @@ from nemo_kd.sft.rows import Row
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import Sampled
+from nemo_kd.store.fingerprint import tokenizer_files_fingerprint
 from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig, TeacherConfig
 from nemo_kd.teacher.generation.step import Decoding
@@ -28,6 +31,8 @@ from nemo_kd.teacher.layout import Layout
 from nemo_kd.topk import TopK
 
 WIRES: dict[str, type[Wire]] = {"vllm": VLLM, "sglang": SGLang}
+PASS = ("micro_batch_size", "max_tokens_per_micro_batch", "rows_per_lm_head", "megatron_amp_O2")
+"""Settings of a forward pass in this process."""
 TRIES = 2
 """Requests for a row until an answer that does not fit it is an error."""
 
@@ -48,7 +53,12 @@ class ServedTeacher:
         self.tokenizer_origin = {"library": "huggingface", "path": path}
         # Not the address: another replica may finish the store. A server tells nothing that
         # identifies its weights.
-        self.identity = {"name": server.model, "fingerprint": None, "api": config.api}
+        self.identity = {
+            "name": server.model,
+            "fingerprint": None,
+            "api": config.api,
+            "tokenizer": tokenizer_files_fingerprint(Path(path)),
+        }
 
     def regime(self, positions: int) -> int:
         return 0
@@ -82,6 +92,8 @@ def load_teacher(config: DumpConfig) -> ServedTeacher:
             f"teacher.tokenizer={config.teacher.tokenizer} has no end-of-sequence token; SFT needs "
             "one"
         )
+    for name in _without_effect(config):
+        layout.say(f"{name} has no effect with teacher.kind=served: the server makes the batches")
     server = asyncio.run(describe(config.teacher, tokenizer, layout.say))
     length = config.data.max_seq_length
     if server.max_row is not None and length > server.max_row:
@@ -106,6 +118,14 @@ def check_settings(config: DumpConfig) -> None:
             "dump.profile=sampled draws from the complete distribution, of which a server returns "
             "the top-K only; use profile plain, compact or top_p, or teacher.kind=hf"
         )
+
+
+def _without_effect(config: DumpConfig) -> Iterator[str]:
+    """Yield the settings of a forward pass that have other values than their defaults."""
+    for where, block in (("model.", config.model), ("", config)):
+        for each in fields(block):
+            if each.name in PASS and getattr(block, each.name) != each.default:
+                yield f"{where}{each.name}={getattr(block, each.name)}"
 
 
 class ServedForward:

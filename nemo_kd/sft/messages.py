@@ -35,7 +35,8 @@ OWN_ROLES = ("observation",)
 """Roles of `messages` that templates know by this name, such as GLM-4's."""
 
 LEARNED = ("train", "training", "trainable", "loss")
-"""Keys by which other trainers say with true or false what `weight` says with 1 or 0."""
+"""Keys by which other trainers say what `weight` says, with 1 or 0 or with true or false."""
+IN_WORDS = {"false": 0, "no": 0, "true": 1, "yes": 1}
 ROW_WIDE = {
     "chat_template_kwargs": "set data.chat_template_kwargs for all rows",
     "documents": "write them into a message",
@@ -109,11 +110,32 @@ def check_row(row: Mapping[str, Any]) -> None:
             raise RowError(
                 f"{name} is {row[name]!r:.60}: it is not read of a row; {instead}, or remove it"
             )
-    weight = row.get("weight")
-    if isinstance(weight, int | float) and weight != 1:
-        raise RowError(
-            f"the row has weight {weight}: rows are not weighted; remove the row, or the weight"
-        )
+    for name in ("weight", *LEARNED):
+        if is_weight(name, row.get(name)):
+            raise RowError(
+                f"the row has {name} {row[name]!r}: rows are not weighted; remove the row, or its "
+                f"{name}"
+            )
+
+
+def is_weight(name: str, value: Any) -> bool:
+    """Whether a row's field says that the row is not learned, or counts for another part than 1.
+
+    Other values, such as a loss that somebody has measured, only describe a row.
+    """
+    number = _number(value)
+    return number is not None and number != 1 and (name == "weight" or number == 0)
+
+
+def _number(value: Any) -> float | None:
+    """Return a weight, also where a file's columns have become texts; None for anything else."""
+    if isinstance(value, str):
+        value = IN_WORDS.get(value.strip().lower(), value)
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return float(value) if isinstance(value, int | float) else None
 
 
 def _with_system(turns: list[Any], system: Any) -> list[Any]:
@@ -250,7 +272,13 @@ def weight_of(message: Mapping[str, Any], where: str) -> int | None:
     weight = message.get("weight")
     if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
         raise RowError(f"{where}: weight is {weight!r:.60}: expected 0 or 1")
-    said = {key: int(message[key]) for key in LEARNED if isinstance(message.get(key), bool)}
+    said = {}
+    for key in LEARNED:
+        number = _number(message.get(key))
+        if number in (0, 1) and isinstance(message[key], str):
+            raise RowError(f"{where}: {key} is the text {message[key]!r}: write true or false")
+        if number in (0, 1):
+            said[key] = int(number)
     if weight is not None:
         said["weight"] = int(weight)
     if len({*said.values()}) > 1:

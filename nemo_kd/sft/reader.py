@@ -13,6 +13,7 @@ from nemo_kd.sft.chat import ChatTemplate
 from nemo_kd.sft.chat_template import Template, chosen_template
 from nemo_kd.sft.config import RowConfig, template_hash
 from nemo_kd.sft.conversations import NemoTurns, as_conversation, check_held
+from nemo_kd.sft.fields import refuse_unread
 from nemo_kd.sft.files import RowFile
 from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import conversation_of
@@ -25,6 +26,7 @@ from nemo_kd.sft.unread_fields import check_fields
 PROMPT, MESSAGES, CONVERSATIONS, TEXT = "prompt", "messages", "conversations", "text"
 SEP_ID = 49704
 """NeMo's default id of the separator token, for rows with the tokens that NeMo gives them."""
+DEFAULT_TEMPLATE = RowConfig().prompt_template
 LOOKED_AT = 100
 """Number of rows among which the first one that can be parsed decides on the format."""
 
@@ -67,7 +69,14 @@ def open_rows(
         if others or found.format != PROMPT:
             say(f"{file.path}: its rows are read as {found.format}; data.format sets it")
     if found.format == PROMPT:
-        check_fields(found, file, say)
+        check_fields(found, file, say, chosen=found.prompt_template != DEFAULT_TEMPLATE)
+    elif found.format == TEXT:
+        check_fields(found, file, say, chosen=config.format == TEXT)
+    if found.format in (PROMPT, TEXT) and not config.add_bos and _begins(model.tokenizer):
+        say(
+            f"{file.path}: its rows begin without the tokenizer's beginning-of-sequence token, as "
+            "in NeMo's SFT; data.add_bos=true begins them with it"
+        )
     verbatim = None
     if found.reader == "nemo":
         verbatim = open_rows(replace(found, reader="verbatim"), file, model)
@@ -81,7 +90,25 @@ def open_rows(
     for line in unread(found, text == "nemo"):
         say(line)
     template = recorded(found, model, text)
-    return SFTRows(file, encoder, model.max_seq_length, template, verbatim, model.tokenizer)
+    return SFTRows(
+        *(file, encoder, model.max_seq_length, template, verbatim, model.tokenizer),
+        fields=_fields(found),
+    )
+
+
+def _begins(tokenizer: Tokenizer) -> bool:
+    """Whether the tokenizer itself begins every text with its beginning-of-sequence token."""
+    inner: Any = getattr(tokenizer, "tokenizer", None)
+    if tokenizer.bos_id is None or not callable(inner):
+        return False
+    return list(inner("a").input_ids[:1]) == [tokenizer.bos_id]
+
+
+def _fields(found: RowConfig) -> tuple[str, ...]:
+    """Return the fields of a row that its format reads texts of."""
+    if found.format == PROMPT:
+        return tuple(field_names(found.prompt_template or ""))
+    return ("text",) if found.format == TEXT else (MESSAGES, CONVERSATIONS, "system")
 
 
 def recorded(
@@ -159,7 +186,7 @@ def _encoder(
     if config.format == PROMPT:
         return PromptEncoder(prompt_template(config, model), model.answer_only_loss), None
     if config.format == TEXT:
-        return Texts(config, model), None
+        return Texts(config, model, is_chosen=key == TEXT), None
     if config.train_on == "last_assistant" and not model.answer_only_loss:
         raise NemoKDError(
             "data.train_on=last_assistant does not work with answer_only_loss=false, which learns "
@@ -202,6 +229,7 @@ def prompt_template(config: RowConfig, model: Model) -> PromptTemplate:
         truncation_method=config.truncation_method,
         virtual_tokens=model.virtual_tokens,
         tokens_to_generate=model.tokens_to_generate,
+        is_default=config.prompt_template == DEFAULT_TEMPLATE,
     )
 
 
@@ -211,16 +239,21 @@ class Texts:
 
     config: RowConfig
     model: Model
+    is_chosen: bool = True
+    """Whether `data.format` says that rows are read as text."""
 
     def __call__(self, row: Any) -> Encoded:
         text = _text(row)
-        if not text:
+        if not self.is_chosen:
+            refuse_unread(row, (TEXT,), "a row of text")
+        if not text.strip():
             raise NoAnswerError(NO_ANSWER)
-        ids = self._special("bos", self.config.add_bos) + self._ids(text)
-        ids += self._special("eos", self.config.add_eos)
-        excess = max(len(ids) - self.model.max_seq_length, 0)
+        bos = self._special("bos", self.config.add_bos)
+        ids = self._ids(text) + self._special("eos", self.config.add_eos)
+        excess = max(len(bos) + len(ids) - self.model.max_seq_length, 0)
         if self.config.truncation_method == "left":
             ids = ids[excess:]
+        ids = bos + ids
         return Encoded(ids, np.ones(len(ids), np.uint8), excess > 0)
 
     def alters(self, row: Any) -> bool:

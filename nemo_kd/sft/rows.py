@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.sft.control_tokens import ControlTokens
 from nemo_kd.sft.files import RowFile
 from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.template import PromptTemplate
@@ -56,6 +57,10 @@ class Check(NamedTuple):
     """The tokens are not those of the text: see `SFTRows.altered_by`."""
     length: int = 0
     """Number of tokens."""
+    control: str = ""
+    """A control token that is written in the row's text."""
+    twice: bool = False
+    """The row ends with two end-of-sequence tokens: its text has one already."""
 
 
 class NoAnswerError(RowError):
@@ -94,7 +99,7 @@ class SFTRows:
 
     `template`: the settings that determine the tokens, as a store records them. `verbatim`: the
     rows of the file's text, if these are another reader's. `tokenizer`: the one of the tokens; None
-    if it is not known.
+    if it is not known. `fields`: the fields of a row whose texts are read.
     """
 
     samples_per_row = 1
@@ -107,10 +112,12 @@ class SFTRows:
         template: Mapping[str, Any] | None = None,
         verbatim: SFTRows | None = None,
         tokenizer: Tokenizer | None = None,
+        fields: tuple[str, ...] = (),
     ) -> None:
         self.file, self.encode, self.max_seq_length = file, encode, max_seq_length
         self.template, self.verbatim = dict(template or {}), verbatim
         self.tokenizer = tokenizer
+        self._control = ControlTokens(tokenizer, fields)
 
     def __len__(self) -> int:
         return len(self.file)
@@ -150,7 +157,16 @@ class SFTRows:
         value = self.file[row]
         found = self.tokenized(row, value)
         with errors_name(self.file, row):
-            return Check(found.truncated, self._is_altered(found, value), len(found))
+            altered = self._is_altered(found, value)
+        control = self._control.first(value)
+        return Check(found.truncated, altered, len(found), control, self._ends_twice(found))
+
+    def _ends_twice(self, found: Row) -> bool:
+        if self.tokenizer is None or not self.template.get("add_eos"):
+            return False
+        end = self.tokenizer.eos_id
+        is_ended = self.template.get("format") in ("prompt", "text")
+        return is_ended and found.input_ids[-2:].tolist() == [end, end]
 
     def _is_altered(self, found: Row, value: Any) -> bool:
         if self.verbatim is None:

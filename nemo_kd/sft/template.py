@@ -19,6 +19,7 @@ from functools import cached_property
 from typing import Any, NamedTuple
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.sft.fields import refuse_unread
 from nemo_kd.sft.jsonl import RowError
 from nemo_kd.sft.tokenizer import Tokenizer, continuation, decoded
 
@@ -84,6 +85,9 @@ class PromptTemplate:
     tokens_to_generate: int = 0
     """Minimum number of tokens to reserve for the answer."""
 
+    is_default: bool = False
+    """Whether nobody chose the template, so that a row that asks for more than it reads is bad."""
+
     def __post_init__(self) -> None:
         where = f"data.prompt_template={self.prompt_template!r}"
         if self.truncation_method not in METHODS:
@@ -97,7 +101,11 @@ class PromptTemplate:
                 raise TemplateError(f"data.add_{name}=true, but the tokenizer has no {name} token")
         for field in self._truncation_fields:
             if field not in self.fields:
-                raise TemplateError(f"data.truncation_field: {where} has no field {field!r}")
+                raise TemplateError(
+                    f"data.truncation_field={self.truncation_field}: {where} has no field "
+                    f"{field!r}; set data.truncation_field={self.fields[0]} to shorten that first, "
+                    "or null to shorten the end"
+                )
 
     def __call__(self, row: Any) -> Prompted:
         """Tokenize a row, which must be a mapping with string fields.
@@ -169,6 +177,8 @@ class PromptTemplate:
                 )
             if not isinstance(row[field], str):
                 raise RowError(f"{field!r} is {row[field]!r:.60}: expected a string")
+        if self.is_default:
+            refuse_unread(row, self.fields, f"data.prompt_template={self.prompt_template!r}")
         if self.reader == "nemo":
             return {field: row[field].strip(" ") for field in self.fields}
         return {field: row[field] for field in self.fields}

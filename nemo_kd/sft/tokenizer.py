@@ -104,11 +104,13 @@ def load_tokenizer(path: str | Path) -> Any:
 
 def _missing_special_tokens(tokenizer: Any) -> dict[str, Any]:
     tokens: dict[str, Any] = {"additional_special_tokens": []}
+    # A token that is added again by its text alone no longer takes the spaces beside it.
+    known = {str(token): token for token in tokenizer.added_tokens_decoder.values()}
     for one, other in (("sep", "eos"), ("cls", "bos")):
         for name, substitute in ((one, other), (other, one)):
             own, token = (getattr(tokenizer, f"{n}_token") for n in (name, substitute))
             if own is None and token:
-                tokens[f"{name}_token"] = token
+                tokens[f"{name}_token"] = known.get(token, token)
     return tokens
 
 

@@ -20,7 +20,7 @@ def checkpoint_fingerprint(path: Path) -> str:
 
     It reads only 4 MiB per file, however large. Sampling suffices because every training step
     changes weights throughout the checkpoint. What does not decide logits and tokens is left out:
-    hidden files and directories, `*.md`, and stores below `path`.
+    hidden files and directories, `*.md`, logs, and stores below `path`.
     """
     files = [path] if path.is_file() else _files(path)
     digest = hashlib.sha256()
@@ -34,6 +34,26 @@ def checkpoint_fingerprint(path: Path) -> str:
                 digest.update(stream.read(BLOCK))
                 if size <= BLOCK:
                     break
+    return digest.hexdigest()
+
+
+TOKENIZER_FILES = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt"),
+)
+
+
+def tokenizer_files_fingerprint(directory: Path) -> str:
+    """Hex SHA-256 over a tokenizer's own files in a directory.
+
+    It also depends on what the vocabulary does not show: merges, normalization, added tokens.
+    """
+    digest = hashlib.sha256()
+    names = {*TOKENIZER_FILES, *(path.name for path in directory.glob("*.tiktoken"))}
+    for name in sorted(names):
+        if (directory / name).is_file():
+            content = (directory / name).read_bytes()
+            digest.update(f"{name}\0{len(content)}\0".encode() + content)
     return digest.hexdigest()
 
 
@@ -52,7 +72,9 @@ def _is_beside(path: Path) -> bool:
     """Whether a file, relative to its checkpoint, is hidden or a text about it."""
     *above, name = path.parts
     hidden = [part for part in above if part.startswith(".")]
-    return bool(hidden) or path.suffix.lower() == ".md" or (name[0] == "." and name not in WEIGHTS)
+    if hidden or path.suffix.lower() in (".md", ".log") or ".tfevents." in name:
+        return True
+    return name[0] == "." and name not in WEIGHTS
 
 
 def vocabulary_fingerprint(tokens: Iterable[str]) -> str:

@@ -124,6 +124,25 @@ class StoreSpec:
             if ours.get(name) != theirs.get(name)
         ]
 
+    def named_as(self, earlier: StoreSpec) -> StoreSpec:
+        """Return this spec with the names and paths of `earlier` whose content has not changed."""
+        ours, theirs = dict(_leaves("", self.to_json())), dict(_leaves("", earlier.to_json()))
+        value = self.resumable_json()
+        for name, contents in NAMED.items():
+            same = all(ours.get(c) and ours.get(c) == theirs.get(c) for c in contents)
+            if same and name in ours and name in theirs:
+                block, key = name.split(".")
+                value[block][key] = theirs[name]
+        return self.from_json(value)
+
+
+NAMED = {
+    "tokenizer.path": ("tokenizer.fingerprint", "teacher.fingerprint"),
+    "teacher.name": ("teacher.fingerprint",),
+    "source.name": ("source.sha256",),
+}
+"""Names and paths, and the fingerprints of what they name."""
+
 
 def _plain_json(name: str, value: Any) -> Any:
     """Round-trip the value through JSON, so that a spec equals itself when read back."""

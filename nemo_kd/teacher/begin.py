@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
@@ -162,29 +164,89 @@ def _keep_unchanged(
 
 
 def check_kept(
-    writer: StoreWriter, spec: StoreSpec, num_rows: int, bad: BadRows, layout: Layout
+    writer: StoreWriter, spec: StoreSpec, source: Source, bad: BadRows, layout: Layout
 ) -> None:
-    """Raise RowError on every rank if kept shards lack rows and `bad` would drop none.
+    """Raise RowError on every rank if kept shards lack rows that `bad` would not drop.
 
-    Their rows were left out by an earlier run with other settings. Collective: a broadcast.
+    These were left out by an earlier run with other settings. Collective: a broadcast.
     """
-    lacking, refusal = 0, ""
-    if layout.rank == 0 and not (bad.drop_bad or bad.drop_unanswered):
+    left_out = 0
+    if layout.rank == 0 and not (bad.drop_bad and bad.drop_unanswered):
+        numbers, samples = [*range(shards_of(spec, len(source)))], 0
         if (writer.directory / MANIFEST).exists():
-            lacking = num_rows - Manifest.read(writer.directory).totals["samples"]
+            samples = Manifest.read(writer.directory).totals["samples"]
         else:
-            shards = range(shards_of(spec, num_rows))
-            infos = [(shard, writer.complete_shard(shard)) for shard in shards]
-            lacking = sum(len(rows_of(s, spec, num_rows)) - i.samples for s, i in infos if i)
-    if lacking:
+            found = [(shard, writer.complete_shard(shard)) for shard in numbers]
+            numbers = [shard for shard, info in found if info is not None]
+            samples = sum(info.samples for _, info in found if info is not None)
+        rows = [row for shard in numbers for row in rows_of(shard, spec, len(source))]
+        left_out = _left_out(source, rows, len(rows) - samples, bad)
+    refusal = ""
+    if left_out:
         refusal = (
             f"{writer.directory}: an earlier run, with on_bad_row=drop or data.no_answer=drop, has "
-            f"left out {lacking} rows of the complete shards; set the same again to keep these "
+            f"left out {left_out} rows of the complete shards; set the same again to keep these "
             "shards, or overwrite=true to dump all rows again"
         )
     refusal = layout.from_rank_0(refusal)
     if refusal:
         raise RowError(refusal)
+
+
+def _left_out(source: Source, rows: Sequence[int], lacking: int, bad: BadRows) -> int:
+    """Return how many of the `lacking` ones of these rows `bad` would not drop."""
+    if not lacking or not (bad.drop_bad or bad.drop_unanswered):
+        return lacking
+    unusable = refused = 0
+    for row in rows:
+        try:
+            source.check(row)
+        except RowError as error:
+            unusable += 1
+            refused += not bad.drops(error)
+    by_the_teacher = 0 if bad.drop_bad else lacking - unusable  # for logits that are NaN
+    return refused + by_the_teacher
+
+
+@dataclass
+class Seen:
+    """Numbers of usable rows of which the user should know."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+    """One of the control tokens in rows' texts."""
+
+    def add(self, found: Check) -> None:
+        named = {"control": bool(found.control), "twice": found.twice}
+        self.counts.update(truncated=found.truncated, altered=found.altered, **named)
+        self.example = self.example or found.control
+
+    @classmethod
+    def of(cls, parts: Iterable[Seen]) -> Seen:
+        """Return the sum of the parts of several ranks."""
+        found = list(parts)
+        counts = sum((part.counts for part in found), Counter[str]())
+        return cls(counts, next((part.example for part in found if part.example), ""))
+
+    def lines(self, source: Source, checked: int) -> Iterator[str]:
+        """Yield a line for each number that is not 0, out of `checked` rows."""
+        names = ("truncated", "altered", "control", "twice")
+        truncated, altered, control, twice = (self.counts[name] for name in names)
+        of = f"of {checked} rows"
+        if truncated:
+            yield f"WARNING: {truncated} {of} are longer than {source.limit} and are truncated"
+        if altered:
+            yield f"{altered} of {checked} rows are altered: {source.altered_by}"
+        if control:
+            yield (
+                f"{control} {of} have control tokens in their text, such as {self.example}, which "
+                "the tokenizer reads as the token itself"
+            )
+        if twice:
+            yield (
+                f"{twice} {of} end with two end-of-sequence tokens: their text has one, and "
+                "data.add_eos=true adds another"
+            )
 
 
 def check_rows(
@@ -200,14 +262,13 @@ def check_rows(
     all-gather of a few strings.
     """
     share = layout.share([row for row in todo if row % source.samples_per_row == 0])
-    refused, dropped, truncated, altered = BadRowErrors(), BadRowErrors(), 0, 0
+    refused, dropped, seen = BadRowErrors(), BadRowErrors(), Seen()
     lengths: list[tuple[int, int]] = []
     last = time.monotonic()
     for count, row in enumerate(share, start=1):
         try:
             found = source.check(row)
-            truncated += found.truncated
-            altered += found.altered
+            seen.add(found)
             lengths.append((found.length, row))
         except RowError as error:
             (dropped if bad.drops(error) else refused).add(row, error)
@@ -215,10 +276,8 @@ def check_rows(
             last = time.monotonic()
             layout.say(f"checking the rows before the first pass: {count} of {len(share)}")
     lengths = [min(lengths), max(lengths)] if lengths else []
-    parts = layout.gather((len(share), refused, dropped, lengths, truncated, altered))
+    parts = layout.gather((len(share), refused, dropped, lengths, seen))
     refused, dropped = BadRowErrors.of(p[1] for p in parts), BadRowErrors.of(p[2] for p in parts)
-    truncated = sum(part[4] for part in parts)
-    altered = sum(part[5] for part in parts)
     path, checked = source.file.path, sum(part[0] for part in parts)
     if refused.count:
         raise RowError(f"{path}: {refused.text(path, checked)}\n{REMEDY}")
@@ -226,12 +285,8 @@ def check_rows(
         raise RowError(f"{path}: no row is left to dump: {dropped.text(path, checked)}")
     if report and dropped.count:
         layout.say(f"{path}: left out {dropped.text(path, checked)}")
-    if report and truncated:
-        layout.say(
-            f"{path}: WARNING: {truncated} of {checked} rows are longer than {source.limit} and "
-            "are truncated"
-        )
-    if report and altered:
-        layout.say(f"{path}: {altered} of {checked} rows are altered: {source.altered_by}")
+    if report:
+        for line in Seen.of(part[4] for part in parts).lines(source, checked):
+            layout.say(f"{path}: {line}")
     lengths = [each for part in parts for each in part[3]]
     return (min(lengths)[1], max(lengths)[1]) if lengths else None

@@ -257,7 +257,8 @@ class GenerationConfig:
     samples_per_prompt: Count = 1
     """Number of answers per prompt; more than one needs a temperature above 0."""
     stop_ids: tuple[Natural, ...] = ()
-    """Ids of tokens that end an answer, in addition to the tokenizer's end of sequence."""
+    """Ids of tokens that end an answer, in addition to the tokenizer's end of sequence and to
+    `eos_token_id` in the teacher's generation_config.json."""
     seed: Natural = 1234
     """Random seed; answers do not depend on batches or the number of processes."""
     keep_unfinished: bool = False

@@ -10,6 +10,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
+from nemo_kd.files import read_json
 from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.rows import Row, SFTRows, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
@@ -29,6 +30,7 @@ from nemo_kd.teacher.begin import (
 )
 from nemo_kd.teacher.checks import Company, check_teacher
 from nemo_kd.teacher.config import DumpConfig
+from nemo_kd.teacher.earlier_part import check_earlier_part
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.identity import teacher_identity
 from nemo_kd.teacher.interface import Forward, Teacher
@@ -66,6 +68,8 @@ def dump(config: DumpConfig, teacher: Teacher, rows: SFTRows | None = None) -> M
     def check(numbers: Sequence[int]) -> None:
         nonlocal company
         company = check_teacher(config, teacher, spec, [rows[number] for number in numbers])
+        if spec.teacher.get("fingerprint") is None:
+            check_earlier_part(config.output_dir, spec, forward, teacher.layout)
 
     def samples(shard: int, progress: DumpProgress) -> Iterator[Sample]:
         numbers = rows_of(shard, spec, len(rows))
@@ -101,6 +105,7 @@ def write_store(
     shards = shards_of(spec, len(source))
     mine = range(layout.replica, shards, layout.replicas)
     with locked(config.output_dir, layout) as check_lock:
+        spec = moved(config, spec, layout)
         if layout.from_rank_0(layout.rank == 0 and _changes_a_store(config, spec)):
             # Before anything of that store is changed.
             mine_rows = [row for shard in mine for row in rows_of(shard, spec, len(source))]
@@ -118,7 +123,7 @@ def write_store(
         # Its collective also keeps a rank from writing before others have listed complete shards.
         extremes = check_rows(source, todo_rows, bad_rows(config), layout)
         if tokens_of is not None:  # a generation leaves out answers as a matter of course
-            check_kept(writer, spec, len(source), bad_rows(config), layout)
+            check_kept(writer, spec, source, bad_rows(config), layout)
         if extremes is not None:
             check(extremes)
         done = len(mine) - len(todo)
@@ -162,6 +167,26 @@ def write_store(
                 write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
         layout.barrier()
     return None if stopped else Store(writer.directory).manifest
+
+
+def moved(config: DumpConfig, spec: StoreSpec, layout: Layout) -> StoreSpec:
+    """Return `spec` with the names and paths of the store in `output_dir`, if only these differ.
+
+    A checkpoint or a file with another name or place, but the same content, does not make another
+    store. Collective over all ranks: a broadcast.
+    """
+    found: StoreSpec | None = None
+    if layout.rank == 0 and not config.overwrite:
+        path = Path(config.output_dir) / SPEC
+        if path.exists():
+            earlier = StoreSpec.from_json(read_json(path), spec.rows_per_shard)
+            found = spec.named_as(earlier)
+            for name, now, before in spec.differences(found):
+                layout.say(
+                    f"{config.output_dir}: {name} is now {now}, with the content of {before}"
+                )
+    found = layout.from_rank_0(found)
+    return spec if found is None else found
 
 
 def _changes_a_store(config: DumpConfig, spec: StoreSpec) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.store.fingerprint import checkpoint_fingerprint, tokenizer_files_fingerprint
 
 
 class Settings(Protocol):
@@ -36,6 +36,11 @@ def teacher_identity(
         "fingerprint": checkpoint_fingerprint(path),
         "precision": precision,
     }
+    if (
+        kind == "mcore" and config.teacher.tokenizer is not None
+    ):  # not one of the checkpoint's files
+        directory = Path(str(config.teacher.tokenizer))
+        identity["tokenizer"] = tokenizer_files_fingerprint(directory)
     dtype = precision.partition("-")[0]
     if dtype != "32" and kind in ("mcore", "bridge") and _is_of_another_kind(path):
         identity["kind"] = kind

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.store import Store
+from nemo_kd.store.fingerprint import tokenizer_files_fingerprint
 from nemo_kd.store.tools.verify import verify
+from tests.checkpoints import models
 from tests.processes import ROOT
 from tests.served.conftest import ROWS, hf, run, served
 from tests.served.server import Server
@@ -42,7 +46,9 @@ def test_the_store_is_that_of_the_same_model_in_transformers(
     ours = run(*served(server, teacher, tmp_path / "store", f"teacher.api={api}"))
     assert same_to_float16(ours, Store(teacher / "store")) < 0.01
     assert not list(verify(tmp_path / "store"))
-    assert ours.spec.teacher == {"name": "teacher", "fingerprint": None, "api": api}
+    files = tokenizer_files_fingerprint(teacher / "llama")
+    of = {"name": "teacher", "fingerprint": None, "api": api, "tokenizer": files}
+    assert ours.spec.teacher == of
     assert ours.spec.tokenizer == Store(teacher / "store").spec.tokenizer
     assert str(server.port) not in (tmp_path / "store/manifest.json").read_text()
     assert len(server.requests) == ROWS + 1
@@ -134,6 +140,48 @@ def test_another_replica_finishes_the_store(teacher: Path, server: Server, tmp_p
         run(*served(other, teacher, tmp_path / "two"))
         assert 1 < len(other.requests) < ROWS
     same_files(tmp_path / "one", tmp_path / "two")
+
+
+def test_another_model_of_the_same_name_does_not_finish_the_store(
+    teacher: Path, server: Server, tmp_path: Path
+) -> None:
+    overrides = served(server, teacher, tmp_path / "store", "teacher.retries=0")
+    server.faults = lambda number: "500" if number >= ROWS else ""
+    with pytest.raises(ValueError, match="EngineCore encountered an issue"):
+        run(*overrides)
+    kept = {path: path.read_bytes() for path in (tmp_path / "store").glob("shard-*/*")}
+    assert kept
+    model = models.llama("untied_llama3")
+    model.resize_token_embeddings(models.TOKENS)
+    models.save(model, tmp_path / "other")
+    with Server(tmp_path / "other") as other:
+        again = served(other, teacher, tmp_path / "store")
+        with pytest.raises(NemoKDError, match="another model is served under the same name"):
+            run(*again)
+        assert {path: path.read_bytes() for path in kept} == kept
+        assert len(run(*served(other, teacher, tmp_path / "another"))) == ROWS
+
+
+def test_a_changed_tokenizer_of_the_same_vocabulary_is_another_configuration(
+    teacher: Path, server: Server, tmp_path: Path
+) -> None:
+    own = shutil.copytree(teacher / "llama", tmp_path / "tokenizer")
+    overrides = served(server, teacher, tmp_path / "store", f"teacher.tokenizer={own}")
+    run(*overrides)
+    tokens = json.loads((own / "tokenizer.json").read_text())
+    tokens["normalizer"] = {"type": "Replace", "pattern": {"String": "ZZ"}, "content": "r"}
+    (own / "tokenizer.json").write_text(json.dumps(tokens))
+    with pytest.raises(NemoKDError, match=r"of another configuration:\n  teacher\.tokenizer: "):
+        run(*overrides)
+
+
+def test_a_server_makes_the_batches(
+    teacher: Path, server: Server, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run(*served(server, teacher, tmp_path / "store", "model.micro_batch_size=4"))
+    assert (
+        "model.micro_batch_size=4 has no effect with teacher.kind=served" in capfd.readouterr().err
+    )
 
 
 def test_rows_are_sent_as_tokens_of_the_given_tokenizer_only(

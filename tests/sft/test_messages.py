@@ -111,6 +111,16 @@ def test_other_trainers_keys_mean_weight(key: str) -> None:
     turns = [HUMAN, {"from": "gpt", "value": "a", key: False}, {**HUMAN, key: True}]
     assert conversation_of({"conversations": turns}).weights == [None, 0, 1]
     assert conversation_of(say(content="a", **{key: 0.5})).weights == [None]
+    for value, weight in ((0, 0), (1, 1), (0.0, 0), (None, None), ("low", None)):
+        assert conversation_of(say(content="a", **{key: value})).weights == [weight]
+    for text in ("0", "false", "True"):
+        with pytest.raises(RowError, match=f"{key} is the text '{text}': write true or false"):
+            conversation_of(say(content="a", **{key: text}))
+    for none in (0, False, "false", "0.0"):
+        with pytest.raises(RowError, match=f"the row has {key} .*: rows are not weighted"):
+            conversation_of({**say(content="a"), key: none})
+    for described in (True, 1, 0.5, "high"):
+        conversation_of({**say(content="a"), key: described})
     with pytest.raises(RowError, match="disagree"):
         conversation_of(say(content="a", weight=1, **{key: False}))
 
@@ -124,6 +134,8 @@ def test_a_system_prompt_that_the_messages_say_is_not_refused() -> None:
     for name in ("system_prompt", "chat_template_kwargs", "documents", "weight"):
         conversation_of({**say(content="a"), name: None})
     conversation_of({**say(content="a"), "weight": "heavy", "chat_template_kwargs": {}})
+    with pytest.raises(RowError, match=r"the row has weight '0\.5'"):
+        conversation_of({**say(content="a"), "weight": "0.5"})
 
 
 def test_a_system_text_beside_messages_comes_first() -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import decoders
+from tokenizers import AddedToken, Tokenizer, decoders
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft import JsonlFile, RowError
@@ -16,7 +17,7 @@ from nemo_kd.sft.reader import Model, open_rows
 from nemo_kd.sft.rows import NoAnswerError, SFTRows
 from nemo_kd.sft.tokenizer import HFTokenizer, decoded
 from tests.sft.test_spans import sentence_piece
-from tests.sft.vocabularies import gpt2_like, saved
+from tests.sft.vocabularies import gpt2_like, saved, with_bos
 
 PROMPT = {"input": "größe?", "output": "  two\n"}
 MESSAGES = {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]}
@@ -332,6 +333,102 @@ def test_fields_that_describe_a_row_or_are_empty_are_no_matter(tmp_path: Path) -
     }
     _, said = read(tmp_path, {**PROMPT, **metadata}, {**PROMPT, **empty})
     assert said == []
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "message"),
+    [
+        ({**PROMPT, "system": "Brief!"}, {}, "system is 'Brief!', which data.prompt_template="),
+        ({**PROMPT, "train": False}, {}, "train is False, which data.prompt_template="),
+        ({"text": "x", "weight": 0}, {}, "weight is 0, which a row of text does not read"),
+        ({"text": " \n"}, {"format": "text"}, "no answer token: the answer is empty"),
+    ],
+)
+def test_a_row_far_down_that_asks_for_more_than_is_read_is_refused(
+    tmp_path: Path, row: Any, settings: Any, message: str
+) -> None:
+    """Not among the rows that are looked at when a file is opened."""
+    plain = {"text": "a"} if "text" in row else PROMPT
+    rows, _ = read(tmp_path, *[plain] * 1001, row, *[plain] * 998, **settings)
+    rows.check(1000)
+    with pytest.raises(RowError, match=f"row 1001: {message}"):
+        rows.check(1001)
+
+
+def test_fields_beside_a_text_are_refused_unless_the_format_is_chosen(tmp_path: Path) -> None:
+    row = {"text": "Be brief! x", "system": "Be brief!"}
+    with pytest.raises(NemoKDError, match=r"have system beside the text.*set data.format=text"):
+        read(tmp_path, row)
+    rows, said = read(tmp_path, row, format="text")
+    assert texts(rows)[0] == "Be brief! x<eos>"
+    assert len(said) == 1 and "have system, which data.format=text does not read" in said[0]
+
+
+def test_a_text_keeps_its_beginning_token_when_it_is_cut(tmp_path: Path) -> None:
+    tokenizer = with_bos()
+    for side, whole in (("right", "<bos>abc"), ("left", "<bos>ef<eos>")):
+        settings = {"add_bos": True, "truncation_method": side, "tokenizer": tokenizer}
+        rows, said = read(tmp_path, {"text": "abcdef"}, length=4, **settings)
+        assert texts(rows, 0, tokenizer)[0] == whole
+        assert not any("add_bos" in line for line in said)
+
+
+def test_a_beginning_token_that_only_the_tokenizer_sets_is_said(tmp_path: Path) -> None:
+    for row in ({"text": "abc"}, PROMPT):
+        rows, said = read(tmp_path, row, tokenizer=with_bos())
+        assert len([line for line in said if "data.add_bos=true begins them with it" in line]) == 1
+        assert rows[0].input_ids[0] != with_bos().bos_id
+    _, said = read(tmp_path, MESSAGES, tokenizer=with_bos(), chat_template=CHAT)
+    assert not any("add_bos" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("row", "settings", "control", "twice"),
+    [
+        ({**PROMPT, "output": "b"}, {}, "", False),
+        ({**PROMPT, "output": "b<eos>"}, {}, "<eos>", True),
+        ({**PROMPT, "output": "b<eos>"}, {"add_eos": False}, "<eos>", False),
+        ({**PROMPT, "input": "a<eos>b"}, {}, "<eos>", False),
+        ({**PROMPT, "note": "<eos>"}, {}, "", False),
+        ({"text": "x<eos>"}, {}, "<eos>", True),
+        (MESSAGES, {"chat_template": CHAT}, "", False),
+        (
+            {"messages": [{"role": "user", "content": "q<eos>"}, MESSAGES["messages"][1]]},
+            {"chat_template": CHAT},
+            "<eos>",
+            False,
+        ),
+    ],
+)
+def test_control_tokens_in_a_rows_text_are_noticed(
+    tmp_path: Path, row: Any, settings: Any, control: str, twice: bool
+) -> None:
+    rows, _ = read(tmp_path, row, **settings)
+    found = rows.check(0)
+    assert (found.control, found.twice) == (control, twice)
+
+
+@pytest.mark.parametrize("sides", [{"rstrip": True}, {"lstrip": True, "rstrip": True}])
+def test_a_token_keeps_the_spaces_that_it_takes(sides: Any, tmp_path: Path) -> None:
+    """Also where it stands in for another token that the tokenizer lacks."""
+    backend = Tokenizer.from_str(gpt2_like().tokenizer.backend_tokenizer.to_str())
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        eos_token=AddedToken("<end>", special=True, **sides),
+    )
+    tokenizer.save_pretrained(tmp_path)
+    own: Any = AutoTokenizer.from_pretrained(tmp_path)
+    text = "a  <end>\n b <end>"
+    assert HFTokenizer(tmp_path).text_to_ids(text) == own(text, add_special_tokens=False).input_ids
+    assert own.decode(own(text).input_ids) != text  # the spaces are gone
+
+
+def test_a_truncation_field_that_the_template_lacks_is_refused_with_one_that_it_has(
+    tmp_path: Path,
+) -> None:
+    row, template = {"question": "abcdef", "output": "xy"}, "{question}{output}"
+    with pytest.raises(NemoKDError, match=r"no field 'input'; set data.truncation_field=question"):
+        read(tmp_path, row, prompt_template=template)
 
 
 @pytest.mark.parametrize("answer", ["", " ", "\n"])

@@ -79,6 +79,10 @@ def test_rows_that_an_earlier_run_left_out_are_not_passed_over(
     assert "set the same again to keep these shards, or overwrite=true" in said["half, all"][0]
     assert "has left out 1 rows" in said["half, all"][0]
     assert not said["dropped, again"][0] and not said["half, the same"][0]
+    # The one setting does not stand for the other.
+    assert "has left out 5 rows" in said["dropped, otherwise"][0]
+    assert "has left out 1 rows" in said["empty, otherwise"][0]
+    assert not said["empty"][0] and not said["empty, all drop"][0]
     assert "1 of 2 shards are complete" in said["half"][1]
     assert [sample.row for sample in Store(world / "half-store")] == [0, 1, 3]
 

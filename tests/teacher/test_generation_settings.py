@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,31 @@ def test_settings_without_effect_are_said(
     assert "data.train_on=last_assistant has no effect on rows read as prompt" in said
     assert "data.add_eos=false has no effect on generated answers" in said
     assert "data.no_answer=drop has no effect on a generation" in said
+
+
+def test_an_answer_ends_where_the_teachers_configuration_says(
+    typist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A chat model's end of a turn is another token than its tokenizer's end of sequence."""
+    own = shutil.copytree(typist, tmp_path / "typist")
+    (end,) = run(typist, tmp_path)[0].input_ids[3:4].tolist()
+    assert "generation_config.json" not in capsys.readouterr().err
+    settings = json.loads((own / "generation_config.json").read_text())
+    del settings["_from_model_config"]
+    ends = {"eos_token_id": [0, end]}
+    (own / "generation_config.json").write_text(json.dumps({**settings, **ends}))
+    store = run(own, tmp_path, "overwrite=true")
+    assert store[0].input_ids[3:].tolist() == [end]
+    assert store.spec.template["generation"]["stop_ids"] == [end]
+    assert "answers also end at " in capsys.readouterr().err
+
+
+def test_fields_that_the_default_template_does_not_read_are_refused(
+    typist: Path, tmp_path: Path
+) -> None:
+    rows = [{"instruction": "Say it.", "input": "abc", "output": ""}]
+    with pytest.raises(NemoKDError, match=r"rows have instruction, which the default data.prompt"):
+        run(typist, tmp_path, "data.prompt_template='{input} {output}'", rows=rows)
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,10 @@ import numpy as np
 from nemo_kd.files import published
 from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.config import RowConfig
-from nemo_kd.sft.reader import PROMPT, prompt_template, recorded, resolved
+from nemo_kd.sft.reader import DEFAULT_TEMPLATE, PROMPT, prompt_template, recorded, resolved
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.sft.unread import unread
+from nemo_kd.sft.unread_fields import check_fields
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.manifest import ANSWERS
 from nemo_kd.teacher.begin import rows_of
@@ -32,6 +33,7 @@ from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.generation.filter import AnswerFilter
 from nemo_kd.teacher.generation.prompts import Prompts
 from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError, Prompt
+from nemo_kd.teacher.generation.stop_ids import FILE, checkpoint_stop_ids
 from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import bad_rows, model_of, same_file
@@ -54,11 +56,12 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
             "prompt: write the conversation's format into data.prompt_template, and set "
             "data.format=prompt"
         )
+    check_fields(data, file, layout.say, chosen=data.prompt_template != DEFAULT_TEMPLATE)
     for line in _without_effect(config, data):
         layout.say(line)
     model = model_of(config, teacher)
     prompts = Prompts(file, prompt_template(data, model), decoding)
-    spec = generation_spec(config, teacher, file, recorded(data, model), keep)
+    spec = generation_spec(config, teacher, file, recorded(data, model), keep, decoding)
     write, company = teacher.writer(spec, decoding), Company()
 
     def check(numbers: Sequence[int]) -> None:
@@ -139,9 +142,14 @@ def read_settings(config: GenerateConfig, teacher: Teacher) -> tuple[Decoding, A
             f"generation.stop_ids has {beyond[0]}, but the teacher's tokenizer has ids up to "
             f"{size - 1}"
         )
+    own = [each for each in checkpoint_stop_ids(config.model.checkpoint) if each < size]
+    added = [each for each in own if each not in (end, *settings.stop_ids)]
+    if added:
+        tokens = ", ".join(teacher.tokenizer.ids_to_tokens(added))
+        teacher.layout.say(f"answers also end at {tokens}, as {FILE} of the teacher says")
     decoding = Decoding(
         max_new_tokens=settings.max_new_tokens,
-        stop_ids=(end, *settings.stop_ids),
+        stop_ids=(end, *settings.stop_ids, *added),
         temperature=settings.temperature,
         top_p=settings.top_p,
         samples_per_prompt=settings.samples_per_prompt,
@@ -168,9 +176,10 @@ def generation_spec(
     file: RowFile,
     template: dict[str, Any],
     keep: AnswerFilter,
+    decoding: Decoding,
 ) -> StoreSpec:
     """Return the spec of a dump whose template also contains the generation settings."""
-    settings = asdict(config.generation)
+    settings = {**asdict(config.generation), "stop_ids": list(decoding.stop_ids[1:])}
     settings["filter"] |= keep.identity
     return store_spec(config, teacher, file, {**template, "generation": settings})
 
