@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Iterable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from nemo_kd.sft.config import RowConfig
 from nemo_kd.sft.hashed import RowError
-from nemo_kd.sft.rows import SFTRows
+from nemo_kd.sft.rows import Check, SFTRows
 
 SHOWN = 5
 """Maximum number of bad rows listed in a message."""
@@ -19,7 +21,7 @@ SHOWN = 5
 CHECKED = 256
 """Maximum number of rows that are checked before a training."""
 
-KEYS = "|".join(field.name for field in dataclasses.fields(RowConfig))
+KEYS = "|".join(each.name for each in dataclasses.fields(RowConfig))
 
 
 def named(text: str, where: str) -> str:
@@ -55,6 +57,49 @@ class BadRowErrors:
         return f"{self.count} of {checked} rows that cannot be used:{shown}"
 
 
+@dataclass
+class Seen:
+    """Numbers of usable rows of which the user should know."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    example: str = ""
+    """One of the control tokens in rows' texts."""
+
+    def add(self, found: Check) -> None:
+        named = {"control": bool(found.control), "twice": found.twice}
+        self.counts.update(truncated=found.truncated, altered=found.altered, **named)
+        self.example = self.example or found.control
+
+    @classmethod
+    def of(cls, parts: Iterable[Seen]) -> Seen:
+        """Return the sum of the parts of several ranks."""
+        found = list(parts)
+        counts = sum((part.counts for part in found), Counter[str]())
+        return cls(counts, next((part.example for part in found if part.example), ""))
+
+    def lines(self, of: str, limit: str, altered_by: str) -> Iterator[str]:
+        """Yield a line for each number that is not 0.
+
+        `of`: words after the number; `limit`: what truncates rows; `altered_by`: what alters them.
+        """
+        names = ("truncated", "altered", "control", "twice")
+        truncated, altered, control, twice = (self.counts[name] for name in names)
+        if truncated:
+            yield f"WARNING: {truncated} {of} are longer than {limit} and are truncated"
+        if altered:
+            yield f"{altered} {of} are altered: {altered_by}"
+        if control:
+            yield (
+                f"{control} {of} have control tokens in their text, such as {self.example}, which "
+                "the tokenizer reads as the token itself"
+            )
+        if twice:
+            yield (
+                f"{twice} {of} end with two end-of-sequence tokens: their text has one, and "
+                "data.add_eos=true adds another"
+            )
+
+
 def spaced(count: int) -> list[int]:
     """Return the numbers of up to `CHECKED` of `count` rows, from the first to the last."""
     numbers = np.linspace(0, count - 1, min(CHECKED, count)).round()
@@ -65,20 +110,19 @@ def check_some(rows: SFTRows, limit: str, say: Callable[[str], None]) -> None:
     """Check `CHECKED` rows, evenly spaced from the first to the last, before a training.
 
     All ranks check the same rows; none of those between is read. `limit`: what messages call the
-    maximum length; `say` prints a line for the user, on truncated and on altered rows.
+    maximum length; `say` prints a line for the user, on truncated rows and on the others of `Seen`.
     Errors: RowError with the first unusable rows, which would end the training when they are drawn.
     """
     path = rows.file.path
     numbers = spaced(len(rows))
-    bad, truncated, altered = BadRowErrors(), 0, 0
+    bad, seen = BadRowErrors(), Seen()
     for row in numbers:
         try:
             found = rows.check(row)
         except RowError as error:
             bad.add(row, error)
         else:
-            truncated += found.truncated
-            altered += found.altered
+            seen.add(found)
     of = f"of {len(numbers)} rows{' checked' if len(numbers) < len(rows) else ''}"
     if bad.count:
         raise RowError(
@@ -86,7 +130,5 @@ def check_some(rows: SFTRows, limit: str, say: Callable[[str], None]) -> None:
             f"no row out. Rows are read as {rows.template['format']}; data.format sets another "
             "format."
         )
-    if truncated:
-        say(f"{path}: WARNING: {truncated} {of} are longer than {limit} and are truncated")
-    if altered:
-        say(f"{path}: {altered} {of} are altered: {rows.altered_by}")
+    for line in seen.lines(of, limit, rows.altered_by):
+        say(f"{path}: {line}")

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 from nemo_kd.errors import StoreError
 from nemo_kd.lock import DirectoryLock, LockedError
 from nemo_kd.sft import RowError, RowFile
-from nemo_kd.sft.checks import BadRowErrors
+from nemo_kd.sft.checks import BadRowErrors, Seen
 from nemo_kd.sft.rows import BadRows, Check
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
@@ -208,47 +206,6 @@ def _left_out(source: Source, rows: Sequence[int], lacking: int, bad: BadRows) -
     return refused + by_the_teacher
 
 
-@dataclass
-class Seen:
-    """Numbers of usable rows of which the user should know."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    example: str = ""
-    """One of the control tokens in rows' texts."""
-
-    def add(self, found: Check) -> None:
-        named = {"control": bool(found.control), "twice": found.twice}
-        self.counts.update(truncated=found.truncated, altered=found.altered, **named)
-        self.example = self.example or found.control
-
-    @classmethod
-    def of(cls, parts: Iterable[Seen]) -> Seen:
-        """Return the sum of the parts of several ranks."""
-        found = list(parts)
-        counts = sum((part.counts for part in found), Counter[str]())
-        return cls(counts, next((part.example for part in found if part.example), ""))
-
-    def lines(self, source: Source, checked: int) -> Iterator[str]:
-        """Yield a line for each number that is not 0, out of `checked` rows."""
-        names = ("truncated", "altered", "control", "twice")
-        truncated, altered, control, twice = (self.counts[name] for name in names)
-        of = f"of {checked} rows"
-        if truncated:
-            yield f"WARNING: {truncated} {of} are longer than {source.limit} and are truncated"
-        if altered:
-            yield f"{altered} of {checked} rows are altered: {source.altered_by}"
-        if control:
-            yield (
-                f"{control} {of} have control tokens in their text, such as {self.example}, which "
-                "the tokenizer reads as the token itself"
-            )
-        if twice:
-            yield (
-                f"{twice} {of} end with two end-of-sequence tokens: their text has one, and "
-                "data.add_eos=true adds another"
-            )
-
-
 def check_rows(
     source: Source, todo: Sequence[int], bad: BadRows, layout: Layout, *, report: bool = True
 ) -> tuple[int, int] | None:
@@ -286,7 +243,8 @@ def check_rows(
     if report and dropped.count:
         layout.say(f"{path}: left out {dropped.text(path, checked)}")
     if report:
-        for line in Seen.of(part[4] for part in parts).lines(source, checked):
+        seen = Seen.of(part[4] for part in parts)
+        for line in seen.lines(f"of {checked} rows", source.limit, source.altered_by):
             layout.say(f"{path}: {line}")
     lengths = [each for part in parts for each in part[3]]
     return (min(lengths)[1], max(lengths)[1]) if lengths else None
