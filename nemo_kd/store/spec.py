@@ -129,7 +129,8 @@ class StoreSpec:
         ours, theirs = dict(_leaves("", self.to_json())), dict(_leaves("", earlier.to_json()))
         value = self.resumable_json()
         for name, contents in NAMED.items():
-            same = all(ours.get(c) and ours.get(c) == theirs.get(c) for c in contents)
+            known = [c for c in contents if ours.get(c) or theirs.get(c)]
+            same = known and all(ours.get(c) == theirs.get(c) for c in known)
             if same and name in ours and name in theirs:
                 block, key = name.split(".")
                 value[block][key] = theirs[name]
@@ -137,11 +138,11 @@ class StoreSpec:
 
 
 NAMED = {
-    "tokenizer.path": ("tokenizer.fingerprint", "teacher.fingerprint"),
+    "tokenizer.path": ("teacher.fingerprint", "teacher.tokenizer"),
     "teacher.name": ("teacher.fingerprint",),
     "source.name": ("source.sha256",),
 }
-"""Names and paths, and the fingerprints of what they name."""
+"""Names and paths, and the hashes of what they name, of which one is known."""
 
 
 def _plain_json(name: str, value: Any) -> Any:

@@ -168,6 +168,10 @@ def test_a_changed_tokenizer_of_the_same_vocabulary_is_another_configuration(
     own = shutil.copytree(teacher / "llama", tmp_path / "tokenizer")
     overrides = served(server, teacher, tmp_path / "store", f"teacher.tokenizer={own}")
     run(*overrides)
+    moved = own.rename(tmp_path / "moved")  # the same files in another place
+    overrides += [f"teacher.tokenizer={moved}"]
+    assert run(*overrides).spec.tokenizer["path"] == str(own)
+    own = moved
     tokens = json.loads((own / "tokenizer.json").read_text())
     tokens["normalizer"] = {"type": "Replace", "pattern": {"String": "ZZ"}, "content": "r"}
     (own / "tokenizer.json").write_text(json.dumps(tokens))
