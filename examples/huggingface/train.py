@@ -17,7 +17,7 @@ from transformers import Trainer, TrainingArguments
 
 from nemo_kd.cli.failures import reported
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
-from nemo_kd.hf.student import load_student, refuse_filled
+from nemo_kd.hf.student import load_student, new_output
 from nemo_kd.loss import SUPPORTS, KDConfig
 
 BASE = "base"
@@ -105,8 +105,8 @@ def save(trainer: StoreTrainer) -> None:
 
 def main() -> None:
     args = parser().parse_args()
-    refuse_filled(args.output)
-    save(trained(args))
+    with new_output(args.output):
+        save(trained(args))
 
 
 if __name__ == "__main__":

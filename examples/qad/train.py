@@ -28,7 +28,7 @@ from transformers import Trainer, TrainingArguments
 from nemo_kd.cli.failures import reported
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
-from nemo_kd.hf.student import load_student, refuse_filled
+from nemo_kd.hf.student import load_student, new_output
 from nemo_kd.loss import KDConfig
 
 CALIBRATION_BATCHES = 4
@@ -190,7 +190,11 @@ def training(args: argparse.Namespace) -> TrainingArguments:
 
 def main() -> None:
     args = parser().parse_args()
-    refuse_filled(args.output)
+    with new_output(args.output):
+        run(args)
+
+
+def run(args: argparse.Namespace) -> None:
     checkpointing()
     model, tokenizer = load_student(args.student)
     config = KDConfig(alpha=args.alpha)

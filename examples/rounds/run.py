@@ -13,9 +13,12 @@ is 1. Start from a student after SFT, whose answers the teacher can judge. The t
 answers' text: its tokens may be others than those that the student drew.
 
 Run the same command to resume: finished commands are skipped, an interrupted one resumes. The
-arguments that made a product are beside it (`store.command.json`), with the SHA-256 of the prompts
-and the fingerprints of teacher and student: others are refused.
-`--generate`, `--dump` and `--train` pass KEY=VALUE to the three scripts and can be repeated.
+arguments that made a product are beside it (`store.command.json`), with what identifies the data
+and the models that it was made from: others are refused, also the answers or the store of a round
+that were made again. Only one process at a time writes to --output.
+`--generate`, `--dump` and `--train` pass KEY=VALUE to the three scripts and can be repeated. Paths,
+names and adapters of the student are refused. The dump reads rows as the generation does: it gets
+the prompt template and the other `data` keys of `--generate`.
 After Lightning OPD (arXiv 2604.13010).
 """
 
@@ -27,14 +30,116 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.lock import DirectoryLock
 from nemo_kd.sft import open_files
+from nemo_kd.sft.config import RowConfig
+from nemo_kd.store import Store
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 
 ROOT = Path(__file__).resolve().parents[2]
+
+PATHS = "the paths in a round follow from --output"
+NAMED = "the next round starts from the student.nemo that this one writes"
+ADAPTERS = (
+    "adapters alone are no student of the next round; without it all weights are trained. For "
+    "adapters run the commands of --dry-run by hand, and examples/merge_lora.py after each training"
+)
+CALLBACK = "exp_manager.checkpoint_callback_params"
+OWN: dict[str, dict[str, str]] = {
+    "generate": {
+        "model.restore_from_path": "the model is --student",
+        "data.file_path": "the file is --prompts",
+        "output_dir": PATHS,
+    },
+    "dump": {
+        "model.restore_from_path": "the model is --teacher",
+        "data.file_path": "the teacher scores the answers of the round",
+        "output_dir": PATHS,
+    },
+    "train": {
+        "model.restore_from_path": "the model is --student, then the trained one",
+        "model.data.train_ds.store": "the student trains on the store of the round",
+        "model.peft.peft_scheme": ADAPTERS,
+        "name": NAMED,
+        "exp_manager.name": NAMED,
+        "exp_manager.explicit_log_dir": PATHS,
+        "exp_manager.create_checkpoint_callback": NAMED,
+        **{f"{CALLBACK}.{key}": NAMED for key in ("save_nemo_on_train_end", "prefix", "postfix")},
+        f"{CALLBACK}.dirpath": PATHS,
+    },
+}
+"""Option → keys that it cannot pass, because the rounds depend on them → why."""
+ROWS = {field.name for field in fields(RowConfig)}
+"""Keys of `data` that decide the tokens of a row; the dump follows those of the generation."""
+ANSWERS_ONLY = {"max_seq_length", "add_eos"}
+"""Those of them that may differ, because they do not change what a prompt is."""
+
+
+def key_of(given: str) -> str:
+    return given.lstrip("+~").partition("=")[0]
+
+
+def value_of(given: str) -> str:
+    return given.partition("=")[2]
+
+
+def refuse_own(args: argparse.Namespace) -> None:
+    """Exit for a KEY=VALUE that sets what the rounds depend on, by itself or in its block."""
+    for option, own in OWN.items():
+        for given in getattr(args, option):
+            key = key_of(given)
+            for known, why in own.items():
+                if why == ADAPTERS and key == known and value_of(given) in ("none", "null"):
+                    continue
+                if key == known or key.startswith(f"{known}."):
+                    sys.exit(f"error: --{option} {given}: leave {key} out; {why}")
+                if known.startswith(f"{key}."):
+                    remedy = f"give keys of {key} one by one, and leave {known} out"
+                    sys.exit(f"error: --{option} {given}: {remedy}; {why}")
+
+
+def row_settings(given: list[str]) -> dict[str, str]:
+    """Return key → KEY=VALUE of those that set how rows are read."""
+    found = {key_of(each): each for each in given}
+    return {key: found[key] for key in found if key.startswith("data.") and name_of(key) in ROWS}
+
+
+def name_of(key: str) -> str:
+    return key.split(".")[1]
+
+
+def followed(args: argparse.Namespace) -> list[str]:
+    """Return the settings of rows in `--generate` that the dump has to follow.
+
+    Exit for others in `--dump`: the teacher would score answers to prompts that nobody gave.
+    """
+    asked, scored = row_settings(args.generate), row_settings(args.dump)
+    for key, given in scored.items():
+        same = key in asked and value_of(asked[key]) == value_of(given)
+        if not same and name_of(key) not in ANSWERS_ONLY:
+            sys.exit(
+                f"error: --dump {given}, but --generate has {asked.get(key, f'no {key}')}: the "
+                "teacher would score answers to other prompts than the student's; give it to "
+                "--generate only, which the dump follows"
+            )
+    return [given for key, given in asked.items() if key not in scored]
+
+
+def refuse_other_rows(answers: Path, store: Path) -> None:
+    """Exit if the store's rows were read by other settings than the prompts of the answers."""
+    asked, scored = (Store(path).spec.template for path in (answers, store))
+    for name in sorted(ROWS - ANSWERS_ONLY):
+        if asked.get(name) != scored.get(name):
+            sys.exit(
+                f"error: {store} was dumped with data.{name}={scored.get(name)!r}, but the answers "
+                f"in {answers} were generated with {asked.get(name)!r}: delete {store}, and give "
+                f"data.{name} to --generate only, which the dump follows"
+            )
 
 
 class Command(NamedTuple):
@@ -47,19 +152,22 @@ class Command(NamedTuple):
     """File with the command that made the product, and what it read, written after it."""
     model: Path
     """The model that the script reads."""
-    prompts: Path | None = None
-    """The user's file that it reads, if any."""
+    data: Path
+    """The file that it reads, or the store."""
+    answers: Path | None = None
+    """Of a training: the generation whose answers are in the store."""
 
     def inputs(self) -> dict[str, str]:
         """Return what identifies the content of each input, by its path; exit without one."""
-        found = {}
         try:
-            if self.prompts is not None:
-                found[str(self.prompts)] = open_files(str(self.prompts)).sha256
-            found[str(self.model)] = checkpoint_fingerprint(self.model)
+            if self.answers is None:
+                data = open_files(str(self.data)).sha256
+            else:
+                data = Store(self.data).fingerprint
+                refuse_other_rows(self.answers, self.data)
+            return {str(self.data): data, str(self.model): checkpoint_fingerprint(self.model)}
         except (NemoKDError, OSError) as error:
             sys.exit(f"error: {error}")
-        return found
 
     def check(self) -> None:
         """Exit if another command made the product, or the same one from other inputs."""
@@ -69,13 +177,17 @@ class Command(NamedTuple):
         if isinstance(record, list):  # made before the inputs were recorded
             record = {"arguments": record, "inputs": {}}
         self._check_arguments(record["arguments"])
-        now = self.inputs()
-        for path, identity in record["inputs"].items():
+        now, before = self.inputs(), record["inputs"]
+        directory = self.record.with_name(self.record.name.removesuffix(".command.json"))
+        for path, identity in before.items():
             if now.get(path) != identity:
                 sys.exit(
                     f"error: {self.product} was made from another {path}, which has changed or "
-                    "is gone; give another --output, or what the first run read"
+                    "is gone; give another --output, or what the first run read, or delete "
+                    f"{directory} to make it again"
                 )
+        for path in now.keys() - before.keys():
+            print(f"{self.record} does not have {path}, so it was not compared", flush=True)
 
     def _check_arguments(self, before: list[str]) -> None:
         now = self.arguments
@@ -125,7 +237,7 @@ def kind(model: Path) -> str:
 
 def commands(args: argparse.Namespace) -> Iterator[Command]:
     """Yield the commands of all rounds, in order."""
-    student = args.student
+    student, rows = args.student, followed(args)
     for number in range(1, args.rounds + 1):
         directory = args.output / f"round-{number}"
         answers, store, run = (directory / name for name in ("answers", "store", "run"))
@@ -154,11 +266,13 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
                 f"model.restore_from_path={args.teacher}",
                 f"data.file_path={answers / 'answers.jsonl'}",
                 f"output_dir={store}",
+                *rows,
                 *args.dump,
             ],
             store / "manifest.json",
             directory / "store.command.json",
             args.teacher,
+            answers / "answers.jsonl",
         )
         yield Command(
             "examples/train_gpt_sft_kd.py",
@@ -174,6 +288,8 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
             trained,
             directory / "run.command.json",
             student,
+            store,
+            answers,
         )
         student = trained
 
@@ -185,23 +301,36 @@ def launcher(processes: int) -> list[str]:
     return [*torchrun, f"--nproc_per_node={processes}"]
 
 
+def run(command: Command, processes: int) -> None:
+    """Run a command, unless its product is there already, made by the same one."""
+    if command.product.exists():
+        command.check()
+        print(f"finished: {command.product}", flush=True)
+        return
+    print(shown(command), flush=True)
+    full = [*launcher(processes), str(ROOT / command.script), *command.arguments]
+    inputs = command.inputs()
+    command.finish(subprocess.run(full, check=False).returncode, inputs)
+
+
+def shown(command: Command) -> str:
+    return shlex.join(["python", command.script, *command.arguments])
+
+
 def main() -> None:
     args = parser().parse_args()
-    last = args.student
-    for command in commands(args):
-        shown = shlex.join(["python", command.script, *command.arguments])
-        last = command.product
-        if args.dry_run:
-            print(shown)
-        elif command.product.exists():
-            command.check()
-            print(f"finished: {command.product}", flush=True)
-        else:
-            print(shown, flush=True)
-            full = [*launcher(args.processes), str(ROOT / command.script), *command.arguments]
-            inputs = command.inputs()
-            command.finish(subprocess.run(full, check=False).returncode, inputs)
-    print(f"the trained student: {last}")
+    refuse_own(args)
+    all_of_them = list(commands(args))
+    if args.dry_run:
+        print(*map(shown, all_of_them), sep="\n")
+    else:
+        try:
+            with DirectoryLock(args.output):
+                for command in all_of_them:
+                    run(command, args.processes)
+        except NemoKDError as error:
+            sys.exit(f"error: {error}")
+    print(f"the trained student: {all_of_them[-1].product}")
 
 
 if __name__ == "__main__":

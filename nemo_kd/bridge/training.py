@@ -57,6 +57,7 @@ def finetune(
         load=checkpoint.load,
         allow=allow,
         more={"peft": described(config.peft), **_student(data)},
+        steps=config.train.train_iters,
     )
     if _is_complete(config):
         return

@@ -39,13 +39,15 @@ class StoreLossMixin:
     beside it, over all processes. The model gets neither labels nor teacher.
 
     A `KDSchedule` follows the steps of the trainer. Evaluations have the settings of its end.
-    Checkpoints keep the settings of the loss and the stores' fingerprints, in `nemo_kd.json`.
+    Checkpoints keep the settings of the loss, the stores' fingerprints and the arguments that
+    `Trainer` does not change on a resume, in `nemo_kd.json`.
 
     Errors: NemoKDError on construction for another collator, for arguments that the loss cannot
     follow, for data sets with another loss than the collator's and for samples longer than the
     positions of a model that learns them; in the first step of several processes after an
-    evaluation; on resuming a checkpoint of another loss or of other stores. StoreError on
-    construction if `processing_class` is another tokenizer than the one the stores record.
+    evaluation; on resuming a checkpoint of another loss, other stores or other such arguments.
+    StoreError on construction if `processing_class` is another tokenizer than the one the stores
+    record.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -57,16 +59,16 @@ class StoreLossMixin:
         _check_data(self)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or resume a checkpoint of the same loss and stores; as `Trainer.train`."""
+        """Train, or resume a checkpoint of the same settings; as `Trainer.train`."""
         from nemo_kd.hf.resume import SettingsKeeper, check_resumed, settings_of
 
         trainer: Any = self
         parent: Any = super()
-        settings = settings_of(trainer.data_collator, trainer.train_dataset)
+        settings = settings_of(trainer.data_collator, trainer.train_dataset, trainer.args)
         resumed = kwargs.get("model_path", resume_from_checkpoint)  # its name of earlier versions
-        check_resumed(resumed, trainer.args.output_dir, settings)
+        checkpoint = check_resumed(resumed, trainer.args.output_dir, settings)
         trainer.remove_callback(SettingsKeeper)
-        trainer.add_callback(SettingsKeeper(settings))
+        trainer.add_callback(SettingsKeeper(settings, checkpoint))
         return parent.train(resume_from_checkpoint, *args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:

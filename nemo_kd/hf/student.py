@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,7 +18,9 @@ from nemo_kd.checkpoints.huggingface import to_transformers
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import read_json
 from nemo_kd.hf.loading import from_directory
+from nemo_kd.lock import LOCK, DirectoryLock
 from nemo_kd.sft.tokenizer import load_tokenizer
+from nemo_kd.teacher.processes import Launch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,14 +51,28 @@ def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreT
     return model, tokenizer
 
 
-def refuse_filled(output: str | Path) -> None:
-    """Raise NemoKDError unless `output` is a new or an empty directory.
+@contextmanager
+def new_output(output: str | Path) -> Iterator[None]:
+    """Keep a new or empty directory from other jobs until the student is saved in it.
+
+    Rank 0 holds the lock; that of a job that was killed is taken over.
+
+    Errors: LockedError if another job holds it, NemoKDError if the directory is filled.
+    """
+    is_first = Launch.of(os.environ).rank == 0
+    with DirectoryLock(output) if is_first else nullcontext():
+        _refuse_filled(output)
+        yield
+
+
+def _refuse_filled(output: str | Path) -> None:
+    """Raise NemoKDError unless `output` has nothing but a lock.
 
     `save_pretrained` leaves the files of an earlier student: beside an `adapter_config.json` of it
     `from_pretrained` would ignore the new weights.
     """
     output = Path(output)
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.is_dir() and any(not one.name.startswith(LOCK) for one in output.iterdir()):
         raise NemoKDError(
             f"{output} is not an empty directory, and the student would be mixed with what it "
             "holds; choose another --output, or move it away"

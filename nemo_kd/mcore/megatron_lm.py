@@ -205,7 +205,14 @@ def datasets_provider(
     )
     training.check(settings(args), naming=option)
     resumed = args.load if args.iteration else None  # nothing to compare with after --finetune
-    keep_settings(training, settings(args), save=args.save, load=resumed, allow=args.kd_allow)
+    keep_settings(
+        training,
+        settings(args),
+        save=args.save,
+        load=resumed,
+        allow=args.kd_allow,
+        steps=args.train_iters,  # known by now, also with --train-samples
+    )
     micro = args.micro_batch_size
     train = KDBatches(
         training,

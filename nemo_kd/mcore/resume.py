@@ -11,7 +11,14 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.data.resumed import FILE, FILE_IS_MISSING, loss_settings, refuse_changed
+from nemo_kd.data.resumed import (
+    FILE,
+    FILE_IS_MISSING,
+    differing,
+    loss_settings,
+    refuse_changed,
+    steps_changed,
+)
 from nemo_kd.files import canonical_json, decode_json, publish, read_json
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.dataset import KDDataset
@@ -22,6 +29,8 @@ STORE_ALPHA = "store_alpha"
 """Setting of that file: the alpha of each store that has its own."""
 LATER = (STORE_ALPHA, STUDENT)
 """Settings of that file that files of earlier versions lack."""
+STEPS = "training_steps"
+"""Setting of that file: the number of steps that a schedule of the loss refers to; may change."""
 LATEST = "latest_checkpointed_iteration.txt"
 """Megatron's file in a directory with a checkpoint."""
 
@@ -34,12 +43,14 @@ def keep_settings(
     load: str | Path | None,
     allow: Collection[str] = (),
     more: Mapping[str, Any] | None = None,
+    steps: int | None = None,
 ) -> None:
     """Compare data and loss with those of the checkpoints in `load`; write them into `save`.
 
     Each rank calls it, before or after the process groups start. `allow`: names that may differ,
     such as `seed`, `alpha` or `store_alpha`. `more`: further settings to compare, None where they
-    are not used. Checkpoints without the file are continued, and a line says so.
+    are not used. `steps`: the number of training steps; a line says what another one does to a
+    schedule. Checkpoints without the file are continued, and a line says so.
 
     Errors: NemoKDError, naming each difference.
     """
@@ -47,10 +58,10 @@ def keep_settings(
     settings = decode_json(canonical_json({**data.identity, **loss, **(more or {})}))
     is_first = Launch.of(os.environ).rank == 0
     if load is not None and Path(load, LATEST).is_file():
-        _compare(Path(load), settings, allow, is_first)
+        _compare(Path(load), settings, allow, is_first, steps)
     if save is not None and is_first:
         Path(save).mkdir(parents=True, exist_ok=True)
-        publish(Path(save, FILE), canonical_json(settings))
+        publish(Path(save, FILE), canonical_json({**settings, STEPS: steps}))
 
 
 def _store_alphas(data: KDDataset) -> list[float | None] | None:
@@ -60,13 +71,20 @@ def _store_alphas(data: KDDataset) -> list[float | None] | None:
     return None if all(alpha is None for alpha in alphas) else alphas
 
 
-def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_first: bool) -> None:
+def _compare(
+    load: Path,
+    settings: dict[str, Any],
+    allow: Collection[str],
+    is_first: bool,
+    steps: int | None,
+) -> None:
     if not (load / FILE).is_file():
         if is_first:
             print(FILE_IS_MISSING.format(load, FILE), flush=True)
         return
     then = read_json(load / FILE)
-    refused = [name for name in changed(then, settings) if name not in allow]
+    names = differing(changed(then, settings), then, settings)
+    refused = [name for name in names if name not in allow]
     for name in LATER:
         if name in refused and name not in then:
             refused.remove(name)
@@ -74,3 +92,6 @@ def _compare(load: Path, settings: dict[str, Any], allow: Collection[str], is_fi
                 print(f"{load / FILE} has no {name}, so it was not compared", flush=True)
     remedy = f"save to and load from another directory, or allow {', '.join(refused)} to change"
     refuse_changed(load, refused, then, settings, remedy)
+    before = then.get(STEPS)
+    if is_first and steps is not None and before not in (None, steps):
+        print(steps_changed(load, before, steps, settings), flush=True)

@@ -91,5 +91,7 @@ def explained(path: str, moved: Mapping[str, str]) -> str:
     for length in range(len(parts), 0, -1):
         if found := moved.get(".".join(parts[:length])):
             return found
-    near = nearest(path, moved, cutoff=0.85)
+    # The last part must be alike too: in long paths the blocks decide, whatever is in them.
+    alike = [one for one in moved if nearest(parts[-1], [one.rpartition(".")[2]], cutoff=0.8)]
+    near = nearest(path, alike, cutoff=0.85)
     return moved[near] if near else ""

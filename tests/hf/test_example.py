@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import runpy
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from nemo_kd.lock import LOCK, DirectoryLock
 from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
 from tests.bare import extra, run_bare
 from tests.checkpoints import models
@@ -152,6 +155,21 @@ def test_a_second_run_into_an_output_is_refused(students: Path, tmp_path: Path) 
     done = run_program(EXAMPLE, *given, "--steps=1", fork=True, fails=True, NEMO_KD_TRACEBACK="")
     assert f"error: {out} is not an empty directory" in done.stderr
     assert {file: file.read_bytes() for file in out.rglob("*.*")} == before
+
+
+def test_one_job_at_a_time_writes_an_output(students: Path, tmp_path: Path) -> None:
+    """A job that was killed leaves its lock, which does not stop the next one."""
+    out = tmp_path / "out"
+    given = [f"{students}/llama", f"--store={students}/store", f"--output={out}", "--steps=1"]
+    with DirectoryLock(out):
+        done = run_program(EXAMPLE, *given, fork=True, fails=True, NEMO_KD_TRACEBACK="")
+    assert f"error: {out} is being written by another job: host " in done.stderr
+    assert not list(out.iterdir())
+    code = f"from nemo_kd.lock import *; DirectoryLock({str(out)!r}).__enter__(); os._exit(1)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False)
+    assert (out / LOCK).exists()
+    run_program(EXAMPLE, *given, fork=True)
+    assert (out / "config.json").exists() and not (out / LOCK).exists()
 
 
 @pytest.mark.parametrize("pruned", [True, False])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import transformers
 from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
+from nemo_kd.hf.resume import ARGUMENTS
 from nemo_kd.loss import KDConfig, KDSchedule
 from tests.hf import steps
 from tests.hf.student import student, write_store
@@ -28,11 +30,18 @@ def store(tmp_path: Path) -> Path:
 
 
 def trainer_of(
-    run: Path, store: Path, config: KDConfig, *, subset: Sequence[int] | None = None, **more: Any
+    run: Path,
+    store: Path,
+    config: KDConfig,
+    *,
+    subset: Sequence[int] | None = None,
+    args: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> StoreTrainer:
     """Of 4 steps, and a checkpoint after each second one."""
     data = StoreDataset(store, config, **more)
     often: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
+    often |= args or {}
     return StoreTrainer(
         model=student(),
         args=transformers.TrainingArguments(**steps.arguments(run, **often)),
@@ -59,7 +68,8 @@ def test_the_same_loss_and_stores_are_resumed(
     run: Path, store: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The default alpha is 0.9; a limit above the longest sample changes nothing."""
-    for config in (KDConfig(), KDConfig(alpha=0.9), KDSchedule()):
+    spelt = KDConfig(sft_weight=0.1, kd_weight=0.9)
+    for config in (KDConfig(), KDConfig(alpha=0.9), spelt, KDSchedule()):
         trainer = resume(run, store, config, max_seq_length=100)
         assert trainer.state.global_step == 4
     assert "not compared" not in capsys.readouterr().err
@@ -118,3 +128,85 @@ def test_a_checkpoint_has_the_settings_of_its_own_training(run: Path, store: Pat
     resume(run, store, KDConfig(alpha=0.5))
     with pytest.raises(NemoKDError, match=r"alpha: 0.5 in the checkpoint, 0.9 now"):
         resume(run, store, KDConfig())
+
+
+BATCH = {"per_device_train_batch_size": 2}
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({"learning_rate": 0.5}, "learning_rate: 1.0 in the checkpoint, 0.5 now. Restore them, or"),
+        ({"weight_decay": 0.5}, "weight_decay: 0.0 in the checkpoint, 0.5 now.*Trainer would keep"),
+        ({"optim": "adamw_torch"}, "optim: sgd in the checkpoint, adamw_torch now"),
+        ({"lr_scheduler_type": "linear"}, "lr_scheduler_type: constant in .* linear now.* jump$"),
+        ({"warmup_steps": 1}, "warmup_steps: 0 in the checkpoint, 1 now.*rate would jump$"),
+        ({"warmup_ratio": 0.5}, "warmup_ratio: 0.0 in the checkpoint, 0.5 now"),
+        ({"per_device_train_batch_size": 1}, "per_device_train_batch_size: 2 in .* 1 now; samples"),
+        ({"gradient_accumulation_steps": 2}, "samples_per_step: 2 in the checkpoint, 4 now.*twice"),
+        ({"seed": 1}, "settings: seed: 42 in the checkpoint, 1 now. .* others never$"),
+        ({"data_seed": 1}, "settings: data_seed: None in the checkpoint, 1 now"),
+        (
+            {"learning_rate": 0.5, "seed": 1},
+            "learning_rate: 1.0 .*; seed: 42 .*output_dir: Trainer would keep .*, and some rows",
+        ),
+    ],
+)
+def test_arguments_that_trainer_would_not_follow_are_refused(
+    tmp_path: Path, store: Path, args: dict[str, Any], message: str
+) -> None:
+    run = tmp_path / "run"
+    trainer_of(run, store, KDConfig(), args=BATCH).train()
+    with pytest.raises(NemoKDError, match=message) as caught:
+        resume(run, store, KDConfig(), args={**BATCH, **args})
+    assert "delete" not in str(caught.value)  # it would not help
+
+
+def test_the_same_arguments_spelt_differently_are_resumed(tmp_path: Path, store: Path) -> None:
+    """The number of samples in a step counts, and a ratio is not read beside steps."""
+    run, args = tmp_path / "run", {**BATCH, "warmup_steps": 1}
+    trainer_of(run, store, KDConfig(), args=args).train()
+    same = {"data_seed": 42, "warmup_ratio": 0.5, "logging_steps": 2}
+    assert resume(run, store, KDConfig(), args={**args, **same}).state.global_step == 4
+
+
+def test_another_number_of_steps_is_said_with_the_schedules_that_follow_it(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, loss = tmp_path / "run", KDSchedule(alpha_end=0.1)
+    trainer_of(run, store, loss, args={"lr_scheduler_type": "linear"}).train()
+    resume(run, store, loss, args={"lr_scheduler_type": "linear"})
+    assert "steps, and this" not in capsys.readouterr().err
+    trainer = resume(run, store, loss, args={"lr_scheduler_type": "linear", "max_steps": 6})
+    assert trainer.state.global_step == 6
+    line = (
+        f"{run / 'checkpoint-2'} is of a run of 4 steps, and this one has 6: the learning rate's "
+        "schedule (linear) and the loss's schedule (alpha_end=0.1) may jump to that of 6 steps\n"
+    )
+    assert capsys.readouterr().err.count(line) == 1
+
+
+def test_epochs_are_compared_by_their_steps_and_constants_do_not_jump(
+    run: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The batch of 8 holds all 4 samples, so that an epoch has one step."""
+    resume(run, store, KDConfig(), args={"max_steps": -1, "num_train_epochs": 4})
+    assert "steps, and this" not in capsys.readouterr().err
+    resume(run, store, KDConfig(), args={"max_steps": -1, "num_train_epochs": 5})
+    assert "is of a run of 4 steps, and this one has 5\n" in capsys.readouterr().err
+
+
+def test_a_checkpoint_of_an_earlier_version_is_resumed(
+    run: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It keeps the loss and the stores, but no arguments of Trainer."""
+    file = run / "checkpoint-2" / FILE
+    kept = json.loads(file.read_text())
+    file.write_text(json.dumps({name: kept[name] for name in kept if name not in ARGUMENTS}))
+    other = {"learning_rate": 0.5, "seed": 1}
+    assert resume(run, store, KDConfig(), args=other).state.global_step == 4
+    err = capsys.readouterr().err
+    assert f"{file} has no learning_rate, weight_decay, " in err
+    assert "so they were not compared" in err
+    with pytest.raises(NemoKDError, match=r"settings: alpha: 0.9 in the checkpoint, 0.5 now. Re"):
+        resume(run, store, KDConfig(alpha=0.5), args=other)

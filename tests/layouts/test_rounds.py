@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import sentencepiece
 
+from nemo_kd.lock import LOCK, DirectoryLock
 from nemo_kd.store import Store
 from tests.layouts.conftest import SIX_STEPS
 from tests.processes import run_program
 from tests.runs import steps
+from tests.store.samples import sample, spec, write
 
 ROUNDS = "examples/rounds/run.py"
 ROOT = Path(__file__).resolve().parents[2]
@@ -22,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def arguments(tiny: Path, out: Path) -> list[str]:
     both = ["trainer.precision=32"]
     generate = [*both, "generation.max_new_tokens=8", "generation.keep_unfinished=true"]
+    generate.append("data.prompt_template=Q: {input} A: {output}")
     dump = [*both, "data.max_seq_length=128", "dump.top_k=20"]
     train = [*SIX_STEPS, "trainer.limit_val_batches=0"]
     return [
@@ -87,15 +92,15 @@ def run_rounds(
 ) -> int:
     """Run `main` with scripts that end with 0, of which the first `makes` write their product.
 
-    Returns how many scripts were started.
+    The stores' templates have the last `data.prompt_template` of their command. Returns how many
+    scripts were started.
     """
     started: list[list[str]] = []
 
     def script(command: list[str], *, check: bool) -> subprocess.CompletedProcess[str]:
         product = out / "round-1" / PRODUCTS[[name in command[1] for name in NAMES].index(True)]
         if len(started) < makes:
-            product.parent.mkdir(parents=True, exist_ok=True)
-            product.touch()
+            make(product, command)
         started.append(command)
         return subprocess.CompletedProcess(command, 0)
 
@@ -112,6 +117,19 @@ def run_rounds(
 
 
 NAMES = ("generate", "dump_teacher", "train")
+TEMPLATE = "data.prompt_template="
+
+
+def make(product: Path, command: list[str]) -> None:
+    product.parent.mkdir(parents=True, exist_ok=True)
+    if product.name != "student.nemo" and not (product.parent / "manifest.json").exists():
+        given = [each.removeprefix(TEMPLATE) for each in command if each.startswith(TEMPLATE)]
+        of = spec(template={"prompt_template": given[-1] if given else None})
+        write(product.parent, of, [sample(0, of, answers=2)])
+    if product.name == "answers.jsonl":
+        lengths = [each for each in command if "max_new_tokens" in each]
+        product.write_text(json.dumps({"input": "a", "output": str(lengths)}))
+    product.touch()
 
 
 def test_a_script_that_was_stopped_ends_the_rounds(
@@ -127,9 +145,9 @@ def test_a_script_that_was_stopped_ends_the_rounds(
 def test_the_answers_are_what_a_generation_makes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    manifest = tmp_path / "out" / "round-1" / "answers" / "manifest.json"
-    manifest.parent.mkdir(parents=True)
-    manifest.touch()  # killed before answers.jsonl
+    answers = tmp_path / "out" / "round-1" / PRODUCTS[0]
+    make(answers, [])
+    answers.unlink()  # killed before it was written
     assert run_rounds(monkeypatch, tmp_path / "out") == 3
 
 
@@ -176,3 +194,140 @@ def test_products_of_other_inputs_are_refused(
     for record in (out / "round-1").glob("*.command.json"):  # as before inputs were recorded
         record.write_text(json.dumps(json.loads(record.read_text())["arguments"]))
     assert run_rounds(monkeypatch, out) == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("--train=name=mine", "--train name=mine: leave name out; the next round starts from the"),
+        ("--train=++exp_manager.explicit_log_dir=x", "leave exp_manager.explicit_log_dir out; the"),
+        ("--train=exp_manager=null", r"give keys of exp_manager one by one, and leave exp_manager"),
+        ("--train=exp_manager.create_checkpoint_callback=false", "leave exp_manager.create_check"),
+        (
+            "--train=exp_manager.checkpoint_callback_params.save_nemo_on_train_end=false",
+            "save_nemo_on_train_end out; the next round starts from the student.nemo",
+        ),
+        ("--train=model.data.train_ds.store=x", "leave .* the student trains on the store of the"),
+        ("--train=model.restore_from_path=x", "leave .* the model is --student, then the trained"),
+        ("--train=model.peft.peft_scheme=lora", "adapters alone are no student .*merge_lora.py"),
+        ("--train=model.peft={peft_scheme: lora}", "one by one, and leave model.peft.peft_scheme"),
+        ("--generate=output_dir=x", "--generate output_dir=x: leave output_dir out; the paths in"),
+        ("--generate=data.file_path=x", "leave data.file_path out; the file is --prompts"),
+        ("--dump=output_dir=x", "--dump output_dir=x: leave output_dir out; the paths in a round"),
+        ("--dump=data.file_path=x", "leave data.file_path out; the teacher scores the answers"),
+        ("--dump=data={add_bos: true}", "give keys of data one by one, and leave data.file_path"),
+    ],
+)
+def test_keys_that_the_rounds_depend_on_are_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: str, message: str
+) -> None:
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+            run_rounds(monkeypatch, tmp_path / "out", more, *dry)
+    assert not (tmp_path / "out").exists()
+
+
+def test_keys_beside_those_are_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given = ["model.peft.peft_scheme=none", "exp_manager.checkpoint_callback_params.save_top_k=1"]
+    given += ["model.data.train_ds.num_workers=0", "name_of_nothing=1"]
+    assert run_rounds(monkeypatch, tmp_path / "out", *(f"--train={each}" for each in given)) == 3
+
+
+ASKED = "--generate=data.prompt_template=Q: {input} A: {output}"
+
+
+def test_the_dump_reads_rows_as_the_generation_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    more = ["--generate=+data.max_seq_length=64", "--generate=generation.top_p=0.9"]
+    same = ["--generate=data.add_bos=true", "--dump=data.add_bos=true"]
+    own = ["--dump=data.add_eos=false", "--dump=data.no_answer=drop"]
+    assert run_rounds(monkeypatch, out, ASKED, *more, *same, *own) == 3
+    record = json.loads((out / "round-1" / "store.command.json").read_text())
+    assert record["arguments"][4:] == [
+        "data.prompt_template=Q: {input} A: {output}",
+        "+data.max_seq_length=64",
+        "data.add_bos=true",
+        "data.add_eos=false",
+        "data.no_answer=drop",
+    ]
+    stores = [Store(out / "round-1" / name) for name in ("answers", "store")]
+    assert stores[0].spec.template == stores[1].spec.template
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ([], "--generate has no data.prompt_template: the teacher would score answers to other"),
+        ([ASKED], "--generate has data.prompt_template=Q: {input} A: {output}: the teacher would"),
+    ],
+)
+def test_a_dump_of_other_prompts_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], message: str
+) -> None:
+    other = "--dump=data.prompt_template={input}{output}"
+    with pytest.raises(SystemExit, match=f"^error: --dump .* but {message}"):
+        run_rounds(monkeypatch, tmp_path / "out", *more, other)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_training_on_other_prompts_than_those_answered_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A dump of a version that did not follow the generation, stopped before the training."""
+    out = tmp_path / "out"
+    with pytest.raises(SystemExit, match="was stopped"):
+        run_rounds(monkeypatch, out, ASKED, makes=2)
+    shutil.rmtree(out / "round-1" / "store")
+    make(out / "round-1" / "store" / "manifest.json", [])
+    (out / "round-1" / "store.command.json").unlink()
+    message = r"store was dumped with data.prompt_template=None, but .* with 'Q: {input} A: {output"
+    with pytest.raises(SystemExit, match=message):
+        run_rounds(monkeypatch, out, ASKED)
+
+
+def test_products_of_a_product_that_was_made_again_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    directory = out / "round-1"
+    assert run_rounds(monkeypatch, out) == 3
+    shutil.rmtree(directory / "answers")
+    (directory / "answers.command.json").unlink()
+    assert run_rounds(monkeypatch, out) == 1  # the same answers
+    shutil.rmtree(directory / "answers")
+    (directory / "answers.command.json").unlink()
+    longer = "--generate=generation.max_new_tokens=9"
+    message = (
+        r"store/manifest.json was made from another \S*answers.jsonl, .* or delete \S*store to"
+    )
+    for _ in range(2):  # the answers are made, then found
+        with pytest.raises(SystemExit, match=message):
+            run_rounds(monkeypatch, out, longer)
+    shutil.rmtree(directory / "store")
+    of = spec(rows_per_shard=2)
+    write(directory / "store", of, [sample(1, of, answers=3)])
+    (directory / "store.command.json").unlink()
+    message = r"student.nemo was made from another \S*store, .* or delete \S*run to make it again"
+    with pytest.raises(SystemExit, match=message):
+        run_rounds(monkeypatch, out, longer)
+    shutil.rmtree(directory / "run")
+    assert run_rounds(monkeypatch, out, longer) == 1
+
+
+def test_one_process_at_a_time_writes_the_rounds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with (
+        DirectoryLock(out),
+        pytest.raises(SystemExit, match=r"^error: .*out is being written by another job: host .*"),
+    ):
+        run_rounds(monkeypatch, out)
+    assert not (out / "round-1").exists()
+    code = f"import os; from nemo_kd.lock import *; DirectoryLock({str(out)!r}).__enter__()"
+    subprocess.Popen([sys.executable, "-c", f"{code}; os._exit(1)"], cwd=ROOT).wait()
+    assert (out / LOCK).exists()  # as after a kill
+    assert run_rounds(monkeypatch, out) == 3
+    assert not (out / LOCK).exists()

@@ -10,7 +10,7 @@ import pytest
 
 from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
-from nemo_kd.loss import KDConfig
+from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.mcore import KDDataset, Source
 from nemo_kd.mcore.resume import LATEST, keep_settings
 from nemo_kd.store import Store
@@ -31,9 +31,16 @@ def run(tmp_path: Path) -> Path:
     return directory
 
 
-def keep(run: Path, store: Store, *alphas: float | None, resume: bool = True, **more: Any) -> None:
+def keep(
+    run: Path,
+    store: Store,
+    *alphas: float | None,
+    resume: bool = True,
+    config: KDConfig | None = None,
+    **more: Any,
+) -> None:
     data = KDDataset([Source(store, alpha) for alpha in alphas], seq_length=127)
-    keep_settings(data, KDConfig(), save=run, load=run if resume else None, **more)
+    keep_settings(data, config or KDConfig(), save=run, load=run if resume else None, **more)
 
 
 def test_another_alpha_of_a_store_is_refused_by_name(run: Path, store: Store) -> None:
@@ -86,3 +93,46 @@ def test_a_file_without_a_student_is_resumed(
     keep(run, store, None, resume=False)
     keep(run, store, None, **student("a", "0" * 64))
     assert "has no student, so it was not compared" in capsys.readouterr().out
+
+
+SPELT: list[dict[str, Any]] = [{}, {"alpha": 0.9}, {"sft_weight": 0.1, "kd_weight": 0.9}]
+
+
+@pytest.mark.parametrize("then", SPELT)
+@pytest.mark.parametrize("now", SPELT)
+def test_the_same_weights_spelt_differently_are_resumed(
+    run: Path, store: Store, then: dict[str, Any], now: dict[str, Any]
+) -> None:
+    keep(run, store, None, resume=False, config=KDConfig(**then))
+    keep(run, store, None, config=KDConfig(**now))
+
+
+def test_other_weights_are_refused_in_every_spelling(run: Path, store: Store) -> None:
+    keep(run, store, None, resume=False)
+    with pytest.raises(NemoKDError, match=r"settings: alpha: None in the checkpoint, 0.5 now. R"):
+        keep(run, store, None, config=KDConfig(alpha=0.5))
+    message = r"settings: kd_weight: None in the checkpoint, 0.9 now; sft_weight: None in .*, 0.2 n"
+    with pytest.raises(NemoKDError, match=message):
+        keep(run, store, None, config=KDConfig(sft_weight=0.2, kd_weight=0.9))
+
+
+@pytest.mark.parametrize(
+    ("config", "effect"),
+    [
+        (KDConfig(), ""),
+        (KDSchedule(alpha_end=0.1, schedule_steps=5), ""),
+        (KDSchedule(alpha_end=0.1), ": the loss's schedule (alpha_end=0.1) may jump to that of 30"),
+    ],
+)
+def test_another_number_of_steps_is_said_with_the_schedule_that_follows_it(
+    run: Path, store: Store, capsys: pytest.CaptureFixture[str], config: KDConfig, effect: str
+) -> None:
+    keep(run, store, None, resume=False, config=config)
+    keep(run, store, None, config=config, steps=20)  # of an earlier version: no number is known
+    keep(run, store, None, config=config, steps=20)
+    assert not capsys.readouterr().out
+    keep(run, store, None, config=config, steps=30)
+    line = f"{run} is of a run of 20 steps, and this one has 30{effect}"
+    assert capsys.readouterr().out == line + (" steps\n" if effect else "\n")
+    keep(run, store, None, config=config, steps=30)
+    assert not capsys.readouterr().out

@@ -91,6 +91,7 @@ def test_every_key_of_our_yaml_is_known(name: str) -> None:
         ("mdel.seed=1", "model"),
         # In another block.
         ("+model.alpha=0.5", "model.kd.alpha"),
+        ("+model.data.validation_ds.alpha=[0.5]", "model.data.train_ds.alpha"),
         ("+model.lr=1e-4", "model.optim.lr"),
         ("+trainer.lr=1e-4", "model.optim.lr"),
         ("+max_steps=5", "trainer.max_steps"),
@@ -233,6 +234,9 @@ def test_every_key_of_nemo_aligners_is_explained_or_the_same() -> None:
         (TRAIN, "+trainer.sft.max_steps=1", "trainer.max_steps"),
         (TRAIN, "+model.label_smoothing=0.1", "no label smoothing"),
         (TRAIN, "+outputdir=x", "exp_manager.explicit_log_dir"),
+        (TRAIN, "+model.data.validation_ds.filepath=x", "validation_ds.file_names"),
+        (TRAIN, "+data.train_ds.file_path=x", "model.data.train_ds.file_names"),
+        (TRAIN, "+trainer.knowledge_distilation.save_interval=1", "trainer.val_check_interval"),
         ("dump_teacher_topk", "+pretrained_checkpoint.restore_from_path=x", "restore_from_path"),
         ("dump_teacher_topk", "+top_k=5", "dump.top_k"),
         ("dump_teacher_topk", "+output_path=x", "output_dir"),
