@@ -136,7 +136,8 @@ def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[
     old, new = ({**flat, DATA_PARALLEL: _data_parallel_size(flat)} for flat in (old, new))
     keys = sorted(old.keys() | new.keys())
     differ = {key for key in keys if _differ(key, old.get(key), new.get(key))}
-    if _weights(old) == _weights(new):
+    pairs = zip(_weights(old), _weights(new), strict=True)
+    if all(math.isclose(*pair, abs_tol=1e-12) for pair in pairs):  # 1 - 0.9 is not 0.1
         differ -= {f"model.kd.{name}" for name in WEIGHTS}
     return [
         Change(key, old.get(key), new.get(key))

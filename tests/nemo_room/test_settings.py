@@ -41,6 +41,7 @@ def keys(then: dict[str, Any], now: dict[str, Any], raw: Any = None) -> list[str
         {"model__optim__overlap_grad_sync": True},
         {"model__kd__alpha": 0.9},  # the default
         {"model__kd__sft_weight": 1 - 0.9, "model__kd__kd_weight": 0.9},
+        {"model__kd__sft_weight": 0.1, "model__kd__kd_weight": 0.9},
         {"resume__allow": ["model.optim.lr"]},
         {"model__new": None},
     ],

@@ -49,7 +49,7 @@ def test_moved_and_renamed_inputs_resume_the_store(
     before = Store(store).fingerprint
     scratch = shutil.copytree(teacher, tmp_path / "scratch/renamed")
     (scratch / "training.log").write_text("a line that another program has written\n")
-    renamed = shutil.copy(file, tmp_path / "renamed.jsonl")
+    renamed = Path(shutil.copy(file, tmp_path / "renamed.jsonl"))
     capfd.readouterr()
     assert run(scratch, renamed, store).fingerprint == before
     said, done = capfd.readouterr()[::-1]
