@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING
 from omegaconf import DictConfig
 
 from nemo_kd.nemo.record import say
-from nemo_kd.nemo.run_directory import RunDirectory
+from nemo_kd.nemo.restored_adapters import PATH
+from nemo_kd.nemo.run_directory import RunDirectory, paths_of
 
+SAVE = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end"
 EXPORTED = ("none", "lora")
 """Values of `model.peft.peft_scheme` whose result `nemo-kd export` writes."""
 
@@ -26,7 +28,12 @@ def say_where(cfg: DictConfig, model: str | Path | None, directory: RunDirectory
     scheme = cfg.model.peft.peft_scheme or "none"
     what = "model is" if scheme == "none" else f"adapters ({scheme}) are"
     command = ""
-    if scheme in EXPORTED:
+    if scheme != "none" and str(model).endswith(".ckpt"):
+        # No export reads it, and NeMo loads that of one rank only.
+        use = "an evaluation or a merge" if scheme == "lora" else "an evaluation"
+        loads = f"; {PATH} takes them for {use}" if Path(model).exists() else ""
+        command = f"{loads}. For a .nemo, run the same command with {SAVE}=true"
+    elif scheme in EXPORTED:
         options = [] if scheme == "none" else ["--base-model", str(cfg.model.restore_from_path)]
         command = f"; for transformers: {export_command(model, directory.path / 'hf', *options)}"
     say(f"the {what} {model}{command}")
@@ -45,4 +52,4 @@ def written(trainer: Trainer, directory: RunDirectory | None) -> Path | None:
     paths = [getattr(callback, name, "") for name in ("last_model_path", "best_model_path")]
     # NeMo names a distributed checkpoint, which is a directory, like a file.
     found = [Path(path.removesuffix(ending)) for path in paths if path for ending in ("", ".ckpt")]
-    return next((path for path in found if path.exists()), None)
+    return next((path for path in found if paths_of(path)), None)

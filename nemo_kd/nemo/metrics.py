@@ -104,7 +104,8 @@ class StepMetrics(Callback):
         self._clock = None  # a validation's time is not part of a training step
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not trainer.global_rank:
+        # Lightning's check before the first step (`num_sanity_val_steps`) is no validation.
+        if not trainer.global_rank and not trainer.sanity_checking:
             metrics = trainer.callback_metrics.items()
             values = {name: float(value) for name, value in metrics if name.startswith(VALIDATION)}
             self._write([{**values, "step": trainer.global_step}])
@@ -153,8 +154,9 @@ class StepMetrics(Callback):
         if len(self._not_finite) >= steps:
             raise NemoKDError(
                 f"the loss is not finite from step {self._not_finite[0]} on, so the model is of no "
-                "use: resume from an earlier checkpoint, or start again in a new directory, with a "
-                "smaller model.optim.lr, or trainer.precision=bf16-mixed instead of 16-mixed"
+                "use: resume from an earlier checkpoint (exp_manager.resume_from_checkpoint), or "
+                "start again in a new directory, with a smaller model.optim.lr, or "
+                "trainer.precision=bf16-mixed instead of 16-mixed"
             )
 
     def _check(self, step: int, loss: float) -> None:

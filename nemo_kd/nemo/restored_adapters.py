@@ -12,7 +12,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from nemo_kd.checkpoints.source import open_source
+from nemo_kd.checkpoints.distributed import files_of
+from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.source import WEIGHTS, open_source
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.record import read, say
 
@@ -51,9 +53,10 @@ def settle_adapters(cfg: DictConfig, schemes: list[str]) -> None:
 
     `schemes`: those of the command.
 
-    Errors: NemoKDError for another scheme, and for a setting of the command that is neither the
-    default nor the recorded value.
+    Errors: NemoKDError for another scheme, for a setting of the command that is neither the
+    default nor the recorded value, and for adapters instead of a model.
     """
+    refuse_adapters_only(str(cfg.model.restore_from_path))
     path = cfg.model.peft.restore_from_path
     if not path:
         return
@@ -71,6 +74,26 @@ def settle_adapters(cfg: DictConfig, schemes: list[str]) -> None:
             changed.append(f"model.peft.{block}.{key}={value}")
     if changed:
         say(f"with the settings that {path} records: {', '.join(changed)}")
+
+
+def refuse_adapters_only(path: str) -> None:
+    """Refuse a `.nemo` of adapters as a model: NeMo would list all weights that it lacks.
+
+    Errors: NemoKDError.
+    """
+    try:
+        # Names first: reading the index of a large model's weights takes seconds.
+        if not Path(path).exists() or files_of(Path(path), WEIGHTS):
+            return
+        source = open_source(path)
+    except CheckpointError:
+        return  # not a format of today: NeMo may read it, or says what it is
+    if source.weights is None:
+        raise NemoKDError(
+            f"model.restore_from_path={path} holds adapters only: merge it with the model of its "
+            f"training by examples/merge_lora.py, or give it as {PATH} of a student, with that "
+            "model as model.restore_from_path"
+        )
 
 
 def _recorded(path: str) -> Mapping[str, Any] | None:

@@ -93,10 +93,12 @@ class RunKeeper(Callback):
 
     Lightning restores the learning-rate schedule and the optimizer's settings from a checkpoint,
     which would silently undo a longer run or another learning rate.
+
+    `keep_first`: never remove the checkpoint that the run resumes from, which the user has named.
     """
 
-    def __init__(self, record: Record) -> None:
-        self.record = record
+    def __init__(self, record: Record, *, keep_first: bool = False) -> None:
+        self.record, self.keep_first = record, keep_first
         self.ended: Ended | None = None
         self._validated: int | None = None  # step of the last validation
         self._saved: tuple[int, bool] | None = None  # of the last checkpoint: step, validated
@@ -144,7 +146,11 @@ class RunKeeper(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Lightning would never remove the checkpoint it resumed from, and NeMo refuses to choose
         # between two "last" ones at the third start.
-        if trainer.ckpt_path and self._is_own(trainer, Path(trainer.ckpt_path)):
+        if (
+            trainer.ckpt_path
+            and not self.keep_first
+            and self._is_own(trainer, Path(trainer.ckpt_path))
+        ):
             trainer.ckpt_path = None
         # What checkpoints and early stopping monitor may be logged next after several steps.
         metrics = {

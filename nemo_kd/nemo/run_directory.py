@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import published
-from nemo_kd.nemo.record import read
+from nemo_kd.nemo.record import read, say
 
 METRICS = "metrics.jsonl"
 
@@ -29,10 +29,57 @@ class RunDirectory:
     """The `.nemo` that the run writes at its end; None: it writes none."""
     checkpoints: tuple[Path, ...] = ()
     """The finished checkpoints of earlier starts, of which the newest is resumed from."""
+    folder: Path = Path("checkpoints")
+    """The directory of the checkpoints."""
+    back: Back | None = None
+    """If this start resumes from a checkpoint that the user has chosen."""
 
     @property
     def has_student(self) -> bool:
         return self.student is not None and self.student.exists()
+
+    def has_changed(self) -> bool:
+        """Whether another training has saved or removed checkpoints since this was found."""
+        return tuple(_finished_checkpoints(self.folder)) != self.checkpoints
+
+
+@dataclass(frozen=True)
+class Back:
+    """A start from `exp_manager.resume_from_checkpoint`.
+
+    Checkpoints of later steps are moved away. Otherwise the next start would resume from them, not
+    from those that this one saves, and NeMo would rank them among these.
+    """
+
+    step: int
+    newer: tuple[Path, ...]
+    """The checkpoints of later steps."""
+    aside: Path
+    """The directory to which they are moved. It is created even if there are none: if it exists,
+    the same command (of a requeued job) has gone back already, and resumes from the newest."""
+
+    def move(self) -> None:
+        """Move the checkpoints; call on one rank. A kill in between leaves `aside` missing."""
+        unfinished = self.aside.with_name(f".{self.aside.name}")
+        unfinished.mkdir(parents=True, exist_ok=True)
+        for checkpoint in self.newer:
+            for path in paths_of(checkpoint):
+                target = unfinished / path.relative_to(checkpoint.parent)
+                target.parent.mkdir(exist_ok=True)
+                path.rename(target)
+        unfinished.rename(self.aside)
+        if self.newer:
+            say(f"moved {len(self.newer)} checkpoints of steps after {self.step} to {self.aside}")
+
+
+def paths_of(checkpoint: Path) -> list[Path]:
+    """Return the file or directory of a checkpoint, or the files of its ranks, as NeMo names them.
+
+    Those of adapters lie in `mp_rank_00` and so on.
+    """
+    if checkpoint.exists():
+        return [checkpoint]
+    return sorted(checkpoint.parent.glob(f"*_rank_*/{checkpoint.name}"))
 
 
 def find(cfg: DictConfig) -> RunDirectory | None:
@@ -54,11 +101,16 @@ def find(cfg: DictConfig) -> RunDirectory | None:
         )
     checkpoints = Path(parameters.dirpath or path / "checkpoints")
     finished = _finished_checkpoints(checkpoints)
-    if finished and settings.resume_if_exists and not settings.resume_from_checkpoint:
+    back = None
+    if settings.resume_from_checkpoint:
+        given = Path(settings.resume_from_checkpoint)
+        back = _back(given, checkpoints, finished)
+        _pin(cfg, path, given if back else newest(finished))
+    elif finished and settings.resume_if_exists:
         latest = newest(finished)
         if [latest] != [one for one in finished if _is_last(one)]:
             _pin(cfg, path, latest)
-            settings = _settings(cfg)
+    settings = _settings(cfg)
     stand_in = SimpleNamespace(ckpt_path=None)  # for the trainer, which is built later
     nemo.check_resume(
         stand_in,
@@ -72,7 +124,38 @@ def find(cfg: DictConfig) -> RunDirectory | None:
     writes = settings.create_checkpoint_callback and parameters.save_nemo_on_train_end
     prefix = parameters.prefix or name or settings.name or "default"
     student = checkpoints / f"{prefix}{parameters.postfix}"
-    return RunDirectory(path, stand_in.ckpt_path, student if writes else None, tuple(finished))
+    return RunDirectory(
+        path=path,
+        checkpoint=stand_in.ckpt_path,
+        student=student if writes else None,
+        checkpoints=tuple(finished),
+        folder=checkpoints,
+        back=back,
+    )
+
+
+def _back(given: Path, folder: Path, finished: Collection[Path]) -> Back | None:
+    """Return how to go back to `given`; None if an earlier start of the command has done so.
+
+    Errors: NemoKDError if it was not saved completely.
+    """
+    from nemo.utils.callbacks.nemo_model_checkpoint import NeMoModelCheckpoint
+
+    if NeMoModelCheckpoint.is_checkpoint_unfinished(given):
+        raise NemoKDError(
+            f"exp_manager.resume_from_checkpoint={given} was not saved completely: choose another "
+            f"one in {given.parent}"
+        )
+    step = read(str(given))[0].step
+    newer = tuple(one for one in finished if read(str(one))[0].step > step)
+    back = Back(step, newer, folder.with_name(f"{folder.name}-after-step-{step}"))
+    if not (newer and back.aside.exists()):
+        return back
+    say(
+        f"an earlier start has resumed from exp_manager.resume_from_checkpoint={given}, so this "
+        f"one resumes from the newest checkpoint; to go back again, rename {back.aside}"
+    )
+    return None
 
 
 def _settings(cfg: DictConfig) -> Any:

@@ -21,6 +21,7 @@ from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import cpu
 from nemo_kd.nemo.installed import imports_of_nemo
+from nemo_kd.nemo.restored_adapters import refuse_adapters_only
 from nemo_kd.settings.batches import data_parallel_size
 from nemo_kd.teacher.layout import LayoutError
 
@@ -171,6 +172,7 @@ def checkpoint_config(path: str | Path, model_class: type[Model], trainer: Train
             f"no checkpoint at {path}; set model.restore_from_path to a .nemo file "
             "(examples/convert_hf_to_nemo.py makes one from a Hugging Face checkpoint)"
         )
+    refuse_adapters_only(str(path))
     return model_class.restore_from(
         str(path), return_config=True, trainer=trainer, save_restore_connector=_connector(path)
     )

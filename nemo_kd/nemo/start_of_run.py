@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -23,6 +25,7 @@ from nemo_kd.nemo.resumed_settings import (
 from nemo_kd.nemo.run_directory import RunDirectory
 from nemo_kd.nemo.splits import ResumeConfig, TrainSplit
 from nemo_kd.settings.dataclass import settings_of
+from nemo_kd.teacher.begin import locked
 
 NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
 
@@ -67,6 +70,36 @@ def what_is_done(directory: RunDirectory | None) -> tuple[Progress, Record | Non
     if directory is None or directory.checkpoint is None:
         return Progress(), None
     return read(directory.checkpoint)
+
+
+@contextmanager
+def alone_in(directory: RunDirectory | None) -> Iterator[None]:
+    """Lock a run's directory against other trainings; prepare it to go back to a checkpoint.
+
+    The lock is in the folder of the checkpoints: NeMo moves the files of the run's directory away.
+
+    Collectives: broadcasts, a barrier.
+
+    Errors: LockedError on every rank if another training holds the lock, NemoKDError if it has
+    saved or removed checkpoints since the directory was read.
+    """
+    if directory is None:
+        yield
+        return
+    from nemo_kd.mcore.layout import layout
+
+    ranks = layout()
+    with locked(str(directory.folder), ranks):
+        if ranks.from_rank_0(ranks.rank == 0 and directory.has_changed()):
+            raise NemoKDError(
+                f"{directory.folder}: another training has written to it since this one was "
+                "started; run the same command again, or set exp_manager.explicit_log_dir to a new "
+                "directory for another run"
+            )
+        if ranks.rank == 0 and directory.back is not None:
+            directory.back.move()
+        ranks.barrier()
+        yield
 
 
 def begin(directory: RunDirectory) -> None:

@@ -14,6 +14,7 @@ from nemo_kd.checkpoints.source import unpickles
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import commit, publish
 from nemo_kd.nemo import end_of_run, run_directory, start, start_of_run
+from nemo_kd.nemo.base_of_adapters import BASE_KEY, absolute, check_base_of_adapters
 from nemo_kd.nemo.config import (
     kd_training_config,
 )
@@ -65,9 +66,10 @@ def run(cfg: DictConfig) -> None:
             return
     if notice := alpha_of_validation(cfg):
         say(notice)
-    trainer = _train(cfg, record, done, directory)
-    if trainer is not None:
-        end_of_run.say_where(cfg, end_of_run.written(trainer, directory), directory)
+    trainer = _started(cfg)
+    with start_of_run.alone_in(directory):
+        if _train(cfg, trainer, record, done, directory):
+            end_of_run.say_where(cfg, end_of_run.written(trainer, directory), directory)
 
 
 def alpha_of_validation(cfg: DictConfig) -> str:
@@ -86,11 +88,15 @@ def alpha_of_validation(cfg: DictConfig) -> str:
 
 
 def _train(
-    cfg: DictConfig, record: Record, done: Progress, directory: RunDirectory | None
-) -> Trainer | None:
+    cfg: DictConfig,
+    trainer: Trainer,
+    record: Record,
+    done: Progress,
+    directory: RunDirectory | None,
+) -> bool:
     """Train the remaining steps; `done` is the progress of earlier starts.
 
-    Return None if the time limit has ended this start.
+    Return False if the time limit has ended this start.
     """
     from nemo.utils.exp_manager import exp_manager
     from nemo.utils.get_rank import is_global_rank_zero
@@ -99,7 +105,6 @@ def _train(
     from nemo_kd.nemo.metrics import StepMetrics
     from nemo_kd.nemo.resume import RunKeeper, note_steps, resume_exactly
 
-    trainer = start.build_trainer(cfg)
     if done.step:  # TensorBoard leaves out points of steps that are trained again
         key = "exp_manager.summary_writer_kwargs.purge_step"
         OmegaConf.update(cfg, key, done.step, force_add=True)
@@ -107,7 +112,7 @@ def _train(
     validating = start_of_run.validates_first(cfg, done)
     resume_exactly(trainer, validate_first=validating)
     # Before NeMo's callbacks: the one that ends a run at SIGTERM prevents all later ones.
-    keeper = RunKeeper(record)
+    keeper = RunKeeper(record, keep_first=directory is not None and directory.back is not None)
     trainer.callbacks.insert(0, keeper)
     if log_dir is not None and done.step and is_global_rank_zero():
         run_directory.keep_metrics(Path(log_dir), done.step, validated=not validating)
@@ -117,6 +122,8 @@ def _train(
         _stop_on_sigterm(cfg, trainer)
     with open_dict(cfg):
         cfg.model[DATA_KEY] = record.train_stores
+        if record.student and schemes_of(cfg):
+            cfg.model[BASE_KEY] = absolute(record.student)
     model = _student(cfg, trainer)
     if done.step and (notice := start_of_run.dropout_notice(model.cfg)):
         say(notice)
@@ -129,7 +136,7 @@ def _train(
             f"stopped by exp_manager.max_time_per_run={cfg.exp_manager.max_time_per_run} at step "
             f"{trainer.global_step} of {steps}: run the same command to resume"
         )
-        return None
+        return False
     if ended is not None and ended.reason:
         say(f"stopped early at step {ended.step} of {steps}: {ended.reason}")
     student = directory.student if directory is not None else None
@@ -137,7 +144,7 @@ def _train(
         note_steps(trainer, model)
         _restore_best(trainer)
         model.save_to(str(student))
-    return trainer
+    return True
 
 
 def _restore_best(trainer: Trainer) -> None:
@@ -161,7 +168,7 @@ def _stop_on_sigterm(cfg: DictConfig, trainer: Trainer) -> None:
 
 
 def evaluate(cfg: DictConfig) -> None:
-    """Measure on `model.data.validation_ds.store`; print the results and write them to `output`."""
+    """Measure on `model.data.validation_ds`; print the results and write them to `output`."""
     check_settings(cfg)
     peft = cfg.model.peft
     if schemes_of(cfg) and not peft.restore_from_path:
@@ -170,12 +177,15 @@ def evaluate(cfg: DictConfig) -> None:
             "measure new, untrained adapters: set it to the trained ones (a .nemo), or "
             "model.peft.peft_scheme=none"
         )
-    if not cfg.model.data.validation_ds.store:
-        raise StoreError("nothing to measure on: set model.data.validation_ds.store")
+    if not Split.of(cfg.model.data.validation_ds).sources:
+        raise NemoKDError(
+            "nothing to measure on: set model.data.validation_ds.store, or file_names (SFT files) "
+            "for the losses without a teacher"
+        )
     files.check_files(cfg, [("output", files.output_file)])
     check_evaluation(cfg)
     _prepare(cfg)
-    trainer = start.build_trainer(cfg)
+    trainer = _started(cfg)
     trainer.validate(_student(cfg, trainer), verbose=False)
     results = measured(trainer.callback_metrics, cfg.model.data.validation_ds.metric.name)
     if torch.distributed.get_rank() == 0:
@@ -226,7 +236,7 @@ def merge(cfg: DictConfig) -> None:
         raise NemoKDError("output must be given: the merged model, a .nemo")
     files.check_files(cfg, [("output", files.new_file)])
     _prepare(cfg)
-    trainer = start.build_trainer(cfg)
+    trainer = _started(cfg)
     model = _student(cfg, trainer)
     from nemo_kd.nemo.merge import merge_lora
 
@@ -271,11 +281,18 @@ def _prepare(cfg: DictConfig) -> None:
     OmegaConf.resolve(cfg)
 
 
+def _started(cfg: DictConfig) -> Trainer:
+    """Return the trainer, with its process groups."""
+    trainer = start.build_trainer(cfg)
+    start.start_process_groups(cfg.model, trainer)
+    return trainer
+
+
 def _student(cfg: DictConfig, trainer: Trainer) -> MegatronGPTSFTKDModel:
     # Imported late: on a CPU, the patches must be installed before NeMo and Megatron.
     from nemo_kd.nemo.model import MegatronGPTSFTKDModel
 
-    start.start_process_groups(cfg.model, trainer)
+    check_base_of_adapters(cfg)
     model = start.restore(cfg.model.restore_from_path, MegatronGPTSFTKDModel, cfg, trainer)
     add_adapters(cfg, model)
     return model

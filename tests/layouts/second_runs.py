@@ -129,7 +129,8 @@ def main(source: Path, work: Path, out: Path, overrides: list[str]) -> None:
     case("shorter", "trainer.max_steps=4")
     case("anew", prepare=without_checkpoints)
     case("not_resumed", "exp_manager.resume_if_exists=false")
-    case("torch_schedule", "model.optim.sched.name=ExponentialLR", "resume.allow=[model.optim]")
+    torchs = ["model.optim.sched.name=ExponentialLR", "model.optim.sched.gamma=0.9"]
+    case("torch_schedule", *torchs, "resume.allow=[model.optim]")
     rows = Path(overrides[0].partition("=")[2]).parent / "train.jsonl"
     files_alone = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names=[{rows}]"]
     for name, *more in (

@@ -14,7 +14,7 @@ import torch
 from nemo_kd.nemo.installed import has_adapters
 from tests.distribution.blocks import run_nemo_kd
 from tests.layouts.conftest import LAYOUTS
-from tests.processes import run_script
+from tests.processes import error_of, run_script
 from tests.runs import LAYOUT, SPLIT, steps, validations
 
 pytestmark = pytest.mark.skipif(not has_adapters(), reason="this NeMo's model takes no adapters")
@@ -63,6 +63,14 @@ def test_lora_lowers_the_loss_and_its_file_gives_it_back(
     expected = validations(run)[-1]
     for name, value in figures.items():
         assert value == pytest.approx(expected[f"val/{name}"], abs=SPLIT), name
+    message = error_of(
+        "evaluate_gpt_sft_kd.py",
+        f"model.restore_from_path={train()}/checkpoints/gpt_sft_kd.nemo",
+        f"model.data.validation_ds.store={dump(split='heldout')}",
+        "trainer.precision=32",
+        *adapted,
+    )
+    assert f"{adapters} was trained on {tiny}/student.nemo, but {train()}" in message
     command = f"nemo-kd export {adapters} {run}/hf --base-model {tiny}/student.nemo"
     last = (run / "stderr.txt").read_text().splitlines()[-1]
     assert last == f"the adapters (lora) are {adapters}; for transformers: {command}"

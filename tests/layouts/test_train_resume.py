@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.layouts.conftest import LAYOUTS, train_overrides
+from tests.layouts.conftest import LAYOUTS, SIX_STEPS, train_overrides
 from tests.processes import TRAIN, error_of, kill, run_script, start_program
-from tests.runs import metrics, steps
+from tests.runs import SAME_LINE, metrics, steps
 
 EXACT = ("reduced_train_loss", "sft_loss", "kd_loss", "grad_norm", "lr", "consumed_samples")
 
@@ -190,6 +190,64 @@ def test_without_a_last_checkpoint_a_run_resumes_from_its_newest(
     whole = train("one")
     assert_goes_on_exactly(steps(whole), overrides, 1, tmp_path)
     assert validated(tmp_path) == validated(whole)
+
+
+def test_a_second_training_in_the_directory_of_one_is_refused(
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    """And takes nothing from it: the first one goes on, and can be resumed."""
+    endless = ["trainer.max_steps=100000", "trainer.val_check_interval=100000"]
+    overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), *endless]
+    output = tmp_path.with_suffix(".txt")
+    with output.open("w") as log:
+        first = start_program(TRAIN, *overrides, stdout=log, stderr=log)
+        while not has_logged(tmp_path, 1):
+            assert first.poll() is None, output.read_text()[-3000:]
+            time.sleep(0.1)
+        message = error_of("train_gpt_sft_kd.py", *overrides)
+        count = len(metrics(tmp_path))
+        while len(metrics(tmp_path)) <= count:
+            assert first.poll() is None, output.read_text()[-3000:]
+            time.sleep(0.1)
+        kill(first)
+    assert f"{tmp_path}/checkpoints is being written by another job: host " in message
+    assert f"process {first.pid}, " in message
+    assert not list(tmp_path.glob("run_*"))
+    done = run_script("train_gpt_sft_kd.py", *overrides, *SIX_STEPS)
+    assert "taking over the lock" in done.stderr and len(steps(tmp_path)) == 6
+    assert not (tmp_path / "checkpoints/.lock").exists()
+
+
+def test_a_run_goes_back_to_the_checkpoint_that_is_given(
+    dump: Callable[..., Path], tiny: Path, tmp_path: Path
+) -> None:
+    """Later steps are trained again, and later checkpoints are out of the way. Once: the same
+    command again, as of a job that is queued again, resumes from its own checkpoints."""
+    keep = "exp_manager.checkpoint_callback_params.save_top_k=-1"
+    overrides = [*train_overrides(tiny, dump(), dump(split="heldout"), tmp_path), keep]
+    run_script("train_gpt_sft_kd.py", *overrides)
+    before, folder, aside = metrics(tmp_path), checkpoints(tmp_path), "checkpoints-after-step-3"
+    (given,) = (tmp_path / "checkpoints").glob("*step=3*")
+    back = [*overrides, f"exp_manager.resume_from_checkpoint={given}"]
+    back += ["model.kd.alpha=0.5", "resume.allow=[model.kd.alpha]"]
+    done = run_script("train_gpt_sft_kd.py", *back)
+    assert f"resuming at step 3 of 6 from {given}\n" in done.stderr
+    later = sorted(path.name for path in (tmp_path / aside).iterdir())
+    assert later == [name for name in folder if "step=6" in name] and len(later) == 2
+    assert f"moved 2 checkpoints of steps after 3 to {tmp_path}/{aside}" in done.stderr
+    lines = metrics(tmp_path)
+    assert [line["step"] for line in lines] == [1, 2, 3, 3, 4, 5, 6, 6]
+    assert lines[:4] == before[:4]
+    for line, earlier in zip(steps(tmp_path)[3:], before[4:7], strict=True):
+        mixed = 0.5 * line["sft_loss"] + 0.5 * line["kd_loss"]
+        assert line["loss"] == pytest.approx(mixed, abs=SAME_LINE)
+        assert line["loss"] != pytest.approx(earlier["loss"], abs=SAME_LINE)
+    (last,) = (tmp_path / "checkpoints").glob("*-last")
+    again = run_script("train_gpt_sft_kd.py", *back)
+    assert f"an earlier start has resumed from exp_manager.resume_from_checkpoint={given}" in (
+        again.stderr
+    )
+    assert "nothing to train: all 6 steps are done" in again.stderr and last.exists()
 
 
 @pytest.mark.slow

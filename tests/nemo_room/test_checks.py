@@ -26,7 +26,9 @@ STARTS: dict[str, Callable[[DictConfig], None]] = {
     DUMP: teacher.run,
     GENERATE: teacher.run_generation,
 }
-ADAPTERS = "model.peft.restore_from_path=adapters.nemo"
+ADAPTERS, LORA = "model.peft.restore_from_path=adapters.nemo", "model.peft.peft_scheme=lora"
+ONLY_ADAPTERS = "model.restore_from_path=adapters.nemo holds adapters only: merge it with"
+BACK = "exp_manager.resume_from_checkpoint"
 
 
 @pytest.fixture
@@ -87,6 +89,12 @@ SFT = "model.data.train_ds.file_names=[x.jsonl] model.kd.alpha=0"
         ),
         (MERGE, f"{ADAPTERS} output=store", "output: store exists already"),
         (TRAIN, f"{SFT} {ADAPTERS}", "set model.peft.peft_scheme=lora"),
+        (TRAIN, f"{SFT} model.restore_from_path=adapters.nemo", ONLY_ADAPTERS),
+        (EVALUATE, "model.restore_from_path=adapters.nemo", ONLY_ADAPTERS),
+        (MERGE, f"{ADAPTERS} {LORA} model.restore_from_path=adapters.nemo", ONLY_ADAPTERS),
+        (TRAIN, f"{SFT} {BACK}=no/x", f"{BACK}: no checkpoint of a training at no/x"),
+        (TRAIN, f"{SFT} {BACK}=store", f"{BACK}: the directory store has no common.pt"),
+        (TRAIN, f"{SFT} {BACK}=model.nemo", f"{BACK}: model.nemo is a model without the state"),
         (EVALUATE, "model.peft.peft_scheme=lora", "would measure new, untrained adapters"),
         (EVALUATE, ADAPTERS, "set model.peft.peft_scheme=lora"),
         (MERGE, f"{ADAPTERS} model.peft.peft_scheme=ia3", "adapters.nemo are lora"),

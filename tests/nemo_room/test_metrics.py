@@ -1,6 +1,9 @@
-"""Calibration of the student's best token, against its definition."""
+"""Calibration of the student's best token, against its definition; lines of validations."""
 
 from __future__ import annotations
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,3 +33,33 @@ def test_calibration_error_is_that_of_the_definition() -> None:
     assert sums.calibration is not None
     assert float(sums.calibration.abs().sum()) == pytest.approx(expected, abs=1e-4)
     assert 0.05 < expected / len(pairs) < 0.5
+
+
+@pytest.mark.nemo
+def test_lightnings_check_before_the_first_step_is_no_validation(tmp_path: Path) -> None:
+    pytest.importorskip("lightning.pytorch")
+    from lightning.pytorch import Trainer
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from nemo_kd.nemo.metrics import StepMetrics
+
+    class Model(BoringModel):
+        def validation_step(self, batch: torch.Tensor, batch_idx: int) -> None:
+            self.log("val_loss", batch.sum())
+
+    path, model = tmp_path / "metrics.jsonl", Model()
+    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False}
+    trainer = Trainer(
+        **quiet,
+        accelerator="cpu",
+        devices=1,
+        max_steps=0,
+        num_sanity_val_steps=1,
+        callbacks=[StepMetrics(path)],
+        enable_model_summary=False,
+    )
+    trainer.fit(model)
+    assert not path.exists()
+    trainer.validate(model, verbose=False)
+    (line,) = path.read_text().splitlines()
+    assert json.loads(line).keys() == {"val_loss", "step"}

@@ -12,8 +12,15 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.nemo import start
 from nemo_kd.nemo.peft import SCHEMES, schemes_of
-from nemo_kd.nemo.restored_adapters import BLOCKS, DEFAULTS, MODULES, settle_adapters
+from nemo_kd.nemo.restored_adapters import (
+    BLOCKS,
+    DEFAULTS,
+    MODULES,
+    refuse_adapters_only,
+    settle_adapters,
+)
 from tests.configuration import configuration
 from tests.nemo_room.test_checks import EVALUATE, MERGE, TRAIN
 
@@ -106,6 +113,16 @@ def test_another_scheme_is_refused(tmp_path: Path) -> None:
 def test_a_complete_model_is_not_taken_for_adapters(tmp_path: Path) -> None:
     with pytest.raises(NemoKDError, match="adapters neither"):
         settled(adapters(tmp_path / "a.nemo", scheme="none"), SCHEME)
+
+
+def test_adapters_are_not_taken_for_a_complete_model_by_any_script(tmp_path: Path) -> None:
+    """As a dump restores its teacher, too; a `.nemo` that is compressed, of old, is NeMo's."""
+    path = adapters(tmp_path / "a.nemo")
+    with pytest.raises(NemoKDError, match="holds adapters only: merge it with the model of its"):
+        start.checkpoint_config(path, Any, Any)  # before it uses them
+    with tarfile.open(tmp_path / "old.nemo", "w:gz"):
+        pass
+    refuse_adapters_only(str(tmp_path / "old.nemo"))
 
 
 @pytest.mark.parametrize("other", ["mixedfusedlayernorm", "layernorm"])

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.checkpoints.distributed import COMMON
 from nemo_kd.nemo.config import KDTrainingConfig
+from nemo_kd.nemo.run_directory import paths_of
 from nemo_kd.nemo.settings import keys as nemo
+from nemo_kd.nemo.settings.chosen import fit_optim
 from nemo_kd.nemo.settings.optim import OPTIM
 from nemo_kd.nemo.splits import SPLITS, ResumeConfig, TrainSplit, ValidationSplit
 from nemo_kd.nemo.template import OF_SPLITS
@@ -129,10 +134,11 @@ def fill_in(cfg: DictConfig) -> None:
 
 
 def check_keys(cfg: DictConfig) -> None:
-    """Check that all keys are known and their values allowed.
+    """Check that all keys are known and their values allowed, after `fit_optim`.
 
     Errors: NemoKDError for an unknown key or a value that is not allowed.
     """
+    fit_optim(cfg.model)
     check(cfg, OUTPUT_BLOCK if "output" in set(cfg) else TRAINING_BLOCK)
 
 
@@ -193,6 +199,21 @@ OF_A_RUN: dict[str, Any] = {
     "exp_manager.checkpoint_callback_params": {},
 }
 STORE = files.directory("store")
+CHECKPOINT = files.file_or_directory(
+    "checkpoint of a training",
+    (COMMON,),
+    "; give one of the run's directory `checkpoints`, or remove the setting: an earlier start of "
+    "this command may have resumed from it and replaced it since",
+)
+
+
+def _checkpoint(path: str) -> str:
+    """Require a checkpoint of a training: one of adapters may be the files of several ranks."""
+    if path.endswith(".nemo"):
+        return f"{path} is a model without the state of a training: expected a checkpoint"
+    return "" if paths_of(Path(path)) and not os.path.isdir(path) else CHECKPOINT(path)
+
+
 FILES = [
     (
         "model.restore_from_path",
@@ -204,6 +225,7 @@ FILES = [
         ),
     ),
     ("model.peft.restore_from_path", files.file_or_directory("file of adapters", ("",))),
+    ("exp_manager.resume_from_checkpoint", _checkpoint),
     ("model.tokenizer.model", files.file("tokenizer model")),
     ("model.tokenizer.vocab_file", files.file("vocabulary")),
     ("model.tokenizer.merge_file", files.file("file of merges")),
