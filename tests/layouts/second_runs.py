@@ -130,6 +130,7 @@ def main(source: Path, work: Path, out: Path, overrides: list[str]) -> None:
     case("anew", prepare=without_checkpoints)
     case("not_resumed", "exp_manager.resume_if_exists=false")
     torchs = ["model.optim.sched.name=ExponentialLR", "model.optim.sched.gamma=0.9"]
+    torchs.append("~model.optim.sched.warmup_steps")  # which it does not take
     case("torch_schedule", *torchs, "resume.allow=[model.optim]")
     rows = Path(overrides[0].partition("=")[2]).parent / "train.jsonl"
     files_alone = ["model.data.train_ds.store=null", f"model.data.train_ds.file_names=[{rows}]"]
