@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from functions import judge
 from queue_plan import FAMILY_OBJECTIVES, grid, read_results
-from results_page import NOT_RUN
+from results_page import NOT_RUN, page
 from split_data import deal
 from steps import write_json
 from steps_ratio import Interval
@@ -60,18 +60,21 @@ def results(cfg: Any, tmp_path: Path) -> Path:
     return directory
 
 
-def written(cfg: Any, results: Path, tmp_path: Path) -> str:
+def written(cfg: Any, results: Path) -> str:
+    """The page without pictures, which take half of the time."""
     cfg.results = str(results)
-    docs = tmp_path / "docs"
-    docs.mkdir()
-    write(read_study(cfg), docs)
-    return (docs / "results.md").read_text()
+    return page(read_study(cfg), {})
 
 
 def test_finished_runs_are_there_and_others_are_not_run_yet(
     cfg: Any, results: Path, tmp_path: Path
 ) -> None:
-    text = written(cfg, results, tmp_path)
+    cfg.results = str(results)
+    write(read_study(cfg), tmp_path)
+    text = (tmp_path / "results.md").read_text()
+    pictures = re.findall(r"\]\((images/.*\.png)\)", text)
+    assert "images/results/headline.png" in pictures
+    assert all((tmp_path / picture).stat().st_size > 10_000 for picture in pictures)
     headline = text[text.index("## KD + SFT vs. SFT\n\nDoes") :]
     headline = headline[: headline.index("\n## ")]
     assert f"2 of 3 | {(3.123 + 3.323) / 2:.3f} |  | 3.473 |" in headline  # 0.25 on validation
@@ -88,17 +91,13 @@ def test_finished_runs_are_there_and_others_are_not_run_yet(
     )
 
 
-def test_steps_ratio_of_the_page_is_that_of_the_curves(
-    cfg: Any, results: Path, tmp_path: Path
-) -> None:
+def test_steps_ratio_of_the_page_is_that_of_the_curves(cfg: Any, results: Path) -> None:
     """Mean curves fall by 0.5 in 20 steps, B's ends 0.362 below: 0.362 / 0.5 of 20 steps less."""
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     assert f"in {100 * (1 - (0.362 / 0.5) * 20 / 60):.0f} % of its steps" in text
 
 
-def test_runs_of_a_second_clone_are_compared_digit_by_digit(
-    cfg: Any, results: Path, tmp_path: Path
-) -> None:
+def test_runs_of_a_second_clone_are_compared_digit_by_digit(cfg: Any, results: Path) -> None:
     first, second = sorted(results.glob("code-l8-*.json"))[:2]
     for path in (first, second):
         content = {**json.loads(path.read_text()), "machine": "A, 2 cores"}
@@ -108,32 +107,30 @@ def test_runs_of_a_second_clone_are_compared_digit_by_digit(
             content["machine"] = "B, 2 cores"
             content["test"] = {**content["test"], "sft_loss": content["test"]["sft_loss"] + 0.0005}
         write_json(results / "repeated" / path.name, content)
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     assert (
         f"`{first.stem}` equal to the last digit; `{second.stem}` cross-entropy +0.000500, " in text
     )
     assert "on another processor (B instead of A)" in text
 
 
-def test_a_curve_without_its_last_step_is_no_comparison(
-    cfg: Any, results: Path, tmp_path: Path
-) -> None:
+def test_a_curve_without_its_last_step_is_no_comparison(cfg: Any, results: Path) -> None:
     for path in results.glob("*kd0.9-lr*.json"):
         content = json.loads(path.read_text())
         content["curve"]["steps"] = [19, 39, 59]
         path.write_text(json.dumps(content))
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     assert "\n\nNot run yet.\n" in text
     assert f"{(2.811 + 2.911) / 2:.3f}" in text
 
 
-def test_worse_is_said_as_plainly_as_better(cfg: Any, results: Path, tmp_path: Path) -> None:
+def test_worse_is_said_as_plainly_as_better(cfg: Any, results: Path) -> None:
     for path in results.glob("*kd0.*-lr*.json"):
         content = json.loads(path.read_text())
         curve = content["curve"]
         curve["sft_loss"] = [[value + 1.0 for value in row] for row in curve["sft_loss"]]
         path.write_text(json.dumps(content))
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     assert "- **Worse than SFT**: code with 8 layers +0.638 [" in text
     assert "never reaches SFT's best" in text
     worse = text[text.index("**Worse than the") : text.index("**Undecided:")]
@@ -141,7 +138,7 @@ def test_worse_is_said_as_plainly_as_better(cfg: Any, results: Path, tmp_path: P
 
 
 def test_nothing_at_all_is_a_page_too(cfg: Any, tmp_path: Path) -> None:
-    text = written(cfg, tmp_path / "none", tmp_path)
+    text = written(cfg, tmp_path / "none")
     assert "Not run yet." in text
     assert not re.search(r"\| \d\.\d", text)
 
@@ -180,9 +177,9 @@ def benchmarks(text: str, method: str, domain: str) -> list[str]:
 
 
 def test_right_answers_are_in_the_table_and_compared_question_by_question(
-    cfg: Any, worked: Path, tmp_path: Path
+    cfg: Any, worked: Path
 ) -> None:
-    text = written(cfg, worked, tmp_path)
+    text = written(cfg, worked)
     kd = "KD + SFT, alpha 0.9"
     top = text[: text.index("## What helped")]
     assert "SFT 25.0 % (1 seed of 3)" in top
@@ -203,7 +200,7 @@ def test_right_answers_are_in_the_table_and_compared_question_by_question(
 
 
 def test_what_is_known_and_what_runs_are_beside_the_losses_and_compared_one_by_one(
-    cfg: Any, results: Path, tmp_path: Path
+    cfg: Any, results: Path
 ) -> None:
     """A student that answers half of four questions more than SFT's, and one that was not asked."""
     for family, loss, zero in (("sft", 3.3, "0100"), ("alpha 0.9", 3.0, "0111")):
@@ -214,7 +211,7 @@ def test_what_is_known_and_what_runs_are_beside_the_losses_and_compared_one_by_o
         known = {"questions": 4, "right": {"0": zero, "5": "1010"}}
         passed = {"functions": 5, "right": "00100" if family == "sft" else "00110"}
         write_result(results, larger, loss, knowledge=known, doctests=passed)
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     kd, domain = "KD + SFT", "code, 15 layers"
     top = text[: text.index("## What helped")]
     assert benchmarks(top, "SFT", domain) == ["3.300", "–", "20.0 %", "25.0 %", "50.0 %"]
@@ -230,9 +227,7 @@ def test_what_is_known_and_what_runs_are_beside_the_losses_and_compared_one_by_o
     assert "| doctests passed | Δ | OpenBookQA, 0-shot | Δ |" in section
 
 
-def test_where_kd_gains_is_said_by_the_teachers_probability(
-    cfg: Any, worked: Path, tmp_path: Path
-) -> None:
+def test_where_kd_gains_is_said_by_the_teachers_probability(cfg: Any, worked: Path) -> None:
     """A class of a quarter of the tokens, 0.4 higher, and one of three quarters, 0.1 lower."""
     losses = {"sft": [1.0, None, 0.5], "alpha 0.9": [1.4, None, 0.4]}
     for family, classes in losses.items():
@@ -242,7 +237,7 @@ def test_where_kd_gains_is_said_by_the_teachers_probability(
             if content["run"]["alpha"] == run.alpha:
                 split = {"from": [0.0, 0.5, 0.9], "tokens": [25, 0, 75], "right": [0.5, None, 0.5]}
                 path.write_text(json.dumps(content | {"confidence": split | {"sft_loss": classes}}))
-    text = written(cfg, worked, tmp_path)
+    text = written(cfg, worked)
     said = (
         "on math, +0.1000 of +0.0250 nats are at the 25.0 % of tokens to whose labels the teacher "
     )
@@ -253,9 +248,7 @@ def test_where_kd_gains_is_said_by_the_teachers_probability(
     assert not any("0.5 to 0.9" in row for row in rows)
 
 
-def test_rounds_are_compared_by_their_answers_and_their_hours(
-    cfg: Any, worked: Path, tmp_path: Path
-) -> None:
+def test_rounds_are_compared_by_their_answers_and_their_hours(cfg: Any, worked: Path) -> None:
     usual = dataclasses.replace(grid(cfg, "alpha 0.9", {}, "math")[0], lr=1.2e-3)
     longer, rounds = dataclasses.replace(usual, length=2), dataclasses.replace(usual, rounds=2)
     write_answers(worked, longer, 0.2, "10001000")
@@ -265,18 +258,18 @@ def test_rounds_are_compared_by_their_answers_and_their_hours(
     del content["curve"]
     content["seconds"]["rounds"] = 320.0
     write_json(path, content)
-    section = written(cfg, worked, tmp_path).partition("## Rounds on the student")[2]
+    section = written(cfg, worked).partition("## Rounds on the student")[2]
     cells = lines_of(section[: section.index("\n## ", 5)], "KD + SFT, 1 epoch, then 2 rounds")[0]
     assert cells[1:4] == ["1 of 1", "0.20", "50.0 %"]
     assert cells[4].startswith("+0.250 [")
 
 
 def test_answers_that_one_objective_alone_has_right_are_held_against_the_teachers(
-    cfg: Any, worked: Path, tmp_path: Path
+    cfg: Any, worked: Path
 ) -> None:
     """SFT 10001000, KD 10101100: only SFT the fifth; only KD the third and the sixth."""
     write_answers(worked, Run(domain="math", layers=30, length=0), 0.1, "11100110")
-    text = written(cfg, worked, tmp_path)
+    text = written(cfg, worked)
     assert (
         "The teacher has 38 % of the answers wrong. SFT alone has 0 answers right, of which" in text
     )
@@ -284,9 +277,7 @@ def test_answers_that_one_objective_alone_has_right_are_held_against_the_teacher
     assert "KD + SFT, alpha 0.9 alone has 2 right, of which the teacher has 0 wrong." in text
 
 
-def test_a_default_is_compared_on_the_validation_split_too(
-    cfg: Any, results: Path, tmp_path: Path
-) -> None:
+def test_a_default_is_compared_on_the_validation_split_too(cfg: Any, results: Path) -> None:
     """Alpha 0.5 and 0.9 with differences of +0.1 and +0.3 by seed, vocab with -0.4 of one seed."""
     rate = cfg.learning_rates[1]
     for seed, loss in ((1, 2.911), (2, 3.111)):
@@ -295,7 +286,7 @@ def test_a_default_is_compared_on_the_validation_split_too(
     vocab = [(6e-4, 3.0), (1.2e-3, 2.511), (2.4e-3, 3.0)]
     for each, loss in vocab:
         write_result(results, Run(lr=each, support="vocab"), loss)
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     said = text[text.index("By the validation split") :].partition("\n")[0]
     assert "better: support vocab (-0.400)." in said
     # Alpha 0.5 against 0.9, and both against SFT, whose seeds differ by 0.2.
@@ -315,31 +306,27 @@ def test_the_same_answers_differ_by_nothing(cfg: Any, worked: Path) -> None:
     assert sft.right_against_baseline == {}
 
 
-def test_answers_of_one_objective_are_not_a_comparison(
-    cfg: Any, worked: Path, tmp_path: Path
-) -> None:
+def test_answers_of_one_objective_are_not_a_comparison(cfg: Any, worked: Path) -> None:
     for path in worked.glob("math-*-sft-lr0.0012-*.json"):
         content = json.loads(path.read_text())
         del content["generation"]
         path.write_text(json.dumps(content))
-    text = written(cfg, worked, tmp_path)
+    text = written(cfg, worked)
     assert "Worked problems: not run yet." in text
     assert "exact match" in text
 
 
-def test_a_comparison_that_experiments_share_is_said_once(
-    cfg: Any, results: Path, tmp_path: Path
-) -> None:
-    text = written(cfg, results, tmp_path)
+def test_a_comparison_that_experiments_share_is_said_once(cfg: Any, results: Path) -> None:
+    text = written(cfg, results)
     said = text[text.index("## What helped") : text.index("## Recommended")]
     assert said.count("(2 seeds)") == 3  # of the three objectives with two seeds
     assert said.count("(1 seed)") == 2  # though more experiments have them
 
 
-def test_every_result_file_is_counted_once(cfg: Any, results: Path, tmp_path: Path) -> None:
+def test_every_result_file_is_counted_once(cfg: Any, results: Path) -> None:
     """Also those of no table: SFT's rate above the best, and the one written here."""
     write_result(results, Run(support="topk", lr=3e-4), 3.5)
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     files = len(list(results.glob("*.json")))
     assert f" experiments are finished, {files} runs." in text
     took = text[text.index("## Compute") :]
@@ -349,7 +336,7 @@ def test_every_result_file_is_counted_once(cfg: Any, results: Path, tmp_path: Pa
 
 
 def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
-    cfg: Any, results: Path, tmp_path: Path
+    cfg: Any, results: Path
 ) -> None:
     usual = read_choices(cfg).baseline
     seconds = {"SFT": [2.0, 4.0, 1.0], usual: [2.2, 5.2, 1.2], "K = 4": [2.0, 4.4, 1.0]}
@@ -358,7 +345,7 @@ def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
     few = Run(store="plain-4", lr=cfg.learning_rates[1])
     sizes = [{"store": "s", "tokens": 100, "bytes": 3_400}]
     write_result(results, few, 2.911, store=sizes)
-    text = written(cfg, results, tmp_path)
+    text = written(cfg, results)
     assert f"| {usual} | 416 | 2.20 | 1.20 [1.10, 1.30] | 2.811 |  |" in text
     assert "| K = 4 | 34 | 2.00 | 1.00 [1.00, 1.10] | 2.911 | +0.100 [+0.100, +0.100] |" in text
 
@@ -366,7 +353,9 @@ def test_what_a_choice_costs_is_its_share_of_sfts_step_in_the_same_round(
 @pytest.mark.slow  # it draws every picture
 def test_the_committed_page_is_that_of_the_committed_results(cfg: Any, tmp_path: Path) -> None:
     """Nothing in it was typed by hand, and nothing is older than the results."""
-    text = written(cfg, ROOT / "experiments" / "results", tmp_path)
+    cfg.results = str(ROOT / "experiments" / "results")
+    write(read_study(cfg), tmp_path)
+    text = (tmp_path / "results.md").read_text()
     assert text == (ROOT / "docs" / "results.md").read_text()
 
 
