@@ -26,9 +26,13 @@ def loss_settings(config: KDConfig) -> dict[str, Any]:
 def differing(names: Collection[str], then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Return `names` without those of weights that are only spelt differently."""
     spelt = [name for name in names if name in WEIGHTS]
-    pairs = zip(_weights(then), _weights(now), strict=True) if spelt else ()
-    same = all(math.isclose(*pair, abs_tol=1e-12) for pair in pairs)  # 1 - 0.9 is not 0.1
+    same = bool(spelt) and same_weights(_weights(then), _weights(now))
     return [name for name in names if not (same and name in spelt)]
+
+
+def same_weights(then: tuple[float, float], now: tuple[float, float]) -> bool:
+    """Whether two pairs of weights are equal up to rounding: 1 - 0.9 is not 0.1."""
+    return all(math.isclose(*pair, abs_tol=1e-12) for pair in zip(then, now, strict=True))
 
 
 def _weights(settings: Mapping[str, Any]) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
+from nemo_kd.data.resumed import WEIGHTS, same_weights
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import KDTrainingConfig
 from nemo_kd.spelling import did_you_mean
@@ -98,9 +99,6 @@ MICRO_BATCH = ("model.micro_batch_size", "model.data.train_ds.micro_batch_size")
 DATA_PARALLEL = "data_parallel_size"
 """Data-parallel size, compared as if it were a key of the configuration."""
 
-WEIGHTS = ("alpha", "sft_weight", "kd_weight")
-"""Keys of `model.kd` that express the same weights in different ways."""
-
 FIXED = {
     "model.restore_from_path": "the weights come from the checkpoint",
     "model.peft.*": "the adapters come from the checkpoint",
@@ -136,8 +134,7 @@ def changes(then: Settings, now: Settings, raw: Settings | None = None) -> list[
     old, new = ({**flat, DATA_PARALLEL: _data_parallel_size(flat)} for flat in (old, new))
     keys = sorted(old.keys() | new.keys())
     differ = {key for key in keys if _differ(key, old.get(key), new.get(key))}
-    pairs = zip(_weights(old), _weights(new), strict=True)
-    if all(math.isclose(*pair, abs_tol=1e-12) for pair in pairs):  # 1 - 0.9 is not 0.1
+    if same_weights(_weights(old), _weights(new)):
         differ -= {f"model.kd.{name}" for name in WEIGHTS}
     return [
         Change(key, old.get(key), new.get(key))

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +20,7 @@ SHOWN = 5
 CHECKED = 256
 """Maximum number of rows that are checked before a training."""
 
-KEYS = "|".join(each.name for each in dataclasses.fields(RowConfig))
+KEYS = "|".join(each.name for each in fields(RowConfig))
 
 
 def named(text: str, where: str) -> str:
@@ -66,8 +65,12 @@ class Seen:
     """One of the control tokens in rows' texts."""
 
     def add(self, found: Check) -> None:
-        named = {"control": bool(found.control), "twice": found.twice}
-        self.counts.update(truncated=found.truncated, altered=found.altered, **named)
+        self.counts.update(
+            truncated=found.truncated,
+            altered=found.altered,
+            control=bool(found.control),
+            twice=found.twice,
+        )
         self.example = self.example or found.control
 
     @classmethod

@@ -36,9 +36,8 @@ def teacher_identity(
         "fingerprint": checkpoint_fingerprint(path),
         "precision": precision,
     }
-    if (
-        kind == "mcore" and config.teacher.tokenizer is not None
-    ):  # not one of the checkpoint's files
+    if kind == "mcore" and config.teacher.tokenizer is not None:
+        # Its files are not the checkpoint's.
         directory = Path(str(config.teacher.tokenizer))
         identity["tokenizer"] = tokenizer_files_fingerprint(directory)
     dtype = precision.partition("-")[0]
