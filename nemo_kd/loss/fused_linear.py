@@ -81,13 +81,18 @@ def linear_sft_kd_loss(
     Collectives: two all-reduces a chunk, as `sft_kd_loss`; backward one all-reduce of [N, H], or a
     reduce-scatter; `sequence_parallel` adds an all-gather of hidden.
 
-    Errors: as `sft_kd_loss`, and ValueError if the shapes of hidden and weight do not match.
+    Errors: as `sft_kd_loss`, and ValueError if the shapes of hidden and weight do not match, or for
+    a `logit_softcap` that is not positive.
     """
     refuse_scheduled(config)
     if hidden.shape[-1] != weight.shape[-1]:
         raise ValueError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in their last "
             "dimension: give hidden [*, H] and weight [Vp, H]."
+        )
+    if logit_softcap is not None and not logit_softcap > 0:
+        raise ValueError(
+            f"logit_softcap is {logit_softcap}: expected a positive number, or None for no cap."
         )
     shard = VocabShard.of(len(weight), group, None if config.count_padding else vocab_size)
     lead = list(hidden.shape[:-1])

@@ -76,10 +76,11 @@ def sft_kd_loss(
     Collectives: forward two all-reduces, [N] and [N, K + 2] ([N, K + 3] where T ≠ 1); backward
     none. With no position chosen there is none, the loss is 0 and the gradient too.
 
-    Errors: ValueError for shapes that do not match, a missing teacher (or log-sum-exp) that the
-    configuration needs, a log-sum-exp at another temperature, random draws in a loss that they
-    bias, and a schedule without its step; for CPU tensors also `check_teacher`'s, and labels out of
-    range. On an accelerator these would make the host wait: there the data loader has to check.
+    Errors: ValueError for shapes that do not match, a mask that is not bool, a missing teacher (or
+    log-sum-exp) that the configuration needs, a log-sum-exp at another temperature, random draws in
+    a loss that they bias, and a schedule without its step; for CPU tensors also `check_teacher`'s,
+    labels out of range and positions that do not ascend. On an accelerator these would make the
+    host wait: there the data loader has to check.
     """
     refuse_scheduled(config)
     shard = VocabShard.of(logits.shape[-1], group, None if config.count_padding else vocab_size)
@@ -98,8 +99,8 @@ def chosen_positions(
 ) -> Tensor | None:
     """[N] int64: `positions`, or the mask's True positions in row-major order, or None for all.
 
-    Errors: NemoKDError if labels or mask do not have the logits' leading shape, or if positions
-    and mask are both given.
+    Errors: NemoKDError if labels or mask do not have the logits' leading shape, if the mask is not
+    bool, if positions and mask are both given, and for positions on a CPU that do not ascend.
     """
     for name, tensor in (("labels", labels), ("mask", mask)):
         if tensor is not None and tensor.shape != lead:
@@ -108,9 +109,15 @@ def chosen_positions(
                 "row of the logits, in the same layout."
             )
     if mask is None:
+        if positions is not None and positions.device.type == "cpu":
+            _check_ascending(positions)
         return positions
     if positions is not None:
         raise NemoKDError("positions and mask are both given: give only one of them.")
+    if mask.dtype != torch.bool:
+        raise NemoKDError(
+            f"mask is {mask.dtype}, expected torch.bool: for weights between 0 and 1 give weights."
+        )
     return mask.reshape(-1).nonzero().squeeze(-1)
 
 
@@ -154,6 +161,12 @@ def gather_ids(
     Errors: as `sft_kd_loss`.
     """
     flat = labels.reshape(-1)
+    rows = len(flat if positions is None else positions)
+    if weights is not None and weights.shape != (rows, 2):
+        raise NemoKDError(
+            f"weights have shape {tuple(weights.shape)}, expected {(rows, 2)}: one pair for each "
+            "chosen position."
+        )
     label = (flat if positions is None else flat[positions]).unsqueeze(-1)  # [N, 1]
     if label.device.type == "cpu" and len(label):
         low, high = int(label.min()), int(label.max())
@@ -164,18 +177,13 @@ def gather_ids(
             )
     if teacher is None:
         return label
-    if len(teacher) != len(label):
+    if len(teacher) != rows:
         raise NemoKDError(
-            f"The teacher has {len(teacher)} rows, but {len(label)} positions are chosen: expected "
-            "one row for each of them."
+            f"The teacher has {len(teacher)} rows, but {rows} positions are chosen: expected one "
+            "row for each of them."
         )
     if weights is None and config.support == "topk" and config.weights[1]:
         _warn_of_one_id(teacher)
-    if weights is not None and weights.shape != (len(label), 2):
-        raise NemoKDError(
-            f"weights have shape {tuple(weights.shape)}, expected {(len(label), 2)}: one pair for "
-            "each chosen position."
-        )
     if teacher.ids.device.type == "cpu":
         check_teacher(teacher, vocab_size, may_be_absent=weights is not None)
     return torch.cat([label, teacher.ids], -1)
@@ -186,6 +194,17 @@ def scatter_back(values: Tensor, positions: Tensor | None, shape: torch.Size) ->
     if positions is None:
         return values.view(shape)
     return values.new_zeros(shape.numel()).index_put((positions,), values).view(shape)
+
+
+def _check_ascending(positions: Tensor) -> None:
+    """Raise NemoKDError for a repeated position, whose gradient would be undefined."""
+    wrong = positions[1:] <= positions[:-1]
+    if bool(wrong.any()):
+        first = int(wrong.nonzero()[0])
+        raise NemoKDError(
+            f"positions have {int(positions[first + 1])} after {int(positions[first])}: expected "
+            "each once, in ascending order."
+        )
 
 
 def _warn_of_one_id(teacher: TopK) -> None:

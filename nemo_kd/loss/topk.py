@@ -26,6 +26,8 @@ from nemo_kd.topk import ABSENT_ID, TopK
 
 BLOCK = 32
 """Number of columns in a block of the first selection; 32 and 64 are fastest for K = 100."""
+MAX_EXCESS = 0.01
+"""How far above 1 a row's probabilities may add up: more than the rounding of stored values."""
 _LOW = 0xFFFFFFFF
 
 
@@ -73,8 +75,8 @@ def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -
     """Refuse invalid teacher rows; meant for the data loader, on the CPU.
 
     Errors: NemoKDError that names the first row with an id outside [0, vocab_size), an id twice,
-    no id at all (unless a token's teacher `may_be_absent`), an absent id with a logit, or a logit
-    or log-sum-exp that is NaN.
+    no id at all (unless a token's teacher `may_be_absent`), an absent id with a logit, a logit or
+    log-sum-exp that is NaN, or probabilities that add up to more than 1 (by `MAX_EXCESS`).
     """
     ids, logits, logsumexp = teacher.ids, teacher.logits, teacher.logsumexp
     if ids.shape[1] > vocab_size:
@@ -88,13 +90,18 @@ def check_teacher(teacher: TopK, vocab_size: int, may_be_absent: bool = False) -
         if not may_be_absent:
             outside |= (ordered[:, -1:] < 0).any(-1)
     repeated = again.any(-1)
-    nan = logits.isnan().any(-1)
+    nan, excess = logits.isnan().any(-1), torch.zeros_like(outside)
     if logsumexp is not None:
-        nan = nan | logsumexp.unsqueeze(-1).flatten(1).isnan().any(-1)
+        columns = logsumexp.unsqueeze(-1).flatten(1)  # [N, T]
+        nan = nan | columns.isnan().any(-1)
+        for column, temperature in zip(columns.unbind(-1), teacher.temperatures, strict=True):
+            mass = (logits / temperature - column.unsqueeze(-1)).exp_().sum(-1)
+            excess |= mass > 1 + MAX_EXCESS
     for bad, what in (
         (outside, f"an id outside [0, {vocab_size})"),
         (repeated, "the same id twice"),
         (nan, "a logit or log-sum-exp that is NaN"),
+        (excess, "probabilities exp(logit / T - logsumexp) that add up to more than 1"),
     ):
         if bad.any():
             row = int(bad.nonzero()[0])

@@ -81,6 +81,7 @@ def bias_and_error(config: KDConfig) -> tuple[float, float]:
     expected = gradient(student, everything, config)
     # Measured past the refusals of draws and of another temperature.
     drawn = replace(draws(teacher), draws=False, temperatures=(temperature,))
+    drawn = replace(drawn, logsumexp=torch.logsumexp(drawn.logits / temperature, -1))
     found = gradient(repeated(student, DRAWS), drawn, config).view(DRAWS, N, V + 1)
     error = (found.var(0) / DRAWS).sum().sqrt()
     bias, size = (found.mean(0) - expected).norm(), expected.norm()

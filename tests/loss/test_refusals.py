@@ -56,8 +56,20 @@ def absent(ids: torch.Tensor) -> TopK:
         ({"teacher": rows(N, ids=torch.full((N, 4), -1))}, "row 0 has an id outside"),
         ({"teacher": absent(torch.tensor(-1))}, "an id outside"),
         ({"teacher": absent(torch.arange(-2, 2))}, "an id outside"),
+        (
+            {"teacher": rows(N, logsumexp=torch.zeros(N) - 9)},
+            "row 0 has probabilities .* more than 1",
+        ),
         ({"teacher": rows(N, logsumexp=None)}, "log-sum-exp at temperature 1, and"),
         ({"mask": torch.ones(N) > 0, "positions": torch.arange(N)}, "both given"),
+        ({"mask": torch.full((N,), 0.5)}, "mask is torch.float32, expected torch.bool"),
+        ({"positions": torch.tensor([0, 2, 2])}, "have 2 after 2: expected each once"),
+        ({"positions": torch.tensor([2, 0, 1])}, "have 0 after 2"),
+        ({"weights": torch.ones(N, 3)}, r"weights have shape \(3, 3\), expected \(3, 2\)"),
+        (
+            {"weights": torch.ones(1, 2), "teacher": None, "config": KDConfig(alpha=0)},
+            r"weights have shape \(1, 2\), expected \(3, 2\)",
+        ),
         ({"vocab_size": V + 1}, "vocab_size is 13, but the logits have 12 columns"),
         ({"vocab_size": 0}, "vocab_size is 0"),
     ],
@@ -65,6 +77,25 @@ def absent(ids: torch.Tensor) -> TopK:
 def test_the_loss_refuses(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_a_mass_above_one_is_refused_at_each_temperature(temperature: float) -> None:
+    teacher = vocab_parallel_topk(torch.randn(N, V), V, temperatures=(1.0, 2.0))
+    call(teacher=teacher, config=KDConfig(temperature=temperature))
+    low = teacher.logsumexp.clone()
+    low[1, teacher.temperatures.index(temperature)] -= 0.02
+    with pytest.raises(NemoKDError, match="row 1 has probabilities"):
+        call(teacher=replace(teacher, logsumexp=low), config=KDConfig(temperature=temperature))
+
+
+@pytest.mark.parametrize("softcap", [0.0, -5.0, float("nan")])
+def test_a_softcap_that_is_none_is_refused(softcap: float) -> None:
+    z = torch.randn(N, V)
+    with pytest.raises(ValueError, match="expected a positive number, or None"):
+        linear_sft_kd_loss(
+            z, torch.eye(V), torch.arange(N), rows(N), KDConfig(), logit_softcap=softcap
+        )
 
 
 @pytest.mark.parametrize(
