@@ -99,7 +99,11 @@ def main() -> None:
     args = parser().parse_args()
     cpu.install()
     from nemo_kd.bridge import finetune
+    from nemo_kd.bridge.export import check_export
     from nemo_kd.loss import KDSchedule
+
+    if args.export:
+        check_export(args.export, [args.student, *args.store, checkpoints(args)])
 
     kd = KDSchedule(
         alpha=args.alpha,
@@ -119,17 +123,22 @@ def export(args: argparse.Namespace, peft: Any) -> None:
     from megatron.bridge.utils.common_utils import get_rank_safe
 
     from nemo_kd.bridge import export_merged
+    from nemo_kd.bridge.export import new_export
 
     if get_rank_safe() != 0:
         return
-    checkpoints = str(Path(args.output, "checkpoints"))
     if peft is not None:
-        export_merged(args.student, checkpoints, args.export, peft)
+        export_merged(args.student, checkpoints(args), args.export, peft)
         return
     bridge = AutoBridge.from_hf_pretrained(
         args.student, local_files_only=True, trust_remote_code=False
     )
-    bridge.export_ckpt(checkpoints, args.export)
+    with new_export(args.export, args.student, checkpoints(args)) as new:
+        bridge.export_ckpt(checkpoints(args), str(new))
+
+
+def checkpoints(args: argparse.Namespace) -> str:
+    return str(Path(args.output, "checkpoints"))
 
 
 if __name__ == "__main__":

@@ -63,11 +63,11 @@ def training(args: argparse.Namespace) -> TrainingArguments:
     )
 
 
-def adapted(model: Any, rank: int, base: Path) -> Any:
-    """Return the model with adapters that name the directory of its weights: its own, or `base`."""
+def adapted(model: Any, rank: int, weights: Path) -> Any:
+    """Return the model with adapters that name the directory of its weights."""
     from peft import LoraConfig, get_peft_model
 
-    model.name_or_path = model.name_or_path or str(base.absolute())
+    model.name_or_path = str(weights.absolute())  # that of a pruned model is the whole one's
     lora = LoraConfig(r=rank, target_modules="all-linear", task_type="CAUSAL_LM")
     return get_peft_model(model, lora)
 
@@ -75,7 +75,9 @@ def adapted(model: Any, rank: int, base: Path) -> Any:
 def trained(args: argparse.Namespace) -> StoreTrainer:
     model, tokenizer = load_student(args.student, args.keep_layers)
     if args.lora:
-        model = adapted(model, args.lora, Path(args.output, BASE))
+        is_saved = Path(args.student).is_dir() and args.keep_layers is None
+        weights = Path(args.student) if is_saved else Path(args.output, BASE)
+        model = adapted(model, args.lora, weights)
     config = KDConfig(alpha=args.alpha, temperature=args.temperature, support=args.support)
     data = StoreDataset(args.store, config, max_seq_length=args.max_seq_length, tokenizer=tokenizer)
     tokenizer.chat_template = data.chat_template or tokenizer.chat_template

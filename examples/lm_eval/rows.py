@@ -1,7 +1,8 @@
 """Rows of an SFT file as documents of lm-evaluation-harness, which imports this file by its path.
 
-A row is one JSON object per line with the texts `input` and `output`; the other keys are ignored.
-The file is named on the command line, `--metadata sft_file=heldout.jsonl`.
+A row is one JSON object per line with the texts `input` and `output`. Keys that would change the
+prompt, such as `system`, are refused, as in a dump; others, such as `id`, are ignored. The file is
+named on the command line, `--metadata sft_file=heldout.jsonl`.
 """
 
 from __future__ import annotations
@@ -13,15 +14,22 @@ from typing import Any
 
 from datasets import Dataset
 
+from nemo_kd.sft.fields import refuse_unread
+
 CHOICES = 4
 
 
 def rows(sft_file: str = "", **_: Any) -> dict[str, Dataset]:
     """Return the rows as the split `test`; `_` is what the harness passes of its own.
 
-    Errors: ValueError without a file, and for a row without the two texts.
+    `outputs` has the output as the only choice: the harness writes a space before a choice, but
+    none after the header of a chat template.
+
+    Errors: ValueError without a file, for a row without the two texts, and for a key that would
+    change the prompt.
     """
-    return {"test": Dataset.from_list(_read(sft_file))}
+    read = [{**row, "outputs": [row["output"]]} for row in _read(sft_file)]
+    return {"test": Dataset.from_list(read)}
 
 
 def rows_with_choices(sft_file: str = "", **_: Any) -> dict[str, Dataset]:
@@ -58,8 +66,13 @@ def _read(sft_file: str) -> list[dict[str, str]]:
 
 
 def _row(line: str, where: str) -> dict[str, str]:
-    match json.loads(line):
+    row = json.loads(line)
+    match row:
         case {"input": str(prompt), "output": str(output)} if prompt and output:
+            try:
+                refuse_unread(row, ("input", "output"), "the task")
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from error
             return {"input": prompt, "output": output}
     raise ValueError(f"{where}: expected an object with the texts input and output")
 

@@ -199,6 +199,7 @@ def run(args: argparse.Namespace) -> None:
     model, tokenizer = load_student(args.student)
     config = KDConfig(alpha=args.alpha)
     data = StoreDataset(args.store, config, tokenizer=tokenizer)
+    tokenizer.chat_template = data.chat_template or tokenizer.chat_template
     collate = StoreCollator(data)
     heldout = DataLoader(
         StoreDataset(args.heldout, config, tokenizer=tokenizer),

@@ -17,6 +17,7 @@ from megatron.bridge.training.model_load_save import (
 )
 from megatron.core import dist_checkpointing
 
+from nemo_kd.bridge.export import check_export, new_export
 from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import read_json
@@ -98,8 +99,10 @@ def export_merged(
     `LoRA(dim=16)`. `base`: `checkpoint.pretrained_checkpoint`, if it was set. One process, after
     the training.
 
-    Errors: NemoKDError if the training recorded other adapters than `peft`.
+    Errors: NemoKDError if the training recorded other adapters than `peft`, and if `output` is an
+    input or has files that no export wrote.
     """
+    check_export(output, [student, checkpoints])
     file = Path(checkpoints, FILE)
     trained = read_json(file).get("peft") if file.is_file() else None
     if trained not in (None, described(peft)):
@@ -111,7 +114,10 @@ def export_merged(
         str(student), local_files_only=True, trust_remote_code=False
     )
     last = str(Path(checkpoints, f"iter_{int(Path(checkpoints, LATEST).read_text()):07d}"))
-    with temporary_distributed_context(backend="gloo"):
+    with (
+        temporary_distributed_context(backend="gloo"),
+        new_export(output, student, checkpoints) as new,
+    ):
         model: Any = bridge.load_megatron_model(base or Path(checkpoints, BASE))
         model = peft(model, training=False)
         metadata = dist_checkpointing.load_content_metadata(last)
@@ -119,4 +125,4 @@ def export_merged(
         own = {name: part for name, part in parts.items() if peft.adapter_key_filter(name)}
         stored = dist_checkpointing.load({"model": own}, last)
         model[0].load_state_dict(stored["model"], strict=False)
-        bridge.save_hf_pretrained(model, str(output))
+        bridge.save_hf_pretrained(model, str(new))

@@ -13,7 +13,9 @@ from torch import Tensor
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.collator import TEACHER, StoreCollator, mean
 from nemo_kd.hf.dataset import check_tokenizer, datasets_in
+from nemo_kd.hf.generation import generation_fault
 from nemo_kd.hf.positions import learned_positions
+from nemo_kd.hf.rope import LengthDependentRope
 from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.loss.schedule import evaluation_config, training_config
 
@@ -43,9 +45,11 @@ class StoreLossMixin:
     `Trainer` does not change on a resume, in `nemo_kd.json`.
 
     Errors: NemoKDError on construction for another collator, for arguments that the loss cannot
-    follow, for data sets with another loss than the collator's and for samples longer than the
-    positions of a model that learns them; in the first step of several processes after an
-    evaluation; on resuming a checkpoint of another loss, other stores or other such arguments.
+    follow, for data sets with another loss than the collator's, for samples longer than the
+    positions of a model that learns them, for padding that changes a model's rotary frequencies and
+    for a generation configuration that could not be saved; in the first step of several processes
+    after an evaluation; on starting among the checkpoints of another training; on resuming a
+    checkpoint of another loss, other stores, such arguments or adapters, or of weights alone.
     StoreError on construction if `processing_class` is another tokenizer than the one the stores
     record.
     """
@@ -55,21 +59,40 @@ class StoreLossMixin:
         self.model_accepts_loss_kwargs = True  # so that Trainer counts labels and does not divide
         self.label_names: list[str] = ["labels"]  # with adapters, Trainer does not find them
         self._sums = {"train": _Sums(), "eval": _Sums()}
+        self._keeper: Any = None  # of the settings, while it trains
         _check(self)
         _check_data(self)
 
     def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
-        """Train, or resume a checkpoint of the same settings; as `Trainer.train`."""
-        from nemo_kd.hf.resume import SettingsKeeper, check_resumed, settings_of
+        """Train, or resume a checkpoint of the same settings; as `Trainer.train`.
+
+        Of a training whose steps are all done, the checkpoint is loaded, and nothing is trained.
+        """
+        from nemo_kd.hf.resume import SettingsKeeper, check_resumed, check_start, settings_of
 
         trainer: Any = self
         parent: Any = super()
-        settings = settings_of(trainer.data_collator, trainer.train_dataset, trainer.args)
+        settings = settings_of(
+            trainer.data_collator, trainer.train_dataset, trainer.args, trainer.model
+        )
         resumed = kwargs.get("model_path", resume_from_checkpoint)  # its name of earlier versions
         checkpoint = check_resumed(resumed, trainer.args.output_dir, settings)
+        if checkpoint is None:
+            check_start(trainer.args)
+        self._keeper = SettingsKeeper(settings, checkpoint)
         trainer.remove_callback(SettingsKeeper)
-        trainer.add_callback(SettingsKeeper(settings, checkpoint))
+        trainer.add_callback(self._keeper)
         return parent.train(resume_from_checkpoint, *args, **kwargs)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the batches of a step, none after the last one; Trainer calls it.
+
+        Trainer itself looks at the number of steps only after one.
+        """
+        parent: Any = super()
+        if self._keeper is not None and self._keeper.is_complete:
+            return [], None
+        return parent.get_batch_samples(*args, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Return the batches of an evaluation, of a data set with the same loss; Trainer calls it.
@@ -183,6 +206,11 @@ def _check(trainer: Any) -> None:
             "model.config.output_router_logits=True: the experts' balance loss would not be added; "
             "set it to False"
         )
+    if fault := generation_fault(trainer.model):
+        raise NemoKDError(
+            f"model.generation_config could not be saved at the end: {fault}; correct it, or set "
+            "model.generation_config.do_sample=True if answers are to be sampled"
+        )
     if args.world_size > 1 and not args.average_tokens_across_devices:
         warnings.warn(
             "average_tokens_across_devices=False: each process divides by its own answer tokens, "
@@ -250,6 +278,7 @@ def _settings(config: KDConfig) -> dict[str, Any]:
 def _check_positions(trainer: Any, longest: int) -> None:
     """Raise NemoKDError for batches with more positions than the model has embeddings for."""
     positions, pad_to = learned_positions(trainer.model), trainer.data_collator.pad_to
+    _check_rope(LengthDependentRope(trainer.model).limit, longest, pad_to)
     if positions is None:
         return
     if longest > positions:
@@ -261,6 +290,24 @@ def _check_positions(trainer: Any, longest: int) -> None:
         raise NemoKDError(
             f"pad_to={pad_to}, but the model has only {positions} positions: give StoreCollator "
             f"pad_to={positions} or less"
+        )
+
+
+def _check_rope(limit: int | None, longest: int, pad_to: int | None) -> None:
+    """Check batches of a model whose rotary frequencies are others above `limit` positions."""
+    if limit is None:
+        return
+    if longest > limit:
+        warnings.warn(
+            f"the longest sample has {longest} tokens, and above {limit} the model has other "
+            "rotary frequencies, for all samples of a batch: a shorter sample's loss depends on "
+            "those beside it. Give StoreDataset a lower max_seq_length, or set a batch size of 1",
+            stacklevel=5,
+        )
+    elif pad_to is not None and pad_to > limit:
+        raise NemoKDError(
+            f"pad_to={pad_to}, but above {limit} positions the model has other rotary frequencies, "
+            f"which no sample needs: give StoreCollator pad_to={limit} or less"
         )
 
 

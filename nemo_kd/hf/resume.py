@@ -1,9 +1,9 @@
-"""Refuse to resume a checkpoint of transformers' `Trainer` with other stores or another loss.
+"""Refuse to resume a checkpoint of transformers' `Trainer` as another training, or to mix two.
 
 `Trainer` restores the number of steps, not what was learned in them: that is kept in a file in each
 of its checkpoints. It also restores the optimizer with its learning rate, whatever the arguments
 say, and skips as many batches as were trained, whatever was in them: arguments that it would not
-follow are kept and compared too.
+follow are kept and compared too. Of adapters, it restores neither their settings nor their base.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
@@ -23,6 +24,7 @@ from nemo_kd.data.resumed import (
     refuse_changed,
     steps_changed,
 )
+from nemo_kd.errors import NemoKDError
 from nemo_kd.files import canonical_json, decode_json, publish, read_json, sha256_of_json
 from nemo_kd.hf.collator import StoreCollator
 from nemo_kd.hf.dataset import datasets_in
@@ -40,19 +42,36 @@ ARGUMENTS = {
     **dict.fromkeys(("samples_per_step", "dataloader_drop_last", "seed", "data_seed"), ROWS),
 }
 """Arguments of `Trainer` that a resumed training cannot change → why."""
+OPTIMIZER_FILES = ("optimizer*", "scheduler.pt", "global_step*")
+"""What a checkpoint has beside weights, if anything: the last is DeepSpeed's."""
+OF_THE_FILE = (
+    *("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version"),
+    *("runtime_config", "peft_type"),
+)
+"""Settings of adapters that do not change what they compute."""
+ADAPTERS = "adapters"
+BASE = "base of the adapters"
+PROBES = 64
+"""Values of each frozen tensor that are compared."""
 
 
 class SettingsKeeper(TrainerCallback):
     """Write the settings of a training into each checkpoint that `Trainer` saves.
 
     `resumed`: the checkpoint that it starts from, whose number of steps is compared.
+    `is_complete`: whether all steps were done when the training began.
     """
 
     def __init__(self, settings: dict[str, Any], resumed: Path | None = None) -> None:
         self.settings, self.resumed = settings, resumed
+        self.is_complete = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         """Say what another number of steps does; `Trainer` knows it from here on."""
+        self.is_complete = bool(self.resumed) and state.global_step >= state.max_steps
+        if self.is_complete:
+            done = f"{state.global_step} of {state.max_steps} steps"
+            say_once([f"nothing to train: {self.resumed} has {done}"])
         file = self.resumed and self.resumed / TRAINER_STATE_NAME
         then = read_json(file).get("max_steps") if file and file.is_file() else None
         if self.resumed and then not in (None, state.max_steps):
@@ -68,8 +87,11 @@ class SettingsKeeper(TrainerCallback):
             publish(checkpoint / FILE, canonical_json(self.settings))
 
 
-def settings_of(collator: StoreCollator, data: Any, args: Any) -> dict[str, Any]:
-    """Return what a resumed training compares: loss, stores, samples' extent, `ARGUMENTS`."""
+def settings_of(collator: StoreCollator, data: Any, args: Any, model: Any) -> dict[str, Any]:
+    """Return what a resumed training compares: loss, stores, samples' extent, `ARGUMENTS`.
+
+    Of a model with adapters also their settings and values of the weights beneath them.
+    """
     loss = loss_settings(collator.config)
     if (loss["sft_weight"], loss["kd_weight"]) == (None, None):
         loss["alpha"] = collator.config.weights[1]
@@ -82,6 +104,7 @@ def settings_of(collator: StoreCollator, data: Any, args: Any) -> dict[str, Any]
         "longest_sample": max((one.longest for one in known), default=None),
         "subset": None if chosen is None else sha256_of_json([int(index) for index in chosen]),
         **_arguments(args),
+        **_adapters(model),
     }
     found: dict[str, Any] = decode_json(canonical_json(settings))
     return found
@@ -99,24 +122,74 @@ def _arguments(args: Any) -> dict[str, Any]:
     }
 
 
+def _adapters(model: Any) -> dict[str, Any]:
+    """Return the settings of peft's adapters, by name, and a hash of their base; {} without any.
+
+    Of each frozen tensor, `PROBES` values are hashed, rounded to bf16: that tells two models apart
+    at no cost, and not two dtypes of one.
+    """
+    configs = getattr(model, "peft_config", None)
+    if not isinstance(configs, dict):
+        return {}
+    found = {
+        f"{ADAPTERS}.{name}.{key}": sorted(value) if isinstance(value, set) else value
+        for name, config in configs.items()
+        for key, value in config.to_dict().items()
+        if key not in OF_THE_FILE
+    }
+    probes = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or not parameter.numel() or parameter.is_meta:
+            continue  # empty: DeepSpeed has cut it over the processes
+        flat = parameter.detach().reshape(-1)
+        chosen = torch.arange(PROBES, device=flat.device) * (len(flat) - 1) // (PROBES - 1)
+        values = flat[chosen].to("cpu", torch.bfloat16)
+        probes[name] = values.float().tolist()
+    return {**found, **({BASE: sha256_of_json(probes)} if probes else {})}
+
+
+def check_start(args: Any) -> None:
+    """Raise NemoKDError if a training from the start would save among another one's checkpoints.
+
+    `Trainer` deletes the checkpoints with the lowest numbers, whosever they are, and resumes the
+    one with the highest.
+    """
+    saves = getattr(args.save_strategy, "value", args.save_strategy) != "no"
+    last = (
+        get_last_checkpoint(args.output_dir) if saves and Path(args.output_dir).is_dir() else None
+    )
+    if last is not None:
+        raise NemoKDError(
+            f"{last} is of an earlier training, with whose checkpoints this one's would be mixed: "
+            "resume it with train(resume_from_checkpoint=True), or train into another output_dir"
+        )
+
+
 def check_resumed(checkpoint: Any, output_dir: str, settings: dict[str, Any]) -> Path | None:
     """Compare with the settings of a checkpoint, and return its path; None without one.
 
     Those without the file are resumed with a line, as are settings that an earlier version did not
     keep. `checkpoint`: as `Trainer.train` takes it, a path or True for the last in `output_dir`.
 
-    Errors: NemoKDError, naming each difference.
+    Errors: NemoKDError, naming each difference, and for a checkpoint of the weights alone.
     """
     path = get_last_checkpoint(output_dir) if checkpoint is True else checkpoint
     if not path:
         return None
+    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in OPTIMIZER_FILES):
+        raise NemoKDError(
+            f"{path} has no optimizer and no schedule (save_only_model=True), so that both would "
+            f"begin anew at its step: {JUMPS}. Resume a checkpoint that has them, or train its "
+            "weights as a new model into another output_dir"
+        )
     file = Path(path, FILE)
     if not file.is_file():
         missing = FILE_IS_MISSING.format(path, FILE)
         say_once([f"{missing}; Trainer keeps its learning rate, weight decay and batch size"])
         return Path(path)
     then = read_json(file)
-    if absent := [name for name in ARGUMENTS if name not in then]:
+    compared = [*ARGUMENTS, *(name for name in settings if name.startswith((ADAPTERS, BASE)))]
+    if absent := [name for name in compared if name not in then]:
         say_once([f"{file} has no {', '.join(absent)}, so they were not compared"])
     names = [name for name, value in settings.items() if then.get(name) != value]
     changed = differing([name for name in names if name not in absent], then, settings)

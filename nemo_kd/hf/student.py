@@ -17,6 +17,7 @@ from nemo_kd.checkpoints import open_checkpoint, parse_layers
 from nemo_kd.checkpoints.huggingface import to_transformers
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import read_json
+from nemo_kd.hf.generation import make_savable
 from nemo_kd.hf.loading import from_directory
 from nemo_kd.lock import LOCK, DirectoryLock
 from nemo_kd.sft.tokenizer import load_tokenizer
@@ -36,7 +37,9 @@ def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreT
     """
     path = Path(path)
     if path.is_dir() and keep_layers is None:
-        return from_directory(path, torch.float32), load_tokenizer(path)
+        model = from_directory(path, torch.float32)
+        make_savable(model)
+        return model, load_tokenizer(path)
     checkpoint = open_checkpoint(path)
     model = to_transformers(checkpoint, parse_layers(keep_layers, checkpoint.model.num_layers))
     with tempfile.TemporaryDirectory() as directory:
@@ -48,6 +51,7 @@ def load_student(path: str | Path, keep_layers: str | None = None) -> tuple[PreT
     whole = path / GENERATION_CONFIG_NAME
     if whole.is_file():  # such as several ends of an answer
         model.generation_config = GenerationConfig.from_dict(read_json(whole))
+    make_savable(model)
     return model, tokenizer
 
 

@@ -88,7 +88,9 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
         from nemo_kd.checkpoints.huggingface import to_transformers
 
         checkpoint, tokenizer_path = open_checkpoint(path), None
-        model = to_transformers(checkpoint).to(dtype)
+        model = to_transformers(checkpoint)
+        for parameter in model.parameters():  # not rotary frequencies, as of a directory
+            parameter.data = parameter.data.to(dtype)
         with tempfile.TemporaryDirectory() as directory:
             checkpoint.save_tokenizer(directory)
             tokenizer = HFTokenizer(directory)

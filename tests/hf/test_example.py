@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from transformers import get_scheduler
 
+from nemo_kd.hf.student import load_student
 from nemo_kd.lock import LOCK, DirectoryLock
 from nemo_kd.sft.tokenizer import HFTokenizer, tokenizer_fingerprint
 from tests.bare import extra, run_bare
@@ -173,15 +175,35 @@ def test_one_job_at_a_time_writes_an_output(students: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("pruned", [True, False])
+def test_a_student_with_sampling_settings_is_saved(
+    students: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], pruned: bool
+) -> None:
+    """Older chat models have them without `do_sample`, which `save_pretrained` refuses."""
+    shutil.copytree(students / "llama", tmp_path / "chat")
+    settings = {"bos_token_id": 0, "eos_token_id": 1, "temperature": 0.9, "top_p": 0.6}
+    (tmp_path / "chat/generation_config.json").write_text(json.dumps(settings))
+    model, _ = load_student(tmp_path / "chat", "0,3" if pruned else None)
+    assert "settings of sampling without do_sample" in capsys.readouterr().err
+    model.save_pretrained(tmp_path / "saved")
+    saved = json.loads((tmp_path / "saved/generation_config.json").read_text())
+    assert settings.items() <= saved.items() and saved["do_sample"]
+
+
+@pytest.mark.parametrize("pruned", [True, False])
 def test_saved_adapters_have_the_trained_students_logits(
-    students: Path, tmp_path: Path, pruned: bool
+    students: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pruned: bool
 ) -> None:
     """On the student that they name: the pruned one lies beside them."""
     from peft import AutoPeftModelForCausalLM
 
     example = runpy.run_path(str(ROOT / EXAMPLE))
     layers = [f"--keep-layers=@{students}/layers.json"] if pruned else []
-    given = [f"{students}/llama", *layers, f"--store={students}/store", f"--output={tmp_path}/out"]
+    shutil.copytree(students / "llama", tmp_path / "named")
+    config = json.loads((tmp_path / "named/config.json").read_text())
+    elsewhere = {**config, "_name_or_path": "organisation/model"}  # as transformers 4 writes it
+    (tmp_path / "named/config.json").write_text(json.dumps(elsewhere))
+    monkeypatch.chdir(tmp_path)
+    given = ["named", *layers, f"--store={students}/store", f"--output={tmp_path}/out"]
     options = ["--steps=3", "--lora=2", "--lr=0.1"]
     trainer = example["trained"](example["parser"]().parse_args([*given, *options]))
     ids = torch.arange(20)[None]
@@ -193,6 +215,9 @@ def test_saved_adapters_have_the_trained_students_logits(
         saved = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "out")
         assert torch.allclose(saved(ids).logits, wanted, atol=1e-5)
     assert (tmp_path / "out/base").exists() == pruned
+    named = json.loads((tmp_path / "out/adapter_config.json").read_text())
+    base = tmp_path / "out/base" if pruned else tmp_path / "named"
+    assert named["base_model_name_or_path"] == str(base)
     assert saved.config.num_hidden_layers == (2 if pruned else 4)
 
 

@@ -65,6 +65,10 @@ def test_the_choices_are_the_answer_and_three_others_in_the_same_order_always(
         ([{"messages": []}], "a.jsonl:1: expected an object with the texts input and output"),
         ([{"input": "a", "output": "b"}, 3], "a.jsonl:2: expected an object"),
         ([{"input": "a", "output": ""}], "a.jsonl:1: expected an object"),
+        (
+            [{"input": "a", "output": "b", "system": "c"}],
+            "a.jsonl:1: system is 'c', which the task",
+        ),
         ([{"input": "a", "output": "b"}] * 8, "at least 4 different outputs, found 1"),
         ([], "has no rows"),
     ],
@@ -80,7 +84,7 @@ def test_without_a_file_the_option_is_named() -> None:
         ROWS.rows(version=1.0)
 
 
-def evaluate(model: Path, rows: Path, output: Path) -> dict[str, dict[str, Any]]:
+def evaluate(model: Path, rows: Path, output: Path, *more: str) -> dict[str, dict[str, Any]]:
     """Run the page's command; return the results, by task."""
     home = output / "home"
     options = [
@@ -88,6 +92,7 @@ def evaluate(model: Path, rows: Path, output: Path) -> dict[str, dict[str, Any]]
         *("--tasks", "sft_loss,sft_choice,sft_generate", "--include_path", str(TASKS)),
         *("--metadata", f"sft_file={rows}", "--gen_kwargs", f"max_gen_toks={TOKENS}"),
         *("--batch_size", "4", "--output_path", str(output), "--log_samples"),
+        *more,
     ]
     done = subprocess.run(
         [sys.executable, "-m", "lm_eval", "run", *options],
@@ -142,6 +147,20 @@ def test_before_and_after_training_its_figures_are_those_of_transformers(tmp_pat
     assert after["sft_loss"]["bits_per_byte,none"] < 0.5 * before["sft_loss"]["bits_per_byte,none"]
     assert after["sft_choice"]["acc,none"] > max(0.9, before["sft_choice"]["acc,none"])
     assert after["sft_generate"]["chrf,none"] > before["sft_generate"]["chrf,none"] + 10
+
+
+@pytest.mark.slow  # half a minute
+def test_after_a_chat_template_no_space_is_scored(tmp_path: Path) -> None:
+    directory = models.save(models.llama("tied_grouped"), tmp_path / "model")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = "{% for m in messages %}|{{ m['content'] }}|{% endfor %}A:"
+    tokenizer.save_pretrained(directory)
+    file = write(tmp_path / "heldout.jsonl", pairs())
+    evaluate(directory, file, tmp_path / "results", "--apply_chat_template")
+    loaded = AutoModelForCausalLM.from_pretrained(directory).eval()
+    for sample, row in zip(samples(tmp_path / "results", "sft_loss"), pairs(), strict=True):
+        right = loglikelihood(loaded, tokenizer, f"|{row['input']}|A:", row["output"])
+        assert float(sample["filtered_resps"][0][0]) == pytest.approx(right, abs=1e-3)
 
 
 def overfit(model: Any, rows: list[dict[str, str]]) -> None:

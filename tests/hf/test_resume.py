@@ -7,9 +7,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
@@ -36,6 +38,7 @@ def trainer_of(
     *,
     subset: Sequence[int] | None = None,
     args: Mapping[str, Any] | None = None,
+    model: Any = None,
     **more: Any,
 ) -> StoreTrainer:
     """Of 4 steps, and a checkpoint after each second one."""
@@ -43,7 +46,7 @@ def trainer_of(
     often: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     often |= args or {}
     return StoreTrainer(
-        model=student(),
+        model=model or student(),
         args=transformers.TrainingArguments(**steps.arguments(run, **often)),
         data_collator=StoreCollator(data),
         train_dataset=data if subset is None else torch.utils.data.Subset(data, subset),
@@ -120,14 +123,59 @@ def test_a_checkpoint_without_the_file_is_resumed_with_a_line(
     assert capsys.readouterr().err.count(line) == 1
 
 
-def test_a_checkpoint_has_the_settings_of_its_own_training(run: Path, store: Path) -> None:
-    """A training from the start may write over the checkpoints of another one."""
-    trainer = trainer_of(run, store, KDConfig(alpha=0.5))
+def test_a_start_among_the_checkpoints_of_a_training_is_refused(run: Path, store: Path) -> None:
+    """Trainer would delete the new ones first, and resume the old ones."""
+    trainer = trainer_of(run, store, KDConfig())
+    with pytest.raises(NemoKDError, match="checkpoint-4 is of an earlier training"):
+        trainer.train()
+    trainer = trainer_of(run, store, KDConfig(), args={"save_strategy": "no"})
     trainer.train()
-    trainer.train()
-    resume(run, store, KDConfig(alpha=0.5))
-    with pytest.raises(NemoKDError, match=r"alpha: 0.5 in the checkpoint, 0.9 now"):
-        resume(run, store, KDConfig())
+    assert trainer.state.global_step == 4
+
+
+def test_a_complete_training_is_loaded_and_not_trained(
+    run: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained = load_file(run / "checkpoint-4/model.safetensors")
+    for more in ({}, {"max_steps": -1, "num_train_epochs": 4}, {"max_steps": 3}):
+        trainer = trainer_of(run, store, KDConfig(), args=more)
+        trainer.train(resume_from_checkpoint=True)
+        assert trainer.state.global_step == 4
+        for name, value in trainer.model.state_dict().items():
+            assert name not in trained or torch.equal(value, trained[name]), name
+        line = f"nothing to train: {run / 'checkpoint-4'} has 4 of {more.get('max_steps', 4)} steps"
+        assert line.replace("of -1", "of 4") in capsys.readouterr().err
+    assert not (run / "checkpoint-5").exists()
+
+
+def test_a_checkpoint_of_the_weights_alone_is_refused(tmp_path: Path, store: Path) -> None:
+    run, alone = tmp_path / "run", {"save_only_model": True}
+    trainer_of(run, store, KDConfig(), args=alone).train()
+    with pytest.raises(NemoKDError, match="checkpoint-2 has no optimizer and no schedule"):
+        resume(run, store, KDConfig(), args=alone)
+
+
+def with_adapters(scale: float = 1.0, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    model = student().to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter *= scale
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear", **settings))
+
+
+def test_adapters_are_resumed_on_their_base_with_their_settings(
+    tmp_path: Path, store: Path
+) -> None:
+    run = tmp_path / "run"
+    trainer_of(run, store, KDConfig(), model=with_adapters(r=2)).train()
+    for model in (with_adapters(r=2), with_adapters(r=2, dtype=torch.bfloat16)):
+        assert resume(run, store, KDConfig(), model=model).state.global_step == 4
+    with pytest.raises(
+        NemoKDError, match=r"settings: adapters\.default\.lora_alpha: 8 in the ch.* 64"
+    ):
+        resume(run, store, KDConfig(), model=with_adapters(r=2, lora_alpha=64))
+    with pytest.raises(NemoKDError, match="settings: base of the adapters: "):
+        resume(run, store, KDConfig(), model=with_adapters(scale=1.5, r=2))
 
 
 BATCH = {"per_device_train_batch_size": 2}

@@ -363,6 +363,41 @@ def test_samples_beyond_learned_positions_are_refused(store: Path, tmp_path: Pat
     train(11)
 
 
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_batches_that_would_change_rotary_frequencies_are_refused_or_said(
+    store: Path, tmp_path: Path, kind: str
+) -> None:
+    """The longest sample has 11 tokens: padding beyond the limit would change its loss."""
+
+    def make(limit: int, pad_to: int | None = None) -> None:
+        model = student()
+        model.config.max_position_embeddings = limit
+        model.config.rope_scaling = {"rope_type": kind, "factor": 4.0}
+        trainer_of(transformers.Trainer, store, tmp_path, model, None, pad_to)
+
+    with pytest.raises(NemoKDError, match="pad_to=32, but above 16 positions"):
+        make(16, pad_to=32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(16, pad_to=16)
+    with pytest.warns(UserWarning, match="the longest sample has 11 tokens, and above 8"):
+        make(8)
+
+
+def test_a_generation_configuration_that_cannot_be_saved_is_refused_at_the_start(
+    store: Path, tmp_path: Path
+) -> None:
+    model = student()
+    model.generation_config.update(temperature=0.6, do_sample=False)
+    with pytest.raises(NemoKDError, match=r"could not be saved at the end: .*temperature"):
+        trainer_of(transformers.Trainer, store, tmp_path, model)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(target_modules="all-linear"))
+    trainer_of(transformers.Trainer, store, tmp_path, adapted)  # saves none
+    model.generation_config.do_sample = True
+    trainer_of(transformers.Trainer, store, tmp_path, model)
+    model.save_pretrained(tmp_path / "saved")
+
+
 @pytest.mark.parametrize(
     ("kind", "more", "positions"),
     [
