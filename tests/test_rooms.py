@@ -14,7 +14,7 @@ import nemo_kd
 
 PACKAGE = Path(nemo_kd.__file__).parent
 CORE = {
-    *("nemo_kd", "errors", "files", "lock", "outputs", "spelling", "topk", "visible"),
+    *("nemo_kd", "errors", "extras", "files", "lock", "outputs", "spelling", "topk", "visible"),
     *("tokenizer_files", "vocabulary"),
 }
 

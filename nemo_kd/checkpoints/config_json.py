@@ -29,6 +29,8 @@ from nemo_kd.checkpoints.model import (
 from nemo_kd.checkpoints.settings import HARMLESS, OFF, SettingsError, to_version_4
 
 FILE = "config.json"
+FULL, SLIDING = "full_attention", "sliding_attention"
+"""Kinds of attention in `layer_types`."""
 WITHOUT_EFFECT = {"dtype", "max_window_layers", "pretraining_tp"}
 """Keys of models that do not change a forward pass, besides those of settings.HARMLESS."""
 OF_BASE = {"torch_dtype", "original_max_position_embeddings"}
@@ -79,10 +81,8 @@ def read_model(config: Mapping[str, Any]) -> Model:
     _refuse_unread(config, family, base - WITH_EFFECT)
     heads, context = sizes.num_attention_heads, sizes.max_position_embeddings
     rope, max_tokens = read_rope(config, sizes, family)
-    window = _window(sizes, family)
-    if window is not None and not family.windowed:  # some layers only: no window up to its size
-        max_tokens = window if max_tokens is None else min(window, max_tokens)
-        window = None
+    window, narrowest = _window(sizes, family)
+    limits = [limit for limit in (max_tokens, narrowest) if limit is not None]
     return Model.of(
         FILE,
         architecture=architecture,
@@ -99,7 +99,7 @@ def read_model(config: Mapping[str, Any]) -> Model:
         tied=bool(sizes.tie_word_embeddings),
         experts=_experts(config, sizes, family),
         window=window,
-        max_tokens=max_tokens,
+        max_tokens=min(limits, default=None),
     )
 
 
@@ -145,24 +145,57 @@ def _refuse_unread(config: Mapping[str, Any], family: Family, base: set[str]) ->
     if family.mixture is not None:
         known |= {family.mixture.number, family.mixture.ffn, family.mixture.normalized or ""}
     off = OFF | dict.fromkeys(WITH_EFFECT, (False,))  # what a decoder is without them
-    for key, value in config.items():
-        nothing = (None, [], {}, "", *off.get(key, ()))
-        if key not in known and value not in nothing and not HARMLESS.fullmatch(key):
-            raise CheckpointError(
-                f"{FILE}: {key} is {value!r}, a setting that the conversion of a "
-                f"{family.model_type} does not know; remove it if it does not change the model"
-            )
+    unread = [
+        f"{key} is {value!r}"
+        for key, value in config.items()
+        if key not in known
+        and value not in (None, [], {}, "", *off.get(key, ()))
+        and not HARMLESS.fullmatch(key)
+    ]
+    if unread:
+        several = len(unread) > 1
+        raise CheckpointError(
+            f"{FILE}: {', '.join(unread)}, {'settings' if several else 'a setting'} that the "
+            f"conversion of a {family.model_type} does not know; remove "
+            f"{'those that do' if several else 'it if it does'} not change the model"
+        )
 
 
-def _window(sizes: _Sizes, family: Family) -> int | None:
-    """The sliding window, unless it is off or at least as wide as the context."""
-    window = sizes.sliding_window
-    on = family.windowed or (sizes.use_sliding_window if window is not None else False)
+def _window(sizes: _Sizes, family: Family) -> tuple[int | None, int | None]:
+    """Return the sliding window of all layers, and the rows' limit where some have one.
+
+    Up to the window's size, layers with one and without are the same. A window that is off, or as
+    wide as the context, is none.
+    """
+    window, in_all = sizes.sliding_window, family.windowed
+    on = in_all or bool(sizes.use_sliding_window)
     if sizes.layer_types is not None:
-        on = any(kind != "full_attention" for kind in sizes.layer_types)
+        kinds = _kinds(sizes, sizes.layer_types)
+        # transformers gives such a family's window to all layers, whatever their types are.
+        on, in_all = family.windowed or SLIDING in kinds, family.windowed and FULL not in kinds
+        if SLIDING in kinds and window is None:
+            raise CheckpointError(
+                f"{FILE}: layer_types has {SLIDING}, but sliding_window is null; set it, or make "
+                f"these layers {FULL}"
+            )
     if not on or window is None or window >= sizes.max_position_embeddings:
-        return None
-    return window
+        return None, None
+    return (window, None) if in_all else (None, window)
+
+
+def _kinds(sizes: _Sizes, kinds: list[str]) -> list[str]:
+    """Return `layer_types`; raise CheckpointError for a kind of attention that is not converted."""
+    others = sorted(set(kinds) - {FULL, SLIDING})
+    if others:
+        raise CheckpointError(
+            f"{FILE}: layer_types has {', '.join(others)}; converted are {FULL} and {SLIDING}"
+        )
+    if len(kinds) != sizes.num_hidden_layers:
+        raise CheckpointError(
+            f"{FILE}: layer_types has {len(kinds)} layers, but num_hidden_layers is "
+            f"{sizes.num_hidden_layers}; make them agree"
+        )
+    return kinds
 
 
 def _experts(config: Mapping[str, Any], sizes: _Sizes, family: Family) -> dict[str, Any] | None:

@@ -26,6 +26,30 @@ GLOBAL_NAMES = {
 INTEGERS = ("I8", "I16", "I32", "I64")
 """Types of GGUF that are not weights."""
 RMS_EPSILON = "llama.attention.layer_norm_rms_epsilon"
+READ = {
+    f"llama.{name}"
+    for name in (
+        *("block_count", "context_length", "embedding_length", "feed_forward_length"),
+        *("attention.head_count", "attention.head_count_kv", "attention.layer_norm_rms_epsilon"),
+        *("attention.key_length", "attention.value_length", "rope.dimension_count"),
+        *("rope.freq_base", "rope.scaling.type", "expert_count"),
+        # Of experts and scalings that the file does not have, and sizes that its tensors have.
+        *("vocab_size", "expert_used_count", "rope.scaling.original_context_length"),
+        "rope.scaling.finetuned",
+    )
+}
+"""Keys that are read, or have no effect without others."""
+NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "llama.attention.causal": (True,),
+    "llama.rope.scale_linear": (0, 1),
+    "llama.rope.scaling.factor": (0, 1),
+    "llama.rope.scaling.attn_factor": (0, 1),
+    "llama.logit_scale": (0, 1),
+    "llama.residual_scale": (0, 1),
+    "llama.embedding_scale": (0, 1),
+    "llama.tensor_data_layout": ("Meta AI original pth",),  # the one described above
+}
+"""Further keys, and their values that are a Llama's; of keys that are not known those are 0."""
 LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -139,6 +163,7 @@ class GGUFCheckpoint:
                 f"{self.name} has RoPE scaling factors, which NeMo cannot represent; "
                 "convert the model's Hugging Face directory instead"
             )
+        self._refuse_unread()
         heads = self._required("llama.attention.head_count")
         hidden = self._required("llama.embedding_length")
         return Model.of(
@@ -149,7 +174,7 @@ class GGUFCheckpoint:
             ffn_hidden_size=self._required("llama.feed_forward_length"),
             num_heads=heads,
             num_kv_heads=self.field("llama.attention.head_count_kv", heads),
-            head_dim=self.field("llama.rope.dimension_count", hidden // heads),
+            head_dim=self._head_dim(hidden // heads),
             vocab_size=len(self._required("tokenizer.ggml.tokens")),
             context=self._required("llama.context_length"),
             # Stored in float32: 9.9999997e-06 is 1e-05.
@@ -157,6 +182,33 @@ class GGUFCheckpoint:
             rope={"base": self.field("llama.rope.freq_base", 10000.0)},
             tied="lm_head.weight" not in self._tensors,
         )
+
+    def _refuse_unread(self) -> None:
+        """Raise CheckpointError for settings that are not those of a Llama."""
+        keys = [key for key in self._reader.fields if key.startswith("llama.") and key not in READ]
+        unread = [
+            f"{key}={self.field(key)!r}"
+            for key in keys
+            if self.field(key) not in NEUTRAL.get(key, (0, "", []))
+        ]
+        if unread:
+            raise CheckpointError(
+                f"{self.name} has {', '.join(unread)}, which the conversion of a Llama does not "
+                "read; convert the model's Hugging Face directory instead"
+            )
+
+    def _head_dim(self, default: int) -> int:
+        """Return the size of a head; raise CheckpointError if it is rotated in part only."""
+        keys = ("rope.dimension_count", "attention.key_length", "attention.value_length")
+        given = {key: self.field(f"llama.{key}") for key in keys}
+        found = {key: size for key, size in given.items() if size is not None}
+        if len(set(found.values())) > 1:
+            sizes = ", ".join(f"llama.{key}={size}" for key, size in found.items())
+            raise CheckpointError(
+                f"{self.name} has {sizes}: heads that are not rotated whole, or values of another "
+                "size than keys, are not converted"
+            )
+        return next(iter(found.values()), default)
 
 
 def _hf_name(name: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from nemo_kd.checkpoints.huggingface import cut_layers
+from nemo_kd.checkpoints.megatron_arguments import NEUTRAL, PRECISION, unsupported
 from nemo_kd.checkpoints.model import CheckpointError, Model
 from nemo_kd.checkpoints.nemo_file import model_config
 from nemo_kd.checkpoints.settings import to_version_4
@@ -90,6 +91,24 @@ def check(name: str, section: Mapping[str, Any], model: Model) -> None:
                 f"computes with {expected.get(key)!r}; the export would be another model. If a "
                 "training has changed the setting, give --base with a config.json that has it"
             )
+    other = unsupported(_others(section), ())
+    if other is not None:
+        raise CheckpointError(
+            f"{name}: model.{other} is {section[other]!r}, which no config.json of a "
+            f"{model.architecture} has; the export would be another model"
+        )
+
+
+def _others(section: Mapping[str, Any]) -> dict[str, Any]:
+    """Return further settings of Megatron-core that NeMo's later versions pass on to it."""
+    compared = {*DEFAULTS, *EXPERTS, *PRECISION}
+    return {
+        key: section[key]
+        for key in NEUTRAL
+        if key in section
+        and key not in compared
+        and (section.get("num_moe_experts") or not key.startswith("moe_"))
+    }
 
 
 def effective(section: Mapping[str, Any]) -> dict[str, Any]:

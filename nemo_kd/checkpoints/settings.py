@@ -55,6 +55,10 @@ OFF: dict[str, tuple[Any, ...]] = {
     "use_parallel_residual": (False,),
     "use_sliding_window": (False,),
     "position_embedding_type": ("rope", "absolute"),
+    "is_llama_config": (True,),  # SmolLM 2
+    "rope_interleaved": (False,),
+    "full_attn_mod": (1,),  # Phi-4-mini
+    "interpolate_factor": (1,),
 }
 """Values of unknown keys that name what a model does without the key."""
 
@@ -75,6 +79,9 @@ def to_version_4(
     for new, old in RENAMED.items():
         if new in settings and holds(old) and not holds(new):
             settings[old] = settings.pop(new)
+    activation = settings.get("hidden_act")  # Gemma's older name of hidden_activation, beside it
+    if settings.get("hidden_activation") == activation and not holds("hidden_act"):
+        settings.pop("hidden_act", None)
     parameters = settings.get("rope_parameters")
     if isinstance(parameters, Mapping) and not holds("rope_parameters"):
         del settings["rope_parameters"]
@@ -189,9 +196,10 @@ def _checked_scaling(
         and not holds(key)
     ]
     if unread:
+        named = ", ".join(f"{key}={scaling[key]!r}" for key in unread)
+        words = ("setting", "is") if len(unread) == 1 else ("settings", "are")
         raise SettingsError(
-            f"RoPE's setting {unread[0]}={scaling[unread[0]]!r} (rope_type={kind}) is not read by "
-            "transformers 4"
+            f"RoPE's {words[0]} {named} (rope_type={kind}) {words[1]} not read by transformers 4"
         )
     return found
 

@@ -11,29 +11,33 @@ from typing import Any
 
 from nemo_kd.checkpoints.arguments import read_arguments
 from nemo_kd.checkpoints.families import family_of
+from nemo_kd.checkpoints.megatron_arguments import (
+    PRECISION,
+    in_all_layers,
+    renamed,
+    unsupported,
+)
 from nemo_kd.checkpoints.model import CheckpointError, Model, RopeScaling
 from nemo_kd.checkpoints.nemo_settings import LOAD_BALANCING, is_by_loss
 from nemo_kd.checkpoints.run_config import read_run_config
 from nemo_kd.checkpoints.source import Source
 
-RENAMED = {
-    "norm_epsilon": "layernorm_epsilon",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-}
+ELSEWHERE = ("group_query_attention", "rope_scaling_factor", *PRECISION)
+"""Arguments that no single setting of a config.json corresponds to."""
 
 
 def check_arguments(source: Source, model: Model) -> str | None:
     """Refuse a model of a config.json that computes with other settings than the training had.
 
     Return a line if the checkpoint has no arguments that can be compared.
-    Errors: CheckpointError, naming the first argument that differs.
+    Errors: CheckpointError, naming the first argument that differs, or that no config.json has.
     """
     try:
         stored = read_run_config(source)
         stored = read_arguments(source) if stored is None else stored
     except CheckpointError as error:  # another class of Bridge's models, or not readable
         return f"the settings of the training cannot be compared with those of --base: {error}"
-    args = _comparable({RENAMED.get(key, key): value for key, value in stored.items()})
+    args = _comparable(renamed(stored))
     if not args:
         return (
             f"{source.path} has no arguments of its training: its settings cannot be compared with "
@@ -47,6 +51,13 @@ def check_arguments(source: Source, model: Model) -> str | None:
                 f"the config.json of --base computes with {expected[key]!r}; the export would be "
                 "another model. Give --base with a config.json that has it"
             )
+    other = unsupported(args, {*expected, *ELSEWHERE})
+    if other is not None:
+        raise CheckpointError(
+            f"{source.path}: its training had {other}={args[other]!r}, which no config.json of a "
+            f"{model.architecture} has; the export would be another model. Export it with the "
+            "program that trained it"
+        )
     return None
 
 
@@ -66,6 +77,8 @@ def _comparable(args: Mapping[str, Any]) -> dict[str, Any]:
         found = {key: value for key, value in found.items() if not key.startswith("moe_")}
     elif is_by_loss(found.get(LOAD_BALANCING, "none")):
         found[LOAD_BALANCING] = "aux_loss"
+    if in_all_layers(found.get("moe_layer_freq"), found.get("num_layers", 0)):
+        found["moe_layer_freq"] = 1
     if found.get("position_embedding_type", "rope") != "rope":
         found = {key: value for key, value in found.items() if not key.startswith("rotary_")}
     return found
@@ -111,5 +124,6 @@ def _expected(model: Model) -> dict[str, Any]:
             "moe_router_topk": experts.active,
             "moe_router_pre_softmax": not experts.normalized,
             LOAD_BALANCING: "aux_loss",
+            "moe_layer_freq": 1,
         }
     return expected

@@ -20,6 +20,7 @@ from pathlib import Path
 
 import torch
 
+from nemo_kd import extras
 from nemo_kd.checkpoints.megatron import count_parameters
 from nemo_kd.checkpoints.model import Checkpoint, CheckpointError, Model
 from nemo_kd.tokenizer_files import load_files
@@ -51,7 +52,7 @@ def is_verified(asked: bool | None, model: Model) -> bool:
     installed = importlib.util.find_spec("nemo") is not None
     if asked and not installed:
         raise CheckpointError(
-            "--verify needs NeMo, which is not installed: pip install 'nemo-kd[nemo]'"
+            f"--verify needs NeMo, which is not installed: {extras.install('nemo')}"
         )
     small = count_parameters(model, model.vocab_size) <= MAX_PARAMETERS
     return installed and small if asked is None else asked

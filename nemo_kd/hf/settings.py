@@ -88,10 +88,13 @@ def _translated(settings: Mapping[str, Any], found: Any) -> dict[str, Any]:
 
 
 def _check(settings: Mapping[str, Any], config: PretrainedConfig) -> None:
-    for key, value in _unread(settings, config):
+    unread = [f"{key}={_short(value)}" for key, value in _unread(settings, config)]
+    kind = type(config).__name__
+    if len(unread) == 1:
+        raise SettingsError(f"{unread[0]} is not a setting of {kind} and would have no effect")
+    if unread:
         raise SettingsError(
-            f"{key}={_short(value)} is not a setting of {type(config).__name__} and would have no "
-            "effect"
+            f"{', '.join(unread)} are not settings of {kind} and would have no effect"
         )
 
 

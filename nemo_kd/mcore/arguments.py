@@ -6,22 +6,22 @@ Names, defaults and meanings are those of `megatron/training/arguments.py` and
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from nemo_kd.checkpoints.megatron_arguments import (
+    NEUTRAL,
+    in_all_layers,
+    renamed,
+    unsupported,
+)
 from nemo_kd.checkpoints.model import CheckpointError, Rope, RopeScaling, checked
 from nemo_kd.checkpoints.nemo_settings import BY_LOSS, LOAD_BALANCING, is_by_loss
 from nemo_kd.mcore.gpt import UNUSED_BASE, GPTSettings, squared_relu
 
 REQUIRED = object()
-RENAMED = {
-    "norm_epsilon": "layernorm_epsilon",
-    "apply_layernorm_1p": "layernorm_zero_centered_gamma",
-}
-"""Arguments of the older versions, and their names in 0.19."""
 READ: dict[str, Any] = {
     "num_layers": REQUIRED,
     "hidden_size": REQUIRED,
@@ -59,76 +59,6 @@ READ: dict[str, Any] = {
     "make_vocab_size_divisible_by": 128,
 }
 """Arguments that are converted, and Megatron-LM's defaults."""
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "add_position_embedding": (True,),
-    "openai_gelu": (False,),
-    "quick_geglu": (False,),
-    "glu_linear_offset": (0, 0.0),
-    "activation_func_clamp_value": (None,),
-    "qk_l2_norm": (False,),
-    "qk_clip": (False,),  # changes weights in training
-    "attention_output_gate": (False,),
-    "softmax_type": ("vanilla",),
-    "no_rope_freq": (None,),
-    "window_attn_skip_freq": (None,),
-    "multi_latent_attention": (False,),
-    "experimental_attention_variant": (None,),
-    "linear_attention_freq": (None,),
-    "heterogeneous_layers_config_path": (None,),
-    "heterogeneous_layers_config_encoded_json": (None,),
-    "hybrid_layer_pattern": (None,),
-    "hybrid_override_pattern": (None,),
-    "spec": (None,),
-    "use_mup": (False,),
-    "fp8": (None,),
-    "fp4": (None,),
-    "fp32_residual_connection": (False,),
-    "rope_type": (None, "rope"),
-    "mrope_section": (None,),
-    "relative_attention_num_buckets": (None, 32),
-    "relative_attention_max_distance": (None, 128),
-    "encoder_num_layers": (None,),
-    "moe_latent_size": (None,),
-    "moe_shared_expert_intermediate_size": (None,),
-    "moe_shared_expert_gate": (False,),
-    "moe_router_score_function": ("softmax",),
-    "moe_router_topk_scaling_factor": (None,),
-    "moe_router_num_groups": (None,),
-    "moe_router_group_topk": (None,),
-    "moe_router_topk_limited_devices": (None,),
-    "moe_router_enable_expert_bias": (False,),
-    "moe_router_force_load_balancing": (False,),
-    "moe_router_force_biased": (None,),
-    "moe_expert_capacity_factor": (None,),
-    "moe_expert_rank_capacity_factor": (None,),
-    "moe_apply_probs_on_input": (False,),
-    "moe_mlp_glu_interleave_size": (None,),
-    "moe_token_dropping": (False,),
-}
-"""Arguments that would change the logits, and their values that do not."""
-OF_A_MODEL = re.compile(
-    r"(rope|rotary|yarn|mrope|qk_|kv_|attn|attention|softmax|window|glu|gelu|relu|activation_func"
-    r"|moe_router|moe_shared|moe_latent|mup|mla|lora_rank|norm|heterogeneous|hybrid|residual"
-    r"|(scale|scaling|multiplier|softcap|freq|nope)(_|$))"
-)
-"""What the names of a model's arguments begin with or have after an underscore."""
-HARMLESS = re.compile(
-    # Kernels, and how a training computes, splits, saves or reports.
-    r"(no_)?persist_layer_norm|\w*(fusion|backend|flash_\w+|_impl|kernel)|use_flash_attn"
-    r"|\w*(recompute|checkpoint|offload|fp8|fsdp|sharding|context_parallel|inference|dropout"
-    r"|log_|logging|_grad|grad_|wandb|memory_efficient)\w*|memory_efficient_layer_norm"
-    r"|attention_softmax_in_fp32|apply_query_key_layer_scaling|hybrid_context_parallel"
-    r"|moe_router_(dtype|bias_update_rate|padding_for_\w+|fusion|quantile_\w+)"
-    r"|moe_hybridep_\w+|rl_\w+|create_attention_mask_in_dataloader"
-    r"|moe_shared_expert_overlap|mlp_chunks\w+|fused_residual_rmsnorm|fused_single_qkv_rope"
-    # Settings of what is refused or off without another argument, and of other models.
-    r"|qk_clip_\w+|qk_head_dim|qk_pos_emb_head_dim|kv_lora_rank|q_lora_rank|yarn_\w+|mup_\w+"
-    r"|mla_\w+|rotary_scaling_factor|swin\w+|vision_\w+|dsa_\w+|mamba\w+"
-    # The older name of position_embedding_type=rope, which Megatron-LM sets and saves beside it.
-    r"|use_rotary_position_embeddings"
-    # Scales of losses, gradients and optimizers.
-    r"|(\w+_)?(loss|grad)_scal\w+|muon_\w+|retriever_\w+"
-)
 Arguments = Mapping[str, Any]
 
 
@@ -138,8 +68,8 @@ def settings_of_arguments(name: str, stored: Arguments, given: Arguments) -> GPT
     Errors: CheckpointError for an argument that is missing, unknown, given with another value than
     the checkpoint's, or not supported.
     """
-    args = _renamed(stored)
-    for key, value in _renamed(given).items():
+    args = renamed(stored)
+    for key, value in renamed(given).items():
         if key not in {*READ, *NEUTRAL, "padded_vocab_size"}:
             raise CheckpointError(
                 f"teacher.arguments.{key} is not an argument of a model that is read; those are "
@@ -164,25 +94,13 @@ def settings_of_arguments(name: str, stored: Arguments, given: Arguments) -> GPT
     return _settings(name, read)
 
 
-def _renamed(args: Arguments) -> dict[str, Any]:
-    return {RENAMED.get(key, key): value for key, value in args.items()}
-
-
 def _refuse_unsupported(name: str, args: Arguments) -> None:
-    for key, value in args.items():
-        if key in READ or key == "padded_vocab_size":
-            known = not isinstance(value, Mapping)  # an object of Bridge
-        elif key in NEUTRAL:
-            known = value in NEUTRAL[key] or not value
-        else:
-            parts = f"_{key}"
-            model_like = any(OF_A_MODEL.match(parts, at.end()) for at in re.finditer("_", parts))
-            known = not value or not model_like or HARMLESS.fullmatch(key) is not None
-        if not known:
-            raise CheckpointError(
-                f"{name}: its argument {key}={value!r} is not supported; the model would be "
-                "another one"
-            )
+    key = unsupported(args, READ)
+    if key is not None:
+        raise CheckpointError(
+            f"{name}: its argument {key}={args[key]!r} is not supported; the model would be "
+            "another one"
+        )
 
 
 def _settings(name: str, args: dict[str, Any]) -> GPTSettings:
@@ -233,7 +151,7 @@ def _activation(args: Arguments) -> Callable[[torch.Tensor], torch.Tensor]:
 def _experts(name: str, args: Arguments) -> dict[str, Any]:
     if args["num_experts"] is None:
         return {}
-    if args["moe_layer_freq"] not in (1, "1", [1] * args["num_layers"]):
+    if not in_all_layers(args["moe_layer_freq"], args["num_layers"]):
         raise CheckpointError(
             f"{name}: moe_layer_freq={args['moe_layer_freq']!r}: layers without experts beside "
             "those with them are not supported"

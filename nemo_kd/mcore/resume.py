@@ -1,7 +1,8 @@
 """Refuse to continue a Megatron checkpoint with other data or another loss.
 
 Megatron-LM and Megatron-Bridge restore the number of consumed samples, not what they were samples
-of: that is kept in a file beside their checkpoints.
+of: that is kept in a file beside their checkpoints. It is written when a training starts, which may
+end before it saves: until then it also has the settings of the checkpoint that was there.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from nemo_kd.data.resumed import (
     refuse_changed,
     steps_changed,
 )
+from nemo_kd.errors import NemoKDError
 from nemo_kd.files import canonical_json, decode_json, publish, read_json
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.dataset import KDDataset
@@ -31,6 +33,12 @@ LATER = (STORE_ALPHA, STUDENT)
 """Settings of that file that files of earlier versions lack."""
 STEPS = "training_steps"
 """Setting of that file: the number of steps that a schedule of the loss refers to; may change."""
+BEFORE = "before"
+"""Key of that file: the settings of the checkpoint that was there when the training started.
+
+`{"iteration": TEXT, "settings": {...}}`: those of the checkpoint as long as it is the latest, null
+where they are not known.
+"""
 LATEST = "latest_checkpointed_iteration.txt"
 """Megatron's file in a directory with a checkpoint."""
 
@@ -45,23 +53,73 @@ def keep_settings(
     more: Mapping[str, Any] | None = None,
     steps: int | None = None,
 ) -> None:
-    """Compare data and loss with those of the checkpoints in `load`; write them into `save`.
+    """Compare data and loss with those of the checkpoint in `load`; write them into `save`.
 
     Each rank calls it, before or after the process groups start. `allow`: names that may differ,
     such as `seed`, `alpha` or `store_alpha`. `more`: further settings to compare, None where they
     are not used. `steps`: the number of training steps; a line says what another one does to a
     schedule. Checkpoints without the file are continued, and a line says so.
 
-    Errors: NemoKDError, naming each difference.
+    Errors: NemoKDError, naming each difference; also for a `save` that has checkpoints of a
+    training that this one does not continue.
     """
     loss = {**loss_settings(config), STORE_ALPHA: _store_alphas(data)}
     settings = decode_json(canonical_json({**data.identity, **loss, **(more or {})}))
     is_first = Launch.of(os.environ).rank == 0
-    if load is not None and Path(load, LATEST).is_file():
+    if load is not None and _latest(Path(load)) is not None:
         _compare(Path(load), settings, allow, is_first, steps)
-    if save is not None and is_first:
-        Path(save).mkdir(parents=True, exist_ok=True)
-        publish(Path(save, FILE), canonical_json({**settings, STEPS: steps}))
+    if save is None:
+        return
+    _refuse_others(Path(save), load)
+    if is_first:
+        _write(Path(save), {**settings, STEPS: steps})
+
+
+def _latest(directory: Path) -> str | None:
+    """Return the latest checkpoint, an iteration or `release`; None without one."""
+    file = directory / LATEST
+    return file.read_text().strip() if file.is_file() else None
+
+
+def _kept(directory: Path) -> dict[str, Any] | None:
+    """Return the settings of the latest checkpoint; None if they are not known."""
+    file = directory / FILE
+    if not file.is_file():
+        return None
+    kept: dict[str, Any] = read_json(file)
+    before = kept.pop(BEFORE, None)
+    if before is None or before["iteration"] != _latest(directory):
+        return kept
+    settings: dict[str, Any] | None = before["settings"]  # nothing was saved since
+    return settings
+
+
+def _write(directory: Path, settings: dict[str, Any]) -> None:
+    """Write the settings of a start, beside those of the checkpoint that it continues."""
+    directory.mkdir(parents=True, exist_ok=True)
+    latest, before = _latest(directory), {}
+    if latest is not None and _kept(directory) != settings:
+        before = {BEFORE: {"iteration": latest, "settings": _kept(directory)}}
+    publish(directory / FILE, canonical_json({**settings, **before}))
+
+
+def _refuse_others(save: Path, load: str | Path | None) -> None:
+    """Raise NemoKDError if `save` has checkpoints and is not what is loaded.
+
+    Otherwise they would count as this training's, and the next start would continue them as such.
+    """
+    latest = _latest(save)
+    if latest in (None, "0", "release") or (load is not None and _is_same(save, Path(load))):
+        return
+    raise NemoKDError(
+        f"{save} has iteration {latest} of an earlier training, which this start does not "
+        "continue: load it, and not as the start of a new training (finetune), or save to another "
+        "directory"
+    )
+
+
+def _is_same(one: Path, other: Path) -> bool:
+    return one.resolve() == other.resolve()
 
 
 def _store_alphas(data: KDDataset) -> list[float | None] | None:
@@ -78,11 +136,14 @@ def _compare(
     is_first: bool,
     steps: int | None,
 ) -> None:
-    if not (load / FILE).is_file():
+    then = _kept(load)
+    if then is None:
+        what = (
+            f"settings of iteration {_latest(load)} in {FILE}" if (load / FILE).is_file() else FILE
+        )
         if is_first:
-            print(FILE_IS_MISSING.format(load, FILE), flush=True)
+            print(FILE_IS_MISSING.format(load, what), flush=True)
         return
-    then = read_json(load / FILE)
     names = differing(changed(then, settings), then, settings)
     refused = [name for name in names if name not in allow]
     for name in LATER:

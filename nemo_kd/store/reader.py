@@ -107,7 +107,7 @@ class Store:
             raise StoreError(
                 f"temperature={temperature} was not dumped: {self.origin} has "
                 f"{list(spec.temperatures)}; train at one of them, or dump again with "
-                f"temperatures={[*spec.temperatures, temperature]}"
+                f"dump.temperatures={[*spec.temperatures, temperature]}"
             )
         own_fingerprint = spec.tokenizer.get("fingerprint")
         for name, expected, found in (

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 from nemo_kd.errors import NemoKDError, StoreError
+from nemo_kd.extras import install
 from nemo_kd.files import full_disk_explained
 from nemo_kd.store.manifest import FileInfo
 from nemo_kd.store.parts import is_intact
@@ -27,11 +28,11 @@ Progress = Callable[[int], None]
 ATTEMPTS = 6
 FIRST_WAIT, LONGEST_WAIT = 0.5, 30.0  # seconds between attempts, doubled each time
 PACKAGES = {
-    "gs": "pip install 'nemo-kd[remote]' gcsfs",
-    "gcs": "pip install 'nemo-kd[remote]' gcsfs",
-    "msc": "pip install 'nemo-kd[remote]' multi-storage-client",
+    "gs": install("remote", "gcsfs"),
+    "gcs": install("remote", "gcsfs"),
+    "msc": install("remote", "multi-storage-client"),
 }
-INSTALL = "pip install nemo-kd[remote]"
+INSTALL = install("remote")
 LOST_FOR_GOOD = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
 """Errors that another attempt does not mend."""
 CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "ProfileNotFound")
@@ -172,7 +173,7 @@ def _refuse_secrets(url: str) -> None:
 def _file_system(url: str) -> tuple[Any, str]:
     """Return fsspec's file system for a URL, and the path there."""
     protocol = url.partition("://")[0]
-    install = PACKAGES.get(protocol, INSTALL)
+    command = PACKAGES.get(protocol, INSTALL)
     try:
         import fsspec.asyn
         import fsspec.core
@@ -183,9 +184,9 @@ def _file_system(url: str) -> tuple[Any, str]:
             fsspec.asyn.reset_lock()
         system, root = fsspec.core.url_to_fs(url, use_listings_cache=False)
     except ImportError as error:
-        raise StoreError(f"{url}: {error.name or error} is not installed: {install}") from error
+        raise StoreError(f"{url}: {error.name or error} is not installed: {command}") from error
     except ValueError as error:  # of fsspec, for a protocol that no installed package provides
-        known = f"{protocol}:// is not installed: {install}" if protocol in PACKAGES else str(error)
+        known = f"{protocol}:// is not installed: {command}" if protocol in PACKAGES else str(error)
         raise StoreError(f"{url}: {known}") from error
     except Exception as error:
         raise StoreError(f"{url}: {_what(error)}; {_remedy(error)}") from error

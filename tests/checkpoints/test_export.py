@@ -240,6 +240,23 @@ ARGUMENTS: dict[str, Any] = {  # of tied_grouped
 }
 
 
+TRAINING: dict[str, Any] = {  # what does not change the exported model
+    "encoder_num_layers": 4,  # as Megatron-LM sets it
+    "retro_attention_gate": 1,
+    "attention_dropout": 0.1,
+    "attention_backend": "flash",
+    "recompute_granularity": "full",
+    "loss_scale_window": 1000,
+    "mtp_loss_scaling_factor": 0.1,
+    "lr_of_next_year": 3,
+    "fp8": "hybrid",
+    "fp32_residual_connection": True,
+    "rope_type": "rope",
+    "softmax_type": "vanilla",
+    "use_rotary_position_embeddings": True,
+}
+
+
 @pytest.fixture(scope="module")
 def megatron_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`source/` and `iter_0000010/`, the same model as Megatron-core saves it."""
@@ -261,6 +278,18 @@ def megatron_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ({"swiglu": False}, "swiglu=False"),
         ({"apply_layernorm_1p": True}, "layernorm_zero_centered_gamma=True"),
         ({"position_embedding_type": "none"}, "position_embedding_type='none'"),
+        ({"qk_l2_norm": True}, "had qk_l2_norm=True, which no config.json of a LlamaForCausalLM"),
+        ({"no_rope_freq": 4}, "no_rope_freq=4, which no"),
+        ({"softmax_type": "off-by-one"}, "softmax_type='off-by-one'"),
+        ({"activation_func_clamp_value": 7.0}, "activation_func_clamp_value=7.0"),
+        ({"glu_linear_offset": 1.0}, "glu_linear_offset=1.0"),
+        ({"use_mup": True}, "use_mup=True"),
+        ({"embedding_multiplier": 12.0}, "embedding_multiplier=12.0"),
+        ({"rope_type": "yarn"}, "rope_type='yarn'"),
+        ({"window_attn_skip_freq": 2}, "window_attn_skip_freq=2"),
+        ({"attention_of_next_year": 3}, "attention_of_next_year=3"),
+        (TRAINING, None),
+        ({"moe_layer_freq": 2, "moe_router_score_function": "sigmoid"}, None),  # no experts
     ],
 )
 def test_arguments_of_a_training_that_its_base_does_not_have_are_refused(
@@ -279,6 +308,47 @@ def test_arguments_of_a_training_that_its_base_does_not_have_are_refused(
         with pytest.raises(CheckpointError, match=message):
             open_student(tmp_path / "run", base=megatron_run / "source")
     assert capsys.readouterr().out == ""
+
+
+MIXTURE: dict[str, Any] = {
+    **{**ARGUMENTS, "num_layers": 2, "num_experts": 4, "rotary_base": 1000000},
+    "moe_router_load_balancing_type": "aux_loss",
+    "moe_layer_freq": [1, 1],
+}
+
+
+@pytest.fixture(scope="module")
+def mixture_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As `megatron_run`, of a mixture of experts."""
+    directory = tmp_path_factory.mktemp("mixture")
+    source = saved(models.family("mixtral"), directory / "source")
+    write_megatron(source, directory / "iter_0000010", rows=384)
+    return directory
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"moe_layer_freq": 2},
+        {"moe_router_score_function": "sigmoid"},
+        {"moe_router_topk_scaling_factor": 2.5},
+        {"moe_router_num_groups": 2},
+        {"moe_expert_capacity_factor": 1.0},
+        {"moe_apply_probs_on_input": True},
+    ],
+)
+def test_a_router_that_its_base_does_not_have_is_refused(
+    changes: dict[str, Any], mixture_run: Path
+) -> None:
+    state = {"args": argparse.Namespace(**{**MIXTURE, **changes})}
+    torch.save(state, mixture_run / "iter_0000010/common.pt")
+    if not changes:
+        open_student(mixture_run / "iter_0000010", base=mixture_run / "source")
+        return
+    ((key, value),) = changes.items()
+    with pytest.raises(CheckpointError, match=f"its training had {key}={value!r}, "):
+        open_student(mixture_run / "iter_0000010", base=mixture_run / "source")
 
 
 def test_a_checkpoint_without_arguments_is_exported_with_a_line(
@@ -309,6 +379,8 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     "layers": ({"num_layers": 3}, "num_layers is 3"),
     "untied": ({"share_embeddings_and_output_weights": False}, "output_weights is False"),
     "clamp": ({"activation_func_clamp_value": 3.0}, "activation_func_clamp_value is 3"),
+    "norm": ({"qk_l2_norm": True}, "qk_l2_norm is True, which no config.json of a Llama"),
+    "sink": ({"softmax_type": "learnable"}, "softmax_type is 'learnable', which no"),
     "no record": ({"converted_from": "abc"}, r"converted_from: Expected `object`"),
     "record": ({"converted_from": {"checkpoint": "a"}}, "missing required field `layers`"),
     "learned": ({"converted_from": None, "position_embedding_type": None}, "learned_absolute"),

@@ -17,6 +17,7 @@ from nemo_kd.checkpoints.distributed import DistributedCheckpoint, files_of
 from nemo_kd.checkpoints.families import FAMILIES, global_parts, layer_parts
 from nemo_kd.checkpoints.huggingface import to_transformers
 from nemo_kd.checkpoints.nemo_file import model_config
+from nemo_kd.checkpoints.settings import to_version_4
 from tests.checkpoints import models
 
 NAMES = sorted([*models.FAMILIES, *models.ROPES])
@@ -146,6 +147,80 @@ def test_a_window_is_a_setting_for_transformer_engine_or_a_limit() -> None:
     mixed = {**whole, "architectures": ["Qwen2ForCausalLM"], "sliding_window": 32}
     assert read_model(mixed).max_tokens is None
     assert model_config(read_model({**mixed, "use_sliding_window": True}))["max_tokens"] == 32
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+
+
+@pytest.mark.parametrize(
+    ("family", "kinds", "found"),
+    [
+        ("Mistral", [SLIDING] * 4, (32, None)),
+        ("Mistral", [FULL, SLIDING, FULL, SLIDING], (None, 32)),
+        ("Mistral", [FULL] * 4, (None, 32)),  # transformers gives all layers the window
+        ("Qwen3", [FULL, FULL, FULL, SLIDING], (None, 32)),
+        ("Qwen3", [FULL] * 4, (None, None)),
+    ],
+)
+def test_layers_of_different_kinds_are_a_limit(
+    family: str, kinds: list[str], found: tuple[int | None, int | None]
+) -> None:
+    config = of(f"{family}ForCausalLM", max_position_embeddings=128, sliding_window=32)
+    model = read_model({**config, "layer_types": kinds})
+    assert (model.window, model.max_tokens) == found
+
+
+@pytest.mark.parametrize("family", ["Mistral", "Qwen3", "Llama"])
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"layer_types": ["chunked_attention"] * 4}, "has chunked_attention; converted are full_a"),
+        ({"layer_types": ["linear_attention"] * 3 + [FULL]}, "layer_types has linear_attention; c"),
+        ({"layer_types": [FULL] * 3}, "has 3 layers, but num_hidden_layers is 4"),
+        ({"layer_types": [SLIDING] * 4, "sliding_window": None}, "but sliding_window is null"),
+    ],
+)
+def test_other_kinds_of_layers_are_refused(
+    family: str, changes: dict[str, Any], message: str
+) -> None:
+    config = of(f"{family}ForCausalLM", max_position_embeddings=128, sliding_window=32)
+    with pytest.raises(CheckpointError, match=message):
+        read_model({**config, **changes})
+
+
+def test_neutral_settings_of_known_files_are_read() -> None:
+    """Of SmolLM 2 and Phi-4-mini; another value is refused."""
+    smol = {"is_llama_config": True, "rope_interleaved": False}
+    phi = {"full_attn_mod": 1, "interpolate_factor": 1}
+    assert read_model({**CONFIG, **smol}) == read_model(CONFIG)
+    config = of("Phi3ForCausalLM", sliding_window=None)
+    assert read_model({**config, **phi}) == read_model(config)
+    for key, value in {"rope_interleaved": True, "full_attn_mod": 2, "is_llama_config": 0}.items():
+        with pytest.raises(CheckpointError, match=f"{key} is {value}, a setting that the"):
+            read_model({**CONFIG, key: value})
+
+
+def test_an_activation_given_twice_is_read_once() -> None:
+    """As in the files of Gemma 2; two values are left for the reader to refuse."""
+    both = {"hidden_act": "gelu_pytorch_tanh", "hidden_activation": "gelu_pytorch_tanh"}
+    holds = "hidden_activation".__eq__
+    assert to_version_4(both, holds) == {"hidden_activation": "gelu_pytorch_tanh"}
+    assert to_version_4({**both, "hidden_act": "gelu"}, holds)["hidden_act"] == "gelu"
+    assert to_version_4({"hidden_act": "silu"}, "hidden_act".__eq__) == {"hidden_act": "silu"}
+
+
+def test_all_unknown_settings_of_rope_are_named_at_once() -> None:
+    scaling = {"type": "yarn", "factor": 4.0, "truncate": False, "alpha": 100.0}
+    with pytest.raises(CheckpointError, match=r"RoPE's settings truncate=False, alpha=100\.0 "):
+        read_model({**CONFIG, "rope_scaling": scaling})
+
+
+def test_all_unknown_settings_are_named_at_once() -> None:
+    message = (
+        r"a_scale is 2\.0, rope_interleaved is True, settings that the .*remove those that do not"
+    )
+    with pytest.raises(CheckpointError, match=message):
+        read_model({**CONFIG, "a_scale": 2.0, "rope_interleaved": True, "unsloth_version": "1"})
 
 
 # --- the files of a directory ----------------------------------------------------------------

@@ -45,6 +45,26 @@ def test_transformers_gets_the_model_back(tmp_path: Path, name: str) -> None:
         assert torch.equal(to_transformers(checkpoint)(ids).logits, model(ids).logits)
 
 
+def test_neutral_settings_of_a_gguf_are_read(tmp_path: Path) -> None:
+    """What converters write, old ones too, for a model that has nothing special."""
+    model = models.llama("tied_grouped")
+    plain = open_checkpoint(models.write_gguf(model, tmp_path / "plain.gguf")).model
+    size, config = plain.head_dim, {"vocab_size": models.TOKENS, "expert_used_count": 0}
+    keys: dict[str, object] = {
+        **{f"llama.{key}": value for key, value in config.items()},
+        "llama.attention.key_length": size,
+        "llama.attention.value_length": size,
+        "llama.attention.causal": 1,
+        "llama.attention.sliding_window": 0,
+        "llama.rope.scaling.type": "none",
+        "llama.rope.scale_linear": 1.0,
+        "llama.logit_scale": 0.0,
+        "llama.tensor_data_layout": "Meta AI original pth",
+        "llama.use_parallel_residual": 0,
+    }
+    assert open_checkpoint(models.write_gguf(model, tmp_path / "m.gguf", **keys)).model == plain
+
+
 def test_a_gguf_and_a_directory_of_one_model_are_the_same_model(tmp_path: Path) -> None:
     model = models.llama("tied_grouped")
     directory = open_checkpoint(models.save(model, tmp_path / "hf"))
@@ -112,6 +132,18 @@ def test_llama3_scaling_reaches_nemos_configuration() -> None:
         ({"architecture": "qwen2"}, "general.architecture is 'qwen2'"),
         ({"llama.expert_count": 8}, "mixture of experts"),
         ({"llama.rope.scaling.type": "yarn"}, "has RoPE scaling factors"),
+        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear=4.0, which the conversion of"),
+        ({"llama.rope.scaling.factor": 4.0}, "llama.rope.scaling.factor=4.0"),
+        ({"llama.logit_scale": 0.5, "llama.of_2031": 3}, r"logit_scale=0\.5, llama\.of_2031=3, w"),
+        ({"llama.attention.clamp_kqv": 8.0}, "llama.attention.clamp_kqv=8.0"),
+        ({"llama.attention.causal": 0}, "llama.attention.causal=0"),
+        ({"llama.attention.scale": 0.5}, "llama.attention.scale=0.5"),
+        ({"llama.attention.sliding_window": 16}, "llama.attention.sliding_window=16"),
+        ({"llama.tensor_data_layout": "jploski"}, "llama.tensor_data_layout='jploski'"),
+        (
+            {"llama.rope.dimension_count": 6, "llama.attention.key_length": 12},
+            "dimension_count=6, llama.attention.key_length=12: heads that are not rotated whole",
+        ),
         ({"llama.block_count": 5}, "lacks 9 of 47 tensors.*first: model.layers.4"),
         (
             {"llama.block_count": 3},

@@ -128,6 +128,12 @@ def test_a_file_of_transformers_5_gives_the_same_logits(name: str, tmp_path: Pat
     ("family", "settings", "change", "message"),
     [
         ("Llama", LLAMA, {"attention_scale": 3}, "attention_scale=3 is not a setting of LlamaCo"),
+        (
+            "Llama",
+            LLAMA,
+            {"attention_scale": 3, "sinks": 2},
+            "attention_scale=3, sinks=2 are not settings of LlamaConfig",
+        ),
         ("Llama", LLAMA, {"rope_parameters": {**YARN, "truncate": False}}, "truncate=False"),
         (
             "Llama",

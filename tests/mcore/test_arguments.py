@@ -31,6 +31,8 @@ STORED: dict[str, Any] = {
     "mtp_loss_scaling_factor": 0.1,
     "muon_scale_mode": "spectral",
     "tensor_model_parallel_size": 8,
+    "encoder_num_layers": 4,  # which Megatron-LM always sets
+    "retro_attention_gate": 1,  # its default up to 0.13
 }
 
 
@@ -87,6 +89,7 @@ def test_another_router_is_refused_and_does_not_matter_without_experts(kind: Any
         ({"moe_shared_expert_intermediate_size": 8}, {}, "is not supported"),
         ({"attention_of_next_year": 3}, {}, "attention_of_next_year=3 is not supported"),
         ({"embedding_multiplier": 12.0}, {}, "embedding_multiplier=12.0 is not supported"),
+        ({"encoder_num_layers": 2}, {}, "encoder_num_layers=2 is not supported"),
         ({"position_embedding_type": "yarn"}, {}, "position_embedding_type='yarn'"),
         ({"rotary_percent": 2.0}, {}, "c: its arguments"),
     ],

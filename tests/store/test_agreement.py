@@ -107,6 +107,32 @@ def test_the_teachers_own_draws_are_what_it_expects(spread: float) -> None:
     assert "perplexity" not in str(draws) and "perplexity_of_labels" not in draws.to_json()
 
 
+@pytest.mark.parametrize("top_k", [1, 2, 3, 7, 10])
+def test_draws_without_a_repeated_id_expect_no_agreement(top_k: int) -> None:
+    """Each id was drawn once: float32 rounds its 1/K to below or above 1/K."""
+    answers = 40
+    p = distributions(answers, 0.1)
+    ids = np.tile(np.arange(top_k), (answers, 1))
+    logits = np.full(ids.shape, -np.log(top_k), np.float32)
+    one = with_topk(sample(p, labels_of(p)), ids=ids, logits=logits)
+    for nudge in (-1.0, 0.0, 1.0):
+        nudged = with_topk(one, logits=np.nextafter(logits, np.float32(nudge * 99)))
+        of = StoreSpec(top_k=top_k, vocab_size=V, profile="sampled")
+        total = agreement(nudged, of=of)
+        assert 0 <= total.expected < 1e-4 and total.variance >= 0
+        assert isinstance(total.warning(), str)
+        assert "-0.0" not in f"{total}{total.to_json()}"
+
+
+def test_a_teacher_that_is_sure_has_no_negative_variance() -> None:
+    """float32 rounds a probability of 1 to above it."""
+    one = sample(p := distributions(40, 3.0), greedy(p))
+    logits = np.full(one.topk.logits.shape, -np.inf, np.float32)
+    logits[:, 0] = 1e-7
+    total = agreement(with_topk(one, logits=logits))
+    assert total.variance >= 0 and isinstance(total.warning(), str)
+
+
 def greedy(p: Dense) -> NDArray[np.int64]:
     return p.argmax(1)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ import pytest
 from nemo_kd.store import Store, StoreError, StoreSpec, convert, write_samples
 from nemo_kd.store.tools import parquet
 from nemo_kd.store.tools.parquet import read_parquet, spec_of, widest, write_parquet
-from tests.store.samples import spec, store, write
+from tests.store.samples import sample, spec, store, write
 from tests.store.test_page import draws
 from tests.store.test_writer import contents
 
@@ -148,6 +149,14 @@ def frame(**changes: Any) -> pd.DataFrame:
         ({"topk_ids": [[6, 1], None]}, "topk_ids is null, or has a null"),
         ({"topk_ids": [6, 1]}, "topk_ids has int64: expected a list for each answer token"),
         ({"topk_ids": [[6, 1], [7, 70]]}, "answer token 1, column 1"),
+        ({"topk_ids": [[6, 6], [7, 2]]}, "x.parquet, row 0: answer token 0, column 1: the same id"),
+        ({"topk_ids": [[6, 1], [7.5, 2]]}, r"topk_ids has 7\.5: expected integers"),
+        ({"input_ids": [5, 6.5, 7]}, r"input_ids has 6\.5: expected integers"),
+        ({"input_ids": [5, 6, 7 + (1 << 32)]}, "input_ids range from 5 to 4294967303, outside"),
+        (
+            {"topk_logprobs": [[-0.5, -1.5], [-0.01, -0.02]]},
+            r"x.parquet, row 0: answer token 1, column 0: a probability mass above 1: 1\.97",
+        ),
         ({"topk_logprobs": [[-0.5, -1.5], [-2.0, -0.5]]}, "descending"),
         ({"topk_logprobs": [[-0.5, -1.5], [float("nan"), -0.5]]}, "topk_logprobs has nulls"),
         ({"logsumexp": [[0.0], [0.0, 1.0]]}, "logsumexp does not have 2 lists of 1"),
@@ -163,6 +172,21 @@ def test_a_row_that_is_no_sample_is_named(
         write_samples(read_parquet(file, of), tmp_path / "t", of)
     assert "row 0" in str(refused.value) or "row -1" in str(refused.value)
     assert not (tmp_path / "t").exists()
+
+
+@pytest.mark.parametrize("encoded", [True, False])
+def test_an_edited_store_with_an_id_twice_is_refused(tmp_path: Path, encoded: bool) -> None:
+    """Also where the `encoded_` columns decode to the others."""
+    of = spec(top_k=2, vocab_size=20)
+    good = sample(0, of, 3)
+    twice = replace(good, topk=replace(good.topk, ids=np.full_like(good.topk.ids, 3)))
+    write_parquet(tmp_path / "s.parquet", Store(write(tmp_path / "s", of, [twice])))
+    table = pq.read_table(tmp_path / "s.parquet")
+    if not encoded:
+        kept = [name for name in table.column_names if not name.startswith("encoded_")]
+        pq.write_table(table.select(kept), tmp_path / "s.parquet")
+    with pytest.raises(StoreError, match=r"s.parquet, row 0: answer token 0, column 1: the same"):
+        list(read_parquet(tmp_path / "s.parquet", of))
 
 
 def test_shuffled_rows_are_refused_with_the_remedy(tmp_path: Path) -> None:

@@ -175,7 +175,7 @@ def test_missing_packages_are_named(tmp_path: Path) -> None:
         capture_output=True,
         text=True,
     )
-    assert "pip install nemo-kd[remote]" in done.stderr.splitlines()[-1]
+    assert "pip install '.[remote]' in a checkout of nemo-kd" in done.stderr.splitlines()[-1]
 
 
 def read_all(url: str, results: multiprocessing.Queue[int]) -> None:

@@ -119,6 +119,7 @@ class Agreement:
             _agreed(ids, p, padded[positions + shift], draws) for shift in (0, -1, 1)
         )
         expected = (p * (p - 1 / spec.top_k)).sum(1) if draws else p[:, 0]
+        expected = expected.clip(0.0, 1.0)  # float32 rounds 1/K and 1 to values beyond
         of_labels, own = (
             (np.zeros(0), np.zeros(0)) if draws else _surprise(ids, log_p, input_ids[positions])
         )

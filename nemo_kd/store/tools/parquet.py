@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json, decode_json
 from nemo_kd.outputs import install, refuse_directory, work_beside
-from nemo_kd.store.checks import checked_topk
+from nemo_kd.store.checks import checked_tokens, checked_topk, deep_faults
 from nemo_kd.store.codecs import Sampled, codec_of
 from nemo_kd.store.codecs.base import Arrays, check_entries
 from nemo_kd.store.reader import Store
@@ -217,15 +217,30 @@ def _sample(
     input_ids, mask = (numbers_of(values[name], name) for name in ("input_ids", "loss_mask"))
     if input_ids.shape != mask.shape or not ((mask == 0) | (mask == 1)).all():
         raise StoreError(f"{input_ids.size} input_ids, {mask.size} values of 0 or 1 in loss_mask")
-    tokens = Tokens(row, input_ids.astype(np.int32), mask.astype(np.uint8))
+    ids, loss_mask, _ = checked_tokens(_integers(input_ids, "input_ids"), mask, spec.vocab_size)
+    tokens = Tokens(row, ids, loss_mask)
     read = _Read.of(values, tokens.answers, spec)
     sample = Sample(row, tokens.input_ids, tokens.loss_mask, read.topk(spec))
     width = width_of(read.ids)
+    topk = checked_topk(sample, tokens.answers, spec)
+    for fault in deep_faults(topk, spec):
+        raise StoreError(f"answer token {fault.token}, column {fault.column}: {fault.what}")
     arrays = _encoded(values, spec, names)
     if arrays is None or not read.is_of(arrays, spec):
-        return sample, width
-    checked_topk(sample, tokens.answers, spec)
+        return replace(sample, topk=topk), width
     return EncodedSample(row, tokens.input_ids, tokens.loss_mask, arrays), width
+
+
+def _integers(found: NDArray[Any], name: str) -> NDArray[Any]:
+    """Return numbers as integers; raise StoreError where that would change one."""
+    if found.dtype.kind == "i":
+        return found
+    with np.errstate(invalid="ignore"):
+        integers = found.astype(np.int64)
+    changed = integers != found
+    if changed.any():
+        raise StoreError(f"{name} has {found[changed][0]}: expected integers")
+    return integers
 
 
 @dataclass(frozen=True)
@@ -250,7 +265,7 @@ class _Read:
         chosen = np.arange(width) < counts[:, None]
         ids = np.full(chosen.shape, ABSENT_ID, np.int64)
         logprobs = np.full(chosen.shape, -np.inf, np.float32)
-        ids[chosen], logprobs[chosen] = flat_ids, flat
+        ids[chosen], logprobs[chosen] = _integers(flat_ids, "topk_ids"), flat
         return cls(ids, logprobs, _logsumexp(values, answers, spec))
 
     def is_of(self, arrays: Arrays, spec: StoreSpec) -> bool:
