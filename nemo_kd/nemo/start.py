@@ -20,6 +20,7 @@ from nemo_kd.checkpoints.source import WEIGHTS
 from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import cpu
+from nemo_kd.nemo.adamw import register_adamw
 from nemo_kd.nemo.installed import imports_of_nemo
 from nemo_kd.nemo.restored_adapters import refuse_adapters_only
 from nemo_kd.settings.batches import data_parallel_size
@@ -70,6 +71,9 @@ def install() -> bool:
         if not verbose:
             _quiet()
         import nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model  # noqa: F401
+
+        if not on_cpu:
+            register_adamw()
     return on_cpu
 
 

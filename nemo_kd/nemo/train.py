@@ -30,6 +30,7 @@ from nemo_kd.nemo.peft import add_adapters, schemes_of
 from nemo_kd.nemo.record import DATA_KEY, Progress, Record, asked, record_of, say
 from nemo_kd.nemo.restored_adapters import settle_adapters
 from nemo_kd.nemo.settings import training
+from nemo_kd.nemo.settings.chosen import check_saved
 from nemo_kd.nemo.settings.unused import unused
 from nemo_kd.nemo.splits import Split, TrainSplit, splits_of
 from nemo_kd.nemo.template import settle_template
@@ -53,6 +54,7 @@ def run(cfg: DictConfig) -> None:
         say(line)
     refuse_part_epochs(cfg.trainer)
     start_of_run.check_manager(cfg.get("exp_manager"))
+    check_saved(cfg)
     TrainSplit.of(cfg.model.data.train_ds).check_sources(kd_training_config(cfg.model.kd))
     raw: Any = OmegaConf.to_container(cfg, resolve=False)
     settings = asked(cfg)

@@ -156,7 +156,7 @@ def test_a_dump_refuses_what_is_a_trainings(override: str) -> None:
         "+model.data.chat_prompt_tokens.turn_start=x",
         "+model.data.validation_ds.metric.labels_are_strings=true",
         "+model.data.train_ds.hf_dataset=true",
-        "model.optim={name: adamw, lr: 1e-3, amsgrad: true}",
+        "model.optim={name: fused_adam, lr: 1e-3, amsgrad: true}",
         "model.optim={name: sgd, lr: 1e-3, momentum: 0.9}",
         "model.optim={name: adafactor, lr: 1e-3, relative_step: false}",
         "model.optim={name: mcore_distributed_optim, lr: 1e-3, eps: 1e-8}",

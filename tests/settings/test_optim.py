@@ -8,7 +8,8 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from nemo_kd.nemo.settings.chosen import OPTIM_DEFAULTS, SCHED_DEFAULTS
+from nemo_kd.errors import NemoKDError
+from nemo_kd.nemo.settings.chosen import OPTIM_DEFAULTS, SAVED, SCHED_DEFAULTS, check_saved
 from nemo_kd.nemo.settings.optim import APEX, MCORE, optimizers, schedulers
 from tests.settings.test_keys import TRAIN, check, configuration, refusal
 
@@ -46,6 +47,28 @@ def test_optimizers_like_the_default_keep_its_keys(name: str) -> None:
     given = optim_of(f"{OPTIM}.name={name}")
     assert OPTIM_DEFAULTS.items() <= given.items()
     assert given["sched"]["constant_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    ("overrides", "given"),
+    [
+        *((["adam"], "name=adam"), (["rprop"], "name=rprop"), (["novograd"], "name=novograd")),
+        (["adafactor", f"{OPTIM}.relative_step=false"], "name=adafactor"),
+        (["sgd", f"{OPTIM}.momentum=0.9"], "momentum=0.9"),
+    ],
+)
+def test_an_optimizer_that_could_not_be_saved_is_refused(overrides: list[str], given: str) -> None:
+    """Otherwise hours of training would end in a traceback at the first checkpoint."""
+    overrides = [f"{OPTIM}.name={overrides[0]}", *overrides[1:]]
+    with pytest.raises(NemoKDError, match=rf"^model.optim.{given}: NeMo cannot keep its state"):
+        check_saved(check(TRAIN, *overrides))
+    check_saved(check(TRAIN, *overrides, "exp_manager.create_checkpoint_callback=false"))
+    check_saved(check(TRAIN, *overrides, "exp_manager=null"))
+
+
+@pytest.mark.parametrize("name", SAVED)
+def test_one_that_can_be_saved_is_not(name: str) -> None:
+    check_saved(check(TRAIN, f"{OPTIM}.name={name}"))
 
 
 @pytest.mark.nemo

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.settings.optim import (
+    MCORE,
     optimizer_parameters,
     optimizers,
     sched_keys,
@@ -28,6 +29,8 @@ SCHED_DEFAULTS: dict[str, Any] = {
 """The keys of the YAML, and the ratios that may be given instead of steps, with their defaults."""
 OTHER_BETAS = ("adan",)
 """Optimizers with three betas: the default's two are not theirs."""
+SAVED = (*("fused_adam", "megatron_fused_adam", "distributed_fused_adam", MCORE, "adamw", "sgd"),)
+"""Optimizers whose state NeMo can write to Megatron's checkpoints and read from them again."""
 REQUIRED = {"NoamAnnealing": ["d_model"], "T5InverseSquareRootAnnealing": ["constant_steps"]}
 """Keys without which NeMo's schedules fail; those of torch's have no default in their signature."""
 SCHED = "model.optim.sched"
@@ -57,6 +60,28 @@ def fit_optim(model: DictConfig) -> None:
             "model.optim.relative_step=false"
         )
     _fit_schedule(block)
+
+
+def check_saved(cfg: DictConfig) -> None:
+    """Refuse an optimizer whose state cannot be saved, in a run with checkpoints.
+
+    Megatron's checkpoints hold tensors of the parameters' shapes, and NeMo prepares only Adam's
+    two to be read: others fail at the first checkpoint, or when the run is resumed.
+
+    Errors: NemoKDError.
+    """
+    manager = cfg.get("exp_manager")
+    if manager is None or manager.get("create_checkpoint_callback") is False:
+        return
+    block = cfg.model.optim
+    name, momentum = str(block.get("name", "adam")), block.get("momentum")
+    if name not in SAVED or (name == "sgd" and momentum):
+        given = f"name={name}" if name not in SAVED else f"momentum={momentum}"
+        raise NemoKDError(
+            f"model.optim.{given}: NeMo cannot keep its state in a checkpoint. Choose "
+            f"model.optim.name={' | '.join(SAVED[:-1])} (or sgd without momentum), or, for a run "
+            "that saves nothing, exp_manager.create_checkpoint_callback=false"
+        )
 
 
 def _fit_schedule(block: DictConfig) -> None:

@@ -35,6 +35,8 @@ APEX = {
     "store_param_remainders with_scaled_states nccl_ub",
 }
 """Parameters of apex's optimizers, listed because apex is not on PyPI and may be missing."""
+ADAMW = "lr betas eps weight_decay"
+"""Parameters of our own `adamw`, `nemo_kd.nemo.adamw`."""
 MCORE = "mcore_distributed_optim"
 
 
@@ -51,6 +53,8 @@ def optimizer_parameters(name: str) -> list[str]:
     cls = optimizers().get(name, "")
     if name in APEX:
         return APEX[name].split()
+    if name == "adamw":
+        return ADAMW.split()
     if module := sources.imported_from(OPTIMIZERS, cls):
         return list(sources.parameters(module, cls))
     if "." not in cls:  # Megatron's: NeMo's code names the few parameters that it passes
