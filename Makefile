@@ -16,7 +16,7 @@ PYTHON ?= $(shell for python in python3.12 python3.11 python3; do \
 # An additional package index with another build of torch: make demo TORCH_INDEX_URL=…/whl/cpu
 TORCH_INDEX_URL ?=
 PIP_INSTALL = $(BIN)/python -m pip install -c constraints.txt
-INSTALL = $(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url $(TORCH_INDEX_URL)) torch -e
+INSTALL = $(PIP_INSTALL) $(if $(TORCH_INDEX_URL),--extra-index-url "$(TORCH_INDEX_URL)") torch -e
 
 .PHONY: help install demo experiments test test-unit test-all test-pins matrix gpu lint docs clean
 
@@ -65,9 +65,9 @@ $(QUESTIONS): $(DEMO)
 	@touch $@
 
 experiments: $(QUESTIONS)  ## run all experiments of docs/results.md; takes hours, can be interrupted and resumed
-	$(BIN)/python experiments/run.py results=$(RESULTS)
-	$(BIN)/python experiments/time_steps.py results=$(RESULTS)
-	$(BIN)/python experiments/write_report.py results=$(RESULTS)
+	$(BIN)/python experiments/run.py results="$(RESULTS)"
+	$(BIN)/python experiments/time_steps.py results="$(RESULTS)"
+	$(BIN)/python experiments/write_report.py results="$(RESULTS)"
 
 # Two workers, one test file at a time in the order of tests/conftest.py, not by number of tests;
 # one thread each, since torch would use all cores.
@@ -90,7 +90,7 @@ test-all: $(DEV)  ## run all tests, including the slow ones
 MATRIX ?= outputs/matrix
 PYTHON312 ?=
 matrix: $(DEV)  ## train on every supported NeMo and Megatron-core; can be interrupted and resumed
-	TORCH_INDEX_URL=$(TORCH_INDEX_URL) $(BIN)/python benchmarks/matrix.py --directory $(MATRIX) $(PYTHON312:%=--python312 %)
+	TORCH_INDEX_URL="$(TORCH_INDEX_URL)" $(BIN)/python benchmarks/matrix.py --directory "$(MATRIX)" $(if $(PYTHON312),--python312 "$(PYTHON312)")
 
 test-pins: $(DEV)  ## check constraints.txt against the package index: pip and uv, Python 3.11 and 3.12
 	$(BIN)/python -m pytest -n $(WORKERS) -m index tests/distribution/test_pins.py
@@ -99,7 +99,7 @@ test-pins: $(DEV)  ## check constraints.txt against the package index: pip and u
 GPU_PYTHON ?= python3
 GPU_PARTS ?=
 gpu:  ## check and time the product on a GPU, less than 10 minutes: docs/gpu.md
-	@PYTHONPATH=$(CURDIR) $(GPU_PYTHON) -m benchmarks.gpu.run $(GPU_PARTS)
+	@PYTHONPATH="$(CURDIR)" $(GPU_PYTHON) -m benchmarks.gpu.run $(GPU_PARTS)
 
 lint: $(DEV)  ## run ruff, mypy, hadolint and shellcheck
 	$(BIN)/ruff check .

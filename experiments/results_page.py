@@ -180,7 +180,8 @@ def gain(row: Row | None, kind: str, metric: str) -> str:
 METHODS = {
     "teacher": "Teacher, fine-tuned",
     "SFT": "SFT",
-    "SFT, 50 % of the steps": "SFT, 50 % of the steps",
+    "SFT, 70 %": "SFT, 70 % of the steps",
+    "SFT, 50 %": "SFT, 50 % of the steps",
     "KD + SFT": words.DEFAULT,
     "KD + SFT, 70 %": f"{words.DEFAULT}, 70 % of the steps",
     "KD + SFT, 50 %": f"{words.DEFAULT}, 50 % of the steps",

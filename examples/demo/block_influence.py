@@ -78,7 +78,7 @@ def main(
     count = checkpoint.model.num_layers
     if not 0 < keep <= count:
         raise typer.BadParameter(f"--keep {keep}: expected 1 to {count}, the teacher's layers")
-    rows = [json.loads(line) for line in data.read_text().splitlines()[:samples]]
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()[:samples]]
     texts = [f"{row['input']} {row['output']}" for row in rows]
     ids = (tokenizer(text, return_tensors="pt").input_ids for text in texts)
     progress = track(ids, "measuring", total=len(texts), console=console)
@@ -86,7 +86,7 @@ def main(
     kept = most_influential(influence, keep)
     output.parent.mkdir(parents=True, exist_ok=True)
     figures = {"kept": kept, "influence": influence.tolist(), "samples": len(rows)}
-    output.write_text(json.dumps(figures) + "\n")
+    output.write_text(json.dumps(figures) + "\n", encoding="utf-8")
     least = float(influence[kept].min())
     console.print(f"kept layers {','.join(map(str, kept))}: influence {least:.3f} or more")
 

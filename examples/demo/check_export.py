@@ -88,14 +88,16 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file to write")],
 ) -> None:
     """Compare the exported student in transformers with NeMo's figures; stop if they differ."""
-    evaluated = json.loads(evaluation.read_text())["heldout/sft_loss"]
-    found = compare(model, Store(store), evaluated, json.loads(completions.read_text()))
+    evaluated = json.loads(evaluation.read_text(encoding="utf-8"))["heldout/sft_loss"]
+    found = compare(
+        model, Store(store), evaluated, json.loads(completions.read_text(encoding="utf-8"))
+    )
     if not abs(found["sft_loss"] - evaluated) <= BOUND:
         sys.exit(
             f"error: {model} has a held-out loss of {found['sft_loss']:.5f} in transformers and "
             f"of {evaluated:.5f} in NeMo; expected at most {BOUND} between them"
         )
-    output.write_text(json.dumps(found, indent=1) + "\n")
+    output.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def main(
     console = Console()
     models = parse_models(model)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    rows = [json.loads(line) for line in prompts.read_text().splitlines()[:samples]]
+    rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()[:samples]]
     texts = [row["input"].strip(" ") for row in rows]
     cfg = settings()
     with console.status("starting NeMo"):
@@ -136,7 +136,7 @@ def main(
             result["completions"][name] = text
     output.parent.mkdir(parents=True, exist_ok=True)
     content = {"tokens": tokens, "samples": results}
-    output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    output.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -212,7 +212,7 @@ def main(
     (output_dir / "LICENSES.txt").write_text(licences, encoding="utf-8")
     sizes = summary(chosen_train, chosen_heldout)
     about = {"sources": rows, "max_tokens": max_tokens, "seed": seed, "usable": len(sized)} | sizes
-    (output_dir / "data.json").write_text(json.dumps(about, indent=2) + "\n")
+    (output_dir / "data.json").write_text(json.dumps(about, indent=2) + "\n", encoding="utf-8")
     for side, size in sizes.items():
         console.print(
             f"{side}: {size['samples']} of {len(sides[side == 'heldout'])} usable functions, "

@@ -24,6 +24,7 @@ from typing import Any
 from demo_time import duration, time_left
 from smollm2 import smollm2
 
+from nemo_kd.files import publish
 from nemo_kd.loss import KDConfig
 
 ROOT = Path(__file__).parents[2]
@@ -211,6 +212,18 @@ def is_done(step: Step, done: dict[str, Any]) -> bool:
     return step.title in done and (ROOT / step.product).exists()
 
 
+def recorded(path: Path) -> dict[str, Any]:
+    """Return the finished steps; none, and a message, for a file that does not hold them."""
+    if not path.exists():
+        return {}
+    try:
+        done = json.loads(path.read_text(encoding="utf-8"))
+        return {title: {**step, "seconds": float(step["seconds"])} for title, step in done.items()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        print(f"{path} is damaged ({error}): every step runs again", flush=True)
+        return {}
+
+
 def run_step(step: Step, done: dict[str, Any]) -> None:
     """Run the command and record its time; remove its temporary files however it ends."""
     shown = shlex.join(["python", step.command[1].removeprefix(f"{ROOT}/"), *step.command[2:]])
@@ -225,7 +238,7 @@ def run_step(step: Step, done: dict[str, Any]) -> None:
     seconds = round(time.monotonic() - start, 1)
     print(f"   {duration(seconds)}", flush=True)
     done[step.title] = {"command": shown, "seconds": seconds}
-    STEPS.write_text(json.dumps(done, indent=1) + "\n")
+    publish(STEPS, json.dumps(done, indent=1) + "\n")
 
 
 def run_command(command: list[str], environment: dict[str, str]) -> int:
@@ -251,7 +264,7 @@ def run_command(command: list[str], environment: dict[str, str]) -> int:
 
 def run_all() -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    done: dict[str, Any] = json.loads(STEPS.read_text()) if STEPS.exists() else {}
+    done = recorded(STEPS)
     todo = list(steps())
     for number, step in enumerate(todo, 1):
         if is_done(step, done):

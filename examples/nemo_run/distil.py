@@ -122,6 +122,51 @@ def executor(options: argparse.Namespace) -> run.LocalExecutor | run.SlurmExecut
     )
 
 
+OF_SLURM = {
+    "nodes": 1,
+    "account": "my_account",
+    "partition": "batch",
+    "time": "04:00:00",
+    "image": "nvcr.io#nvidia/nemo:25.07",
+}
+"""Options that local tasks do not have, and their defaults."""
+SIZES = {"trainer.devices": "give --devices", "trainer.num_nodes": "give --nodes (slurm)"}
+OWN = {
+    "dump": {
+        **SIZES,
+        "model.restore_from_path": "give --teacher",
+        "data.file_path": "give --data",
+        "output_dir": "give --store",
+    },
+    "train": {
+        **SIZES,
+        "model.restore_from_path": "give --student",
+        "model.data.train_ds.store": "give --store",
+        "exp_manager.explicit_log_dir": "give --run",
+    },
+}
+"""Option → keys that this program sets itself → what sets them."""
+
+
+def refusal(given: str, own: dict[str, str]) -> str:
+    """Return why a KEY=VALUE cannot be passed; empty if it can."""
+    key = given.partition("=")[0].lstrip("+~ ").partition("@")[0].rstrip()
+    for known, instead in own.items():
+        if key == known or key.startswith(f"{known}."):
+            return f"leave {key} out; {instead}"
+        if known.startswith(f"{key}."):
+            return f"give keys of {key} one by one; for {known}, {instead}"
+    return ""
+
+
+def count(text: str) -> int:
+    """Read an option's number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def arguments(words: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -131,18 +176,23 @@ def arguments(words: list[str] | None = None) -> argparse.Namespace:
         parser.add_argument(f"--{name}", required=True)
     for name in ("dump", "train", "mount"):
         parser.add_argument(f"--{name}", action="append", default=[])
-    parser.add_argument("--devices", type=int, help="ranks per node; default: 1 local, 8 slurm")
-    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--devices", type=count, help="ranks per node; default: 1 local, 8 slurm")
     parser.add_argument("--python", default="python", help="interpreter that has NeMo")
-    parser.add_argument("--account", default="my_account")
-    parser.add_argument("--partition", default="batch")
-    parser.add_argument("--time", default="04:00:00")
-    parser.add_argument("--image", default="nvcr.io#nvidia/nemo:25.07")
+    for name, default in OF_SLURM.items():
+        kind = count if name == "nodes" else str
+        parser.add_argument(f"--{name}", type=kind, help=f"slurm only; default: {default}")
     parser.add_argument("--dry-run", action="store_true", help="print the jobs only")
     options = parser.parse_args(words)
     options.devices = options.devices or (8 if options.where == "slurm" else 1)
-    if options.where == "local" and options.nodes != 1:
-        parser.error("--nodes is for slurm only")
+    for name in ("mount", *OF_SLURM):
+        if options.where == "local" and getattr(options, name):
+            parser.error(f"--{name} is for slurm only: leave it out")
+    for name, default in OF_SLURM.items():
+        setattr(options, name, getattr(options, name) or default)
+    for option, own in OWN.items():
+        for given in getattr(options, option):
+            if wrong := refusal(given, own):
+                parser.error(f"--{option} {given}: {wrong}")
     for name in ("teacher", "student", "data", "store", "run"):
         if options.where == "slurm" and not Path(getattr(options, name)).is_absolute():
             parser.error(f"--{name} must be an absolute path, below a --mount")

@@ -27,6 +27,7 @@ from transformers import Trainer, TrainingArguments
 
 from nemo_kd.cli.failures import reported
 from nemo_kd.errors import NemoKDError
+from nemo_kd.extras import install
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
 from nemo_kd.hf.student import load_student, new_output
 from nemo_kd.loss import KDConfig
@@ -169,7 +170,7 @@ def checkpointing() -> None:
     try:
         from modelopt.torch.opt import enable_huggingface_checkpointing
     except ImportError as error:
-        raise NemoKDError(f"modelopt: {error}; pip install 'nemo-kd[qad]'") from error
+        raise NemoKDError(f"modelopt: {error}; {install('qad')}") from error
     enable_huggingface_checkpointing()
 
 

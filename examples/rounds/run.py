@@ -49,12 +49,17 @@ ADAPTERS = (
     "adapters alone are no student of the next round; without it all weights are trained. For "
     "adapters run the commands of --dry-run by hand, and examples/merge_lora.py after each training"
 )
+KIND = "the student is a .nemo, which NeMo loads"
+SEED = "it is the round's number, so that each round draws other answers"
 CALLBACK = "exp_manager.checkpoint_callback_params"
 OWN: dict[str, dict[str, str]] = {
     "generate": {
         "model.restore_from_path": "the model is --student",
         "data.file_path": "the file is --prompts",
         "output_dir": PATHS,
+        "teacher.kind": KIND,
+        "generation.temperature": "give --temperature",
+        "generation.seed": SEED,
     },
     "dump": {
         "model.restore_from_path": "the model is --teacher",
@@ -65,6 +70,7 @@ OWN: dict[str, dict[str, str]] = {
         "model.restore_from_path": "the model is --student, then the trained one",
         "model.data.train_ds.store": "the student trains on the store of the round",
         "model.peft.peft_scheme": ADAPTERS,
+        "trainer.max_steps": "give --steps",
         "name": NAMED,
         "exp_manager.name": NAMED,
         "exp_manager.explicit_log_dir": PATHS,
@@ -81,7 +87,7 @@ ANSWERS_ONLY = {"max_seq_length", "add_eos"}
 
 
 def key_of(given: str) -> str:
-    return given.lstrip("+~").partition("=")[0]
+    return given.partition("=")[0].lstrip("+~ ").partition("@")[0].rstrip()
 
 
 def value_of(given: str) -> str:
@@ -212,6 +218,14 @@ class Command(NamedTuple):
         self.record.write_text(json.dumps(record, indent=1), encoding="utf-8")
 
 
+def count(text: str) -> int:
+    """Read an option's number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -220,15 +234,23 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--student", type=Path, required=True, help=".nemo")
     parser.add_argument("--prompts", type=Path, required=True, help="SFT file; answers are ignored")
     parser.add_argument("--output", type=Path, required=True, help="directory of the rounds")
-    parser.add_argument("--rounds", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=100, help="training steps of a round")
+    parser.add_argument("--rounds", type=count, default=2)
+    parser.add_argument("--steps", type=count, default=100, help="training steps of a round")
     parser.add_argument("--temperature", type=float, default=1.0, help="of the student's answers")
-    parser.add_argument("--processes", type=int, default=1, help="started by torchrun")
+    parser.add_argument("--processes", type=count, default=1, help="started by torchrun")
     parser.add_argument("--generate", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--dump", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--train", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--dry-run", action="store_true", help="print the commands")
     return parser
+
+
+def refuse_absent(args: argparse.Namespace) -> None:
+    """Exit for an input that is not there: the teacher is read only after a whole generation."""
+    for option in ("teacher", "student", "prompts"):
+        path = getattr(args, option)
+        if not path.exists():
+            sys.exit(f"error: --{option} {path} does not exist: give the path of what is there")
 
 
 def kind(model: Path) -> str:
@@ -307,14 +329,16 @@ def run(command: Command, processes: int) -> None:
         command.check()
         print(f"finished: {command.product}", flush=True)
         return
-    print(shown(command), flush=True)
+    print(shown(command, processes), flush=True)
     full = [*launcher(processes), str(ROOT / command.script), *command.arguments]
     inputs = command.inputs()
     command.finish(subprocess.run(full, check=False).returncode, inputs)
 
 
-def shown(command: Command) -> str:
-    return shlex.join(["python", command.script, *command.arguments])
+def shown(command: Command, processes: int) -> str:
+    """Return the command as it can be run by hand, from the current directory."""
+    script = command.script if Path.cwd() == ROOT else str(ROOT / command.script)
+    return shlex.join(["python", *launcher(processes)[1:], script, *command.arguments])
 
 
 def main() -> None:
@@ -322,8 +346,9 @@ def main() -> None:
     refuse_own(args)
     all_of_them = list(commands(args))
     if args.dry_run:
-        print(*map(shown, all_of_them), sep="\n")
+        print(*(shown(command, args.processes) for command in all_of_them), sep="\n")
     else:
+        refuse_absent(args)
         try:
             with DirectoryLock(args.output):
                 for command in all_of_them:

@@ -190,7 +190,7 @@ def _figures(source: Source, steps: int | None) -> dict[str, float]:
     if steps is None or not path.is_file():
         return found
     last = 0
-    for line in path.read_text().splitlines():
+    for line in path.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
         except ValueError:

@@ -63,8 +63,9 @@ def _piece(text: str, answer: Answer | None) -> str:
         return f'<span class="prompt">{escape(visible(text))}</span>'
     color = next(c for bound, c in _SHADES if (answer.probability or 0.0) >= bound)
     shown = escape(visible(text)).replace("\n", "↵\n")
+    width = "" if text else ";padding:0 .2em"  # a part of a character
     return (
-        f'<span class="answer" tabindex="0" style="background:{color}">{shown}'
+        f'<span class="answer" tabindex="0" style="background:{color}{width}">{shown}'
         f"<table>{_rows(answer)}</table></span>"
     )
 

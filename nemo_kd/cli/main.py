@@ -13,6 +13,7 @@ import sys
 from typing import NoReturn
 
 from nemo_kd.cli.failures import INTERRUPTED, reported
+from nemo_kd.extras import install
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -37,7 +38,7 @@ def main(arguments: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("msgspec", "numpy", "rich", "typer"):
             raise
-        sys.exit(f"error: {error.name} is not installed: pip install 'nemo-kd[cli]'")
+        sys.exit(f"error: {error.name} is not installed: {install('cli')}")
     with reported():
         app(arguments)
 

@@ -156,14 +156,15 @@ def _dump_rows(result: dict[str, Any], gpus: int) -> dict[str, str]:
             f"does not fit: at least {result['smallest_model_parallel']} GPUs for one teacher "
             "(--tp × --pp)"
         )
+    idle = result["idle_gpus"]
     memory = result["weights_bytes_per_gpu"] + result["other_bytes_per_gpu"]
     about = {"estimate": "about ", "most": "at most "}.get(result["ids_from"], "")
     rows = {
         "disk": f"{about}{render.size(result['disk_bytes'])}, "
         f"{result['bytes_per_answer_token']:.0f} bytes per answer token",
         "as NeMo-Aligner's JSONL": f"about {render.size(result['jsonl_bytes'])}",
-        "dump": f"about {render.duration(result['dump_seconds'])} on {gpus} GPUs, "
-        f"{result['gpu_hours']:,.1f} GPU hours",
+        "dump": f"about {render.duration(result['dump_seconds'])} on {gpus - idle} GPUs, "
+        f"{result['gpu_hours']:,.1f} GPU hours{_idle(idle)}",
         "memory per GPU": f"about {render.size(memory)}, "
         f"{render.size(result['weights_bytes_per_gpu'])} of it weights; {fits}",
     }
@@ -172,6 +173,13 @@ def _dump_rows(result: dict[str, Any], gpus: int) -> dict[str, str]:
         source = "more on prose than on code" if about == "about " else "all of --top-k"
         rows["ids per token"] = f"{ids}, {source}; --kept sets it"
     return rows
+
+
+def _idle(gpus: int) -> str:
+    """Say that there are fewer shards than teachers."""
+    if not gpus:
+        return ""
+    return f"; {gpus:,} idle: fewer shards than teachers, lower --rows-per-shard or --gpus"
 
 
 def _file_rows(large: dict[str, Any]) -> dict[str, str]:

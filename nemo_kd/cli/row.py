@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_kd.cli.tokenizers import Tokenizer
+from nemo_kd.cli.tokenizers import RunningText, Tokenizer
 from nemo_kd.errors import StoreError
 from nemo_kd.store import Store
 from nemo_kd.store.tools.probabilities import log_probabilities
@@ -61,7 +61,10 @@ class RowView:
 
 
 def view_row(store: Store, row: int, tokenizer: Tokenizer, top: int) -> RowView:
-    """Read the sample of source row `row`, with the `top` most probable ids per answer token."""
+    """Read the sample of source row `row`, with the `top` most probable ids per answer token.
+
+    A text is what the token adds to those before it: empty within a character of several tokens.
+    """
     sample = store[store.index_of(row)]
     topk = sample.topk
     ids = np.concatenate([sample.input_ids, topk.ids[topk.ids != ABSENT_ID]])
@@ -71,20 +74,23 @@ def view_row(store: Store, row: int, tokenizer: Tokenizer, top: int) -> RowView:
             "`nemo-kd verify` lists the damage"
         )
     p = np.exp(log_probabilities(topk))
-    answers = []
+    answers, tokens, text_so_far = [], list[str](), RunningText(tokenizer)
     for a, position in enumerate(sample.answer_positions().tolist()):
+        tokens += [text_so_far.push(i) for i in sample.input_ids[len(tokens) : position].tolist()]
         ids = topk.ids[a]
         label = int(sample.input_ids[position])
         hits = np.flatnonzero(ids == label)
         found = int(hits[0]) if hits.size else None
         choices = [
-            Choice(int(i), tokenizer.text([int(i)]), float(p[a, column]))
+            Choice(int(i), text_so_far.peek(int(i)), float(p[a, column]))
             for column, i in enumerate(ids[:top])
             if i != ABSENT_ID
         ]
         rank = None if found is None else found + 1
         probability = None if found is None else float(p[a, found])
-        text = tokenizer.text([label])
+        text = text_so_far.peek(label)
         answers.append(Answer(position, label, text, rank, probability, choices, float(p[a].sum())))
-    tokens = [tokenizer.text([int(i)]) for i in sample.input_ids]
+    tokens += [text_so_far.push(i) for i in sample.input_ids[len(tokens) :].tolist()]
+    if tokens:
+        tokens[-1] += text_so_far.rest()
     return RowView(sample.row, tokens, answers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import os
 import signal
 import sys
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 from nemo_kd.cli.failures import reported
 from nemo_kd.cli.hydra_errors import check_overrides
 from nemo_kd.cli.overrides import accept_every_spelling
+from nemo_kd.errors import NemoKDError
 
 NOT_COMPOSED = (
     "help",
@@ -32,7 +34,8 @@ NOT_COMPOSED = (
 
 def commented(conf: Path, *names: str) -> str:
     """Return the commented files `conf/NAME.yaml`, without the block `hydra`, for --help."""
-    texts = {name: (conf / f"{name}.yaml").read_text().partition("\nhydra:\n")[0] for name in names}
+    files = {name: (conf / f"{name}.yaml").read_text(encoding="utf-8") for name in names}
+    texts = {name: text.partition("\nhydra:\n")[0] for name, text in files.items()}
     shown = "\n\n".join(f"# --- conf/{name}.yaml\n{text}" for name, text in texts.items())
     return shown.replace("$", "$$")  # Hydra's help template reduces `$$` to `$`
 
@@ -46,6 +49,11 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
     # Python's own, which the other commands of `nemo-kd` replace: sockets must not kill a job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a locale of ASCII
+    with reported():
+        refuse_undecoded(sys.argv[1:])
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
     OmegaConf.register_new_resolver("commented", functools.partial(commented, conf), replace=True)
@@ -63,6 +71,23 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
     with reported(resume):
         check_composition(conf, name, sys.argv[1:])
         hydra.main(version_base=None, config_path=str(conf), config_name=name)(run)()
+
+
+def refuse_undecoded(arguments: list[str]) -> None:
+    """Raise NemoKDError for an argument with bytes that could not be decoded: no JSON holds them.
+
+    This happens in a locale of ASCII, or with a name that is not in UTF-8.
+    """
+    for argument in arguments:
+        try:
+            argument.encode()
+        except UnicodeEncodeError:
+            readable = os.fsencode(argument).decode("utf-8", "backslashreplace")
+            raise NemoKDError(
+                f"the argument {readable} has characters outside this process's encoding, "
+                f"{sys.getfilesystemencoding()}: run the command with LC_ALL=C.UTF-8 and without "
+                "PYTHONUTF8=0, or rename what it names"
+            ) from None
 
 
 def check_composition(conf: Path, name: str, arguments: list[str]) -> None:

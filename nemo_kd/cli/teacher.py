@@ -10,6 +10,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.cli import dump_settings as settings
 from nemo_kd.cli.overrides import given_keys
+from nemo_kd.extras import install
 from nemo_kd.nemo import start
 from nemo_kd.nemo.settings import dump as nemo
 from nemo_kd.settings.values import shown
@@ -107,9 +108,7 @@ def load(config: DumpConfig, cfg: DictConfig) -> Teacher:
 def _load_served(config: DumpConfig) -> Teacher:
     missing = [each for each in ("httpx", "tenacity") if importlib.util.find_spec(each) is None]
     if missing:
-        raise LayoutError(
-            f"teacher.kind=served needs {' and '.join(missing)}: pip install 'nemo-kd[served]'"
-        )
+        raise LayoutError(f"teacher.kind=served needs {' and '.join(missing)}: {install('served')}")
     from nemo_kd.served.teacher import load_teacher as load_served
 
     return load_served(config)

@@ -61,7 +61,13 @@ class SentencePieceTokenizer:
         return [str(self._processor.id_to_piece(int(i))) for i in ids]
 
     def text(self, ids: Sequence[int]) -> str:
-        return "".join(self.ids_to_tokens(ids)).replace("▁", " ")
+        return b"".join(map(self._bytes, ids)).decode("utf-8", "replace")
+
+    def _bytes(self, i: int) -> bytes:
+        piece = str(self._processor.id_to_piece(int(i)))
+        if self._processor.is_byte(int(i)):  # <0xE6>, a part of a character
+            return bytes([int(piece[1:-1], 16)])
+        return piece.replace("▁", " ").encode("utf-8", "replace")
 
 
 class Ids:
@@ -77,6 +83,48 @@ class Ids:
         return "".join(self.ids_to_tokens(ids))
 
 
+class RunningText:
+    """Decode tokens one after another: a token's text is what it adds to those before it.
+
+    A character of several tokens is the text of the last one; that of the others is empty. Only a
+    few tokens are decoded again, those since the last complete character and those before it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._shown: list[int] = []
+        """The tokens of the last text, which decide on spaces after them."""
+        self._open: list[int] = []
+        """The tokens since then, of an incomplete character."""
+
+    def peek(self, token: int) -> str:
+        """Return the text that `token` would add."""
+        return self._added(token)[0]
+
+    def push(self, token: int) -> str:
+        """Return the text that `token` adds."""
+        text, complete = self._added(token)
+        self._open.append(token)
+        if complete:
+            self._shown, self._open = self._open, []
+        return text
+
+    def rest(self) -> str:
+        """Return the text of an incomplete character at the end; empty without one."""
+        return self._tokenizer.text(self._open) if self._open else ""
+
+    def _added(self, token: int) -> tuple[str, bool]:
+        ids = [*self._open, token]
+        before, text = self._tokenizer.text(self._shown), self._tokenizer.text(self._shown + ids)
+        added = text[len(before) :] if text.startswith(before) else self._tokenizer.text(ids)
+        if added.endswith(REPLACEMENT) and len(ids) < MAX_CHARACTER_BYTES:
+            return "", False
+        return added, True
+
+
+REPLACEMENT = "\ufffd"
+"""What stands for bytes that are no character, or not yet."""
+MAX_CHARACTER_BYTES = 4  # in UTF-8
 KINDS = "a Hugging Face tokenizer's directory or a SentencePiece .model file"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "config.json")
 MAX_REASON = 200  # characters: transformers lists every model that it supports

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
+import msgspec
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,6 +21,8 @@ from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.forward import NoAnswerOfServerError
 from nemo_kd.topk import ABSENT_ID, TopK
 
+NOT_JSON = (msgspec.MsgspecError, UnicodeDecodeError, RecursionError)
+"""Errors of decoding an answer; the last one is that of deep nesting."""
 MASS_TOLERANCE = 0.02
 """Allowed excess or lack of probability mass: log-probabilities may be rounded to bfloat16."""
 LOGPROB_TOLERANCE = 0.02
@@ -94,7 +97,10 @@ def checked(answer: Answer, row: Row, spec: StoreSpec, wire: Wire) -> Checks:
         _without_own(each, i, tokens[i], spec.top_k, wire)
         for i, each in zip(where, found, strict=True)
     ]
-    ids = np.array([each.ids for each in rows], np.int64)
+    try:
+        ids = np.array([each.ids for each in rows], np.int64)
+    except OverflowError:
+        raise AnswerError("the answer has an id of more than 64 bits, which no token has") from None
     logprobs = np.array([each.logprobs for each in rows], np.float32)
     order = np.argsort(-logprobs, axis=1, kind="stable")
     ids, logprobs = np.take_along_axis(ids, order, 1), np.take_along_axis(logprobs, order, 1)

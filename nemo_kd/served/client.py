@@ -15,13 +15,15 @@ import time
 from collections.abc import Callable, Mapping
 from types import TracebackType
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import urljoin, urlsplit
 
 import httpx
 import msgspec
 import tenacity
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.served import environment
+from nemo_kd.served.answer import NOT_JSON
 from nemo_kd.teacher.config import TeacherConfig
 from nemo_kd.visible import visible
 
@@ -72,13 +74,19 @@ class Client:
         self.attempts = 1 + (config.retries if retries is None else retries)
         self._slots = asyncio.Semaphore(config.concurrency)
         self._last_line = -SECONDS_BETWEEN_LINES
-        self._http = httpx.AsyncClient(
-            headers={"Content-Type": "application/json", **_authorization(config)},
-            # The time-out of a request is that of `_attempt`; httpx's is between two packets.
-            timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, config.timeout)),
-            limits=httpx.Limits(max_connections=config.concurrency),
-            trust_env=urlsplit(self.url).hostname not in LOOPBACK,  # no proxy to this machine
-        )
+        own = urlsplit(self.url).hostname in LOOPBACK  # no proxy to this machine
+        self._proxy = "" if own else environment.proxy_of(self.url)
+        headers = {"Content-Type": "application/json", **_authorization(config)}
+        try:
+            self._http = httpx.AsyncClient(
+                headers=headers,
+                # The time-out of a request is that of `_attempt`; httpx's is between two packets.
+                timeout=httpx.Timeout(None, connect=min(CONNECT_TIMEOUT, config.timeout)),
+                limits=httpx.Limits(max_connections=config.concurrency),
+                trust_env=not own,
+            )
+        except (ImportError, OSError, ValueError, httpx.InvalidURL) as error:
+            raise ServedTeacherError(environment.fault_of(error)) from error
 
     async def __aenter__(self) -> Client:
         return self
@@ -115,10 +123,11 @@ class Client:
             try:
                 return bytes(await retrying(self._attempt, method, path, content))
             except _TryAgain as error:
+                proxy = f" and the proxy of the variable {self._proxy}" if self._proxy else ""
                 raise ServedTeacherError(
                     f"{self.url}{path}: {error}, after {self.attempts} attempts; check the server "
-                    "and teacher.url, and run the same command to resume (teacher.retries and "
-                    "teacher.timeout set the patience)"
+                    f"and teacher.url{proxy}, and run the same command to resume (teacher.retries "
+                    "and teacher.timeout set the patience)"
                 ) from error
 
     async def _attempt(self, method: str, path: str, content: bytes | None) -> bytes:
@@ -137,7 +146,9 @@ class Client:
         if passes and LIMIT.search(message) is None:
             raise _TryAgain(f"{status}: {message}", _retry_after(answer.headers))
         raise StatusError(
-            f"{self.url}{path}: {status}: {message}{_hint(answer)}", answer.status_code, message
+            f"{self.url}{path}: {status}: {message}{_hint(answer, path)}",
+            answer.status_code,
+            message,
         )
 
     def _report(self, state: tenacity.RetryCallState) -> None:
@@ -211,13 +222,13 @@ def _message(content: bytes) -> str:
         found = msgspec.json.decode(content, type=_Error)
         inner = found.error.message if isinstance(found.error, _Detail) else found.error
         text = inner or found.message or str(found.detail or "")
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except NOT_JSON:
         text = ""
     text = text or content[: 4 * MAX_SHOWN].decode("utf-8", "replace")
     return visible(" ".join(text.split()))[:MAX_SHOWN] or "no message"
 
 
-def _hint(answer: httpx.Response) -> str:
+def _hint(answer: httpx.Response, path: str) -> str:
     if answer.status_code in (401, 403):
         return (
             "; set teacher.api_key_env to the name of the environment variable that holds the key"
@@ -225,5 +236,20 @@ def _hint(answer: httpx.Response) -> str:
     if answer.status_code == 404:
         return "; check teacher.url, teacher.api and teacher.model"
     if answer.is_redirect:
-        return f"; set teacher.url to {visible(answer.headers.get('Location', ''))[:MAX_SHOWN]}"
+        return _redirected(str(answer.url), answer.headers.get("Location", ""), path)
     return ""
+
+
+def _redirected(url: str, location: str, path: str) -> str:
+    """Advise the address of the server to which the request of a `path` was redirected."""
+    try:
+        target = urlsplit(urljoin(url, location))
+    except ValueError:
+        return f"; it redirects to {visible(location)[:MAX_SHOWN]}, which is no address"
+    shown = visible(target.geturl())[:MAX_SHOWN]
+    before = target.path.rstrip("/").removesuffix(path)
+    if before == target.path.rstrip("/") or target.geturl() == url:
+        return f"; it redirects to {shown}: set teacher.url to the server that answers itself"
+    return (
+        f"; set teacher.url to {visible(f'{target.scheme}://{target.netloc}{before}')[:MAX_SHOWN]}"
+    )

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from nemo_kd.served.answer import Answer, AnswerError, checked
+from nemo_kd.served.answer import NOT_JSON, Answer, AnswerError, checked
 from nemo_kd.served.vllm import VLLM, Choice
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import Sample, StoreError, StoreSpec
@@ -59,7 +59,7 @@ def is_response(line: bytes) -> bool:
     """Return whether a line of JSONL looks like a response, by its keys."""
     try:
         found = msgspec.json.decode(line, type=dict[str, msgspec.Raw])
-    except (msgspec.MsgspecError, UnicodeDecodeError):
+    except NOT_JSON:
         return False
     return bool({"choices", "prompt_logprobs", "response"} & set(found))
 
@@ -128,7 +128,7 @@ def _sample(line: bytes, count: int, renumber: bool, spec: StoreSpec, changes: C
     given = _ids(tokens)
     input_ids, mask, answers = checked_tokens(given, _mask(record, given), spec.vocab_size)
     row = count if renumber or record.index is None else record.index
-    if row < 0:
+    if not 0 <= row < 1 << 63:
         raise StoreError(f"index must be a row number, not {row}")
     one = Row(row, input_ids, mask)
     topk = _topk(answer, one, spec, changes) if answers else _nothing(spec)
@@ -185,7 +185,7 @@ def _top(content: bytes) -> Answer:
     """Return the answer of a chat completion or RequestOutput, which has it at the top."""
     try:
         found = _TOP.decode(content)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except NOT_JSON as error:
         raise StoreError(f"prompt_logprobs are not in vLLM's format: {error}") from error
     return Answer(found.prompt_logprobs or [], found.prompt_token_ids, None)
 
@@ -193,7 +193,7 @@ def _top(content: bytes) -> Answer:
 def _decoded(content: bytes) -> _Line:
     try:
         return _LINE.decode(content)
-    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+    except NOT_JSON as error:
         raise StoreError(f"not a response in JSON: {error}") from error
 
 

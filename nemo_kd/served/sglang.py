@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from nemo_kd.served.answer import Answer, AnswerError, Candidates
+from nemo_kd.served.answer import NOT_JSON, Answer, AnswerError, Candidates
 
 
 class _Item(msgspec.Struct, array_like=True):
@@ -56,7 +56,7 @@ class SGLang:
     def parse(self, content: bytes) -> Answer:
         try:
             meta = self._decoder.decode(content).meta_info
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except NOT_JSON as error:
             raise AnswerError(f"the answer is not in the format of SGLang: {error}") from None
         own, top = meta.input_token_logprobs, meta.input_top_logprobs
         if own is None or top is None:

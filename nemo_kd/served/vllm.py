@@ -16,7 +16,7 @@ from typing import Any
 
 import msgspec
 
-from nemo_kd.served.answer import Answer, AnswerError, Candidates
+from nemo_kd.served.answer import NOT_JSON, Answer, AnswerError, Candidates
 
 CLAMPED = -9999.0
 """What vLLM writes for -inf, which JSON does not have."""
@@ -77,7 +77,7 @@ class VLLM:
     def parse(self, content: bytes) -> Answer:
         try:
             found = self._decoder.decode(content)
-        except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        except NOT_JSON as error:
             raise AnswerError(f"the answer is not a completion in vLLM's format: {error}") from None
         if len(found.choices) != 1 or found.choices[0].prompt_logprobs is None:
             raise AnswerError(

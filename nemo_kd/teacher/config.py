@@ -191,9 +191,9 @@ class TopKConfig:
     """Temperatures at which a log-sum-exp is stored. They must include 1, and training's
     `model.kd.temperature` must be one of them."""
     profile: Profile = "plain"
-    """How the logits are encoded: `plain` (at most 404 bytes per answer token at K = 100),
-    `compact` (at most 250), `top_p` (only the ids that hold a given mass), `sampled` (random
-    draws, about 24 at K = 40)."""
+    """How the logits are encoded: `plain` (404 bytes per answer token at K = 100, or 604 with a
+    vocabulary above 65,536), `compact` (at most 250), `top_p` (only the ids that hold a given
+    mass), `sampled` (random draws, about 24 at K = 40)."""
     profile_options: dict[str, Any] = field(default_factory=dict)
     """Options of the profile: `{p: 0.95}` for `top_p`, `{seed: 0}` for `sampled`."""
 

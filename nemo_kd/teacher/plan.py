@@ -1,7 +1,8 @@
 """Estimate the disk space, time and GPU memory that a dump needs.
 
 disk    = answer tokens * bytes of the profile + tokens * 5 + samples * (36 + 20 per field)
-time    = 2 * parameters * tokens / (GPUs * FLOP/s * utilisation)
+time    = 2 * parameters * tokens / (working GPUs * FLOP/s * utilisation)
+working = min(GPUs / (TP * PP), shards) * TP * PP, because a teacher dumps whole shards
 memory  = parameters * 2 / (TP * PP) + logits of the rows at the LM head + activations
 """
 
@@ -86,6 +87,9 @@ class Plan:
     """The size of the same data in NeMo-Aligner's JSONL, for comparison."""
     dump_seconds: float
     gpu_hours: float
+    """Of the working GPUs."""
+    idle_gpus: int
+    """GPUs of teachers for which there is no shard."""
     weights_bytes_per_gpu: float
     other_bytes_per_gpu: float
     """Memory for logits and activations."""
@@ -110,8 +114,10 @@ def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
     values = work.answer_tokens * each + tokens + work.samples * ROW_ITEM * 8
     indices = work.samples * (IDX_BYTES * len(field_dtypes(codec)) + INDEX_BYTES)
     seconds = 2 * work.teacher_parameters * work.total_tokens
-    seconds /= work.gpus * work.gpu_tflops * 1e12 * work.utilisation
     parallel = work.tensor_parallel * work.pipeline_parallel
+    shards = math.ceil(work.samples / spec.rows_per_shard)
+    working = min(work.gpus // parallel, shards) * parallel
+    seconds /= working * work.gpu_tflops * 1e12 * work.utilisation
     weights = 2 * work.teacher_parameters
     other = _other_bytes(spec, work)
     room = 0.9 * work.gpu_memory_gib * 2**30
@@ -123,7 +129,8 @@ def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
         bin_bytes=values,
         jsonl_bytes=work.total_tokens * spec.top_k * JSONL_BYTES_PER_LOGIT,
         dump_seconds=seconds,
-        gpu_hours=seconds * work.gpus / 3600,
+        gpu_hours=seconds * working / 3600,
+        idle_gpus=work.gpus - working,
         weights_bytes_per_gpu=weights / parallel,
         other_bytes_per_gpu=other,
         fits=weights / parallel + other <= room,

@@ -18,10 +18,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import sentencepiece
 
 from nemo_kd import __version__
 from nemo_kd.cli.main import main
-from nemo_kd.cli.tokenizers import load_tokenizer
+from nemo_kd.cli.tokenizers import RunningText, load_tokenizer
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Sample, Store, write_jsonl
 from tests.checkpoints import models
@@ -274,6 +275,10 @@ def test_plan() -> None:
     for same in (("--utilisation", "35%"), ("--teacher", "70b"), ("--teacher", "0.07T")):
         assert as_json(*PLAN, "--gpus", 64, "--tp", 8, *same) == value
     assert as_json(*PLAN, "--teacher", "1.5T")["weights_bytes_per_gpu"] == 3e12
+    assert "idle" not in nemo_kd(*PLAN, "--gpus", 64, "--tp", 8)
+    said = nemo_kd(*PLAN, "--gpus", 512, "--tp", 8, "--samples", "10k", "--tokens", "3M")
+    said = " ".join(said.split())
+    assert "on 320 GPUs" in said and "192 idle: fewer shards than teachers" in said  # 40 shards
 
 
 @pytest.mark.parametrize(
@@ -430,6 +435,50 @@ def test_show_decodes_text_and_marks_the_target(
     text = (tmp_path / "row.html").read_text()
     assert text.count('class="target"') == len(view["answers"])
     assert "<script" not in text and "src=" not in text
+
+
+def test_show_gives_a_character_of_several_tokens_whole(
+    text_store: tuple[Path, Path], tmp_path: Path
+) -> None:
+    text = "naïve 日本語, żółć 🙂!"
+    tokenizer = models.tokenizer()
+    ids = np.array(tokenizer(text).input_ids, np.int32)
+    assert len(ids) > len(text)
+    of = Store(text_store[0]).spec
+    one = sample(0, of, len(ids) - 3)
+    cut = ids[:-2]  # within the last character
+    samples = [Sample(**{**vars(one), "input_ids": ids})]
+    samples.append(Sample(**{**vars(sample(1, of, len(cut) - 3)), "input_ids": cut}))
+    directory = write(tmp_path / "s", of, samples)
+    view = as_json("show", directory, 0)
+    assert "".join(view["tokens"]) == text
+    assert {"日", "🙂", "ż"} <= set(view["tokens"]) and "" in view["tokens"]
+    for answer in view["answers"]:
+        assert answer["text"] == view["tokens"][answer["position"]]
+    printed = nemo_kd("show", directory, 0)
+    assert text in printed and f"{chr(0xFFFD)!r}" not in printed.split("row 0")[0]
+    nemo_kd("show", directory, 0, "--html", tmp_path / "row.html")
+    assert all(each in (tmp_path / "row.html").read_text() for each in ("日", "🙂"))
+    assert "".join(as_json("show", directory, 1)["tokens"]).startswith("naïve 日本語, żółć ")
+    assert as_json("show", directory, 1)["tokens"][-1] == chr(0xFFFD)
+
+
+def test_text_of_tokens_is_what_each_adds(tmp_path: Path) -> None:
+    """Also of SentencePiece's bytes, and of bytes that are no characters."""
+    trainer = sentencepiece.SentencePieceTrainer
+    words = iter(["the cat", "sat on", "a mat the"] * 20)
+    prefix = str(tmp_path / "sp")
+    options: dict[str, Any] = {"byte_fallback": True, "hard_vocab_limit": False, "minloglevel": 2}
+    trainer.train(sentence_iterator=words, model_prefix=prefix, vocab_size=280, **options)
+    processor = sentencepiece.SentencePieceProcessor(model_file=f"{prefix}.model")
+    tokenizer = load_tokenizer(f"{prefix}.model")
+    ids = processor.encode("the 日 cat 🙂")
+    running = RunningText(tokenizer)
+    texts = [running.push(i) for i in ids]
+    assert "".join(texts) == " the 日 cat 🙂" == tokenizer.text(ids)
+    assert texts[-4:] == ["", "", "", "🙂"] and "日" in texts
+    byte = ids[-4]
+    assert "".join(running.push(byte) for _ in range(9)) + running.rest() == "\ufffd" * 9
 
 
 def test_ranks_count_from_one_everywhere(text_store: tuple[Path, Path], tmp_path: Path) -> None:

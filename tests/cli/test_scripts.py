@@ -1,15 +1,19 @@
 """The scripts' command lines: spellings of `model.kd` overrides, help, printed configurations."""
 
+import os
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-from nemo_kd.cli.jobs import JOBS
+from nemo_kd.cli.jobs import JOBS, Job
 from nemo_kd.cli.overrides import accept_every_spelling
-from tests.processes import ROOT, run_script
+from nemo_kd.cli.scripts import refuse_undecoded
+from nemo_kd.errors import NemoKDError
+from tests.processes import ROOT, error_of, run_script
 
 
 def test_kd_overrides_become_add_or_change() -> None:
@@ -153,3 +157,27 @@ def test_the_printed_configuration_is_that_of_the_run(name: str) -> None:
     cfg = OmegaConf.create(done.stdout)
     assert cfg.model.seed == 7 and cfg.model.kd.temprature == 2
     assert "hydra" not in cfg and cfg.trainer.num_nodes == 1
+
+
+ASCII: dict[str, Any] = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("job", JOBS.values(), ids=list(JOBS))
+def test_help_is_printed_in_a_locale_of_ascii(job: Job) -> None:
+    done = run_script(f"{job.config_name}.py", "--help", **ASCII)
+    assert "Examples:" in done.stdout and not done.stderr
+
+
+def test_a_name_outside_the_locale_is_an_error_of_one_line(tmp_path: Path) -> None:
+    """Python cannot decode it, and the store's JSON could not hold it."""
+    data = tmp_path / "dä.jsonl"
+    data.write_text('{"input": "a", "output": "b"}\n')
+    line = error_of("dump_teacher_topk.py", f"data.file_path={data}", **ASCII)
+    assert line.startswith("error: the argument data.file_path=") and r"d\xe4.jsonl" in line
+    assert "outside this process's encoding, ascii: run the command with LC_ALL=C.UTF-8" in line
+
+
+def test_a_name_that_is_not_utf8_is_an_error_of_one_line() -> None:
+    with pytest.raises(NemoKDError, match=r"the argument output_dir=/\\xe4 has characters"):
+        refuse_undecoded(["a=1", "output_dir=/" + os.fsdecode(b"\xe4")])
+    refuse_undecoded(PATHS)

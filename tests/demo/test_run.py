@@ -57,6 +57,32 @@ def test_a_file_that_an_interrupted_step_left_is_not_its_result(tmp_path: Path) 
     assert run.is_done(step, done) and not run.is_done(step, {})
 
 
+@pytest.mark.parametrize(
+    "text", ['{"train": {"sec', "", "[]", "3", '{"train": 3}', '{"train": {}}', "\xff"]
+)
+def test_a_damaged_record_of_the_steps_is_no_record(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+) -> None:
+    path = tmp_path / "steps.json"
+    assert run.recorded(path) == {} and not capsys.readouterr().out
+    path.write_text(text, encoding="latin-1")
+    assert run.recorded(path) == {}
+    assert f"{path} is damaged (" in capsys.readouterr().out
+
+
+def test_a_step_is_recorded_in_one_piece(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The file of the steps before it is replaced, not written again."""
+    (path := tmp_path / "steps.json").write_text('{"first": {"command": "x", "seconds": 1.5}}')
+    before = path.stat().st_ino
+    monkeypatch.setattr(run, "STEPS", path)
+    monkeypatch.setattr(run, "run_command", lambda *_: 0)
+    (product := tmp_path / "product").touch()
+    run.run_step(run.Step("second", "x.py", [], product), run.recorded(path))
+    assert path.stat().st_ino != before
+    assert list(run.recorded(path)) == ["first", "second"]
+    assert [each.name for each in tmp_path.iterdir() if "steps" in each.name] == ["steps.json"]
+
+
 @pytest.mark.slow  # a minute
 def test_ctrl_c_ends_it_in_one_line_and_leaves_no_process(tmp_path: Path) -> None:
     for name in ("examples", "conf"):

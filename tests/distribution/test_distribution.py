@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import tomllib
 import zipfile
+from collections.abc import Iterable
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
 
 import nemo_kd
 from nemo_kd.cli.jobs import JOBS
+from nemo_kd.extras import install
 from tests.bare import extra, run_bare
 from tests.conftest import ROOT
 
@@ -59,6 +64,54 @@ def test_the_source_distribution_is_enough_to_work_from(dist: Path) -> None:
     assert not [name for name in names if name.endswith(".pyc")]
 
 
+def sent_to_docker(paths: Iterable[str]) -> set[str]:
+    """The paths that are not left out by .dockerignore, whose last rule that applies decides."""
+    sent = set()
+    lines = (ROOT / ".dockerignore").read_text().splitlines()
+    rules = [line for line in lines if line and not line.startswith("#")]
+    for path in paths:
+        above = [path, *map(str, Path(path).parents)]
+        out = False
+        for rule in rules:
+            pattern = rule.removeprefix("!").removeprefix("**/")
+            names = [Path(each).name for each in above] if "**/" in rule else above
+            if any(fnmatch(name, pattern) for name in names):
+                out = not rule.startswith("!")
+        if not out:
+            sent.add(path)
+    return sent
+
+
+def test_the_images_get_what_they_install_and_run_and_no_files_of_the_user(
+    dist: Path, tmp_path: Path
+) -> None:
+    """COPY . . would copy models and data into an image that is pushed to a registry."""
+    own = ["teacher.nemo", "data/train.jsonl", "stores/kd/tokens.bin", "runs/kd/kd.nemo", ".env"]
+    own += ["outputs/demo/x", "examples/teacher.nemo", "train.jsonl", "examples/demo/outputs/x"]
+    assert not sent_to_docker(own)
+    files = [path for path in dist.parent.rglob("*") if path.is_file()]
+    sent = sent_to_docker(str(path.relative_to(dist.parent)) for path in files)
+    assert {"constraints.txt", "examples/demo/run.py", "examples/dump_teacher_topk.py"} <= sent
+    assert {path.split("/")[0] for path in sent} == {
+        *("LICENSE", "README.md", "constraints.txt", "pyproject.toml", "setup.py"),
+        *("conf", "examples", "nemo_kd"),
+    }
+    for path in sent:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / path, tmp_path / path)
+    done = subprocess.run(
+        [sys.executable, "-c", "from setuptools import build_meta as b; b.build_wheel('dist')"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    (wheel,) = (tmp_path / "dist").glob("*.whl")
+    (whole,) = dist.glob("*.whl")
+    assert set(zipfile.ZipFile(wheel).namelist()) == set(zipfile.ZipFile(whole).namelist())
+
+
 def in_wheel(dist: Path, tmp_path: Path, name: str | None, code: str, *arguments: str) -> str:
     """What `code` prints with the wheel and the packages of one extra; it must succeed."""
     (wheel,) = dist.glob("*.whl")
@@ -79,7 +132,7 @@ def test_without_an_extra_the_command_starts_and_says_what_it_needs(
 ) -> None:
     code = "from nemo_kd.cli.main import main\ntry: main()\nexcept SystemExit as end: print(end)"
     said = in_wheel(dist, tmp_path, None, code, "inspect", "store")
-    assert said.startswith("error: ") and "pip install 'nemo-kd[cli]'" in said
+    assert said.startswith("error: ") and "pip install '.[cli]' in a checkout of nemo-kd" in said
 
 
 def test_a_store_is_written_and_read_with_its_extra(dist: Path, tmp_path: Path) -> None:
@@ -138,3 +191,17 @@ writer.finish(1)
 sample = Store(sys.argv[1])[0]
 print(len(sample.input_ids), int(sample.topk.ids[0, 0]))
 """
+
+
+def test_messages_name_extras_that_exist_by_the_command_that_installs_them() -> None:
+    """The package is on no index: `pip install nemo-kd[x]` would find nothing, or another one."""
+    extras = set(
+        tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    )
+    assert install("remote", "gcsfs") == "pip install '.[remote]' gcsfs in a checkout of nemo-kd"
+    for path in (ROOT / "nemo_kd").rglob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        assert not re.search(r"pip install [^\n]*nemo-kd\[", text), path
+        named = re.findall(r"\binstall\([\"'](\w+)[\"']", text)
+        named += re.findall(r"pip install [^\n]*?'\.\[([\w,]+)\]'", text)
+        assert {each for found in named for each in found.split(",")} <= extras, path

@@ -65,6 +65,13 @@ def said() -> str:
     return "\n".join(found)
 
 
+def test_every_variable_of_the_code_is_on_the_page() -> None:
+    page = (ROOT / "docs/configuration.md").read_text(encoding="utf-8")
+    sources = [path.read_text(encoding="utf-8") for path in (ROOT / "nemo_kd").rglob("*.py")]
+    names = {name for text in sources for name in re.findall(r"\bNEMO_KD_[A-Z_]+\b", text)}
+    assert {name for name in names if f"| `{name}=" not in page} == set()
+
+
 def test_the_table_of_containers_is_the_doctors() -> None:
     text = (DOCS / "megatron.md").read_text()
     rows = [

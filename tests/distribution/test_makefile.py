@@ -80,3 +80,17 @@ def test_another_torch_than_the_environments_is_refused(tmp_path: Path) -> None:
     assert not make(tmp_path, "-n", "help").returncode
     done = make(tmp_path, "demo", "TORCH_INDEX_URL=https://second")
     assert done.returncode and "remove .venv" in done.stderr
+
+
+def test_paths_may_have_spaces(tmp_path: Path) -> None:
+    (directory := tmp_path / "my checkout").mkdir()
+    pretend(directory, "python3", works=True)
+    python = directory / "bin" / "gpu-python"
+    python.write_text('#!/bin/sh\necho "<$PYTHONPATH>" "$@"\n')
+    python.chmod(0o755)
+    done = make(directory, "gpu", "GPU_PYTHON=gpu-python", "GPU_PARTS=loss")
+    assert done.stdout == f"<{directory}> -m benchmarks.gpu.run loss\n", done.stderr
+    where = ("RESULTS=my results", "MATRIX=my matrix", "PYTHON312=/my python/bin/python")
+    said = make(directory, "-n", "experiments", "matrix", *where).stdout
+    assert said.count('results="my results"\n') == 3
+    assert '--directory "my matrix" --python312 "/my python/bin/python"\n' in said

@@ -139,4 +139,4 @@ def test_a_filled_output_is_refused(tmp_path: Path) -> None:
 @pytest.mark.skipif(find_spec("modelopt") is not None, reason="modelopt is there")
 def test_without_modelopt_it_is_named(quantisable: Path, tmp_path: Path) -> None:
     given = [f"{quantisable}/llama", *options(quantisable, f"--output={tmp_path}/out")]
-    assert "pip install 'nemo-kd[qad]'" in error_of(EXAMPLE, *given)
+    assert "pip install '.[qad]' in a checkout" in error_of(EXAMPLE, *given)

@@ -28,7 +28,8 @@ def arguments(tiny: Path, out: Path) -> list[str]:
     generate = [*both, "generation.max_new_tokens=8", "generation.keep_unfinished=true"]
     generate.append("data.prompt_template=Q: {input} A: {output}")
     dump = [*both, "data.max_seq_length=128", "dump.top_k=20"]
-    train = [*SIX_STEPS, "trainer.limit_val_batches=0"]
+    train = [each for each in SIX_STEPS if each != "trainer.max_steps=6"]
+    train.append("trainer.limit_val_batches=0")
     return [
         f"--teacher={tiny}/teacher.nemo",
         f"--student={tiny}/student.nemo",
@@ -104,7 +105,7 @@ def run_rounds(
         started.append(command)
         return subprocess.CompletedProcess(command, 0)
 
-    for name in ("s.nemo", "p.jsonl", "hf-teacher/config.json"):
+    for name in ("s.nemo", "x.nemo", "t.nemo", "p.jsonl", "x.jsonl", "hf-teacher/config.json"):
         path = out.parent / "given" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         if not path.exists():
@@ -211,6 +212,12 @@ def test_products_of_other_inputs_are_refused(
         ("--train=model.restore_from_path=x", "leave .* the model is --student, then the trained"),
         ("--train=model.peft.peft_scheme=lora", "adapters alone are no student .*merge_lora.py"),
         ("--train=model.peft={peft_scheme: lora}", "one by one, and leave model.peft.peft_scheme"),
+        ("--train=trainer.max_steps=5", "leave trainer.max_steps out; give --steps"),
+        ("--train=+trainer.max_steps =5", "leave trainer.max_steps out; give --steps"),
+        ("--train=trainer@_global_={}", "one by one, and leave trainer.max_steps out; give --st"),
+        ("--generate=generation.temperature=0.9", "leave generation.temperature out; give --temp"),
+        ("--generate=generation.seed=1", "leave generation.seed out; it is the round's number"),
+        ("--generate=teacher.kind=hf", "leave teacher.kind out; the student is a .nemo"),
         ("--generate=output_dir=x", "--generate output_dir=x: leave output_dir out; the paths in"),
         ("--generate=data.file_path=x", "leave data.file_path out; the file is --prompts"),
         ("--dump=output_dir=x", "--dump output_dir=x: leave output_dir out; the paths in a round"),
@@ -225,6 +232,42 @@ def test_keys_that_the_rounds_depend_on_are_refused_before_anything_runs(
         with pytest.raises(SystemExit, match=f"^error: .*{message}"):
             run_rounds(monkeypatch, tmp_path / "out", more, *dry)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("option", ["--rounds", "--steps", "--processes"])
+@pytest.mark.parametrize("number", ["0", "-1"])
+def test_less_than_one_is_refused(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    option: str,
+    number: str,
+) -> None:
+    for dry in ([], ["--dry-run"]):
+        with pytest.raises(SystemExit) as ended:
+            run_rounds(monkeypatch, tmp_path / "out", f"{option}={number}", *dry)
+        assert ended.value.code == 2
+        last = capsys.readouterr().err.splitlines()[-1]
+        assert last.endswith(f"error: argument {option}: {number} is less than 1")
+
+
+@pytest.mark.parametrize("option", ["--teacher", "--student", "--prompts"])
+def test_an_absent_input_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    """A teacher that is not there would be found only after the whole generation."""
+    with pytest.raises(SystemExit, match=f"^error: {option} nope.nemo does not exist: "):
+        run_rounds(monkeypatch, tmp_path / "out", f"{option}=nope.nemo")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_commands_are_printed_with_their_launcher(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run_rounds(monkeypatch, tmp_path / "out", "--processes=8", "--dry-run") == 0
+    torchrun = "python -m torch.distributed.run --standalone --nproc_per_node=8 "
+    lines = capsys.readouterr().out.splitlines()[:3]
+    assert all(line.startswith(f"{torchrun}{ROOT}/examples/") for line in lines)
 
 
 def test_keys_beside_those_are_passed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

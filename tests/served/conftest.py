@@ -90,6 +90,7 @@ def server(_server: Server) -> Server:
     fresh: dict[str, Any] = {"faults": lambda number: "", "seconds": 0.0, "requests": []}
     fresh |= {
         "most_in_flight": 0,
+        "tokenize": "",
         "limit_words": VLLM_LIMIT,
         "max_logprobs": 400,
         "key": "",

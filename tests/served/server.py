@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 Json = dict[str, Any]
 Faults = Callable[[int], str]
+HUGE = 10**22
 VLLM_LIMIT = "Requested prompt logprobs of {}, which is greater than max allowed: {}"
 
 
@@ -36,6 +37,8 @@ class Server:
         self.names, self.max_logprobs, self.key = ["teacher"], max_logprobs, ""
         self.limit_words = VLLM_LIMIT
         self.faults: Faults = lambda number: ""
+        self.tokenize = ""
+        """Fault of /tokenize: a status, `garbage`, `deep` or `slow`."""
         self.seconds = 0.0
         """Length of a slow answer, and of every answer's additional time."""
         self.requests: list[Json] = []
@@ -115,6 +118,8 @@ class Handler(BaseHTTPRequestHandler):
         if self._denied():
             return
         if self.path == "/tokenize":
+            if server.tokenize:
+                return self._no_tokens(server.tokenize)
             ids = server.tokenizer.encode(body["prompt"], add_special_tokens=False)
             return self._send(200, {"tokens": ids, "count": len(ids)})
         scoring = {"/v1/completions": vllm, "/generate": sglang}.get(self.path)
@@ -124,6 +129,13 @@ class Handler(BaseHTTPRequestHandler):
             number = len(server.requests)
             server.requests.append(body)
         self._score(scoring, body, server.faults(number))
+
+    def _no_tokens(self, fault: str) -> None:
+        if fault.isdigit():
+            return self._send(int(fault), {"detail": "no"})
+        if fault == "slow":
+            time.sleep(3)
+        self._send(200, {"tokens": "none"}, fault="deep" if fault == "deep" else "")
 
     def _score(self, scoring: Callable[[Server, Json, str], Json], body: Json, fault: str) -> None:
         server = self.server_of_tests
@@ -160,6 +172,8 @@ class Handler(BaseHTTPRequestHandler):
         self, status: int, value: Json, headers: dict[str, str] | None = None, fault: str = ""
     ) -> None:
         content = json.dumps(value).encode()
+        if fault == "deep":
+            content = b'{"choices": ' + b"[" * 100_000
         if fault == "no json":
             content = content[: len(content) // 2]
         self.send_response(status)
@@ -188,7 +202,7 @@ def vllm(server: Server, body: Json, fault: str) -> Json:
         top = row.topk(k + (fault == "long"))
         entry = {str(token): logprob(row[token], int((row > row[token]).sum()) + 1)}
         for rank, (value, i) in enumerate(zip(*top, strict=True), start=1):
-            entry[str(int(i))] = logprob(value, rank)
+            entry[str(int(i) + HUGE * (fault == "huge id"))] = logprob(value, rank)
         entries.append(entry)
     choice: Json = {"index": 0, "text": "x", "prompt_logprobs": broken(entries, fault)}
     if body.get("return_token_ids"):
@@ -213,7 +227,8 @@ def sglang(server: Server, body: Json, fault: str) -> Json:
     for token, row in zip(tokens[1:], values(server, tokens, fault), strict=True):
         value, ids = row.topk(k)
         own.append([finite(row[token]), token, None])
-        tops.append([[finite(v), int(i), None] for v, i in zip(value, ids, strict=True)])
+        far = HUGE * (fault == "huge id")
+        tops.append([[finite(v), int(i) + far, None] for v, i in zip(value, ids, strict=True)])
     last = server.model.config.vocab_size - 1
     for item in own:
         item[1] = item[1] if item[1] < last else 0

@@ -13,7 +13,8 @@ import pytest
 
 from nemo_kd.cli.teacher import check_kind, load, read
 from nemo_kd.errors import NemoKDError
-from nemo_kd.served.client import _retry_after
+from nemo_kd.served import server as of_server
+from nemo_kd.served.client import _hint, _retry_after
 from nemo_kd.sft import RowError
 from nemo_kd.store import Store
 from tests.served.conftest import ROWS, SHARED, configuration, run, served
@@ -80,6 +81,8 @@ WRONG = {
     "logits": "are not the log-probabilities of a softmax",
     "nan": "the answer is not a completion|are not the log-probabilities",
     "no json": "the answer is not",
+    "deep": "the answer is not",
+    "huge id": "an id of more than 64 bits|log-probability .* contradicts|has 2[12] ids",
 }
 
 
@@ -237,6 +240,97 @@ def test_another_tokenizer_is_refused(teacher: Path, server: Server, tmp_path: P
     more.save_pretrained(tmp_path / "other")
     said = refusal(server, teacher, f"teacher.tokenizer={tmp_path}/other")
     assert "the server's tokenizer is another one" in said
+
+
+@pytest.mark.parametrize(
+    ("fault", "reason"),
+    [
+        ("401", "status 401"),
+        ("404", "status 404"),
+        ("500", "500 Internal Server Error: no"),
+        ("garbage", "Expected `array`, got `str`"),
+        ("deep", "recursion"),
+        ("slow", "no answer within 1 s"),
+    ],
+)
+def test_a_tokenizer_that_the_server_does_not_tell_is_not_compared_and_this_is_said(
+    teacher: Path,
+    server: Server,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    fault: str,
+    reason: str,
+) -> None:
+    server.tokenize = fault
+    monkeypatch.setattr(of_server, "TOKENIZE_SECONDS", 1.0)
+    cfg = configuration(*served(server, teacher, teacher / "none"))
+    start = time.monotonic()
+    load(read(cfg), cfg)
+    assert time.monotonic() - start < 3  # teacher.timeout and teacher.retries are far longer
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "/tokenize" in line]
+    assert f"{server.url}/tokenize: the server does not tell its tokenizer (" in line
+    assert reason in line and line.endswith("check that it is the served model's")
+
+
+@pytest.mark.parametrize(
+    ("location", "advice"),
+    [
+        ("http://other:8000/v1/models", "; set teacher.url to http://other:8000"),
+        ("http://other/api/v1/models", "; set teacher.url to http://other/api"),
+        ("https://h/base/v1/models/", "; set teacher.url to https://h/base"),
+        ("/api/v1/models?x=1", "; set teacher.url to http://h/api"),
+        ("//other/v1/models", "; set teacher.url to http://other"),
+        ("https://login/", "; it redirects to https://login/: set teacher.url to the server "),
+        ("", "; it redirects to http://h/base/v1/models: set teacher.url to the server that "),
+        ("http://[::1", "; it redirects to http://[::1, which is no address"),
+    ],
+)
+def test_a_redirect_names_the_address_to_set(location: str, advice: str) -> None:
+    """Not the path of the request below it: teacher.url is the server's base address."""
+    request = httpx.Request("GET", "http://h/base/v1/models")
+    answer = httpx.Response(301, headers={"Location": location}, request=request)
+    assert _hint(answer, "/v1/models").startswith(advice)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("ALL_PROXY", "socks5://x:1", "variable ALL_PROXY is no usable proxy .socks5 needs the pa"),
+        ("HTTP_PROXY", "ftp://u:s3cret@x:1", "variable HTTP_PROXY is no usable proxy .Unknown sch"),
+        ("https_proxy", "ftp://x:1", "variable https_proxy is no usable proxy .Unknown scheme"),
+        ("NO_PROXY", "a b,[::1", "variable NO_PROXY cannot be read .*: set it to hosts"),
+        ("SSL_CERT_FILE", "/nonexistent", "variable SSL_CERT_FILE=/nonexistent has no readable"),
+        ("SSL_CERT_FILE", __file__, "variable SSL_CERT_FILE=.* has no readable certificates"),
+        (
+            "HTTP_PROXY",
+            "http://u:s3cret@127.0.0.1:1",
+            "teacher.url and the proxy of the variable HTTP_PROXY, ",
+        ),
+        ("all_proxy", "127.0.0.1:1", "teacher.url and the proxy of the variable all_proxy, and"),
+    ],
+)
+def test_a_variable_that_keeps_the_server_from_being_reached_is_named(
+    teacher: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, message: str
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.lower(), raising=False)
+    monkeypatch.setenv(variable, value)
+    overrides = ["teacher.url=http://nohost.invalid:8000", f"teacher.tokenizer={teacher}/llama"]
+    paths = [f"data.file_path={teacher}/train.jsonl", f"output_dir={teacher}/none"]
+    cfg = configuration("teacher.kind=served", "teacher.retries=0", *overrides, *paths)
+    with pytest.raises(NemoKDError, match=message) as caught:
+        load(read(cfg), cfg)
+    assert "s3cret" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_proxy_that_does_not_matter_is_not_named(
+    teacher: Path, server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:1")
+    assert "HTTP_PROXY" not in refusal(server, teacher, "teacher.url=http://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "nohost.invalid")
+    assert "HTTP_PROXY" not in refusal(server, teacher, "teacher.url=http://nohost.invalid:8000")
 
 
 def test_no_server_is_an_error_soon(teacher: Path) -> None:

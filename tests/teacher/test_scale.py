@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 
@@ -62,6 +63,18 @@ def test_a_store_has_the_segments_that_the_writer_plans(tokens: float) -> None:
         files={"tokens.bin": FileInfo(octets, "0" * 64)},
     )
     assert large.segments == pytest.approx(Packing.of([shard]).count, rel=1e-3, abs=1)
+
+
+def test_a_gpu_without_a_shard_does_no_work() -> None:
+    """A teacher dumps whole shards: 1,000 samples are 4, of 256."""
+    few = dataclasses.replace(work(300 * 1000), gpus=1024, tensor_parallel=8)
+    four = dataclasses.replace(few, gpus=4 * 8)
+    one = dataclasses.replace(few, gpus=8)
+    times = [plan(SPEC, each) for each in (few, four, one)]
+    assert [each.idle_gpus for each in times] == [1024 - 32, 0, 0]
+    assert times[0].dump_seconds == times[1].dump_seconds
+    assert times[0].gpu_hours == pytest.approx(times[2].gpu_hours)
+    assert times[2].dump_seconds == pytest.approx(4 * times[0].dump_seconds)
 
 
 def test_time_is_work_and_what_failures_lose() -> None:

@@ -58,7 +58,7 @@ def _changed(block: Any, defaults: Mapping[str, Any]) -> Iterator[tuple[str, Any
     found = OmegaConf.to_container(block, resolve=True) if OmegaConf.is_dict(block) else {}
     assert isinstance(found, dict)
     follows = {"alpha": found.get("adapter_dim")}  # as the YAML computes it
-    for key, value in found.items():
+    for key, value in ((str(key), value) for key, value in found.items()):
         off = value is None or value is False  # such as `enable: false`
         if not off and value not in (defaults.get(key), follows.get(key)):
-            yield str(key), value
+            yield key, value
