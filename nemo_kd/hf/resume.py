@@ -8,6 +8,7 @@ follow are kept and compared too. Of adapters, it restores neither their setting
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +133,7 @@ def _adapters(model: Any) -> dict[str, Any]:
     if not isinstance(configs, dict):
         return {}
     found = {
-        f"{ADAPTERS}.{name}.{key}": sorted(value) if isinstance(value, set) else value
+        f"{ADAPTERS}.{name}.{key}": json.loads(json.dumps(value, default=_plain, sort_keys=True))
         for name, config in configs.items()
         for key, value in config.to_dict().items()
         if key not in OF_THE_FILE
@@ -143,9 +144,12 @@ def _adapters(model: Any) -> dict[str, Any]:
             continue  # empty: DeepSpeed has cut it over the processes
         flat = parameter.detach().reshape(-1)
         chosen = torch.arange(PROBES, device=flat.device) * (len(flat) - 1) // (PROBES - 1)
-        values = flat[chosen].to("cpu", torch.bfloat16)
-        probes[name] = values.float().tolist()
+        probes[name] = flat[chosen].to("cpu", torch.bfloat16).view(torch.int16).tolist()
     return {**found, **({BASE: sha256_of_json(probes)} if probes else {})}
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, set | frozenset) else str(value)
 
 
 def check_start(args: Any) -> None:
