@@ -158,7 +158,8 @@ def sources(packages: tuple[str, ...]) -> tuple[list[dict[str, str]], str]:
         for file in distribution.files or []:
             if file.name.startswith("LICENSE"):
                 heading = f"{package} {distribution.version}"
-                texts.append(f"{heading}\n{'=' * len(heading)}\n\n{file.read_text()}")
+                text = file.read_text(encoding="utf-8")
+                texts.append(f"{heading}\n{'=' * len(heading)}\n\n{text}")
     return rows, "\n\n".join(texts)
 
 

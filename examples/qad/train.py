@@ -226,7 +226,7 @@ def run(args: argparse.Namespace) -> None:
     show(found)
     kept = ("format", "alpha", "steps", "batch_size", "lr")
     report = {**{name: getattr(args, name) for name in kept}, **found}
-    Path(args.output, "qad.json").write_text(json.dumps(report, indent=1) + "\n")
+    Path(args.output, "qad.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,11 @@ def _refuse_foreign(output: Path, *, overwrite: bool) -> None:
             "the directory away, or choose another name"
         )
     card = output / CARD
-    if overwrite and card.is_file() and not is_as_written(card.read_text(errors="replace")):
+    if (
+        overwrite
+        and card.is_file()
+        and not is_as_written(card.read_text(encoding="utf-8", errors="replace"))
+    ):
         raise CheckpointError(
             f"{card} was changed since the export wrote it; move it away to replace the directory"
         )
@@ -56,4 +60,6 @@ def _refuse_foreign(output: Path, *, overwrite: bool) -> None:
 
 def dump(path: Path, value: Mapping[str, Any]) -> None:
     """Write a JSON file as transformers does."""
-    path.write_text(json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+    path.write_text(
+        json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n", encoding="utf-8"
+    )

@@ -237,7 +237,8 @@ def export(
         dump(new / CONFIG, config)
         dump(new / GENERATION, student.generation)
         merged = None if student.record is student.source else student.source
-        (new / CARD).write_text(model_card(card or Card(), student.record, config, merged=merged))
+        text = model_card(card or Card(), student.record, config, merged=merged)
+        (new / CARD).write_text(text, encoding="utf-8")
         if len(shards) > 1:
             (new / safetensors_file.INDEX).write_text(safetensors_file.index_of(shards))
         files = [*(one.name for one in new.iterdir()), *shards]

@@ -145,7 +145,9 @@ def write_nemo(
             folder / "model_weights",
             written,
         )
-        (folder / "model_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+        (folder / "model_config.yaml").write_text(
+            yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
+        )
         (folder / artifact).write_bytes(packed)
         verified = verify(checkpoint, keep_layers, dtype, folder, new) if compare else None
         with tarfile.open(archive_path, "w:") as archive:

@@ -67,7 +67,8 @@ def export_adapters(
         dump(
             new / CONFIG, peft_config(adapters, [key for key, _ in tensors], name, model.num_layers)
         )
-        (new / CARD).write_text(model_card(card or Card(), source, config, adapted=name))
+        text = model_card(card or Card(), source, config, adapted=name)
+        (new / CARD).write_text(text, encoding="utf-8")
         files = [*(one.name for one in new.iterdir()), SINGLE]
         for _ in safetensors_file.write(new, {SINGLE: entries}, iter(tensors), files):
             pass

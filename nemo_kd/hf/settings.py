@@ -152,7 +152,7 @@ def _code(found: Any) -> str:
         text += inspect.getsource(import_module(name))
         model = name.replace(".configuration_", ".modeling_")
         spec = Path(str(import_module(name).__file__)).with_name(f"{model.rpartition('.')[2]}.py")
-        text += spec.read_text() if spec.is_file() else ""
+        text += spec.read_text(encoding="utf-8") if spec.is_file() else ""
     return text
 
 
