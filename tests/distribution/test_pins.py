@@ -125,4 +125,4 @@ def test_a_build_of_pytorchs_index_is_preferred_and_the_rest_is_pypis(
 def test_dockerfile_and_makefile_search_pytorchs_index_beside_pypi() -> None:
     command = "--extra-index-url"
     assert f'{command} "$TORCH_INDEX_URL" torch' in (ROOT / "Dockerfile.cpu").read_text()
-    assert f"{command} $(TORCH_INDEX_URL)) torch" in (ROOT / "Makefile").read_text()
+    assert f'{command} "$(TORCH_INDEX_URL)") torch' in (ROOT / "Makefile").read_text()

@@ -179,7 +179,7 @@ def test_a_warning_later_than_grace_shortens_it(tmp_path: Path) -> None:
     said = datetime.now() + timedelta(seconds=6)
     ended = run_job(
         tmp_path,
-        STOPPED.format("sleep 40"),
+        STOPPED.format("sleep 12"),
         scontrol=f"echo 'JobId=7 EndTime={said:%Y-%m-%dT%H:%M:%S} Nodes=2' scontrol $1 $2",
     )
     assert "which is less than GRACE=30: the ranks get" in ended.said
