@@ -191,7 +191,7 @@ LARGER = "code, 15 layers"
 TOO = "trained on all tokens"
 WORDED = "math, several wordings"
 EXPERIMENTS = {
-    "code": ("reference", "budget", "headline"),
+    "code": ("reference", "budget", "budget_sft", "headline"),
     f"code, {TOO}": ("all_tokens",),
     "prose": ("prose",),
     f"prose, {TOO}": ("all_tokens_prose",),
