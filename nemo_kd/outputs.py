@@ -159,6 +159,19 @@ def _clear(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """Yield an empty directory that replaces `target` on a clean exit from the context.
+
+    Errors: as `work_beside`.
+    """
+    with work_beside(target) as work:
+        new = work / "new"
+        new.mkdir()
+        yield new
+        install(new, target)
+
+
 def install(new: Path, target: Path) -> None:
     """Flush `new`, a file or a directory in a work directory of `target`, and rename it to that.
 

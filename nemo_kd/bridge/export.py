@@ -8,7 +8,7 @@ from pathlib import Path
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import canonical_json
-from nemo_kd.outputs import install, refuse_inputs, work_beside
+from nemo_kd.outputs import new_directory, refuse_inputs
 
 MARK = "nemo_kd_export.json"
 """File in an exported directory that says what it was made of: such a directory is replaced."""
@@ -32,11 +32,7 @@ def new_export(output: str | Path, student: str | Path, checkpoints: str | Path)
     Errors: as `check_export`, and LockedError if another process exports to the same directory.
     """
     check_export(output, [student, checkpoints])
-    target = Path(output).resolve()
-    with work_beside(target) as work:
-        new = work / "student"
-        new.mkdir()
+    with new_directory(Path(output).resolve()) as new:
         yield new
         made_of = {"student": str(student), "checkpoints": str(checkpoints)}
         (new / MARK).write_text(canonical_json(made_of), encoding="utf-8")
-        install(new, target)

@@ -17,7 +17,7 @@ from megatron.bridge.training.model_load_save import (
 )
 from megatron.core import dist_checkpointing
 
-from nemo_kd.bridge.export import check_export, new_export
+from nemo_kd.bridge.export import new_export
 from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import read_json
@@ -102,7 +102,6 @@ def export_merged(
     Errors: NemoKDError if the training recorded other adapters than `peft`, and if `output` is an
     input or has files that no export wrote.
     """
-    check_export(output, [student, checkpoints])
     file = Path(checkpoints, FILE)
     trained = read_json(file).get("peft") if file.is_file() else None
     if trained not in (None, described(peft)):

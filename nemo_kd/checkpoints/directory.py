@@ -8,11 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from nemo_kd import outputs
 from nemo_kd.checkpoints import safetensors_file
 from nemo_kd.checkpoints.card import FILE as CARD
 from nemo_kd.checkpoints.card import is_as_written
 from nemo_kd.checkpoints.model import CheckpointError
-from nemo_kd.outputs import install, refuse_inputs, work_beside
 
 
 @contextmanager
@@ -25,13 +25,10 @@ def new_directory(
     wrote it and `overwrite` is set.
     """
     output = Path(output).parent.resolve() / Path(output).name
-    refuse_inputs([output], inputs)
+    outputs.refuse_inputs([output], inputs)
     _refuse_foreign(output, overwrite=overwrite)
-    with work_beside(output) as work:
-        new = work / "model"
-        new.mkdir()
+    with outputs.new_directory(output) as new:
         yield new
-        install(new, output)
 
 
 def _refuse_foreign(output: Path, *, overwrite: bool) -> None:

@@ -97,9 +97,9 @@ def _kept(directory: Path) -> dict[str, Any] | None:
 def _write(directory: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a start, beside those of the checkpoint that it continues."""
     directory.mkdir(parents=True, exist_ok=True)
-    latest, before = _latest(directory), {}
-    if latest is not None and _kept(directory) != settings:
-        before = {BEFORE: {"iteration": latest, "settings": _kept(directory)}}
+    latest, kept, before = _latest(directory), _kept(directory), {}
+    if latest is not None and kept != settings:
+        before = {BEFORE: {"iteration": latest, "settings": kept}}
     publish(directory / FILE, canonical_json({**settings, **before}))
 
 

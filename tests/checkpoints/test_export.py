@@ -260,8 +260,11 @@ TRAINING: dict[str, Any] = {  # what does not change the exported model
 @pytest.fixture(scope="module")
 def megatron_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`source/` and `iter_0000010/`, the same model as Megatron-core saves it."""
-    directory = tmp_path_factory.mktemp("megatron")
-    source = saved(models.llama("tied_grouped"), directory / "source")
+    return as_megatron(models.llama("tied_grouped"), tmp_path_factory.mktemp("megatron"))
+
+
+def as_megatron(model: Any, directory: Path) -> Path:
+    source = saved(model, directory / "source")
     write_megatron(source, directory / "iter_0000010", rows=384)
     return directory
 
@@ -320,10 +323,7 @@ MIXTURE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def mixture_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """As `megatron_run`, of a mixture of experts."""
-    directory = tmp_path_factory.mktemp("mixture")
-    source = saved(models.family("mixtral"), directory / "source")
-    write_megatron(source, directory / "iter_0000010", rows=384)
-    return directory
+    return as_megatron(models.family("mixtral"), tmp_path_factory.mktemp("mixture"))
 
 
 @pytest.mark.parametrize(

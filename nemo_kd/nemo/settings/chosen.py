@@ -29,7 +29,7 @@ SCHED_DEFAULTS: dict[str, Any] = {
 """The keys of the YAML, and the ratios that may be given instead of steps, with their defaults."""
 OTHER_BETAS = ("adan",)
 """Optimizers with three betas: the default's two are not theirs."""
-SAVED = (*("fused_adam", "megatron_fused_adam", "distributed_fused_adam", MCORE, "adamw", "sgd"),)
+SAVED = ("fused_adam", "megatron_fused_adam", "distributed_fused_adam", MCORE, "adamw", "sgd")
 """Optimizers whose state NeMo can write to Megatron's checkpoints and read from them again."""
 REQUIRED = {"NoamAnnealing": ["d_model"], "T5InverseSquareRootAnnealing": ["constant_steps"]}
 """Keys without which NeMo's schedules fail; those of torch's have no default in their signature."""
