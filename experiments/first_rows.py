@@ -16,9 +16,12 @@ def main(
     rows: Annotated[int, typer.Option(help="how many to copy")],
     output: Annotated[Path, typer.Option(help="JSONL to write")],
 ) -> None:
-    """Copy the first rows of a JSONL file."""
+    """Copy the first rows of a JSONL file; it is an error if there are fewer."""
     with source.open(encoding="utf-8") as lines:
-        publish(output, "".join(islice(lines, rows)))
+        found = list(islice(lines, rows))
+    if len(found) < rows:
+        raise typer.BadParameter(f"{source} has {len(found)} rows, not {rows}: lower --rows")
+    publish(output, "".join(found))
 
 
 if __name__ == "__main__":

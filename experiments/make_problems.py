@@ -34,7 +34,8 @@ def main(
     encode = AutoTokenizer.from_pretrained(str(tokenizer))
     output_dir.mkdir(parents=True, exist_ok=True)
     sequence = problems(seed, several_wordings=several_wordings)
-    about: dict[str, Any] = {"domain": "math", "max_tokens": max_tokens, "tasks": list(TASKS)}
+    domain = "worded" if several_wordings else "math"
+    about: dict[str, Any] = {"domain": domain, "max_tokens": max_tokens, "tasks": list(TASKS)}
     for split, count in (("test", test), ("valid", valid), ("train", train)):
         rows = [
             {"input": question, "output": answer, "task": task}

@@ -10,16 +10,20 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from steps import claim
-from study import Experiment, Run, read_run, settings
+from study import Experiment, Run, all_steps, read_run, settings, shaping
+
+from nemo_kd.errors import NemoKDError
 
 Results = Mapping[str, dict[str, Any]]
 """Run name → contents of its result file."""
+STEPS = "train.steps × length"
 FAMILY_OBJECTIVES: dict[str, dict[str, Any]] = {
     "sft": {"alpha": 0},
     "bucket": {},
@@ -56,6 +60,53 @@ def read_results(directory: Path) -> dict[str, dict[str, Any]]:
     return {path.stem: json.loads(path.read_text(encoding="utf-8")) for path in paths}
 
 
+def check_results(cfg: DictConfig, results: Results) -> None:
+    """Check that the results were made with the present configuration.
+
+    A run's name holds only the settings of `Run`; files written since have the others, too, as
+    `settings`. Of older files only the number of training steps is known.
+
+    Errors: NemoKDError that names the first file, the setting and both values.
+    """
+    own: dict[str, DictConfig] = {}
+    for name, content in results.items():
+        run = recorded_run(content)
+        if run.domain not in own:
+            own[run.domain] = settings(cfg, run.domain)
+        now = shaping(own[run.domain], run)
+        then = content.get("settings", now)
+        steps = all_steps(run, own[run.domain])
+        now, then = now | {STEPS: steps}, then | {STEPS: content.get("steps", steps)}
+        if change := _change(_flat(then), _flat(now)):
+            raise NemoKDError(
+                f"{name}.json is a result {change}: give another results= and another out= for the "
+                "new setting, or the old setting"
+            )
+
+
+def recorded_run(content: Mapping[str, Any]) -> Run:
+    """The run of a result file; settings that earlier versions had besides are left out."""
+    known = {field.name for field in dataclasses.fields(Run)}
+    return Run(**{key: value for key, value in content["run"].items() if key in known})
+
+
+def _change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """The first setting that differs, with both values; "" if none does."""
+    for key in (*now, *then):
+        if (old := then.get(key)) != (new := now.get(key)):
+            return f"with {key}={old}, and the configuration has {key}={new}"
+    return ""
+
+
+def _flat(block: Mapping[str, Any], where: str = "") -> dict[str, Any]:
+    """The values of nested blocks by their dotted keys."""
+    flat: dict[str, Any] = {}
+    for key, value in block.items():
+        nested = isinstance(value, Mapping)
+        flat |= _flat(value, f"{where}{key}.") if nested else {f"{where}{key}": value}
+    return flat
+
+
 def grid(cfg: DictConfig, family: str, results: Results, domain: str = "code") -> list[Run]:
     """The runs that decide a family's learning rate, in ascending order of the rate.
 
@@ -64,7 +115,7 @@ def grid(cfg: DictConfig, family: str, results: Results, domain: str = "code") -
     cfg = settings(cfg, domain)
     base: Any = OmegaConf.to_container(cfg.run, resolve=True)
     tuned_on: Any = OmegaConf.to_container(cfg.tuned_on, resolve=True)
-    run = read_run(base, {**tuned_on, **FAMILY_OBJECTIVES[family]})
+    run = read_run(base, {**tuned_on, **FAMILY_OBJECTIVES[family]}, "tuned_on")
 
     def at(rate: float) -> Run:
         return dataclasses.replace(run, lr=float(f"{rate:g}"))
@@ -128,13 +179,16 @@ def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator
             yield Job(resolved, experiment.also)
 
 
-def first_free(jobs: list[Job], out: Path) -> tuple[Job, TextIO] | None:
-    """Claim the first job that no other queue works on, until the file is closed."""
+def first_free(jobs: list[Job], *places: Path) -> tuple[Job, ExitStack] | None:
+    """Claim the first job that no other queue with one of these places has, until it is closed."""
     for job in jobs:
-        try:
-            return job, claim(out / "locks" / f"run-{job.run.name}", wait=False)
-        except BlockingIOError:
-            continue
+        with ExitStack() as claimed:
+            try:
+                for place in places:
+                    claimed.enter_context(claim(place / f"run-{job.run.name}", wait=False))
+            except BlockingIOError:
+                continue
+            return job, claimed.pop_all()
     return None
 
 

@@ -1,8 +1,8 @@
-"""Plots of an experiment's curves and their difference from the baseline, as PNG."""
+"""Plots, as PNG: an experiment's curves and their difference from the baseline, and bytes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ def draw(cfg: DictConfig, rows: Sequence[Row], baseline: str | None, path: Path)
             _curve(left, row.label, found, colour)
             if base is not None and row is not base:
                 _difference(cfg, right, base, row, colour)
+        if not right.has_data():
+            right.set_visible(False)
         left.set(title="Held-out cross-entropy", xlabel="step", ylabel="nats per token")
         right.set(title=f"Difference from {baseline}", xlabel="step", ylabel="nats per token")
         right.axhline(0, color="#6b7280", linewidth=1)
@@ -62,14 +64,51 @@ def _curve(axis: Any, label: str, found: Curves, colour: str) -> None:
     axis.plot(found.steps, found.mean(), color=colour, marker="o", ms=3, label=label + seeds)
 
 
+def draw_bytes(tables: Mapping[str, Sequence[Row]], path: Path) -> bool:
+    """Draw the difference of stores from their table's baseline over their bytes per answer token.
+
+    `tables`: label of a table in the legend → its rows. Returns False, without a file, if none has
+    a difference.
+    """
+    found = {label: [row for row in rows if row.against_baseline] for label, rows in tables.items()}
+    if not any(found.values()):
+        return False
+    with pyplot.rc_context(STYLE):
+        figure, axis = pyplot.subplots(figsize=(8, 4), layout="constrained")
+        for (label, rows), colour in zip(found.items(), COLOURS, strict=False):
+            for row in rows:
+                _store(axis, row, colour)
+            axis.errorbar([], [], fmt="o", ms=4, color=colour, label=label)
+        axis.axhline(0, color="#6b7280", linewidth=1)
+        axis.set(xscale="log", xlabel="bytes per answer token", ylabel="nats per token")
+        axis.set(title="Cross-entropy compared with plain, K = 100")
+        axis.xaxis.set_major_formatter("{x:.0f}")
+        axis.xaxis.set_minor_formatter("{x:.0f}")
+        axis.legend(frameon=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110, metadata={"Software": None})
+        pyplot.close(figure)
+    return True
+
+
+def _store(axis: Any, row: Row, colour: str) -> None:
+    """Draw one store with its interval and its name."""
+    size, gap = row.bytes_per_token(), row.against_baseline
+    if size is None or gap is None:
+        return
+    errors = [[gap.value - gap.low], [gap.high - gap.value]]
+    axis.errorbar([size], [gap.value], errors, fmt="o", ms=4, capsize=2, color=colour)
+    axis.annotate(row.label, (size, gap.value), (4, 4), textcoords="offset points", fontsize=7)
+
+
 def _difference(cfg: DictConfig, axis: Any, base: Row, row: Row, colour: str) -> None:
     """Draw the difference at the validation steps and over the seeds that both have."""
     by_seed = {result["run"]["seed"]: result for result in base.found}
     mine = [result for result in row.found if result["run"]["seed"] in by_seed]
     a = curves([by_seed[result["run"]["seed"]] for result in mine])
     b = curves(mine)
-    if a is None or b is None:
-        return
+    if a is None or b is None or a.steps[-1] != b.steps[-1]:
+        return  # at equal steps the learning rates of other lengths differ
     steps = np.intersect1d(a.steps, b.steps)
     at_a, at_b = np.searchsorted(a.steps, steps), np.searchsorted(b.steps, steps)
     boot = cfg.bootstrap

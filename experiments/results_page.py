@@ -23,6 +23,8 @@ from queue_plan import Results, chosen_lr
 from study import Experiment, Run
 
 NOT_RUN, NOT_PLANNED = "not run yet", "–"
+BYTES = "bytes_per_token"
+"""The picture of all stores."""
 
 
 @dataclass(frozen=True)
@@ -46,32 +48,19 @@ class Study:
 
 def page(study: Study, figures: Mapping[str, str]) -> str:
     """The page as Markdown; `figures` maps an experiment to the path of its picture."""
+    every = [row for rows in study.rows.values() for row in rows]
     parts = [
         "# Results\n",
-        words.opening(study.rows),
         words.summary(study.rows),
         published_table(study),
         picture(figures, "headline"),
-        words.worked_problems(study.rows["math"]),
-        words.gain_by_task(study.rows["math"], study.rows["math_reference"][0], tasks(study)),
-        words.inherited(study.rows["math"], study.rows["math_reference"][0]),
-        words.beyond_the_teacher(study.rows["math_longer"], study.rows["math_reference"][0]),
-        words.worked_problems(study.rows["worded"][1:], words.SEVERAL),
-        words.unsure(study.results, study.rows["worded"]),
-        words.where_it_differs(sure_of_label(study)),
-        words.larger_students(study.rows["knowledge"]),
         "## What helped and what did not\n",
         words.verdicts(study.experiments, study.rows),
         "## Recommended settings\n",
-        words.recommendation(
-            [
-                *study.rows["default_profile"],
-                *study.choices[1:],
-                *study.rows["default_alpha"],
-                *study.rows["alpha"],
-            ],
-            [row for rows in study.rows.values() for row in rows],
-        ),
+        words.defaults(),
+        recommended(study, every),
+        words.default_alpha(study.rows["alpha"], study.rows["prose_alpha"]),
+        words.validation_noise(every),
         "## Cost of each choice\n",
         choices(study),
         *(part for e in study.experiments for part in section(study, e, figures)),
@@ -139,11 +128,10 @@ def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
     return (
         f"Means over the finished seeds of {words.DEFAULT}, on held-out modules of code and "
         f"prose and held-out questions; {NOT_PLANNED}: not measured. Lower is better for "
-        "cross-entropy (nats per token) and steps ratio, higher for the others. Steps ratio: the "
-        "step at which the curve reaches SFT's best, divided by the step of SFT's best"
-        f"{words.early_best(found)}. With 70 % and 50 % of the steps the learning rate decays "
-        "within them. One standard error of a percentage: "
-        f"{'; '.join(questions.values()) or NOT_RUN}.\n"
+        "cross-entropy (nats per token) and steps, higher for the others. Steps to SFT's best: the "
+        "step at which the loss is SFT's lowest, which SFT itself has at the step of its column. "
+        "Trainings with 70 % and 50 % of the steps have a complete learning-rate schedule. One "
+        f"standard error of a percentage: {'; '.join(questions.values()) or NOT_RUN}.\n"
     )
 
 
@@ -151,9 +139,11 @@ def benchmark(row: Row | None, kind: str, metric: str, kd: Row | None) -> str:
     """A cell; with the number of seeds of a trained row where it is not that of KD + SFT."""
     if row is None:
         return NOT_PLANNED
-    if kind == "ratio":
+    if kind == "steps":
         never_trained = row.found and row.steps is None
-        text = NOT_PLANNED if never_trained else words.interval(row.steps) or NOT_RUN
+        text = NOT_PLANNED if never_trained else words.reached(row) or NOT_RUN
+        if row.is_baseline and kd is not None and kd.sft_best is not None:
+            text = str(kd.sft_best)
     else:
         reading = {"share": row.share, "right": row.right}.get(kind, row.mean)
         value = reading(metric)
@@ -170,7 +160,7 @@ def benchmark(row: Row | None, kind: str, metric: str, kd: Row | None) -> str:
 
 def gain(row: Row | None, kind: str, metric: str) -> str:
     """The difference from SFT, with its interval; empty where there is none."""
-    if row is None or kind in ("ratio", "share"):
+    if row is None or kind in ("steps", "share"):
         return ""
     if kind == "loss":
         return words.interval(row.against_baseline, signed=True)
@@ -191,43 +181,37 @@ LARGER = "code, 15 layers"
 TOO = "trained on all tokens"
 WORDED = "math, several wordings"
 EXPERIMENTS = {
-    "code": ("reference", "budget", "budget_sft", "headline"),
+    "code": ("reference", "budget", "headline"),
     f"code, {TOO}": ("all_tokens",),
     "prose": ("prose",),
     f"prose, {TOO}": ("all_tokens_prose",),
     "math": ("math_reference", "math_budget", "math"),
-    WORDED: ("worded",),
     LARGER: ("knowledge",),
     f"{LARGER}, {TOO}": ("all_tokens_depth",),
 }
 """Domain → experiments of the first table; of equal labels the last one counts."""
-LOSS, RATIO = ("loss", "sft_loss"), ("ratio", "")
+LOSS, STEPS = ("loss", "sft_loss"), ("steps", "")
 GENERATED = {"parses": "function parses", "exact": EXACT}
 BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
     "code": {
         "cross-entropy": LOSS,
         GENERATED["parses"]: ("share", "parses"),
-        "steps ratio": RATIO,
+        "steps to SFT's best": STEPS,
     },
-    f"code, {TOO}": {"cross-entropy": LOSS, "steps ratio": RATIO},
-    "prose": {"cross-entropy": LOSS, "steps ratio": RATIO},
-    f"prose, {TOO}": {"cross-entropy": LOSS, "steps ratio": RATIO},
+    f"code, {TOO}": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
+    "prose": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
+    f"prose, {TOO}": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
     "math": {
         EXACT: ("right", EXACT),
         "cross-entropy": LOSS,
-        "steps ratio": RATIO,
-    },
-    WORDED: {
-        EXACT: ("right", EXACT),
-        "cross-entropy": LOSS,
-        "steps ratio": RATIO,
+        "steps to SFT's best": STEPS,
     },
     LARGER: {
         "cross-entropy": LOSS,
-        "steps ratio": RATIO,
+        "steps to SFT's best": STEPS,
         **{what: ("right", what) for what in (DOCTESTS, *SHOTS.values())},
     },
-    f"{LARGER}, {TOO}": {"cross-entropy": LOSS, "steps ratio": RATIO},
+    f"{LARGER}, {TOO}": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
 }
 
 
@@ -239,16 +223,71 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
         f"{experiment.question}\n",
         experiment_table(experiment, rows),
     ]
-    if experiment.name == "learning_rate":
-        parts.append(words.learning_rates(study.cfg, study.results, "code"))
-    if experiment.name == "math":
-        parts.append(words.learning_rates(study.cfg, study.results, "math"))
+    parts += said(study, experiment.name, figures)
     parts.append(by_task(study, experiment))
     if experiment.name == "confidence":
         parts.append(confidence_table(study))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
     return parts
+
+
+def said(study: Study, name: str, figures: Mapping[str, str]) -> list[str]:
+    """What is said below the table of an experiment."""
+    rows, teacher = study.rows, study.rows["math_reference"][0]
+    if name == "headline":
+        return [words.within_a_run(rows[name])]
+    if name == "learning_rate":
+        return [words.learning_rates(study.cfg, study.results, "code")]
+    if name == "tokens":
+        return [prompts_table(study)]
+    if name == "knowledge":
+        return [words.larger_students(rows[name])]
+    if name == "confidence":
+        return [words.where_it_differs(sure_of_label(study))]
+    if name == "math":
+        return [
+            words.learning_rates(study.cfg, study.results, "math"),
+            words.gain_by_task(rows[name], teacher, tasks(study)),
+            words.inherited(rows[name], teacher),
+        ]
+    if name == "math_longer":
+        return [words.beyond_the_teacher(rows[name], teacher)]
+    if name == "bytes":
+        return [picture(figures, BYTES)]
+    if name == "worded":
+        return [words.unsure(study.results, rows[name])]
+    return []
+
+
+def prompts_table(study: Study) -> str:
+    """What training on the prompts' tokens adds, on every domain."""
+    lines = words.prompts_too(study.rows)
+    if not any(any(cells) for _, *cells in lines):
+        return ""
+    head = [
+        "all tokens instead of the answers'",
+        "KD + SFT",
+        "SFT",
+        "KD + SFT minus SFT, both on all tokens",
+        "step with SFT's best loss",
+    ]
+    return table(head, lines)
+
+
+def recommended(study: Study, every: Sequence[Row]) -> str:
+    """Settings that differ from the defaults in one point."""
+    rows = study.rows
+    best = [*rows["alpha"], *rows["temperature"], *rows["bytes"]]
+    head = ["", "seeds", "Δ, validation", "Δ, test", ""]
+    parts = []
+    for title, found in (
+        ("Compared with the defaults on code, cross-entropy in nats per token:", best),
+        ("At alpha 0.5 and its learning rate, compared with K = 100:", study.choices[2:]),
+    ):
+        if lines := words.alternatives(found, every):
+            parts.append(f"{title}\n\n{table(head, lines)}")
+    return "\n".join(parts)
 
 
 def experiment_table(experiment: Experiment, rows: Sequence[Row]) -> str:
@@ -337,7 +376,7 @@ def confidence_table(study: Study) -> str:
 def right_cells(row: Row, what: str) -> list[str]:
     """The fraction of right answers, which exact match has further left, and the difference."""
     share = [] if what == EXACT else [words.figure(row.right(what), percent=True)]
-    return [*share, words.interval(row.right_against_baseline.get(what), signed=True)]
+    return [*share, words.points(row.right_against_baseline.get(what))]
 
 
 def tasks(study: Study) -> list[str]:
@@ -385,7 +424,7 @@ def choices(study: Study) -> str:
         note += (
             f" Seconds: medians over {steps} steps, then over {rounds} rounds side by side with "
             f"{words.plural(study.timed['threads'], 'thread')}; in brackets the smallest and the "
-            "largest ratio of a round."
+            "largest ratio of a round. Differences of a few percent are noise."
         )
     return table(head, lines) + "\n" + note + "\n"
 
@@ -402,15 +441,15 @@ def setting(study: Study) -> str:
         for family in families
         for rate in [chosen_lr(cfg, family, study.results, domain)]
     ]
-    return table(["", ""], lines)
+    return table(["", ""], lines, numbers=False)
 
 
 def picture(figures: Mapping[str, str], name: str) -> str:
     return f"![{name}]({figures[name]})\n" if name in figures else ""
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table."""
-    rule = ["---", *["---:"] * (len(head) - 1)] if head[0] == "" and any(head) else ["---"] * 2
+def table(head: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
+    """A Markdown table; columns of numbers, all but the first, are aligned to the right."""
+    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
     rows = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)]
     return "\n".join(rows) + "\n"

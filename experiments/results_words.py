@@ -14,7 +14,7 @@ from findings import (
     SHOTS,
     ConfidenceClass,
     Row,
-    best_step,
+    Spreads,
     mean_change,
     right_answers,
     seed_spreads,
@@ -67,12 +67,17 @@ def how_much(experiments: Sequence[Experiment], rows: Rows, results: Results) ->
     return text + "\n"
 
 
+UNMEASURED = ("run", "seconds", "versions", "machine", "settings")
+"""Keys of a result file that are not compared between two runs of the same settings."""
+
+
 def repeated(results: Results, again: Results) -> str:
     """Whether runs of a second clone have the same results; empty without such runs."""
     sentences = []
     for name, second in again.items():
-        first = results[name]
-        measured = {what for what in first if what not in ("run", "seconds", "versions", "machine")}
+        if (first := results.get(name)) is None:
+            continue
+        measured = {what for what in first if what not in UNMEASURED}
         change = second["test"]["sft_loss"] - first["test"]["sft_loss"]
         if all(first[what] == second.get(what) for what in measured):
             how = "equal to the last digit"
@@ -90,65 +95,37 @@ def repeated(results: Results, again: Results) -> str:
     )
 
 
-def opening(rows: Rows) -> str:
-    """What was trained, and how far that is from a user's model."""
-    starts = {row.label: row.mean("sft_loss") for row in (*rows["reference"], *rows["knowledge"])}
-    untrained = [
-        f"{layers} layers start at {loss:.1f}"
-        for layers in (8, 15)
-        if (loss := starts.get(f"Student of {layers} layers, untrained")) is not None
-    ]
-    start = f" ({', '.join(untrained)} nats per token, guessing is 10.8)" if untrained else ""
+def summary(rows: Rows) -> str:
+    """What a practitioner needs: KD + SFT after the same steps, after fewer, and what to set."""
+    lines = [line for line in (same_steps(rows), fewer_steps(rows)) if line]
+    if not lines:
+        return "Not run yet.\n"
+    lines.append(
+        "- **Set** the [defaults](#recommended-settings), search the "
+        "[learning rate](#learning-rates) anew, and compare with SFT at its own learning rate, by "
+        "your task's metric."
+    )
     return (
-        "Small experiments on a CPU. The teacher is SmolLM2-135M-Instruct, fine-tuned on the task; "
-        "students are 8, 10 or 15 of its 30 layers, far from a working model before their "
-        f"training{start}. Students of a billion parameters have not been measured.\n"
+        "Students of 8 to 15 of the 30 layers of SmolLM2-135M-Instruct, trained on a CPU; larger "
+        "ones have not been measured.\n\n" + "\n".join(lines) + "\n"
     )
 
 
-def summary(rows: Rows) -> str:
-    """Where KD + SFT is better than SFT, where it is worse, and what to set."""
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
+def same_steps(rows: Rows) -> str:
+    """Where KD + SFT is better than SFT after the same steps, and where it is not."""
+    groups: dict[str, list[str]] = {"better than SFT": [], "worse": [], "undecided": []}
     for name, table in {
         "code with 8 layers": rows["headline"],
         "code with 15 layers": rows["knowledge"],
         "prose with 8 layers": rows["prose"],
         "worked problems": rows["math"],
-        SEVERAL: rows["worded"],
     }.items():
         sft, kd = (next(row for row in table if row.label == each) for each in ("SFT", DEFAULT))
-        outcome = verdict(kd)
-        if outcome is None:
-            continue
-        groups[outcome].append(f"{name} {change(sft, kd)} ({plural(len(kd.found), 'seed')})")
-    titles = {
-        "better": f"**{DEFAULT} is better than SFT** after the same steps on the same data",
-        "worse": "**Worse than SFT**",
-        "undecided": "**Undecided**",
-    }
-    lines = [
-        f"- {title}: {'; '.join(groups[key])}." for key, title in titles.items() if groups[key]
-    ]
-    if not lines:
-        return "Not run yet.\n"
-    lines += [each for each in (fewer_steps(rows), prompts_too(rows)) if each]
-    lines.append(
-        "- **Set** the defaults ([below](#recommended-settings)), search the learning rate anew "
-        "(here twice SFT's), and keep an SFT run with its own learning rate to compare with, by "
-        "your task's own metric."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def early_best(found: Mapping[str, Mapping[str, Row]]) -> str:
-    """On which domains, of the first table, SFT is at its best before its last step."""
-    steps = {
-        domain: best
-        for domain, rows in found.items()
-        if (sft := rows.get("SFT")) is not None and (best := best_step(sft)) is not None
-    }
-    early = [f"{name} ({step} of {last})" for name, (step, last) in steps.items() if step < last]
-    return f", which is its last step except on {', '.join(early)}" if early else ""
+        if (outcome := verdict(kd)) is not None:
+            key = next(key for key in groups if key.startswith(outcome))
+            groups[key].append(f"{name} ({change(sft, kd)}, {plural(len(kd.found), 'seed')})")
+    said = [f"{key} on {', '.join(names)}" for key, names in groups.items() if names]
+    return f"- **After the same steps** KD + SFT is {'; it is '.join(said)}." if said else ""
 
 
 def change(sft: Row, kd: Row) -> str:
@@ -160,27 +137,51 @@ def change(sft: Row, kd: Row) -> str:
 
 
 def fewer_steps(rows: Rows) -> str:
-    """How shorter trainings with KD compare with the complete SFT."""
-    shorter = {row.label.removeprefix(f"{DEFAULT}, "): row for row in rows["budget"]}
-    said = [
-        f"planned for {share} it ends {interval(row.against_baseline, signed=True)} from the "
-        f"complete SFT ({plural(len(row.found), 'seed')})"
-        for share in ("70 % of the steps", "50 % of the steps")
-        if (row := shorter.get(share)) is not None and row.against_baseline is not None
-    ]
-    kd = next(row for row in rows["headline"] if row.label == DEFAULT)
-    if kd.steps is not None:
-        said.append(
-            f"within a training of equal length its curve {reaching(kd.steps)}, which is no saving "
-            "by itself, as the learning rate decays later"
-        )
+    """How shorter trainings compare with the complete SFT."""
+    table = {row.label: row for row in rows["budget"]}
+    said = []
+    for share in ("70 % of the steps", "50 % of the steps"):
+        kd, sft = (table[f"{label}, {share}"] for label in (DEFAULT, "SFT"))
+        if kd.against_baseline is not None:
+            text = f"with {share} KD + SFT {interval(kd.against_baseline, signed=True)}"
+            if sft.against_baseline is not None:
+                text += f", SFT {interval(sft.against_baseline, signed=True)}"
+            said.append(text + f" ({plural(len(kd.found), 'seed')})")
     if not said:
         return ""
     return (
-        f"- **Steps**, on code with 8 layers: {'; '.join(said)}. NVIDIA reports better benchmark "
-        "scores than SFT's with 70 % of the steps, for [a student of 15B]"
-        "(evaluation.md#the-published-benchmarks)."
+        "- **With fewer steps**, compared with SFT after all of them, in nats per token on code "
+        f"with 8 layers: {'; '.join(said)}. NVIDIA's "
+        "[student of 15B](evaluation.md#the-published-benchmarks) has better scores than SFT's on "
+        "most benchmarks with 70 % of the steps."
     )
+
+
+def within_a_run(rows: Sequence[Row]) -> str:
+    """At which step KD + SFT has the loss of the complete SFT."""
+    kd = next(row for row in rows if row.label == DEFAULT)
+    if kd.steps is None:
+        return ""
+    return (
+        f"{DEFAULT} {reaching(kd)}. Stopping there saves nothing, as the learning rate has not "
+        "decayed yet; [shorter trainings](#fewer-steps) have a schedule of their own.\n"
+    )
+
+
+def reaching(row: Row) -> str:
+    """At which step SFT's best loss is reached, if it is."""
+    if row.steps is None or row.sft_best is None or math.isinf(row.steps.value):
+        return "does not reach SFT's best loss"
+    return f"reaches SFT's best loss, that of step {row.sft_best}, at step {reached(row)}"
+
+
+def reached(row: Row) -> str:
+    """`101 [92, 110]`, the step at which SFT's best loss is reached; empty where not compared."""
+    if row.steps is None or row.sft_best is None:
+        return ""
+    values = (row.sft_best * each for each in (row.steps.value, row.steps.low, row.steps.high))
+    value, low, high = ("never" if math.isinf(each) else f"{each:.0f}" for each in values)
+    return f"{value} [{low}, {high}]"
 
 
 SEVERAL = "worked problems in several wordings"
@@ -193,54 +194,24 @@ PROMPTS = {
 """Domain → end of the names of its experiments on the prompts' tokens."""
 
 
-def prompts_too(rows: Rows) -> str:
-    """What training on the prompts' tokens adds; empty without results."""
-    said = []
+def prompts_too(rows: Rows) -> list[list[str]]:
+    """One line per domain: what the prompts' tokens add to KD + SFT and to SFT, and both beside."""
+    lines = []
     for name, end in PROMPTS.items():
         table = {row.label: row for row in rows[f"tokens{end}"]}
-        every, (sft, both) = table[EVERY_TOKEN], rows[f"all_tokens{end}"]
-        gain = mean_change(table[DEFAULT], every)
-        if gain is None or every.steps is None:
-            continue
-        text = (
-            f"{name} {gain:+.3f} nats per answer token, and its curve {reaching(every.steps)} "
-            f"({plural(len(every.found), 'seed')})"
+        sft, both = rows[f"all_tokens{end}"]
+        gains = [mean_change(table[DEFAULT], table[EVERY_TOKEN]), mean_change(table["SFT"], sft)]
+        seeds = [min(len(table[EVERY_TOKEN].found), len(table[DEFAULT].found)), len(sft.found)]
+        cells = [
+            "" if gain is None else f"{gain:+.3f} ({plural(count, 'seed')})"
+            for gain, count in zip(gains, seeds, strict=True)
+        ]
+        lines.append(
+            [name, *cells, interval(both.against_baseline, signed=True), reached(both)]
+            if any(cells)
+            else [name, "", "", "", ""]
         )
-        own = mean_change(table["SFT"], sft)
-        if own is not None and both.against_baseline is not None:
-            text += (
-                f", SFT itself changes by {own:+.3f}, and is then "
-                f"{-both.against_baseline.value:.3f} behind KD + SFT "
-                f"({plural(len(sft.found), 'seed')})"
-            )
-        said.append(text)
-    if not said:
-        return ""
-    return (
-        "- **Training on the prompts' tokens too**, with the teacher's logits for them, makes "
-        f"KD + SFT better on answers ([all](#prompts-as-training-text)): {'; '.join(said)}."
-    )
-
-
-def worked_problems(rows: Sequence[Row], name: str = "worked problems") -> str:
-    """The result on questions whose answers are right or wrong."""
-    sft, *others = rows
-    base = sft.right(EXACT)
-    sentences = []
-    for row in others:
-        share, change = row.right(EXACT), row.right_against_baseline.get(EXACT)
-        if share is not None and change is not None:
-            sentences.append(
-                f"{row.label}, {100 * share:.1f} % ({plural(len(row.found), 'seed')} of "
-                f"{row.planned}; difference {points(change)})"
-            )
-    if base is None or not sentences:
-        return f"{name.capitalize()}: not run yet.\n"
-    return (
-        f"On {name}, final answers that are right: SFT "
-        f"{100 * base:.1f} % ({plural(len(sft.found), 'seed')} of {sft.planned}); "
-        f"{'; '.join(sentences)}.\n"
-    )
+    return lines
 
 
 def points(change: Interval | None) -> str:
@@ -265,10 +236,10 @@ def inherited(rows: Sequence[Row], teacher: Row | None) -> str:
     only_sft = sft.values[:seeds] > kd.values[:seeds]  # [seeds, 1, questions]
     only_kd = kd.values[:seeds] > sft.values[:seeds]
     return (
-        f"The teacher has {100 * wrong.mean():.0f} % of the answers wrong. SFT alone has "
-        f"{only_sft.sum()} answers right, of which the teacher has {(only_sft & wrong).sum()} "
-        f"wrong; {rows[1].label} alone has {only_kd.sum()} right, of which the teacher has "
-        f"{(only_kd & wrong).sum()} wrong.\n"
+        f"The teacher has {100 * wrong.mean():.0f} % of the answers wrong. Of the {only_sft.size} "
+        f"answers of {plural(seeds, 'seed')}, only SFT has {only_sft.sum()} right, of which the "
+        f"teacher has {(only_sft & wrong).sum()} wrong; only {rows[1].label} has {only_kd.sum()} "
+        f"right, of which the teacher has {(only_kd & wrong).sum()} wrong.\n"
     )
 
 
@@ -282,11 +253,7 @@ def beyond_the_teacher(rows: Sequence[Row], teacher: Row | None) -> str:
         f"{label}, {100 * share:.1f} %, {'above' if share > limit else 'not above'} the teacher"
         for label, share in shares.items()
     )
-    seeds = plural(min(len(row.found) for row in rows if row.label in shares), "seed")
-    return (
-        f"The teacher has {100 * limit:.1f} % right, less than the labels, which are always right. "
-        f"After longer training: {listed} ({seeds}).\n"
-    )
+    return f"The teacher has {100 * limit:.1f} % right. {listed}.\n"
 
 
 def gain_by_task(rows: Sequence[Row], teacher: Row | None, tasks: Sequence[str]) -> str:
@@ -323,9 +290,8 @@ def unsure(results: Results, worded: Sequence[Row]) -> str:
     gain = kd.right_against_baseline.get(EXACT)
     if gain is not None and {"math", SEVERAL} <= found.keys():
         text += (
-            f" With several wordings the entropy is {found[SEVERAL] / found['math']:.0f} times "
-            "that with one, and KD + SFT "
-            f"{'has' if gain.low > 0 else 'still does not have'} more final answers right than SFT."
+            f" With several wordings it is {found[SEVERAL] / found['math']:.0f} times that with "
+            f"one; KD + SFT has {points(gain)} right answers compared with SFT."
         )
     return text + "\n"
 
@@ -337,16 +303,13 @@ def where_it_differs(found: Mapping[str, Sequence[ConfidenceClass]]) -> str:
         whole = sum(each.part for each in classes)
         most = max(classes, key=lambda each: abs(each.part))
         said.append(
-            f"on {domain}, {most.part:+.4f} of {whole:+.4f} nats are at the "
-            f"{figure(most.share, percent=True)} of tokens to whose labels the teacher gives a "
-            f"probability of {class_name(most)}"
+            f"on {domain} {100 * most.part / whole:.0f} % of it ({most.part:+.4f} of {whole:+.4f} "
+            f"nats) is at the {figure(most.share, percent=True)} of tokens to whose label the "
+            f"teacher gives a probability of {class_name(most)}"
         )
     if not said:
         return ""
-    return (
-        "The tokens with most of the difference in cross-entropy of KD + SFT from SFT: "
-        f"{'; '.join(said)} ([all](#where-the-teacher-is-sure-of-the-label)).\n"
-    )
+    return f"Most of the difference of KD + SFT from SFT: {'; '.join(said)}.\n"
 
 
 def class_name(of: ConfidenceClass) -> str:
@@ -356,100 +319,86 @@ def class_name(of: ConfidenceClass) -> str:
 
 
 def larger_students(rows: Sequence[Row]) -> str:
-    """Whether the larger students still know what the model knew, and write functions that run."""
-    known = [one_by_one(rows, what) for what in SHOTS.values()]
-    passed = one_by_one(rows, DOCTESTS)
-    if not any((*known, passed)):
-        return ""
-    text = "Students of 15 layers after fine-tuning on code. "
-    if any(known):
-        text += "Knowledge kept, where guessing gives 25 %: " + "; ".join(filter(None, known))
-        text += ". "
-    if passed:
-        text += f"Functions that run, of held-out ones with doctests: {passed}. "
-    text += (
-        "Both are too hard for models of this size to tell the objectives apart: the students "
-        "pass almost no doctest, and answer hardly better than by guessing."
-    )
-    return text.strip() + "\n"
-
-
-def one_by_one(rows: Sequence[Row], what: str) -> str:
-    """Fractions of right answers, and their differences from SFT's; empty without a difference."""
-    students = [row for row in rows if row.steps is not None]
-    differences = [
-        f"{row.label} minus SFT {points(gain)}"
-        for row in students
-        if (gain := row.right_against_baseline.get(what)) is not None
-    ]
-    shares = [
-        f"{row.label} {figure(share, percent=True)}"
+    """Whether questions and doctests tell the objectives apart."""
+    gains = [
+        gain
         for row in rows
-        if (share := row.right(what)) is not None
+        for what in (*SHOTS.values(), DOCTESTS)
+        if (gain := row.right_against_baseline.get(what)) is not None and row.steps is not None
     ]
-    return f"{what}, {', '.join(shares)} ({'; '.join(differences)})" if differences else ""
-
-
-def reaching(steps: Interval) -> str:
-    """In which share of its steps SFT's best is reached, if it is."""
-    if math.isinf(steps.value):
-        return "never reaches SFT's best"
-    share = f"{100 * steps.value:.0f} % of its steps"
-    return f"reaches SFT's best in {share} (fraction {interval(steps)})"
+    if not gains:
+        return ""
+    text = "Guessing gives 25 % of OpenBookQA."
+    if all(gain.low <= 0 <= gain.high for gain in gains):
+        text += " No interval excludes 0: questions and doctests do not tell KD + SFT from SFT."
+    return text + "\n"
 
 
 def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
-    """Every comparison, better, worse or undecided."""
-    groups: dict[str, list[str]] = {"better": [], "worse": [], "undecided": []}
-    spreads = seed_spreads(row for table in rows.values() for row in table)
-    said: set[tuple[str, ...]] = set()  # experiments share runs, and so comparisons
+    """Every comparison, better, worse or undecided; each once, with the most seeds."""
+    every = [row for table in rows.values() for row in table]
+    spreads = {measure: seed_spreads(every, measure) for measure in ("test", EXACT)}
+    found: list[tuple[str, frozenset[str], str]] = []  # outcome, compared runs, line
     for experiment in experiments:
         base = [row for row in rows[experiment.name] if row.is_baseline]
-        trained = [row for row in rows[experiment.name] if row.found and not row.untrained]
-        for row in trained:
-            outcome = verdict(row, spreads)
-            names = tuple(result["name"] for each in (*base, row) for result in each.found)
-            if outcome is not None and names not in said:
-                said.add(names)
-                seeds = plural(len(row.found), "seed")
-                right = points(row.right_against_baseline.get(EXACT))
-                difference = interval(row.against_baseline, signed=True)
-                groups[outcome].append(
-                    f"- {experiment.title}: {row.label}, "
-                    f"{f'exact match {right}' if right else difference} vs. "
-                    f"{experiment.baseline} ({seeds})"
-                )
+        for row in rows[experiment.name]:
+            outcome = None if row.untrained else verdict(row, spreads)
+            if outcome is None:
+                continue
+            right = points(row.right_against_baseline.get(EXACT))
+            difference = interval(row.against_baseline, signed=True)
+            line = (
+                f"- {experiment.title}: {row.label}, "
+                f"{f'exact match {right}' if right else difference} vs. "
+                f"{experiment.baseline} ({plural(len(row.found), 'seed')})"
+            )
+            runs = frozenset(result["name"] for each in (*base, row) for result in each.found)
+            if all(runs != other for _, other, _ in found):  # experiments share runs
+                found.append((outcome, runs, line))
+    once = [each for each in found if not any(each[1] < other for _, other, _ in found)]
     titles = {
-        "better": "Better than the baseline: the 90 % interval is entirely on that side",
-        "worse": "Worse than the baseline: the 90 % interval is entirely on that side",
-        "undecided": "Undecided: the interval contains 0, or one seed cannot tell",
+        "better": "Better than the baseline",
+        "worse": "Worse than the baseline",
+        "undecided": "Undecided: the interval contains 0, or the difference is within seed noise",
     }
     parts = [
-        f"**{title}**\n\n" + ("\n".join(groups[key]) or "None so far.") + "\n"
+        f"**{title}**\n\n"
+        + ("\n".join(line for outcome, _, line in once if outcome == key) or "None so far.")
+        + "\n"
         for key, title in titles.items()
     ]
-    known = [f"{spreads[domain]:.3f} on {domain}" for domain in ENTROPY_OF if domain in spreads]
     parts.append(
         "Right final answers where they are judged, else final held-out cross-entropy in nats per "
-        "token. With one seed, the interval covers only the sampling of the test data, not the "
-        "variation between training runs"
-        + (
-            f", which has a standard deviation of {', '.join(known)}: a difference in "
-            "cross-entropy of one seed below twice that is undecided.\n"
-            if known
-            else ".\n"
-        )
+        "token, with 90 % intervals: of ten comparisons without a difference, one is outside by "
+        f"chance. {seed_noise(spreads)}\n"
     )
     return "\n".join(parts)
 
 
-def recommendation(beside: Sequence[Row], every: Sequence[Row]) -> str:
-    """The default settings and the measured alternatives; the first row of each label counts.
+def seed_noise(spreads: Spreads) -> str:
+    """How far a difference varies from seed to seed, and what that means for one seed."""
+    text = "With one seed, the interval covers the sampling of the test data only"
+    known = [
+        f"{spreads['test'][domain]:.3f} nats on {name}"
+        for domain, name in ENTROPY_OF.items()
+        if domain in spreads["test"]
+    ]
+    known += [
+        f"{100 * spread:.1f} points of right answers on {ENTROPY_OF[domain]}"
+        for domain, spread in spreads[EXACT].items()
+    ]
+    if not known:
+        return text + "."
+    return (
+        f"{text}. From seed to seed a difference has a standard deviation of {', '.join(known)}: "
+        "of one seed, less than twice that is undecided."
+    )
 
-    `every`: the rows of all experiments.
-    """
+
+def defaults() -> str:
+    """The product's defaults."""
     loss, store = KDConfig(), TopKConfig()
-    defaults = {
+    values = {
         "model.kd.alpha": f"{loss.weights[1]:g}",
         "model.kd.support": loss.support,
         "model.kd.divergence": loss.divergence,
@@ -457,46 +406,52 @@ def recommendation(beside: Sequence[Row], every: Sequence[Row]) -> str:
         "dump.top_k": str(store.top_k),
         "dump.profile": store.profile,
     }
-    text = "The recommended settings are the defaults: "
-    text += ", ".join(f"`{key}={value}`" for key, value in defaults.items()) + ". "
-    text += "Search the learning rate separately: the best for KD + SFT differs from SFT's."
-    found: dict[str, dict[str, str]] = {"better": {}, "worse": {}, "undecided": {}}
-    rows = [*{row.label: row for row in reversed(beside)}.values()][::-1]
-    spreads = seed_spreads(every)
-    for row in rows:
-        if (outcome := verdict(row, spreads)) is not None:
-            difference = interval(row.against_baseline, signed=True)
-            found[outcome][row.label] = f"{difference}, {plural(len(row.found), 'seed')}"
-    said = {
-        outcome: "; ".join(f"{label} ({how})" for label, how in labels.items()) or "none"
-        for outcome, labels in found.items()
-    }
+    listed = ", ".join(f"`{key}={value}`" for key, value in values.items())
     return (
-        f"{text}\n\nOne setting changed at a time, held-out cross-entropy on code, in nats per "
-        "token; at alpha 0.5 and its learning rate unless the row names alpha. "
-        f"Better: {said['better']}. Not significantly different: {said['undecided']}. "
-        f"Worse: {said['worse']}.\n\n{by_validation(rows, every)}"
+        f"The recommended settings are the defaults: {listed}. Search the learning rate yourself: "
+        "the best for KD + SFT differs from SFT's.\n"
     )
 
 
-def by_validation(rows: Sequence[Row], every: Sequence[Row]) -> str:
-    """Which settings the validation split prefers to the default, and how sure that is."""
-    asked = {row.label: row.by_seed["valid"] for row in rows if row.by_seed.get("valid")}
-    means = {label: statistics.fmean(values) for label, values in asked.items()}
-    lower = {label: mean for label, mean in means.items() if mean < 0}
-    if not means:
+def alternatives(rows: Sequence[Row], every: Sequence[Row]) -> list[list[str]]:
+    """One line per row: seeds, differences on the validation and the test split, and a verdict."""
+    spreads = {measure: seed_spreads(every, measure) for measure in ("test", EXACT)}
+    lines = []
+    for row in rows:
+        if (outcome := verdict(row, spreads)) is not None:
+            asked = row.by_seed.get("valid", ())
+            validation = f"{statistics.fmean(asked):+.3f}" if asked else ""
+            difference = interval(row.against_baseline, signed=True)
+            lines.append([row.label, str(len(row.found)), validation, difference, outcome])
+    return lines
+
+
+def default_alpha(code: Sequence[Row], prose: Sequence[Row]) -> str:
+    """What the validation splits say about the default alpha."""
+    said = []
+    for name, rows in (("code", code), ("prose", prose)):
+        known = [
+            f"{row.label} {statistics.fmean(row.by_seed['valid']):+.3f} "
+            f"({plural(len(row.by_seed['valid']), 'seed')})"
+            for row in rows
+            if row.by_seed.get("valid")
+        ]
+        if known:
+            said.append(f"of {name} {', '.join(known)}")
+    if not said:
         return ""
-    listed = "; ".join(f"{label} ({mean:+.3f})" for label, mean in lower.items())
-    text = f"By the validation split, on which a default is chosen, better: {listed or 'none'}. "
-    if (alpha := means.get("alpha 0.5")) is not None:
-        text += f"On it alpha 0.5 is {alpha:+.3f} from 0.9: of these two the test split decided. "
-    if (spread := seed_spreads(every, "valid").get("code")) is not None:
-        errors = {label: spread / math.sqrt(len(values)) for label, values in asked.items()}
-        beyond = [label for label, mean in lower.items() if -mean > 2 * errors[label]]
-        text += "From seed to seed the difference of two settings on this split has a standard "
-        text += f"deviation of {spread:.3f}; lower by more than two standard errors of the mean "
-        text += f"over its seeds: {'; '.join(beyond) or 'none'}."
-    return text + "\n"
+    return f"Compared with alpha 0.9 on the validation split {'; '.join(said)}.\n"
+
+
+def validation_noise(every: Sequence[Row]) -> str:
+    """How far a difference on the validation split varies from seed to seed."""
+    spread = seed_spreads(every, "valid").get("code")
+    if spread is None:
+        return ""
+    return (
+        "From seed to seed a difference on the validation split has a standard deviation of "
+        f"{spread:.3f}.\n"
+    )
 
 
 def learning_rates(cfg: DictConfig, results: Results, domain: str) -> str:
@@ -528,8 +483,14 @@ def data(about: Mapping[str, Any]) -> str:
         f"{about[split]['samples']} {name} samples of {about[split]['modules']} modules"
         for split, name in splits
     )
+    repeated = [
+        f"{about[split]['prompts_in_training']} of {about[split]['samples']} {name}"
+        for split, name in splits[1:]
+        if "prompts_in_training" in about[split]
+    ]
+    same = f"; {' and '.join(repeated)} samples have the prompt of a training sample"
     sources = ", ".join(f"{s['package']} {s['version']} ({s['licence']})" for s in about["sources"])
-    return f"{sizes}; no module is in two splits. Sources: {sources}"
+    return f"{sizes}; no module is in two splits{same if repeated else ''}. Sources: {sources}"
 
 
 ENTROPY_OF = {"code": "code", "prose": "prose", "math": "math", "worded": SEVERAL}
@@ -559,7 +520,7 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "students start from the same weights and have no dropout, so nothing else is random",
         "learning rate": "chosen for each family of objectives on the validation split (code, 8 "
         f"layers, seed {cfg.tuned_on.seed}; worked problems: their own) and used everywhere; the "
-        "grid starts at "
+        "candidates start at "
         f"{' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is extended by factors "
         "of 2 until the best value is not at its edge",
         "held-out metrics": "over the answer tokens of the test split unless stated otherwise, "
@@ -569,9 +530,9 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         f"the test split's {cfg.data.groups} groups of modules (worked problems: "
         f"{own.data.groups} groups of questions; right answers: single questions) and over the "
         "seeds; with three seeds and groups of unequal size the true coverage is lower",
-        "steps ratio": "the first step at which the curve reaches SFT's minimum (same data, same "
-        "depth, and for longer trainings the same length), divided by the step of that minimum; "
-        "never: not reached within the run",
+        "steps ratio": "the first step at which the loss is SFT's best (same data, same depth, and "
+        "for longer trainings the same length), divided by SFT's step of that best, which is the "
+        "same in every bootstrap draw; never: not reached within the run",
         "bytes per token": "the whole store divided by its answer tokens: the logits (404 for "
         "`plain` with K = 100) and 14 for the tokens of prompt and answer, masks and index",
     }

@@ -2,7 +2,9 @@
 
 `code`: a function's signature and docstring → its body, as in the demo. `prose`: name and summary
 line of a function or class → the paragraphs that describe it. Test modules are dealt to groups,
-which the bootstrap draws: samples of one module are alike. data.json says what is where.
+which the bootstrap draws: samples of one module are alike. data.json describes the splits, and
+counts the held-out samples whose prompt is also one of the training split: different modules may
+have functions of the same signature and docstring, with other bodies.
 """
 
 from __future__ import annotations
@@ -96,6 +98,7 @@ def main(
     usable = sized(read_pairs(domain, names), encode, max_tokens)
     output_dir.mkdir(parents=True, exist_ok=True)
     about: dict[str, Any] = {"domain": domain, "max_tokens": max_tokens, "usable": len(usable)}
+    prompts: set[str] = set()  # of the training split, once it is chosen
     for split, count in (("train", train), ("valid", valid), ("test", test)):
         side = [pair for pair in usable if split_of(pair.module) == split]
         chosen = make_data.choose(side, count, split, seed)
@@ -105,6 +108,10 @@ def main(
             "modules": len({pair.module for pair in chosen}),
             "tokens": sum(pair.tokens for pair in chosen),
         }
+        if split == "train":
+            prompts = {pair.input for pair in chosen}
+        else:
+            about[split]["prompts_in_training"] = sum(pair.input in prompts for pair in chosen)
         if split == "test":
             about["groups"] = deal(chosen, groups)
     sources, licences = make_data.sources(tuple(map(distribution, names)))

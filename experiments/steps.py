@@ -1,12 +1,14 @@
 """Run a command of the package's scripts once; a marker file records that it is done.
 
 A command that is killed leaves no marker and is run again: dumps and trainings resume, the product
-of other commands is removed first.
+of other commands is removed first. A marker holds its command: if the configuration now gives
+another one, the queue stops instead of using the old product.
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import shlex
@@ -14,17 +16,21 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.files import publish
 
 ROOT = Path(__file__).resolve().parents[1]
+MAX_WORD = 160
+"""Characters of an argument in an error message."""
 
 
-class StepFailedError(RuntimeError):
+class StepFailedError(NemoKDError):
     """A command failed or did not write its product."""
 
 
@@ -37,8 +43,8 @@ class Step:
     arguments: tuple[str, ...]
     """A script of the repository, or `nemo-kd`, followed by its arguments."""
     product: Path
-    resumes: bool = False
-    """Whether the command resumes a half-finished product by itself."""
+    resumes_in: Path | None = None
+    """Directory from which the command resumes a half-finished product; None: it does not."""
 
     @property
     def command(self) -> list[str]:
@@ -59,8 +65,31 @@ class Workshop:
         return self.out / "done" / f"{step.name}.json"
 
     def is_done(self, step: Step) -> bool:
-        """Whether the step succeeded in this or an earlier process."""
-        return self.marker(step).is_file()
+        """Whether the step succeeded in this or an earlier process.
+
+        Errors: NemoKDError if it did so with another command, or its product is gone.
+        """
+        marker = self.marker(step)
+        if not marker.is_file():
+            return False
+        before, now = json.loads(marker.read_text())["command"], self._shown(step)
+        if before != now:
+            made = step.resumes_in or step.product
+            raise NemoKDError(
+                f"{step.name} was made in {self.out} with other settings: {difference(before, now)}"
+                f"; give another out=, or remove {marker}, {made} and what was made from it"
+            )
+        if not step.product.exists():
+            raise NemoKDError(
+                f"{step.name} is done, but {step.product} is gone; put it back, give another out=, "
+                f"or remove {marker} to run the step again"
+            )
+        return True
+
+    def forget(self, step: Step) -> None:
+        """Remove the marker and the product, so that the step is run again."""
+        self.marker(step).unlink(missing_ok=True)
+        remove(step.product)
 
     def seconds(self, step: Step) -> float:
         """Seconds of the last successful run."""
@@ -69,7 +98,7 @@ class Workshop:
     def run(self, step: Step) -> None:
         """Run the step unless it is done, once another process that runs it has ended.
 
-        Errors: StepFailedError, which names the log.
+        Errors: StepFailedError, which names the log; NemoKDError as in `is_done`.
         """
         if self.is_done(step):
             return
@@ -77,10 +106,14 @@ class Workshop:
             if not self.is_done(step):
                 self._run(step)
 
+    def _shown(self, step: Step) -> str:
+        """The command as the marker holds it: the same wherever `out` is."""
+        return shlex.join(["python", *step.arguments]).replace(str(self.out), "outputs")
+
     def _run(self, step: Step) -> None:
-        shown = shlex.join(["python", *step.arguments]).replace(str(self.out), "outputs")
+        shown = self._shown(step)
         print(f"== {step.name}\n   {shown}", flush=True)
-        if not step.resumes:
+        if step.resumes_in is None:
             remove(step.product)
         step.product.parent.mkdir(parents=True, exist_ok=True)
         log = self.out / "logs" / f"{step.name}.log"
@@ -121,17 +154,42 @@ def _exit_on_signal(number: int, _: Any) -> None:
     raise SystemExit(128 + number)
 
 
+def difference(before: str, now: str) -> str:
+    """The words in which two commands differ, `A, B then, C now`."""
+    old, new = shlex.split(before), shlex.split(now)
+    gone, added = [w for w in old if w not in new], [w for w in new if w not in old]
+    if not gone and not added:
+        return "the same arguments in another order"
+    return f"{_listed(gone)} then, {_listed(added)} now"
+
+
+def _listed(words: list[str]) -> str:
+    cut = (word if len(word) <= MAX_WORD else f"{word[: MAX_WORD - 3]}..." for word in words)
+    return ", ".join(cut) or "nothing"
+
+
 def lock(out: Path, *, shared: bool) -> TextIO:
     """Lock the directory, with `shared` for several queues at a time.
 
-    Errors: ValueError if another process works in it, and either does not share it.
+    Errors: NemoKDError if another process works in it, and either does not share it.
     """
     file = _open(out / "lock")
     try:
         fcntl.flock(file, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"another process runs the experiments in {out}; stop it first") from None
+        raise NemoKDError(
+            f"another process runs the experiments in {out}; stop it first, or give another out="
+        ) from None
     return file
+
+
+def locks_of(results: Path) -> Path:
+    """Where queues with different `out` claim the runs whose results go to `results`.
+
+    Not below the results, which are committed: in the machine's directory of temporary files.
+    """
+    name = hashlib.sha256(os.fsencode(results.resolve())).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"nemo-kd-experiments-{os.getuid()}" / name
 
 
 def claim(path: Path, *, wait: bool) -> TextIO:

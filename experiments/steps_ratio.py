@@ -1,10 +1,13 @@
 """The fraction of steps that distillation needs, with a bootstrap interval.
 
-    ratio = (first step at which B is as good as A's best) / (step of A's best)
+    ratio = (first step at which B is as good as A at its best step) / (A's best step)
 
-B's curve is taken as straight between two validations. Intervals are percentiles of a bootstrap
-that draws the groups of the test split and the seeds, both with replacement and the same for A
-and B. A group is some whole modules: samples of one module are alike, and are drawn together.
+A's best step is that of its mean curve over all seeds and groups. It is the same in every draw of
+the bootstrap: between steps of nearly the same loss it would jump from draw to draw, and the
+interval would show these jumps. B's curve is taken as straight between two validations. Intervals
+are percentiles of a bootstrap that draws the groups of the test split and the seeds, both with
+replacement and the same for A and B. A group is some whole modules: samples of one module are
+alike, and are drawn together.
 """
 
 from __future__ import annotations
@@ -61,17 +64,13 @@ def first_reached(steps: Array, curve: Array, target: float) -> float:
     return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
 
 
-def steps_ratio(steps_a: Array, a: Array, steps_b: Array, b: Array) -> float:
-    """The steps ratio of two curves; inf if B never reaches A's minimum."""
-    best = int(a.argmin())
-    return first_reached(steps_b, b, float(a[best])) / float(steps_a[best])
-
-
 def ratio(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval:
-    """The steps ratio of the mean curves, with its interval."""
+    """The steps ratio of the mean curves, with its interval; inf where B does not get there."""
+    best = int(a.mean().argmin())
 
     def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
-        return steps_ratio(a.steps, a.mean(seeds, groups), b.steps, b.mean(seeds, groups))
+        target = float(a.mean(seeds, groups)[best])
+        return first_reached(b.steps, b.mean(seeds, groups), target) / float(a.steps[best])
 
     return bootstrap(statistic, a, draws, level, seed)
 

@@ -1,9 +1,11 @@
 """One run: train a student, evaluate it, and write its result file.
 
-    {"name", "run": settings, "steps", "curve": {"steps", "groups", metric: [step][group]},
+    {"name", "run": settings, "settings": others, "steps",
+     "curve": {"steps", "groups", metric: [step][group]},
      "valid": figures, "test": figures, "store": sizes, "seconds": {…},
      "generation": {…}, "knowledge": {…}, "doctests": {…}, "confidence": {…}}
 
+`settings` are those beyond `run` that shaped the result: see `shaping` in study.py.
 The curve is that of the test split, a column for each of its groups; it is absent where rounds on
 the student's own answers follow. `valid` and `test` are measured on the finished student. The last
 three are optional: what it generates for held-out prompts, which questions of OpenBookQA it answers
@@ -24,7 +26,6 @@ import worked_problems
 from assets import (
     ALL_TOKENS,
     CHECKPOINTS,
-    TEACHER_LAYERS,
     Assets,
     export_step,
     generated_length,
@@ -32,7 +33,9 @@ from assets import (
 )
 from omegaconf import DictConfig
 from steps import ROOT, Step, StepFailedError, Workshop
-from study import Run
+from study import ALSO, TEACHER_LAYERS, Run, all_steps, shaping
+
+from nemo_kd.errors import NemoKDError
 
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
@@ -100,13 +103,16 @@ def train_step(run: Run, assets: Assets) -> Step:
         *training(cfg, None if run.answers == "original" else generated_length(cfg)),
         *CHECKPOINTS,
     )
-    return Step(f"train-{run.name}", arguments, trained(run, assets), resumes=True)
+    return Step(
+        f"train-{run.name}", arguments, trained(run, assets), resumes_in=directory(run, assets)
+    )
 
 
 def rounds_steps(run: Run, assets: Assets) -> list[Step]:
     """Rounds on the student's own answers, which start from the same run without them."""
     cfg, data = assets.of(run.domain), assets.data(run.domain)
     prompts, size = data / "rounds.jsonl", cfg.rounds.prompts
+    output = directory(run, assets) / "rounds"
     first = ("experiments/first_rows.py", f"{data}/train.jsonl", f"--rows={size}")
     length = generated_length(cfg)
     same = [f"trainer.precision={cfg.train.precision}", "model.micro_batch_size=16"]
@@ -126,21 +132,43 @@ def rounds_steps(run: Run, assets: Assets) -> list[Step]:
         f"--teacher={assets.model(run.domain, TEACHER_LAYERS)}",
         f"--student={trained(replace(run, rounds=0), assets)}",
         f"--prompts={prompts}",
-        f"--output={directory(run, assets) / 'rounds'}",
+        f"--output={output}",
         f"--rounds={run.rounds}",
         f"--steps={cfg.rounds.steps}",
         *(f"--{script}={each}" for script, settings in passed.items() for each in settings),
     )
     return [
         Step(f"{run.domain}-rounds", (*first, f"--output={prompts}"), prompts),
-        Step(f"rounds-{run.name}", arguments, trained(run, assets), resumes=True),
+        Step(f"rounds-{run.name}", arguments, trained(run, assets), resumes_in=output),
     ]
 
 
 def validation_interval(cfg: DictConfig, run: Run) -> int:
-    """The number of steps from one validation to the next; the last step is validated too."""
-    steps = run.steps(cfg.train.steps)
-    return next(n for n in range(cfg.train.validate_every, 0, -1) if steps % n == 0)
+    """The number of steps from one validation to the next; the last step is validated too.
+
+    The largest divisor of the run's steps up to `validate_every`. One below half of that would
+    multiply the validations, whose time a user has not asked for: 199 steps, a prime number, would
+    be validated at each.
+
+    Errors: NemoKDError without such a divisor, which names the nearest number of steps with one.
+    """
+    steps, most = run.steps(cfg.train.steps), cfg.train.validate_every
+    if (found := _interval(steps, most)) is not None:
+        return found
+    near = range(max(1, steps - most), steps + most + 1)
+    fitting = min((n for n in near if _interval(n, most)), key=lambda n: abs(n - steps))
+    raise NemoKDError(
+        f"{steps} training steps ({run.domain}: train.steps={cfg.train.steps} × length "
+        f"{run.length:g}) cannot be divided evenly by a validation every {-(-most // 2)} to {most} "
+        f"steps: use {fitting} steps, or another train.validate_every than {most}"
+    )
+
+
+def _interval(steps: int, most: int) -> int | None:
+    """The largest divisor of `steps` from `most` / 2 to `most`; few steps are validated once."""
+    if 0 < steps <= most:
+        return steps
+    return next((n for n in range(most, 0, -1) if 2 * n >= most and steps and not steps % n), None)
 
 
 def student_and_loss(run: Run, assets: Assets) -> list[str]:
@@ -250,7 +278,7 @@ def more_steps(run: Run, assets: Assets, also: str) -> list[Step]:
         return doctests_steps(run, assets)
     if also == "confidence":
         return confidence_steps(run, assets)
-    raise ValueError(f"also: {also}: expected generation, knowledge, doctests or confidence")
+    raise ValueError(f"also: {also}: expected one of {', '.join(ALSO)}")
 
 
 def steps(run: Run, assets: Assets, also: Sequence[str]) -> list[Step]:
@@ -273,6 +301,7 @@ def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) ->
     content: dict[str, Any] = {
         "name": run.name,
         "run": asdict(run),
+        "settings": shaping(assets.of(run.domain), run),
         "steps": all_steps(run, assets.of(run.domain)),
         "seconds": {"measure": workshop.seconds(measure_step(run, assets))},
         "versions": report_data.versions(),
@@ -301,10 +330,22 @@ def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) ->
     return content
 
 
-def all_steps(run: Run, cfg: DictConfig) -> int:
-    """Training steps, with those of the rounds."""
-    rounds = run.rounds * cfg.rounds.steps if run.rounds else 0
-    return run.steps(cfg.train.steps) + rounds
+def combine(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
+    """A new result with the entries of an earlier one that were not measured again.
+
+    Only of the same model, which has the same losses: it may have been trained anew since.
+    """
+    if not before:
+        return now
+    if before["test"] != now["test"]:
+        dropped = [each for each in ALSO if each in before and each not in now]
+        print(
+            f"   {now['name']} has other losses than in its result file, which is replaced"
+            + (f"; its {', '.join(dropped)} must be measured again" if dropped else ""),
+            flush=True,
+        )
+        return now
+    return {**before, **now, "seconds": before["seconds"] | now["seconds"]}
 
 
 def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:

@@ -12,14 +12,21 @@ from pathlib import Path
 from findings import rows
 from omegaconf import DictConfig, OmegaConf
 from queue_plan import read_results
-from results_figures import draw
-from results_page import Study, page
+from results_figures import draw, draw_bytes
+from results_page import BYTES, Study, page
 from steps import ROOT
 from study import REPEATED, TIMED, read_choices, read_experiments
 
 from nemo_kd.cli.scripts import script
+from nemo_kd.errors import NemoKDError
 
 PICTURES = "images/results"
+STORES = {
+    "code, alpha 0.9": "bytes",
+    "code, alpha 0.5": "small_stores",
+    "worked problems, alpha 0.9": "bytes_math",
+}
+"""Label in the picture of bytes → experiment."""
 
 
 def read_study(cfg: DictConfig) -> Study:
@@ -48,6 +55,10 @@ def write(study: Study, docs: Path) -> None:
         found = study.rows[experiment.name]
         if draw(study.cfg, found, experiment.baseline, docs / picture):
             figures[experiment.name] = picture
+    bytes_picture = f"{PICTURES}/{BYTES}.png"
+    tables = {label: study.rows[name] for label, name in STORES.items() if name in study.rows}
+    if draw_bytes(tables, docs / bytes_picture):
+        figures[BYTES] = bytes_picture
     text = page(study, figures)
     (docs / "results.md").write_text(text, encoding="utf-8")
 
@@ -55,6 +66,8 @@ def write(study: Study, docs: Path) -> None:
 def main(cfg: DictConfig) -> None:
     os.chdir(ROOT)
     OmegaConf.resolve(cfg)
+    if not read_results(Path(cfg.results)):
+        raise NemoKDError(f"results={cfg.results} has no result files: run.py writes them")
     write(read_study(cfg), Path("docs"))
     print(f"docs/results.md, docs/{PICTURES}")
 

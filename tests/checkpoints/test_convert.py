@@ -12,7 +12,7 @@ import yaml
 from tests.checkpoints import models
 from tests.processes import run_program
 
-LAYOUTS = ("dp2", "tp2", "pp2")
+LAYOUTS = ("tp2", "pp2")
 TINY = ("tied_grouped", "untied_llama3", "pruned", *models.FAMILIES, *models.ROPES)
 
 

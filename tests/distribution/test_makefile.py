@@ -92,5 +92,5 @@ def test_paths_may_have_spaces(tmp_path: Path) -> None:
     assert done.stdout == f"<{directory}> -m benchmarks.gpu.run loss\n", done.stderr
     where = ("RESULTS=my results", "MATRIX=my matrix", "PYTHON312=/my python/bin/python")
     said = make(directory, "-n", "experiments", "matrix", *where).stdout
-    assert said.count('results="my results"\n') == 3
+    assert said.count('results="my results" out="my results/work"\n') == 3
     assert '--directory "my matrix" --python312 "/my python/bin/python"\n' in said

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import signal
@@ -16,10 +17,11 @@ import pytest
 from assets import Assets
 from queue_plan import Job, chosen_lr, first_free, grid, remaining
 from smollm2 import smollm2
-from steps import Step, StepFailedError, Workshop, lock
+from steps import Step, StepFailedError, Workshop, lock, locks_of
 from student import rounds_steps, steps, train_step, trained, validation_interval
-from study import Run, read_experiments, read_run, settings
+from study import TIMED, Run, read_experiments, read_run, settings
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
 from tests.conftest import ROOT
 from tests.store.samples import spec, store
@@ -45,7 +47,8 @@ def script(tmp_path: Path) -> Path:
 
 def step(script: Path, seconds: float = 0, *, resumes: bool = False) -> Step:
     product = script.parent / "product"
-    return Step("one", (str(script), str(product), str(seconds)), product, resumes)
+    resumes_in = product if resumes else None
+    return Step("one", (str(script), str(product), str(seconds)), product, resumes_in)
 
 
 def start(script: Path, seconds: float) -> subprocess.Popen[bytes]:
@@ -94,7 +97,7 @@ def test_sigterm_ends_the_command_too(script: Path) -> None:
 
 def test_two_queues_run_a_common_step_once(script: Path) -> None:
     process = start(script, 1)
-    Workshop(script.parent, threads=1).run(step(script))
+    Workshop(script.parent, threads=1).run(step(script, 1))
     assert process.wait(timeout=20) == 0
     assert (script.parent / "calls").read_text() == "x"
 
@@ -102,7 +105,7 @@ def test_two_queues_run_a_common_step_once(script: Path) -> None:
 def test_queues_share_a_directory_and_no_run(tmp_path: Path) -> None:
     jobs = [Job(Run(lr=rate)) for rate in (6e-4, 1.2e-3)]
     with lock(tmp_path, shared=True), lock(tmp_path, shared=True):
-        with pytest.raises(ValueError, match="another process runs the experiments"):
+        with pytest.raises(NemoKDError, match="another process runs the experiments"):
             lock(tmp_path, shared=False)
         first, second = first_free(jobs, tmp_path), first_free(jobs, tmp_path)
         assert first is not None and second is not None
@@ -111,6 +114,20 @@ def test_queues_share_a_directory_and_no_run(tmp_path: Path) -> None:
         first[1].close()
         again = first_free(jobs, tmp_path)
         assert again is not None and again[0] == jobs[0]
+
+
+def test_queues_with_the_same_results_share_no_run_wherever_they_work(tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    results.mkdir()
+    jobs = [Job(Run(lr=6e-4))]
+    here, there = ((tmp_path / out, locks_of(results)) for out in ("here", "there"))
+    claimed = first_free(jobs, *here)
+    assert claimed is not None
+    assert first_free(jobs, *there) is None
+    assert first_free(jobs, tmp_path / "there", locks_of(tmp_path / "others")) is not None
+    claimed[1].close()
+    assert first_free(jobs, *there) is not None
+    assert not list(results.iterdir())
 
 
 def test_the_products_own_command_is_run(tmp_path: Path) -> None:
@@ -196,6 +213,14 @@ def test_the_last_step_is_validated_however_long_the_run(
     assert validation_interval(settings(cfg, "math"), Run(length=length)) == every
 
 
+def test_a_number_of_steps_without_a_suitable_divisor_is_refused(cfg: Any) -> None:
+    cfg.train.steps = 199
+    with pytest.raises(NemoKDError, match=r"199 training steps .*: use 198 steps"):
+        validation_interval(cfg, Run())
+    cfg.train.steps = 7  # fewer than from one validation to the next
+    assert validation_interval(cfg, Run()) == 7
+
+
 def test_a_domain_has_the_common_settings_and_its_own(cfg: Any) -> None:
     code, prose, math = (settings(cfg, domain) for domain in ("code", "prose", "math"))
     assert code.data == cfg.data
@@ -234,9 +259,10 @@ def test_runs_that_differ_have_different_names(cfg: Any) -> None:
 
 
 def test_a_temperature_has_a_store_that_was_dumped_at_it(cfg: Any, tmp_path: Path) -> None:
-    levers = next(each for each in read_experiments(cfg) if each.name == "levers")
+    runs = [run for each in read_experiments(cfg) for run in each.all_runs() if run.alpha > 0]
+    assert any(run.temperature != 1 for run in runs)
     assets = Assets(cfg, tmp_path)
-    for run in levers.all_runs():
+    for run in (run for run in runs if run.store.startswith("plain-100")):
         dump = assets.store_steps(run.domain, run.teacher, run.store)[-1]
         temperatures = [each for each in dump.arguments if each.startswith("dump.temperatures")]
         usual = run.temperature == 1
@@ -300,10 +326,9 @@ def test_a_generated_answer_has_room_beside_the_longest_prompt(cfg: Any, tmp_pat
 
 def test_alpha_is_compared_with_the_products_default(cfg: Any) -> None:
     experiments = {experiment.name: experiment for experiment in read_experiments(cfg)}
-    for name in ("alpha", "default_alpha"):
-        baseline = experiments[name].baseline
-        assert baseline is not None
-        assert {run.alpha for run in experiments[name].runs[baseline]} == {KDConfig().weights[1]}
+    baseline = experiments["alpha"].baseline
+    assert baseline is not None
+    assert {run.alpha for run in experiments["alpha"].runs[baseline]} == {KDConfig().weights[1]}
 
 
 @pytest.mark.parametrize("name", ["run", "time_steps", "write_report"])
@@ -319,11 +344,14 @@ def test_what_is_committed_is_not_run_again(name: str, tmp_path: Path) -> None:
     command = [sys.executable, str(ROOT / "experiments" / f"{name}.py"), f"out={tmp_path}"]
     if name == "run":
         command.append("max_hours=0")  # what remains is not started
+    else:
+        times = json.loads((ROOT / "experiments" / "results" / TIMED).read_text())["seconds"]
+        command.append(f"choices.rounds={len(times['SFT'])}")
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert done.stdout.startswith("every ")
     assert not list(tmp_path.iterdir())
 
 
 def test_an_unknown_setting_of_a_run_is_refused() -> None:
-    with pytest.raises(ValueError, match="alhpa"):
+    with pytest.raises(NemoKDError, match=r"run.alhpa is unknown; did you mean run.alpha\?"):
         read_run({}, {"alhpa": 0.5})

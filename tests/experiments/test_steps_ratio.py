@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from steps_ratio import Curves, difference, first_reached, ratio, steps_ratio
+from steps_ratio import Curves, Interval, difference, first_reached, ratio
 
 STEPS = np.array([20.0, 40.0, 60.0, 80.0])
 
@@ -23,11 +23,18 @@ def test_the_target_is_reached_on_the_straight_line_between_two_validations() ->
 
 
 def test_ratio_is_to_the_step_of_the_best_and_not_to_the_last() -> None:
-    a = np.array([5.0, 4.0, 3.0, 3.4])
-    b = np.array([4.0, 3.0, 2.5, 2.4])
-    assert steps_ratio(STEPS, a, STEPS, b) == 40 / 60
-    assert steps_ratio(STEPS, a, STEPS, a) == 1.0
-    assert math.isinf(steps_ratio(STEPS, b, STEPS, a))
+    a = curves([[[5.0], [4.0], [3.0], [3.4]]], [10])
+    b = curves([[[4.0], [3.0], [2.5], [2.4]]], [10])
+    assert ratio(a, b, 10, 0.9, 0).value == 40 / 60
+    assert ratio(a, a, 10, 0.9, 0).value == 1.0
+    assert math.isinf(ratio(b, a, 10, 0.9, 0).value)
+
+
+def test_the_best_step_does_not_jump_from_draw_to_draw() -> None:
+    """A's two groups are at their best at 40 and at 80, B's both where A is at 80 already at 20."""
+    a = curves([[[5, 5], [2, 4], [3, 3], [3, 2]]], [10, 10])
+    b = curves([[[3, 2], [2, 1], [1, 1], [1, 1]]], [10, 10])
+    assert ratio(a, b, draws=500, level=0.9, seed=0) == Interval(0.25, 0.25, 0.25)
 
 
 def test_mean_weighs_groups_by_their_tokens_and_seeds_alike() -> None:
@@ -53,7 +60,7 @@ def test_interval_says_never_where_draws_do_not_reach_the_target() -> None:
     a = curves([[[5, 5], [4, 4], [3, 3], [2, 2]]], [10, 10])
     b = curves([[[2, 6], [1, 6], [0, 6], [-4, 6]]], [10, 10])
     found = ratio(a, b, draws=2000, level=0.9, seed=0)
-    assert found.value == steps_ratio(STEPS, a.mean(), STEPS, b.mean()) == 70 / 80
+    assert found.value == first_reached(STEPS, b.mean(), 2.0) / 80 == 70 / 80
     assert found.low == 0.25
     assert math.isinf(found.high)
 

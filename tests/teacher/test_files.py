@@ -18,7 +18,6 @@ from tests.processes import run_script
 from tests.runs import SAME_LINE, validations
 from tests.store.test_writer import contents
 from tests.teacher.conftest import SETTINGS
-from tests.teacher.test_without_nemo import PATH
 
 datasets.disable_progress_bars()
 
@@ -47,7 +46,7 @@ def dump(world: Path, store: Path, files: str, *overrides: str, **options: Any) 
         f"output_dir={store}",
         *overrides,
     ]
-    return run_script("dump_teacher_topk.py", *arguments, PYTHONPATH=PATH, **options)
+    return run_script("dump_teacher_topk.py", *arguments, **options)
 
 
 def listed(parts: list[Path]) -> str:
