@@ -80,6 +80,7 @@ def draw_bytes(tables: Mapping[str, Sequence[Row]], path: Path) -> bool:
                 _store(axis, row, colour)
             axis.errorbar([], [], fmt="o", ms=4, color=colour, label=label)
         axis.axhline(0, color="#6b7280", linewidth=1)
+        axis.margins(x=0.15)  # for the names
         axis.set(xscale="log", xlabel="bytes per answer token", ylabel="nats per token")
         axis.set(title="Cross-entropy compared with plain, K = 100")
         axis.xaxis.set_major_formatter("{x:.0f}")
