@@ -8,15 +8,23 @@ a target: its lock keeps a second process away, and the next run removes what a 
 from __future__ import annotations
 
 import ctypes
+import json
 import os
 import shutil
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.files import FullDiskError, flush, fsync, full_disk_explained
+from nemo_kd.files import (
+    MAX_JSON,
+    FullDiskError,
+    flush,
+    fsync,
+    full_disk_explained,
+    open_regular,
+)
 from nemo_kd.lock import LOCK, DirectoryLock
 
 SUFFIX = ".nemo-kd-new"
@@ -67,6 +75,45 @@ def _identities(path: Path) -> dict[Path, tuple[int, int]]:
             status = os.stat(one)
             found[one] = status.st_dev, status.st_ino
     return found
+
+
+def refuse_foreign(path: Path, what: str, is_ours: Callable[[bytes], bool]) -> bool:
+    """Raise NemoKDError if the file to write, `path`, exists and is not `what` this program writes.
+
+    `is_ours` takes the first 4 MiB of the existing file. Return whether a file is replaced; an
+    empty one, such as `mktemp` makes, holds nothing that could be lost.
+    """
+    refuse_directory(path)
+    if not os.path.lexists(path):
+        return False
+    content = _beginning(path)
+    if content is None or (content and not is_ours(content)):
+        raise NemoKDError(
+            f"{path} would be replaced, but it is not {what}; move it away, or choose another name"
+        )
+    return bool(content)
+
+
+def is_json_with(*keys: str) -> Callable[[bytes], bool]:
+    """Return a function for `refuse_foreign`: whether a file is a JSON object with all `keys`."""
+
+    def is_ours(content: bytes) -> bool:
+        try:
+            value = json.loads(content)
+        except (ValueError, RecursionError):
+            return False
+        return isinstance(value, dict) and set(keys) <= value.keys()
+
+    return is_ours
+
+
+def _beginning(path: Path) -> bytes | None:
+    """Return the first MAX_JSON bytes of a regular file; None if it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return file.read(MAX_JSON)
+    except OSError:
+        return None
 
 
 def refuse_directory(path: Path) -> None:

@@ -15,7 +15,7 @@ import nemo_kd
 PACKAGE = Path(nemo_kd.__file__).parent
 CORE = {
     *("nemo_kd", "errors", "extras", "files", "lock", "outputs", "spelling", "topk", "visible"),
-    *("tokenizer_files", "vocabulary"),
+    *("json_rows", "tokenizer_files", "vocabulary"),
 }
 
 # Room → the rooms below that it may import.

@@ -22,6 +22,8 @@ from rich.progress import track
 
 from nemo_kd.checkpoints import open_checkpoint
 from nemo_kd.checkpoints.huggingface import to_transformers
+from nemo_kd.cli.failures import reported
+from nemo_kd.outputs import is_json_with, refuse_foreign, refuse_inputs
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM
@@ -67,6 +69,8 @@ def main(
     """Measure SOURCE on a few samples and choose KEEP layers for the student."""
     from transformers import AutoTokenizer
 
+    refuse_inputs([output], [source, data])
+    refuse_foreign(output, "the layers that this script chose", is_json_with("kept", "influence"))
     console = Console()
     with console.status(f"reading {source}"), tempfile.TemporaryDirectory() as directory:
         checkpoint = open_checkpoint(source)
@@ -92,4 +96,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported():
+        typer.run(main)

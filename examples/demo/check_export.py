@@ -17,6 +17,8 @@ import torch
 import typer
 from rich.progress import track
 
+from nemo_kd.cli.failures import reported
+from nemo_kd.outputs import is_json_with, refuse_foreign, refuse_inputs
 from nemo_kd.store import Store
 
 if TYPE_CHECKING:
@@ -88,6 +90,8 @@ def main(
     output: Annotated[Path, typer.Option(help="JSON file to write")],
 ) -> None:
     """Compare the exported student in transformers with NeMo's figures; stop if they differ."""
+    refuse_inputs([output], [model, store, evaluation, completions])
+    refuse_foreign(output, "a comparison of this script", is_json_with("sft_loss", "evaluated"))
     evaluated = json.loads(evaluation.read_text(encoding="utf-8"))["heldout/sft_loss"]
     found = compare(
         model, Store(store), evaluated, json.loads(completions.read_text(encoding="utf-8"))
@@ -101,4 +105,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported():
+        typer.run(main)

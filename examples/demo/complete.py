@@ -18,7 +18,9 @@ from omegaconf import DictConfig, OmegaConf
 from rich.console import Console
 from rich.progress import track
 
+from nemo_kd.cli.failures import reported
 from nemo_kd.nemo import start
+from nemo_kd.outputs import is_json_with, refuse_foreign, refuse_inputs
 
 if TYPE_CHECKING:
     from nemo.collections.nlp.models.language_modeling.megatron_gpt_sft_model import (
@@ -104,6 +106,8 @@ def main(
     """Complete the first prompts of a file with each model."""
     console = Console()
     models = parse_models(model)
+    refuse_inputs([output], [prompts, *models.values()])
+    refuse_foreign(output, "completions of this script", is_json_with("tokens", "samples"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     rows = [json.loads(line) for line in prompts.read_text(encoding="utf-8").splitlines()[:samples]]
     texts = [row["input"].strip(" ") for row in rows]
@@ -140,4 +144,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported():
+        typer.run(main)

@@ -27,6 +27,9 @@ from rich.console import Console
 from rich.progress import track
 from transformers import AutoTokenizer
 
+from nemo_kd.cli.failures import reported
+from nemo_kd.outputs import is_json_with, refuse_foreign
+
 PACKAGES = ("sympy", "networkx")
 DOCSTRING_LINES = 6  # longer first paragraphs are rare, and more prose than instruction
 TEMPLATE = "{input} {output}"  # NeMo's default prompt template, used to count tokens
@@ -175,6 +178,16 @@ def summary(train: list[Pair], heldout: list[Pair]) -> dict[str, Any]:
     }
 
 
+def refuse_foreign_files(directory: Path) -> None:
+    """Raise NemoKDError if the directory has such files that this script did not write."""
+    is_pair = is_json_with("input", "output", "package", "module", "function")
+    for name in ("train.jsonl", "heldout.jsonl"):
+        what = "a file of this script"
+        refuse_foreign(directory / name, what, lambda content: is_pair(content.split(b"\n")[0]))
+    is_about = is_json_with("sources", "max_tokens")
+    refuse_foreign(directory / "data.json", "a description of this script", is_about)
+
+
 def main(
     tokenizer: Annotated[Path, typer.Option(help="tokenizer directory, to count tokens")],
     output_dir: Annotated[Path, typer.Option(help="directory for train.jsonl, heldout.jsonl")],
@@ -185,6 +198,7 @@ def main(
     seed: Annotated[int, typer.Option(help="selects among the usable functions")] = 0,
 ) -> None:
     """Write train.jsonl, heldout.jsonl, data.json (their description) and LICENSES.txt."""
+    refuse_foreign_files(output_dir)
     console = Console()
     encode = AutoTokenizer.from_pretrained(
         str(tokenizer), local_files_only=True, trust_remote_code=False
@@ -222,4 +236,5 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported():
+        typer.run(main)

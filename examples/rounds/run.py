@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shlex
 import subprocess
 import sys
@@ -148,6 +149,11 @@ def refuse_other_rows(answers: Path, store: Path) -> None:
             )
 
 
+def in_effect(arguments: list[str]) -> list[str]:
+    """Return the last of the arguments of each key: the others have no effect."""
+    return list({key_of(each): each for each in arguments}.values())
+
+
 class Command(NamedTuple):
     """One of a round's three scripts, and the file that it writes last."""
 
@@ -196,7 +202,7 @@ class Command(NamedTuple):
             print(f"{self.record} does not have {path}, so it was not compared", flush=True)
 
     def _check_arguments(self, before: list[str]) -> None:
-        now = self.arguments
+        before, now = in_effect(before), in_effect(self.arguments)
         if before != now:
             made = " ".join(each for each in before if each not in now) or "other arguments"
             given = " ".join(each for each in now if each not in before) or "none of these"
@@ -208,7 +214,10 @@ class Command(NamedTuple):
     def finish(self, status: int, inputs: dict[str, str]) -> None:
         """Record the command and its inputs; exit if its script failed or was stopped."""
         if status:
-            sys.exit(f"error: {self.script} ended with {status}; run the same command again")
+            sys.exit(
+                f"error: {self.script} ended with {status}; see its error above, and run the same "
+                "command again to resume once its cause is gone"
+            )
         if not self.product.exists():
             sys.exit(
                 f"error: {self.script} was stopped; run the same command again ({self.product} is "
@@ -226,6 +235,14 @@ def count(text: str) -> int:
     return number
 
 
+def temperature(text: str) -> float:
+    """Read the temperature of the student's answers; 0 is greedy."""
+    number = float(text)
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -236,7 +253,9 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, help="directory of the rounds")
     parser.add_argument("--rounds", type=count, default=2)
     parser.add_argument("--steps", type=count, default=100, help="training steps of a round")
-    parser.add_argument("--temperature", type=float, default=1.0, help="of the student's answers")
+    parser.add_argument(
+        "--temperature", type=temperature, default=1.0, help="of the student's answers"
+    )
     parser.add_argument("--processes", type=count, default=1, help="started by torchrun")
     parser.add_argument("--generate", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--dump", action="append", default=[], metavar="KEY=VALUE")
@@ -251,6 +270,11 @@ def refuse_absent(args: argparse.Namespace) -> None:
         path = getattr(args, option)
         if not path.exists():
             sys.exit(f"error: --{option} {path} does not exist: give the path of what is there")
+
+
+def unless_given(default: str, given: list[str]) -> list[str]:
+    """Return a default, unless its key is among the user's: the script would warn of two."""
+    return [] if key_of(default) in map(key_of, given) else [default]
 
 
 def kind(model: Path) -> str:
@@ -273,7 +297,7 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
                 f"output_dir={answers}",
                 f"generation.temperature={args.temperature}",
                 f"generation.seed={number}",
-                "dump.top_k=1",  # only the text is needed
+                *unless_given("dump.top_k=1", args.generate),  # only the text is needed
                 *args.generate,
             ],
             answers / "answers.jsonl",
@@ -304,7 +328,7 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
                 f"exp_manager.explicit_log_dir={run}",
                 f"model.data.train_ds.store={store}",
                 f"trainer.max_steps={args.steps}",
-                "model.kd.alpha=1",
+                *unless_given("model.kd.alpha=1", args.train),
                 *args.train,
             ],
             trained,
@@ -347,14 +371,14 @@ def main() -> None:
     all_of_them = list(commands(args))
     if args.dry_run:
         print(*(shown(command, args.processes) for command in all_of_them), sep="\n")
-    else:
-        refuse_absent(args)
-        try:
-            with DirectoryLock(args.output):
-                for command in all_of_them:
-                    run(command, args.processes)
-        except NemoKDError as error:
-            sys.exit(f"error: {error}")
+        return
+    refuse_absent(args)
+    try:
+        with DirectoryLock(args.output):
+            for command in all_of_them:
+                run(command, args.processes)
+    except NemoKDError as error:
+        sys.exit(f"error: {error}")
     print(f"the trained student: {all_of_them[-1].product}")
 
 

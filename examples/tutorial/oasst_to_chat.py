@@ -20,7 +20,9 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from nemo_kd.cli.failures import reported
 from nemo_kd.files import publish
+from nemo_kd.outputs import refuse_foreign
 
 SPEAKERS = {"prompter": "User", "assistant": "Assistant"}
 
@@ -36,6 +38,8 @@ def main(
 ) -> None:
     """Write OUTPUT/train.jsonl and OUTPUT/val.jsonl."""
     lines: dict[str, list[str]] = {"train": [], "val": []}
+    for split in lines:
+        refuse_foreign(output / f"{split}.jsonl", "a file of this script", is_ours)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         for tree in progress.track(list(read_trees(trees)), description="trees"):
             if lang not in (None, tree["prompt"]["lang"]):
@@ -49,6 +53,11 @@ def main(
         publish(output / f"{split}.jsonl", "".join(content))
     train, val = map(len, lines.values())
     print(f"{output}: {train} training conversations, {val} held out")
+
+
+def is_ours(content: bytes) -> bool:
+    """Whether a file begins with a row such as `main` writes."""
+    return content.startswith(b'{"system": ') and b'"mask": "User"' in content.split(b"\n")[0]
 
 
 def read_trees(path: Path) -> Iterator[dict[str, Any]]:
@@ -83,4 +92,5 @@ def place(tree: str) -> float:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    with reported():
+        typer.run(main)

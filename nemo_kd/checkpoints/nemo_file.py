@@ -32,6 +32,7 @@ from nemo_kd.checkpoints.tokenizer import (
     ARTIFACT_NAME,
     ARTIFACT_PREFIX,
     pack_tokenizer,
+    read_member,
     refuse_foreign_tokenizer,
 )
 from nemo_kd.checkpoints.verify import Verified, verify
@@ -114,6 +115,7 @@ def write_nemo(
     written_as = dtype or checkpoint.dtype
     refuse_inputs([output, tokenizer], [checkpoint.name])
     refuse_directory(output)
+    _refuse_foreign(output)
     refuse_foreign_tokenizer(tokenizer, output)
     with work_beside(output) as work:
         new, folder, archive_path = work / "tokenizer", work / "model", work / "nemo"
@@ -163,6 +165,25 @@ def write_nemo(
         unused_rows=checkpoint.model.vocab_size - vocabulary.ids,
         verified=verified,
     )
+
+
+def _refuse_foreign(output: Path) -> None:
+    """Raise CheckpointError if `output` exists and is not a model that a conversion wrote.
+
+    A training keeps `converted_from` in the configuration of its student, and adds its data.
+    """
+    if not os.path.lexists(output):
+        return
+    try:
+        config = yaml.safe_load(read_member(output, "model_config.yaml"))
+    except (CheckpointError, OSError, tarfile.TarError, yaml.YAMLError, KeyError):
+        config = None
+    ours = isinstance(config, dict) and "converted_from" in config and not config.get("data")
+    if not ours:
+        raise CheckpointError(
+            f"{output} would be replaced, but it is not a model that a conversion wrote; move it "
+            "away, or choose another name"
+        )
 
 
 def written_bytes(checkpoint: Checkpoint, num_layers: int, dtype: torch.dtype | None = None) -> int:

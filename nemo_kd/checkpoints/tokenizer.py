@@ -52,7 +52,7 @@ def refuse_foreign_tokenizer(directory: Path, nemo: Path) -> None:
             names = [name for name in archive.getnames() if name.endswith(f"_{ARTIFACT_NAME}")]
             with suppress(zipfile.BadZipFile):
                 for name in names:
-                    data = _read_member(nemo, name.removeprefix("./"))
+                    data = read_member(nemo, name.removeprefix("./"))
                     known.update(zipfile.ZipFile(io.BytesIO(data)).namelist())
     paths = sorted(directory.iterdir()) if directory.is_dir() else [directory]
     foreign = next((one.name for one in paths if one.name not in known or not one.is_file()), None)
@@ -91,7 +91,7 @@ def resolve_tokenizer(model_cfg: DictConfig, checkpoint: str | Path) -> None:
             "contains no copy of it; set model.tokenizer.type to the tokenizer's directory"
         )
     with reading(str(checkpoint), "its copy of the tokenizer cannot be unpacked"):
-        data = _read_member(Path(checkpoint), artifact.removeprefix(ARTIFACT_PREFIX))
+        data = read_member(Path(checkpoint), artifact.removeprefix(ARTIFACT_PREFIX))
         directory = str(_unpack(data))
     with open_dict(model_cfg):
         tokenizer.type = directory
@@ -110,7 +110,7 @@ def _refuse_another(directory: Path, checkpoint: Path, artifact: str) -> None:
         return
     with (
         reading(str(checkpoint), "its copy of the tokenizer cannot be read"),
-        zipfile.ZipFile(io.BytesIO(_read_member(checkpoint, name))) as archive,
+        zipfile.ZipFile(io.BytesIO(read_member(checkpoint, name))) as archive,
     ):
         copies = {one.filename: archive.read(one) for one in _members(archive)}
     for one, content in copies.items():
@@ -123,7 +123,7 @@ def _refuse_another(directory: Path, checkpoint: Path, artifact: str) -> None:
             )
 
 
-def _read_member(checkpoint: Path, name: str) -> bytes:
+def read_member(checkpoint: Path, name: str) -> bytes:
     if Path(name).name != name:
         raise CheckpointError(f"{checkpoint}: {name!r} is not a file of the checkpoint itself")
     if checkpoint.is_dir():

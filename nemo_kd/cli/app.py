@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 import nemo_kd
 from nemo_kd.visible import visible
@@ -18,7 +19,27 @@ from nemo_kd.visible import visible
 if TYPE_CHECKING:
     from nemo_kd.store import Manifest
 
-app = typer.Typer(
+
+class Command(TyperCommand):
+    """A command that refuses an option given twice, of which typer would take the last."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        *_, given = self.make_parser(ctx).parse_args(list(args))
+        for parameter in given:
+            single = not (getattr(parameter, "is_flag", True) or parameter.multiple)
+            if single and given.count(parameter) > 1:
+                ctx.fail(f"{parameter.opts[0]} is given twice; give it once.")
+        return super().parse_args(ctx, args)
+
+
+class App(typer.Typer):
+    """An application of such commands."""
+
+    def command(self, *arguments: Any, **options: Any) -> Any:
+        return super().command(*arguments, **{"cls": Command, **options})
+
+
+app = App(
     help="Inspect, check and transform stores of teacher logits; run jobs; check a machine.",
     no_args_is_help=True,
     add_completion=False,
@@ -45,6 +66,10 @@ StoreArgument = Annotated[
     str, typer.Argument(metavar="STORE", help="Directory of a store, or its URL (s3://...).")
 ]
 """Not a Path, which would join the slashes of a URL."""
+LocalStore = Annotated[
+    str, typer.Argument(metavar="STORE", help="Directory of a store on a local disk.")
+]
+"""Of commands that read or change the files of the directory itself."""
 Json = Annotated[bool, typer.Option("--json", help="Print JSON, for scripts.")]
 Jobs = Annotated[
     int, typer.Option(min=0, help="Number of processes; 0: one per core for a large store.")
@@ -78,13 +103,26 @@ def check_parent(option: str, path: Path) -> None:
         raise StoreError(f"{option} {path}: no such directory {path.parent}")
 
 
-def check_store_target(path: Path) -> None:
+def refuse_address(store: str) -> None:
+    """Raise StoreError if a command that needs a directory is given an address."""
+    from nemo_kd.errors import StoreError
+    from nemo_kd.store.remote import is_url
+
+    if is_url(store):
+        raise StoreError(
+            f"{store} is an address, but this command needs a local directory: nemo-kd pull it "
+            "first"
+        )
+
+
+def check_store_target(target: str | Path) -> None:
     """Raise StoreError if `path` looks like a file or an address: a store is a local directory."""
     from nemo_kd.errors import StoreError
     from nemo_kd.settings.files import address_problem
 
-    if problem := address_problem(str(path)):
+    if problem := address_problem(str(target)):  # a Path would join the slashes of a URL
         raise StoreError(problem)
+    path = Path(target)
     if path.is_file() or (path.suffix[1:].isalpha() and not path.is_dir()):
         raise StoreError(
             f"{path} is the name of a file, but a store is a directory: give a name without "
@@ -92,19 +130,24 @@ def check_store_target(path: Path) -> None:
         )
 
 
-ARGUMENT = re.compile(r"\b(overwrite|renumber)=true\b")
+ARGUMENT = re.compile(r"\b(overwrite|renumber)=true\b|\b(seed)=(?=[-\d])")
 """Pattern of Python and Hydra arguments in error messages, such as `overwrite=true`."""
 
 
 @contextmanager
 def options_named() -> Iterator[None]:
-    """Context manager that rewrites `overwrite=true` to `--overwrite` in error messages."""
+    """Context manager that names options in error messages: `overwrite=true` as `--overwrite`."""
     from nemo_kd.errors import StoreError
 
     try:
         yield
     except StoreError as error:
-        raise StoreError(ARGUMENT.sub(r"--\1", str(error))) from error
+        raise StoreError(ARGUMENT.sub(_option, str(error))) from error
+
+
+def _option(match: re.Match[str]) -> str:
+    flag, valued = match.groups()
+    return f"--{flag}" if flag else f"--{valued} "
 
 
 def print_json(value: Any) -> None:
@@ -142,6 +185,6 @@ def report(result: dict[str, Any], as_json: bool, *, unchanged: str = "") -> Non
     rows = {
         name.replace("_", " "): value
         for name, value in numbers.items()
-        if name not in ("written", "unchanged")
+        if name not in ("written", "unchanged") and value not in ([], None)
     }
     render.console().print(render.pairs(title, rows))

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from nemo_kd.cli.app import summary
 from nemo_kd.cli.tokenizers import Tokenizer, load_tokenizer
-from nemo_kd.files import open_regular
+from nemo_kd.files import open_regular, size_of
 from nemo_kd.outputs import refuse_inputs
 from nemo_kd.served.responses import first_top_k, is_response, read_responses
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Sample, StoreError, StoreSpec, read_jsonl, write_samples
+from nemo_kd.store.codecs import TopP
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths
 from nemo_kd.store.tools.distillkit import (
@@ -213,7 +214,10 @@ def from_cache(
     """
     if bad_lines not in (None, *ON_BAD_LINES):
         raise StoreError(f"--bad-lines must be {' or '.join(ON_BAD_LINES)}, not {bad_lines!r}")
+    refuse_idle_p(profile_options, profile or "plain")
     inputs = cache.inputs()
+    if top_k is None and inputs and all(size_of(path) == 0 for path in inputs):
+        raise StoreError(f"{source}: the file is empty; give one with samples")
     if tokenizer is None:
         raise StoreError(needs_tokenizer(source))
     refuse_inputs([target], [*inputs, tokenizer])
@@ -249,7 +253,7 @@ def from_cache(
     manifest = write_samples(
         samples(), target, spec, segment_bytes=segment_bytes, overwrite=overwrite
     )
-    cut = warned_of_cut(source, cache.changes.widths, spec.top_k) if top_k is None else {}
+    cut = warned_of_cut(source, cache.changes.widths, spec.top_k if top_k is None else None)
     for warning in (
         agreement.warning(),
         _padding_warning(cache.changes.padding, agreement.tokens, tokenizer),
@@ -263,6 +267,15 @@ def from_cache(
         **cache.changes.to_json(),
         **agreement.to_json(),
     }
+
+
+def refuse_idle_p(profile_options: Mapping[str, Any] | None, profile: str) -> None:
+    """Raise StoreError for a `--p` with a profile that has no p."""
+    if profile_options and profile != TopP.name:
+        raise StoreError(
+            f"--p {profile_options['p']:g} is for the profile {TopP.name}, but the store would "
+            f"have the profile {profile}: add --profile {TopP.name}, or omit --p"
+        )
 
 
 def needs_tokenizer(source: str) -> str:
@@ -291,11 +304,14 @@ def _padding_warning(padding: Padding, tokens: float, tokenizer: str) -> str:
     )
 
 
-def warned_of_cut(source: str, widths: Counter[int], top_k: int) -> dict[str, int]:
-    """Return the number of samples of which ids were cut, if any, and warn of them."""
-    cut = sum(count for width, count in widths.items() if width > top_k)
+def warned_of_cut(source: str, widths: Counter[int], top_k: int | None) -> dict[str, int]:
+    """Return the number of samples of which ids were cut unasked, and warn of them.
+
+    `top_k` None: the user, or the source, has set K.
+    """
+    cut = sum(count for width, count in widths.items() if top_k is not None and width > top_k)
     if not cut:
-        return {}
+        return {"samples_cut_to_top_k": 0}
     warning = (
         f"{cut} of {widths.total()} samples have up to {max(widths)} ids per token and were cut to "
         f"{top_k}, as many as the first have; convert them apart to keep all, or give --top-k "

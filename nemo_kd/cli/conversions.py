@@ -16,6 +16,7 @@ from nemo_kd.cli.caches import (
     identified,
     kind_of_source,
     needs_tokenizer,
+    refuse_idle_p,
     warned_of_cut,
 )
 from nemo_kd.cli.tokenizers import load_tokenizer
@@ -141,6 +142,7 @@ def from_parquet(
         )
     elif tokenizer is not None:
         raise StoreError(f"--tokenizer has no effect: {source} records its own")
+    refuse_idle_p(profile_options, profile or recorded.profile)
     spec = replace(
         recorded,
         top_k=recorded.top_k if top_k is None else top_k,
@@ -161,7 +163,7 @@ def from_parquet(
         segment_bytes=segment_bytes,
         overwrite=overwrite,
     )
-    cut = warned_of_cut(source, widths, spec.top_k) if foreign and top_k is None else {}
+    cut = warned_of_cut(source, widths, spec.top_k if foreign and top_k is None else None)
     return {**summary(target, manifest), **cut}
 
 
@@ -170,6 +172,7 @@ def between_stores(
 ) -> dict[str, Any]:
     """Convert a store to another store; report changed fields and the mass before and after."""
     store = Store(source)
+    refuse_idle_p(changes.get("profile_options"), changes.get("profile") or store.spec.profile)
     manifest = convert(store, target, progress=lambda done: advance(done, len(store)), **changes)
     differences = store.spec.differences(manifest.spec)
     changed = ", ".join(f"{name} {was} → {now}" for name, was, now in differences)
@@ -187,7 +190,7 @@ def _mass(store: Store) -> float:
 
 
 def averaged(
-    stores: Sequence[Store], target: Path, weights: list[float], **options: Any
+    stores: Sequence[Store], target: str | Path, weights: list[float], **options: Any
 ) -> dict[str, Any]:
     """Write the mixture of several teachers; report fields in which their stores differ."""
     manifest = average(stores, target, weights, **options)
@@ -199,7 +202,7 @@ def averaged(
 def temperatures_left_out(stores: Sequence[Store]) -> dict[str, Any]:
     """Return what to report of the temperatures of stores that are written at 1.0 only."""
     others = {t for store in stores for t in store.spec.temperatures} - {1.0}
-    return {"temperatures_left_out": sorted(others)} if others else {}
+    return {"temperatures_left_out": sorted(others)}
 
 
 def _unlike_profile(first: Store, other: Store) -> list[str]:

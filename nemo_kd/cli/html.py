@@ -32,6 +32,8 @@ tr.target {{ background: #ffe9a8; font-weight: bold }}
 <p class="scale">probability of the target: {scale}</p>
 <pre>{text}</pre></body></html>
 """
+BEGINNING = _PAGE.partition("{title}")[0]
+"""What every page begins with."""
 _SHADES = (
     (0.9, "#d7f0d9"),
     (0.5, "#e9f3c8"),
@@ -39,6 +41,11 @@ _SHADES = (
     (0.01, "#fbd5b8"),
     (0.0, "#f5b8b4"),
 )
+
+
+def is_page(content: bytes) -> bool:
+    """Whether the content of a file is a page of `render_html`."""
+    return content.startswith(BEGINNING.encode()) and b'<p class="scale">' in content
 
 
 def render_html(view: RowView, store_name: str) -> str:

@@ -88,19 +88,23 @@ def show(
 ) -> None:
     """Show a sample's text and the teacher's most probable ids for each answer token."""
     from nemo_kd.cli import render
-    from nemo_kd.cli.html import render_html
+    from nemo_kd.cli.html import is_page, render_html
     from nemo_kd.cli.row import view_row
     from nemo_kd.cli.tokenizers import Ids, check_tokenizer_path, shown_tokenizer
     from nemo_kd.files import publish
-    from nemo_kd.outputs import refuse_inputs
+    from nemo_kd.outputs import refuse_foreign, refuse_inputs
     from nemo_kd.store import Store, StoreError
 
+    replaces = False
     if html is not None:
         check_parent("--html", html)
         refuse_inputs([html], [store, *([] if tokenizer is None else [tokenizer])])
+        replaces = refuse_foreign(html, "a page of nemo-kd show", is_page)
     if tokenizer is not None and ids:
         raise StoreError("--tokenizer has no effect with --ids; omit one of them")
     opened = Store(store)
+    if html is not None and (recorded := opened.spec.tokenizer.get("path")):
+        refuse_inputs([html], [recorded])
     if tokenizer is not None:
         check_tokenizer_path(tokenizer)
     opened.index_of(row)  # fail before importing a tokenizer, which takes seconds
@@ -110,7 +114,7 @@ def show(
     view = view_row(opened, row, shown, top)
     if html is not None:
         publish(html, render_html(view, Path(store).name))
-        typer.echo(visible(f"wrote {html}"), err=True)
+        typer.echo(visible(f"{'replaced' if replaces else 'wrote'} {html}"), err=True)
     if as_json:
         print_json(view.to_json())
     elif html is None:
@@ -179,7 +183,8 @@ def stats(
         return
     histograms = {k: value.pop(k) for k in list(value) if k.endswith("_histogram")}
     console = render.console()
-    rounded = {k: f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for k, v in value.items()}
+    known = {k: v for k, v in value.items() if v is not None}
+    rounded = {k: f"{v:.4f}" if isinstance(v, float) else f"{v:,}" for k, v in known.items()}
     console.print(render.pairs(f"{store}: means over answer tokens", rounded))
     for name, one in histograms.items():
         title = name.removesuffix("_histogram").replace("_", " ")

@@ -13,6 +13,7 @@ import sys
 from typing import NoReturn
 
 from nemo_kd.cli.failures import INTERRUPTED, reported
+from nemo_kd.cli.streams import prepare_streams
 from nemo_kd.extras import install
 
 
@@ -48,8 +49,7 @@ def _own_the_process() -> None:
     if hasattr(signal, "SIGPIPE"):
         signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends the program quietly
     signal.signal(signal.SIGINT, _interrupted)
-    for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    prepare_streams()
     os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -10,6 +9,7 @@ import typer
 from nemo_kd.cli.app import (
     Jobs,
     Json,
+    LocalStore,
     Overwrite,
     StoreArgument,
     TokenizerPath,
@@ -24,7 +24,7 @@ from nemo_kd.cli.app import (
 )
 
 Sources = Annotated[list[str], typer.Argument(help="Stores to read.")]
-Target = Annotated[Path, typer.Argument(help="Directory of the store to write.")]
+Target = Annotated[str, typer.Argument(help="Directory of the store to write.")]
 
 
 @app.command()
@@ -110,6 +110,8 @@ def convert(
         "--jobs": jobs,
     }
     conversions.refuse_idle_options(source, target, options)
+    if p is not None and not 0 < p <= 1:
+        raise StoreError(f"--p {p} is not a probability above 0 and up to 1")
     common: dict[str, Any] = {
         "profile": profile,
         "profile_options": None if p is None else {"p": p},
@@ -120,7 +122,7 @@ def convert(
     with options_named():
         kind, made = conversions.kind_of(source), conversions.kind_by_suffix(target)
         if made == "a store":
-            check_store_target(Path(target))
+            check_store_target(target)
         elif is_url(target):
             raise StoreError(
                 f"{target} is an address, but a file is written to a local disk: give a path, then "
@@ -204,7 +206,7 @@ def average(
 @app.command()
 def split(
     store: StoreArgument,
-    targets: Annotated[list[Path], typer.Argument(help="Directories of the stores to write.")],
+    targets: Annotated[list[str], typer.Argument(help="Directories of the stores to write.")],
     weights: Annotated[str, typer.Option(help="Relative sizes of the parts, such as 0.95,0.05.")],
     seed: Annotated[int, typer.Option(help="Seed of the random split.")] = 0,
     jobs: Jobs = 0,
@@ -239,7 +241,7 @@ def split(
 
 @app.command()
 def pack(
-    store: StoreArgument,
+    store: LocalStore,
     segment_bytes: Annotated[
         int | None,
         typer.Option(min=1, help="Size of a segment; default: 1 GiB, or 1/64 of a larger store."),
@@ -247,8 +249,10 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Join the many shards of a store that an earlier version wrote to a few segments, in place."""
+    from nemo_kd.cli.app import refuse_address
     from nemo_kd.store import pack as pack_store
 
+    refuse_address(store)
     unchanged: list[bool] = []
     with options_named(), progress("pack") as advance:
         manifest = pack_store(

@@ -60,6 +60,18 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
     return [*arguments[:at], *added, *arguments[at:]]
 
 
+def repeated(arguments: list[str]) -> Iterator[str]:
+    """Yield a line for each key that is given more than once, of which Hydra takes the last."""
+    given: dict[str, list[str]] = {}
+    for argument in arguments:
+        if (key := _key(argument)) is not None:
+            given.setdefault(key.key_or_group, []).append(argument.partition("=")[2])
+    for name, values in given.items():
+        if len(values) > 1:
+            often = "twice" if len(values) == 2 else f"{len(values)} times"
+            yield f"{name} is given {often}: {values[-1]} is used"
+
+
 def _override(argument: str, sweeps: bool) -> str:
     key, value = _key(argument), argument.partition("=")[2]
     if key is None or key.key_or_group.split(".")[0] == "hydra":

@@ -151,7 +151,13 @@ def _dump_rows(result: dict[str, Any], gpus: int) -> dict[str, str]:
     from nemo_kd.cli import render
 
     fits = "fits"
-    if not result["fits"]:
+    if result["smallest_model_parallel"] is None:
+        fits = (
+            f"does not fit: no number of GPUs is enough, since logits and activations alone take "
+            f"{render.size(result['other_bytes_per_gpu'])} of each; give GPUs with more memory, or "
+            "raise --tp"
+        )
+    elif not result["fits"]:
         fits = (
             f"does not fit: at least {result['smallest_model_parallel']} GPUs for one teacher "
             "(--tp × --pp)"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import io
 import os
 import signal
 import sys
@@ -18,8 +17,10 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.cli.failures import reported
 from nemo_kd.cli.hydra_errors import check_overrides
-from nemo_kd.cli.overrides import accept_every_spelling
+from nemo_kd.cli.overrides import accept_every_spelling, repeated
+from nemo_kd.cli.streams import prepare_streams
 from nemo_kd.errors import NemoKDError
+from nemo_kd.visible import visible
 
 NOT_COMPOSED = (
     "help",
@@ -49,11 +50,11 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
     # Python's own, which the other commands of `nemo-kd` replace: sockets must not kill a job.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a locale of ASCII
+    prepare_streams()
     with reported():
         refuse_undecoded(sys.argv[1:])
+    for line in repeated(sys.argv[1:]):
+        say(line)
     sys.argv[1:] = accept_every_spelling(sys.argv[1:])
     _quiet()
     OmegaConf.register_new_resolver("commented", functools.partial(commented, conf), replace=True)
@@ -71,6 +72,12 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
     with reported(resume):
         check_composition(conf, name, sys.argv[1:])
         hydra.main(version_base=None, config_path=str(conf), config_name=name)(run)()
+
+
+def say(line: str) -> None:
+    """Print a line on standard error, from the first process of torchrun or srun."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+        print(visible(line), file=sys.stderr, flush=True)
 
 
 def refuse_undecoded(arguments: list[str]) -> None:

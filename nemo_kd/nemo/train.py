@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +11,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.checkpoints.source import unpickles
 from nemo_kd.errors import NemoKDError
-from nemo_kd.files import commit, publish
-from nemo_kd.nemo import end_of_run, run_directory, start, start_of_run
+from nemo_kd.files import commit
+from nemo_kd.nemo import end_of_run, results_file, run_directory, start, start_of_run
 from nemo_kd.nemo.base_of_adapters import BASE_KEY, absolute, check_base_of_adapters
 from nemo_kd.nemo.config import (
     kd_training_config,
@@ -187,7 +186,7 @@ def evaluate(cfg: DictConfig) -> None:
             "nothing to measure on: set model.data.validation_ds.store, or file_names (SFT files) "
             "for the losses without a teacher"
         )
-    files.check_files(cfg, [("output", files.output_file)])
+    results_file.check_output(cfg)
     check_evaluation(cfg)
     _prepare(cfg)
     trainer = _started(cfg)
@@ -197,9 +196,7 @@ def evaluate(cfg: DictConfig) -> None:
         for name, value in sorted(results.items()):
             print(f"{name:40} {value:.4f}")
         if cfg.get("output"):
-            path = Path(cfg.output)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            publish(path, json.dumps(results, indent=1) + "\n")
+            results_file.write(Path(cfg.output), results)
 
 
 def measured(logged: Mapping[str, Any], metric: str | None) -> dict[str, float]:
@@ -239,7 +236,7 @@ def merge(cfg: DictConfig) -> None:
         )
     if not cfg.get("output"):
         raise NemoKDError("output must be given: the merged model, a .nemo")
-    files.check_files(cfg, [("output", files.new_file)])
+    results_file.check_path(cfg, files.new_file)
     _prepare(cfg)
     trainer = _started(cfg)
     model = _student(cfg, trainer)

@@ -20,6 +20,9 @@ SHOWN = 5
 CHECKED = 256
 """Maximum number of rows that are checked before a training."""
 
+NOTICED = ("truncated", "altered", "control", "twice")
+"""What `Seen` counts."""
+
 KEYS = "|".join(each.name for each in fields(RowConfig))
 
 
@@ -65,12 +68,9 @@ class Seen:
     """One of the control tokens in rows' texts."""
 
     def add(self, found: Check) -> None:
-        self.counts.update(
-            truncated=found.truncated,
-            altered=found.altered,
-            control=bool(found.control),
-            twice=found.twice,
-        )
+        noticed = (found.truncated, found.altered, bool(found.control), found.twice)
+        # As integers: `update` stores a first bool as it is, and prints it as True.
+        self.counts.update(dict(zip(NOTICED, map(int, noticed), strict=True)))
         self.example = self.example or found.control
 
     @classmethod
@@ -85,8 +85,7 @@ class Seen:
 
         `of`: words after the number; `limit`: what truncates rows; `altered_by`: what alters them.
         """
-        names = ("truncated", "altered", "control", "twice")
-        truncated, altered, control, twice = (self.counts[name] for name in names)
+        truncated, altered, control, twice = (self.counts[name] for name in NOTICED)
         if truncated:
             yield f"WARNING: {truncated} {of} are longer than {limit} and are truncated"
         if altered:

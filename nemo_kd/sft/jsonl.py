@@ -7,13 +7,13 @@ data by another program may be out of date.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.json_rows import RepeatedKeyError, parsed
 from nemo_kd.sft.hashed import HashedFile, RowError
 
 __all__ = ["JsonlFile", "RowError"]
@@ -51,12 +51,14 @@ class JsonlFile(HashedFile):
         if not line.strip():
             raise RowError(f"{where}: not JSON (a blank line); remove the line")
         try:
-            return json.loads(line.decode("utf-8"))
+            return parsed(line.decode("utf-8"))
         except UnicodeDecodeError as error:
             raise RowError(
                 f"{where}: not UTF-8 ({error.reason} at byte {error.start} of the {self.unit}); "
                 f"save the file as UTF-8, or remove the {self.unit}"
             ) from error
+        except RepeatedKeyError as error:
+            raise RowError(f"{where}: {error}; remove one of its values") from error
         except (ValueError, RecursionError) as error:
             raise RowError(f"{where}: not JSON ({error}); fix or remove the {self.unit}") from error
 

@@ -64,8 +64,25 @@ def kind_of(path: Path) -> Kind:
     if path.suffix.lower() == ".parquet":
         raise RowError(f"{path} is not a Parquet file; rename it if it is another kind")
     if path.suffix.lower() in JSON_LINES:
+        _refuse_array(path, line)
         return Kind.JSONL
     return _json_kind(path, line)
+
+
+def _refuse_array(path: Path, line: bytes) -> None:
+    """Raise RowError for a file of JSON lines that is one JSON array, on one line or on several."""
+    text = line.removeprefix(BOM).strip()
+    if not text.startswith(b"["):
+        return
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = [{}]  # the array goes on after the line
+    if value and isinstance(value[0], dict):
+        raise RowError(
+            f"{path} has one row per line by its name, but begins as one JSON array: rename it to "
+            f"{path.with_suffix('.json').name}, which is read as an array"
+        )
 
 
 def _json_kind(path: Path, line: bytes) -> Kind:

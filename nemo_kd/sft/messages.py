@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from nemo_kd.json_rows import parsed
 from nemo_kd.sft.jsonl import RowError
 
 ROLES = {
@@ -232,7 +233,7 @@ def _arguments(arguments: Any, where: str) -> Arguments:
     value = arguments
     if isinstance(arguments, str):
         try:
-            value = json.loads(arguments)
+            value = parsed(arguments)
         except (ValueError, RecursionError) as error:
             raise RowError(f"{where}: arguments are not JSON ({error})") from error
     if not isinstance(value, dict):
@@ -247,7 +248,7 @@ def tools_of(tools: Any) -> list[Any] | None:
     """Return the list of tools that a row's `tools` are, also in JSON; None if there are none."""
     if isinstance(tools, str):
         try:
-            tools = json.loads(tools) if tools.strip() else None
+            tools = parsed(tools) if tools.strip() else None
         except (ValueError, RecursionError) as error:
             raise RowError(f"tools are not JSON ({error})") from error
     tools = [] if tools is None else _list(tools, "tools")

@@ -73,6 +73,16 @@ def remove_part(directory: Path) -> None:
     shutil.rmtree(directory)
 
 
+def is_part(path: Path) -> bool:
+    """Return whether a path is a directory with the name of a complete shard or segment."""
+    return (
+        bool(PART.fullmatch(path.name))
+        and not path.name.startswith(".")
+        and path.is_dir()
+        and not path.is_symlink()
+    )
+
+
 def _foreign(directory: Path) -> Iterator[str]:
     """Yield the paths, relative to `directory`, that are not a store's."""
     for path in sorted(directory.iterdir()):

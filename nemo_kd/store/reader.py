@@ -126,8 +126,8 @@ class Store:
         index = int(np.searchsorted(rows, row))
         if index < len(rows) and rows[index] == row:
             return index
-        last = int(rows[-1]) if len(rows) else None
-        raise StoreError(f"{self.origin} has no sample for row {row}; its last row is {last}")
+        last = f"its last row is {rows[-1]}" if len(rows) else "the store has no samples"
+        raise StoreError(f"{self.origin} has no sample for row {row}; {last}")
 
     def check_files(self) -> None:
         """Raise StoreError if names or sizes of the files differ from the manifest.
@@ -235,11 +235,11 @@ class Store:
             found = "is missing" if size is None else f"has {size} bytes"
             if self.origin.url is not None:
                 raise StoreError(
-                    f"{path} {found}, the manifest lists {octets}; remove {path.parent}: it is a "
-                    f"cache of {self.origin}, and is fetched again"
+                    f"{path} {found}, the manifest lists {octets} bytes; remove {path.parent}: it "
+                    f"is a cache of {self.origin}, and is fetched again"
                 )
             remove = "" if path.parent == self.directory else f"remove {path.parent} and "
             raise StoreError(
-                f"{path} {found}, but the manifest lists {octets}; copy it again, or {remove}run "
-                "the dump again, which writes only what is missing"
+                f"{path} {found}, but the manifest lists {octets} bytes; copy it again, or {remove}"
+                "run the dump again, which writes only what is missing"
             )

@@ -16,7 +16,7 @@ from nemo_kd.sft.rows import Row, SFTRows, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.earlier import EarlierStore
-from nemo_kd.store.manifest import EXCHANGE, SPEC, shard_name
+from nemo_kd.store.manifest import EXCHANGE, MANIFEST, SPEC, shard_name
 from nemo_kd.store.ours import remove_part
 from nemo_kd.teacher.begin import (
     Source,
@@ -118,6 +118,12 @@ def write_store(
             tokens_of=tokens_of,
             overwrite=config.overwrite,
         )
+        if config.segment_bytes is not None and (writer.directory / MANIFEST).exists():
+            layout.say(
+                f"segment_bytes={config.segment_bytes} has no effect on a complete store; for "
+                f"other segments use `nemo-kd convert {config.output_dir} NEW --segment-bytes "
+                f"{config.segment_bytes}`"
+            )
         todo = [shard for shard in mine if not writer.is_complete(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
         # Its collective also keeps a rank from writing before others have listed complete shards.

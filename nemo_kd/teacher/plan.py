@@ -95,8 +95,12 @@ class Plan:
     """Memory for logits and activations."""
     fits: bool
     """Whether weights, logits and activations fit into 90 % of a GPU's memory."""
-    smallest_model_parallel: int
-    """The smallest number of GPUs that can hold one copy of the teacher."""
+    smallest_model_parallel: int | None
+    """The smallest number of GPUs that can hold one copy of the teacher.
+
+    None if no number does with this tensor parallel size, because logits and activations alone do
+    not fit.
+    """
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -134,7 +138,7 @@ def plan(spec: StoreSpec, work: Workload, kept: float | None = None) -> Plan:
         weights_bytes_per_gpu=weights / parallel,
         other_bytes_per_gpu=other,
         fits=weights / parallel + other <= room,
-        smallest_model_parallel=max(1, -int(-weights // max(room - other, 1.0))),
+        smallest_model_parallel=max(1, -int(-weights // (room - other))) if room > other else None,
     )
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,20 @@ def test_a_failed_conversion_changes_nothing(tmp_path: Path) -> None:
     with pytest.raises(NemoKDError, match=r"mine was not written with a\.nemo"):
         write_nemo(source, output, [1])
     assert (tmp_path / "out/a.tokenizer/mine").read_text() == "mine"
+
+
+def test_neither_a_trained_model_nor_another_file_is_replaced(tmp_path: Path) -> None:
+    source = open_checkpoint(models.save(models.llama("tied_grouped"), tmp_path / "source"))
+    output, config = tmp_path / "a.nemo", tmp_path / "model_config.yaml"
+    config.write_text("converted_from: {}\ndata: {train_ds: {}}\n")
+    output.write_text("mine")
+    for _ in range(2):
+        before = output.read_bytes()
+        with pytest.raises(NemoKDError, match="is not a model that a conversion wrote"):
+            write_nemo(source, output, [0])
+        assert output.read_bytes() == before
+        with tarfile.open(output, "w:") as archive:
+            archive.add(config, arcname="./model_config.yaml")
 
 
 KILLED = """

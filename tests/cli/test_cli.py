@@ -239,6 +239,62 @@ def test_a_source_is_not_written_over(a_store: Path, tmp_path: Path) -> None:
     nemo_kd(*merged, "--overwrite")
 
 
+def test_verify_names_parts_that_are_not_the_stores(tmp_path: Path) -> None:
+    path = store(tmp_path / "s", spec())
+    shutil.copytree(path / "segment-00000", path / "segment-00099")
+    (path / "notes.txt").write_text("mine")  # no part: nothing reads it
+    (path / "segment-00001/more.bin").touch()
+    problems = as_json_failing("verify", path)["problems"]
+    assert {one["file"]: one["what"] for one in problems} == {
+        "segment-00099": "is not listed in manifest.json; move it away",
+        "segment-00001/more.bin": "does not belong to a shard",
+    }
+
+
+def as_json_failing(*arguments: object) -> Any:
+    return json.loads(nemo_kd(*arguments, "--json", fails=True))
+
+
+def test_numbers_that_cannot_be_are_named_with_their_option(a_store: Path, tmp_path: Path) -> None:
+    a, b = tmp_path / "a", tmp_path / "b"
+    huge = "9" * 23
+    said = nemo_kd("split", a_store, a, b, "--weights", "1,1", "--seed", huge, fails=True)
+    assert f"--seed {huge} is out of range" in " ".join(said.split())
+    said = nemo_kd("convert", a_store, a, "--profile", "top_p", "--p", "nan", fails=True)
+    assert "--p nan is not a probability" in said
+    said = " ".join(nemo_kd("convert", a_store, a, "--p", "0.5", fails=True).split())
+    assert "have the profile plain: add --profile top_p, or omit --p" in said
+    said = nemo_kd("show", a_store, "1", "--top", 2, "--top", 3, fails=True)
+    assert "--top is given twice; give it once." in said
+    assert not a.exists()
+
+
+def test_an_empty_file_is_said_to_be_empty(tmp_path: Path) -> None:
+    (tmp_path / "z.jsonl").touch()
+    said = nemo_kd("convert", tmp_path / "z.jsonl", tmp_path / "s", fails=True)
+    assert "z.jsonl: the file is empty" in " ".join(said.split())
+
+
+def test_an_empty_store_has_the_keys_of_every_other(a_store: Path, tmp_path: Path) -> None:
+    empty = store(tmp_path / "empty", spec(), rows=0)
+    found = as_json("stats", empty)
+    assert found.keys() == as_json("stats", a_store).keys()
+    assert found["perplexity_of_labels"] is found["perplexity_expected"] is None
+    assert "perplexity" not in nemo_kd("stats", empty)
+    said = nemo_kd("show", empty, 0, "--ids", fails=True)
+    assert "has no sample for row 0; the store has no samples" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_a_closed_stream_is_no_error(a_store: Path, tmp_path: Path, closed: str) -> None:
+    for command in (["inspect", a_store], ["show", a_store, 0, "--ids"], ["verify", a_store]):
+        words = [str(PROGRAM), *map(str, command)]
+        done = subprocess.run(
+            ["sh", "-c", f'exec "$@" {closed}', "sh", *words], capture_output=True, text=True
+        )
+        assert done.returncode == 0 and not done.stderr
+
+
 def test_split_and_merge(a_store: Path, tmp_path: Path) -> None:
     a, b = tmp_path / "a", tmp_path / "b"
     parts = as_json("split", a_store, a, b, "--weights", "0.5,0.5")
@@ -264,19 +320,27 @@ def test_average_of_two_teachers(a_store: Path, tmp_path: Path) -> None:
     assert "0.5 teacher.nemo + 0.5 other.nemo" in nemo_kd("inspect", tmp_path / "equal")
 
 
-PLAN = ("plan", "--tokens", "300M", "--teacher", "70B", "--vocab-size", 128_256, "--gpus", 8)
+PLAN = {"--tokens": "300M", "--teacher": "70B", "--vocab-size": 128_256, "--gpus": 8}
+
+
+def plan(*options: object) -> list[object]:
+    """The command `plan`; an option in place of that of `PLAN`, which cannot be given twice."""
+    given = PLAN | dict(zip(map(str, options[::2]), options[1::2], strict=True))
+    return ["plan", *(word for option in given.items() for word in option)]
 
 
 def test_plan() -> None:
-    value = as_json(*PLAN, "--gpus", 64, "--tp", 8)
+    value = as_json(*plan("--gpus", 64, "--tp", 8))
     assert json.dumps(value)
-    assert "GPU hours" in nemo_kd(*PLAN, "--gpus", 64, "--tp", 8)
-    assert "at least 2 GPUs for one teacher" in nemo_kd(*PLAN, "--gpus", 64)
+    assert "GPU hours" in nemo_kd(*plan("--gpus", 64, "--tp", 8))
+    assert "at least 2 GPUs for one teacher" in nemo_kd(*plan("--gpus", 64))
+    assert "no number of GPUs is enough" in " ".join(nemo_kd(*plan("--gpu-memory", 1)).split())
+    assert as_json(*plan("--gpu-memory", 1))["smallest_model_parallel"] is None
     for same in (("--utilisation", "35%"), ("--teacher", "70b"), ("--teacher", "0.07T")):
-        assert as_json(*PLAN, "--gpus", 64, "--tp", 8, *same) == value
-    assert as_json(*PLAN, "--teacher", "1.5T")["weights_bytes_per_gpu"] == 3e12
-    assert "idle" not in nemo_kd(*PLAN, "--gpus", 64, "--tp", 8)
-    said = nemo_kd(*PLAN, "--gpus", 512, "--tp", 8, "--samples", "10k", "--tokens", "3M")
+        assert as_json(*plan("--gpus", 64, "--tp", 8, *same)) == value
+    assert as_json(*plan("--teacher", "1.5T"))["weights_bytes_per_gpu"] == 3e12
+    assert "idle" not in nemo_kd(*plan("--gpus", 64, "--tp", 8))
+    said = nemo_kd(*plan("--gpus", 512, "--tp", 8, "--samples", "10k", "--tokens", "3M"))
     said = " ".join(said.split())
     assert "on 320 GPUs" in said and "192 idle: fewer shards than teachers" in said  # 40 shards
 
@@ -317,7 +381,7 @@ def test_plan() -> None:
 )
 def test_plan_refuses_what_cannot_be_meant(options: str, message: str) -> None:
     """Each error names the option that it is about."""
-    assert message in nemo_kd(*PLAN, *options.split(), fails=True)
+    assert message in nemo_kd(*plan(*options.split()), fails=True)
 
 
 def test_plan_of_draws_counts_distinct_ids() -> None:
@@ -325,13 +389,13 @@ def test_plan_of_draws_counts_distinct_ids() -> None:
     measured = json.loads((ROOT / "benchmarks/results/store.json").read_text())["profiles"]
     (sampled,) = (p for p in measured if p["profile"] == "sampled, 40 draws")
     small = ("--vocab-size", 49_152, "--profile", "sampled", "--top-k", 40)
-    planned = as_json(*PLAN, *small)
+    planned = as_json(*plan(*small))
     assert planned["bytes_per_answer_token"] == pytest.approx(sampled["bytes"], rel=0.02)
-    assert planned["ids_from"] == "estimate" and "--kept sets it" in nemo_kd(*PLAN, *small)
-    given = as_json(*PLAN, *small, "--kept", sampled["ids"])
+    assert planned["ids_from"] == "estimate" and "--kept sets it" in nemo_kd(*plan(*small))
+    given = as_json(*plan(*small, "--kept", sampled["ids"]))
     assert given["bytes_per_answer_token"] == pytest.approx(sampled["bytes"], abs=0.05)
-    assert as_json(*PLAN, "--profile", "sampled")["bytes_per_answer_token"] < 100
-    assert "at most 100" in nemo_kd(*PLAN, "--profile", "top_p")
+    assert as_json(*plan("--profile", "sampled"))["bytes_per_answer_token"] < 100
+    assert "at most 100" in nemo_kd(*plan("--profile", "top_p"))
 
 
 def test_the_installed_program_fails_with_one_line_and_status_1() -> None:
@@ -527,7 +591,7 @@ def test_a_tokenizer_is_a_local_path_or_an_error(
     (tmp_path / "models").mkdir()
     (tmp_path / "models/x.model").touch()
     (tmp_path / "file.txt").touch()
-    (tmp_path / "x.jsonl").touch()
+    (tmp_path / "x.jsonl").write_text("{}\n")
     places = {"FILE": "file.txt", "EMPTY": "empty", "MODELS": "models"}
     given = tmp_path / places[path] if path in places else path
     commands: list[tuple[object, ...]]
@@ -724,7 +788,9 @@ def test_temperatures_that_jsonl_cannot_hold_are_reported(tmp_path: Path, a_stor
     source = store(tmp_path / "s", spec(temperatures=(1.0, 2.0)))
     result = as_json("convert", source, tmp_path / "x.jsonl")
     assert result["temperatures_left_out"] == [2.0]
-    assert "temperatures_left_out" not in as_json("convert", a_store, tmp_path / "y.jsonl")
+    y = as_json("convert", a_store, tmp_path / "y.jsonl")
+    assert y["temperatures_left_out"] == []
+    assert "temperatures left out" not in nemo_kd("convert", a_store, tmp_path / "z.jsonl")
 
 
 def test_a_store_that_has_segments_is_not_packed(tmp_path: Path) -> None:
@@ -745,6 +811,16 @@ def test_a_copy_that_is_there_is_not_called_written(tmp_path: Path, a_store: Pat
     assert "wrote" in nemo_kd(*pull)
     printed = " ".join(nemo_kd(*pull).split())
     assert "is already there" in printed and "wrote" not in printed
+    push = ("push", a_store, f"file://{tmp_path}/pushed")
+    assert "wrote" in nemo_kd(*push)
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "pushed").rglob("*")}
+    printed = " ".join(nemo_kd(*push).split())
+    assert "is already there" in printed and "wrote" not in printed
+    result = as_json(*push)
+    assert (result["written"], result["unchanged"]) == (None, push[2])
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "pushed").rglob("*")}
+    (tmp_path / "pushed" / "segment-00001" / "shard.json").unlink()
+    assert "wrote" in nemo_kd(*push)
     (tmp_path / "copy" / "segment-00001" / "tokens.bin").unlink()
     assert "wrote" in nemo_kd(*pull)
     assert "no problems" in nemo_kd("verify", tmp_path / "copy")

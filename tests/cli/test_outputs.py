@@ -83,6 +83,33 @@ def test_a_page_is_not_written_into_the_store(pair: Path) -> None:
     assert contents(pair) == before
 
 
+def test_a_page_replaces_nothing_but_a_page(pair: Path, tmp_path: Path) -> None:
+    page, other = tmp_path / "x.html", tmp_path / "notes.html"
+    other.write_text("<!doctype html>\n<p>mine</p>")
+    (tmp_path / "rows.jsonl").write_text("{}\n")
+    show: tuple[object, ...] = ("show", pair / "a", 3, "--ids", "--html")
+    for path in (other, tmp_path / "rows.jsonl"):
+        before = path.read_bytes()
+        said = nemo_kd(*show, path, fails=True)
+        assert f"{path} would be replaced, but it is not a page of nemo-kd show" in said
+        assert path.read_bytes() == before
+    for word in ("wrote", "replaced"):
+        done = subprocess.run(
+            [PROGRAM, *map(str, show), page], capture_output=True, text=True, check=True
+        )
+        assert done.stderr == f"{word} {page}\n"
+
+
+def test_a_page_is_not_written_into_the_stores_tokenizer(tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    store(tmp_path / "s", spec(tokenizer={"fingerprint": "0" * 64, "path": str(tokenizer)}))
+    said = nemo_kd(
+        "show", tmp_path / "s", 0, "--ids", "--html", tokenizer / "config.json", fails=True
+    )
+    assert "lies in the source" in said and not list(tokenizer.iterdir())
+
+
 def test_a_bad_source_costs_no_good_target(pair: Path, tmp_path: Path) -> None:
     shutil.copytree(pair / "b", tmp_path / "t")
     bad = shutil.copytree(pair / "a", tmp_path / "bad")

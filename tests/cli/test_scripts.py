@@ -10,7 +10,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 from nemo_kd.cli.jobs import JOBS, Job
-from nemo_kd.cli.overrides import accept_every_spelling
+from nemo_kd.cli.overrides import accept_every_spelling, repeated
 from nemo_kd.cli.scripts import refuse_undecoded
 from nemo_kd.errors import NemoKDError
 from tests.processes import ROOT, error_of, run_script
@@ -26,6 +26,24 @@ def test_so_do_those_of_every_block() -> None:
     for key in ("model.data.train_ds.store", "model.optim.lr", "trainer.max_step", "output"):
         for plus in ("", "+", "++"):
             assert accept_every_spelling([f"{plus}{key}=1"])[0].startswith(f"++{key}=")
+
+
+def test_a_key_that_is_given_again_is_said() -> None:
+    given = [
+        "dump.top_k=3",
+        "output_dir=x",
+        "+dump.top_k=4",
+        "--cfg=job",
+        "++a.b=1",
+        "a.b=2",
+        "a.b=3",
+    ]
+    assert list(repeated(given)) == [
+        "dump.top_k is given twice: 4 is used",
+        "a.b is given 3 times: 3 is used",
+    ]
+    done = run_script("dump_teacher_topk.py", "dump.top_k=3", "dump.top_k=4", "--cfg", "job")
+    assert "dump.top_k is given twice: 4 is used\n" in done.stderr and "top_k: 4" in done.stdout
 
 
 PATHS = [

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import block_influence
+import pytest
 import torch
 from torch.nn.functional import cosine_similarity
 
+from nemo_kd.errors import NemoKDError
 from tests.checkpoints import models
 
 
@@ -32,3 +36,14 @@ def test_a_layer_that_does_nothing_has_none_and_goes_first() -> None:
     influence = block_influence.block_influence(model, samples())
     assert abs(influence[2]) < 1e-6
     assert block_influence.most_influential(influence, 3) == [0, 1, 3]
+
+
+def test_the_output_replaces_neither_an_input_nor_another_file(tmp_path: Path) -> None:
+    data, other = tmp_path / "rows.jsonl", tmp_path / "notes.json"
+    data.write_text("{}\n")
+    other.write_text('{"kept": [0]}')
+    for output, message in ((data, "is a source"), (other, "is not the layers that this script")):
+        before = output.read_bytes()
+        with pytest.raises(NemoKDError, match=message):
+            block_influence.main(tmp_path / "teacher", data, 2, output)
+        assert output.read_bytes() == before

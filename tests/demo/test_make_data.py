@@ -11,6 +11,8 @@ from typing import Any
 import make_data
 import pytest
 
+from nemo_kd.errors import NemoKDError
+
 MODULES = make_data.package_modules("networkx")[:60]
 
 
@@ -103,3 +105,13 @@ def test_the_script_writes_disjoint_sides_and_says_what_they_are(
     about = json.loads((tmp_path / "once" / "data.json").read_text())
     assert about["sources"][0]["licence"] == "BSD-3-Clause"
     assert "Redistribution" in (tmp_path / "once" / "LICENSES.txt").read_text()
+
+
+def test_files_of_others_are_not_replaced(pairs: list[make_data.Pair], tmp_path: Path) -> None:
+    make_data.write_jsonl(tmp_path / "train.jsonl", pairs[:2])
+    make_data.refuse_foreign_files(tmp_path)
+    for name in ("heldout.jsonl", "data.json"):
+        (tmp_path / name).write_text('{"input": "a", "output": "b"}\n')
+        with pytest.raises(NemoKDError, match=rf"{name} would be replaced, but it is not a"):
+            make_data.refuse_foreign_files(tmp_path)
+        (tmp_path / name).unlink()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.processes import run_script
+from tests.processes import error_of, run_script
 from tests.runs import SPLIT
 
 SETTINGS = (
@@ -57,13 +58,26 @@ def test_sft_files_are_measured_without_a_teacher(
         f"output={output}",
     )
     both = json.loads(output.read_text())
-    run_script(
+    again = run_script(
         "evaluate_gpt_sft_kd.py",
         f"model.restore_from_path={tiny}/student.nemo",
         f"model.data.validation_ds.file_names=[{tiny}/heldout.jsonl]",
         *SETTINGS,
         f"output={output}",
     )
+    assert f"replaced {output}" in again.stderr
     results = json.loads(output.read_text())
     assert results["set0/sft_loss"] == pytest.approx(both["store/sft_loss"], abs=SPLIT)
     assert results["set0/loss"] == results["set0/sft_loss"] and "set0/kd_loss" not in results
+
+
+def test_an_output_is_neither_the_model_nor_part_of_a_store(
+    tiny: Path, dump: Callable[..., Path], tmp_path: Path
+) -> None:
+    model, store = shutil.copy(tiny / "student.nemo", tmp_path), dump(split="heldout")
+    before = Path(model).read_bytes(), (store / "manifest.json").read_bytes()
+    settings = (f"model.restore_from_path={model}", f"model.data.validation_ds.store={store}")
+    for output in (model, store / "manifest.json"):
+        said = error_of("evaluate_gpt_sft_kd.py", *settings, *SETTINGS, f"output={output}")
+        assert f"output: {output} " in said and "source" in said
+    assert before == (Path(model).read_bytes(), (store / "manifest.json").read_bytes())

@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from nemo_kd.cli import dump_settings as settings
 from nemo_kd.cli.teacher import read
 from nemo_kd.errors import NemoKDError
+from nemo_kd.nemo import results_file
 from nemo_kd.nemo.settings import training
 from nemo_kd.settings import files
 from nemo_kd.settings.batches import check_batches, check_processes, data_parallel_size
@@ -125,6 +126,60 @@ def test_outputs_that_exist_or_cannot_be_made(world: Path) -> None:
     assert "is a directory" in files.output_file(str(world / "store"))
     assert not files.output_file(rows)
     assert f"{rows} is a file, so" in files.output_file(f"{rows}/x.json")
+
+
+def of_evaluation(world: Path, *overrides: str) -> Any:
+    start = ["model.restore_from_path=model.nemo", "model.data.validation_ds.store=store"]
+    return configuration("evaluate_gpt_sft_kd", *start, *overrides)
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        ("model.nemo", "output: model.nemo is a source and would be overwritten"),
+        ("store/manifest.json", "output: store/manifest.json lies in the source store"),
+        ("store/new/x.json", "lies in the source store"),
+        ("rows.jsonl", "rows.jsonl is a source"),
+        ("adapters.nemo", "adapters.nemo is a source"),
+        ("linked.json", "linked.json is a source"),
+        ("other.nemo", "output: other.nemo would be replaced, but it is not the results of an"),
+        ("config.json", "config.json would be replaced, but it is not the results of an eval"),
+        ("s3://bucket/x.json", "output: s3://bucket/x.json is an address, but a file is written"),
+    ],
+)
+def test_an_evaluation_replaces_neither_an_input_nor_another_file(
+    world: Path, output: str, message: str
+) -> None:
+    os.chdir(world)
+    for name in ("adapters.nemo", "other.nemo"):
+        (world / name).write_bytes(b"weights \xff")
+    (world / "config.json").write_text('{"layers": 2, "a/b": "text"}')
+    (world / "store/manifest.json").write_text("{}")
+    (world / "linked.json").symlink_to("model.nemo")
+    cfg = of_evaluation(
+        world,
+        "model.data.validation_ds.file_names=[rows.*]",
+        "model.peft.restore_from_path=adapters.nemo",
+        f"output={output}",
+    )
+    with pytest.raises(NemoKDError) as caught:
+        results_file.check_output(cfg)
+    assert message in str(caught.value)
+
+
+def test_an_evaluation_replaces_earlier_results_and_says_so(
+    world: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    os.chdir(world)
+    cfg = of_evaluation(world, "output=new/results.json")
+    for results in ({"set0/loss": 1.5, "set0/sft_loss": float("nan")}, {"set0/loss": 2.0}):
+        results_file.check_output(cfg)
+        results_file.write(Path(cfg.output), results)
+    assert json.loads((world / "new/results.json").read_text()) == {"set0/loss": 2.0}
+    assert capsys.readouterr().err == "replaced new/results.json\n"
+    (world / "empty.json").touch()
+    results_file.check_output(of_evaluation(world, "output=empty.json"))
+    results_file.check_output(of_evaluation(world))
 
 
 def test_a_read_only_directory_is_named(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:

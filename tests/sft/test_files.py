@@ -182,6 +182,18 @@ def test_a_json_file_of_lines(tmp_path: Path) -> None:
     assert values(open_files(path)) == ROWS
 
 
+@pytest.mark.parametrize(
+    "text", ['[{"a": 1}, {"a": 2}]', '[\n  {"a": 1}\n]\n', '\ufeff[{"a": 1},\n']
+)
+def test_an_array_by_the_name_of_json_lines_is_to_be_renamed(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(RowError, match=r"begins as one JSON array: rename it to rows\.json, which"):
+        open_files(path)
+    path.write_text('[1, 2]\n{"a": 1}\n')  # a bad row, which on_bad_row may drop
+    assert open_files(path)[1] == {"a": 1}
+
+
 def test_not_utf8_in_an_array_is_an_error_of_its_row(tmp_path: Path) -> None:
     (tmp_path / "a.json").write_bytes(b'[{"a": "\xe4"}, {"a": 2}]')
     file = open_files(tmp_path / "a.json")

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from nemo_kd.sft import JsonlFile, RowError, hashed
+from nemo_kd.sft import JsonlFile, RowError, hashed, open_files
 
 GOOD = {"input": "Größe 答", "output": "a\u2028b\x85c"}
 
@@ -31,6 +31,28 @@ def rows(path: Path) -> list[Any]:
 
 def lines(*values: Any, end: str = "\n") -> str:
     return "".join(json.dumps(value, ensure_ascii=False) + end for value in values)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ('{"input": "a", "output": "b", "output": "c"}', "output"),
+        ('{"messages": [{"role": "user", "content": "a", "content": "b"}]}', "content"),
+        ('{"in\\u0070ut": "a", "input": "b"}', "input"),
+        ('[{"a": 1}, {"b": {"": 0, "": 0}}]', ""),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json"])
+def test_a_key_that_appears_twice_is_a_bad_row(
+    tmp_path: Path, line: str, key: str, name: str
+) -> None:
+    """The standard library keeps the last value, and drops the other without a word."""
+    rows_of = [lines(GOOD).strip(), line, lines(GOOD).strip()]
+    text = "\n".join(rows_of) if name == "a.jsonl" else f"[{', '.join(rows_of)}]"
+    file = open_files(write(tmp_path / name, text))
+    assert [file[0], file[2]] == [GOOD, GOOD]
+    with pytest.raises(RowError, match=rf"row 1.*: the key '{key}' appears twice; remove one"):
+        file[1]
 
 
 @pytest.fixture(scope="module")

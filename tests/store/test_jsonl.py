@@ -146,6 +146,10 @@ BROKEN: dict[str, tuple[Any, str]] = {
     "a row number of 10^30": (record(10**30), "is far larger"),
     "huge number": (record(topk_token_ids=[[0, 0], [10**30, 4], [4, 2]]), "integers|out of"),
     "deep": ("[" * 100_000, "not JSON"),
+    "a key twice": (
+        json.dumps(record(2))[:-1] + ', "labels": [8, 9, 2]}',
+        "'labels' appears twice",
+    ),
 }
 
 

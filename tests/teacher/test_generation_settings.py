@@ -62,6 +62,22 @@ def test_settings_without_effect_are_said(
     assert "data.no_answer=drop has no effect on a generation" in said
 
 
+def test_another_size_of_segments_of_a_complete_store_is_said(
+    typist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(typist, tmp_path, "segment_bytes=1000")
+    assert "segment_bytes" not in capsys.readouterr().err
+    before = (tmp_path / "store/manifest.json").read_bytes()
+    run(typist, tmp_path, "segment_bytes=2000")
+    assert (
+        "segment_bytes=2000 has no effect on a complete store; for other segments use `nemo-kd "
+        f"convert {tmp_path}/store NEW --segment-bytes 2000`"
+    ) in capsys.readouterr().err
+    run(typist, tmp_path, "rows_per_shard=1")  # of the work in progress only
+    assert (tmp_path / "store/manifest.json").read_bytes() == before
+    assert "rows_per_shard" not in capsys.readouterr().err
+
+
 def test_an_answer_ends_where_the_teachers_configuration_says(
     typist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

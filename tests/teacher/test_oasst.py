@@ -171,3 +171,13 @@ def sample_loss(model: Any, sample: Sample) -> tuple[float, int]:
     labels = ids.masked_fill(torch.from_numpy(sample.loss_mask) == 0, -100)
     count = int((labels[1:] >= 0).sum())
     return float(model(ids[None], labels=labels[None]).loss) * count, count
+
+
+def test_rows_of_another_origin_are_not_replaced(tmp_path: Path) -> None:
+    trees, output = write(tmp_path / "trees.gz", [ask("a", answer("b"))]), tmp_path / "out"
+    for _ in range(2):
+        assert convert(trees, output).returncode == 0
+    (output / "val.jsonl").write_text('{"input": "a", "output": "b"}\n')
+    done = convert(trees, output)
+    assert done.returncode == 1 and "val.jsonl would be replaced, but it is not" in done.stderr
+    assert (output / "val.jsonl").read_text().startswith('{"input"')

@@ -158,8 +158,8 @@ class Agreement:
     def _subject(self) -> str:
         return "the teacher's best token is" if self.surprise_tokens else "the teacher's draws are"
 
-    def to_json(self) -> dict[str, float]:
-        """Return means over tokens, and perplexities if surprise was measured."""
+    def to_json(self) -> dict[str, float | None]:
+        """Return means over tokens; perplexities are None if no surprise was measured."""
         n = max(self.tokens, 1.0)
         values = {
             "agreement": self.agreed / n,
@@ -167,10 +167,11 @@ class Agreement:
             "agreement_one_earlier": self.earlier / n,
             "agreement_one_later": self.later / n,
         }
+        sums = {"perplexity_of_labels": self.surprise, "perplexity_expected": self.entropy}
         if self.surprise_tokens:
-            values["perplexity_of_labels"] = math.exp(self.surprise / self.surprise_tokens)
-            values["perplexity_expected"] = math.exp(self.entropy / self.surprise_tokens)
-        return {name: round(float(value), 4) for name, value in values.items()}
+            values |= {name: math.exp(x / self.surprise_tokens) for name, x in sums.items()}
+        rounded = {name: round(float(value), 4) for name, value in values.items()}
+        return {**rounded, **{name: rounded.get(name) for name in sums}}
 
     def warning(self) -> str:
         """Return the reason to doubt that the teacher's rows are correct; empty if none."""

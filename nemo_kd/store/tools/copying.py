@@ -51,17 +51,26 @@ class _Bar:
         self._advance(self._now, self._total)
 
 
-def push(directory: str | Path, url: str, advance: Advance = lambda *_: None) -> Manifest:
+def push(
+    directory: str | Path,
+    url: str,
+    advance: Advance = lambda *_: None,
+    on_unchanged: Callable[[], None] = lambda: None,
+) -> Manifest:
     """Copy a store to a URL; files that are there with their size are not copied again.
 
-    Each file's SHA-256 is compared with the manifest before it is copied. Raises StoreError if the
-    URL holds anything else, or if the store is unfinished or damaged.
+    If all are there, `on_unchanged()` is called. Each file's SHA-256 is compared with the manifest
+    before it is copied. Raises StoreError if the URL holds anything else, or if the store is
+    unfinished or damaged.
     """
     source, files = Path(directory), RemoteFiles(url)
     refuse_unfinished(source)
     manifest, text = Manifest.read(source), (source / MANIFEST).read_bytes()
     there = files.sizes()
     _refuse_other_url(files, there, text)
+    if _is_pushed(there, source, manifest):
+        on_unchanged()
+        return manifest
     if MANIFEST not in there:
         files.create()
         files.write(TRANSFER, _marker(text))
@@ -75,6 +84,17 @@ def push(directory: str | Path, url: str, advance: Advance = lambda *_: None) ->
     if MANIFEST not in there or TRANSFER in there:
         files.remove(TRANSFER)
     return manifest
+
+
+def _is_pushed(there: Mapping[str, int], source: Path, manifest: Manifest) -> bool:
+    """Return whether a URL has all files of the store with their sizes, and nothing unfinished."""
+    listed = {name: file.bytes for name, file in top_files(manifest).items()}
+    listed[SPEC] = size_of(source / SPEC) or 0
+    for info in manifest.parts:
+        listed |= {name: file.bytes for name, file in part_files(manifest, info).items()}
+        listed[f"{info.name}/{SHARD}"] = len(part_json(manifest, info).encode())
+    complete = all(there.get(name) == octets for name, octets in listed.items())
+    return complete and MANIFEST in there and TRANSFER not in there
 
 
 def _push_part(

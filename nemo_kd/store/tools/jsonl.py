@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
+from nemo_kd.json_rows import RepeatedKeyError, parsed
 from nemo_kd.outputs import install, refuse_directory, work_beside
 from nemo_kd.store.checks import checked_tokens, checked_topk, deep_faults
 from nemo_kd.store.sample import Sample
@@ -239,7 +240,9 @@ def record_of(line: bytes) -> dict[str, Any]:
     if line.count(b"[") + line.count(b"{") > MAX_LISTS:
         raise StoreError(f"more than {MAX_LISTS} lists; give each sample a line of its own")
     try:
-        record = json.loads(line)
+        record = parsed(line.decode(json.detect_encoding(line), "surrogatepass"))
+    except RepeatedKeyError as error:
+        raise StoreError(f"{error}; remove one of its values") from error
     except (ValueError, RecursionError) as error:
         raise StoreError(f"not JSON ({error})") from error
     if not isinstance(record, dict):

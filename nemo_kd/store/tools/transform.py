@@ -183,6 +183,8 @@ def split(
             f"weights must be {len(directories)} non-negative numbers, one per directory, with a "
             f"positive sum, not {list(weights)}"
         )
+    if not -(1 << 63) <= seed < 1 << 63:
+        raise StoreError(f"seed={seed} is out of range: give a number from -2^63 to 2^63 - 1")
     refuse_inputs(directories, [store.directory])
     earlier = _splits(store.spec.source, seed)
     parts = _parts(seed, _prompts(store), weights, earlier)

@@ -29,6 +29,7 @@ from nemo_kd.store.manifest import (
     ShardInfo,
     read_shard_info,
 )
+from nemo_kd.store.ours import is_part
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Tokens
 from nemo_kd.store.segments import INDEX_BYTES, read_index
@@ -88,6 +89,8 @@ def verify(
         yield Problem(MANIFEST, str(error))
         return
     yield from _verify_head(root, manifest)
+    if origin.url is None:  # a cache has files of its own
+        yield from _verify_directory(root, manifest)
     if isinstance(store, Store) and sha256_of(root / MANIFEST) != store.fingerprint:
         yield Problem(MANIFEST, "differs from the manifest that this store was opened with")
     passes = 1 if checksums_only else 2  # every byte is hashed, then read
@@ -171,6 +174,17 @@ def _verify_head(root: Path, manifest: Manifest) -> Iterator[Problem]:
         spec.pop("rows_per_shard", None)  # left by a writer that was killed at its very end
     if spec != manifest.spec_json:
         yield Problem(SPEC, f"differs from the spec in {MANIFEST}")
+
+
+def _verify_directory(root: Path, manifest: Manifest) -> Iterator[Problem]:
+    """Report parts that the manifest does not list, such as those of another store.
+
+    Other files, such as a README, are no problem: nothing reads them.
+    """
+    listed = {info.name for info in manifest.parts}
+    for path in sorted(root.iterdir()):
+        if path.name not in listed and is_part(path):
+            yield Problem(path.name, f"is not listed in {MANIFEST}; move it away")
 
 
 def _verify_entry(root: Path, info: ShardInfo, spec: str) -> Iterator[Problem]:
