@@ -296,7 +296,7 @@ def test_rounds_start_from_the_same_run_without_them(cfg: Any, tmp_path: Path) -
     shown = subprocess.run(
         [*rounds.command, "--dry-run"], capture_output=True, text=True, check=True, cwd=ROOT
     ).stdout.splitlines()
-    assert [line.split()[1].rpartition("/")[2].partition("_")[0] for line in shown[:-1]] == [
+    assert [line.split()[1].rpartition("/")[2].partition("_")[0] for line in shown] == [
         "generate",
         "dump",
         "train",
