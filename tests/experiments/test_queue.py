@@ -301,10 +301,12 @@ def test_rounds_start_from_the_same_run_without_them(cfg: Any, tmp_path: Path) -
         "dump",
         "train",
     ] * 2
-    assert all("trainer.precision=32" in line for line in shown[:-1])
+    assert all("trainer.precision=32" in line for line in shown)
     assert str(trained(before, assets)) in shown[0]
     assert str(assets.data("math") / "rounds.jsonl") in shown[0]
-    assert shown[-1].endswith(str(trained(run, assets)))
+    checkpoints = trained(run, assets).parent
+    assert f"exp_manager.explicit_log_dir={checkpoints.parent} " in shown[-1]
+    assert trained(run, assets).name == "student.nemo" and "name=student " in shown[-1]
 
 
 def test_a_generated_answer_has_room_beside_the_longest_prompt(cfg: Any, tmp_path: Path) -> None:
