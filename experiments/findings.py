@@ -162,10 +162,17 @@ def compared(
     read: Callable[[Sequence[dict[str, Any]]], Curves | None] | None = None,
 ) -> Interval | None:
     """Compare what `read` (`curves`) finds over the common seeds that have it; None without any."""
-    read = read or curves
+    pair = common(a, b, read or curves)
+    return None if pair is None else how(*pair, **cfg.bootstrap)
+
+
+def common(
+    a: Seeds, b: Seeds, read: Callable[[Sequence[dict[str, Any]]], Curves | None]
+) -> tuple[Curves, Curves] | None:
+    """What `read` finds of both, over the seeds that have it in both; None without any."""
     both = [seed for seed in b if seed in a and read([a[seed]]) and read([b[seed]])]
     first, second = read([a[seed] for seed in both]), read([b[seed] for seed in both])
-    return None if first is None or second is None else how(first, second, **cfg.bootstrap)
+    return None if first is None or second is None else (first, second)
 
 
 def by_seed(a: Seeds, b: Seeds) -> dict[str, tuple[float, ...]]:
@@ -182,9 +189,9 @@ def by_seed(a: Seeds, b: Seeds) -> dict[str, tuple[float, ...]]:
 
 
 def best_step(a: Seeds, b: Seeds) -> int | None:
-    """The step of the minimum of A's mean curve over the seeds that both have; None without any."""
-    found = curves([a[seed] for seed in b if seed in a])
-    return None if found is None else int(found.steps[found.mean().argmin()])
+    """The step of A's best over the seeds that both have, as in their ratio; None without any."""
+    pair = common(a, b, curves)
+    return None if pair is None else int(pair[0].steps[pair[0].best])
 
 
 def right_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
@@ -301,7 +308,12 @@ def seed_spreads(rows: Iterable[Row], measure: str = "test") -> dict[str, float]
 
 
 Spreads = Mapping[str, Mapping[str, float]]
-"""`test` or `EXACT` → `seed_spreads`"""
+"""A key of `Row.by_seed` → `seed_spreads`"""
+
+
+def spreads_of(rows: Sequence[Row]) -> Spreads:
+    """`seed_spreads` of every measure."""
+    return {measure: seed_spreads(rows, measure) for measure in ("valid", "test", EXACT)}
 
 
 def verdict(row: Row, spreads: Spreads | None = None) -> str | None:

@@ -50,10 +50,14 @@ def draw(cfg: DictConfig, rows: Sequence[Row], baseline: str | None, path: Path)
         right.set(title=f"Difference from {baseline}", xlabel="step", ylabel="nats per token")
         right.axhline(0, color="#6b7280", linewidth=1)
         left.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
-        pyplot.close(figure)
+        _save(figure, path)
     return True
+
+
+def _save(figure: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+    pyplot.close(figure)
 
 
 def _curve(axis: Any, label: str, found: Curves, colour: str) -> None:
@@ -86,9 +90,7 @@ def draw_bytes(tables: Mapping[str, Sequence[Row]], path: Path) -> bool:
         axis.xaxis.set_major_formatter("{x:.0f}")
         axis.xaxis.set_minor_formatter("{x:.0f}")
         axis.legend(frameon=False)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=110, metadata={"Software": None})
-        pyplot.close(figure)
+        _save(figure, path)
     return True
 
 

@@ -15,8 +15,10 @@ from findings import (
     SHOTS,
     ConfidenceClass,
     Row,
+    Spreads,
     answers,
     confidence_classes,
+    spreads_of,
 )
 from omegaconf import DictConfig
 from queue_plan import Results, chosen_lr
@@ -48,19 +50,19 @@ class Study:
 
 def page(study: Study, figures: Mapping[str, str]) -> str:
     """The page as Markdown; `figures` maps an experiment to the path of its picture."""
-    every = [row for rows in study.rows.values() for row in rows]
+    spreads = spreads_of([row for rows in study.rows.values() for row in rows])
     parts = [
         "# Results\n",
         words.summary(study.rows),
         published_table(study),
         picture(figures, "headline"),
         "## What helped and what did not\n",
-        words.verdicts(study.experiments, study.rows),
+        words.verdicts(study.experiments, study.rows, spreads),
         "## Recommended settings\n",
         words.defaults(),
-        recommended(study, every),
+        recommended(study, spreads),
         words.default_alpha(study.rows["alpha"], study.rows["prose_alpha"]),
-        words.validation_noise(every),
+        words.validation_noise(spreads),
         "## Cost of each choice\n",
         choices(study),
         *(part for e in study.experiments for part in section(study, e, figures)),
@@ -225,8 +227,6 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
     ]
     parts += said(study, experiment.name, figures)
     parts.append(by_task(study, experiment))
-    if experiment.name == "confidence":
-        parts.append(confidence_table(study))
     if experiment.name not in ("headline", "learning_rate"):
         parts.append(picture(figures, experiment.name))
     return parts
@@ -244,7 +244,7 @@ def said(study: Study, name: str, figures: Mapping[str, str]) -> list[str]:
     if name == "knowledge":
         return [words.larger_students(rows[name])]
     if name == "confidence":
-        return [words.where_it_differs(sure_of_label(study))]
+        return [words.where_it_differs(sure_of_label(study)), confidence_table(study)]
     if name == "math":
         return [
             words.learning_rates(study.cfg, study.results, "math"),
@@ -275,7 +275,7 @@ def prompts_table(study: Study) -> str:
     return table(head, lines)
 
 
-def recommended(study: Study, every: Sequence[Row]) -> str:
+def recommended(study: Study, spreads: Spreads) -> str:
     """Settings that differ from the defaults in one point."""
     rows = study.rows
     best = [*rows["alpha"], *rows["temperature"], *rows["bytes"]]
@@ -285,7 +285,7 @@ def recommended(study: Study, every: Sequence[Row]) -> str:
         ("Compared with the defaults on code, cross-entropy in nats per token:", best),
         ("At alpha 0.5 and its learning rate, compared with K = 100:", study.choices[2:]),
     ):
-        if lines := words.alternatives(found, every):
+        if lines := words.alternatives(found, spreads):
             parts.append(f"{title}\n\n{table(head, lines)}")
     return "\n".join(parts)
 

@@ -17,7 +17,6 @@ from findings import (
     Spreads,
     mean_change,
     right_answers,
-    seed_spreads,
     verdict,
 )
 from omegaconf import DictConfig
@@ -334,10 +333,8 @@ def larger_students(rows: Sequence[Row]) -> str:
     return text + "\n"
 
 
-def verdicts(experiments: Sequence[Experiment], rows: Rows) -> str:
+def verdicts(experiments: Sequence[Experiment], rows: Rows, spreads: Spreads) -> str:
     """Every comparison, better, worse or undecided; each once, with the most seeds."""
-    every = [row for table in rows.values() for row in table]
-    spreads = {measure: seed_spreads(every, measure) for measure in ("test", EXACT)}
     found: list[tuple[str, frozenset[str], str]] = []  # outcome, compared runs, line
     for experiment in experiments:
         base = [row for row in rows[experiment.name] if row.is_baseline]
@@ -413,9 +410,8 @@ def defaults() -> str:
     )
 
 
-def alternatives(rows: Sequence[Row], every: Sequence[Row]) -> list[list[str]]:
+def alternatives(rows: Sequence[Row], spreads: Spreads) -> list[list[str]]:
     """One line per row: seeds, differences on the validation and the test split, and a verdict."""
-    spreads = {measure: seed_spreads(every, measure) for measure in ("test", EXACT)}
     lines = []
     for row in rows:
         if (outcome := verdict(row, spreads)) is not None:
@@ -443,9 +439,9 @@ def default_alpha(code: Sequence[Row], prose: Sequence[Row]) -> str:
     return f"Compared with alpha 0.9 on the validation split {'; '.join(said)}.\n"
 
 
-def validation_noise(every: Sequence[Row]) -> str:
+def validation_noise(spreads: Spreads) -> str:
     """How far a difference on the validation split varies from seed to seed."""
-    spread = seed_spreads(every, "valid").get("code")
+    spread = spreads["valid"].get("code")
     if spread is None:
         return ""
     return (

@@ -39,6 +39,11 @@ class Curves:
         mean: Array = (values @ weights).mean(axis=0) / weights.sum()
         return mean
 
+    @property
+    def best(self) -> int:
+        """Where in `steps` the mean loss is lowest."""
+        return int(self.mean().argmin())
+
 
 @dataclass(frozen=True)
 class Interval:
@@ -66,7 +71,7 @@ def first_reached(steps: Array, curve: Array, target: float) -> float:
 
 def ratio(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval:
     """The steps ratio of the mean curves, with its interval; inf where B does not get there."""
-    best = int(a.mean().argmin())
+    best = a.best
 
     def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
         target = float(a.mean(seeds, groups)[best])

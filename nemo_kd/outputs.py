@@ -15,6 +15,7 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import (
@@ -98,13 +99,19 @@ def is_json_with(*keys: str) -> Callable[[bytes], bool]:
     """Return a function for `refuse_foreign`: whether a file is a JSON object with all `keys`."""
 
     def is_ours(content: bytes) -> bool:
-        try:
-            value = json.loads(content)
-        except (ValueError, RecursionError):
-            return False
-        return isinstance(value, dict) and set(keys) <= value.keys()
+        value = json_object(content)
+        return value is not None and set(keys) <= value.keys()
 
     return is_ours
+
+
+def json_object(content: bytes) -> dict[str, Any] | None:
+    """Return the JSON object that a file's content is; None if it is anything else."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
 
 
 def _beginning(path: Path) -> bytes | None:

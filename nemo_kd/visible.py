@@ -1,8 +1,10 @@
-"""Text from files, safe to print: control characters appear as escapes and act on no terminal."""
+"""Print text from files safely: control characters appear as escapes and act on no terminal."""
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 
 _UNSAFE = re.compile(
     r"[\x00-\x08\x0b-\x1f\x7f-\x9f"  # C0 except tab and newline, DEL, C1: start escape sequences
@@ -18,3 +20,9 @@ def visible(text: str) -> str:
     Newlines and tabs are kept. The escapes are JSON's: JSON text keeps its value.
     """
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
+
+
+def say(text: str) -> None:
+    """Print a line on standard error, from the first process of torchrun or srun."""
+    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
+        print(visible(text), file=sys.stderr, flush=True)

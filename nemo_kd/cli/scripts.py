@@ -20,7 +20,7 @@ from nemo_kd.cli.hydra_errors import check_overrides
 from nemo_kd.cli.overrides import accept_every_spelling, repeated
 from nemo_kd.cli.streams import prepare_streams
 from nemo_kd.errors import NemoKDError
-from nemo_kd.visible import visible
+from nemo_kd.visible import say
 
 NOT_COMPOSED = (
     "help",
@@ -72,12 +72,6 @@ def script(job: Callable[[DictConfig], None], conf: Path, name: str, resume: str
     with reported(resume):
         check_composition(conf, name, sys.argv[1:])
         hydra.main(version_base=None, config_path=str(conf), config_name=name)(run)()
-
-
-def say(line: str) -> None:
-    """Print a line on standard error, from the first process of torchrun or srun."""
-    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
-        print(visible(line), file=sys.stderr, flush=True)
 
 
 def refuse_undecoded(arguments: list[str]) -> None:

@@ -22,8 +22,9 @@ from nemo_kd.checkpoints.recorded_base import check_base, tensors_of
 from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
 from nemo_kd.checkpoints.weights import Weights
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.record import Origin, read, say
+from nemo_kd.nemo.record import Origin, read
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.visible import say
 
 BASE_KEY = "kd_base"
 """Key of the model's configuration in which a `.nemo` of adapters records their base."""

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 from omegaconf import DictConfig
 
-from nemo_kd.nemo.record import say
 from nemo_kd.nemo.restored_adapters import PATH
 from nemo_kd.nemo.run_directory import RunDirectory, paths_of
+from nemo_kd.visible import say
 
 SAVE = "exp_manager.checkpoint_callback_params.save_nemo_on_train_end"
 EXPORTED = ("none", "lora")

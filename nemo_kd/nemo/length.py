@@ -9,10 +9,11 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import kd_training_config
-from nemo_kd.nemo.record import Progress, say
+from nemo_kd.nemo.record import Progress
 from nemo_kd.nemo.splits import Split, splits_of
 from nemo_kd.sft import open_files
 from nemo_kd.store import Store
+from nemo_kd.visible import say
 
 NO_EPOCH_LIMIT = 9999
 """Value of `max_epochs` in NeMo's configurations that means no limit on epochs."""

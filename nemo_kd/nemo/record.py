@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ from nemo_kd.sft.chat_template import resolved_template
 from nemo_kd.sft.config import template_hash
 from nemo_kd.store import Store
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
-from nemo_kd.visible import visible
 
 CHECKPOINT_KEY = "nemo_kd"
 STOPPED_EARLY = "stopped_early"
@@ -157,9 +154,3 @@ def _named(checkpoint: str, what: str) -> float:
     """Parse the number after `what` in a checkpoint's name as NeMo does; 0 if there is none."""
     found = re.search(rf"{what}=(\d+(\.\d+)?)", Path(checkpoint).name)
     return float(found[1]) if found else 0
-
-
-def say(text: str) -> None:
-    """Print a line on standard error, from the first process of torchrun or srun."""
-    if int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0) == 0:
-        print(visible(text), file=sys.stderr, flush=True)

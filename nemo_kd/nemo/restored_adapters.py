@@ -16,7 +16,8 @@ from nemo_kd.checkpoints.distributed import files_of
 from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.checkpoints.source import WEIGHTS, open_source
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.record import read, say
+from nemo_kd.nemo.record import read
+from nemo_kd.visible import say
 
 PATH = "model.peft.restore_from_path"
 SHAPE = {"layer_selection": None, "weight_tying": False, "position_embedding_strategy": None}

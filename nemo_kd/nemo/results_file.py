@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import publish
-from nemo_kd.nemo.record import say
 from nemo_kd.nemo.settings.training import FILES
-from nemo_kd.outputs import refuse_foreign, refuse_inputs
+from nemo_kd.outputs import json_object, refuse_foreign, refuse_inputs
 from nemo_kd.settings import files
 from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.paths import expanded
+from nemo_kd.visible import say
 
 OUTPUTS = ("exp_manager.explicit_log_dir", "exp_manager.exp_dir")
 
@@ -63,12 +63,9 @@ def inputs(cfg: DictConfig) -> Iterator[str]:
 
 def is_results(content: bytes) -> bool:
     """Whether the content of a file is a JSON object such as `write` makes."""
-    try:
-        value = json.loads(content)
-    except (ValueError, RecursionError):
-        return False
+    value = json_object(content)
     return (
-        isinstance(value, dict)
+        value is not None
         and any("/" in name for name in value)  # NAME/loss of each set
         and all(type(number) is float for number in value.values())
     )

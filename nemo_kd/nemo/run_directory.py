@@ -13,7 +13,8 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import published
-from nemo_kd.nemo.record import read, say
+from nemo_kd.nemo.record import read
+from nemo_kd.visible import say
 
 METRICS = "metrics.jsonl"
 

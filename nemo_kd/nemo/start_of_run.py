@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.length import validates
-from nemo_kd.nemo.record import STEPS_KEY, Origin, Progress, Record, read, say
+from nemo_kd.nemo.record import STEPS_KEY, Origin, Progress, Record, read
 from nemo_kd.nemo.resumed_settings import (
     FIXED,
     Change,
@@ -26,6 +26,7 @@ from nemo_kd.nemo.run_directory import RunDirectory
 from nemo_kd.nemo.splits import ResumeConfig, TrainSplit
 from nemo_kd.settings.dataclass import settings_of
 from nemo_kd.teacher.begin import locked
+from nemo_kd.visible import say
 
 NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
 

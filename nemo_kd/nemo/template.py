@@ -13,12 +13,12 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from nemo_kd.nemo.record import say
 from nemo_kd.nemo.splits import SPLITS, Split
 from nemo_kd.settings.dataclass import settings_of
 from nemo_kd.sft.chat_template import resolved_template
 from nemo_kd.sft.config import RowConfig
 from nemo_kd.store import Store, StoreError
+from nemo_kd.visible import say
 
 OF_MODEL: dict[str, tuple[str, Any]] = {
     "chat": ("data", False),

@@ -26,7 +26,7 @@ from nemo_kd.nemo.length import (
     validates,
 )
 from nemo_kd.nemo.peft import add_adapters, schemes_of
-from nemo_kd.nemo.record import DATA_KEY, Progress, Record, asked, record_of, say
+from nemo_kd.nemo.record import DATA_KEY, Progress, Record, asked, record_of
 from nemo_kd.nemo.restored_adapters import settle_adapters
 from nemo_kd.nemo.settings import training
 from nemo_kd.nemo.settings.chosen import check_saved
@@ -35,6 +35,7 @@ from nemo_kd.nemo.splits import Split, TrainSplit, splits_of
 from nemo_kd.nemo.template import settle_template
 from nemo_kd.settings import files
 from nemo_kd.store import Store, StoreError
+from nemo_kd.visible import say
 
 if TYPE_CHECKING:
     from lightning.pytorch import Trainer
