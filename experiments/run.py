@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from assets import Assets
+from config_check import check_config
 from omegaconf import DictConfig, OmegaConf
 from queue_plan import (
     Job,
@@ -22,7 +23,7 @@ from queue_plan import (
 )
 from steps import ROOT, StepFailedError, Workshop, lock, locks_of, remove, write_json
 from student import combine, directory, result, steps, validation_interval
-from study import DOMAINS, Experiment, check_config, read_experiments, select, settings
+from study import DOMAINS, Experiment, read_experiments, select, settings
 
 from nemo_kd.cli.scripts import script
 

@@ -14,23 +14,8 @@ from typing import Annotated, Any, cast
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.settings.blocks import FREE, Block, check
 from nemo_kd.settings.dataclass import settings_of
-from nemo_kd.settings.values import (
-    COUNT,
-    FLAG,
-    MAPPING,
-    NATURAL,
-    PATH,
-    PRECISION,
-    SHARE,
-    TEXT,
-    list_of,
-    number,
-    one_of,
-    one_or_more,
-    optional,
-)
+from nemo_kd.settings.values import COUNT, NATURAL, SHARE, number, one_of, optional
 from nemo_kd.spelling import did_you_mean
 
 TIMED = "timed/step_seconds.json"  # below the results
@@ -45,69 +30,6 @@ SHAPING = ("data", "train", "teacher", "student_from", "generation")
 """Blocks of the configuration that shape a result and are not part of its run's name."""
 
 RATE, SECONDS = number(0, above=True), number(0)
-SETTINGS = Block(
-    {
-        "out": PATH,
-        "results": PATH,
-        "threads": COUNT,
-        "only": optional(one_or_more(TEXT)),
-        "max_hours": optional(SECONDS),
-        "list": FLAG,
-        "data": Block(
-            {
-                "packages": optional(list_of(TEXT)),
-                "several_wordings": FLAG,
-                "seed": NATURAL,
-                **dict.fromkeys(("train", "valid", "test", "groups", "max_tokens"), COUNT),
-            }
-        ),
-        "train": Block(
-            {
-                **dict.fromkeys(("steps", "batch", "micro_batch", "validate_every"), COUNT),
-                "warmup": NATURAL,
-                "precision": PRECISION,
-            }
-        ),
-        "teacher": Block({"steps": COUNT, "lr": RATE, "top_k": COUNT}),
-        "rounds": Block({"prompts": COUNT, "steps": COUNT, "lr": RATE}),
-        "generation": Block({"samples": COUNT, "tokens": COUNT}),
-        "learning_rates": list_of(RATE),
-        "tuned_on": MAPPING,
-        "student_from": one_of("stock", "tuned"),
-        "domains": MAPPING,
-        "bootstrap": FREE,
-        "expected_seconds": Block(
-            dict.fromkeys(("train", "measure", "rounds", *ALSO), SECONDS),
-        ),
-        "run": MAPPING,
-        "choices": Block({"steps": COUNT, "rounds": COUNT, "runs": MAPPING}),
-        "experiments": MAPPING,
-    }
-)
-"""The keys of the configuration; those of runs are checked by `read_run`."""
-EXPERIMENT = Block(
-    {
-        "title": TEXT,
-        "question": TEXT,
-        "seeds": list_of(NATURAL),
-        "baseline": optional(TEXT),
-        "also": list_of(one_of(*ALSO)),
-        "shared": MAPPING,
-        "runs": MAPPING,
-    }
-)
-
-
-def check_config(cfg: DictConfig) -> None:
-    """Check the keys and values of the configuration.
-
-    Errors: NemoKDError that names the key, what is expected and, for a typing error, what is meant.
-    """
-    check(cfg, SETTINGS)
-    for domain in cfg.domains:
-        check(settings(cfg, domain), SETTINGS, f"domains.{domain}")
-    for name, block in cfg.experiments.items():
-        check(block, EXPERIMENT, f"experiments.{name}")
 
 
 def settings(cfg: DictConfig, domain: str) -> DictConfig:

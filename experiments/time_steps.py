@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from assets import Assets, training
+from config_check import check_config
 from omegaconf import DictConfig, OmegaConf
 from steps import ROOT, Step, Workshop, lock, write_json
 from student import student_and_loss, train_stores
-from study import TIMED, Run, check_config, read_choices
+from study import TIMED, Run, read_choices
 
 from nemo_kd.cli.scripts import script
 

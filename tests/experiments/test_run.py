@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from config_check import check_config
 from hydra import compose, initialize_config_dir
 from omegaconf import DictConfig
 from queue_plan import Job, check_results, read_results
 from student import combine
-from study import Run, check_config, read_experiments, select, shaping
+from study import Run, read_experiments, select, shaping
 
 from nemo_kd.errors import NemoKDError
 from tests.conftest import ROOT
