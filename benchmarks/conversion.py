@@ -64,7 +64,7 @@ def make(directory: Path) -> None:
     shapes = shapes_of(read_model(CONFIG))
     tensors = {name: torch.randn(shape).bfloat16() for name, shape in shapes.items()}
     save_file(tensors, directory / "model.safetensors", {"format": "pt"})
-    (directory / "config.json").write_text(json.dumps(CONFIG))
+    (directory / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")
 
 
 def convert_in() -> None:
@@ -83,7 +83,7 @@ WAYS: dict[str, Callable[[], None]] = {"in": convert_in, "out": convert_out}
 
 def memory() -> dict[str, int]:
     """Anonymous and resident memory of this process, in bytes."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     status = dict(line.split(":", 1) for line in lines)
     names = {"anonymous": "RssAnon", "resident": "VmRSS"}
     return {name: int(status[key].split()[0]) << 10 for name, key in names.items()}
@@ -152,7 +152,7 @@ def main() -> None:
         "largest_tensor": max(sizes) * torch.bfloat16.itemsize,
         "ways": {way: in_process(way) for way in WAYS},
     }
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     show(result)
 
 

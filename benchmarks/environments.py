@@ -99,13 +99,13 @@ def _newer_python(environment: Environment, directory: Path) -> str:
 def _install_once(python: str, directory: Path, *arguments: str) -> None:
     """Run pip unless a stamp in `directory` says that it has succeeded with these arguments."""
     stamp = directory / ".installed"
-    if stamp.exists() and json.loads(stamp.read_text()) == [python, *arguments]:
+    if stamp.exists() and json.loads(stamp.read_text(encoding="utf-8")) == [python, *arguments]:
         return
     shutil.rmtree(directory, ignore_errors=True)
     command = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*command, *arguments], cwd=ROOT, check=True)
     directory.mkdir(parents=True, exist_ok=True)
-    stamp.write_text(json.dumps([python, *arguments]))
+    stamp.write_text(json.dumps([python, *arguments]), encoding="utf-8")
 
 
 def _version(python: str, path: str, package: str) -> str:

@@ -188,7 +188,7 @@ def main() -> None:
             table.add_row(row.name, f"{rows[-1]['loss']:.1e}", f"{rows[-1]['weights']:.1e}")
     Console(width=100).print(table)
     result = {"machine": machine(), "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_table(PAGE, PROGRAM, table_of_page(result))
 
 

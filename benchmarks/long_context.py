@@ -70,7 +70,7 @@ def main() -> None:
     result = {"machine": about, "vocabulary": VOCABULARY, "hidden": HIDDEN, "top_k": K, "rows": []}
     for tokens in TOKENS:
         result["rows"].append(measured(tokens))
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
+        RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_table(loss.PAGE, "benchmarks/long_context.py", table(result))
     print(table(result))
 

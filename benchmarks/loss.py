@@ -209,7 +209,7 @@ def rank_main(
     )
     values = measure(candidates)
     if rank == 0:
-        Path(directory, "result.json").write_text(json.dumps(values))
+        Path(directory, "result.json").write_text(json.dumps(values), encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
@@ -220,7 +220,7 @@ def run(
     print(measure.__name__, names, "on", ranks, file=sys.stderr, flush=True)
     with tempfile.TemporaryDirectory() as directory:
         mp.spawn(rank_main, (ranks, directory, measure, candidates), nprocs=ranks)
-        return json.loads(Path(directory, "result.json").read_text())
+        return json.loads(Path(directory, "result.json").read_text(encoding="utf-8"))
 
 
 def pair(ours: Candidate, peer: Candidate, ranks: int = 1) -> tuple[list[float], list[float]]:
@@ -293,7 +293,7 @@ def row(
 
 def machine() -> dict[str, str | float]:
     """Describe the machine; `load` is the load average at the start, and adds noise above 0."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
     return {
         "processor": model or platform.machine(),
@@ -354,7 +354,7 @@ def main() -> None:
     show(rows)
     result = {"machine": about, "rows": rows}
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_table(PAGE, "benchmarks/loss.py", table_of_page(result))
 
 

@@ -3,7 +3,7 @@
     python benchmarks/matrix.py       # a table, benchmarks/results/matrix.json, docs/support.md
 
 Environments are overlays over the one that runs this (see `environments.py`), kept with everything
-finished in `--directory`: the same command goes on. Megatron-core trains a GPTModel of 4 layers in
+finished in `--directory`: the same command resumes. Megatron-core trains a GPTModel of 4 layers in
 `examples/megatron_core/train.py`, from the same weights on every layout; NeMo the tests' student
 in `examples/train_gpt_sft_kd.py`. Losses are compared with one process of the first version; a step
 has three or four of them. Both dump the same `.nemo`; a store is compared with that of the first
@@ -88,7 +88,7 @@ class Runner:
     def _cell(self, name: str, run: Callable[[], Any]) -> Any:
         kept = self.directory / f"{name}.json"
         if kept.exists():
-            return json.loads(kept.read_text())
+            return json.loads(kept.read_text(encoding="utf-8"))
         print(f"{self.environment.name}: {name}", flush=True)
         try:
             found = run()
@@ -96,7 +96,7 @@ class Runner:
             lines = [line for line in str(error).splitlines() if line.strip()]
             return {"error": lines[-1] if lines else "failed"}
         kept.parent.mkdir(parents=True, exist_ok=True)
-        kept.write_text(json.dumps(found))
+        kept.write_text(json.dumps(found), encoding="utf-8")
         return found
 
     def _megatron(self, options: list[str], processes: int) -> list[list[float]]:
@@ -254,7 +254,7 @@ def main() -> int:
     for row in rows:
         table.add_row(row["environment"], *(shown(row, column) for column in [*COLUMNS, *DUMPS]))
     Console(width=120).print(table)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_table(PAGE, PROGRAM, table_of_page(result))
     for fault in faults(rows):
         print(fault, file=sys.stderr)

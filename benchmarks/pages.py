@@ -16,4 +16,4 @@ def with_table(page: str, program: str, table: str) -> str:
 
 def write_table(page: Path, program: str, table: str) -> None:
     """Replace the page's table of `program`."""
-    page.write_text(with_table(page.read_text(), program, table))
+    page.write_text(with_table(page.read_text(encoding="utf-8"), program, table), encoding="utf-8")

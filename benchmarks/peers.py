@@ -373,7 +373,7 @@ def main() -> None:
     rows = compare()
     show(rows)
     result = {"machine": about, "rows": rows}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     write_table(shared.PAGE, "benchmarks/peers.py", table_of_page(result))
 
 

@@ -288,7 +288,7 @@ def opening() -> dict[str, float]:
 
 
 def machine() -> dict[str, str | int]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
     return {
         "processor": model or platform.machine(),
@@ -347,7 +347,7 @@ def main() -> None:
         "tools": speeds,
     }
     RESULT.parent.mkdir(exist_ok=True)
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

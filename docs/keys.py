@@ -91,7 +91,7 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
 
 def of_yaml(name: str, block: str = "") -> Iterator[tuple[str, Any, str]]:
     """(dotted key, value, comment) of each key that has a comment on its line."""
-    text = (ROOT / "conf" / name).read_text()
+    text = (ROOT / "conf" / name).read_text(encoding="utf-8")
     lines = text.splitlines()
     node = yaml.compose(text)
     for part in filter(None, block.split(".")):
@@ -117,4 +117,4 @@ def explained(
 
 
 if __name__ == "__main__":
-    PAGE.write_text(with_tables(PAGE.read_text()))
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8")))

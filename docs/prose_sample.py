@@ -64,7 +64,9 @@ def main() -> None:
     parser.add_argument("--messages", type=int, default=30)
     arguments = parser.parse_args()
     chosen = random.Random(arguments.seed)
-    trees = {path: ast.parse(path.read_text()) for path in sorted(PACKAGE.rglob("*.py"))}
+    trees = {
+        path: ast.parse(path.read_text(encoding="utf-8")) for path in sorted(PACKAGE.rglob("*.py"))
+    }
     for title, count, find in (
         ("docstring", arguments.docstrings, docstrings),
         ("message", arguments.messages, messages),

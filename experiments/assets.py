@@ -241,7 +241,7 @@ def training(cfg: DictConfig, max_tokens: int | None = None) -> list[str]:
     ]
 
 
-# Only the last state is kept: enough to go on after a kill.
+# Only the last state is kept: enough to resume after a kill.
 CHECKPOINTS = (
     "exp_manager.checkpoint_callback_params.save_top_k=0",
     "+exp_manager.checkpoint_callback_params.save_last=true",

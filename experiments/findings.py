@@ -195,7 +195,7 @@ def best_step(a: Seeds, b: Seeds) -> int | None:
 
 
 def right_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
-    """What both have of `ANSWERED` → difference in the fraction of right answers."""
+    """The entries of `ANSWERED` that both have → difference in the fraction of right answers."""
     found = {
         what: compared(cfg, difference, a, b, partial(right_answers, what=what))
         for what in ANSWERED
@@ -242,7 +242,7 @@ def right_answers(found: Sequence[dict[str, Any]], what: str) -> Curves | None:
 
 
 def answers(result: Mapping[str, Any]) -> dict[str, str]:
-    """What a result file has of `ANSWERED` → `1` or `0` for each question."""
+    """The entries of `ANSWERED` in a result file, each a string of 1 (right) and 0 per question."""
     found = {EXACT: result.get("generation", {}).get("right")}
     found[DOCTESTS] = result.get("doctests", {}).get("right")
     known = result.get("knowledge", {}).get("right", {})

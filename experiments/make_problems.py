@@ -50,7 +50,7 @@ def main(
         (output_dir / f"{split}.jsonl").write_text(text, encoding="utf-8")
         about[split] = {"samples": count, "tokens": sum(tokens)}
     about["groups"] = [place // len(TASKS) % groups for place in range(test)]
-    (output_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n")
+    (output_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     typer.echo(json.dumps({key: about[key] for key in ("train", "valid", "test")}))
 
 

@@ -20,6 +20,7 @@ from steps import claim
 from study import Experiment, Run, all_steps, read_run, settings, shaping
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.store.spec import leaves
 
 Results = Mapping[str, dict[str, Any]]
 """Run name → contents of its result file."""
@@ -77,7 +78,7 @@ def check_results(cfg: DictConfig, results: Results) -> None:
         then = content.get("settings", now)
         steps = all_steps(run, own[run.domain])
         now, then = now | {STEPS: steps}, then | {STEPS: content.get("steps", steps)}
-        if change := _change(_flat(then), _flat(now)):
+        if change := _change(dict(leaves("", then)), dict(leaves("", now))):
             raise NemoKDError(
                 f"{name}.json is a result {change}: give another results= and another out= for the "
                 "new setting, or the old setting"
@@ -96,15 +97,6 @@ def _change(then: Mapping[str, Any], now: Mapping[str, Any]) -> str:
         if (old := then.get(key)) != (new := now.get(key)):
             return f"with {key}={old}, and the configuration has {key}={new}"
     return ""
-
-
-def _flat(block: Mapping[str, Any], where: str = "") -> dict[str, Any]:
-    """The values of nested blocks by their dotted keys."""
-    flat: dict[str, Any] = {}
-    for key, value in block.items():
-        nested = isinstance(value, Mapping)
-        flat |= _flat(value, f"{where}{key}.") if nested else {f"{where}{key}": value}
-    return flat
 
 
 def grid(cfg: DictConfig, family: str, results: Results, domain: str = "code") -> list[Run]:

@@ -233,7 +233,7 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
 
 
 def said(study: Study, name: str, figures: Mapping[str, str]) -> list[str]:
-    """What is said below the table of an experiment."""
+    """The paragraphs below an experiment's table."""
     rows, teacher = study.rows, study.rows["math_reference"][0]
     if name == "headline":
         return [words.within_a_run(rows[name])]

@@ -516,9 +516,8 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "students start from the same weights and have no dropout, so nothing else is random",
         "learning rate": "chosen for each family of objectives on the validation split (code, 8 "
         f"layers, seed {cfg.tuned_on.seed}; worked problems: their own) and used everywhere; the "
-        "candidates start at "
-        f"{' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is extended by factors "
-        "of 2 until the best value is not at its edge",
+        f"grid starts with {' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is "
+        "extended by factors of 2 until the best value is not at an end",
         "held-out metrics": "over the answer tokens of the test split unless stated otherwise, "
         f"every {train.validate_every} steps; the KL is to the fine-tuned teacher's top "
         f"{cfg.teacher.top_k} with the rest in one bucket",
@@ -548,7 +547,7 @@ def processors(experiments: Sequence[Experiment], rows: Rows, results: Results) 
     if mixed:
         text += (
             "; each has its own fine-tuned teachers, trained by the same commands. Experiments "
-            f"with runs of both: {'; '.join(mixed)}"
+            f"with runs of several: {'; '.join(mixed)}"
         )
     return text
 

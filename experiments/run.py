@@ -35,7 +35,7 @@ def do(job: Job, assets: Assets, workshop: Workshop, results: Path) -> None:
     for step in steps(job.run, assets, job.also):
         workshop.run(step)
     file = results / f"{job.run.name}.json"
-    before = json.loads(file.read_text()) if file.is_file() else {}
+    before = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     content = combine(before, result(job.run, assets, workshop, job.also))
     for path in (assets.out / "results" / file.name, file):
         write_json(path, content)

@@ -106,7 +106,7 @@ def trial(module: str, path: str, source: str | None) -> bool:
 
 
 def _send(call: Callable[[], bool], to: Connection) -> None:
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
         sys.stdout = sys.stderr = nowhere
         to.send(call())  # not an exit status: generated code can exit with any
         os._exit(0)  # skips what generated code registered for the exit
@@ -155,7 +155,11 @@ def find(
     output: Annotated[Path, typer.Option(help="JSONL of the rows that can be judged")],
 ) -> None:
     """Keep the rows whose functions have doctests that tell right from wrong."""
-    lines = [line for line in rows.read_text().splitlines() if has_doctests(json.loads(line))]
+    lines = [
+        line
+        for line in rows.read_text(encoding="utf-8").splitlines()
+        if has_doctests(json.loads(line))
+    ]
     publish(output, "".join(f"{line}\n" for line in lines))
     typer.echo(f"{len(lines)} functions with doctests")
 
@@ -167,7 +171,7 @@ def judge(
     model: Annotated[str, typer.Option(help="whose completions")] = "student",
 ) -> None:
     """Run the doctests of every completed function."""
-    samples = json.loads(completions.read_text())["samples"]
+    samples = json.loads(completions.read_text(encoding="utf-8"))["samples"]
     right = [written(sample, sample["completions"][model]) for sample in samples]
     content = {"functions": len(right), "right": "".join(str(int(each)) for each in right)}
     publish(output, json.dumps(content) + "\n")

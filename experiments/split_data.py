@@ -118,7 +118,7 @@ def main(
     about["sources"] = [{**row, "licence": short_licence(row)} for row in sources]
     about["example"] = asdict(chosen[0])
     (output_dir / "LICENSES.txt").write_text(licences, encoding="utf-8")
-    (output_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n")
+    (output_dir / "data.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
     typer.echo(json.dumps({key: about[key] for key in ("train", "valid", "test", "usable")}))
 
 

@@ -19,7 +19,7 @@ def main(
     data: Annotated[Path, typer.Option(help="data.json, which says each row's group")],
 ) -> None:
     """Write the groups, and their numbers of answer tokens as groups.json."""
-    group_of = json.loads(data.read_text())["groups"]
+    group_of = json.loads(data.read_text(encoding="utf-8"))["groups"]
     store = Store(source)
     parts: dict[int, list[Sample]] = defaultdict(list)
     for sample in store:
@@ -30,7 +30,7 @@ def main(
         spec = store.spec
         manifest = write_samples(samples, target / name, spec, overwrite=True)
         tokens[name] = manifest.totals["answer_tokens"]
-    (target / "groups.json").write_text(json.dumps(tokens, indent=1) + "\n")
+    (target / "groups.json").write_text(json.dumps(tokens, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

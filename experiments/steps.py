@@ -72,7 +72,7 @@ class Workshop:
         marker = self.marker(step)
         if not marker.is_file():
             return False
-        before, now = json.loads(marker.read_text())["command"], self._shown(step)
+        before, now = json.loads(marker.read_text(encoding="utf-8"))["command"], self._shown(step)
         if before != now:
             made = step.resumes_in or step.product
             raise NemoKDError(
@@ -93,7 +93,7 @@ class Workshop:
 
     def seconds(self, step: Step) -> float:
         """Seconds of the last successful run."""
-        return float(json.loads(self.marker(step).read_text())["seconds"])
+        return float(json.loads(self.marker(step).read_text(encoding="utf-8"))["seconds"])
 
     def run(self, step: Step) -> None:
         """Run the step unless it is done, once another process that runs it has ended.
@@ -135,7 +135,7 @@ class Workshop:
             "OMP_NUM_THREADS": str(self.threads),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
         }
-        with log.open("a") as file:
+        with log.open("a", encoding="utf-8") as file:
             child = subprocess.Popen(
                 command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT
             )
@@ -201,7 +201,7 @@ def claim(path: Path, *, wait: bool) -> TextIO:
 
 def _open(path: Path) -> TextIO:
     path.parent.mkdir(parents=True, exist_ok=True)
-    return path.open("w")
+    return path.open("w", encoding="utf-8")
 
 
 def remove(path: Path) -> None:

@@ -8,8 +8,9 @@
 `settings` are those beyond `run` that shaped the result: see `shaping` in study.py.
 The curve is that of the test split, a column for each of its groups; it is absent where rounds on
 the student's own answers follow. `valid` and `test` are measured on the finished student. The last
-three are optional: what it generates for held-out prompts, which questions of OpenBookQA it answers
-right, and which generated functions pass their doctests.
+four are optional: what it generates for held-out prompts, which questions of OpenBookQA it answers
+right, which generated functions pass their doctests, and its cross-entropy by the teacher's
+probability of the label.
 """
 
 from __future__ import annotations
@@ -297,7 +298,7 @@ def steps(run: Run, assets: Assets, also: Sequence[str]) -> list[Step]:
 
 def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) -> dict[str, Any]:
     """The content of the result file."""
-    figures = json.loads((directory(run, assets) / "measured.json").read_text())
+    figures = json.loads((directory(run, assets) / "measured.json").read_text(encoding="utf-8"))
     content: dict[str, Any] = {
         "name": run.name,
         "run": asdict(run),
@@ -324,7 +325,7 @@ def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) ->
         content["store"] = [store_sizes(path) for path in train_stores(run, assets)[1]]
     for each in also:
         last = more_steps(run, assets, each)[-1]
-        found = json.loads(last.product.read_text())
+        found = json.loads(last.product.read_text(encoding="utf-8"))
         content[each] = JUDGES[run.domain](found["samples"]) if each == "generation" else found
         content["seconds"][each] = workshop.seconds(last)
     return content
@@ -351,7 +352,7 @@ def combine(before: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
 def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
     """Metrics of the test groups at each validation, and the median seconds per training step."""
     log = report_data.read_run(directory(run, assets) / "metrics.jsonl")
-    tokens = json.loads((assets.groups(run.domain) / "groups.json").read_text())
+    tokens = json.loads((assets.groups(run.domain) / "groups.json").read_text(encoding="utf-8"))
     content: dict[str, Any] = {"steps": list(log.validation), "groups": tokens}
     if content["steps"][-1] != (last := run.steps(assets.of(run.domain).train.steps)):
         raise StepFailedError(f"{run.name} was validated at {content['steps']}, not at {last}")
@@ -365,5 +366,5 @@ def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
 
 def store_sizes(store: Path) -> dict[str, Any]:
     """The disk size of the logits."""
-    totals = json.loads((store / "manifest.json").read_text())["totals"]
+    totals = json.loads((store / "manifest.json").read_text(encoding="utf-8"))["totals"]
     return {"store": store.name, "tokens": totals["answer_tokens"], "bytes": totals["bytes"]}

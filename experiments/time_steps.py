@@ -92,7 +92,7 @@ def main(cfg: DictConfig) -> None:
     assets, workshop = Assets(cfg, out), Workshop(out, cfg.threads)
     runs = {label: runs[0] for label, runs in read_choices(cfg).runs.items()}
     if file.is_file():
-        changed = other_than_asked(json.loads(file.read_text()), list(runs), cfg)
+        changed = other_than_asked(json.loads(file.read_text(encoding="utf-8")), list(runs), cfg)
         if not changed:
             return print(f"every choice is in {file}; without that file it is measured again")
         print(f"{file} has {', '.join(changed)}: measured again")

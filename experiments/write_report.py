@@ -33,7 +33,10 @@ def read_study(cfg: DictConfig) -> Study:
     """The configured experiments with their results in `cfg.results`."""
     directory = Path(cfg.results)
     results, experiments = read_results(directory), read_experiments(cfg)
-    data = {path.stem: json.loads(path.read_text()) for path in directory.glob("data/*.json")}
+    data = {
+        path.stem: json.loads(path.read_text(encoding="utf-8"))
+        for path in directory.glob("data/*.json")
+    }
     timed = directory / TIMED
     return Study(
         cfg=cfg,
@@ -42,7 +45,7 @@ def read_study(cfg: DictConfig) -> Study:
         results=results,
         data=dict(sorted(data.items())),
         choices=rows(cfg, read_choices(cfg), results),
-        timed=json.loads(timed.read_text()) if timed.is_file() else None,
+        timed=json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else None,
         repeated=read_results(directory / REPEATED),
     )
 

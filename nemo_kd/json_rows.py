@@ -1,6 +1,6 @@
 """JSON of a row, in which an object may have each key only once.
 
-The standard library keeps the last of two values of a key, and drops the other without a word.
+The standard library keeps the last of two values of a key, and silently drops the other.
 """
 
 from __future__ import annotations

@@ -211,8 +211,8 @@ def compiled_loops() -> Loops:
 
 def main() -> None:
     loops = compiled_loops()
-    RESULT.write_text(json.dumps(loops, indent=1) + "\n")
-    PAGE.write_text(with_tables(PAGE.read_text(), loops))
+    RESULT.write_text(json.dumps(loops, indent=1) + "\n", encoding="utf-8")
+    PAGE.write_text(with_tables(PAGE.read_text(encoding="utf-8"), loops))
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ def missing() -> str | None:
 def rows_of(name: str, seconds: float, log: Path, tiny: bool = False) -> Iterator[Row]:
     """Run a part; yield its results as they come. Other output goes to `log`."""
     command = [sys.executable, "-m", "benchmarks.gpu.parts", name, *(["tiny"] if tiny else [])]
-    with log.open("w") as errors:
+    with log.open("w", encoding="utf-8") as errors:
         part = subprocess.Popen(
             command,
             cwd=ROOT,
@@ -71,7 +71,10 @@ def rows_of(name: str, seconds: float, log: Path, tiny: bool = False) -> Iterato
     if code == -signal.SIGKILL:
         yield {"what": what, "not run": f"no time: stopped after {seconds:.0f} s"}
     elif code:
-        last = (log.read_text(errors="replace").strip().splitlines() or [f"exit code {code}"])[-1]
+        last = (
+            log.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            or [f"exit code {code}"]
+        )[-1]
         yield {"what": what, "not run": last[:300]}
 
 
@@ -95,8 +98,8 @@ def as_markdown(result: dict[str, Any]) -> str:
 
 
 def write(result: dict[str, Any], out: Path) -> None:
-    (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
-    (out / "gpu.md").write_text(as_markdown(result))
+    (out / "gpu.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (out / "gpu.md").write_text(as_markdown(result), encoding="utf-8")
 
 
 def failed(parts: dict[str, list[Row]]) -> list[str]:

@@ -18,10 +18,10 @@ from megatron.bridge.training.model_load_save import (
 from megatron.core import dist_checkpointing
 
 from nemo_kd.bridge.export import new_export
+from nemo_kd.checkpoints.latest import latest, latest_directory
 from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import read_json
-from nemo_kd.mcore.resume import LATEST
 
 BASE = "pretrained"
 """Directory of the student's weights in that of a training's checkpoints."""
@@ -49,10 +49,10 @@ def keep_student(config: ConfigContainer) -> None:
         )
     base = Path(checkpoint.save, BASE)
     checkpoint.pretrained_checkpoint = str(base)
-    if checkpoint.load is None or not Path(checkpoint.load, LATEST).is_file():
+    if checkpoint.load is None or latest(checkpoint.load) is None:
         base.mkdir(parents=True, exist_ok=True)  # Bridge 0.6 looks for it before the model is built
         model.register_pre_wrap_hook(lambda chunks: _written(chunks, base, config.dataset.student))
-    elif not (base / LATEST).is_file():
+    elif latest(base) is None:
         raise NemoKDError(
             f"{checkpoint.load} has adapters, but {base} lacks the student that they belong to: "
             "set checkpoint.pretrained_checkpoint to where it is"
@@ -112,16 +112,18 @@ def export_merged(
     bridge = AutoBridge.from_hf_pretrained(
         str(student), local_files_only=True, trust_remote_code=False
     )
-    last = str(Path(checkpoints, f"iter_{int(Path(checkpoints, LATEST).read_text()):07d}"))
+    last = latest_directory(checkpoints)
+    if last is None:
+        raise NemoKDError(f"{checkpoints} has no checkpoint; give checkpoint.save of the training")
     with (
         temporary_distributed_context(backend="gloo"),
         new_export(output, student, checkpoints) as new,
     ):
         model: Any = bridge.load_megatron_model(base or Path(checkpoints, BASE))
         model = peft(model, training=False)
-        metadata = dist_checkpointing.load_content_metadata(last)
+        metadata = dist_checkpointing.load_content_metadata(str(last))
         parts = model[0].sharded_state_dict(metadata=metadata)
         own = {name: part for name, part in parts.items() if peft.adapter_key_filter(name)}
-        stored = dist_checkpointing.load({"model": own}, last)
+        stored = dist_checkpointing.load({"model": own}, str(last))
         model[0].load_state_dict(stored["model"], strict=False)
         bridge.save_hf_pretrained(model, str(new))

@@ -14,12 +14,13 @@ from nemo_kd.bridge.data import KDDataConfig
 from nemo_kd.bridge.peft import described, keep_student
 from nemo_kd.bridge.recipe import evaluation_of
 from nemo_kd.bridge.step import KDForwardStep
+from nemo_kd.checkpoints.latest import latest
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import sha256_of_json
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.mix import STUDENT
 from nemo_kd.mcore.multi_token import refuse_multi_token
-from nemo_kd.mcore.resume import LATEST, keep_settings
+from nemo_kd.mcore.resume import keep_settings
 from nemo_kd.store.fingerprint import checkpoint_fingerprint
 from nemo_kd.teacher.processes import say_once
 
@@ -113,8 +114,7 @@ def _is_complete(config: ConfigContainer) -> bool:
     checkpoint, steps = config.checkpoint, config.train.train_iters
     if checkpoint.load is None or checkpoint.finetune or steps is None:
         return False
-    latest = Path(checkpoint.load, LATEST)
-    text = str(checkpoint.ckpt_step or (latest.read_text().strip() if latest.is_file() else ""))
+    text = str(checkpoint.ckpt_step or latest(checkpoint.load))
     if not text.isdigit() or int(text) < steps:
         return False
     say_once(

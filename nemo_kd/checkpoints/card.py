@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from nemo_kd.checkpoints.source import Source
+from nemo_kd.checkpoints.source import CONVERTED, Source
 
 FILE = "README.md"
 STORES, STEPS = "kd_train_stores", "kd_trained_steps"
@@ -92,8 +92,8 @@ def _seal(text: str) -> str:
 
 
 def _converted(section: Mapping[str, Any]) -> Mapping[str, Any]:
-    """What a conversion recorded: of the model before training."""
-    converted = section.get("converted_from")
+    """What the conversion recorded of the model before its training."""
+    converted = section.get(CONVERTED)
     return converted if isinstance(converted, Mapping) else {}
 
 

@@ -96,7 +96,7 @@ def write(
     setattr(metadata, "mcore_data", {one: {} for one in _tensors(metadata)})  # noqa: B010
     torch.save({}, directory / COMMON)
     (directory / METADATA).write_bytes(pickle.dumps(metadata))
-    (directory / FORMAT).write_text(json.dumps(BACKENDS))
+    (directory / FORMAT).write_text(json.dumps(BACKENDS), encoding="utf-8")
 
 
 def _write_slice(metadata: Metadata, file: IO[bytes], one: Slice) -> int:

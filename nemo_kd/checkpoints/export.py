@@ -29,10 +29,11 @@ from nemo_kd.checkpoints.model import CheckpointError, Model, reading
 from nemo_kd.checkpoints.recorded_base import check_base, tensors_of
 from nemo_kd.checkpoints.safetensors_file import Entry
 from nemo_kd.checkpoints.source import CONFIG as NEMO_CONFIG
-from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.source import CONVERTED, EMBEDDING, Source, open_source
 from nemo_kd.checkpoints.trained_arguments import check_arguments
 from nemo_kd.checkpoints.verify import Verified, verify_export
 from nemo_kd.checkpoints.weights import Weights
+from nemo_kd.visible import say
 from nemo_kd.vocabulary import VocabularySize
 
 CONFIG, GENERATION = "config.json", "generation_config.json"
@@ -72,14 +73,12 @@ def open_student(
     base: str | Path | None = None,
     tokenizer: str | Path | None = None,
     base_model: str | Path | None = None,
-    *,
-    say: Callable[[str], object] = print,
 ) -> Student:
     """Open the model at `path` and check that all of it can be exported.
 
     `base` is a Hugging Face directory whose config.json describes the model, `tokenizer` one that
     replaces the model's own. With `base_model`, `path` has LoRA adapters, which are merged into it.
-    `say` is called with a line for what cannot be checked.
+    Prints a line for what cannot be checked.
     Errors: CheckpointError for a model that a config.json cannot describe, and for a `base_model`
     other than that of the adapters' training.
     """
@@ -116,7 +115,7 @@ def open_student(
     config.setdefault("architectures", [model.architecture])
     config.setdefault("model_type", family_of(model).model_type)
     generation = _generation(source, config, base, loaded)
-    if base is None and nemo_settings.CONVERTED not in (source.section or {}):
+    if base is None and CONVERTED not in (source.section or {}):
         config = {**generation, **config}  # the class's own ids would be another tokenizer's
     weights, record = Weights(source.weights, source.prefix, model), source
     if base_model is not None:
@@ -183,7 +182,7 @@ def _generation(
     The tokenizer's end of sequence, with which answers end in training, ends a generation as well.
     """
     path = Path(base) / GENERATION if base is not None else None
-    converted = (source.section or {}).get(nemo_settings.CONVERTED) or {}
+    converted = (source.section or {}).get(CONVERTED) or {}
     if path is not None and path.is_file():
         found = _read_json(path)
     elif base is None and converted.get("generation_config"):
@@ -240,7 +239,9 @@ def export(
         text = model_card(card or Card(), student.record, config, merged=merged)
         (new / CARD).write_text(text, encoding="utf-8")
         if len(shards) > 1:
-            (new / safetensors_file.INDEX).write_text(safetensors_file.index_of(shards))
+            (new / safetensors_file.INDEX).write_text(
+                safetensors_file.index_of(shards), encoding="utf-8"
+            )
         files = [*(one.name for one in new.iterdir()), *shards]
         done = 0
         for size in safetensors_file.write(new, shards, student.weights.tensors(), files):

@@ -28,6 +28,7 @@ from nemo_kd.checkpoints.model import (
     Rope,
     reading,
 )
+from nemo_kd.checkpoints.source import CONFIG, CONVERTED
 from nemo_kd.checkpoints.tokenizer import (
     ARTIFACT_NAME,
     ARTIFACT_PREFIX,
@@ -135,7 +136,7 @@ def write_nemo(
             "merge_file": None,
             "use_fast": True,
         }
-        config["converted_from"] = {
+        config[CONVERTED] = {
             "checkpoint": os.path.abspath(checkpoint.name),
             "layers": list(keep_layers),
             "config": dict(checkpoint.config),
@@ -147,9 +148,7 @@ def write_nemo(
             folder / "model_weights",
             written,
         )
-        (folder / "model_config.yaml").write_text(
-            yaml.safe_dump(config, sort_keys=False), encoding="utf-8"
-        )
+        (folder / CONFIG).write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         (folder / artifact).write_bytes(packed)
         verified = verify(checkpoint, keep_layers, dtype, folder, new) if compare else None
         with tarfile.open(archive_path, "w:") as archive:
@@ -175,10 +174,10 @@ def _refuse_foreign(output: Path) -> None:
     if not os.path.lexists(output):
         return
     try:
-        config = yaml.safe_load(read_member(output, "model_config.yaml"))
-    except (CheckpointError, OSError, tarfile.TarError, yaml.YAMLError, KeyError):
+        config = yaml.safe_load(read_member(output, CONFIG))
+    except (CheckpointError, OSError, yaml.YAMLError):
         config = None
-    ours = isinstance(config, dict) and "converted_from" in config and not config.get("data")
+    ours = isinstance(config, dict) and CONVERTED in config and not config.get("data")
     if not ours:
         raise CheckpointError(
             f"{output} would be replaced, but it is not a model that a conversion wrote; move it "

@@ -15,8 +15,8 @@ from nemo_kd.checkpoints.megatron_arguments import NEUTRAL, PRECISION, unsupport
 from nemo_kd.checkpoints.model import CheckpointError, Model
 from nemo_kd.checkpoints.nemo_file import model_config
 from nemo_kd.checkpoints.settings import to_version_4
+from nemo_kd.checkpoints.source import CONVERTED
 
-CONVERTED = "converted_from"
 DEFAULTS: dict[str, Any] = {
     "num_layers": 1,
     "hidden_size": None,

@@ -5,7 +5,7 @@ Format: huggingface.co/docs/peft, "PEFT checkpoint format".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,10 @@ from nemo_kd.checkpoints.export import config_of
 from nemo_kd.checkpoints.exported_tokenizer import tokenizer_of
 from nemo_kd.checkpoints.lora import Adapters, open_adapters, split
 from nemo_kd.checkpoints.model import CheckpointError, Model
-from nemo_kd.checkpoints.nemo_settings import CONVERTED
 from nemo_kd.checkpoints.recorded_base import check_base, tensors_in
 from nemo_kd.checkpoints.safetensors_file import Entry
-from nemo_kd.checkpoints.source import Source, open_source
+from nemo_kd.checkpoints.source import CONVERTED, Source, open_source
+from nemo_kd.visible import say
 
 CONFIG, SINGLE = "adapter_config.json", "adapter_model.safetensors"
 
@@ -38,13 +38,12 @@ def export_adapters(
     dtype: torch.dtype | None = None,
     overwrite: bool = False,
     card: Card | None = None,
-    say: Callable[[str], object] = print,
 ) -> int:
     """Write the adapters at `path` to the directory `output`; return their number.
 
     `base` is the Hugging Face directory of the model that they belong to; None: the one from which
-    it was converted. `say` is called with a line if it cannot be compared with the base of the
-    adapters' training.
+    it was converted. Prints a line if it cannot be compared with the base of the adapters'
+    training.
     Errors: CheckpointError for a base that is not an unchanged conversion, for one of other weights
     than that of the training, and those of `open_adapters`.
     """

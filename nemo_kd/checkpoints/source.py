@@ -29,10 +29,12 @@ from nemo_kd.checkpoints.distributed import (
     Files,
     files_of,
 )
+from nemo_kd.checkpoints.latest import latest_directory
 from nemo_kd.checkpoints.model import CheckpointError, checked, reading
 
 CONFIG, WEIGHTS, PICKLED_WEIGHTS = "model_config.yaml", "model_weights", "model_weights.ckpt"
-LATEST, RELEASE = "latest_checkpointed_iteration.txt", "release"
+CONVERTED = "converted_from"
+"""Key of a `.nemo`'s configuration: what the conversion that wrote it recorded."""
 MAX_CONFIG = 64 << 20  # bytes
 EMBEDDING = "embedding.word_embeddings.weight"
 EXPECTED = (
@@ -71,7 +73,7 @@ def open_source(path: str | Path) -> Source:
     if path.is_file() and not tarfile.is_tarfile(path):
         raise CheckpointError(f"{path} is not a .nemo; {EXPECTED}")
     if path.is_dir():
-        path = _latest(path)
+        path = latest_directory(path) or path
     files = files_of(path)
     if CONFIG in files:
         return _of_nemo(path, files)
@@ -79,18 +81,6 @@ def open_source(path: str | Path) -> Source:
         raise CheckpointError(f"{path} has neither {CONFIG} nor {METADATA}; {EXPECTED}")
     weights = DistributedCheckpoint(str(path), files)
     return Source(path, files, _section(path, files), weights)
-
-
-def _latest(path: Path) -> Path:
-    """Return the last iteration of a directory in which Megatron-LM keeps several.
-
-    It has the model before training under `release`, as its converters write it.
-    """
-    if not (path / LATEST).is_file():
-        return path
-    with reading(str(path / LATEST)):
-        last = (path / LATEST).read_text().strip()
-        return path / (last if last == RELEASE else f"iter_{int(last):07}")
 
 
 def _of_nemo(path: Path, files: Files) -> Source:
@@ -120,8 +110,8 @@ class _Converted(msgspec.Struct):
 
 
 def _check_converted(path: Path, section: Mapping[str, Any]) -> None:
-    if section.get("converted_from") is not None:
-        checked(f"{path}: model.converted_from", section["converted_from"], _Converted)
+    if section.get(CONVERTED) is not None:
+        checked(f"{path}: model.{CONVERTED}", section[CONVERTED], _Converted)
 
 
 PICKLED: list[Any] = [

@@ -24,7 +24,7 @@ from omegaconf import DictConfig, open_dict
 
 from nemo_kd.checkpoints.distributed import files_of
 from nemo_kd.checkpoints.model import CheckpointError, reading
-from nemo_kd.files import commit, read_bounded
+from nemo_kd.files import commit
 
 ARTIFACT_NAME = "tokenizer.zip"
 ARTIFACT_PREFIX = "nemo:"
@@ -107,7 +107,7 @@ def _refuse_another(directory: Path, checkpoint: Path, artifact: str) -> None:
     if not artifact.startswith(ARTIFACT_PREFIX) or not checkpoint.exists():
         return
     if name not in files_of(checkpoint):
-        return
+        return  # NeMo's own tokenizers are not copied
     with (
         reading(str(checkpoint), "its copy of the tokenizer cannot be read"),
         zipfile.ZipFile(io.BytesIO(read_member(checkpoint, name))) as archive,
@@ -124,18 +124,17 @@ def _refuse_another(directory: Path, checkpoint: Path, artifact: str) -> None:
 
 
 def read_member(checkpoint: Path, name: str) -> bytes:
-    if Path(name).name != name:
+    """Read a file at the top of a `.nemo`, an archive or a directory.
+
+    Errors: CheckpointError for one that is missing, elsewhere, or larger than `MAX_BYTES`.
+    """
+    member = files_of(checkpoint).get(name)
+    if member is None:
         raise CheckpointError(f"{checkpoint}: {name!r} is not a file of the checkpoint itself")
-    if checkpoint.is_dir():
-        return read_bounded(checkpoint / name, MAX_BYTES)
-    with tarfile.open(checkpoint, "r:") as archive:
-        member = archive.extractfile(f"./{name}")
-        if member is None:
-            raise CheckpointError(f"{checkpoint}: {name} is not a regular file")
-        data = member.read(MAX_BYTES + 1)
-    if len(data) > MAX_BYTES:
+    if member.size > MAX_BYTES:
         raise CheckpointError(f"{checkpoint}: {name} has more than {MAX_BYTES} bytes")
-    return data
+    with member.open() as file:
+        return file.read()
 
 
 def _unpack(data: bytes) -> Path:

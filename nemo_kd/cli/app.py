@@ -116,7 +116,7 @@ def refuse_address(store: str) -> None:
 
 
 def check_store_target(target: str | Path) -> None:
-    """Raise StoreError if `path` looks like a file or an address: a store is a local directory."""
+    """Raise StoreError if `target` looks like a file or address: a store is a local directory."""
     from nemo_kd.errors import StoreError
     from nemo_kd.settings.files import address_problem
 

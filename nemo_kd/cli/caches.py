@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -10,12 +9,13 @@ from typing import Any, Protocol
 
 from nemo_kd.cli.app import summary
 from nemo_kd.cli.tokenizers import Tokenizer, load_tokenizer
-from nemo_kd.files import open_regular, size_of
+from nemo_kd.files import read_bounded, size_of
 from nemo_kd.outputs import refuse_inputs
 from nemo_kd.served.responses import first_top_k, is_response, read_responses
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Sample, StoreError, StoreSpec, read_jsonl, write_samples
 from nemo_kd.store.codecs import TopP
+from nemo_kd.store.manifest import MANIFEST
 from nemo_kd.store.tools.agreement import Agreement
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_paths
 from nemo_kd.store.tools.distillkit import (
@@ -30,7 +30,7 @@ from nemo_kd.store.tools.jsonl import Padding, lines_of, record_of
 from nemo_kd.store.tools.logprobs import Changes
 from nemo_kd.store.tools.megatron import read_megatron
 from nemo_kd.store.tools.megatron_shards import is_shards, saved_top_k, shards_of
-from nemo_kd.visible import visible
+from nemo_kd.visible import say
 
 ON_BAD_LINES = ("error", "drop")
 MAX_PADDING_MASS = 0.01
@@ -175,7 +175,7 @@ def kind_of_source(source: str) -> str | None:
         return RESPONSES if is_response(line) else JSONL
     if path.suffix == ".parquet":
         return CAPTURE if path.is_file() and is_distillkit(path) else None
-    if not path.is_dir() or (path / "manifest.json").exists():
+    if not path.is_dir() or (path / MANIFEST).exists():
         return None
     if is_shards(path):
         return SHARDS
@@ -234,7 +234,7 @@ def from_cache(
 
     def drop(error: StoreError) -> None:
         dropped.append(error)
-        print(visible(f"dropped: {error}"), file=sys.stderr)
+        say(f"dropped: {error}")
 
     agreement, read = Agreement(), 0
 
@@ -259,7 +259,7 @@ def from_cache(
         _padding_warning(cache.changes.padding, agreement.tokens, tokenizer),
     ):
         if warning:
-            print(visible(f"WARNING: {source}: {warning}"), file=sys.stderr)
+            say(f"WARNING: {source}: {warning}")
     return {
         **summary(target, manifest),
         "dropped_lines": len(dropped),
@@ -317,7 +317,7 @@ def warned_of_cut(source: str, widths: Counter[int], top_k: int | None) -> dict[
         f"{top_k}, as many as the first have; convert them apart to keep all, or give --top-k "
         f"{top_k}"
     )
-    print(visible(f"WARNING: {source}: {warning}"), file=sys.stderr)
+    say(f"WARNING: {source}: {warning}")
     return {"samples_cut_to_top_k": cut}
 
 
@@ -332,11 +332,7 @@ def _compression(path: Path) -> Compression:
     import yaml  # needed for this only
 
     try:
-        with open_regular(path) as file:
-            text = file.read(MAX_CONFIGURATION + 1)
-        if len(text) > MAX_CONFIGURATION:
-            raise StoreError(f"{path}: more than {MAX_CONFIGURATION} bytes")
-        return compression_of(yaml.safe_load(text))
+        return compression_of(yaml.safe_load(read_bounded(path, MAX_CONFIGURATION)))
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise StoreError(f"{path}: {error}") from error
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +34,7 @@ from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, existing_chunks
 from nemo_kd.store.tools.parquet import read_parquet, spec_of, widest, write_parquet
 from nemo_kd.store.tools.selection import check_intact
-from nemo_kd.store.tools.transform import refuse_more
+from nemo_kd.store.tools.transform import converted_spec, refuse_more
 
 MASS_SAMPLES = 64  # evenly spaced samples read to measure the mass that a conversion lost
 _PROFILE = ("--profile", "--p", "--top-k", "--segment-bytes")
@@ -143,16 +142,7 @@ def from_parquet(
     elif tokenizer is not None:
         raise StoreError(f"--tokenizer has no effect: {source} records its own")
     refuse_idle_p(profile_options, profile or recorded.profile)
-    spec = replace(
-        recorded,
-        top_k=recorded.top_k if top_k is None else top_k,
-        profile=recorded.profile if profile is None else profile,
-        profile_options=(
-            (profile_options or {})
-            if profile not in (None, recorded.profile) or profile_options is not None
-            else recorded.profile_options
-        ),
-    )
+    spec = converted_spec(recorded, profile, profile_options, top_k)
     if not foreign:
         refuse_more(source, recorded, spec)
     widths = Counter[int]()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -35,6 +35,7 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
     from nemo_kd.files import sha256_of
     from nemo_kd.store.cache import Origin
     from nemo_kd.store.manifest import MANIFEST, Manifest, refuse_unfinished
+    from nemo_kd.store.spec import leaves
 
     if (path := Path(store)).suffix == ".nemo" and path.exists():
         _inspect_nemo(path, as_json)
@@ -57,7 +58,7 @@ def inspect(store: StoreArgument, as_json: Json = False) -> None:
     }
     console = render.console()
     console.print(render.pairs(str(store), counts))
-    console.print(render.pairs("\nspecification", flat(manifest.spec.to_json())))
+    console.print(render.pairs("\nspecification", dict(leaves("", manifest.spec.to_json()))))
 
 
 def _inspect_nemo(path: Path, as_json: bool) -> None:
@@ -190,14 +191,3 @@ def stats(
         title = name.removesuffix("_histogram").replace("_", " ")
         title += EXPLAINED.get(name, "")
         console.print(render.histogram(f"\n{title}", **one))
-
-
-def flat(value: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Flatten nested mappings into one mapping with dotted keys."""
-    result: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict) and item:
-            result.update(flat(item, f"{prefix}{key}."))
-        else:
-            result[prefix + key] = item
-    return result

@@ -1,4 +1,4 @@
-"""What is said of a store that is opened for training or validation."""
+"""Notices printed when a store is opened for training or validation."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from nemo_kd.data.lengths import Fitting
+from nemo_kd.errors import NemoKDError
 from nemo_kd.store import Store
 
 
@@ -38,7 +39,7 @@ def first_fit_decreasing(lengths: ArrayLike, size: int, seed: int = 0) -> Packs:
     At most 11/9 of the minimal number of packs, plus two thirds of one. `seed` shuffles samples of
     the same length; the lengths in each pack do not depend on it.
 
-    Errors: ValueError for a length that is below 0 or above `size`.
+    Errors: NemoKDError for a length that is below 0 or above `size`.
     """
     sizes = _checked(lengths, size)
     shuffled = np.random.default_rng(seed).permutation(len(sizes))
@@ -73,7 +74,7 @@ class Packing(Fitting):
 def in_order(lengths: ArrayLike, size: int) -> Packs:
     """Packs of consecutive samples that sum to at most `size`; lengths [samples] >= 0.
 
-    Errors: ValueError for a length above `size`.
+    Errors: NemoKDError for a length above `size`.
     """
     sizes = _checked(lengths, size)
     ends = np.concatenate([[0], sizes.cumsum()])  # [samples + 1]
@@ -110,7 +111,7 @@ def pack_samples(
 def _checked(lengths: ArrayLike, size: int) -> NDArray[np.int64]:
     sizes = np.asarray(lengths, dtype=np.int64)
     if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= size:
-        raise ValueError(
+        raise NemoKDError(
             f"lengths from {sizes.min()} to {sizes.max()} do not fit packs of {size}: each must "
             f"be in [0, {size}]"
         )

@@ -38,7 +38,10 @@ def run(command: Sequence[str], patience: float = PATIENCE, cwd: str | None = No
     """Run `command` for at most `patience` seconds; its failures are returned, never raised."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Files, not pipes: a grandchild that outlives the command would keep a pipe open.
-    with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
+        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+    ):
         try:
             done = subprocess.run(
                 command,
@@ -116,7 +119,9 @@ def compiler_fault() -> str | None:
     """Compile, link and run one line of C++."""
     with tempfile.TemporaryDirectory() as directory:
         source = Path(directory) / "one.cpp"
-        source.write_text("#include <vector>\nint main() { return std::vector<int>(1)[0]; }\n")
+        source.write_text(
+            "#include <vector>\nint main() { return std::vector<int>(1)[0]; }\n", encoding="utf-8"
+        )
         built = run(["g++", "-o", f"{directory}/one", str(source)])
         return built.fault or run([f"{directory}/one"]).fault
 

@@ -68,7 +68,7 @@ class SettingsKeeper(TrainerCallback):
         self.is_complete = False
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
-        """Say what another number of steps does; `Trainer` knows it from here on."""
+        """Note whether all steps are done already; print what another number of steps changes."""
         self.is_complete = bool(self.resumed) and state.global_step >= state.max_steps
         if self.is_complete:
             done = f"{state.global_step} of {state.max_steps} steps"

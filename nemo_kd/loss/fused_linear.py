@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.config import KDConfig
 from nemo_kd.loss.linear_chunks import LinearHead, LinearPass, linear_pass
@@ -81,17 +82,17 @@ def linear_sft_kd_loss(
     Collectives: two all-reduces a chunk, as `sft_kd_loss`; backward one all-reduce of [N, H], or a
     reduce-scatter; `sequence_parallel` adds an all-gather of hidden.
 
-    Errors: as `sft_kd_loss`, and ValueError if the shapes of hidden and weight do not match, or for
-    a `logit_softcap` that is not positive.
+    Errors: as `sft_kd_loss`, and NemoKDError for shapes of hidden and weight that do not match, and
+    for a `logit_softcap` that is not positive.
     """
     refuse_scheduled(config)
     if hidden.shape[-1] != weight.shape[-1]:
-        raise ValueError(
+        raise NemoKDError(
             f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} differ in their last "
             "dimension: give hidden [*, H] and weight [Vp, H]."
         )
     if logit_softcap is not None and not logit_softcap > 0:
-        raise ValueError(
+        raise NemoKDError(
             f"logit_softcap is {logit_softcap}: expected a positive number, or None for no cap."
         )
     shard = VocabShard.of(len(weight), group, None if config.count_padding else vocab_size)

@@ -76,7 +76,7 @@ def sft_kd_loss(
     Collectives: forward two all-reduces, [N] and [N, K + 2] ([N, K + 3] where T ≠ 1); backward
     none. With no position chosen there is none, the loss is 0 and the gradient too.
 
-    Errors: ValueError for shapes that do not match, a mask that is not bool, a missing teacher (or
+    Errors: NemoKDError for shapes that do not match, a mask that is not bool, a missing teacher (or
     log-sum-exp) that the configuration needs, a log-sum-exp at another temperature, random draws in
     a loss that they bias, and a schedule without its step; for CPU tensors also `check_teacher`'s,
     labels out of range and positions that do not ascend. On an accelerator these would make the

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import increment_version
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import kernels
 from nemo_kd.loss.compiling import never_compiled
 from nemo_kd.loss.rows import Rows
@@ -218,10 +219,10 @@ def gather_logits_and_logsumexp(
     logits' dtype; with `inplace` it is written over the logits (see `sft_kd_loss`), else they stay
     as they are. The graph then allows one backward pass, since its memory becomes the gradient.
 
-    Errors: ValueError for shapes that do not match, or a `vocab_size` the shards cannot hold.
+    Errors: NemoKDError for shapes that do not match, or a `vocab_size` the shards cannot hold.
     """
     if ids.shape[:-1] != logits.shape[:-1]:
-        raise ValueError(
+        raise NemoKDError(
             f"ids {tuple(ids.shape)} and logits {tuple(logits.shape)} differ in their leading "
             "dimensions: give ids [*, M] for logits [*, Vp]."
         )

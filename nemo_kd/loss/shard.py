@@ -8,6 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemo_kd.errors import NemoKDError
+
 
 @dataclass(frozen=True)
 class VocabShard:
@@ -29,13 +31,13 @@ class VocabShard:
     ) -> VocabShard:
         """The shard of `width` columns on this rank of `group`; no collective.
 
-        Errors: ValueError for a `vocab_size` that the shards cannot hold.
+        Errors: NemoKDError for a `vocab_size` that the shards cannot hold.
         """
         ranks = 1 if group is None else dist.get_world_size(group)
         rank = 0 if group is None else dist.get_rank(group)
         size = width * ranks if vocab_size is None else vocab_size
         if not 1 <= size <= width * ranks:
-            raise ValueError(
+            raise NemoKDError(
                 f"vocab_size is {vocab_size}, but the logits have {width} columns on each of "
                 f"{ranks} rank(s): expected 1 to {width * ranks}. Pass the tokenizer's vocabulary "
                 "size and the group over which the logits are sharded."

@@ -12,6 +12,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from nemo_kd.checkpoints.latest import RELEASE, latest
 from nemo_kd.data.resumed import (
     FILE,
     FILE_IS_MISSING,
@@ -39,8 +40,6 @@ BEFORE = "before"
 `{"iteration": TEXT, "settings": {...}}`: those of the checkpoint as long as it is the latest, null
 where they are not known.
 """
-LATEST = "latest_checkpointed_iteration.txt"
-"""Megatron's file in a directory with a checkpoint."""
 
 
 def keep_settings(
@@ -66,19 +65,13 @@ def keep_settings(
     loss = {**loss_settings(config), STORE_ALPHA: _store_alphas(data)}
     settings = decode_json(canonical_json({**data.identity, **loss, **(more or {})}))
     is_first = Launch.of(os.environ).rank == 0
-    if load is not None and _latest(Path(load)) is not None:
+    if load is not None and latest(Path(load)) is not None:
         _compare(Path(load), settings, allow, is_first, steps)
     if save is None:
         return
     _refuse_others(Path(save), load)
     if is_first:
         _write(Path(save), {**settings, STEPS: steps})
-
-
-def _latest(directory: Path) -> str | None:
-    """Return the latest checkpoint, an iteration or `release`; None without one."""
-    file = directory / LATEST
-    return file.read_text().strip() if file.is_file() else None
 
 
 def _kept(directory: Path) -> dict[str, Any] | None:
@@ -88,7 +81,7 @@ def _kept(directory: Path) -> dict[str, Any] | None:
         return None
     kept: dict[str, Any] = read_json(file)
     before = kept.pop(BEFORE, None)
-    if before is None or before["iteration"] != _latest(directory):
+    if before is None or before["iteration"] != latest(directory):
         return kept
     settings: dict[str, Any] | None = before["settings"]  # nothing was saved since
     return settings
@@ -97,9 +90,9 @@ def _kept(directory: Path) -> dict[str, Any] | None:
 def _write(directory: Path, settings: dict[str, Any]) -> None:
     """Write the settings of a start, beside those of the checkpoint that it continues."""
     directory.mkdir(parents=True, exist_ok=True)
-    latest, kept, before = _latest(directory), _kept(directory), {}
-    if latest is not None and kept != settings:
-        before = {BEFORE: {"iteration": latest, "settings": kept}}
+    iteration, kept, before = latest(directory), _kept(directory), {}
+    if iteration is not None and kept != settings:
+        before = {BEFORE: {"iteration": iteration, "settings": kept}}
     publish(directory / FILE, canonical_json({**settings, **before}))
 
 
@@ -108,11 +101,11 @@ def _refuse_others(save: Path, load: str | Path | None) -> None:
 
     Otherwise they would count as this training's, and the next start would continue them as such.
     """
-    latest = _latest(save)
-    if latest in (None, "0", "release") or (load is not None and _is_same(save, Path(load))):
+    iteration = latest(save)
+    if iteration in (None, "0", RELEASE) or (load is not None and _is_same(save, Path(load))):
         return
     raise NemoKDError(
-        f"{save} has iteration {latest} of an earlier training, which this start does not "
+        f"{save} has iteration {iteration} of an earlier training, which this start does not "
         "continue: load it, and not as the start of a new training (finetune), or save to another "
         "directory"
     )
@@ -139,7 +132,7 @@ def _compare(
     then = _kept(load)
     if then is None:
         what = (
-            f"settings of iteration {_latest(load)} in {FILE}" if (load / FILE).is_file() else FILE
+            f"settings of iteration {latest(load)} in {FILE}" if (load / FILE).is_file() else FILE
         )
         if is_first:
             print(FILE_IS_MISSING.format(load, what), flush=True)

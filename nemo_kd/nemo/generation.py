@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +18,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.reporting import ReportingSFTModel
 from nemo_kd.nemo.rouge import WITHOUT_SENTENCES, splits_sentences
 from nemo_kd.nemo.splits import ValidationSplit
+from nemo_kd.visible import say
 
 
 def check_generation(model_cfg: DictConfig, data_cfg: DictConfig) -> None:
@@ -44,11 +44,9 @@ class GeneratingSFTModel(ReportingSFTModel):
         metrics, name = super().setup_metric(OmegaConf.merge(data_cfg, {"file_names": sets}))
         if name == "rouge" and not splits_sentences():
             if not self.global_rank:
-                print(
+                say(
                     "rougeLsum is left out: it splits sentences with NLTK's punkt, which is not "
-                    "on this machine (python -m nltk.downloader punkt_tab)",
-                    file=sys.stderr,
-                    flush=True,
+                    "on this machine (python -m nltk.downloader punkt_tab)"
                 )
             metrics = [ROUGEScore(rouge_keys=WITHOUT_SENTENCES) for _ in sets]
         return metrics, name

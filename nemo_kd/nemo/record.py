@@ -12,6 +12,7 @@ from typing import Any
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.checkpoints.card import STEPS, STORES
+from nemo_kd.checkpoints.distributed import COMMON
 from nemo_kd.checkpoints.source import unpickles
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import kd_training_config
@@ -134,7 +135,7 @@ def _without_weights(path: Path) -> dict[str, Any]:
     import torch
 
     if path.is_dir():
-        file = path / "common.pt"
+        file = path / COMMON
     elif path.is_file():
         file = path
     else:  # of adapters, model-parallel: one file for each rank, in `mp_rank_00` and so on

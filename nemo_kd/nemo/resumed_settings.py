@@ -23,6 +23,8 @@ Settings = Mapping[str, Any]
 LAYOUT = ("model.tensor_model_parallel_size", "model.pipeline_model_parallel_size")
 """Keys that a resumed run may change, unless it trains adapters."""
 
+NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
+
 REMOVED = (("model.kd.top_entropy_fraction", 1.0),)
 """Settings of earlier versions, with the only values that a run can be continued with."""
 
@@ -194,7 +196,7 @@ def refuse(found: list[Change], allow: Collection[str], fixed: Mapping[str, str]
         return
     named = [*map(str, open_)]
     named += [f"{change}, and a resumed run cannot change it: {why}" for change, why in never]
-    remedy = "set exp_manager.explicit_log_dir to a new directory for another run"
+    remedy = NEW_RUN
     if not never:
         keys = ",".join(change.key for change in open_)
         remedy += f", or resume.allow=[{keys}] to resume this one with the new values"

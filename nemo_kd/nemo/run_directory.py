@@ -86,7 +86,8 @@ def paths_of(checkpoint: Path) -> list[Path]:
 def find(cfg: DictConfig) -> RunDirectory | None:
     """Find the directory that `exp_manager` will choose; None without an `exp_manager`.
 
-    Errors: NeMo's own, if it finds no checkpoint or only unfinished ones.
+    Errors: NemoKDError for a `dirpath` that is a URL, and for a `resume_from_checkpoint` that was
+    not saved completely; NeMo's own, if it finds no checkpoint or only unfinished ones.
     """
     from nemo.utils import exp_manager as nemo
 
@@ -226,8 +227,8 @@ def keep_metrics(directory: Path, step: int, *, validated: bool) -> None:
         return
     with (
         published(directory / METRICS) as temporary,
-        moved.open() as old,
-        temporary.open("w") as new,
+        moved.open(encoding="utf-8") as old,
+        temporary.open("w", encoding="utf-8") as new,
     ):
         new.writelines(line for line in old if _position(line) <= (step, validated))
     moved.unlink()

@@ -208,7 +208,7 @@ def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer
 def _check_rows(path: Path, model: Any) -> None:
     """Refuse a tokenizer with ids beyond the checkpoint's embedding: NeMo leaves them as they are.
 
-    Megatron loads an embedding of another size without a word, since its padding may differ.
+    Megatron silently loads an embedding of another size, since its padding may differ.
     """
     files = files_of(path, WEIGHTS)
     if METADATA not in files:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tarfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,11 +9,14 @@ from pathlib import Path
 import yaml
 from omegaconf import DictConfig, OmegaConf
 
+from nemo_kd.checkpoints.source import CONFIG
+from nemo_kd.checkpoints.tokenizer import read_member
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.length import validates
 from nemo_kd.nemo.record import STEPS_KEY, Origin, Progress, Record, read
 from nemo_kd.nemo.resumed_settings import (
     FIXED,
+    NEW_RUN,
     Change,
     Settings,
     changes,
@@ -28,11 +30,9 @@ from nemo_kd.settings.dataclass import settings_of
 from nemo_kd.teacher.begin import locked
 from nemo_kd.visible import say
 
-NEW_RUN = "set exp_manager.explicit_log_dir to a new directory for another run"
-
 
 def check_manager(manager: DictConfig | None) -> None:
-    """Refuse settings of `exp_manager` with which a stopped run could not go on as it was.
+    """Refuse settings of `exp_manager` under which a stopped run could not be resumed exactly.
 
     Errors: NemoKDError.
     """
@@ -94,8 +94,7 @@ def alone_in(directory: RunDirectory | None) -> Iterator[None]:
         if ranks.from_rank_0(ranks.rank == 0 and directory.has_changed()):
             raise NemoKDError(
                 f"{directory.folder}: another training has written to it since this one was "
-                "started; run the same command again, or set exp_manager.explicit_log_dir to a new "
-                "directory for another run"
+                f"started; run the same command again, or {NEW_RUN}"
             )
         if ranks.rank == 0 and directory.back is not None:
             directory.back.move()
@@ -281,12 +280,5 @@ def _is_written(directory: RunDirectory, steps: int) -> bool:
 
 def trained_steps(nemo_file: Path) -> int | None:
     """Return the steps of the run that wrote a `.nemo` (file or directory); None if unknown."""
-    name = "model_config.yaml"
-    if nemo_file.is_dir():
-        text = (nemo_file / name).read_bytes()
-    else:
-        with tarfile.open(nemo_file) as archive:  # not compressed: only headers are read
-            member = next(m for m in archive if Path(m.name).name == name)
-            text = archive.extractfile(member).read()  # type: ignore[union-attr]
-    steps = yaml.safe_load(text).get(STEPS_KEY)
+    steps = yaml.safe_load(read_member(nemo_file, CONFIG)).get(STEPS_KEY)
     return None if steps is None else int(steps)

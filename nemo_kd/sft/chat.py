@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.sft.chat_template import GENERATION, Renderer, Template
 from nemo_kd.sft.config import CHAT_DATE
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.left_out import check_context
 from nemo_kd.sft.many_turns import find_turns
 from nemo_kd.sft.messages import REASONING, Conversation, is_empty

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import Message
 from nemo_kd.sft.template import TemplateError
 from nemo_kd.sft.tokenizer import Tokenizer

@@ -133,11 +133,6 @@ class RowConfig:
         return {each.name: getattr(self, each.name) for each in fields(RowConfig)}
 
 
-def is_template_text(value: str) -> bool:
-    """Return whether a value of `chat_template` is a template's text, not a name or path."""
-    return "{{" in value or "{%" in value
-
-
 def template_hash(template: str | dict[str, str]) -> str:
     """Return the hex SHA-256 of a chat template's text in UTF-8; of JSON if it has several."""
     text = canonical_json(template) if isinstance(template, dict) else template

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import REASONING, ROLES, check_row, tools_of, weight_of
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, NoAnswerError
 from nemo_kd.sft.spans import Span, encode_spans

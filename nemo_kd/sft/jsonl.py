@@ -16,8 +16,6 @@ from numpy.typing import NDArray
 from nemo_kd.json_rows import RepeatedKeyError, parsed
 from nemo_kd.sft.hashed import HashedFile, RowError
 
-__all__ = ["JsonlFile", "RowError"]
-
 NEWLINE = 10
 BOM = b"\xef\xbb\xbf"
 

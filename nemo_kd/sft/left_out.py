@@ -11,7 +11,7 @@ import re
 from typing import Any
 
 from nemo_kd.sft.chat_template import Renderer
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import Conversation, Message
 from nemo_kd.sft.turns import MARKS, is_in
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import Conversation
 from nemo_kd.sft.spans import Span
 from nemo_kd.sft.turns import (

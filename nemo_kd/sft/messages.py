@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemo_kd.json_rows import parsed
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 
 ROLES = {
     "system": "system",

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.rows import Encoded
 from nemo_kd.sft.tokenizer import Tokenizer, continuation
 

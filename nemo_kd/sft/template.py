@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.fields import refuse_unread
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.tokenizer import Tokenizer, continuation, decoded
 
 METHODS = ("left", "right")

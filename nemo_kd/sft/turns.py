@@ -18,7 +18,7 @@ from functools import cached_property
 from typing import Any
 
 from nemo_kd.sft.chat_template import Renderer
-from nemo_kd.sft.jsonl import RowError
+from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import REASONING, Conversation, Message
 from nemo_kd.sft.spans import Span
 

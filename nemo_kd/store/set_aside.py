@@ -21,7 +21,7 @@ from nemo_kd.store.spec import StoreSpec
 def make_room(directory: Path, spec: StoreSpec) -> None:
     """Leave in `directory` at most the shards of an unfinished store of this spec.
 
-    One process calls this. If it is killed, the next call goes on.
+    One process calls this. If it is killed, the next call resumes.
     """
     aside = directory / REPLACED
     if (directory / MANIFEST).exists():

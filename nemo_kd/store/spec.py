@@ -117,7 +117,7 @@ class StoreSpec:
 
         The rows per shard, which a finished store does not have, are not compared.
         """
-        ours, theirs = dict(_leaves("", self.to_json())), dict(_leaves("", other.to_json()))
+        ours, theirs = dict(leaves("", self.to_json())), dict(leaves("", other.to_json()))
         return [
             (name, ours.get(name), theirs.get(name))
             for name in sorted(ours | theirs)
@@ -126,7 +126,7 @@ class StoreSpec:
 
     def named_as(self, earlier: StoreSpec) -> StoreSpec:
         """Return this spec with the names and paths of `earlier` whose content has not changed."""
-        ours, theirs = dict(_leaves("", self.to_json())), dict(_leaves("", earlier.to_json()))
+        ours, theirs = dict(leaves("", self.to_json())), dict(leaves("", earlier.to_json()))
         value = self.resumable_json()
         for name, contents in NAMED.items():
             known = [c for c in contents if ours.get(c) or theirs.get(c)]
@@ -171,9 +171,10 @@ def _numbers(temperatures: Any) -> tuple[float, ...]:
     return found
 
 
-def _leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+def leaves(prefix: str, value: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings with their dotted keys; an empty mapping is a value."""
     if isinstance(value, dict) and value:
         for key, item in value.items():
-            yield from _leaves(f"{prefix}.{key}" if prefix else key, item)
+            yield from leaves(f"{prefix}.{key}" if prefix else key, item)
     else:
         yield prefix, value

@@ -75,8 +75,8 @@ class TeacherConfig:
     kind: Kind = "nemo"
     """`nemo`: a .nemo checkpoint; `hf`: a Hugging Face directory or .gguf, run by transformers;
     `mcore`: a Megatron-LM checkpoint, a Hugging Face directory or a .nemo, run by Megatron-core
-    without NeMo; `served`: a model behind an inference server. Only `served` has the other keys,
-    but `tokenizer` and `arguments`."""
+    without NeMo; `served`: a model behind an inference server. All other keys are for `served`,
+    except `tokenizer` and `arguments`."""
     url: str | None = None
     """Address of the server, such as `http://127.0.0.1:8000`."""
     api: Api = "vllm"

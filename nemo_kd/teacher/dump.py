@@ -39,6 +39,7 @@ from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import bad_rows, sft_rows
 from nemo_kd.teacher.stop import StopOnSignal
 from nemo_kd.teacher.tally import Tally
+from nemo_kd.visible import visible
 
 
 class Numbered(Protocol):
@@ -106,24 +107,7 @@ def write_store(
     mine = range(layout.replica, shards, layout.replicas)
     with locked(config.output_dir, layout) as check_lock:
         spec = moved(config, spec, layout)
-        if layout.from_rank_0(layout.rank == 0 and _changes_a_store(config, spec)):
-            # Before anything of that store is changed.
-            mine_rows = [row for shard in mine for row in rows_of(shard, spec, len(source))]
-            check_rows(source, mine_rows, bad_rows(config), layout, report=False)
-        writer = open_writer(
-            Path(config.output_dir),
-            spec,
-            layout,
-            num_rows=len(source),
-            tokens_of=tokens_of,
-            overwrite=config.overwrite,
-        )
-        if config.segment_bytes is not None and (writer.directory / MANIFEST).exists():
-            layout.say(
-                f"segment_bytes={config.segment_bytes} has no effect on a complete store; for "
-                f"other segments use `nemo-kd convert {config.output_dir} NEW --segment-bytes "
-                f"{config.segment_bytes}`"
-            )
+        writer = _opened(config, spec, layout, source, mine, tokens_of)
         todo = [shard for shard in mine if not writer.is_complete(shard)]
         todo_rows = [row for shard in todo for row in rows_of(shard, spec, len(source))]
         # Its collective also keeps a rank from writing before others have listed complete shards.
@@ -154,25 +138,61 @@ def write_store(
             _refuse_nothing(writer, shards, total, layout)
         if layout.rank == 0:
             if summary:
-                print(summary)
+                print(visible(summary))
             if progress.left_out:
-                print(progress.left_out, file=sys.stderr)
+                layout.say(progress.left_out)
             check_lock()
             source.file.check_unchanged()
-            if stopped:
+        if stopped:
+            if layout.rank == 0:
                 _say_stopped(config, writer, shards)
-            else:
-                writer.begin_joining(shards, config.segment_bytes)
-        layout.barrier()
-        if not stopped:
-            writer.join(slice(layout.rank, None, layout.size), _say_joined(layout))
             layout.barrier()
-        if layout.rank == 0 and not stopped:
-            writer.publish()
-            if config.jsonl:
-                write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
-        layout.barrier()
-    return None if stopped else Store(writer.directory).manifest
+            return None
+        _join(writer, shards, config, layout)
+    return Store(writer.directory).manifest
+
+
+def _opened(
+    config: DumpConfig,
+    spec: StoreSpec,
+    layout: Layout,
+    source: Source,
+    mine: Sequence[int],
+    tokens_of: TokensOf | None,
+) -> StoreWriter:
+    """Open the writer of `output_dir`, and check the rows first if that changes a store there."""
+    if layout.from_rank_0(layout.rank == 0 and _changes_a_store(config, spec)):
+        mine_rows = [row for shard in mine for row in rows_of(shard, spec, len(source))]
+        check_rows(source, mine_rows, bad_rows(config), layout, report=False)
+    writer = open_writer(
+        Path(config.output_dir),
+        spec,
+        layout,
+        num_rows=len(source),
+        tokens_of=tokens_of,
+        overwrite=config.overwrite,
+    )
+    if config.segment_bytes is not None and (writer.directory / MANIFEST).exists():
+        layout.say(
+            f"segment_bytes={config.segment_bytes} has no effect on a complete store; for "
+            f"other segments use `nemo-kd convert {config.output_dir} NEW --segment-bytes "
+            f"{config.segment_bytes}`"
+        )
+    return writer
+
+
+def _join(writer: StoreWriter, shards: int, config: DumpConfig, layout: Layout) -> None:
+    """Join the complete shards into a store and publish it, each rank its part."""
+    if layout.rank == 0:
+        writer.begin_joining(shards, config.segment_bytes)
+    layout.barrier()
+    writer.join(slice(layout.rank, None, layout.size), _say_joined(layout))
+    layout.barrier()
+    if layout.rank == 0:
+        writer.publish()
+        if config.jsonl:
+            write_jsonl(writer.directory / EXCHANGE, Store(writer.directory))
+    layout.barrier()
 
 
 def moved(config: DumpConfig, spec: StoreSpec, layout: Layout) -> StoreSpec:

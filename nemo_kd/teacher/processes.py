@@ -1,7 +1,4 @@
-"""Processes of a dump with a transformers teacher, started by torchrun or SLURM.
-
-Each process holds a complete copy of the teacher.
-"""
+"""The processes of a job started by torchrun or SLURM: rank, process group, one rank's output."""
 
 from __future__ import annotations
 

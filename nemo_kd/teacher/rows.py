@@ -21,7 +21,7 @@ def sft_rows(config: DumpConfig, teacher: Teacher, nemos: NemosEncoder | None = 
     return open_rows(config.data, file, model_of(config, teacher), teacher.layout.say, nemos)
 
 
-def model_of(config: DumpConfig, teacher: Teacher, tokens_to_generate: int = 0) -> Model:
+def model_of(config: DumpConfig, teacher: Teacher) -> Model:
     """Return what the tokens of a row depend on besides `data`."""
     return Model(
         tokenizer=teacher.tokenizer,
@@ -29,7 +29,6 @@ def model_of(config: DumpConfig, teacher: Teacher, tokens_to_generate: int = 0) 
         answer_only_loss=config.model.answer_only_loss,
         sep_id=teacher.sep_id,
         virtual_tokens=teacher.virtual_tokens,
-        tokens_to_generate=tokens_to_generate,
     )
 
 

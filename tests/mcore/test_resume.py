@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
+from nemo_kd.checkpoints.latest import LATEST
 from nemo_kd.data.resumed import FILE
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.mcore import KDDataset, Source
-from nemo_kd.mcore.resume import LATEST, keep_settings
+from nemo_kd.mcore.resume import keep_settings
 from nemo_kd.store import Store
 from tests.store.samples import sample, spec, write
 

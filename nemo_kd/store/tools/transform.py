@@ -1,4 +1,4 @@
-"""Derive stores from stores: convert to another profile or a smaller K, merge, split.
+"""Write stores from samples, and from stores: convert to another profile or K, merge, split.
 
 Merging and splitting copy the encoded arrays bit for bit; merging also renumbers rows. Converting
 to another profile or K decodes and re-encodes, which incurs the quantization errors of both.
@@ -74,17 +74,8 @@ def convert(
     one per core if the store is large.
     """
     refuse_inputs([directory], [store.directory])
-    old = store.spec
-    profile = old.profile if profile is None else profile
-    if profile_options is None:
-        profile_options = old.profile_options if profile == old.profile else {}
-    spec = replace(
-        old,
-        top_k=old.top_k if top_k is None else top_k,
-        profile=profile,
-        profile_options=profile_options,
-    )
-    refuse_more(store.directory, old, spec)
+    spec = converted_spec(store.spec, profile, profile_options, top_k)
+    refuse_more(store.directory, store.spec, spec)
     with new_store(directory, overwrite) as new:
         check_intact(store, jobs)
         return copy(
@@ -95,6 +86,24 @@ def convert(
             progress=progress,
             jobs=jobs,
         )
+
+
+def converted_spec(
+    old: StoreSpec,
+    profile: str | None,
+    profile_options: dict[str, Any] | None,
+    top_k: int | None,
+) -> StoreSpec:
+    """Return `old` with what is not None replaced; a new profile starts without options."""
+    profile = old.profile if profile is None else profile
+    if profile_options is None:
+        profile_options = old.profile_options if profile == old.profile else {}
+    return replace(
+        old,
+        top_k=old.top_k if top_k is None else top_k,
+        profile=profile,
+        profile_options=profile_options,
+    )
 
 
 def refuse_more(source: str | Path, old: StoreSpec, new: StoreSpec) -> None:

@@ -32,8 +32,8 @@ class Decoding:
     """Maximum number of tokens per answer, including the stop token."""
 
     stop_ids: tuple[int, ...]
-    """Tokens that end an answer and are part of it: the tokenizer's end of sequence, followed by
-    the user's stop ids."""
+    """Tokens that end an answer and are part of it: the tokenizer's end of sequence, the user's
+    stop ids, and those of the checkpoint's generation_config.json."""
 
     temperature: float = 0.0
     """Sampling temperature; 0 means greedy decoding."""
