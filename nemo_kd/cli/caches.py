@@ -26,10 +26,11 @@ from nemo_kd.store.tools.distillkit import (
     read_distillkit,
 )
 from nemo_kd.store.tools.distillkit_codec import Compression, compression_of
-from nemo_kd.store.tools.jsonl import Padding, lines_of, record_of
+from nemo_kd.store.tools.lines import lines_of, record_of
 from nemo_kd.store.tools.logprobs import Changes
 from nemo_kd.store.tools.megatron import read_megatron
 from nemo_kd.store.tools.megatron_shards import is_shards, saved_top_k, shards_of
+from nemo_kd.store.tools.padding import Padding
 from nemo_kd.visible import say
 
 ON_BAD_LINES = ("error", "drop")

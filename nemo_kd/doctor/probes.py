@@ -39,8 +39,8 @@ def run(command: Sequence[str], patience: float = PATIENCE, cwd: str | None = No
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
     # Files, not pipes: a grandchild that outlives the command would keep a pipe open.
     with (
-        tempfile.TemporaryFile("w+", encoding="utf-8") as out,
-        tempfile.TemporaryFile("w+", encoding="utf-8") as errors,
+        tempfile.TemporaryFile("w+", errors="replace") as out,
+        tempfile.TemporaryFile("w+", errors="replace") as errors,
     ):
         try:
             done = subprocess.run(

@@ -30,8 +30,9 @@ from nemo_kd.served.vllm import VLLM, Choice
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import Sample, StoreError, StoreSpec
 from nemo_kd.store.checks import checked_tokens
-from nemo_kd.store.tools.jsonl import Padding, check_ascending, lines_of, skip_or_raise
+from nemo_kd.store.tools.lines import check_ascending, lines_of, skip_or_raise
 from nemo_kd.store.tools.logprobs import Changes
+from nemo_kd.store.tools.padding import Padding
 from nemo_kd.topk import TopK
 
 MAX_OBJECTS = 1 << 22  # in a line; each kept id has one

@@ -13,8 +13,8 @@ import pytest
 
 from nemo_kd.served.responses import first_top_k, is_response, read_responses
 from nemo_kd.store import Sample, Store, StoreError
-from nemo_kd.store.tools.jsonl import Padding
 from nemo_kd.store.tools.logprobs import Changes
+from nemo_kd.store.tools.padding import Padding
 from nemo_kd.topk import ABSENT_ID
 from tests.served.server import Server
 from tests.store.samples import spec

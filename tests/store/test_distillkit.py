@@ -24,8 +24,8 @@ from nemo_kd.store.tools.distillkit_codec import (
     decoded_ids,
     decoded_logprobs,
 )
-from nemo_kd.store.tools.jsonl import Padding
 from nemo_kd.store.tools.logprobs import Changes
+from nemo_kd.store.tools.padding import Padding
 from nemo_kd.topk import ABSENT_ID
 from tests.store.samples import spec
 

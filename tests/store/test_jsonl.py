@@ -17,7 +17,7 @@ import pytest
 
 from nemo_kd.store import StoreError, read_jsonl, write_jsonl
 from nemo_kd.store.tools.chunks import chunk_paths
-from nemo_kd.store.tools.jsonl import MAX_PADDING, Padding
+from nemo_kd.store.tools.padding import MAX_PADDING, Padding
 from nemo_kd.topk import ABSENT_ID
 from tests.conftest import ROOT
 from tests.store.samples import sample, spec

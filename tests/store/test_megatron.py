@@ -17,10 +17,10 @@ import torch
 
 from nemo_kd.store import Sample, StoreError
 from nemo_kd.store.indexed import FieldWriter
-from nemo_kd.store.tools.jsonl import Padding
 from nemo_kd.store.tools.logprobs import Changes
 from nemo_kd.store.tools.megatron import read_megatron
 from nemo_kd.store.tools.megatron_shards import is_shards, saved_top_k
+from nemo_kd.store.tools.padding import Padding
 from nemo_kd.topk import ABSENT_ID
 from tests.store.samples import spec
 

@@ -29,7 +29,7 @@ from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.arrow import columns_of, numbers_of, rows_of, table_of
 from nemo_kd.store.tools.distillkit_codec import Compression, decoded_ids, decoded_logprobs
-from nemo_kd.store.tools.jsonl import skip_or_raise
+from nemo_kd.store.tools.lines import skip_or_raise
 from nemo_kd.store.tools.logprobs import Changes, sample_of
 
 CONFIGURATION = "compression_config.yaml"

@@ -18,7 +18,7 @@ import json
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import chain, count, islice
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
-from nemo_kd.json_rows import RepeatedKeyError, parsed
 from nemo_kd.outputs import install, refuse_directory, work_beside
 from nemo_kd.store.checks import checked_tokens, checked_topk, deep_faults
 from nemo_kd.store.sample import Sample
@@ -38,34 +37,13 @@ from nemo_kd.store.tools.chunks import (
     existing_chunks,
     publish_chunks,
 )
+from nemo_kd.store.tools.lines import check_ascending, lines_of, list_in, record_of, skip_or_raise
+from nemo_kd.store.tools.padding import Padding, width_of, without_padding
 from nemo_kd.topk import ABSENT_ID, TopK
 
 DECIMALS = 5
 ABSENT_LOG_PROBABILITY = -10_000.0  # together with id 0 marks an absent entry
-MAX_PADDING = 64 * 128
-"""Largest number of padding ids: Megatron pads a vocabulary to a multiple of 128 times TP."""
-MAX_LINE = 256 << 20
-"""Bytes of a line: a sample of 32,768 tokens with 100 ids each has 50 MB."""
-MAX_LISTS = 1 << 22  # in a line; each token has two
-ROWS_PER_LINE, FREE_ROWS = 1000, 100_000
-"""An index above `ROWS_PER_LINE * lines + FREE_ROWS` is taken for a time stamp or another id."""
 KEYS = ("tokens", "labels", "loss_mask", "topk_logits", "topk_token_ids", "log_sum_exp_logits")
-
-
-@dataclass
-class Padding:
-    """Counts of vocabulary padding ids that were dropped from the top-K."""
-
-    ids: int = 0
-    tokens: int = 0
-    """Number of answer tokens whose top-K contained padding ids."""
-    mass: float = 0.0
-    """Total probability of the dropped ids, summed over answer tokens."""
-
-    def add(self, other: Padding) -> None:
-        self.ids += other.ids
-        self.tokens += other.tokens
-        self.mass += other.mass
 
 
 def read_jsonl(
@@ -112,32 +90,6 @@ def read_jsonl(
             yield sample
     if padding is None and dropped.ids:
         warnings.warn(f"{path}: dropped {dropped.ids} padding ids of the vocabulary", stacklevel=2)
-
-
-def skip_or_raise(
-    bad: StoreError, cause: Exception, on_bad: Callable[[StoreError], None] | None
-) -> None:
-    """Pass the error of a bad line or row to `on_bad`, which leaves it out; raise it if None."""
-    if on_bad is None:
-        raise bad from cause
-    on_bad(bad)
-
-
-def check_ascending(row: int, last: int, lines: int) -> None:
-    """Raise StoreError for a row not above the `last`, or far above the number of `lines` so far.
-
-    A row far beyond would leave nearly all rows of the store empty.
-    """
-    if row <= last:
-        raise StoreError(
-            f"index {row} after {last}: rows must ascend; sort the lines, "
-            "or number rows by line with renumber=true"
-        )
-    if row > ROWS_PER_LINE * (lines + 1) + FREE_ROWS:
-        raise StoreError(
-            f"index {row} is far larger than the number of lines so far, {lines + 1}, as if it "
-            "were no row number; number rows by line with renumber=true"
-        )
 
 
 def write_jsonl(
@@ -219,37 +171,6 @@ def _record(sample: Sample) -> dict[str, Any]:
     }
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, bytes]]:
-    """Yield (line number from 1, line) for each non-blank line; raise StoreError if one is huge."""
-    try:
-        with path.open("rb") as file:
-            for number in count(1):
-                line = file.readline(MAX_LINE + 1)
-                if not line:
-                    return
-                if len(line) > MAX_LINE:
-                    raise StoreError(f"{path}, line {number}: more than {MAX_LINE} bytes")
-                if line.strip():
-                    yield number, line
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be read ({error})") from error
-
-
-def record_of(line: bytes) -> dict[str, Any]:
-    """Parse a line; raise StoreError if it is not a JSON object, or has millions of lists."""
-    if line.count(b"[") + line.count(b"{") > MAX_LISTS:
-        raise StoreError(f"more than {MAX_LISTS} lists; give each sample a line of its own")
-    try:
-        record = parsed(line.decode(json.detect_encoding(line), "surrogatepass"))
-    except RepeatedKeyError as error:
-        raise StoreError(f"{error}; remove one of its values") from error
-    except (ValueError, RecursionError) as error:
-        raise StoreError(f"not JSON ({error})") from error
-    if not isinstance(record, dict):
-        raise StoreError(f"expected a JSON object, not a {type(record).__name__}")
-    return record
-
-
 def _sample(
     line: bytes, row: int, renumber: bool, spec: StoreSpec, padding: Padding
 ) -> tuple[Sample, int]:
@@ -304,29 +225,6 @@ def _checked(
     return replace(sample, topk=topk), width
 
 
-def width_of(ids: NDArray[Any]) -> int:
-    """Return the largest number of ids [A, n] that a token has, without absent ones."""
-    return int((ids != ABSENT_ID).sum(axis=1).max(initial=0))
-
-
-def without_padding(
-    ids: NDArray[Any], logits: NDArray[Any], logsumexp: NDArray[Any], vocab_size: int
-) -> tuple[NDArray[Any], NDArray[Any], Padding]:
-    """Remove padding ids from ids and logits [A, K]; return both and the counts of padding ids.
-
-    The other entries keep their order; absent entries fill the end of the row.
-    """
-    padding = (ids >= vocab_size) & (ids < vocab_size + MAX_PADDING)
-    if not padding.any():
-        return ids, logits, Padding()
-    with np.errstate(all="ignore"):  # NaN logits are refused later
-        mass = float(np.exp(np.where(padding, logits - logsumexp, -np.inf)).sum())
-    order = padding.argsort(axis=1, kind="stable")
-    ids, logits = np.where(padding, ABSENT_ID, ids), np.where(padding, -np.inf, logits)
-    moved = np.take_along_axis(ids, order, 1), np.take_along_axis(logits, order, 1)
-    return *moved, Padding(int(padding.sum()), int(padding.any(axis=1).sum()), mass)
-
-
 def _teacher_rows(
     record: dict[str, Any], key: str, kinds: str, answers: NDArray[Any], length: int, top_k: int
 ) -> NDArray[Any]:
@@ -339,42 +237,3 @@ def _teacher_rows(
         )
     rows: NDArray[Any] = values[answers]
     return rows
-
-
-def list_in(
-    record: dict[str, Any], key: str, kinds: str, dimensions: int, length: int | None = None
-) -> NDArray[Any]:
-    """Return the list under `key` as an array whose dtype is one of numpy's `kinds`."""
-    given = record[key]
-    if not _is_list_of_numbers(given, dimensions):
-        raise StoreError(_not_numbers(key, kinds, dimensions))
-    try:
-        values = np.asarray(given)
-    except (ValueError, OverflowError) as error:
-        raise StoreError(f"{key}: its lists have different lengths") from error
-    if values.ndim != dimensions or (values.dtype.kind not in kinds and values.size):
-        raise StoreError(_not_numbers(key, kinds, dimensions))
-    if length is not None and len(values) != length:
-        raise StoreError(f"{key} has {len(values)} rows for {length} tokens")
-    return values
-
-
-def _is_list_of_numbers(values: Any, dimensions: int) -> bool:
-    """Check types before numpy converts: of texts it would make an array of the longest's width."""
-    if not isinstance(values, list):
-        return False
-    if dimensions > 1:
-        return all(_is_list_of_numbers(row, dimensions - 1) for row in values)
-    return set(map(type, values)) <= {bool, int, float}
-
-
-def _not_numbers(key: str, kinds: str, dimensions: int) -> str:
-    shape = "a list" if dimensions == 1 else "a list of lists of the same length"
-    return f"{key} must be {shape} of numbers ({_KINDS[kinds]})"
-
-
-_KINDS = {
-    "iu": "integers",
-    "iufb": "0 and 1",
-    "iuf": "real",
-}

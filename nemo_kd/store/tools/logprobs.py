@@ -12,7 +12,7 @@ from nemo_kd.errors import StoreError
 from nemo_kd.store.checks import checked_topk, deep_faults
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.spec import StoreSpec
-from nemo_kd.store.tools.jsonl import Padding, width_of, without_padding
+from nemo_kd.store.tools.padding import Padding, width_of, without_padding
 from nemo_kd.topk import TopK
 
 MAX_MASS = 1.1

@@ -22,7 +22,7 @@ from nemo_kd.store.checks import checked_tokens
 from nemo_kd.store.indexed import sequences
 from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.spec import StoreSpec
-from nemo_kd.store.tools.jsonl import lines_of, list_in, record_of, skip_or_raise
+from nemo_kd.store.tools.lines import lines_of, list_in, record_of, skip_or_raise
 from nemo_kd.store.tools.logprobs import Changes, sample_of
 from nemo_kd.store.tools.megatron_shards import MicroBatch, iterations
 

@@ -36,7 +36,7 @@ from nemo_kd.store.sample import EncodedSample, Sample, Tokens
 from nemo_kd.store.shard import Encoded
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.tools.arrow import arrow, columns_of, lists_of, numbers_of, opened, rows_of
-from nemo_kd.store.tools.jsonl import width_of
+from nemo_kd.store.tools.padding import width_of
 from nemo_kd.store.tools.selection import same_encoding
 from nemo_kd.topk import ABSENT_ID, TopK, t1_index
 
