@@ -192,7 +192,8 @@ def _file_rows(large: dict[str, Any]) -> dict[str, str]:
     from nemo_kd.cli import render
 
     return {
-        "files": f"{large['files']:,} in {large['segments']:,} segments of "
+        "files": f"{large['files']:,} in {large['segments']:,} "
+        f"segment{'' if large['segments'] == 1 else 's'} of "
         f"{render.size(large['segment_bytes'])}; {large['files_while_dumping']:,} while dumping"
     }
 

@@ -15,6 +15,10 @@ SELECTION = (
     "every answer token is distilled: distilling only those with the largest student entropy gave "
     "worse students"
 )
+SCALE = (
+    "a scale s of both logits is model.kd.temperature=1/s with kd_weight multiplied by s squared, "
+    "and needs a store that was dumped at that temperature"
+)
 EVERYWHERE = {
     "pretrained_checkpoint": "the model is model.restore_from_path",
     "trainer.replace_sampler_ddp": "Lightning calls it trainer.use_distributed_sampler",
@@ -28,8 +32,8 @@ TRAINING = EVERYWHERE | {
     "model.knowledge_distillation.sft_loss_weight": "it is model.kd.sft_weight",
     "model.knowledge_distillation.kd_loss": "it is model.kd.divergence, where fwd_kl is forward_kl "
     "and bwd_kl is reverse_kl, with model.kd.support=topk",
-    "model.knowledge_distillation.logits_scale": "it is the inverse of model.kd.temperature",
-    "model.knowledge_distillation.target_logits_scale": "it is the inverse of model.kd.temperature",
+    "model.knowledge_distillation.logits_scale": SCALE,
+    "model.knowledge_distillation.target_logits_scale": SCALE,
     "model.knowledge_distillation.cross_tokenizer": "teacher and student must share a tokenizer",
     "model.knowledge_distillation": f"{DISTILLATION}: kd_loss_weight is kd_weight, sft_loss_weight "
     "is sft_weight, kd_loss is divergence (fwd_kl: forward_kl, bwd_kl: reverse_kl) with "

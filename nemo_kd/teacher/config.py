@@ -94,8 +94,8 @@ class TeacherConfig:
     timeout: Annotated[float, number(0, above=True)] = 600.0
     """Seconds within which a request must be answered."""
     retries: Natural = 10
-    """Retries of a request after connection errors, time-outs, 429 and 5xx; the waits double from
-    0.5 s to 60 s."""
+    """Retries of a request after connection errors, time-outs, 408, 429 and 5xx; the waits double
+    from 0.5 s to 60 s."""
     api_key_env: str | None = None
     """Name of the environment variable that holds the server's API key."""
 
@@ -192,7 +192,7 @@ class TopKConfig:
     `model.kd.temperature` must be one of them."""
     profile: Profile = "plain"
     """How the logits are encoded: `plain` (404 bytes per answer token at K = 100, or 604 with a
-    vocabulary above 65,536), `compact` (at most 250), `top_p` (only the ids that hold a given
+    vocabulary above 65,536), `compact` (about 250), `top_p` (only the ids that hold a given
     mass), `sampled` (random draws, about 24 at K = 40)."""
     profile_options: dict[str, Any] = field(default_factory=dict)
     """Options of the profile: `{p: 0.95}` for `top_p`, `{seed: 0}` for `sampled`."""
