@@ -3,49 +3,23 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
 
+import results_setup as setup
 import results_words as words
 from findings import (
     ANSWERED,
-    DOCTESTS,
     EXACT,
-    SHOTS,
     ConfidenceClass,
     Row,
     Spreads,
-    answers,
     confidence_classes,
     spreads_of,
 )
-from omegaconf import DictConfig
-from queue_plan import Results, chosen_lr
+from queue_plan import chosen_lr
+from results_benchmarks import GENERATED, LARGER, WORDED, published_table
+from results_parts import BYTES, NOT_RUN, Study, picture, table
 from study import Experiment, Run
-
-NOT_RUN, NOT_PLANNED = "not run yet", "–"
-BYTES = "bytes_per_token"
-"""The picture of all stores."""
-
-
-@dataclass(frozen=True)
-class Study:
-    """The data of the page."""
-
-    cfg: DictConfig
-    experiments: Sequence[Experiment]
-    rows: Mapping[str, list[Row]]
-    """Experiment name → its table."""
-    results: Results
-    data: Mapping[str, dict[str, Any]]
-    """Domain → contents of its data.json."""
-    choices: Sequence[Row]
-    """Rows that change one setting at a time."""
-    timed: Mapping[str, Any] | None
-    """Measurements of `time_steps.py`."""
-    repeated: Results
-    """Runs of a second clone, which made its own teacher and stores."""
 
 
 def page(study: Study, figures: Mapping[str, str]) -> str:
@@ -71,7 +45,7 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         "## Compute\n",
         table(
             ["", "finished runs", "hours"],
-            words.costs(study.rows, study.experiments, study.results),
+            setup.costs(study.rows, study.experiments, study.results),
         ),
         "Time for training, evaluation and generation, one command at a time with "
         f"{study.cfg.threads} thread on a shared machine: an upper bound on core-hours. A run that "
@@ -83,138 +57,6 @@ def page(study: Study, figures: Mapping[str, str]) -> str:
         words.how_much(study.experiments, study.rows, study.results),
     ]
     return "\n".join(part for part in parts if part)
-
-
-def published_table(study: Study) -> str:
-    """One row per benchmark and one column per method, as such results are published."""
-    found = benchmark_rows(study)
-    head = ["", "seeds", *METHODS, "KD + SFT minus SFT"]
-    lines = []
-    for domain, benchmarks in BENCHMARKS.items():
-        rows = [found[domain].get(label) for label in METHODS.values()]
-        kd = found[domain].get(METHODS["KD + SFT"])
-        for name, how in benchmarks.items():
-            seeds = "" if kd is None else f"{len(kd.found)} of {kd.planned}"
-            cells = [benchmark(row, *how, kd) for row in rows]
-            lines.append([f"{domain}: {name}", seeds, *cells, gain(kd, *how)])
-    return table(head, lines) + "\n" + published_note(found)
-
-
-def benchmark_rows(study: Study) -> dict[str, dict[str, Row]]:
-    """Domain → label → row; a label is the same method in every domain."""
-    found: dict[str, dict[str, Row]] = {}
-    for domain, names in EXPERIMENTS.items():
-        rows = [row for name in names for row in study.rows[name]]
-        found[domain] = {row.label: row for row in rows if row.label in METHODS.values()}
-    return found
-
-
-def published_note(found: Mapping[str, Mapping[str, Row]]) -> str:
-    """What the columns are, and how sure the fractions of right answers are."""
-    questions = {}
-    for domain, name, what in (
-        ("code", GENERATED["parses"], "functions"),
-        ("math", EXACT, "answers"),
-        (LARGER, DOCTESTS, "functions"),
-        (LARGER, "OpenBookQA", "questions"),
-    ):
-        rows = found[domain].values()
-        if name == GENERATED["parses"]:
-            sizes = {r["generation"]["samples"] for x in rows for r in x.found if "generation" in r}
-        else:
-            full = SHOTS["0"] if name == "OpenBookQA" else name
-            sizes = {len(answers(r)[full]) for x in rows for r in x.found if full in answers(r)}
-        if sizes:
-            size = min(sizes)
-            questions[name] = f"{name}: {size} {what}, up to {50 / size**0.5:.1f} points"
-    return (
-        f"Means over the finished seeds of {words.DEFAULT}, on held-out modules of code and "
-        f"prose and held-out questions; {NOT_PLANNED}: not measured. Lower is better for "
-        "cross-entropy (nats per token) and steps, higher for the others. Steps to SFT's best: the "
-        "step at which the loss is SFT's lowest, which SFT itself has at the step of its column. "
-        "Trainings with 70 % and 50 % of the steps have a complete learning-rate schedule. One "
-        f"standard error of a percentage: {'; '.join(questions.values()) or NOT_RUN}.\n"
-    )
-
-
-def benchmark(row: Row | None, kind: str, metric: str, kd: Row | None) -> str:
-    """A cell; with the number of seeds of a trained row where it is not that of KD + SFT."""
-    if row is None:
-        return NOT_PLANNED
-    if kind == "steps":
-        never_trained = row.found and row.steps is None
-        text = NOT_PLANNED if never_trained else words.reached(row) or NOT_RUN
-        if row.is_baseline and kd is not None and kd.sft_best is not None:
-            text = str(kd.sft_best)
-    else:
-        reading = {"share": row.share, "right": row.right}.get(kind, row.mean)
-        value = reading(metric)
-        if value is None:
-            text = NOT_PLANNED if row.finished else NOT_RUN
-        else:
-            text = f"{value:.3f}" if kind == "loss" else f"{100 * value:.1f} %"
-    if text in (NOT_PLANNED, NOT_RUN) or row.untrained:
-        return text
-    if kd is None or len(row.found) == len(kd.found):
-        return text
-    return f"{text} ({words.plural(len(row.found), 'seed')})"
-
-
-def gain(row: Row | None, kind: str, metric: str) -> str:
-    """The difference from SFT, with its interval; empty where there is none."""
-    if row is None or kind in ("steps", "share"):
-        return ""
-    if kind == "loss":
-        return words.interval(row.against_baseline, signed=True)
-    return words.points(row.right_against_baseline.get(metric))
-
-
-METHODS = {
-    "teacher": "Teacher, fine-tuned",
-    "SFT": "SFT",
-    "SFT, 70 %": "SFT, 70 % of the steps",
-    "SFT, 50 %": "SFT, 50 % of the steps",
-    "KD + SFT": words.DEFAULT,
-    "KD + SFT, 70 %": f"{words.DEFAULT}, 70 % of the steps",
-    "KD + SFT, 50 %": f"{words.DEFAULT}, 50 % of the steps",
-}
-"""Column of the first table → label in the experiments."""
-LARGER = "code, 15 layers"
-TOO = "trained on all tokens"
-WORDED = "math, several wordings"
-EXPERIMENTS = {
-    "code": ("reference", "budget", "headline"),
-    f"code, {TOO}": ("all_tokens",),
-    "prose": ("prose",),
-    f"prose, {TOO}": ("all_tokens_prose",),
-    "math": ("math_reference", "math_budget", "math"),
-    LARGER: ("knowledge",),
-    f"{LARGER}, {TOO}": ("all_tokens_depth",),
-}
-"""Domain → experiments of the first table; of equal labels the last one counts."""
-LOSS, STEPS = ("loss", "sft_loss"), ("steps", "")
-GENERATED = {"parses": "function parses", "exact": EXACT}
-BENCHMARKS: dict[str, dict[str, tuple[str, str]]] = {
-    "code": {
-        "cross-entropy": LOSS,
-        GENERATED["parses"]: ("share", "parses"),
-        "steps to SFT's best": STEPS,
-    },
-    f"code, {TOO}": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
-    "prose": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
-    f"prose, {TOO}": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
-    "math": {
-        EXACT: ("right", EXACT),
-        "cross-entropy": LOSS,
-        "steps to SFT's best": STEPS,
-    },
-    LARGER: {
-        "cross-entropy": LOSS,
-        "steps to SFT's best": STEPS,
-        **{what: ("right", what) for what in (DOCTESTS, *SHOTS.values())},
-    },
-    f"{LARGER}, {TOO}": {"cross-entropy": LOSS, "steps to SFT's best": STEPS},
-}
 
 
 def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) -> list[str]:
@@ -238,7 +80,7 @@ def said(study: Study, name: str, figures: Mapping[str, str]) -> list[str]:
     if name == "headline":
         return [words.within_a_run(rows[name])]
     if name == "learning_rate":
-        return [words.learning_rates(study.cfg, study.results, "code")]
+        return [setup.learning_rates(study.cfg, study.results, "code")]
     if name == "tokens":
         return [prompts_table(study)]
     if name == "knowledge":
@@ -247,7 +89,7 @@ def said(study: Study, name: str, figures: Mapping[str, str]) -> list[str]:
         return [words.where_it_differs(sure_of_label(study)), confidence_table(study)]
     if name == "math":
         return [
-            words.learning_rates(study.cfg, study.results, "math"),
+            setup.learning_rates(study.cfg, study.results, "math"),
             words.gain_by_task(rows[name], teacher, tasks(study)),
             words.inherited(rows[name], teacher),
         ]
@@ -432,24 +274,13 @@ def choices(study: Study) -> str:
 def setting(study: Study) -> str:
     """Table of data, models, training and metrics."""
     cfg = study.cfg
-    lines = [[f"data, {domain}", words.data(about)] for domain, about in study.data.items()]
-    lines += [[key, value] for key, value in words.setting(cfg).items()]
-    lines.append(["processors", words.processors(study.experiments, study.rows, study.results)])
+    lines = [[f"data, {domain}", setup.data(about)] for domain, about in study.data.items()]
+    lines += [[key, value] for key, value in setup.setting(cfg).items()]
+    lines.append(["processors", setup.processors(study.experiments, study.rows, study.results)])
     lines += [
         [f"learning rate, {domain}, {family}", NOT_RUN if rate is None else f"{rate:g}"]
-        for domain, families in words.TUNED.items()
+        for domain, families in setup.TUNED.items()
         for family in families
         for rate in [chosen_lr(cfg, family, study.results, domain)]
     ]
     return table(["", ""], lines, numbers=False)
-
-
-def picture(figures: Mapping[str, str], name: str) -> str:
-    return f"![{name}]({figures[name]})\n" if name in figures else ""
-
-
-def table(head: Sequence[str], lines: Iterable[Sequence[str]], *, numbers: bool = True) -> str:
-    """A Markdown table; columns of numbers, all but the first, are aligned to the right."""
-    rule = ["---", *["---:" if numbers else "---"] * (len(head) - 1)]
-    rows = ["| " + " | ".join(cells) + " |" for cells in (head, rule, *lines)]
-    return "\n".join(rows) + "\n"
