@@ -10,11 +10,12 @@ import torch
 from nemo_kd.bridge import cpu
 from nemo_kd.bridge.recipe import provider_of
 from nemo_kd.errors import NemoKDError
-from nemo_kd.mcore.loading import DTYPES, MegatronTeacher
+from nemo_kd.mcore.loading import MegatronTeacher
 from nemo_kd.sft.tokenizer import HFTokenizer
 from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.identity import teacher_identity
+from nemo_kd.teacher.precision import dtype_of
 
 
 def load_teacher(config: DumpConfig) -> MegatronTeacher:
@@ -41,7 +42,7 @@ def load_teacher(config: DumpConfig) -> MegatronTeacher:
 
 
 def _set(provider: Any, config: DumpConfig) -> None:
-    dtype = DTYPES[str(config.trainer.precision).partition("-")[0]]
+    dtype = dtype_of(config)
     provider.bf16, provider.fp16 = dtype == torch.bfloat16, dtype == torch.float16
     provider.params_dtype = provider.pipeline_dtype = dtype
     provider.tensor_model_parallel_size = config.model.tensor_model_parallel_size

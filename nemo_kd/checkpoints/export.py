@@ -29,7 +29,7 @@ from nemo_kd.checkpoints.model import CheckpointError, Model, reading
 from nemo_kd.checkpoints.recorded_base import check_base, tensors_of
 from nemo_kd.checkpoints.safetensors_file import Entry
 from nemo_kd.checkpoints.source import CONFIG as NEMO_CONFIG
-from nemo_kd.checkpoints.source import CONVERTED, EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.source import CONVERTED, EMBEDDING, LM_HEAD, Source, open_source
 from nemo_kd.checkpoints.trained_arguments import check_arguments
 from nemo_kd.checkpoints.verify import Verified, verify_export
 from nemo_kd.checkpoints.weights import Weights
@@ -102,7 +102,7 @@ def open_student(
     rows = _rows(source, stored[0], vocabulary, all_of_them=untouched)
     config["vocab_size"] = rows
     model = read_model(config)
-    tied = f"{source.prefix}output_layer.weight" not in source.weights.shapes
+    tied = f"{source.prefix}{LM_HEAD}" not in source.weights.shapes
     if tied != model.tied:
         config["tie_word_embeddings"] = tied
     model = replace(model, tied=tied)

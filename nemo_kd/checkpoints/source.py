@@ -36,7 +36,7 @@ CONFIG, WEIGHTS, PICKLED_WEIGHTS = "model_config.yaml", "model_weights", "model_
 CONVERTED = "converted_from"
 """Key of a `.nemo`'s configuration: what the conversion that wrote it recorded."""
 MAX_CONFIG = 64 << 20  # bytes
-EMBEDDING = "embedding.word_embeddings.weight"
+EMBEDDING, LM_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 EXPECTED = (
     "expected a .nemo (a file or a directory), a checkpoint directory of NeMo's training, or one "
     "of Megatron-core such as iter_0000010/"

@@ -24,13 +24,11 @@ from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.forward import AnswerHead, inputs_of
 from nemo_kd.teacher.generation.step import Decoding
 from nemo_kd.teacher.layout import Layout
+from nemo_kd.teacher.precision import dtype_of
 from nemo_kd.topk import TopK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-"""Dtype of weights and computation, by the part of `trainer.precision` before the dash."""
 
 
 class HFTeacher:
@@ -75,7 +73,7 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
     transformers reads the wrong end-of-sequence id from them.
     """
     path = config.model.checkpoint
-    dtype = DTYPES[str(config.trainer.precision).partition("-")[0]]
+    dtype = dtype_of(config)
     layout = processes.start(
         processes.Launch.of(os.environ),
         expected=processes_of(config.trainer.devices, config.trainer.num_nodes),

@@ -29,9 +29,8 @@ from nemo_kd.teacher.config import DumpConfig, TeacherModelConfig
 from nemo_kd.teacher.generation.step import Decoding
 from nemo_kd.teacher.identity import teacher_identity
 from nemo_kd.teacher.layout import LayoutError
+from nemo_kd.teacher.precision import dtype_of
 
-DTYPES = {"32": torch.float32, "bf16": torch.bfloat16, "16": torch.float16}
-"""Dtype of the computation, by the part of `trainer.precision` before the dash."""
 SEED = 1234
 
 
@@ -101,7 +100,7 @@ def _precision(config: DumpConfig) -> dict[str, Any]:
 
     The weights are float32 and the computation is cast, unless `megatron_amp_O2` casts them.
     """
-    dtype = DTYPES[str(config.trainer.precision).partition("-")[0]]
+    dtype = dtype_of(config)
     if dtype is torch.float32:
         return {"params_dtype": dtype}
     if config.model.megatron_amp_O2:
@@ -112,7 +111,7 @@ def _precision(config: DumpConfig) -> dict[str, Any]:
 
 def _refuse(config: DumpConfig) -> None:
     """Raise LayoutError for settings that fail deep inside Megatron."""
-    model, precision = config.model, str(config.trainer.precision)
+    model = config.model
     if model.sequence_parallel and model.tensor_model_parallel_size == 1:
         raise LayoutError(
             "model.sequence_parallel=true needs model.tensor_model_parallel_size of 2 or more"
@@ -123,9 +122,10 @@ def _refuse(config: DumpConfig) -> None:
                 "trainer.accelerator=cpu: Megatron-core uses the GPUs that it sees; hide them with "
                 "CUDA_VISIBLE_DEVICES= to run on the CPU"
             )
-    elif precision.partition("-")[0] == "16":
+    elif config.trainer.dtype_name == "16":
         raise LayoutError(
-            f"trainer.precision={precision} does not work on a CPU; choose 32, bf16 or bf16-mixed"
+            f"trainer.precision={config.trainer.precision} does not work on a CPU; choose 32, bf16 "
+            "or bf16-mixed"
         )
 
 

@@ -14,7 +14,7 @@ from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.exported_tokenizer import own_directory, tokenizer_of
 from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.checkpoints.run_config import read_run_config
-from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.source import EMBEDDING, LM_HEAD, Source, open_source
 from nemo_kd.checkpoints.tensors import (
     DistributedTensors,
     HuggingFaceTensors,
@@ -23,8 +23,6 @@ from nemo_kd.checkpoints.tensors import (
 from nemo_kd.mcore.arguments import settings_of_arguments
 from nemo_kd.mcore.gpt import VOCABULARY_MULTIPLE, GPTSettings, settings_of
 from nemo_kd.sft.tokenizer import HFTokenizer
-
-LM_HEAD = "output_layer.weight"
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ import torch
 from megatron.core import parallel_state
 
 from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.source import EMBEDDING, LM_HEAD
 from nemo_kd.checkpoints.tensors import LAYERS, MegatronTensors
 from nemo_kd.mcore.lm_head import gpt_module
 
-EMBEDDING, LM_HEAD = "embedding.word_embeddings.weight", "output_layer.weight"
 LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(.+)")
 GROUPED = re.compile(r"mlp\.experts\.(linear_fc[12])\.(weight|bias)(\d+)")

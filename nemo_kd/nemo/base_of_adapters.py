@@ -19,7 +19,7 @@ from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.export import config_of
 from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.checkpoints.recorded_base import check_base, tensors_of
-from nemo_kd.checkpoints.source import EMBEDDING, Source, open_source
+from nemo_kd.checkpoints.source import EMBEDDING, LM_HEAD, Source, open_source
 from nemo_kd.checkpoints.weights import Weights
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.record import Origin, read
@@ -110,5 +110,5 @@ def _weights(source: Source) -> Weights:
         raise CheckpointError(f"{source.path} has adapters only")
     config, shapes = config_of(source, None), source.weights.shapes
     config["vocab_size"] = shapes[f"{source.prefix}{EMBEDDING}"][0]
-    tied = f"{source.prefix}output_layer.weight" not in shapes
+    tied = f"{source.prefix}{LM_HEAD}" not in shapes
     return Weights(source.weights, source.prefix, replace(read_model(config), tied=tied))

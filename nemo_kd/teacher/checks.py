@@ -162,7 +162,7 @@ class _Probe:
         self.size = min(config.model.micro_batch_size, 2)
         limit = config.max_tokens_per_micro_batch or sys.maxsize
         self.most = limit if self.size == 1 else max(limit // 2, LEAST)
-        kind = str(config.trainer.precision).partition("-")[0]
+        kind = config.trainer.dtype_name
         tf32 = self.layout.device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
         self.tolerance = TF32 if kind == "32" and tf32 else TOLERANCES[kind]
         self.routed = 0.0 if kind == "32" else ROUTED

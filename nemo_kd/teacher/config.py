@@ -65,7 +65,12 @@ class TrainerConfig:
     accelerator: Annotated[str, ACCELERATOR] = "gpu"
     """`gpu` or `cpu`; a machine without CUDA uses the CPU in either case."""
     precision: Annotated[Any, PRECISION] = "bf16"
-    """`32`, `bf16` or `16`."""
+    """`32`, `bf16` or `16`, also in Lightning's other spellings, such as `bf16-mixed`."""
+
+    @property
+    def dtype_name(self) -> str:
+        """`32`, `bf16` or `16`: the part of `precision` before the dash."""
+        return str(self.precision).partition("-")[0]
 
 
 @dataclass(frozen=True, kw_only=True)
