@@ -20,7 +20,7 @@ SHOWN = 5
 CHECKED = 256
 """Maximum number of rows that are checked before a training."""
 
-NOTICED = ("truncated", "altered", "control", "twice")
+NOTICED = ("truncated", "cut_answer", "cut_prompt", "altered", "control", "twice")
 """What `Seen` counts."""
 
 KEYS = "|".join(each.name for each in fields(RowConfig))
@@ -68,9 +68,8 @@ class Seen:
     """One of the control tokens in rows' texts."""
 
     def add(self, found: Check) -> None:
-        noticed = (found.truncated, found.altered, bool(found.control), found.twice)
         # As integers: `update` stores a first bool as it is, and prints it as True.
-        self.counts.update(dict(zip(NOTICED, map(int, noticed), strict=True)))
+        self.counts.update({name: int(bool(getattr(found, name))) for name in NOTICED})
         self.example = self.example or found.control
 
     @classmethod
@@ -85,9 +84,16 @@ class Seen:
 
         `of`: words after the number; `limit`: what truncates rows; `altered_by`: what alters them.
         """
-        truncated, altered, control, twice = (self.counts[name] for name in NOTICED)
+        truncated, answers, prompts, altered, control, twice = (
+            self.counts[name] for name in NOTICED
+        )
         if truncated:
-            yield f"WARNING: {truncated} {of} are longer than {limit} and are truncated"
+            line = f"WARNING: {truncated} {of} are longer than {limit} and are truncated"
+            if answers:
+                line += f"; {answers} of them in the answer, which is learned as if it ended there"
+            if prompts:
+                line += f"; {prompts} of them keep nothing of their prompt"
+            yield line
         if altered:
             yield f"{altered} {of} are altered: {altered_by}"
         if control:

@@ -6,12 +6,13 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from nemo_kd.sft.hashed import RowError
-from nemo_kd.sft.messages import LEARNED, is_weight
+from nemo_kd.sft.messages import LEARNED, REASONING, is_weight
 
 WEIGHTS = ("weight", *LEARNED)
 FIELDS = (
     *("instruction", "system", "system_prompt", "context", "question"),
-    *("history", "tools", *WEIGHTS),
+    *("history", "tools", *REASONING),
+    *("image", "images", "audio", "audios", "video", "videos", "documents", *WEIGHTS),
 )
 """Fields that change what is asked or learned; others, such as `id`, only describe a row."""
 EMPTY = ("", "[]", "{}", "null")

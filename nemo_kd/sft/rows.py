@@ -27,6 +27,8 @@ class Row(Tokens):
     """A tokenized row of an SFT file; `len` is its number of tokens."""
 
     truncated: bool = False
+    cut_answer: bool = False
+    cut_prompt: bool = False
 
     def __len__(self) -> int:
         return len(self.input_ids)
@@ -38,6 +40,10 @@ class Encoded(NamedTuple):
     input_ids: Sequence[int] | NDArray[Any]  # [S]
     loss_mask: NDArray[np.uint8]  # [S]
     truncated: bool = False
+    cut_answer: bool = False
+    """Of a row with a prompt and an answer: tokens of the answer are removed."""
+    cut_prompt: bool = False
+    """Of a row with a prompt and an answer: nothing of the prompt is left."""
 
 
 class Encoder(Protocol):
@@ -53,6 +59,8 @@ class Check(NamedTuple):
     """What the check of a usable row found."""
 
     truncated: bool = False
+    cut_answer: bool = False
+    cut_prompt: bool = False
     altered: bool = False
     """The tokens are not those of the text: see `SFTRows.altered_by`."""
     length: int = 0
@@ -129,13 +137,15 @@ class SFTRows:
     def tokenized(self, row: int, value: Any) -> Row:
         """Tokenize a row whose value has been read; raise RowError, as `self[row]` does."""
         with errors_name(self.file, row):
-            ids, mask, truncated = self.encode(value)
+            encoded = self.encode(value)
+            ids = encoded.input_ids
             input_ids = np.asarray(ids[: self.max_seq_length], dtype=np.int32)
-            loss_mask = mask[: self.max_seq_length].copy()
+            loss_mask = encoded.loss_mask[: self.max_seq_length].copy()
             loss_mask[:1] = 0  # the first token has no context to be predicted from
             if not loss_mask.any():
                 raise NoAnswerError(NO_ANSWER)
-        return Row(row, input_ids, loss_mask, truncated or len(ids) > len(input_ids))
+        truncated = encoded.truncated or len(ids) > len(input_ids)
+        return Row(row, input_ids, loss_mask, truncated, encoded.cut_answer, encoded.cut_prompt)
 
     @property
     def limit(self) -> str:
@@ -159,7 +169,15 @@ class SFTRows:
         with errors_name(self.file, row):
             altered = self._is_altered(found, value)
         control = self._control.first(value)
-        return Check(found.truncated, altered, len(found), control, self._ends_twice(found))
+        return Check(
+            truncated=found.truncated,
+            cut_answer=found.cut_answer,
+            cut_prompt=found.cut_prompt,
+            altered=altered,
+            length=len(found),
+            control=control,
+            twice=self._ends_twice(found),
+        )
 
     def _ends_twice(self, found: Row) -> bool:
         if self.tokenizer is None or not self.template.get("add_eos"):
@@ -194,7 +212,8 @@ class PromptEncoder:
         mask = np.ones(len(prompted.tokens), dtype=np.uint8)
         if self.answer_only_loss:
             mask[: len(prompted.prompt)] = 0
-        return Encoded(prompted.tokens, mask, prompted.truncated)
+        cut = (prompted.cut_answer, prompted.cut_prompt)
+        return Encoded(prompted.tokens, mask, prompted.truncated, *cut)
 
     def alters(self, value: Any) -> bool:
         return self.template.alters(value)

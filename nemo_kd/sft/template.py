@@ -46,6 +46,10 @@ class Prompted(NamedTuple):
     answer: list[int]
     tokens: list[int]
     truncated: bool
+    cut_answer: bool
+    """Tokens of the answer are removed; an end of sequence follows all the same, as in NeMo."""
+    cut_prompt: bool
+    """Nothing of the prompt is left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +216,8 @@ class PromptTemplate:
         prompt += [token for piece in kept[:-1] for token in piece]
         prompt += [self.sep_id] * self.add_sep
         tokens = prompt + kept[-1] + eos * self.add_eos
-        return Prompted(prompt, kept[-1], tokens, kept != ids)
+        lost = any(ids[:-1]) and not any(kept[:-1])
+        return Prompted(prompt, kept[-1], tokens, kept != ids, kept[-1] != ids[-1], lost)
 
     def _special(self, name: str) -> list[int]:
         """Return the id of `bos` or `eos` in a list, empty if the tokenizer has no such token."""

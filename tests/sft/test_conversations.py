@@ -35,7 +35,7 @@ def encoder(**texts: str) -> NemoTurns:
 def pieces(conversation: dict[str, Any], encode: NemoTurns | None = None) -> tuple[str, list[str]]:
     """The whole text of the tokens, and the text of each learned stretch."""
     encode = encode or encoder()
-    ids, mask, _ = encode(conversation)
+    ids, mask = encode(conversation)[:2]
     found: list[list[int]] = []
     for i, (token, learned) in enumerate(zip(ids, mask, strict=True)):
         if learned and not (i and mask[i - 1]):

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft import JsonlFile, RowError
+from nemo_kd.sft.checks import Seen
 from nemo_kd.sft.config import RowConfig, template_hash
 from nemo_kd.sft.reader import Model, open_rows
 from nemo_kd.sft.rows import NoAnswerError, SFTRows
@@ -320,6 +321,33 @@ def test_fields_that_a_template_of_ones_own_does_not_read_are_said_once(tmp_path
     assert len(said) == 1 and "have instruction, system, weight, which data.prompt" in said[0]
     reading = "{system}{instruction}{input}: {output}"
     assert read(tmp_path, {**rows[0], "weight": 1}, prompt_template=reading)[1] == []
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "images", "audio", "documents"])
+def test_reasoning_and_media_beside_a_prompt_are_refused(tmp_path: Path, field: str) -> None:
+    with pytest.raises(NemoKDError, match=f"have {field}, which the default data.prompt_template"):
+        read(tmp_path, PROMPT, {**PROMPT, field: ["x"]})
+
+
+def test_what_a_truncation_takes_is_said(tmp_path: Path) -> None:
+    """One row loses a part of its prompt, two all of it and a part of their answer."""
+    long = "word " * 20
+    rows, _ = read(
+        tmp_path,
+        {"input": long, "output": "a"},
+        {"input": "q", "output": long},
+        {"input": long, "output": long},
+        PROMPT,
+        length=len(gpt2_like().text_to_ids(long)),
+        truncation_field="input",
+    )
+    seen = Seen()
+    for row in range(len(rows)):
+        seen.add(rows.check(row))
+    assert list(seen.lines("of 4 rows", "the limit", "")) == [
+        "WARNING: 3 of 4 rows are longer than the limit and are truncated; 2 of them in the "
+        "answer, which is learned as if it ended there; 2 of them keep nothing of their prompt"
+    ]
 
 
 def test_fields_that_describe_a_row_or_are_empty_are_no_matter(tmp_path: Path) -> None:

@@ -109,6 +109,25 @@ def test_compact_knows_how_many_ids_are_absent(tmp_path: Path, vocab_size: int, 
     )
 
 
+@pytest.mark.parametrize("masked", [-1e3, -1e9, float(np.finfo(np.float32).min)])
+def test_compact_stores_ids_that_the_teacher_masks_as_absent(tmp_path: Path, masked: float) -> None:
+    """Ids of probability 0 must not widen the steps of all others."""
+    of = spec(profile="compact", top_k=20, temperatures=(1.0, 2.0))
+    whole = sample(0, of, 30)
+    logits, ids = whole.topk.logits.copy(), whole.topk.ids.copy()
+    logits[:, 12:] = masked
+    lse = np.stack([np.logaddexp.reduce(logits.astype(np.float64) / t, axis=1) for t in (1, 2)], 1)
+    one = with_topk(whole, logits=logits, logsumexp=lse.astype(np.float32))
+    logits, ids[:, 12:] = logits.copy(), -1
+    logits[:, 12:] = -np.inf
+    without = with_topk(one, logits=logits, ids=ids)
+    (masking,) = Store(write(tmp_path / "masking", of, [one]))
+    (absent,) = Store(write(tmp_path / "absent", of, [without]))
+    for values in ("ids", "logits", "logsumexp"):
+        assert np.array_equal(getattr(masking.topk, values), getattr(absent.topk, values))
+    assert not list(verify(Store(tmp_path / "masking")))
+
+
 @settings(max_examples=25, deadline=None)
 @given(case=cases(), p=st.floats(0.01, 1))
 def test_top_p_is_plain_cut_off(case: tuple[StoreSpec, list[Sample]], p: float) -> None:

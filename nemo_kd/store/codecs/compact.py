@@ -16,7 +16,8 @@ step and scales the ids to `mass`, so that the tail beyond K has float16 accurac
 true) over the K ids and the tail is below 1e-4 nats on average (measured in docs/store.md).
 
 Absent entries get the highest level. To keep present ids below it, R is then enlarged by
-`(2^c / (2^c - 1))^(3/2)`.
+`(2^c / (2^c - 1))^(3/2)`. Ids whose probability is 0 in float32, such as those that a teacher masks
+with a logit of -1e9, are stored as absent: steps that reach their logits would be too coarse.
 
 The log-sum-exp at T = 1 decodes as 0; the others are stored as float32, relative to it.
 """
@@ -36,6 +37,8 @@ from nemo_kd.topk import ABSENT_ID, TopK
 FINER_SHARE = 5  # one id in five gets a finer level
 FINER_BITS = 2
 BYTES_PER_ID = 2.5
+LEAST = np.float32(-104)
+"""Log-probability whose exponential is 0 in float32."""
 _HALVES = 32  # bits of the two leading float16 numbers
 
 
@@ -120,12 +123,11 @@ class Compact(Codec):
 
         R is negative in rows with absent ids.
         """
-        below = relative.max(axis=1, keepdims=True) - relative
-        absent = np.isinf(below)
+        absent = relative < LEAST
+        below = np.where(absent, 0, relative.max(axis=1, keepdims=True) - relative)
         some = absent.any(axis=1)
-        ranges = below.max(axis=1, initial=0, where=~absent)
+        ranges = below.max(axis=1, initial=0)
         ranges[some] *= (1 + 1 / self.highest) ** 1.5
-        ranges = np.minimum(ranges, np.finfo(np.float16).max)
         ranges = ranges.astype(np.float16).astype(np.float32)
         share = below / np.maximum(ranges, np.finfo(np.float32).tiny)[:, None]
         steps = 1 << (self.level_bits + FINER_BITS)
