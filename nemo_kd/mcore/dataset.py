@@ -33,6 +33,7 @@ from nemo_kd.mcore.mix import Source, Sources, sources_of
 from nemo_kd.sft.rows import SFTRows
 from nemo_kd.store import Store
 from nemo_kd.store.sample import Tokens
+from nemo_kd.store.tools.overlap import TWICE, in_common
 from nemo_kd.teacher.processes import say_once
 from nemo_kd.topk import TopK
 
@@ -222,6 +223,7 @@ class KDDataset(torch.utils.data.Dataset[Item]):
                     f"{source.name} is tokenized by another tokenizer than {self.sources[0].name}: "
                     "open its rows with the stores' tokenizer"
                 )
+        say_once([TWICE.format(sentence) for sentence in in_common(self._stores)])
         weights = [source.weight for source in self.sources]
         if None in weights and any(weight is not None for weight in weights):
             raise NemoKDError(f"weights of the sources are {weights}: give all or none of them")

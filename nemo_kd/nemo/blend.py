@@ -23,6 +23,8 @@ from nemo_kd.nemo.dataset import (
 from nemo_kd.nemo.sft_files import file_rows, sft_arguments
 from nemo_kd.nemo.splits import TrainSplit, ValidationSplit
 from nemo_kd.nemo.stores import micro_batches, store_dataset
+from nemo_kd.store.tools.overlap import TWICE, in_common
+from nemo_kd.teacher.layout import Layout
 
 MAX_DATASETS = 255  # as in NeMo, whose index of data sets has one byte
 
@@ -70,6 +72,9 @@ def build_datasets(
         store_dataset(model, directory, data_cfg, alpha, training)
         for directory, alpha in zip(split.store, alphas, strict=True)
     ]
+    if training:
+        lines = [TWICE.format(sentence) for sentence in in_common([one.store for one in datasets])]
+        Layout.of_job().say_each(lines)
     where = TRAINING if training else VALIDATION
     datasets += [_file_dataset(model, file, data_cfg, where) for file in split.file_names]
     return datasets

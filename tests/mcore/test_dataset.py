@@ -28,3 +28,17 @@ def test_weights_that_the_alphas_of_stores_contradict_are_refused(
     with pytest.raises(NemoKDError, match=message):
         KDDataset(Source(store, 0.5), seq_length=127).check(config, naming=option)
     KDDataset(store, seq_length=127).check(config, naming=option)
+
+
+def test_samples_that_two_stores_of_a_mix_have_in_common_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    of = spec(source={"name": "a.jsonl", "rows": 8, "sha256": "a" * 64})
+    whole = Store(write(tmp_path / "s", of, [sample(i, of, 3) for i in range(8)]))
+    part = Store(write(tmp_path / "p", of, [sample(i, of, 3) for i in (2, 5)]))
+    rest = Store(write(tmp_path / "r", of, [sample(i, of, 3) for i in (3, 4)]))
+    KDDataset([Source(part), Source(rest)], seq_length=127)
+    assert "in common" not in capsys.readouterr().out
+    KDDataset([Source(whole), Source(part)], seq_length=127)
+    said = f"{whole.directory} and {part.directory} have 2 samples in common, such as row 2 of"
+    assert said in capsys.readouterr().out

@@ -11,6 +11,7 @@ import pytest
 
 from nemo_kd.store import Store, StoreError, verify
 from nemo_kd.store.tools.average import average
+from nemo_kd.store.tools.overlap import in_common
 from nemo_kd.store.tools.stats import stats
 from nemo_kd.store.tools.transform import convert, merge, split, write_samples
 from nemo_kd.teacher.plan import Workload, plan
@@ -129,6 +130,26 @@ def test_a_store_is_not_merged_with_itself(tmp_path: Path) -> None:
         with pytest.raises(StoreError, match="are the same store; give it once"):
             merge(given, tmp_path / "c")
     assert not (tmp_path / "c").exists()
+
+
+def test_a_store_is_not_merged_with_a_part_of_it(tmp_path: Path) -> None:
+    """Wherever the part has gone since; parts of one store can be merged again."""
+    of = spec(source={"name": "a.jsonl", "rows": 60, "sha256": "a" * 64})
+    whole = Store(store(tmp_path / "s", of, rows=60))
+    other = Store(
+        store(tmp_path / "o", replace(of, source={**of.source, "sha256": "b" * 64}), rows=60)
+    )
+    left, right = (Store(part) for part in rows_split(tmp_path / "s", 0, 1, 1))
+    merge([other, left], tmp_path / "with-other")
+    row = left.rows[0]
+    for given in ([whole, left], [right, Store(tmp_path / "with-other"), left]):
+        message = f"have {len(left)} samples in common, such as row {row} of their SFT file"
+        with pytest.raises(StoreError, match=message):
+            merge(given, tmp_path / "m")
+    assert len(merge([left, right], tmp_path / "m").totals) and len(Store(tmp_path / "m")) == 60
+    again = replace(of, teacher={"name": "other.nemo", "fingerprint": "c" * 64})
+    write(tmp_path / "t", again, [sample(row, of, 1) for row in range(60)])
+    assert list(in_common([whole, Store(tmp_path / "t")])) == []
 
 
 def test_more_than_the_source_holds_is_refused(tmp_path: Path) -> None:

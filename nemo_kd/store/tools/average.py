@@ -30,9 +30,10 @@ from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import Sample
 from nemo_kd.store.spec import ROWS_PER_SHARD
+from nemo_kd.store.tools.overlap import refuse_twice
 from nemo_kd.store.tools.probabilities import log_probabilities
 from nemo_kd.store.tools.selection import Progress, check_intact
-from nemo_kd.store.tools.transform import refuse_twice, write_samples
+from nemo_kd.store.tools.transform import write_samples
 from nemo_kd.topk import ABSENT_ID, TopK
 
 

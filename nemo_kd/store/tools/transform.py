@@ -27,6 +27,7 @@ from nemo_kd.store.segments import MOST_ROWS
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.splitmix import GOLDEN, counter, mixed, unit
 from nemo_kd.store.target import new_store
+from nemo_kd.store.tools.overlap import in_common, refuse_twice
 from nemo_kd.store.tools.selection import Progress, Selection, check_intact, copy
 from nemo_kd.store.writer import StoreWriter
 
@@ -146,6 +147,8 @@ def merge(
     """
     refuse_inputs([directory], [store.directory for store in stores])
     refuse_twice(stores)
+    for sentence in in_common(stores):
+        raise StoreError(f"{sentence}; a merged store would have them twice")
     first = stores[0]
     for other in stores[1:]:
         _refuse_unlike(first, other)
@@ -257,18 +260,6 @@ def _refuse_unlike(first: Store, other: Store) -> None:
         raise StoreError(
             f"{first.directory} and {other.directory} cannot be merged; they differ in\n{lines}"
         )
-
-
-def refuse_twice(stores: Sequence[Store]) -> None:
-    """Raise StoreError if two of the stores are the same, under any path."""
-    seen: dict[str, Store] = {}
-    for store in stores:
-        if store.fingerprint in seen:
-            raise StoreError(
-                f"{seen[store.fingerprint].directory} and {store.directory} are the same store; "
-                "give it once"
-            )
-        seen[store.fingerprint] = store
 
 
 def _refuse_empty(
