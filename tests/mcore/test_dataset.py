@@ -38,7 +38,7 @@ def test_samples_that_two_stores_of_a_mix_have_in_common_are_said(
     part = Store(write(tmp_path / "p", of, [sample(i, of, 3) for i in (2, 5)]))
     rest = Store(write(tmp_path / "r", of, [sample(i, of, 3) for i in (3, 4)]))
     KDDataset([Source(part), Source(rest)], seq_length=127)
-    assert "in common" not in capsys.readouterr().out
+    assert "in common" not in capsys.readouterr().err
     KDDataset([Source(whole), Source(part)], seq_length=127)
     said = f"{whole.directory} and {part.directory} have 2 samples in common, such as row 2 of"
-    assert said in capsys.readouterr().out
+    assert said in capsys.readouterr().err
