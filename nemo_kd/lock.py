@@ -28,6 +28,7 @@ from types import TracebackType
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import full_disk_explained
+from nemo_kd.paths import dangling_link
 from nemo_kd.visible import visible
 
 LOCK = ".lock"
@@ -111,6 +112,11 @@ class DirectoryLock:
             with full_disk_explained(self.directory):
                 self._acquire()
         except OSError as error:
+            if link := dangling_link(self.directory):
+                raise StoreError(
+                    f"{self.shown} cannot be created: {link}; create it, or choose another "
+                    "directory"
+                ) from error
             raise StoreError(
                 f"{self.shown} is not writable ({error.strerror}); choose another directory"
             ) from error

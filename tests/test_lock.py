@@ -206,3 +206,11 @@ def test_a_lock_that_cannot_be_written_is_not_left(tmp_path: Path) -> None:
     )
     assert done.returncode and "File too large" in done.stderr
     assert not (tmp_path / "s" / LOCK).exists()
+
+
+def test_a_link_that_leads_nowhere_is_named(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to("nowhere")
+    for path in (tmp_path / "link", tmp_path / "link/x"):
+        with pytest.raises(StoreError, match="link is a link to nowhere, which does not exist; cr"):
+            DirectoryLock(path).__enter__()
+    assert not (tmp_path / "nowhere").exists()

@@ -14,8 +14,8 @@ import nemo_kd
 
 PACKAGE = Path(nemo_kd.__file__).parent
 CORE = {
-    *("nemo_kd", "errors", "extras", "files", "lock", "outputs", "spelling", "topk", "visible"),
-    *("json_rows", "tokenizer_files", "vocabulary"),
+    *("nemo_kd", "errors", "extras", "files", "lock", "outputs", "paths", "spelling", "topk"),
+    *("json_rows", "tokenizer_files", "visible", "vocabulary"),
 }
 
 # Room → the rooms below that it may import.
@@ -50,7 +50,7 @@ LIBRARIES: dict[str, set[str]] = {
     },
     "mcore": {"megatron", "numpy", "torch"},
     "bridge": {"megatron", "numpy", "torch"},
-    "hf": {"numpy", "torch", "transformers"},
+    "hf": {"accelerate", "numpy", "torch", "transformers"},
     "served": {"httpx", "msgspec", "numpy", "tenacity", "torch"},
     "nemo": {
         *("lightning", "megatron", "nemo", "nltk", "numpy", "omegaconf", "torch", "torchmetrics"),

@@ -12,12 +12,34 @@ that is not an option here is a field of Bridge's `ConfigContainer`: change `con
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from nemo_kd.bridge import cpu
 from nemo_kd.cli.failures import reported
 from nemo_kd.loss import SUPPORTS
+
+
+def count(text: str) -> int:
+    """Read an option's number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def count_or_zero(text: str) -> int:
+    """Read an option's number of at least 0."""
+    return 0 if int(text) == 0 else count(text)
+
+
+def positive(text: str) -> float:
+    """Read an option's finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
 
 
 def parser() -> argparse.ArgumentParser:
@@ -34,24 +56,24 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--export", help="write the trained student as a Hugging Face directory")
     parser.add_argument("--alpha", type=float, default=0.9, help="weight of the distillation")
     parser.add_argument("--alpha-end", type=float, help="its value at the last step")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=positive, default=1.0)
     parser.add_argument("--support", choices=SUPPORTS, default="bucket")
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--stop-at", type=int, help="leave after this step, as a time limit does")
-    parser.add_argument("--global-batch-size", type=int, default=32)
-    parser.add_argument("--micro-batch-size", type=int, default=1)
-    parser.add_argument("--seq-length", type=int, default=2048)
+    parser.add_argument("--steps", type=count, default=1000)
+    parser.add_argument("--stop-at", type=count, help="leave after this step, as a time limit does")
+    parser.add_argument("--global-batch-size", type=count, default=32)
+    parser.add_argument("--micro-batch-size", type=count, default=1)
+    parser.add_argument("--seq-length", type=count, default=2048)
     parser.add_argument("--over-long", choices=("error", "truncate", "drop"), default="error")
     parser.add_argument("--packed", action="store_true", help="train on packs of samples")
-    parser.add_argument("--lr", type=float, default=1e-5)
-    parser.add_argument("--warmup", type=int, default=50, help="steps of warm-up")
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank only")
-    parser.add_argument("--eval-interval", type=int, default=100)
-    parser.add_argument("--save-interval", type=int, default=100)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--pipeline-parallel", type=int, default=1)
-    parser.add_argument("--virtual-pipeline", type=int, help="model chunks per pipeline stage")
-    parser.add_argument("--context-parallel", type=int, default=1)
+    parser.add_argument("--lr", type=positive, default=1e-5)
+    parser.add_argument("--warmup", type=count_or_zero, default=50, help="steps of warm-up")
+    parser.add_argument("--lora", type=count, metavar="RANK", help="train adapters of this rank")
+    parser.add_argument("--eval-interval", type=count, default=100)
+    parser.add_argument("--save-interval", type=count, default=100)
+    parser.add_argument("--tensor-parallel", type=count, default=1)
+    parser.add_argument("--pipeline-parallel", type=count, default=1)
+    parser.add_argument("--virtual-pipeline", type=count, help="model chunks per pipeline stage")
+    parser.add_argument("--context-parallel", type=count, default=1)
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--precision", default="bf16_mixed", help="of Bridge, or 32")
     parser.add_argument("--seed", type=int, default=1234)
@@ -90,7 +112,7 @@ def settings(args: argparse.Namespace) -> Any:
     )
     config.dataset.over_long, config.dataset.packed = args.over_long, args.packed
     config.train.exit_interval = args.stop_at
-    if args.lora:
+    if args.lora is not None:
         config.peft = LoRA(dim=args.lora, alpha=args.lora)
     return config
 

@@ -10,6 +10,7 @@ of it; of a pruned student or a .gguf file also the student that they belong to,
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,22 @@ class StoreTrainer(StoreLossMixin, Trainer):
     """`Trainer` with the loss of a store."""
 
 
+def count(text: str) -> int:
+    """Read an option's number of at least 1."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return number
+
+
+def positive(text: str) -> float:
+    """Read an option's finite number above 0."""
+    number = float(text)
+    if not 0 < number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
+    return number
+
+
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -36,15 +53,15 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--keep-layers", help="layers to keep, such as 0,1,8-11, or @FILE")
     parser.add_argument("--store", nargs="+", required=True, help="one or several stores")
     parser.add_argument("--output", required=True, help="new directory for the trained student")
-    parser.add_argument("--lora", type=int, metavar="RANK", help="train and save adapters, by peft")
+    parser.add_argument("--lora", type=count, metavar="RANK", help="train adapters, by peft")
     parser.add_argument("--alpha", type=float, help="weight of the distillation")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=positive, default=1.0)
     parser.add_argument("--support", choices=SUPPORTS, default="bucket")
-    parser.add_argument("--max-seq-length", type=int, help="refuse longer samples")
-    parser.add_argument("--steps", type=int, default=120)
-    parser.add_argument("--batch-size", type=int, default=8, help="samples per process and batch")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches per step")
-    parser.add_argument("--lr", type=float, default=4e-4)
+    parser.add_argument("--max-seq-length", type=count, help="refuse longer samples")
+    parser.add_argument("--steps", type=count, default=120)
+    parser.add_argument("--batch-size", type=count, default=8, help="samples per process and batch")
+    parser.add_argument("--accumulate", type=count, default=1, help="batches per step")
+    parser.add_argument("--lr", type=positive, default=4e-4)
     return parser
 
 
@@ -74,7 +91,7 @@ def adapted(model: Any, rank: int, weights: Path) -> Any:
 
 def trained(args: argparse.Namespace) -> StoreTrainer:
     model, tokenizer = load_student(args.student, args.keep_layers)
-    if args.lora:
+    if args.lora is not None:
         is_saved = Path(args.student).is_dir() and args.keep_layers is None
         weights = Path(args.student) if is_saved else Path(args.output, BASE)
         model = adapted(model, args.lora, weights)

@@ -14,6 +14,7 @@ from rich.console import Console
 from typer.core import TyperCommand
 
 import nemo_kd
+from nemo_kd.paths import expand_home
 from nemo_kd.visible import visible
 
 if TYPE_CHECKING:
@@ -21,15 +22,27 @@ if TYPE_CHECKING:
 
 
 class Command(TyperCommand):
-    """A command that refuses an option given twice, of which typer would take the last."""
+    """A command whose arguments may begin with `~/`, also where the shell does not expand it.
+
+    Refuses an option given twice, of which typer would take the last.
+    """
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        args = [_with_home(each) for each in args]
         *_, given = self.make_parser(ctx).parse_args(list(args))
         for parameter in given:
             single = not (getattr(parameter, "is_flag", True) or parameter.multiple)
             if single and given.count(parameter) > 1:
                 ctx.fail(f"{parameter.opts[0]} is given twice; give it once.")
         return super().parse_args(ctx, args)
+
+
+def _with_home(argument: str) -> str:
+    """Replace a leading `~/` of an argument, or of the value in `--option=~/x`."""
+    option, equals, value = argument.partition("=")
+    if option.startswith("--") and equals:
+        return f"{option}={expand_home(value)}"
+    return expand_home(argument)
 
 
 class App(typer.Typer):
@@ -118,16 +131,11 @@ def refuse_address(store: str) -> None:
 def check_store_target(target: str | Path) -> None:
     """Raise StoreError if `target` looks like a file or address: a store is a local directory."""
     from nemo_kd.errors import StoreError
-    from nemo_kd.settings.files import address_problem
+    from nemo_kd.settings.files import address_problem, file_name_problem
 
-    if problem := address_problem(str(target)):  # a Path would join the slashes of a URL
+    target = str(target)  # a Path would join the slashes of a URL
+    if problem := address_problem(target) or file_name_problem(target):
         raise StoreError(problem)
-    path = Path(target)
-    if path.is_file() or (path.suffix[1:].isalpha() and not path.is_dir()):
-        raise StoreError(
-            f"{path} is the name of a file, but a store is a directory: give a name without "
-            f"{path.suffix or 'that of a file'}"
-        )
 
 
 ARGUMENT = re.compile(r"\b(overwrite|renumber)=true\b|\b(seed)=(?=[-\d])")

@@ -168,13 +168,16 @@ CAPTURE, SHARDS = "DistillKit's Parquet", "Megatron-LM's shards"
 
 
 def kind_of_source(source: str) -> str | None:
-    """Return the kind of cache at a path, by its suffix and content; None if it is none."""
+    """Return the kind of cache at a path, by its content and suffix; None if it is none.
+
+    A directory may have the suffix of a file.
+    """
     path = Path(source)
-    if path.suffix == ".jsonl":
+    if path.suffix == ".jsonl" and not path.is_dir():
         single = CHUNK_ID not in source and path.is_file()
         _, line = next(lines_of(path), (0, b"")) if single else (0, b"")
         return RESPONSES if is_response(line) else JSONL
-    if path.suffix == ".parquet":
+    if path.suffix == ".parquet" and not path.is_dir():
         return CAPTURE if path.is_file() and is_distillkit(path) else None
     if not path.is_dir() or (path / MANIFEST).exists():
         return None

@@ -68,7 +68,9 @@ def refuse_idle_options(source: str, target: str, given: Mapping[str, Any]) -> N
 
 def kind_of(source: str) -> str:
     """Return what is at a path: Parquet, another program's cache (JSONL among them) or a store."""
-    return kind_of_source(source) or kind_by_suffix(source)
+    if found := kind_of_source(source):
+        return found
+    return "a store" if Path(source).is_dir() else kind_by_suffix(source)
 
 
 def kind_by_suffix(path: str) -> str:

@@ -16,8 +16,8 @@ from nemo_kd.settings.files import (
     check_files,
     directory,
     file_or_directory,
-    local_directory,
     paths_at,
+    store_directory,
 )
 from nemo_kd.settings.moved import DUMP
 from nemo_kd.settings.templates import check_template
@@ -90,7 +90,7 @@ def check_inputs(cfg: DictConfig) -> None:
         cfg,
         [
             TEACHERS[cfg.teacher.kind],
-            ("output_dir", local_directory),
+            ("output_dir", store_directory),
         ],
     )
     files = list(paths_at(cfg, "data.file_path"))

@@ -33,7 +33,7 @@ DISK_ERRORS = (
 REMEDIES = {
     errno.EACCES: "give this user access to it, or choose another path",
     errno.EISDIR: "give the path of a file",
-    errno.EFBIG: "raise the limit of this shell (ulimit -f) or of the file system",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f, or that of the file system)",
     errno.EIO: "the disk or the network file system failed; try again, or copy the file elsewhere",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EROFS: "choose a path that can be written",
@@ -80,17 +80,29 @@ def reported(resume: str = "") -> Iterator[None]:
 def explain(error: BaseException) -> str | None:
     """Return the message of a user error; None for any other error."""
     if isinstance(error, NemoKDError):
-        return str(error)
+        return _of_a_limit(error)
     classes = type(error).__mro__
     if any(cls.__module__.split(".")[0] in ("hydra", "omegaconf") for cls in classes):
         from nemo_kd.cli import hydra_errors
 
         return hydra_errors.explain(error)
+    if any(cls.__module__.split(".")[0] == "yaml" for cls in classes):
+        from nemo_kd.cli import hydra_errors
+
+        return hydra_errors.explain_yaml(error)
     if isinstance(error, OSError):
         return _of_a_path(error)
     if {cls.__name__ for cls in classes} & NEMOS_ERRORS:
         return str(error) or type(error).__name__
     return None
+
+
+def _of_a_limit(error: NemoKDError) -> str:
+    """Return its message; that of a full disk names the limit if a file has reached one."""
+    text, cause = str(error), error.__cause__
+    if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
+        return text.replace(REMEDIES[errno.ENOSPC], REMEDIES[errno.EFBIG])
+    return text
 
 
 def _of_a_path(error: OSError) -> str | None:

@@ -1,11 +1,12 @@
-"""One-line messages for errors raised by Hydra and OmegaConf."""
+"""One-line messages for errors raised by Hydra, OmegaConf and PyYAML."""
 
 from __future__ import annotations
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import ConfigCompositionException, OverrideParseException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from yaml import YAMLError
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.spelling import did_you_mean
@@ -18,12 +19,29 @@ def explain(error: BaseException) -> str:
         return _of_grammar(error.override)
     if isinstance(error, ConfigCompositionException) and isinstance(cause, OmegaConfBaseException):
         key = str(cause.full_key or cause.key)
-        return f"{key} is unknown{_nearest(cause, key)}"
+        if isinstance(cause, ConfigKeyError | ConfigAttributeError):
+            return f"{key} is unknown{_nearest(cause, key)}"
+        error = cause  # such as a brace that is missing
     if isinstance(error, OmegaConfBaseException):
         where = f"{error.full_key}: " if error.full_key else ""
         return where + str(error).splitlines()[0]
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:4]).partition(" Config search path:")[0]
+
+
+def explain_yaml(error: YAMLError) -> str:
+    """Return a one-line message for a file that is not YAML, with its name and line."""
+    mark = getattr(error, "problem_mark", None)
+    if mark is None:  # it names the file, if at all, in its text
+        return " ".join(str(error).split())
+    return f"{mark.name}, line {mark.line + 1}, column {mark.column + 1}: {_problem(error)}"
+
+
+def _problem(error: YAMLError) -> str:
+    problem = " ".join(str(getattr(error, "problem", None) or error).split())
+    if "'\\t'" in problem:
+        return f"{problem}; indent with spaces"
+    return f"{problem}; give the key once" if "duplicate key" in problem else problem
 
 
 def check_overrides(overrides: list[str]) -> None:

@@ -9,8 +9,13 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString
 from hydra.errors import HydraException
+from omegaconf import OmegaConf
+
+from nemo_kd.paths import expand_home
+from nemo_kd.settings.paths import PATH_LISTS, PATHS
 
 OTHER_CONFIGURATION = {"--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
+DIRECTORIES = {"--config-path", "-cp", "--config-dir", "-cd"}
 AS_OURS = [
     "hydra.run.dir=.",
     "hydra.output_subdir=null",
@@ -20,21 +25,6 @@ AS_OURS = [
 """Hydra's settings in the YAML files of conf/: Hydra creates no directory and no log file."""
 SINGLE = {"output", "output_dir", "name", "jsonl", "overwrite"}
 """Top-level keys that a NeMo configuration given by the user may lack."""
-PATHS = {
-    "restore_from_path",
-    "file_path",
-    "output",
-    "output_dir",
-    "index_mapping_dir",
-    "explicit_log_dir",
-    "exp_dir",
-    "output_file_path_prefix",
-    "vocab_file",
-    "merge_file",
-    "tokenizer",
-    "url",
-}
-PATH_LISTS = {"store", "file_names"}
 TEXTS = {"prompt_template", "label_key", "truncation_field"}
 LITERAL = {"pattern"}
 """Regular expressions: their backslashes, brackets and commas are never Hydra's."""
@@ -61,11 +51,18 @@ def accept_every_spelling(arguments: list[str]) -> list[str]:
 
 
 def repeated(arguments: list[str]) -> Iterator[str]:
-    """Yield a line for each key that is given more than once, of which Hydra takes the last."""
+    """Yield a line for each key that is given more than once, of which Hydra takes the last.
+
+    Also for keys of a block that is given after them, which replaces them: `a.b=1 a=null`.
+    """
     given: dict[str, list[str]] = {}
     for argument in arguments:
         if (key := _key(argument)) is not None:
-            given.setdefault(key.key_or_group, []).append(argument.partition("=")[2])
+            name, value = key.key_or_group, argument.partition("=")[2]
+            lost = [each for each in given if each.startswith(f"{name}.")]
+            if lost and not value.startswith("{"):  # Hydra merges a block into the one that exists
+                yield f"{', '.join(lost)}: no effect, because {name}={value} is given after it"
+            given.setdefault(name, []).append(value)
     for name, values in given.items():
         if len(values) > 1:
             often = "twice" if len(values) == 2 else f"{len(values)} times"
@@ -98,8 +95,9 @@ def given_keys() -> set[str]:
     """Return the keys set on the command line of the running Hydra script."""
     if not HydraConfig.initialized():
         return set()
-    overrides = HydraConfig.get().overrides.task
-    return {override.lstrip("+").partition("=")[0] for override in overrides}
+    # Unresolved: an interpolation in an argument is that of a setting, whose check names it.
+    overrides = OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False)
+    return {str(override).lstrip("+").partition("=")[0] for override in overrides or ()}
 
 
 def readable(key: str, value: str) -> str:
@@ -110,10 +108,12 @@ def readable(key: str, value: str) -> str:
     """
     name = key.rpartition(".")[2]
     is_path = name in PATHS or name in PATH_LISTS
-    if is_path and value.startswith("~/"):
-        value = os.path.expanduser(value)
-    if not value or value in ("null", "???") or _is_quoted(value) or "${" in value:
+    if is_path:
+        value = expand_home(value)
+    if not value or value in ("null", "???") or _is_quoted(value):
         return value
+    if "${" in value:  # Hydra does not parse one within another
+        return value if value[0] in "[{" or _parses(value) else quoted(value)
     if name in LITERAL or (is_path and "\\" in value and os.path.exists(value)):
         return quoted(value)
     if value.startswith("[") and value.endswith("]"):
@@ -153,12 +153,22 @@ def _quoted_list(value: str) -> str:
 
 
 def _with_config_path(arguments: list[str]) -> Iterator[str]:
-    """Resolve `--config-path DIR` against the working directory, not the script's directory."""
+    """Resolve `--config-path DIR` against the working directory, not the script's directory.
+
+    A leading `~/` is replaced by the home directory, in `--config-dir` too.
+    """
     before = ""
     for argument in arguments:
-        if before in ("--config-path", "-cp") and os.path.isdir(argument):
-            argument = os.path.abspath(argument)
-        elif argument.startswith("--config-path=") and os.path.isdir(argument[14:]):
-            argument = f"--config-path={os.path.abspath(argument[14:])}"
+        option, equals, value = argument.partition("=")
+        if before in DIRECTORIES:
+            argument = _directory(before, argument)
+        elif option in DIRECTORIES and equals:
+            argument = f"{option}={_directory(option, value)}"
         yield argument
         before = argument
+
+
+def _directory(option: str, value: str) -> str:
+    value = expand_home(value)
+    is_path = option in ("--config-path", "-cp") and os.path.isdir(value)
+    return os.path.abspath(value) if is_path else value

@@ -104,8 +104,14 @@ def check_composition(conf: Path, name: str, arguments: list[str]) -> None:
     if given.config_dir is not None:
         overrides.append(f"hydra.searchpath=[file://{Path(given.config_dir).absolute()}]")
     conf = conf if given.config_path is None else Path(given.config_path)
-    with hydra.initialize_config_dir(str(conf.absolute()), version_base=None):
-        hydra.compose(given.config_name or name, overrides)
+    try:
+        with hydra.initialize_config_dir(str(conf.absolute()), version_base=None):
+            hydra.compose(given.config_name or name, overrides)
+    except UnicodeDecodeError as error:
+        raise NemoKDError(
+            f"a configuration file of {given.config_name or name} in {conf} is not in UTF-8 "
+            f"({error}); convert it"
+        ) from error
 
 
 def _quiet() -> None:

@@ -52,7 +52,7 @@ class StoreCollator:
     ) -> None:
         self.config: KDConfig = dataset.config
         self.vocab_size, self.top_k = dataset.vocab_size, dataset.top_k
-        self.stores = dataset.stores
+        self.stores, self.compares_tokenizer = dataset.stores, dataset.compares_tokenizer
         self.pad_token_id, self.pad_to = pad_token_id, pad_to
 
     def __call__(self, samples: Sequence[Sample]) -> dict[str, Tensor]:

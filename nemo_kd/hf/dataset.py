@@ -16,6 +16,7 @@ from nemo_kd.data import LengthLimit, check_schedule, fit_lengths, notices, trun
 from nemo_kd.loss import KDConfig
 from nemo_kd.store import Sample, Store, StoreError
 from nemo_kd.store.fingerprint import vocabulary_fingerprint
+from nemo_kd.store.tools.overlap import TWICE, in_common
 from nemo_kd.teacher.processes import say_once
 from nemo_kd.vocabulary import VocabularySize
 
@@ -28,8 +29,9 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
     training does. `tokenizer`: the student's, of transformers, to compare with the stores'.
     A data set is picklable: a worker process opens the stores again.
 
-    Errors: StoreError for a store that `config` cannot learn from, without samples, with too long
-    ones, without the temperature, of another tokenizer, or of another vocabulary than the first.
+    Errors: StoreError for a store that `config` cannot learn from, without samples or answer
+    tokens, with too long samples, without the temperature, of another tokenizer, or of another
+    vocabulary than the first.
     """
 
     def __init__(
@@ -46,12 +48,15 @@ class StoreDataset(torch.utils.data.Dataset[Sample]):
             raise StoreError("no store to train on: give at least one directory")
         self.config = config
         self.stores = tuple(one if isinstance(one, Store) else Store(one) for one in each)
+        say_once([TWICE.format(sentence) for sentence in in_common(self.stores)])
         self.max_seq_length = max_seq_length
         self.vocab_size = self.stores[0].spec.vocab_size
         """Number of ids of the tokenizer; further columns of a model's logits are padding."""
         self.top_k = max(store.spec.top_k for store in self.stores)
         """Most ids per answer token."""
         fingerprint = self.stores[0].spec.tokenizer.get("fingerprint")
+        self.compares_tokenizer = tokenizer is not None
+        """Whether the stores have the student's tokenizer."""
         if tokenizer is not None:
             check_tokenizer(self.stores, tokenizer)
         for store in self.stores:
@@ -102,8 +107,13 @@ def datasets_in(data: Any) -> list[StoreDataset]:
     """
     if isinstance(data, StoreDataset):
         return [data]
-    inner = [*getattr(data, "datasets", ()), *filter(None, [getattr(data, "dataset", None)])]
-    return [one for each in inner for one in datasets_in(each)]
+    return [one for each in wrapped_in(data) for one in datasets_in(each)]
+
+
+def wrapped_in(data: Any) -> list[Any]:
+    """Return the data sets that torch's `Subset` or `ConcatDataset`, or their like, is made of."""
+    one = getattr(data, "dataset", None)
+    return [*getattr(data, "datasets", ()), *([] if one is None else [one])]
 
 
 def check_tokenizer(stores: Iterable[Store], tokenizer: Any) -> None:
@@ -118,6 +128,8 @@ def _used(store: Store, max_seq_length: int | None, over_long: str) -> NDArray[n
     """Return the store's indices of the samples to use [samples]."""
     if not len(store):
         raise StoreError(f"store {store.origin} has no samples")
+    if not store.manifest.totals["answer_tokens"]:
+        raise StoreError(f"store {store.origin} has no answer tokens, so nothing to learn from")
     limit = LengthLimit(int(store.lengths.max()) if max_seq_length is None else max_seq_length)
     fitting = fit_lengths(store, limit, over_long)
     say_once(notices(store, fitting, limit))

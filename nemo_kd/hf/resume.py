@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from nemo_kd.data.resumed import (
     FILE,
@@ -27,8 +27,9 @@ from nemo_kd.data.resumed import (
 )
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import canonical_json, decode_json, publish, read_json, sha256_of_json
+from nemo_kd.hf.checkpoints import checkpoints_in, refuse_without_optimizer
 from nemo_kd.hf.collator import StoreCollator
-from nemo_kd.hf.dataset import datasets_in
+from nemo_kd.hf.dataset import datasets_in, wrapped_in
 from nemo_kd.teacher.processes import say_once
 
 OPTIMIZER = "Trainer would keep the checkpoint's"
@@ -43,8 +44,6 @@ ARGUMENTS = {
     **dict.fromkeys(("samples_per_step", "dataloader_drop_last", "seed", "data_seed"), ROWS),
 }
 """Arguments of `Trainer` that a resumed training cannot change → why."""
-OPTIMIZER_FILES = ("optimizer*", "scheduler.pt", "global_step*")
-"""What a checkpoint has beside weights, if anything: the last is DeepSpeed's."""
 OF_THE_FILE = (
     *("base_model_name_or_path", "inference_mode", "revision", "auto_mapping", "peft_version"),
     *("runtime_config", "peft_type"),
@@ -52,6 +51,8 @@ OF_THE_FILE = (
 """Settings of adapters that do not change what they compute."""
 ADAPTERS = "adapters"
 BASE = "base of the adapters"
+INNER = "inner_subsets"
+"""`Subset`s in the data set but for the outermost, which is `subset`."""
 PROBES = 64
 """Values of each frozen tensor that are compared."""
 
@@ -96,19 +97,38 @@ def settings_of(collator: StoreCollator, data: Any, args: Any, model: Any) -> di
     loss = loss_settings(collator.config)
     if (loss["sft_weight"], loss["kd_weight"]) == (None, None):
         loss["alpha"] = collator.config.weights[1]
-    known, chosen = datasets_in(data), getattr(data, "indices", None)  # of torch's `Subset`
+    known, chosen = datasets_in(data), _indices(data)
     stores = [store for one in known for store in one.stores] or collator.stores
     settings = {
         **loss,
         "stores": [store.fingerprint for store in stores],
         "samples": len(data) if hasattr(data, "__len__") else None,
         "longest_sample": max((one.longest for one in known), default=None),
-        "subset": None if chosen is None else sha256_of_json([int(index) for index in chosen]),
+        "subset": None if chosen is None else sha256_of_json(chosen),
+        INNER: _inner_subsets(data),
         **_arguments(args),
         **_adapters(model),
     }
     found: dict[str, Any] = decode_json(canonical_json(settings))
     return found
+
+
+def _indices(data: Any) -> list[int] | None:
+    """Return the indices of torch's `Subset`; None for a data set of another kind."""
+    indices = getattr(data, "indices", None)
+    return None if indices is None else [int(index) for index in indices]
+
+
+def _inner_subsets(data: Any) -> str | None:
+    """Return a hash of the indices in all data sets that `data` has; None if there are none."""
+    inner = [_tree(one) for one in wrapped_in(data)]
+    return sha256_of_json(inner) if any(inner) else None
+
+
+def _tree(data: Any) -> list[Any]:
+    """Return [indices, [the same of each inner data set]]; [] without any indices."""
+    own, inner = _indices(data), [_tree(one) for one in wrapped_in(data)]
+    return [] if own is None and not any(inner) else [own, inner]
 
 
 def _arguments(args: Any) -> dict[str, Any]:
@@ -159,40 +179,32 @@ def check_start(args: Any) -> None:
     one with the highest.
     """
     saves = getattr(args.save_strategy, "value", args.save_strategy) != "no"
-    last = (
-        get_last_checkpoint(args.output_dir) if saves and Path(args.output_dir).is_dir() else None
-    )
-    if last is not None:
+    found = checkpoints_in(Path(args.output_dir)) if saves else []
+    if found:
         raise NemoKDError(
-            f"{last} is of an earlier training, with whose checkpoints this one's would be mixed: "
-            "resume it with train(resume_from_checkpoint=True), or train into another output_dir"
+            f"{found[-1]} is of an earlier training, with whose checkpoints this one's would be "
+            "mixed: resume it with train(resume_from_checkpoint=True), or train into another "
+            "output_dir"
         )
 
 
-def check_resumed(checkpoint: Any, output_dir: str, settings: dict[str, Any]) -> Path | None:
-    """Compare with the settings of a checkpoint, and return its path; None without one.
+def check_resumed(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Compare with the settings of a checkpoint.
 
     Those without the file are resumed with a line, as are settings that an earlier version did not
-    keep. `checkpoint`: as `Trainer.train` takes it, a path or True for the last in `output_dir`.
+    keep.
 
-    Errors: NemoKDError, naming each difference, and for a checkpoint of the weights alone.
+    Errors: NemoKDError, naming each difference, and for a checkpoint without its optimizer.
     """
-    path = get_last_checkpoint(output_dir) if checkpoint is True else checkpoint
-    if not path:
-        return None
-    if Path(path).is_dir() and not any(any(Path(path).glob(name)) for name in OPTIMIZER_FILES):
-        raise NemoKDError(
-            f"{path} has no optimizer and no schedule (save_only_model=True), so that both would "
-            f"begin anew at its step: {JUMPS}. Resume a checkpoint that has them, or train its "
-            "weights as a new model into another output_dir"
-        )
-    file = Path(path, FILE)
+    refuse_without_optimizer(checkpoint)
+    file = checkpoint / FILE
     if not file.is_file():
-        missing = FILE_IS_MISSING.format(path, FILE)
+        missing = FILE_IS_MISSING.format(checkpoint, FILE)
         say_once([f"{missing}; Trainer keeps its learning rate, weight decay and batch size"])
-        return Path(path)
+        return
     then = read_json(file)
-    compared = [*ARGUMENTS, *(name for name in settings if name.startswith((ADAPTERS, BASE)))]
+    of_these = (ADAPTERS, BASE, *([INNER] if settings[INNER] is not None else []))
+    compared = [*ARGUMENTS, *(name for name in settings if name.startswith(of_these))]
     if absent := [name for name in compared if name not in then]:
         say_once([f"{file} has no {', '.join(absent)}, so they were not compared"])
     names = [name for name, value in settings.items() if then.get(name) != value]
@@ -200,5 +212,4 @@ def check_resumed(checkpoint: Any, output_dir: str, settings: dict[str, Any]) ->
     remedy = f"train into another output_dir, or delete {file} to resume with the new ones"
     if reasons := dict.fromkeys(ARGUMENTS[name] for name in changed if name in ARGUMENTS):
         remedy = f"or train into another output_dir: {', and '.join(reasons)}"
-    refuse_changed(Path(path), changed, then, settings, remedy)
-    return Path(path)
+    refuse_changed(checkpoint, changed, then, settings, remedy)

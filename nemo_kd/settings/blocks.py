@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.settings.moved import explained
+from nemo_kd.settings.paths import expand_paths
 from nemo_kd.settings.values import ANY, MAPPING, Kind
 from nemo_kd.spelling import nearest
 
@@ -41,6 +44,8 @@ MAX_LISTED = 24
 def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = None) -> None:
     """Check the configuration `cfg` at the dotted key `where` against its block.
 
+    Replaces `~/` at the beginning of its paths by the home directory.
+
     Errors: NemoKDError for an unknown key, naming the nearest one of that block or the block that
     has it; for a key without a value, and for a value of the wrong kind.
     """
@@ -59,21 +64,50 @@ def check(cfg: DictConfig, block: Block, where: str = "", root: Block | None = N
 def _check_value(cfg: DictConfig, key: str, path: str, known: Kind | Block, root: Block) -> None:
     if OmegaConf.is_missing(cfg, key):
         raise NemoKDError(f"{path} must be given: add {path}=VALUE to the command.")
-    try:
+    with _errors_name(path):
         value = cfg[key]
-    except OmegaConfBaseException as error:
-        raise NemoKDError(f"{path}: {str(error).splitlines()[0]}") from error
     if isinstance(known, Block):
         if isinstance(value, DictConfig):
             check(value, known, path, root)
         elif value is not None:
             raise NemoKDError(f"{path}{MAPPING(value)}")
         return
-    if SAME_AS.fullmatch(str(cfg._get_node(key)._value())):  # type: ignore[union-attr]
-        return  # refers to another key: an error should name that one
-    plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+    with _errors_name(path):
+        expand_paths(cfg, key, known)
+    written = str(cfg._get_node(key)._value())  # type: ignore[union-attr]
+    if known is ANY or SAME_AS.fullmatch(written):
+        return  # a reference to another key: an error should name that one
+    value = cfg[key]
+    with _errors_name(path):
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     if problem := known(plain):
-        raise NemoKDError(f"{path}{problem}")
+        raise NemoKDError(f"{path}{problem}{_as_value(plain, written, known)}")
+
+
+@contextmanager
+def _errors_name(path: str) -> Iterator[None]:
+    """Context manager that raises an error of an interpolation as one that names the key."""
+    try:
+        yield
+    except OmegaConfBaseException as error:
+        at = str(error.full_key or "")
+        named = at if at.startswith(path) else path  # a list's error names its entry
+        raise NemoKDError(f"{named}: {str(error).splitlines()[0]}") from error
+
+
+def _as_value(text: Any, written: str, known: Kind) -> str:
+    """Return how to give a text as the allowed value that it reads like; "" for anything else."""
+    if not isinstance(text, str) or "${" in text:
+        return ""
+    try:
+        value = OmegaConf.create({"text": text, "value": "${oc.decode:${text}}"}).value
+    except OmegaConfBaseException:
+        return ""
+    if not known.fits(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value):
+        return ""
+    if "${" in written:
+        return f" It is a text: write ${{oc.decode:{written}}} for its value."
+    return " It is a text: leave out the quotes."
 
 
 def _first_leaf(cfg: DictConfig, key: str, where: str) -> str:

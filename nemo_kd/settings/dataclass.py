@@ -54,17 +54,32 @@ def _known(annotation: Any) -> Kind | Block:
     return block_of(annotation) if _is_block(annotation) else of_annotation(annotation)
 
 
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
+
+
+def _refuse_null(cls: type[Any], key: str) -> None:
+    """Raise NemoKDError if the block at `key`, which is null, has keys without a default."""
+    for field in dataclasses.fields(cls):
+        if not _has_default(field) and not _is_block(_annotations(cls)[field.name]):
+            raise NemoKDError(
+                f"{key} is null, and {key}.{field.name} with it, which must be given: leave out "
+                f"{key}=null, or give {key}.{field.name} after it."
+            )
+
+
 def _construct(cls: type[Settings], values: Mapping[str, Any], where: str) -> Settings:
     annotations, prefix = _annotations(cls), f"{where}." if where else ""
     given = {name: values[name] for name in annotations if name in values}
     for name, annotation in annotations.items():
         if _is_block(annotation):
+            if name in given and given[name] is None:
+                _refuse_null(annotation, f"{prefix}{name}")
             given[name] = _construct(annotation, given.get(name) or {}, f"{prefix}{name}")
         elif isinstance(given.get(name), list) and typing.get_origin(annotation) is tuple:
             given[name] = tuple(given[name])
     for field in dataclasses.fields(cls):  # type: ignore[arg-type]
-        has_default = (field.default, field.default_factory) != (dataclasses.MISSING,) * 2
-        if not has_default and given.get(field.name, "???") == "???":
+        if not _has_default(field) and given.get(field.name, "???") == "???":
             key = f"{prefix}{field.name}"
             raise NemoKDError(f"{key} must be given: add {key}=VALUE to the command.")
     try:

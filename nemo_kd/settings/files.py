@@ -10,6 +10,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.paths import dangling_link
 
 Problem = Callable[[str], str]
 """Function of a path that returns an error message, or "" if the path is usable."""
@@ -24,7 +25,7 @@ def check_files(cfg: DictConfig, problems: Iterable[tuple[str, Problem]]) -> Non
     """
     for key, problem in problems:
         for path in paths_at(cfg, key):
-            if REMOTE in path and problem is not local_directory:
+            if REMOTE in path and problem is not store_directory:
                 continue
             if found := problem(path):
                 raise NemoKDError(f"{key}: {found}")
@@ -43,9 +44,20 @@ def address_problem(path: str) -> str:
     )
 
 
-def local_directory(path: str) -> str:
-    """Require `output_directory` on a local disk."""
-    return address_problem(path) or output_directory(path)
+def file_name_problem(path: str) -> str:
+    """Say that a store is not a file if `path` is one, or has a file's suffix and is not there."""
+    suffix = Path(path).suffix
+    if os.path.isfile(path) or (suffix[1:].isalpha() and not os.path.isdir(path)):
+        return (
+            f"{path} is the name of a file, but a store is a directory: give a name without "
+            f"{suffix or 'that of a file'}"
+        )
+    return ""
+
+
+def store_directory(path: str) -> str:
+    """Require an `output_directory` on a local disk whose name is not that of a file."""
+    return address_problem(path) or output_directory(path) or file_name_problem(path)
 
 
 def paths_at(cfg: DictConfig, key: str) -> Iterator[str]:
@@ -108,6 +120,8 @@ def output_file(path: str) -> str:
 
 def output_directory(path: str) -> str:
     """Require a directory that exists or can be created."""
+    if problem := dangling_link(path):
+        return f"{problem}: create it, or give another directory"
     if os.path.exists(path) and not os.path.isdir(path):
         return f"{path} is a file: expected a directory, or a new name"
     return _cannot_make(os.path.join(path, "x"))
@@ -129,6 +143,11 @@ def _existing_parent(path: str) -> Path:
 
 
 def _nearest_parent(path: str) -> str:
-    """Describe the nearest existing parent of a path; "" if its own directory exists."""
+    """Describe the nearest existing parent of a path, or the directory that a relative one is in.
+
+    "" for an absolute path whose own directory exists.
+    """
     parent = _existing_parent(path)
-    return "" if parent == Path(os.path.abspath(path)).parent else f" ({parent} exists)"
+    if parent != Path(os.path.abspath(path)).parent:
+        return f" ({parent} exists)"
+    return "" if os.path.isabs(path) else f" (in {parent})"

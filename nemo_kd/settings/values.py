@@ -23,6 +23,8 @@ class Kind:
     expected: str
     fits: Callable[[Any], bool]
     hint: Callable[[Any], str] = lambda value: ""
+    is_path: bool = False
+    """Whether a text among these values is a path."""
 
     def __call__(self, value: Any) -> str:
         if self.fits(value):
@@ -53,7 +55,7 @@ TEXT = Kind(
     "text",  # numbers too: YAML parses `name=7` as a number
     lambda value: isinstance(value, str | int | float) and not isinstance(value, bool),
 )
-PATH = Kind("a path", lambda value: isinstance(value, str) and bool(value))
+PATH = Kind("a path", lambda value: isinstance(value, str) and bool(value), is_path=True)
 MAPPING = Kind("a block of keys", lambda value: isinstance(value, Mapping))
 
 
@@ -93,12 +95,18 @@ def shown_name(name: Any) -> str:
 
 def optional(kind: Kind) -> Kind:
     """Allow the values of `kind`, and null."""
-    return Kind(f"{kind.expected}, or null", lambda v: v is None or kind.fits(v), kind.hint)
+    expected = f"{kind.expected}, or null"
+    return Kind(expected, lambda v: v is None or kind.fits(v), kind.hint, kind.is_path)
 
 
 def either(*kinds: Kind) -> Kind:
     expected = ", or ".join(dict.fromkeys(kind.expected for kind in kinds))
-    return Kind(expected, lambda value: any(kind.fits(value) for kind in kinds), kinds[-1].hint)
+    return Kind(
+        expected,
+        lambda value: any(kind.fits(value) for kind in kinds),
+        kinds[-1].hint,
+        any(kind.is_path for kind in kinds),
+    )
 
 
 def list_of(kind: Kind, length: int | None = None) -> Kind:
@@ -109,7 +117,7 @@ def list_of(kind: Kind, length: int | None = None) -> Kind:
             return False
         return all(kind.fits(entry) for entry in value)
 
-    return Kind(f"{count}, each {kind.expected}", fits)
+    return Kind(f"{count}, each {kind.expected}", fits, is_path=kind.is_path)
 
 
 def one_or_more(kind: Kind) -> Kind:

@@ -9,13 +9,16 @@ from pathlib import Path
 from typing import Protocol
 
 from nemo_kd.errors import StoreError
+from nemo_kd.files import read_json
 from nemo_kd.lock import DirectoryLock, LockedError
 from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.checks import BadRowErrors, Seen
 from nemo_kd.sft.rows import BadRows, Check
 from nemo_kd.store import StoreSpec, StoreWriter
 from nemo_kd.store.earlier import EarlierStore
-from nemo_kd.store.manifest import MANIFEST, REPLACED, Manifest
+from nemo_kd.store.manifest import MANIFEST, PACKING, REPLACED, SPEC, Manifest
+from nemo_kd.store.ours import is_store, refuse_foreign
+from nemo_kd.store.parts import part_directories
 from nemo_kd.store.sample import Tokens
 from nemo_kd.teacher.layout import Layout
 
@@ -98,7 +101,8 @@ def open_writer(
     If the source file has changed since the store was started, shards are kept if their rows,
     `tokens_of(row numbers)`, are unchanged. Such a store is rejected like one of another
     configuration if it has complete shards and there is no `tokens_of`, or if it is finished and
-    none of its samples is still in the source: that is another file, not a corrected one.
+    none of its samples is still in the source: that is another file, not a corrected one. A store
+    without a complete shard, in which nothing can be lost, is started anew with any spec.
     """
     if layout.rank == 0 and overwrite:
         StoreWriter(directory, spec, overwrite=True)
@@ -106,6 +110,8 @@ def open_writer(
             layout.say(
                 f"{directory}: the old store is kept in {REPLACED} until the new one is complete"
             )
+    elif layout.rank == 0:
+        _drop_unused_spec(directory, spec)
     layout.barrier()
     earlier = EarlierStore.find(directory, spec)
     layout.barrier()
@@ -115,6 +121,17 @@ def open_writer(
         StoreWriter(directory, spec)
     layout.barrier()
     return StoreWriter(directory, spec)
+
+
+def _drop_unused_spec(directory: Path, spec: StoreSpec) -> None:
+    """Remove another spec than `spec` from a directory that has nothing else of a store."""
+    rest = any((directory / name).exists() for name in (MANIFEST, PACKING, REPLACED))
+    if rest or part_directories(directory) or not is_store(directory):
+        return
+    earlier = StoreSpec.from_json(read_json(directory / SPEC), spec.rows_per_shard)
+    if earlier.resumable_json() != spec.resumable_json():
+        refuse_foreign(directory)
+        (directory / SPEC).unlink()
 
 
 def _is_corrected(

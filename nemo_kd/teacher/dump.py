@@ -38,7 +38,6 @@ from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import bad_rows, sft_rows
 from nemo_kd.teacher.stop import StopOnSignal
-from nemo_kd.teacher.tally import Tally
 from nemo_kd.visible import visible
 
 
@@ -133,9 +132,8 @@ def write_store(
                             out.add(sample)
             stopped = stop.agreed()
         summary = progress.summary()
-        if progress.left_out and not stopped:
-            total = Tally.total(layout.gather(progress.tally), spec)
-            _refuse_nothing(writer, shards, total, layout)
+        if progress.nothing and not stopped:
+            _refuse_nothing(writer, shards, progress.nothing, layout)
         if layout.rank == 0:
             if summary:
                 print(visible(summary))
@@ -222,22 +220,19 @@ def _changes_a_store(config: DumpConfig, spec: StoreSpec) -> bool:
     return EarlierStore.find(config.output_dir, spec) is not None
 
 
-def _refuse_nothing(writer: StoreWriter, shards: int, total: Tally, layout: Layout) -> None:
-    """Raise RowError if this run has left out all of its rows, and no earlier run kept any.
+def _refuse_nothing(writer: StoreWriter, shards: int, why: str, layout: Layout) -> None:
+    """Raise RowError for a run that has left out all of its rows, if no earlier run kept any.
 
-    The shards, which are empty, are removed, so that the same command tries the rows again.
-    Collective over all ranks: a broadcast.
+    The shards, which are empty, are removed, so that the same command tries the rows again, and one
+    with other settings does too (see `open_writer`). `why`: `DumpProgress.nothing`. Collective over
+    all ranks: a broadcast.
     """
-    if total.rows or layout.from_rank_0(layout.rank == 0 and _has_samples(writer, shards)):
+    if layout.from_rank_0(layout.rank == 0 and _has_samples(writer, shards)):
         return
     if layout.rank == 0:
         for shard in range(shards):
             remove_part(writer.directory / shard_name(shard))
-    _, reason = max(zip(total.dropped, total.reasons, strict=True))
-    raise RowError(
-        f"{writer.directory}: no store is written, because all {total.done} rows were left out; "
-        f"one of them: {reason}"
-    )
+    raise RowError(f"{writer.directory}: no store is written, because {why}")
 
 
 def _has_samples(writer: StoreWriter, shards: int) -> bool:

@@ -45,6 +45,9 @@ class DumpProgress:
         """Description of the rows that the job left out, set by `summary`."""
         self.truncated = 0
         """Number of truncated rows of the job, set by `summary`."""
+        self.nothing = ""
+        """Why this run of the job has kept nothing, set by `summary`; "" if it has, or had no rows.
+        """
         size = spec.rows_per_shard
         self.mine = sum(min(size, num_rows - shard * size) for shard in todo)
         # A random key separates this dump's counters from those of other dumps in these processes.
@@ -110,6 +113,9 @@ class DumpProgress:
         """
         total = Tally.total(self.layout.gather(self.tally), self.tally.spec)
         self.left_out, self.truncated = total.left_out(), total.truncated
+        if total.done and not total.rows:
+            _, reason = max(zip(total.dropped, total.reasons, strict=True))
+            self.nothing = f"all {total.done} rows were left out; one of them: {reason}"
         return total.summary()
 
     def _counted(self) -> dict[str, int]:

@@ -13,9 +13,12 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from nemo_kd.cli.failures import explain, is_interrupt
+from nemo_kd.cli.scripts import check_composition
 from nemo_kd.errors import NemoKDError
+from nemo_kd.files import FullDiskError, full_disk_explained
 from nemo_kd.store import StoreError
 from tests.conftest import ROOT
 from tests.processes import environment
@@ -36,6 +39,7 @@ QUIET = {"NEMO_KD_TRACEBACK": ""}
         (OSError(errno.ENOSPC, "No space left on device", "/d/x"), "/d/x: no space left on device"),
         (OSError(errno.ENOSPC, "No space left on device"), "no space left on device"),
         (OSError(errno.EROFS, "Read-only file system", "/d/x"), "/d/x: read-only file system"),
+        (OSError(errno.EFBIG, "File too large", "/d/x"), "/d/x: file too large; raise the limit"),
     ],
 )
 def test_what_a_user_can_mend_is_said(error: Exception, line: str) -> None:
@@ -66,6 +70,49 @@ def test_an_interpolation_is_named() -> None:
     assert explain(caught.value) == "a.b: Interpolation key 'nowhere' not found"
 
 
+@pytest.mark.parametrize(
+    ("number", "remedy"),
+    [
+        (errno.ENOSPC, "free some space"),
+        (errno.EFBIG, "raise the limit of file sizes (ulimit -f, or that of the file system)"),
+    ],
+)
+def test_a_limit_of_file_sizes_is_not_a_full_disk(tmp_path: Path, number: int, remedy: str) -> None:
+    with pytest.raises(FullDiskError) as caught, full_disk_explained(tmp_path):
+        raise OSError(number, os.strerror(number))
+    assert explain(caught.value) == (
+        f"{tmp_path}: {os.strerror(number)}; completed files are kept: {remedy} and run the same "
+        "command to resume"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("a: 1\nb: 2\na: 3\n", ", line 3, column 1: found duplicate key a; give the key once"),
+        (
+            "a:\n  b: 1\n\tc: 2\n",
+            r", line 3, column 1: found character '\t' that cannot start any token; indent with "
+            "spaces",
+        ),
+        ("a: [1\n", ", line 2, column 1: expected ',' or ']', but got '<stream end>'"),
+    ],
+)
+def test_a_file_that_is_not_yaml_is_named_with_its_line(
+    tmp_path: Path, text: str, line: str
+) -> None:
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(YAMLError) as caught:
+        check_composition(ROOT / "conf", "x", ["--config-path", str(tmp_path), "-cn", "mine"])
+    assert explain(caught.value) == f"{tmp_path}/mine.yaml{line}"
+
+
+def test_a_yaml_file_in_another_encoding_is_an_error_of_its_user(tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_bytes("a: é\n".encode("latin-1"))
+    with pytest.raises(NemoKDError, match=r"a configuration file of mine in .* is not in UTF-8"):
+        check_composition(ROOT / "conf", "x", ["--config-path", str(tmp_path), "-cn", "mine"])
+
+
 def test_an_interrupt_in_a_training_is_one_although_lightning_makes_an_exit_of_it() -> None:
     assert is_interrupt(KeyboardInterrupt()) and not is_interrupt(SystemExit(1))
     try:
@@ -93,6 +140,16 @@ def example(name: str, *arguments: str, **variables: str) -> subprocess.Complete
         ("train_gpt_sft_kd.py", [], "model.restore_from_path must be given"),
         ("train_gpt_sft_kd.py", ["outputt=x"], "outputt is unknown"),
         ("train_gpt_sft_kd.py", ["nam=x"], "nam is unknown; did you mean name?"),
+        (
+            "dump_teacher_topk.py",
+            ["dump.top_k=${oc.decode:${oc.env:X}"],
+            "error: dump.top_k: missing BRACE_CLOSE",
+        ),
+        (
+            "dump_teacher_topk.py",
+            ["model.restore_from_path=x", "output_dir=y", "data.file_path=${nosuch}"],
+            "error: data.file_path: Interpolation key 'nosuch' not found",
+        ),
         (
             "merge_lora.py",
             ["hydra.run.dirr=x"],

@@ -292,3 +292,27 @@ def test_a_larger_p_is_refused_also_by_way_of_parquet(tmp_path: Path) -> None:
         said = nemo_kd("convert", source, tmp_path / "t", "--p", 0.9, fails=True)
         assert "holds the logits of p=0.3, but p is 0.9" in said and len(said.splitlines()) == 1
         nemo_kd("convert", source, tmp_path / "less", "--p", 0.2, "--overwrite")
+
+
+def test_the_home_directory_is_meant_by_a_tilde(
+    pair: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, here = tmp_path / "home", tmp_path / "here"
+    home.mkdir()
+    here.mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(here)
+    nemo_kd("convert", pair / "a", "~/a.jsonl")
+    nemo_kd("convert", pair / "a", "~/a", "--profile", "compact")
+    nemo_kd("show", "~/a", 0, "--ids", "--html=~/a.html")
+    nemo_kd("split", "~/a", "~/b", "~/c", "--weights", "1,1")
+    assert {path.name for path in home.iterdir()} >= {"a.jsonl", "a", "a.html", "b", "c"}
+    assert not list(here.iterdir())
+
+
+def test_a_store_may_have_the_name_of_a_file(pair: Path, tmp_path: Path) -> None:
+    for name in ("a.jsonl", "a.parquet"):
+        source = shutil.copytree(pair / "a", tmp_path / name)
+        nemo_kd("convert", source, tmp_path / "new", "--overwrite")
+        converted = Store(tmp_path / "new")
+        assert len(converted) == 120 and converted.spec == Store(source).spec

@@ -46,6 +46,12 @@ def test_a_key_that_is_given_again_is_said() -> None:
     assert "dump.top_k is given twice: 4 is used\n" in done.stderr and "top_k: 4" in done.stdout
 
 
+def test_keys_that_a_block_given_after_them_replaces_are_said() -> None:
+    given = ["dump.top_k=8", "data=null", "dump=null", "dump.profile=plain", "data.file_path=x"]
+    assert list(repeated(given)) == ["dump.top_k: no effect, because dump=null is given after it"]
+    assert not list(repeated(["dump.top_k=8", "dump={profile: compact}", "dumps=1"]))  # merged
+
+
 PATHS = [
     "/tmp/données été/x.jsonl",
     "/data/run=3/x,y(1)[2]{3}/it's.jsonl",
@@ -74,8 +80,13 @@ def value_of(argument: str) -> object:
         ("model.data.train_ds.store=[/a b/é,/c(d)]", ["/a b/é", "/c(d)"]),
         ("model.data.train_ds.store=[a,b]", ["a", "b"]),
         ("data.file_path=~/x", str(Path.home() / "x")),
+        ("output_dir=~", str(Path.home())),
+        ("output_dir=~root/x", "~root/x"),
         ("data.file_path=null", None),
         ("data.file_path=${oc.env:X}/y", "${oc.env:X}/y"),
+        ("dump.top_k=${oc.env:X}", "${oc.env:X}"),
+        ("dump.top_k=${oc.decode:${oc.env:X}}", "${oc.decode:${oc.env:X}}"),
+        ("dump.temperatures=[1.0,${oc.env:X}]", [1.0, "${oc.env:X}"]),
         ("data.prompt_template={input} {output}", "{input} {output}"),
         ("data.prompt_template=Q: {input}\\nA: {output}", "Q: {input}\\nA: {output}"),
         ("generation.filter.pattern=^(a|b)$", "^(a|b)$"),
@@ -136,6 +147,17 @@ def test_another_configuration_runs_in_the_working_directory_as_ours_do(tmp_path
     seen = accept_every_spelling(arguments)
     assert seen[:4] == arguments[:4] and seen[-2:] == ["++a.b=1", "hydra.run.dir=y"]
     assert "hydra.output_subdir=null" in seen and "hydra.run.dir=." not in seen
+
+
+@pytest.mark.parametrize("option", ["--config-path", "-cp", "--config-dir", "-cd"])
+def test_a_configuration_may_lie_in_the_home_directory(
+    option: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "conf").mkdir()
+    path = f"{tmp_path}/conf"
+    assert accept_every_spelling([option, "~/conf", "x=1"])[:2] == [option, path]
+    assert accept_every_spelling([f"{option}=~/conf", "x=1"])[0] == f"{option}={path}"
 
 
 def test_other_arguments_are_left_alone() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -239,6 +240,62 @@ def test_the_learning_rate_is_reached_after_a_tenth_of_the_steps(
         optimizer.step()
         schedule.step()
     assert rates.index(max(rates)) == reached and max(rates) == args.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--lora=0", "argument --lora: 0 is less than 1"),
+        ("--lora=-2", "argument --lora: -2 is less than 1"),
+        ("--steps=0", "argument --steps: 0 is less than 1"),
+        ("--lr=0", "argument --lr: 0 is not a finite number above 0"),
+        ("--lr=nan", "argument --lr: nan is not a finite number above 0"),
+        ("--lr=inf", "argument --lr: inf is not a finite number above 0"),
+        ("--temperature=0", "argument --temperature: 0 is not a finite number above 0"),
+        ("--lr=fast", "argument --lr: invalid positive value: 'fast'"),
+    ],
+)
+@pytest.mark.parametrize("program", [EXAMPLE, "examples/bridge/train.py"])
+def test_options_out_of_range_are_refused_in_a_line(
+    capsys: pytest.CaptureFixture[str], program: str, option: str, message: str
+) -> None:
+    parser = runpy.run_path(str(ROOT / program))["parser"]()
+    with pytest.raises(SystemExit, match="2"):
+        parser.parse_args(["student", "--store=store", "--output=out", option])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("program", "names"),
+    [
+        (EXAMPLE, "batch-size accumulate max-seq-length"),
+        (
+            "examples/bridge/train.py",
+            "global-batch-size micro-batch-size seq-length stop-at eval-interval save-interval "
+            "tensor-parallel pipeline-parallel virtual-pipeline context-parallel",
+        ),
+    ],
+)
+def test_numbers_of_an_example_are_at_least_1(
+    capsys: pytest.CaptureFixture[str], program: str, names: str
+) -> None:
+    parser = runpy.run_path(str(ROOT / program))["parser"]()
+    given = ["student", "--store=store", "--output=out"]
+    for name in names.split():
+        for number in (0, -1):
+            with pytest.raises(SystemExit, match="2"):
+                parser.parse_args([*given, f"--{name}={number}"])
+            assert f"argument --{name}: {number} is less than 1" in capsys.readouterr().err
+        assert 3 in vars(parser.parse_args([*given, f"--{name}=3"])).values()
+
+
+def test_a_student_that_diverges_is_not_saved(students: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    given = [f"{students}/llama", f"--store={students}/store", f"--output={out}"]
+    options = ["--steps=9", "--lr=1e30"]
+    done = run_program(EXAMPLE, *given, *options, fork=True, fails=True, NEMO_KD_TRACEBACK="")
+    assert re.search(r"error: the loss is not finite from step \d on, so the model", done.stderr)
+    assert not list(out.rglob("*.safetensors")) and not (out / "config.json").exists()
 
 
 def test_the_extra_trainer_is_enough(students: Path, tmp_path: Path) -> None:

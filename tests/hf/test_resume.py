@@ -37,19 +37,21 @@ def trainer_of(
     config: KDConfig,
     *,
     subset: Sequence[int] | None = None,
+    data: Any = None,
     args: Mapping[str, Any] | None = None,
     model: Any = None,
     **more: Any,
 ) -> StoreTrainer:
     """Of 4 steps, and a checkpoint after each second one."""
-    data = StoreDataset(store, config, **more)
+    own = StoreDataset(store, config, **more)
+    train = own if data is None else data
     often: dict[str, Any] = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2}
     often |= args or {}
     return StoreTrainer(
         model=model or student(),
         args=transformers.TrainingArguments(**steps.arguments(run, **often)),
-        data_collator=StoreCollator(data),
-        train_dataset=data if subset is None else torch.utils.data.Subset(data, subset),
+        data_collator=StoreCollator(own),
+        train_dataset=train if subset is None else torch.utils.data.Subset(train, subset),
     )
 
 
@@ -111,6 +113,49 @@ def test_a_subset_of_a_store_is_compared_too(tmp_path: Path, store: Path) -> Non
         resume(run, other, KDConfig(), subset=[0, 2, 3])
     with pytest.raises(NemoKDError, match="settings: subset: "):
         resume(run, store, KDConfig(), subset=[0, 1, 3])
+
+
+def test_subsets_inside_of_a_data_set_are_compared_too(tmp_path: Path, store: Path) -> None:
+    """Of a subset of a subset, and of subsets that are concatenated: the same number of samples."""
+    data = StoreDataset(store, KDConfig())
+    subset, joined = torch.utils.data.Subset, torch.utils.data.ConcatDataset
+
+    def nested(*inner: int) -> Any:
+        return subset(subset(data, inner), [0, 1])
+
+    def concatenated(*of: Sequence[int]) -> Any:
+        return joined([subset(data, indices) for indices in of])
+
+    pairs = {
+        "nested": (nested(0, 1, 2), nested(3, 2, 1)),
+        "joined": (concatenated([0], [1, 2]), concatenated([0], [1, 3])),
+        "parted": (concatenated([0], [1, 2]), concatenated([0, 1], [2])),
+    }
+    for name, (then, now) in pairs.items():
+        trainer_of(tmp_path / name, store, KDConfig(), data=then).train()
+        resume(tmp_path / name, store, KDConfig(), data=then)
+        with pytest.raises(NemoKDError, match="settings: inner_subsets: "):
+            resume(tmp_path / name, store, KDConfig(), data=now)
+
+
+def test_inner_subsets_are_not_compared_with_a_checkpoint_of_an_earlier_version(
+    tmp_path: Path, store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    subset = torch.utils.data.Subset
+    for depth, lines in ((1, 0), (2, 1)):
+        data: Any = StoreDataset(store, KDConfig())
+        for _ in range(depth):
+            data = subset(data, [2, 0, 1])
+        run = tmp_path / str(depth)
+        trainer_of(run, store, KDConfig(), data=data).train()
+        file = run / "checkpoint-2" / FILE
+        kept = json.loads(file.read_text())
+        del kept["inner_subsets"]
+        file.write_text(json.dumps(kept))
+        capsys.readouterr()
+        resume(run, store, KDConfig(), data=data)
+        line = f"{file} has no inner_subsets, so they were not compared"
+        assert capsys.readouterr().err.count(line) == lines
 
 
 def test_a_checkpoint_without_the_file_is_resumed_with_a_line(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def world(tmp_path: Path) -> Path:
         (tmp_path / name).mkdir()
     (tmp_path / "unpacked/model_config.yaml").touch()
     (tmp_path / "hugging/config.json").touch()
+    (tmp_path / "dangling").symlink_to("nowhere")
     return tmp_path
 
 
@@ -101,6 +103,12 @@ TRAIN_DS, VALIDATION_DS = "model.data.train_ds", "model.data.validation_ds"
         (of_dump, "data.file_path=[rows.jsonl,rows.*]", ": the SFT files are rows.jsonl twice"),
         (of_training, f"{TRAIN_DS}.file_names=[*.none]", ": no file matches *.none"),
         (of_dump, "output_dir=rows.jsonl", ": rows.jsonl is a file: expected a directory"),
+        (of_dump, "output_dir=d.jsonl", ": d.jsonl is the name of a file, but a store is a dir"),
+        (of_dump, "output_dir=new/d.parquet", "is a directory: give a name without .parquet"),
+        (of_dump, "output_dir=dangling", ": dangling is a link to nowhere, which does not exist"),
+        (of_dump, "output_dir=dangling/x", ": dangling is a link to nowhere, which does not"),
+        (of_training, "exp_manager.exp_dir=dangling", ": dangling is a link to nowhere, which"),
+        (of_dump, "data=null", "data is null, and data.file_path with it, which must be given"),
     ],
 )
 def test_a_path_that_cannot_be_used_names_its_key(
@@ -110,6 +118,29 @@ def test_a_path_that_cannot_be_used_names_its_key(
         check(world, override)
     said = str(caught.value)
     assert said.startswith(override.lstrip("+").partition("=")[0]) and message in said
+
+
+def test_the_directory_of_a_relative_path_is_named(world: Path) -> None:
+    """`hydra.job.chdir=true` looks for it elsewhere than the user."""
+    for check, override in (
+        (of_dump, "data.file_path=no.jsonl"),
+        (of_dump, "model.restore_from_path=no.nemo"),
+        (of_training, f"{TRAIN_DS}.store=no"),
+    ):
+        with pytest.raises(NemoKDError, match=re.escape(f" (in {world})")):
+            check(world, override)
+        with pytest.raises(NemoKDError, match=r" at /no(\.\w+)?($|;)"):
+            check(world, override.replace("=", "=/"))
+
+
+def test_a_store_may_be_written_to_a_directory_with_a_suffix(world: Path) -> None:
+    (world / "d.jsonl").mkdir()
+    of_dump(world, "output_dir=d.jsonl")
+    of_dump(world, "output_dir=run-1.5")
+
+
+def test_a_block_without_a_key_that_must_be_given_may_be_null(world: Path) -> None:
+    of_dump(world, "dump=null")
 
 
 def test_blocks_that_are_missing_are_made(world: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from nemo_kd.cli.teacher import read
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.names import DIVERGENCE_ALIASES, SUPPORT_ALIASES, nearest
 from nemo_kd.nemo.config import kd_training_config
@@ -90,6 +91,57 @@ def test_a_training_refuses(override: str, message: str) -> None:
 def test_a_dump_refuses(override: str, message: str) -> None:
     for name in DUMPS:
         assert message in refusal(name, override)
+
+
+AN_INTEGER = "expected a whole number, at least 1."
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        (
+            "dump.top_k=${oc.env:KD_TEXT}",
+            f"dump.top_k is '4': {AN_INTEGER} It is a text: write "
+            "${oc.decode:${oc.env:KD_TEXT}} for its value.",
+        ),
+        ("dump.top_k='4'", f"dump.top_k is '4': {AN_INTEGER} It is a text: leave out the quotes."),
+        ("dump.top_k=four", f"dump.top_k is 'four': {AN_INTEGER}"),
+        ("dump.top_k='-4'", f"dump.top_k is '-4': {AN_INTEGER}"),
+        ("dump.top_k='[4'", f"dump.top_k is '[4': {AN_INTEGER}"),
+        (
+            "data.add_eos='false'",
+            "data.add_eos is 'false': expected true or false. It is a text: leave out the quotes.",
+        ),
+        ("dump.temperatures='[1.0]'", "It is a text: leave out the quotes."),
+    ],
+)
+def test_a_text_that_reads_like_the_value_is_explained(
+    override: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KD_TEXT", "4")
+    said = refusal(DUMPS[0], override)
+    assert said.endswith(message) if message.startswith("It") else said == message
+    check(DUMPS[0], "dump.top_k=${oc.decode:${oc.env:KD_TEXT}}")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("data.file_path=${nosuch}", "data.file_path: Interpolation key 'nosuch' not found"),
+        ('data.file_path=[a,"${nosuch}"]', "data.file_path: Interpolation key 'nosuch' not found"),
+        ("dump=${nosuch}", "dump: Interpolation key 'nosuch' not found"),
+        ('dump.profile_options={p: "${nosuch}"}', "dump.profile_options.p: Interpolation key"),
+        ("dump.top_k=${nosuch:3}", "dump.top_k: Unsupported interpolation type nosuch"),
+        ("dump.temperatures=[1.0,${dump.nosuch}]", "dump.temperatures"),
+    ],
+)
+def test_an_interpolation_that_fails_names_its_setting(override: str, message: str) -> None:
+    assert refusal(DUMPS[0], override).startswith(message)
+
+
+def test_a_list_may_have_interpolations_of_other_kinds() -> None:
+    cfg = check(DUMPS[0], "dump.temperatures=[1.0,${dump.top_k}]", "dump.top_k=2")
+    assert read(cfg).dump.temperatures == (1.0, 2)
 
 
 @pytest.mark.parametrize(

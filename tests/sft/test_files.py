@@ -397,7 +397,7 @@ def test_paths_that_give_no_file_or_one_twice(tmp_path: Path) -> None:
         ([path, tmp_path / "x.jsonl"], "no SFT file at .*x.jsonl"),
         (
             "a.jsonl,b.jsonl",
-            r"no SFT file at a.jsonl,b.jsonl; several files are a list, \[a.jsonl,b",
+            r"no SFT file at a.jsonl,b.jsonl \(in .*\); several files are a list, \[a.jsonl,b",
         ),
         ([], "the list of SFT files is empty"),
         ("s3://bucket/a.jsonl", "s3://bucket/a.jsonl: SFT files are read from disk"),

@@ -17,6 +17,7 @@ from nemo_kd.store import Store, StoreSpec, verify
 from nemo_kd.teacher.generation.filter import AnswerFilter
 from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError, Prompt, choose
 from nemo_kd.teacher.sampling import uniforms
+from nemo_kd.teacher.select import Selection
 from tests.conftest import Script
 from tests.teacher.conftest import SETTINGS
 from tests.teacher.test_hf import same_files, tiny_model
@@ -95,7 +96,6 @@ def test_a_model_that_looks_at_the_padding_is_refused() -> None:
 
 def test_the_sampled_profile_draws_what_a_dump_of_the_answer_would() -> None:
     from nemo_kd.sft.rows import Row
-    from nemo_kd.teacher.select import Selection
 
     model = tiny_model("Llama")
     spec = StoreSpec(top_k=7, vocab_size=VOCABULARY, profile="sampled", profile_options={"seed": 3})
@@ -136,6 +136,43 @@ def test_of_equal_logits_the_first_is_chosen() -> None:
     edge = torch.tensor([1 - 2**-53], dtype=torch.float64)
     assert choose(logits, edge, Decoding(1, (0,), temperature=1.0)).tolist() == [3]
     assert choose(logits, edge, Decoding(1, (0,), temperature=1.0, top_p=0.5)).tolist() == [2]
+
+
+@pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 1e-40])
+def test_the_smallest_temperatures_choose_as_greedy_does(temperature: float) -> None:
+    """Their inverses, and logits divided by them, are beyond float64."""
+    generator = torch.Generator().manual_seed(3)
+    logits = torch.randn(50, 17, generator=generator) * 30
+    logits[:, 5] = -torch.inf
+    chosen = choose(logits, uniforms(9, 9, 50), Decoding(1, (0,), temperature=temperature))
+    assert torch.equal(chosen, logits.argmax(-1)) and len(set(chosen.tolist())) > 5
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_no_token_is_chosen_where_logits_are_no_distribution(
+    temperature: float, value: float
+) -> None:
+    logits = torch.zeros(3, 7)
+    logits[1, 4] = value
+    decoding = Decoding(1, (0,), temperature=temperature)
+    for bad in (logits, torch.full((1, 7), -torch.inf)):
+        with pytest.raises(GenerationError, match="are not a distribution"):
+            choose(bad, torch.zeros(len(bad)), decoding)
+
+
+def test_an_answer_ends_where_its_logits_are_no_distribution() -> None:
+    """The others go on, and the row is left to `on_bad_row`."""
+    asked = prompts(3)
+    spec = StoreSpec(top_k=7, vocab_size=VOCABULARY)
+    answers = Answers(asked, Decoding(LENGTH, (1,)), Selection(spec))
+    logits = torch.zeros(3, VOCABULARY)
+    logits[:, 8] = 1
+    assert answers.step(logits).tolist() == [8, 8, 8]
+    logits[1, 30] = torch.nan
+    assert answers.step(logits).tolist() == [8, 1, 8]
+    assert answers.open.tolist() == [True, False, True]
+    assert answers.rows()[1][1].logits.isnan().any() and len(answers.rows()[0][1].ids) == 2
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,11 @@ from hydra import compose, initialize_config_dir
 
 from nemo_kd.cli.teacher import load, read
 from nemo_kd.errors import NemoKDError
+from nemo_kd.sft import RowError
 from nemo_kd.store import Store
 from nemo_kd.teacher.config import GenerateConfig
 from nemo_kd.teacher.generation.generate import generate
+from nemo_kd.teacher.generation.step import GenerationError
 from tests.processes import ROOT
 from tests.teacher.typist import write_typist
 
@@ -141,3 +143,67 @@ def test_another_filter_under_the_same_name_is_refused(
     message = r"template\.generation\.filter\.function_sha256: '\w+' in the store, '\w+' now"
     with pytest.raises(NemoKDError, match=message):
         run(typist, tmp_path, filtered)
+
+
+CUT = "generation.keep_unfinished=false"
+UNFINISHED = (
+    r"no store is written, because none of 1 answers was kept: 1 had not ended within "
+    r"generation.max_new_tokens=5 \(raise it, or keep them with generation.keep_unfinished=true\)$"
+)
+FILTERED = r"none of 1 answers was kept: 1 were dropped by generation.filter \(change its pattern"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [([CUT], UNFINISHED), (["generation.filter.pattern='^$'"], FILTERED)],
+)
+def test_a_generation_that_keeps_nothing_writes_no_store(
+    typist: Path, tmp_path: Path, more: list[str], message: str
+) -> None:
+    for _ in range(2):  # the same command says the same
+        with pytest.raises(RowError, match=message):
+            run(typist, tmp_path, *more)
+        assert not (tmp_path / "store/manifest.json").exists()
+    store = run(typist, tmp_path, "generation.max_new_tokens=6")  # the corrected command
+    assert len(store) == 1 and store.spec.template["generation"]["max_new_tokens"] == 6
+
+
+def test_a_generation_that_replaces_a_store_by_nothing_keeps_it(
+    typist: Path, tmp_path: Path
+) -> None:
+    before = run(typist, tmp_path).fingerprint
+    with pytest.raises(RowError, match=UNFINISHED):
+        run(typist, tmp_path, CUT, "overwrite=true")
+    assert Store(tmp_path / "store/.replaced").fingerprint == before
+    run(typist, tmp_path, "overwrite=true")
+    assert not (tmp_path / "store/.replaced").exists()
+
+
+def test_other_files_beside_an_unused_spec_are_refused(typist: Path, tmp_path: Path) -> None:
+    with pytest.raises(RowError, match=UNFINISHED):
+        run(typist, tmp_path, CUT)
+    spec = (tmp_path / "store/spec.json").read_bytes()
+    (tmp_path / "store/notes").touch()
+    with pytest.raises(NemoKDError, match="holds notes, which is not part of a store"):
+        run(typist, tmp_path)
+    assert (tmp_path / "store/spec.json").read_bytes() == spec
+
+
+def test_a_filter_that_fails_names_row_and_setting(
+    typist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    checks = tmp_path / "failing_checks.py"
+    checks.write_text("def keeps(answer, row):\n    return row['known'] or answer\n")
+    (tmp_path / "broken_checks.py").write_text("1 / 0\n")
+    rows = [{"input": "abc", "known": 1}, {"input": "abc"}]
+    function = "generation.filter.function=failing_checks:keeps"
+    message = rf"^{tmp_path}/prompts.jsonl, row 1: {function} failed with KeyError: 'known'$"
+    with pytest.raises(GenerationError, match=message) as caught:
+        run(typist, tmp_path, function, rows=rows)
+    chain = [caught.value.__cause__, getattr(caught.value.__cause__, "__cause__", None)]
+    assert isinstance(chain[1], KeyError)  # which NEMO_KD_TRACEBACK=1 shows
+    function = "generation.filter.function=broken_checks:keeps"
+    with pytest.raises(GenerationError, match="importing broken_checks failed with ZeroDivisionEr"):
+        run(typist, tmp_path, function, rows=rows)

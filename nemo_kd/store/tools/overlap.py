@@ -36,6 +36,9 @@ def in_common(stores: Sequence[Store]) -> Iterator[str]:
     """
     pieces = [dict(_pieces(store)) for store in stores]
     for (a, of_a), (b, of_b) in combinations(zip(stores, pieces, strict=True), 2):
+        if a.fingerprint == b.fingerprint:
+            yield f"{a.directory} and {b.directory} have the same samples"
+            continue
         for source in of_a.keys() & of_b.keys():
             rows = np.intersect1d(of_a[source], of_b[source])
             if rows.size:

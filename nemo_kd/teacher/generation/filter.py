@@ -30,13 +30,23 @@ class AnswerFilter:
             raise GenerationError(
                 f"generation.filter.pattern={pattern!r} is not a regular expression: {error}"
             ) from error
+        self._name = function
         self._function = None if function is None else _load(function)
         self.identity = {} if function is None else _identity(function)
 
     def keeps(self, answer: str, row: dict[str, Any]) -> bool:
+        """Return whether an answer is kept; raise GenerationError if the function raises."""
         if self._pattern is not None and not self._pattern.search(answer):
             return False
-        return self._function is None or bool(self._function(answer, row))
+        if self._function is None:
+            return True
+        try:
+            return bool(self._function(answer, row))
+        except Exception as error:
+            raise GenerationError(
+                f"generation.filter.function={self._name} failed with {type(error).__name__}: "
+                f"{error}"
+            ) from error
 
 
 def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
@@ -52,6 +62,11 @@ def _load(name: str) -> Callable[[str, dict[str, Any]], Any]:
         function = getattr(importlib.import_module(module_name), function_name)
     except (ImportError, AttributeError) as error:
         raise GenerationError(f"generation.filter.function={name}: {error}") from error
+    except Exception as error:  # of the module itself
+        raise GenerationError(
+            f"generation.filter.function={name}: importing {module_name} failed with "
+            f"{type(error).__name__}: {error}"
+        ) from error
     if not callable(function):
         raise GenerationError(f"generation.filter.function={name} is not a function")
     return function

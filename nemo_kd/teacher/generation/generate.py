@@ -93,7 +93,7 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
             text = prompts.text(row.input_ids[-len(topk) :].tolist())
             if not (finished[row.row] or config.generation.keep_unfinished):
                 progress.unfinished += 1
-            elif not keep.keeps(text, prompts.source(row.row)):
+            elif not _keeps(keep, text, prompts, row.row):
                 progress.filtered += 1
             else:
                 yield sample_of(row, topk)
@@ -109,6 +109,14 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
             "store"
         )
     return manifest
+
+
+def _keeps(keep: AnswerFilter, answer: str, prompts: Prompts, row: int) -> bool:
+    try:
+        return keep.keeps(answer, prompts.source(row))
+    except GenerationError as error:
+        where = prompts.file.where(row // prompts.samples_per_row)
+        raise GenerationError(f"{where}: {error}") from error
 
 
 def _as_row(prompt: Prompt) -> Row:
@@ -253,5 +261,19 @@ class GenerateProgress(DumpProgress):
                 "data.max_seq_length has to hold generation.max_new_tokens too; raise it"
             )
         if unfinished + filtered == answers:
+            self.nothing = self._why_nothing(answers, unfinished, filtered)
             text += "\nWARNING: no answer was kept"
         return f"{text}\n{self.left_out}" if self.left_out else text
+
+    def _why_nothing(self, answers: int, unfinished: int, filtered: int) -> str:
+        limit = self.tally.spec.template["generation"]["max_new_tokens"]
+        reasons = {
+            f"{unfinished} had not ended within generation.max_new_tokens={limit} (raise it, or "
+            "keep them with generation.keep_unfinished=true)": unfinished,
+            f"{filtered} were dropped by generation.filter (change its pattern or function)": (
+                filtered
+            ),
+            " ".join(self.left_out.split()): self.left_out,
+        }
+        said = "; ".join(reason for reason, count in reasons.items() if count)
+        return f"none of {answers} answers was kept: {said}"

@@ -67,11 +67,33 @@ class Decoding:
             )
 
 
+def are_distributions(logits: Tensor) -> Tensor:
+    """Return [B] bool, whether the softmax of logits [B, V] is defined: no NaN, no +inf, and not
+    all -inf."""
+    return logits.amax(-1).isfinite()  # the maximum of NaN is NaN
+
+
 def choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
-    """Choose the next tokens [B] int64 from logits [B, V] and uniform [B] float64 in [0, 1)."""
+    """Choose the next tokens [B] int64 from logits [B, V] and uniform [B] float64 in [0, 1).
+
+    Raises GenerationError if the softmax of any of the logits is not defined.
+    """
+    if not are_distributions(logits).all():
+        raise GenerationError(
+            "the teacher's logits are not a distribution (NaN, +inf, or all -inf); check the "
+            "checkpoint and trainer.precision"
+        )
+    return _choose(logits, uniform, decoding)
+
+
+def _choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
     if decoding.temperature == 0:
         return logits.argmax(-1)  # ties go to the lower id
-    probability = torch.softmax(logits.double() / decoding.temperature, -1)
+    below = logits.double()
+    below = below - below.amax(-1, keepdim=True)  # [B, V], at most 0: logits / T could overflow
+    # CUDA multiplies by 1 / T, which is inf for the smallest T; 0 · inf would be NaN.
+    scaled = torch.where(below == 0, below, below / decoding.temperature)
+    probability = torch.softmax(scaled, -1)
     ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
     mass = ordered.cumsum(-1)  # [B, V]
     last = (mass < decoding.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
@@ -136,7 +158,8 @@ class Answers:
         Returns the tokens [B] int64 on the CPU. If `ready` [B] is given, only answers for which it
         is set grow; for answers that do not grow, the returned token is a stop token. `shard`
         [B, Vp] is this rank's part of `logits`, used for the selection; all ranks of the tensor
-        group must take the same steps.
+        group must take the same steps. An answer whose logits are no distribution ends: its top-K,
+        which `usable` refuses, says so.
         """
         ids = torch.full((len(self.prompts),), self.decoding.stop_ids[0])
         rows = (self.open if ready is None else self.open & ready).nonzero()[:, 0]  # [n]
@@ -146,7 +169,7 @@ class Answers:
             part = (logits if shard is None else shard)[here]
             topk = joined([self.select(part, self.draws[rows, position])])
             valid = logits[here, : self.select.spec.vocab_size].float()
-            chosen = choose(valid, self.uniform[rows, position], self.decoding)  # [n]
+            chosen = self._chosen(valid, self.uniform[rows, position])  # [n]
             ids[rows] = chosen.cpu()
             own = valid.gather(-1, chosen.unsqueeze(-1)).squeeze(-1).cpu()
             for i, b in enumerate(rows.tolist()):
@@ -157,6 +180,15 @@ class Answers:
             ended = torch.isin(ids[rows], self.stops)
             self.open[rows] = ~ended & (self.length[rows] < self.decoding.max_new_tokens)
         return ids
+
+    def _chosen(self, logits: Tensor, uniform: Tensor) -> Tensor:
+        """Return the next tokens [n] for logits [n, V]; a stop token where there is none."""
+        usable = are_distributions(logits)
+        if usable.all():
+            return _choose(logits, uniform, self.decoding)
+        chosen = torch.full((len(logits),), self.decoding.stop_ids[0], device=logits.device)
+        chosen[usable] = _choose(logits[usable], uniform[usable.to(uniform.device)], self.decoding)
+        return chosen
 
     def finished(self, b: int) -> bool:
         """Return whether answer b ends with a stop token, not because of `max_new_tokens`."""
