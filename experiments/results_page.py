@@ -69,7 +69,7 @@ def section(study: Study, experiment: Experiment, figures: Mapping[str, str]) ->
     ]
     parts += said(study, experiment.name, figures)
     parts.append(by_task(study, experiment))
-    if experiment.name not in ("headline", "learning_rate"):
+    if experiment.name not in ("headline", "learning_rate", "learning_rate_prose"):
         parts.append(picture(figures, experiment.name))
     return parts
 

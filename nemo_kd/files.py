@@ -24,7 +24,12 @@ from nemo_kd.errors import NemoKDError, StoreError
 
 MAX_JSON = 4 << 20
 """Bytes of a JSON file that `read_json` reads."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+FULL = {
+    errno.ENOSPC: "free some space",
+    errno.EDQUOT: "free some space",
+    errno.EFBIG: "raise the limit of file sizes (ulimit -f, or that of the file system)",
+}
+"""Errors of a full disk → what to do."""
 
 
 class FullDiskError(NemoKDError):
@@ -102,7 +107,7 @@ def full_disk_explained(directory: Path) -> Iterator[None]:
         if error.errno not in FULL:
             raise
         raise FullDiskError(
-            f"{directory}: {error.strerror}; completed files are kept: free some space and run "
+            f"{directory}: {error.strerror}; completed files are kept: {FULL[error.errno]} and run "
             "the same command to resume"
         ) from error
 

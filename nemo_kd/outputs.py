@@ -8,6 +8,7 @@ a target: its lock keeps a second process away, and the next run removes what a 
 from __future__ import annotations
 
 import ctypes
+import errno
 import json
 import os
 import shutil
@@ -19,6 +20,7 @@ from typing import Any
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import (
+    FULL,
     MAX_JSON,
     FullDiskError,
     flush,
@@ -167,9 +169,10 @@ def _nothing_changed(target: Path) -> Iterator[None]:
         yield
     except FullDiskError as error:
         cause = error.__cause__
+        remedy = FULL[getattr(cause, "errno", None) or errno.ENOSPC]
         raise FullDiskError(
-            f"{target}: {_reason(cause)}; nothing was changed: free some space and run the same "
-            "command again"
+            f"{target}: {_reason(cause)}; nothing was changed: {remedy} and run the same command "
+            "again"
         ) from cause
 
 

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.files import FULL
 from nemo_kd.visible import visible
 
 TRACEBACK = "NEMO_KD_TRACEBACK"
@@ -33,11 +34,10 @@ DISK_ERRORS = (
 REMEDIES = {
     errno.EACCES: "give this user access to it, or choose another path",
     errno.EISDIR: "give the path of a file",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f, or that of the file system)",
     errno.EIO: "the disk or the network file system failed; try again, or copy the file elsewhere",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
     errno.EROFS: "choose a path that can be written",
-    errno.ENOSPC: "free some space",
+    **FULL,
 }
 NEMOS_ERRORS = {"MisconfigurationException", "NeMoBaseException"}
 MAX_LINE = 4000  # characters of a message
@@ -80,7 +80,7 @@ def reported(resume: str = "") -> Iterator[None]:
 def explain(error: BaseException) -> str | None:
     """Return the message of a user error; None for any other error."""
     if isinstance(error, NemoKDError):
-        return _of_a_limit(error)
+        return str(error)
     classes = type(error).__mro__
     if any(cls.__module__.split(".")[0] in ("hydra", "omegaconf") for cls in classes):
         from nemo_kd.cli import hydra_errors
@@ -95,14 +95,6 @@ def explain(error: BaseException) -> str | None:
     if {cls.__name__ for cls in classes} & NEMOS_ERRORS:
         return str(error) or type(error).__name__
     return None
-
-
-def _of_a_limit(error: NemoKDError) -> str:
-    """Return its message; that of a full disk names the limit if a file has reached one."""
-    text, cause = str(error), error.__cause__
-    if isinstance(cause, OSError) and cause.errno == errno.EFBIG:
-        return text.replace(REMEDIES[errno.ENOSPC], REMEDIES[errno.EFBIG])
-    return text
 
 
 def _of_a_path(error: OSError) -> str | None:
