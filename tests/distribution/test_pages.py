@@ -35,6 +35,7 @@ SETTING = {
     "checkpoints/verify.py",
     "checkpoints/windows.py",
     "cli/run.py",
+    "hf/evaluation.py",
     "hf/generation.py",
     "hf/rope.py",
     "hf/student.py",
