@@ -29,7 +29,7 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.gpu.sizes import GPU
-from benchmarks.store import machine
+from benchmarks.machine import machine
 from nemo_kd.checkpoints import open_checkpoint, write_nemo
 from nemo_kd.checkpoints.config_json import read_model
 from nemo_kd.checkpoints.families import shapes_of

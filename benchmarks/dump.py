@@ -38,7 +38,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.store import machine, smollm2
+from benchmarks.machine import machine
+from benchmarks.store import smollm2
 
 ROOT = Path(__file__).parents[1]
 RESULT = Path(__file__).parent / "results" / "dump.json"

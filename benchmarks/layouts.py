@@ -27,8 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.machine import machine
 from benchmarks.pages import write_table
-from benchmarks.store import machine
 from tests.conftest import make_tiny
 from tests.layouts.conftest import LAYOUTS, dump_overrides, train_overrides
 from tests.processes import run_script

@@ -66,7 +66,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    about = loss.machine()
+    about = loss.about_this_run()
     result = {"machine": about, "vocabulary": VOCABULARY, "hidden": HIDDEN, "top_k": K, "rows": []}
     for tokens in TOKENS:
         result["rows"].append(measured(tokens))

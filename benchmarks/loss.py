@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import resource
 import subprocess
 import sys
@@ -30,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.machine import machine
 from benchmarks.pages import write_table
 
 HERE = Path(__file__).parent
@@ -291,18 +291,12 @@ def row(
     }
 
 
-def machine() -> dict[str, str | float]:
-    """Describe the machine; `load` is the load average at the start, and adds noise above 0."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
+def about_this_run() -> dict[str, str | float]:
+    """Describe machine and code."""
     return {
-        "processor": model or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "load": round(os.getloadavg()[0], 1),
+        **machine(),
         "commit": git("rev-parse", "--short", "HEAD"),
         "changed_since": bool(git("status", "--porcelain", "nemo_kd/loss", "benchmarks/loss.py")),
-        "python": platform.python_version(),
     }
 
 
@@ -349,7 +343,7 @@ def table_of_page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    about = machine()  # first: the code may change during the run
+    about = about_this_run()  # first: the code may change during the run
     rows = compare()
     show(rows)
     result = {"machine": about, "rows": rows}

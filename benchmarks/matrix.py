@@ -30,8 +30,8 @@ from rich.table import Table
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.environments import Environment, Made, MissingPython, make
 from benchmarks.layouts import PAGE, STEPS, World, losses, world
+from benchmarks.machine import machine
 from benchmarks.pages import write_table
-from benchmarks.store import machine
 from tests.layouts.conftest import LAYOUTS, train_overrides
 from tests.mcore.conftest import make as make_teachers
 from tests.mcore.test_teacher import overrides as dump_overrides

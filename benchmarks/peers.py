@@ -369,7 +369,7 @@ def table_of_page(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    about = shared.machine()  # first: the code may change during the run
+    about = shared.about_this_run()  # first: the code may change during the run
     rows = compare()
     show(rows)
     result = {"machine": about, "rows": rows}

@@ -21,7 +21,7 @@ import argparse
 import json
 import math
 import os
-import platform
+import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -38,6 +38,8 @@ from numpy.typing import NDArray
 from rich.console import Console
 from rich.table import Table
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from benchmarks.machine import machine
 from nemo_kd.files import sha256_of
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, merge, stats, verify
 from nemo_kd.store.layout import SAMPLE_FIELDS
@@ -285,18 +287,6 @@ def opening() -> dict[str, float]:
 
 
 # --- result -------------------------------------------------------------------------------------
-
-
-def machine() -> dict[str, str | int]:
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    model = next((line.split(": ")[1] for line in lines if line.startswith("model name")), "")
-    return {
-        "processor": model or platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "load": round(os.getloadavg()[0], 1),
-    }
 
 
 def show(rows: Iterable[dict[str, Any]], tokens: int) -> None:
