@@ -20,16 +20,10 @@ from typing import Any
 
 import msgspec
 
-from nemo_kd.errors import NemoKDError, StoreError
+from nemo_kd.errors import FULL, NemoKDError, StoreError
 
 MAX_JSON = 4 << 20
 """Bytes of a JSON file that `read_json` reads."""
-FULL = {
-    errno.ENOSPC: "free some space",
-    errno.EDQUOT: "free some space",
-    errno.EFBIG: "raise the limit of file sizes (ulimit -f, or that of the file system)",
-}
-"""Errors of a full disk → what to do."""
 
 
 class FullDiskError(NemoKDError):

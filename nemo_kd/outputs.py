@@ -18,9 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.errors import NemoKDError
+from nemo_kd.errors import FULL, NemoKDError
 from nemo_kd.files import (
-    FULL,
     MAX_JSON,
     FullDiskError,
     flush,

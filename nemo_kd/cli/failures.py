@@ -15,8 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from nemo_kd.errors import NemoKDError
-from nemo_kd.files import FULL
+from nemo_kd.errors import FULL, NemoKDError
 from nemo_kd.visible import visible
 
 TRACEBACK = "NEMO_KD_TRACEBACK"

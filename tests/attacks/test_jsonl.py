@@ -13,7 +13,7 @@ from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.jsonl import JsonlFile
 from nemo_kd.sft.previews import first_row
 from nemo_kd.store import StoreError, read_jsonl, write_jsonl
-from nemo_kd.store.tools import jsonl
+from nemo_kd.store.tools import lines
 from tests.attacks.bounds import bounded
 from tests.store.samples import sample, spec
 
@@ -91,7 +91,7 @@ def test_a_hostile_line_is_one_error_wherever_lines_are_read(tmp_path: Path, kin
 def test_a_line_without_an_end_is_not_read_to_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jsonl, "MAX_LINE", 1000)
+    monkeypatch.setattr(lines, "MAX_LINE", 1000)
     (tmp_path / "x.jsonl").write_bytes(b" " * 1001)
     with pytest.raises(StoreError, match="line 1: more than 1000 bytes"):
         list(read_jsonl(tmp_path / "x.jsonl", spec()))

@@ -310,7 +310,7 @@ def test_arguments_of_a_training_that_its_base_does_not_have_are_refused(
     else:
         with pytest.raises(CheckpointError, match=message):
             open_student(tmp_path / "run", base=megatron_run / "source")
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 MIXTURE: dict[str, Any] = {
@@ -355,7 +355,7 @@ def test_a_checkpoint_without_arguments_is_exported_with_a_line(
     megatron_run: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     open_student(megatron_run / "iter_0000010", base=megatron_run / "source")
-    assert "has no arguments of its training: its settings cannot be" in capsys.readouterr().out
+    assert "has no arguments of its training: its settings cannot be" in capsys.readouterr().err
 
 
 def changed(nemo: Path, directory: Path, **settings: Any) -> Path:

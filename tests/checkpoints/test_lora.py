@@ -309,7 +309,7 @@ def test_a_base_with_the_weights_of_the_recorded_one_is_accepted_in_any_form(
     rounded = export(open_student(base), tmp_path / "rounded", dtype=torch.bfloat16).path
     open_student(adapters, base_model=converted(rounded))
     assert export_adapters(adapters, tmp_path / "peft", base=rounded) == 16
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr().err == ""
 
 
 def test_a_base_that_cannot_be_compared_is_named_beside_the_recorded_one(
@@ -319,18 +319,18 @@ def test_a_base_that_cannot_be_compared_is_named_beside_the_recorded_one(
     adapters = lora(rewrite(base, gone), tmp_path / "a.nemo")
     gone.unlink()
     student = open_student(adapters, base_model=other)
-    assert capsys.readouterr().out == (
+    assert capsys.readouterr().err == (
         f"{adapters} was trained on {gone}, which is gone; {other} is taken for it\n"
     )
     card = (export(student, tmp_path / "out").path / "README.md").read_text()
     assert "| base model | other |" in card and "source" not in card
     unknown = lora(base, tmp_path / "b.nemo", restore_from_path=None)
     open_student(unknown, base_model=base)
-    assert "does not record its base" in capsys.readouterr().out
+    assert "does not record its base" in capsys.readouterr().err
     bare = tmp_path / "bare"
     shutil.copytree(other.with_suffix(""), bare, ignore=shutil.ignore_patterns("*.safetensors"))
     export_adapters(lora(base, tmp_path / "c.nemo"), tmp_path / "peft", base=bare)
-    assert f"{bare} cannot be compared with its base" in capsys.readouterr().out
+    assert f"{bare} cannot be compared with its base" in capsys.readouterr().err
 
 
 def test_the_card_names_a_trained_base_and_not_what_that_was_converted_from(

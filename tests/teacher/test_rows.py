@@ -78,7 +78,8 @@ def test_a_training_refuses_a_file_of_another_format_at_its_start(read: dict[str
 def test_prompts_shortened_for_generation_metrics_are_said(read: dict[str, Any]) -> None:
     assert read["grown"]["no room"] == (
         "grown.jsonl: WARNING: 5 of 5 rows are longer than model.data.validation_ds."
-        "max_seq_length=40, with tokens_to_generate=39, and are truncated\n"
+        "max_seq_length=40, with tokens_to_generate=39, and are truncated; 5 of them keep nothing "
+        "of their prompt\n"
     )
 
 
