@@ -78,7 +78,7 @@ experiments: $(QUESTIONS)  ## run all experiments of docs/results.md; takes hour
 WORKERS ?= 2
 PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-test: $(DEV)  ## run the tests, at most 15 minutes on 2 cores
+test: $(DEV)  ## run the tests, 12 to 25 minutes on 2 cores
 	$(PYTEST)
 
 # This PYTHONPATH hides NeMo and Megatron from the tests and their child processes.
