@@ -12,34 +12,13 @@ that is not an option here is a field of Bridge's `ConfigContainer`: change `con
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 from nemo_kd.bridge import cpu
 from nemo_kd.cli.failures import reported
+from nemo_kd.cli.option_types import count, count_or_zero, positive
 from nemo_kd.loss import SUPPORTS
-
-
-def count(text: str) -> int:
-    """Read an option's number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def count_or_zero(text: str) -> int:
-    """Read an option's number of at least 0."""
-    return 0 if int(text) == 0 else count(text)
-
-
-def positive(text: str) -> float:
-    """Read an option's finite number above 0."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return number
 
 
 def parser() -> argparse.ArgumentParser:

@@ -10,13 +10,13 @@ of it; of a pruned student or a .gguf file also the student that they belong to,
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import Any
 
 from transformers import Trainer, TrainingArguments
 
 from nemo_kd.cli.failures import reported
+from nemo_kd.cli.option_types import count, positive
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
 from nemo_kd.hf.student import load_student, new_output
 from nemo_kd.loss import SUPPORTS, KDConfig
@@ -27,22 +27,6 @@ BASE = "base"
 
 class StoreTrainer(StoreLossMixin, Trainer):
     """`Trainer` with the loss of a store."""
-
-
-def count(text: str) -> int:
-    """Read an option's number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
-
-
-def positive(text: str) -> float:
-    """Read an option's finite number above 0."""
-    number = float(text)
-    if not 0 < number < math.inf:
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number above 0")
-    return number
 
 
 def parser() -> argparse.ArgumentParser:

@@ -26,6 +26,7 @@ from torch.utils.data import DataLoader
 from transformers import Trainer, TrainingArguments
 
 from nemo_kd.cli.failures import reported
+from nemo_kd.cli.option_types import count, positive
 from nemo_kd.errors import NemoKDError
 from nemo_kd.extras import install
 from nemo_kd.hf import StoreCollator, StoreDataset, StoreLossMixin
@@ -54,9 +55,9 @@ def parser() -> argparse.ArgumentParser:
         help="a configuration of modelopt.torch.quantization, or none",
     )
     parser.add_argument("--alpha", type=float, default=1.0, help="weight of the distillation")
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch-size", type=int, default=8, help="samples per process and batch")
-    parser.add_argument("--lr", type=float, default=3e-4)
+    parser.add_argument("--steps", type=count, default=100)
+    parser.add_argument("--batch-size", type=count, default=8, help="samples per process and batch")
+    parser.add_argument("--lr", type=positive, default=3e-4)
     return parser
 
 

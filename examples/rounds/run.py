@@ -35,6 +35,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+from nemo_kd.cli.option_types import count
 from nemo_kd.errors import NemoKDError
 from nemo_kd.lock import DirectoryLock
 from nemo_kd.sft import open_files
@@ -225,14 +226,6 @@ class Command(NamedTuple):
             )
         record = {"arguments": self.arguments, "inputs": inputs}
         self.record.write_text(json.dumps(record, indent=1), encoding="utf-8")
-
-
-def count(text: str) -> int:
-    """Read an option's number of at least 1."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} is less than 1")
-    return number
 
 
 def temperature(text: str) -> float:

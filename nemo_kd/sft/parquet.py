@@ -14,7 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.files import FULL, FullDiskError
+from nemo_kd.errors import FULL
+from nemo_kd.files import FullDiskError
 from nemo_kd.sft.arrow import Batches, arrow, plain_schema
 from nemo_kd.sft.hashed import DamagedFileError, HashedFile, RowError
 
