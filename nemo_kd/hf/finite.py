@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,14 +12,15 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.loss.finite import AT_THE_END, FiniteWatch
 from nemo_kd.teacher.processes import say_once
 
-STEPS_NOT_FINITE = 5
-"""Steps in a row with a loss that is NaN or infinite after which a training ends with an error, as
-in a NeMo training. One can be a batch at which float16 overflows."""
 STEPS_UNREAD = 10
 """Most steps whose losses stay on the device: to read one, the host waits for the device."""
-REMEDY = "with a smaller learning_rate, or bf16=True instead of fp16=True"
+REMEDY = (
+    "resume from an earlier checkpoint, or start again in a new output_dir, with a smaller "
+    "learning_rate, or bf16=True instead of fp16=True"
+)
 
 
 class FiniteLoss(TrainerCallback):
@@ -33,7 +33,7 @@ class FiniteLoss(TrainerCallback):
     def __init__(self, trainer: Any) -> None:
         self.trainer = trainer
         self._unread: dict[int, Tensor] = {}
-        self._not_finite: list[int] = []  # the last steps, whose loss was NaN or infinite
+        self._watch = FiniteWatch(lambda text: say_once([text]), REMEDY)
 
     def add(self, step: int, loss: Tensor) -> None:
         """Add the loss of a batch, a scalar on the device, to that of its step."""
@@ -46,11 +46,11 @@ class FiniteLoss(TrainerCallback):
         is_due = state.global_step % STEPS_UNREAD == 0
         if is_due or control.should_log or control.should_evaluate or control.should_save:
             self._read()
-            self._refuse(STEPS_NOT_FINITE)
+            self._watch.refuse()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self._read()
-        self._refuse(2)
+        self._watch.refuse(AT_THE_END)
         refuse_weights_not_finite(self.trainer.model)
 
     def _read(self) -> None:
@@ -60,24 +60,7 @@ class FiniteLoss(TrainerCallback):
             return
         losses = self.trainer.accelerator.reduce(torch.stack(list(unread.values())), "sum")
         for step, loss in zip(unread, losses.tolist(), strict=True):
-            self._check(step, loss)
-
-    def _check(self, step: int, loss: float) -> None:
-        """Note a loss that is not finite; print a warning at the first of several."""
-        if math.isfinite(loss):
-            self._not_finite.clear()
-            return
-        self._not_finite.append(step)
-        if len(self._not_finite) == 1:
-            say_once([f"WARNING: the loss of step {step} is {loss}"])
-
-    def _refuse(self, steps: int) -> None:
-        if len(self._not_finite) >= steps:
-            raise NemoKDError(
-                f"the loss is not finite from step {self._not_finite[0]} on, so the model is of no "
-                "use: resume from an earlier checkpoint, or start again in a new output_dir, "
-                f"{REMEDY}"
-            )
+            self._watch.note(step, loss)
 
 
 def refuse_weights_not_finite(model: Any) -> None:
@@ -88,6 +71,5 @@ def refuse_weights_not_finite(model: Any) -> None:
         return
     name = next(name for name, p in trained if not p.is_meta and not p.isfinite().all())
     raise NemoKDError(
-        f"weights of the model are NaN or infinite, such as {name}, and are not saved: resume from "
-        f"an earlier checkpoint, or start again in a new output_dir, {REMEDY}"
+        f"weights of the model are NaN or infinite, such as {name}, and are not saved: {REMEDY}"
     )

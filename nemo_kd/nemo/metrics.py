@@ -20,15 +20,18 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import MassWatch
+from nemo_kd.loss.finite import AT_THE_END, FiniteWatch
 from nemo_kd.mcore.metrics import means_of
 
 ANSWER_TOKENS = "answer_tokens"
 NEMO_LOSS = "reduced_train_loss"
-STEPS_NOT_FINITE = 5
-"""Steps in a row with a loss that is NaN or infinite after which a run ends with an error. One can
-be a batch at which float16 overflows."""
+REMEDY = (
+    "resume from an earlier checkpoint (exp_manager.resume_from_checkpoint), or start again in a "
+    "new directory, with a smaller model.optim.lr, or trainer.precision=bf16-mixed instead of "
+    "16-mixed"
+)
+"""For a loss that is not finite."""
 VALIDATION = ("val", "validation")
 """Beginnings of the names that a validation logs."""
 
@@ -84,7 +87,7 @@ class StepMetrics(Callback):
         self._names: list[str] = []  # logged at the last time
         self._clock: float | None = None  # when the steps that are unread began
         self._watch: MassWatch | None = None
-        self._not_finite: list[int] = []  # the last steps, whose loss was NaN or infinite
+        self._finite = FiniteWatch(_print, REMEDY)
 
     def on_train_batch_start(self, *args: Any) -> None:
         if self._clock is None:
@@ -97,7 +100,7 @@ class StepMetrics(Callback):
         self._unread.append(_Unread(trainer.global_step, pl_module.step_sums, nemos))
         if trainer._logger_connector.should_update_logs:
             self._log(trainer, pl_module, self._read(pl_module))
-            self._refuse_not_finite(STEPS_NOT_FINITE)
+            self._finite.refuse()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(pl_module)
@@ -117,7 +120,7 @@ class StepMetrics(Callback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._read(pl_module)
-        self._refuse_not_finite(2)
+        self._finite.refuse(AT_THE_END)
 
     def on_exception(
         self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
@@ -143,30 +146,12 @@ class StepMetrics(Callback):
                 self._warn_of_mass(means["teacher_mass"], pl_module.kd_schedule.temperature)
             means.update({ANSWER_TOKENS: tokens, "tokens_per_s": speed})
             if tokens:
-                self._check(step.number, logged.get(NEMO_LOSS, 0.0))
+                self._finite.note(step.number, logged.get(NEMO_LOSS, 0.0))
             else:
                 logged.pop(NEMO_LOSS, None)
             lines.append({**logged, **means, "step": step.number})
         self._write(lines)
         return means
-
-    def _refuse_not_finite(self, steps: int) -> None:
-        if len(self._not_finite) >= steps:
-            raise NemoKDError(
-                f"the loss is not finite from step {self._not_finite[0]} on, so the model is of no "
-                "use: resume from an earlier checkpoint (exp_manager.resume_from_checkpoint), or "
-                "start again in a new directory, with a smaller model.optim.lr, or "
-                "trainer.precision=bf16-mixed instead of 16-mixed"
-            )
-
-    def _check(self, step: int, loss: float) -> None:
-        """Note a loss that is not finite; print a warning at the first of several."""
-        if math.isfinite(loss):
-            self._not_finite.clear()
-            return
-        self._not_finite.append(step)
-        if len(self._not_finite) == 1:
-            print(f"WARNING: the loss of step {step} is {loss}", file=sys.stderr, flush=True)
 
     def _log(self, trainer: Trainer, pl_module: Any, means: Mapping[str, float]) -> None:
         """Log the means of this step; its values, and no others, get to Lightning's loggers."""
@@ -184,7 +169,7 @@ class StepMetrics(Callback):
             warnings.simplefilter("always")
             self._watch(mass)
         for warning in caught:
-            print(f"WARNING: {warning.message}", file=sys.stderr, flush=True)
+            _print(f"WARNING: {warning.message}")
 
     def _write(self, lines: Sequence[Mapping[str, float]]) -> None:
         if self.path is None:
@@ -192,6 +177,11 @@ class StepMetrics(Callback):
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
+
+
+def _print(text: str) -> None:
+    """Print a line on standard error; only rank 0 reads the losses."""
+    print(text, file=sys.stderr, flush=True)
 
 
 def _logged(trainer: Trainer) -> dict[str, torch.Tensor]:

@@ -14,21 +14,10 @@ from nemo_kd.hf.columns import columns_of, warn_of_columns
 from nemo_kd.loss import KDConfig
 from tests.checkpoints.models import tokenizer
 from tests.hf import steps
-from tests.hf.student import COLUMNS, VOCABULARY, write_store
+from tests.hf.student import COLUMNS, VOCABULARY, student, write_store
 from tests.hf.test_trainers import identity
 
 MESSAGE = f"the model has 5000 logits, and the stores' tokenizer only {VOCABULARY} ids: is it the s"
-
-
-def student(columns: int) -> Any:
-    config = transformers.LlamaConfig(
-        vocab_size=columns,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-    )
-    return transformers.LlamaForCausalLM(config)
 
 
 def make(store: Path, directory: Path, columns: int, known: Any = None, given: Any = None) -> None:

@@ -34,6 +34,8 @@ def in_common(stores: Sequence[Store]) -> Iterator[str]:
     A sample is the same if teacher, SFT file (by its hash), template and row are. Stores that other
     programs' caches were converted to do not say which rows they have.
     """
+    if len(stores) < 2:
+        return  # the index, perhaps a large one, is not read for nothing
     pieces = [dict(_pieces(store)) for store in stores]
     for (a, of_a), (b, of_b) in combinations(zip(stores, pieces, strict=True), 2):
         if a.fingerprint == b.fingerprint:
@@ -53,7 +55,7 @@ def _pieces(store: Store) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """Yield (what identifies a source, its rows in the store [rows]) for each source."""
     spec, found = store.spec, dict[str, list[NDArray[np.int64]]]()
     if "sha256" not in canonical_json(spec.source):
-        return  # the index is not read for nothing
+        return
     for sha256, rows in _rows(spec.source, store.rows):
         key = canonical_json([sha256, spec.teacher, spec.template])
         found.setdefault(key, []).append(rows)
