@@ -6,7 +6,7 @@ The settings of a run are checked where they are read, by `study.read_run`.
 from __future__ import annotations
 
 from omegaconf import DictConfig
-from study import ALSO, RATE, SECONDS, settings
+from study import ALSO, NON_NEGATIVE, POSITIVE, settings
 
 from nemo_kd.settings.blocks import FREE, Block, check
 from nemo_kd.settings.values import (
@@ -29,7 +29,7 @@ SETTINGS = Block(
         "results": PATH,
         "threads": COUNT,
         "only": optional(one_or_more(TEXT)),
-        "max_hours": optional(SECONDS),
+        "max_hours": optional(NON_NEGATIVE),
         "list": FLAG,
         "data": Block(
             {
@@ -46,16 +46,16 @@ SETTINGS = Block(
                 "precision": PRECISION,
             }
         ),
-        "teacher": Block({"steps": COUNT, "lr": RATE, "top_k": COUNT}),
-        "rounds": Block({"prompts": COUNT, "steps": COUNT, "lr": RATE}),
+        "teacher": Block({"steps": COUNT, "lr": POSITIVE, "top_k": COUNT}),
+        "rounds": Block({"prompts": COUNT, "steps": COUNT, "lr": POSITIVE}),
         "generation": Block({"samples": COUNT, "tokens": COUNT}),
-        "learning_rates": list_of(RATE),
+        "learning_rates": list_of(POSITIVE),
         "tuned_on": MAPPING,
         "student_from": one_of("stock", "tuned"),
         "domains": MAPPING,
         "bootstrap": FREE,
         "expected_seconds": Block(
-            dict.fromkeys(("train", "measure", "rounds", *ALSO), SECONDS),
+            dict.fromkeys(("train", "measure", "rounds", *ALSO), NON_NEGATIVE),
         ),
         "run": MAPPING,
         "choices": Block({"steps": COUNT, "rounds": COUNT, "runs": MAPPING}),

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
 from queue_plan import Results, resolve
-from steps_ratio import Curves, Interval, difference, ratio
+from steps_ratio import Curves, Interval, difference, first_reached, ratio
 from study import Experiment, Run
 
 EXACT, DOCTESTS = "exact match", "doctests passed"
@@ -21,7 +21,24 @@ ANSWERED = (EXACT, DOCTESTS, *SHOTS.values())
 """What is judged answer by answer, as right or wrong."""
 
 
+Seeds = dict[int, dict[str, Any]]
+"""Seed → result file."""
+TOLERANCE = 0.02
+"""Nats per token: a loss of SFT this near to its best is hardly worse, and may come far earlier."""
+
+
 @dataclass(frozen=True)
+class Change:
+    """A difference over the seeds that both have."""
+
+    seeds: int
+    loss: Interval
+    """final cross-entropy, in nats per token"""
+    right: Interval | None
+    """fraction of right final answers, where they are judged"""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Row:
     """One line of an experiment's table: the finished runs of one label."""
 
@@ -30,8 +47,10 @@ class Row:
     """number of seeds"""
     found: tuple[dict[str, Any], ...]
     """contents of the result files of the finished seeds"""
+    baseline: str | None = None
+    """label of the row that this one is compared with"""
     against_baseline: Interval | None = None
-    """difference in final cross-entropy from the baseline, over the seeds that both have"""
+    """difference in final cross-entropy, nats per token, over the seeds that both have"""
     by_seed: Mapping[str, tuple[float, ...]] = field(default_factory=dict)
     """`valid` or `test` → that difference on the split, for each seed that both have; `EXACT` →
     that in the fraction of right answers"""
@@ -39,9 +58,23 @@ class Row:
     """steps to reach SFT's best (same data, same depth), as a fraction of SFT's steps to it"""
     sft_best: int | None = None
     """SFT's step in that fraction"""
+    nearly_best: tuple[int, float] | None = None
+    """SFT's first step within `TOLERANCE` of its best, and the step here with the loss it has"""
     right_against_baseline: Mapping[str, Interval] = field(default_factory=dict)
     """one of `ANSWERED` → that difference in the fraction of right answers"""
+    against_same_length: Change | None = None
+    """of a shorter training with KD: the difference from SFT of the same length"""
     is_baseline: bool = False
+
+    @property
+    def seeds(self) -> Seeds:
+        """The result of each finished seed."""
+        return {result["run"]["seed"]: result for result in self.found}
+
+    @property
+    def compared_seeds(self) -> int:
+        """The number of seeds that both this row and its baseline have."""
+        return len(self.by_seed.get("test", ()))
 
     @property
     def untrained(self) -> bool:
@@ -52,7 +85,7 @@ class Row:
         return len(self.found) == self.planned and all(map(is_complete, self.found))
 
     def mean(self, metric: str, split: str = "test") -> float | None:
-        """The mean of a metric over the finished seeds."""
+        """The mean of a metric over the finished seeds; losses in nats per token."""
         return mean([result[split].get(metric) for result in self.found])
 
     def bytes_per_token(self) -> float | None:
@@ -70,7 +103,8 @@ class Row:
         judged = [result["generation"] for result in self.found if "generation" in result]
         if not judged or any(what not in each for each in judged):
             return None
-        return float(sum(each[what] for each in judged)) / self.written
+        written = sum(each["samples"] for each in judged)
+        return float(sum(each[what] for each in judged)) / written
 
     def right(self, what: str) -> float | None:
         """The fraction of right answers to one of `ANSWERED`, over all seeds."""
@@ -91,11 +125,6 @@ class Row:
         mean = answers.values.mean(axis=(0, 1))  # [questions]
         return [float(mean[task::tasks].mean()) for task in range(tasks)]
 
-    @property
-    def written(self) -> int:
-        """The number of generated answers, over all seeds."""
-        return sum(result.get("generation", {}).get("samples", 0) for result in self.found)
-
 
 def mean(values: Sequence[float | None]) -> float | None:
     """The mean of the known values; None if there is none."""
@@ -111,42 +140,47 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
         }
         for label, runs in experiment.runs.items()
     }
-    baseline = found.get(experiment.baseline or "", {})
     compared_with = experiment.runs.get(experiment.baseline or "", (Run(),))[0]
     table = []
     for label, runs in experiment.runs.items():
         mine = found[label]
-        against = {} if label == experiment.baseline else baseline
+        baseline = experiment.compared_with(label)
+        against = found.get(baseline or "", {})
         sft = sft_beside(cfg, runs, results, compared_with.tokens)
+        shorter = [run for run in runs if 0 < run.length < Run.length]
+        same_length = sft_beside(cfg, shorter, results, compared_with.tokens, complete=False)
         table.append(
             Row(
-                label,
-                1 if runs[0].length == 0 else len(runs),  # an untrained model has no seeds
-                tuple({result["name"]: result for result in mine.values()}.values()),
-                compared(cfg, difference, against, mine),
-                by_seed(against, mine),
-                compared(cfg, ratio, sft, mine),
-                best_step(sft, mine),
-                right_differences(cfg, against, mine),
-                label == experiment.baseline,
+                label=label,
+                planned=1 if runs[0].length == 0 else len(runs),  # an untrained model has no seeds
+                found=tuple({result["name"]: result for result in mine.values()}.values()),
+                baseline=baseline,
+                against_baseline=compared(cfg, difference, against, mine),
+                by_seed=by_seed(against, mine),
+                steps=compared(cfg, ratio, sft, mine),
+                sft_best=best_step(sft, mine),
+                nearly_best=nearly_best(sft, mine),
+                right_against_baseline=right_differences(cfg, against, mine),
+                against_same_length=change(cfg, same_length, mine),
+                is_baseline=label == experiment.baseline,
             )
         )
     return table
 
 
-Seeds = dict[int, dict[str, Any]]
-"""Seed → result file."""
-
-
-def sft_beside(cfg: DictConfig, runs: Sequence[Run], results: Results, tokens: str) -> Seeds:
+def sft_beside(
+    cfg: DictConfig, runs: Sequence[Run], results: Results, tokens: str, *, complete: bool = True
+) -> Seeds:
     """SFT runs of the same domain, depth and seeds, on `tokens`; empty for SFT itself.
 
-    Beside a shorter run it is the complete SFT, beside a longer one SFT of the same length.
+    Beside a shorter run it is the complete SFT, if `complete`, beside a longer one SFT of the same
+    length.
     """
     found: Seeds = {}
     for run in runs:
         same = {"domain": run.domain, "layers": run.layers, "seed": run.seed}
-        sft = Run(**same, alpha=0, tokens=tokens, length=max(Run.length, run.length))
+        length = max(Run.length, run.length) if complete else run.length
+        sft = Run(**same, alpha=0, tokens=tokens, length=length)
         is_sft = run.alpha == 0 and (run.answers, run.tokens) == (sft.answers, sft.tokens)
         result = None if is_sft else result_of(cfg, sft, results)
         if result is not None:
@@ -194,6 +228,37 @@ def best_step(a: Seeds, b: Seeds) -> int | None:
     return None if pair is None else int(pair[0].steps[pair[0].best])
 
 
+def nearly_best(a: Seeds, b: Seeds) -> tuple[int, float] | None:
+    """A's first step within `TOLERANCE` of its best, and the step at which B has that loss.
+
+    Over the seeds that both have, None without any; B's step is inf where it never has that loss.
+    """
+    pair = common(a, b, curves)
+    if pair is None:
+        return None
+    first, second = pair
+    losses = first.mean()
+    early = int(np.flatnonzero(losses <= losses.min() + TOLERANCE)[0])
+    step = first_reached(second.steps, second.mean(), float(losses[early]))
+    return int(first.steps[early]), step
+
+
+def difference_at(cfg: DictConfig, a: Row, b: Row, step: int) -> Interval | None:
+    """B's loss minus A's at a step of their curves; None if both have no curve with it."""
+    pair = common(a.seeds, b.seeds, curves)
+    if pair is None or any(step not in curve.steps for curve in pair):
+        return None
+    return difference(*pair, **cfg.bootstrap, step=step)
+
+
+def change(cfg: DictConfig, a: Seeds, b: Seeds) -> Change | None:
+    """B minus A; None without a seed that both have."""
+    loss = compared(cfg, difference, a, b)
+    if loss is None:
+        return None
+    return Change(len(a.keys() & b.keys()), loss, right_differences(cfg, a, b).get(EXACT))
+
+
 def right_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval]:
     """The entries of `ANSWERED` that both have → difference in the fraction of right answers."""
     found = {
@@ -209,8 +274,8 @@ def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | N
     return None if resolved is None else results.get(resolved.name)
 
 
-def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves | None:
-    """The curves of runs of equal length; None if there are none, or one is not complete."""
+def curves(found: Sequence[dict[str, Any]]) -> Curves | None:
+    """The cross-entropy curves of runs of equal length; None without any or if one is cut short."""
     if not found or any("curve" not in result for result in found):
         return None
     if not all(is_complete(result) for result in found):
@@ -218,7 +283,7 @@ def curves(found: Sequence[dict[str, Any]], metric: str = "sft_loss") -> Curves 
     first = found[0]["curve"]
     return Curves(
         np.array(first["steps"], dtype=float),
-        np.array([result["curve"][metric] for result in found]),
+        np.array([result["curve"]["sft_loss"] for result in found]),
         np.array(list(first["groups"].values()), dtype=float),
     )
 
@@ -257,7 +322,9 @@ class ConfidenceClass:
     low: float
     high: float
     share: float
-    """of all answer tokens"""
+    """fraction of all answer tokens"""
+    seeds: int
+    """over which the losses are means"""
     a: float
     """cross-entropy of the class, in nats per token of the class"""
     b: float
@@ -273,7 +340,7 @@ def confidence_classes(a: Row, b: Row) -> list[ConfidenceClass]:
 
     Classes without a token are left out.
     """
-    first, second = ({r["run"]["seed"]: r for r in x.found if "confidence" in r} for x in (a, b))
+    first, second = ({s: r for s, r in x.seeds.items() if "confidence" in r} for x in (a, b))
     both = [seed for seed in first if seed in second]
     if not both:
         return []
@@ -286,15 +353,16 @@ def confidence_classes(a: Row, b: Row) -> list[ConfidenceClass]:
                 statistics.fmean(of[seed]["confidence"]["sft_loss"][i] for seed in both)
                 for of in (first, second)
             ]
-            found.append(ConfidenceClass(low, high, tokens / sum(split["tokens"]), *losses))
+            share = tokens / sum(split["tokens"])
+            found.append(ConfidenceClass(low, high, share, len(both), *losses))
     return found
 
 
 def seed_spreads(rows: Iterable[Row], measure: str = "test") -> dict[str, float]:
     """Domain → the standard deviation from seed to seed of a difference from the baseline.
 
-    `measure`: a key of `Row.by_seed`. Pooled over the distinct comparisons of trained runs; without
-    a domain that has none of several seeds.
+    `measure`: a key of `Row.by_seed`, in nats per token or, of `EXACT`, a fraction. Pooled over the
+    distinct comparisons of trained runs; without a domain that has none of several seeds.
     """
     differences: dict[str, set[tuple[float, ...]]] = {}
     for row in rows:
@@ -329,7 +397,7 @@ def verdict(row: Row, spreads: Spreads | None = None) -> str | None:
         found = Interval(-right.value, -right.high, -right.low)
     if found is None:
         return None
-    if len(row.found) == 1:
+    if row.compared_seeds == 1:
         measure = "test" if right is None else EXACT
         domain = row.found[0]["run"]["domain"]
         if abs(found.value) < 2 * (spreads or {}).get(measure, {}).get(domain, 0.0):
@@ -339,7 +407,10 @@ def verdict(row: Row, spreads: Spreads | None = None) -> str | None:
     return "worse" if found.low > 0 else "undecided"
 
 
-def mean_change(a: Row, b: Row) -> float | None:
-    """B's final cross-entropy minus A's, the mean over the seeds that both have."""
-    first, second = ({r["run"]["seed"]: r["test"]["sft_loss"] for r in x.found} for x in (a, b))
-    return mean([second[seed] - first[seed] for seed in second if seed in first])
+def in_both(*rows: Row) -> tuple[Row, ...]:
+    """The rows with only the seeds that all of them have."""
+    seeds = set.intersection(*(set(row.seeds) for row in rows))
+    return tuple(
+        replace(row, found=tuple(result for seed, result in row.seeds.items() if seed in seeds))
+        for row in rows
+    )

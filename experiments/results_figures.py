@@ -86,9 +86,10 @@ def draw_bytes(tables: Mapping[str, Sequence[Row]], path: Path) -> bool:
         axis.axhline(0, color="#6b7280", linewidth=1)
         axis.margins(x=0.15)  # for the names
         axis.set(xscale="log", xlabel="bytes per answer token", ylabel="nats per token")
-        axis.set(title="Cross-entropy compared with plain, K = 100")
+        axis.set(title="Cross-entropy on code compared with plain, K = 100")
+        axis.set_xticks([20, 30, 50, 100, 200, 400], minor=False)
         axis.xaxis.set_major_formatter("{x:.0f}")
-        axis.xaxis.set_minor_formatter("{x:.0f}")
+        axis.xaxis.set_minor_formatter("")
         axis.legend(frameon=False)
         _save(figure, path)
     return True

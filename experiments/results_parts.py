@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from findings import (
-    Row,
-)
+from findings import Row
 from omegaconf import DictConfig
 from queue_plan import Results
 from study import Experiment

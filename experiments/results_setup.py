@@ -18,6 +18,27 @@ TUNED = {
 """Domain → the families whose learning rate is chosen on its validation split."""
 
 
+TERMS = {
+    "SFT, KD, KD + SFT": "cross-entropy of the labels; distillation from the teacher's logits; "
+    "both, weighted by `1 - alpha` and [`alpha`](choosing.md#alpha)",
+    "`bucket`, `vocab`, `topk`": "[supports](loss.md): what stands for the teacher's probability "
+    "beyond its K logits",
+    "`plain`, `compact`, `top_p`, `sampled`": "[profiles](store.md) of a store: how it keeps "
+    "logits; K: the number of logits, or of draws from the teacher's distribution",
+    "cross-entropy": "of the labels, nats per held-out answer token",
+    "KL to the teacher": "forward KL from the fine-tuned teacher's K largest logits and one "
+    "bucket, nats per token",
+    "top-1 is the label": "the fraction of tokens whose label has the largest logit",
+    "calibration error": "expected calibration error of the top-1 probability",
+    "exact match": "worked problems: the final answer equals the reference's; code: the body has "
+    "the syntax tree of the original",
+    "function parses": "of functions completed for held-out prompts",
+    "OpenBookQA": "the answer with the largest log-likelihood per character",
+    "steps ratio": "step at which the loss is SFT's best, divided by SFT's step of it",
+}
+"""Names that the tables use → what they are."""
+
+
 def learning_rates(cfg: DictConfig, results: Results, domain: str) -> str:
     """The learning rate chosen for each family, and the candidates."""
     lines = []
@@ -71,18 +92,20 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "students": f"the {TEACHERS[cfg.student_from]}, pruned to the layers with the highest "
         "block influence",
         "objective": f"alpha {Run.alpha:g}, forward KL, support `bucket`, profile `plain`, unless "
-        "a row states otherwise",
+        "the question or a row states otherwise",
         "training": f"{train.steps} steps of {train.batch} samples, {epochs:g} epochs of the "
         f"training split; {train.precision}, cosine decay to 0 after {train.warmup} steps",
         "worked problems": f"teacher fine-tuned for {own.teacher.steps} steps at learning rate "
         f"{own.teacher.lr:g}; students of {own.tuned_on.layers} layers, pruned from the "
         f"{TEACHERS[own.student_from]}; {own.train.steps} steps, {own_epochs:g} epoch; held-out "
         f"metrics every {own.train.validate_every} steps; greedy answers to all test questions, "
-        "right if the final answer is",
+        "right if the final answer equals the reference's",
         "seed": "determines the order of the samples, which all objectives of a seed share; "
         "students start from the same weights and have no dropout, so nothing else is random",
         "learning rate": "chosen for each family of objectives on the validation split (code, 8 "
-        f"layers, seed {cfg.tuned_on.seed}; worked problems: their own) and used everywhere; the "
+        f"layers, seed {cfg.tuned_on.seed}; worked problems: their own) and used for other depths, "
+        "lengths, temperatures, tokens and domains, unless a row states another; several wordings: "
+        "those of worked problems. The "
         f"grid starts with {' and '.join(f'{rate:g}' for rate in cfg.learning_rates)} and is "
         "extended by factors of 2 until the best value is not at an end",
         "held-out metrics": "over the answer tokens of the test split unless stated otherwise, "
@@ -91,32 +114,55 @@ def setting(cfg: DictConfig) -> dict[str, str]:
         "intervals": f"{100 * boot.level:g} %, bootstrap percentiles of {boot.draws} draws over "
         f"the test split's {cfg.data.groups} groups of modules (worked problems: "
         f"{own.data.groups} groups of questions; right answers: single questions) and over the "
-        "seeds; with three seeds and groups of unequal size the true coverage is lower",
+        "seeds; with three seeds, the noise of seeds enters with 0.82 "
+        "of its size, and with groups of unequal size the true coverage is lower too",
         "steps ratio": "the first step at which the loss is SFT's best (same data, same depth, and "
         "for longer trainings the same length), divided by SFT's step of that best, which is the "
         "same in every bootstrap draw; never: not reached within the run",
-        "bytes per token": "the whole store divided by its answer tokens: the logits (404 for "
-        "`plain` with K = 100) and 14 for the tokens of prompt and answer, masks and index",
+        "bytes per token": "the whole store divided by the tokens that have logits: the logits "
+        "(404 for `plain` with K = 100) and 8 to 14 for the tokens of prompt and answer, masks and "
+        "index. On all tokens the bytes per token are fewer, and the store of code is 1.8 times as "
+        "large",
     }
 
 
-def processors(experiments: Sequence[Experiment], rows: Rows, results: Results) -> str:
-    """On which processors the runs were trained, and which experiments have runs of several."""
-    of = {name: machine(result) for name, result in results.items() if "curve" in result}
-    counts = [f"{count} runs on an {name}" for name, count in Counter(of.values()).most_common()]
+def processors(results: Results) -> str:
+    """On which processors the runs were trained."""
+    of = Counter(machine(result) for result in results.values() if "curve" in result)
+    return ", ".join(f"{count} runs on an {name}" for name, count in of.most_common())
+
+
+def teachers(experiments: Sequence[Experiment], rows: Rows, results: Results) -> str:
+    """How many fine-tuned teachers a domain has, and which experiments have runs of several.
+
+    The same commands give another teacher on another machine. It is known by its entropy on the
+    test split, which every run's result file has.
+    """
+    of = {
+        name: (result["run"]["domain"], result["test"]["teacher_entropy"])
+        for name, result in results.items()
+        if "curve" in result and result["run"]["teacher"] == "tuned"
+    }
+    counts = Counter(domain for domain, _ in set(of.values()))
     mixed = [
         experiment.title
         for experiment in experiments
-        if len({of[r["name"]] for row in rows[experiment.name] for r in row.found if "curve" in r})
-        > 1
+        if several(
+            {of[r["name"]] for row in rows[experiment.name] for r in row.found if r["name"] in of}
+        )
     ]
-    text = ", ".join(counts)
+    text = ", ".join(f"{count} of {domain}" for domain, count in sorted(counts.items()))
     if mixed:
         text += (
-            "; each has its own fine-tuned teachers, trained by the same commands. Experiments "
-            f"with runs of several: {'; '.join(mixed)}"
+            "; trained by the same commands, which give other weights on another machine. "
+            f"Experiments with runs of several: {'; '.join(mixed)}"
         )
     return text
+
+
+def several(teachers: set[tuple[str, float]]) -> bool:
+    """Whether one domain has more than one teacher."""
+    return len(teachers) > len({domain for domain, _ in teachers})
 
 
 def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> list[list[str]]:
@@ -129,7 +175,7 @@ def costs(rows: Rows, experiments: Sequence[Experiment], results: Results) -> li
     groups = []
     for experiment in experiments:
         names = {r["name"] for row in rows[experiment.name] for r in row.found}
-        groups.append((experiment.title, [left.pop(name) for name in names & left.keys()]))
+        groups.append((experiment.title, [left.pop(name) for name in sorted(names & left.keys())]))
     groups += [("Further learning rates", [*left.values()]), ("All", [*results.values()])]
     return [[title, str(len(found)), _hours(found)] for title, found in groups]
 

@@ -80,11 +80,14 @@ def ratio(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval
     return bootstrap(statistic, a, draws, level, seed)
 
 
-def difference(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval:
-    """B's final loss minus A's, with its interval; negative if B is better."""
+def difference(
+    a: Curves, b: Curves, draws: int, level: float, seed: int, step: int | None = None
+) -> Interval:
+    """B's loss minus A's at the last or another step of both, with its interval."""
+    at_a, at_b = (-1 if step is None else int(np.searchsorted(x.steps, step)) for x in (a, b))
 
     def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
-        return float(b.mean(seeds, groups)[-1] - a.mean(seeds, groups)[-1])
+        return float(b.mean(seeds, groups)[at_b] - a.mean(seeds, groups)[at_a])
 
     return bootstrap(statistic, a, draws, level, seed)
 

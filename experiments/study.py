@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
 from omegaconf import DictConfig, OmegaConf
@@ -29,7 +29,7 @@ ALSO = ("generation", "knowledge", "doctests", "confidence")
 SHAPING = ("data", "train", "teacher", "student_from", "generation")
 """Blocks of the configuration that shape a result and are not part of its run's name."""
 
-RATE, SECONDS = number(0, above=True), number(0)
+POSITIVE, NON_NEGATIVE = number(0, above=True), number(0)
 
 
 def settings(cfg: DictConfig, domain: str) -> DictConfig:
@@ -71,13 +71,13 @@ class Run:
     alpha: Annotated[float, SHARE] = 0.5
     support: str = "bucket"
     divergence: str = "forward_kl"
-    temperature: Annotated[float, RATE] = 1.0
+    temperature: Annotated[float, POSITIVE] = 1.0
     """If not 1: that of the store `<profile>-<size>@<temperature>`, dumped at both temperatures.
     Since the store has it, a run's name does not repeat it."""
-    lr: Annotated[float | None, optional(RATE)] = None
+    lr: Annotated[float | None, optional(POSITIVE)] = None
     seed: Annotated[int, NATURAL] = 1
     """Seed of the sample order; nothing else is random."""
-    length: Annotated[float, SECONDS] = 1.0
+    length: Annotated[float, NON_NEGATIVE] = 1.0
     """Steps as a fraction of the configured number; 0 evaluates the model untrained."""
     trust: Annotated[str, one_of("all", "right")] = "all"
     """`right`: samples on which the teacher's top-1 is not always the label have alpha 0."""
@@ -142,8 +142,14 @@ class Experiment:
     """Label in the report → one run per seed."""
     baseline: str | None
     """The label to compare the others with."""
+    against: Mapping[str, str] = field(default_factory=dict)
+    """Label → the one that it is compared with instead."""
     also: tuple[str, ...] = ()
     """What is measured beyond the losses, of `ALSO`."""
+
+    def compared_with(self, label: str) -> str | None:
+        """The label with which one is compared; None for the baseline, or without one."""
+        return None if label == self.baseline else self.against.get(label, self.baseline)
 
     def all_runs(self) -> list[Run]:
         """A seed of every label before the next seed, so that early results can be compared."""
@@ -167,12 +173,19 @@ def read_experiments(cfg: DictConfig) -> list[Experiment]:
     experiments = []
     for name, block in content.items():
         shared = {**base, **block.get("shared", {})}
-        runs = {}
+        runs, against = {}, {}
         for label, overrides in block["runs"].items():
-            own = {key: value for key, value in overrides.items() if key != "seeds"}
+            own = {k: value for k, value in overrides.items() if k not in ("seeds", "against")}
             run = read_run(shared, own, f"experiments.{name}.runs.{label}")
             seeds = overrides.get("seeds", block["seeds"])
             runs[label] = tuple(dataclasses.replace(run, seed=seed) for seed in seeds)
+            if "against" in overrides:
+                against[label] = overrides["against"]
+        for label, other in against.items():
+            if other not in runs:
+                raise NemoKDError(
+                    f"experiments.{name}.runs.{label}: against={other} is not a label of its runs"
+                )
         experiments.append(
             Experiment(
                 name=name,
@@ -180,6 +193,7 @@ def read_experiments(cfg: DictConfig) -> list[Experiment]:
                 question=block["question"],
                 runs=runs,
                 baseline=block.get("baseline"),
+                against=against,
                 also=tuple(block.get("also", ())),
             )
         )

@@ -1,6 +1,7 @@
 """Write docs/results.md and its pictures from the result files.
 
-`python experiments/write_report.py`, with the overrides of `run.py`.
+`python experiments/write_report.py`, with the overrides of `run.py`; other settings than those of
+the results are refused.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ import json
 import os
 from pathlib import Path
 
+from config_check import check_config
 from findings import rows
 from omegaconf import DictConfig, OmegaConf
-from queue_plan import read_results
+from queue_plan import check_results, read_results
 from results_figures import draw, draw_bytes
-from results_page import BYTES, Study, page
+from results_page import page
+from results_parts import BYTES, Study
 from steps import ROOT
 from study import REPEATED, TIMED, read_choices, read_experiments
 
@@ -22,9 +25,8 @@ from nemo_kd.errors import NemoKDError
 
 PICTURES = "images/results"
 STORES = {
-    "code, alpha 0.9": "bytes",
-    "code, alpha 0.5": "small_stores",
-    "worked problems, alpha 0.9": "bytes_math",
+    "alpha 0.9": "bytes",
+    "alpha 0.5": "small_stores",
 }
 """Label in the picture of bytes → experiment."""
 
@@ -69,8 +71,16 @@ def write(study: Study, docs: Path) -> None:
 def main(cfg: DictConfig) -> None:
     os.chdir(ROOT)
     OmegaConf.resolve(cfg)
-    if not read_results(Path(cfg.results)):
+    check_config(cfg)
+    for key in ("only", "max_hours"):
+        if cfg[key] is not None:
+            raise NemoKDError(f"{key}={cfg[key]}: the page has all results; leave {key} out")
+    if cfg.list:
+        raise NemoKDError("list=true: give it to run.py, which lists the remaining runs")
+    results = read_results(Path(cfg.results))
+    if not results:
         raise NemoKDError(f"results={cfg.results} has no result files: run.py writes them")
+    check_results(cfg, results)
     write(read_study(cfg), Path("docs"))
     print(f"docs/results.md, docs/{PICTURES}")
 
