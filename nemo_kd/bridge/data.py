@@ -92,9 +92,11 @@ class KDDataConfig(DatasetProvider):
                 f"dataset.dataloader_type={self.dataloader_type} would draw other samples than "
                 "those of the stores' order; set it to single"
             )
+        self.training_data().place()  # before data-loader workers start
         train = TrainingItems(self.training_data(), context.train_samples)
         if not self.valid:
             return train, None, None
+        self.validation_data().place()
         size = self.samples_per_evaluation or len(self.validation_data())
         valid = EvaluationItems(self.validation_data(), size, context.valid_samples)
         return train, valid, None

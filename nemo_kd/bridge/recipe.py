@@ -21,6 +21,7 @@ from megatron.bridge.training.config import (
 
 from nemo_kd.bridge import cpu
 from nemo_kd.bridge.data import KDDataConfig, KDSource
+from nemo_kd.teacher.processes import say_once
 
 Sources = Sequence[str | Path | KDSource]
 
@@ -47,6 +48,7 @@ def finetune_config(
     context_parallel_size: int = 1,
     sequence_parallel: bool = False,
     precision: str | None = "bf16_mixed",
+    moe_aux_loss_coeff: float = 0.0,
     seed: int = 1234,
 ) -> ConfigContainer:
     """Return the settings of a distillation, to be changed where needed and given to `finetune`.
@@ -54,10 +56,11 @@ def finetune_config(
     `student`: Hugging Face directory; Bridge loads its weights at the start, unless `output` has a
     checkpoint to continue from. `train`, `valid`: stores; SFT files as `KDSource(file=...)`.
     `output`: directory for `checkpoints` and `tensorboard`. `precision`: one of Bridge's
-    `mixed_precision`; None: float32.
+    `mixed_precision`; None: float32. `moe_aux_loss_coeff`: weight of the loss that balances a
+    student's experts, instead of the weight in Bridge; padding counts in that loss.
     """
     config = ConfigContainer(
-        model=_student(student, precision),
+        model=_student(student, precision, moe_aux_loss_coeff),
         train=TrainingConfig(
             micro_batch_size=micro_batch_size,
             global_batch_size=global_batch_size,
@@ -123,15 +126,34 @@ def evaluation_of(config: ConfigContainer) -> Any:
     return getattr(config, "validation", config.train)
 
 
-def _student(path: str | Path, precision: str | None) -> Any:
+def _student(path: str | Path, precision: str | None, moe_aux_loss_coeff: float) -> Any:
     """Return Bridge's provider of the model in a Hugging Face directory, weights included."""
     provider = provider_of(path)
+    _balance_experts(provider, moe_aux_loss_coeff)
     # An answer token has the same weight in every micro-batch.
     provider.calculate_per_token_loss = True
     if precision is None:
         provider.bf16 = provider.fp16 = False
         provider.params_dtype = provider.pipeline_dtype = torch.float32
     return provider
+
+
+def _balance_experts(provider: Any, coefficient: float) -> None:
+    """Set the weight of the experts' auxiliary loss, if the student has experts.
+
+    With `calculate_per_token_loss` Megatron multiplies that loss by all tokens of a micro-batch and
+    divides by its answer tokens: its gradient grows with the padding to `seq_length`.
+    """
+    if not getattr(provider, "num_moe_experts", None):
+        return
+    provider.moe_aux_loss_coeff = coefficient
+    if coefficient:
+        say_once(
+            [
+                f"moe_aux_loss_coeff={coefficient}: the loss that balances the experts counts "
+                "padding, and grows with seq_length; packs have the least"
+            ]
+        )
 
 
 def provider_of(path: str | Path) -> Any:

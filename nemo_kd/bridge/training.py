@@ -18,10 +18,11 @@ from nemo_kd.checkpoints.latest import latest
 from nemo_kd.errors import NemoKDError
 from nemo_kd.files import sha256_of_json
 from nemo_kd.loss import KDConfig
-from nemo_kd.mcore.mix import STUDENT
+from nemo_kd.mcore.cuda_graphs import refuse_full_iteration
+from nemo_kd.mcore.mix import EARLIER, STUDENT
 from nemo_kd.mcore.multi_token import refuse_multi_token
 from nemo_kd.mcore.resume import keep_settings
-from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.store.fingerprint import checkpoint_fingerprint, earlier_fingerprint
 from nemo_kd.teacher.processes import say_once
 
 WEIGHTS = (".safetensors", ".bin")
@@ -75,6 +76,12 @@ def _check(config: ConfigContainer) -> None:
             f"dataset is a {type(data).__name__}, which has no teacher; set it to a KDDataConfig"
         )
     refuse_multi_token(config.model, "model.mtp_num_layers")
+    refuse_full_iteration(config.model, lambda name: f"model.{name}")
+    if getattr(config.dist, "use_decentralized_pg", False):
+        raise NemoKDError(
+            "dist.use_decentralized_pg=True leaves megatron.core.parallel_state empty, from which "
+            "the loss and the data take their process groups; set it to False"
+        )
     if data.seq_length != config.model.seq_length:
         raise NemoKDError(
             f"dataset.seq_length={data.seq_length}, but model.seq_length="
@@ -101,12 +108,14 @@ def _student(data: Any) -> dict[str, Any]:
     """Return what a continued training compares of the student; {} if it is not known."""
     if data.student is None:
         return {}
-    weights = {  # not of all files: the directory may hold the run itself
-        file.name: checkpoint_fingerprint(file)
+    files = [  # not all: the directory may hold the run itself
+        file
         for file in Path(data.student).iterdir()
         if file.suffix in WEIGHTS or file.name == "config.json"
-    }
-    return {STUDENT: {"path": str(data.student), "fingerprint": sha256_of_json(weights)}}
+    ]
+    now = sha256_of_json({file.name: checkpoint_fingerprint(file) for file in files})
+    earlier = sha256_of_json({file.name: earlier_fingerprint(file) for file in files})
+    return {STUDENT: {"path": str(data.student), "fingerprint": now, EARLIER: earlier}}
 
 
 def _is_complete(config: ConfigContainer) -> bool:

@@ -45,6 +45,7 @@ class KDBatches:
                 f"data-parallel ranks = {micro_batch_size} × {self.ranks}"
             )
         self._check_size()
+        dataset.place()
         self._drawn = 0  # items of this rank in the current step
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""Positions of a sequence that belong to this context-parallel rank."""
+"""What of a sequence belongs to this process, by its context-parallel and pipeline rank."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def own_positions(length: int) -> torch.Tensor | None:
         return None
     rank = parallel_state.get_context_parallel_rank()
     return context_parallel_positions(length, rank, size)
+
+
+def on_last_stage() -> bool:
+    """Return whether this process has the last pipeline stage, which computes the loss."""
+    last = parallel_state.get_pipeline_model_parallel_world_size() - 1
+    return int(parallel_state.get_pipeline_model_parallel_rank()) == last

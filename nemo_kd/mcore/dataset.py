@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_kd.data import (
+    AnswerTokens,
     LengthLimit,
     StoreFacts,
     answer_tokens,
@@ -28,20 +29,21 @@ from nemo_kd.data.learnable import FIELD, Naming, check_stores
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
 from nemo_kd.mcore.blend import EndlessBlend
-from nemo_kd.mcore.context import own_positions
+from nemo_kd.mcore.context import on_last_stage, own_positions
 from nemo_kd.mcore.mix import Source, Sources, sources_of
 from nemo_kd.sft.rows import SFTRows
 from nemo_kd.store import Store
-from nemo_kd.store.sample import Tokens
+from nemo_kd.store.sample import Sample, Tokens
 from nemo_kd.store.tools.overlap import TWICE, in_common
 from nemo_kd.teacher.processes import say_once
 from nemo_kd.topk import TopK
 
 Batch = dict[str, Any]
-"""A micro-batch on the CPU: `tokens`, `labels`, `loss_mask` and `position_ids` [B, S / C], and
-`answers`, an `AnswerTokens`; with packs also `cu_seqlens` [sequences + 1] int32 and two ints,
-`max_seqlen`, for which padding is a sequence too, and `longest`, for which it is not; `vocab_size`,
-an int, or None without a store; `stores`, the `StoreFacts` of all stores."""
+"""A micro-batch on the CPU: `tokens`, `labels`, `loss_mask` and `position_ids` [B, S / C];
+`answers`, an `AnswerTokens`, or None on pipeline stages before the last; `answer_tokens`, their
+number on all C context-parallel ranks; with packs also `cu_seqlens` [sequences + 1] int32 and two
+ints, `max_seqlen`, for which padding is a sequence too, and `longest`, for which it is not;
+`vocab_size`, an int, or None without a store; `stores`, the `StoreFacts` of all stores."""
 
 PAD_ID = 0
 
@@ -96,6 +98,8 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         given = [source.weight for source in self.sources if source.weight is not None]
         self._blend = EndlessBlend(given or sizes)
         self._size = sum(sizes)
+        self.with_answers = True
+        """Whether items have the teacher's rows; see `place`."""
         self._orders = [
             _Order(size, [seed, which] if which else [seed], shuffle)
             for which, size in enumerate(sizes)
@@ -113,6 +117,16 @@ class KDDataset(torch.utils.data.Dataset[Item]):
     def own_positions(self) -> torch.Tensor | None:
         """This context-parallel rank's positions, for process groups that start after the check."""
         return own_positions(self.seq_length)
+
+    def place(self) -> None:
+        """Settle what this process needs of a batch, from Megatron's process groups.
+
+        The positions of its context-parallel rank; teacher's rows on the last pipeline stage only.
+        To be called in the training process: a data loader's worker that was not forked has no
+        groups, and would return complete sequences.
+        """
+        self.own_positions = own_positions(self.seq_length)
+        self.with_answers = on_last_stage()
 
     def evaluated(self, draw: int, size: int) -> Item:
         """Return an item of evaluations of `size` items each, which start at the first item.
@@ -166,15 +180,20 @@ class KDDataset(torch.utils.data.Dataset[Item]):
         """Collate the items of a micro-batch, this context-parallel rank's part of it."""
         batch = self._packs(items) if self.packed else self._padded(items)
         own = self.own_positions
-        answers = answer_tokens(
-            batch["loss_mask"],
-            [item.teacher for item in items],
-            [item.alpha for item in items],
-            own,
-        )
         mine = {name: x if own is None else x[:, own] for name, x in batch.items()}
-        about = {"vocab_size": self.vocab_size, "stores": self.facts}
-        return {**mine, "answers": answers, **about}
+        return {
+            **mine,
+            "answers": self._answers(batch["loss_mask"], items),
+            "answer_tokens": int(batch["loss_mask"].count_nonzero()),
+            "vocab_size": self.vocab_size,
+            "stores": self.facts,
+        }
+
+    def _answers(self, loss_mask: torch.Tensor, items: Sequence[Item]) -> AnswerTokens | None:
+        if not self.with_answers:
+            return None
+        teachers, alphas = [item.teacher for item in items], [item.alpha for item in items]
+        return answer_tokens(loss_mask, teachers, alphas, self.own_positions)
 
     def _padded(self, items: Sequence[Item]) -> Batch:
         shape = len(items), self.seq_length
@@ -271,7 +290,7 @@ class _Samples:
     """The samples of a store that fit."""
 
     def __init__(self, store: Store, alpha: float | None, dataset: KDDataset) -> None:
-        self.store, self.alpha = store, alpha
+        self.store, self.alpha, self.dataset = store, alpha, dataset
         self.length, self.temperature = dataset.seq_length + 1, dataset.temperature
         limit = LengthLimit.of_inputs(dataset.seq_length, dataset.naming)
         self.fitting = fit_lengths(store, limit, dataset.over_long)
@@ -281,12 +300,18 @@ class _Samples:
         return len(self.fitting.used)
 
     def __getitem__(self, index: int) -> Item:
-        stored = self.store[int(self.fitting.used[index])]
-        sample = truncate_prompt(stored, self.length)
+        sample = truncate_prompt(self._stored(int(self.fitting.used[index])), self.length)
         teacher = teacher_of(sample, self.temperature)
         if self.alpha == 0:  # any loss may have draws with a weight of 0
             teacher = replace(teacher, draws=False)
         return Item([sample], teacher, self.alpha)
+
+    def _stored(self, index: int) -> Sample:
+        if self.dataset.with_answers:
+            return self.store[index]
+        tokens, _ = self.store.encoded(index)  # not decoded
+        rows = no_teacher(0, self.temperature)
+        return Sample(tokens.row, tokens.input_ids, tokens.loss_mask, rows)
 
 
 class _Packed:

@@ -50,11 +50,6 @@ def open_file(
         answer_only_loss=values.pop(ANSWER_ONLY),
         sep_id=SEP_ID,
     )
-    if values["add_sep"] and tokenizer.vocab_size <= SEP_ID:
-        raise NemoKDError(
-            f"{where}.add_sep=true adds the id {SEP_ID}, but the tokenizer has "
-            f"{tokenizer.vocab_size} ids; set it to false"
-        )
     config = RowConfig(**values, max_seq_length=seq_length + 1)
 
     def settings_of(text: str) -> str:

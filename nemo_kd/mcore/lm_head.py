@@ -42,6 +42,20 @@ def split_lm_head(gpt: GPTModel) -> Iterator[LMHead | None]:
         gpt.post_process, layer.sequence_parallel = True, sequence_parallel
 
 
+def in_head_dtype(hidden: torch.Tensor, gpt: GPTModel) -> torch.Tensor:
+    """Cast hidden states [..., H] of the last stage to the dtype of the LM head's weight.
+
+    Megatron's `Float16Module` returns bf16 and fp16 hidden states as float32, so this is exact.
+    Under autocast, which casts both, they are returned unchanged.
+    """
+    if gpt.config.enable_autocast:
+        return hidden
+    weight = next(gpt.output_layer.parameters(), None)
+    if weight is None:  # tied to the embedding of the same stage
+        weight = gpt.embedding.word_embeddings.weight
+    return hidden.to(weight.dtype)
+
+
 def gpt_module(model: Any) -> GPTModel:
     """Return the GPTModel of this pipeline stage, without the wrappers around it."""
     while hasattr(model, "module"):

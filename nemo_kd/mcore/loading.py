@@ -30,6 +30,7 @@ from nemo_kd.teacher.generation.step import Decoding
 from nemo_kd.teacher.identity import teacher_identity
 from nemo_kd.teacher.layout import LayoutError
 from nemo_kd.teacher.precision import dtype_of
+from nemo_kd.teacher.rows import check_separator
 
 SEED = 1234
 
@@ -78,6 +79,7 @@ def load_teacher(config: DumpConfig) -> MegatronTeacher:
         config.model.checkpoint, tokenizer=teacher.tokenizer, arguments=teacher.arguments
     )
     _check(opened, config)
+    check_separator(config, opened.tokenizer)
     (model,) = build(
         opened.settings,
         vocab_size=opened.tokenizer.vocab_size,

@@ -20,7 +20,9 @@ from nemo_kd.data import OVER_LONG
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDSchedule
 from nemo_kd.mcore.batches import EvaluationBatches, KDBatches
+from nemo_kd.mcore.cuda_graphs import refuse_full_iteration
 from nemo_kd.mcore.dataset import KDDataset
+from nemo_kd.mcore.micro_batch import Reduced
 from nemo_kd.mcore.mix import Source
 from nemo_kd.mcore.multi_token import NO_TEACHER
 from nemo_kd.mcore.resume import keep_settings
@@ -111,6 +113,7 @@ def check_arguments() -> None:
     for given, name, default, why in meaningless:
         if getattr(args, name) != default:
             raise NemoKDError(f"{given} has no effect with --kd-store: {why}; remove it")
+    refuse_full_iteration(args, lambda name: f"--{name.replace('_', '-')}")
     if args.dataloader_type != "external":
         raise NemoKDError(
             f"--dataloader-type {args.dataloader_type} has no effect with --kd-store, whose order "
@@ -180,7 +183,8 @@ def datasets_provider(
     """Return the iterators over training and validation stores that `pretrain` reads.
 
     They start at the numbers of consumed samples in Megatron-LM's checkpoint. With `--sft` samples
-    are packed, as Megatron-LM's own. `numbers` of samples are not used: iterators are endless.
+    are packed, as Megatron-LM's own; see `_packed`. `numbers` of samples are not used: iterators
+    are endless.
     Each evaluation has the first samples of the validation stores, every one once if `--eval-iters`
     batches hold them all.
 
@@ -299,15 +303,13 @@ def _step() -> ForwardStep:
     )
 
 
-def _checked(
-    loss: LossFunction, logits: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-    """Return the loss of a micro-batch, validated as Megatron-LM does."""
+def _checked(loss: LossFunction, losses: torch.Tensor) -> Reduced:
+    """Return the loss of a micro-batch, validated as Megatron-LM does; losses [B, S]."""
     from megatron.core.rerun_state_machine import get_rerun_state_machine
     from megatron.training import get_args
 
     args, machine = get_args(), get_rerun_state_machine()
-    total, number, report = loss(logits)
+    total, number, report = loss(losses)
     validate = partial(machine.validate_result, result=total, tolerance=0.0)
     if args.check_for_nan_in_loss_and_grad:
         for wrong in (torch.isnan, torch.isinf):
@@ -343,8 +345,21 @@ def _dataset_options(args: Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "over_long": args.kd_over_long,
         "naming": option,
-        "packed": args.sft,
+        "packed": _packed(args),
     }
+
+
+def _packed(args: Namespace) -> bool:
+    """Return whether samples are packed, by `--sft`, which is then unset for Megatron-LM's loop.
+
+    With it, the loop logs means over packs of their own means, and its validations divide by zero
+    (before Megatron-core 0.17) or count a 0 for each of the packs without answers that fill their
+    last batch. Without it, it logs Σ / number of answer tokens, which the forward step reports. It
+    reads `sft` for nothing else but its own batches.
+    """
+    if not hasattr(args, "kd_packed"):
+        args.kd_packed, args.sft = args.sft, False
+    return bool(args.kd_packed)
 
 
 def _meaningless(parser: ArgumentParser) -> list[tuple[str, str, Any, str]]:

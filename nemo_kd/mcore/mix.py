@@ -18,6 +18,8 @@ from nemo_kd.store import Store
 
 STUDENT = "student"
 """Setting of a training: path and fingerprint of the student that it started from."""
+EARLIER = "earlier_fingerprint"
+"""Key of that setting: what an earlier version would have recorded as its fingerprint."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ def changed(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def _same(name: str, then: Any, now: Any) -> bool:
     if name == STUDENT and isinstance(then, dict):
-        return bool(then.get("fingerprint") == now["fingerprint"])
+        return then.get("fingerprint") in (now["fingerprint"], now.get(EARLIER))
     if name != "weights" or not isinstance(then, list) or len(then) != len(now):
         return bool(then == now)
     return np.allclose(np.divide(then, sum(then)), np.divide(now, sum(now)), rtol=1e-12, atol=0)

@@ -12,9 +12,9 @@ NO_TEACHER = "multi-token prediction has no teacher"
 def refuse_multi_token(config: Any, name: str = "mtp_num_layers") -> None:
     """Refuse a model whose `TransformerConfig` has MTP layers; `name` is its setting in messages.
 
-    A student gets no labels. Megatron-core 0.19 then takes the inputs for labels, and adds the
-    layers' cross-entropy on all tokens, prompts and padding included. A teacher's hidden states
-    would be followed by those of the MTP layers.
+    Megatron adds the layers' loss on all tokens, prompts and padding included, by the function
+    that the distillation replaces. A teacher's hidden states would be followed by those of the MTP
+    layers.
 
     Errors: NemoKDError.
     """

@@ -9,7 +9,7 @@ import torch
 from megatron.core.pipeline_parallel.schedules import get_forward_backward_func
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 
-from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
+from nemo_kd.mcore.lm_head import gpt_module, in_head_dtype, split_lm_head
 from nemo_kd.mcore.multi_token import refuse_multi_token
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
@@ -75,6 +75,7 @@ class TopKForward(AnswerHead):
         """Return the top-K of each row's answer tokens; hidden [S, B, H], or this rank's part."""
         assert head is not None  # the schedule calls this on the last stage only
         config = self.gpt.config
+        hidden = in_head_dtype(hidden, self.gpt)  # before the gather, which then has half the bytes
         if config.sequence_parallel:
             hidden = gather_from_sequence_parallel_region(hidden, tensor_parallel_output_grad=False)
         # Outside the schedule's own autocast; a single context casts the head's weight only once.

@@ -8,8 +8,6 @@ steps can return the loss function of a `StepLoss`.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,24 +15,22 @@ from megatron.core import parallel_state
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.utils import get_model_config
 
-from nemo_kd.data import AnswerTokens
 from nemo_kd.data.learnable import FIELD, Naming, StoreFacts, check_stores
 from nemo_kd.errors import NemoKDError
-from nemo_kd.loss import KDConfig, KDSchedule, sft_kd_loss
+from nemo_kd.loss import KDConfig, KDSchedule
 from nemo_kd.loss.schedule import evaluation_config, training_config
+from nemo_kd.mcore.cuda_graphs import refuse_full_iteration
 from nemo_kd.mcore.dataset import Batch
 from nemo_kd.mcore.device import on_device
 from nemo_kd.mcore.lm_head import gpt_module
-from nemo_kd.mcore.metrics import NAMES, OF_THE_TEACHER, MetricSums, token_sums
+from nemo_kd.mcore.metrics import MetricSums
+from nemo_kd.mcore.micro_batch import MicroBatchLoss, Reduced
 from nemo_kd.mcore.multi_token import refuse_multi_token
 
-LossFunction = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]]
+LossFunction = Callable[[torch.Tensor], Reduced]
 ForwardStep = Callable[..., tuple[Any, LossFunction]]
 Progress = Callable[[], tuple[int, int]]
 """Returns the current step, from 0, and the number of training steps."""
-
-TRAINING_TERMS = 3
-"""Number of `NAMES` in a training report: the loss and its two terms."""
 
 
 class StepLoss:
@@ -73,26 +69,38 @@ class StepLoss:
         """Return the loss function of a micro-batch whose tensors are on the logits' device.
 
         `model`, in its wrappers, is evaluated if it is in eval mode or no gradient is recorded.
-        The function maps logits [B, S, Vp], of this tensor- and context-parallel rank, to (Σ loss
-        over the micro-batch's answer tokens, their number, a report). Each term of the report is
-        [Σ, number] over the answer tokens, float32, of which Megatron-LM and Megatron-Bridge log
-        the quotient of their sums over micro-batches and ranks: `loss`, `sft_loss` and `kd_loss`,
-        and in evaluation the other metrics of `MetricSums`.
+        The function maps logits [B, S, Vp], of this tensor- and context-parallel rank, to (loss,
+        divisor, report): see `MicroBatchLoss.reduced`. In training it writes the gradient into
+        their memory.
 
         Errors: NemoKDError for a model with MTP layers or whose logits are gathered from the
-        tensor-parallel ranks, for sequences beyond the `token_limit` of `gpt.build`, for stores of
-        another vocabulary, and for those that `KDDataset.check` refuses.
+        tensor-parallel ranks, for CUDA graphs of full iterations, for sequences beyond the
+        `token_limit` of `gpt.build`, for stores of another vocabulary, and for those that
+        `KDDataset.check` refuses.
         """
+        return self.micro_batch(batch, model).of_logits
+
+    def micro_batch(self, batch: Batch, model: Any) -> MicroBatchLoss:
+        """Return the loss of a micro-batch, to be computed in the model; as `__call__`."""
         self._check(batch, model)
         training = model.training and torch.is_grad_enabled()
         self._check_stores(batch.get("stores", ()), training)
-        # Megatron guards a total of 0 tokens over the global batch, not that of a micro-batch.
-        fewest = 0 if get_model_config(model).calculate_per_token_loss else 1
         config = self._at(training)
-        return partial(self._loss, batch["labels"], batch["answers"], config, training, fewest)
+        return MicroBatchLoss(
+            labels=batch["labels"],
+            answers=batch["answers"],
+            config=config,
+            vocab_size=self.vocab_size,
+            training=training,
+            per_token=get_model_config(model).calculate_per_token_loss,
+            total=batch.get("answer_tokens"),
+            scheduled=config.temperature != self.config.temperature,
+            sums=self.sums,
+        )
 
     def _check(self, batch: Batch, model: Any) -> None:
         refuse_multi_token(get_model_config(model))
+        refuse_full_iteration(get_model_config(model))
         stored = batch.get("vocab_size")
         if stored not in (None, self.vocab_size):
             raise NemoKDError(
@@ -118,40 +126,6 @@ class StepLoss:
         if not training:
             return evaluation_config(self.config)
         return training_config(self.config, *self.progress()) if self.progress else self.config
-
-    def _loss(
-        self,
-        labels: torch.Tensor,
-        answers: AnswerTokens,
-        config: KDConfig,
-        training: bool,
-        fewest: int,
-        logits: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        topk = answers.topk
-        scheduled = config.temperature != self.config.temperature
-        if scheduled and config.temperature not in topk.temperatures:
-            topk = replace(topk, logsumexp=None)
-        result = sft_kd_loss(
-            logits.transpose(0, 1),
-            labels.t(),
-            topk,
-            config,
-            weights=answers.weights(config.weights),
-            group=parallel_state.get_tensor_model_parallel_group(),
-            vocab_size=self.vocab_size,
-            positions=answers.positions,
-            inplace=training,
-        )
-        if self.sums is not None and not training:
-            self.sums.add(result)
-        terms = token_sums(result).float()[:, : TRAINING_TERMS if training else None]
-        report = dict(zip(NAMES, terms.unbind(1), strict=False))
-        if topk.logsumexp is None:
-            report = {name: term for name, term in report.items() if name not in OF_THE_TEACHER}
-        number = max(len(answers.positions), fewest)
-        divisor = torch.full((), number, dtype=torch.int, device=logits.device)
-        return result.loss.sum(), divisor, report
 
 
 def _check_length(batch: Batch, gpt: Any) -> None:
@@ -184,27 +158,37 @@ def kd_forward_step(
     """Return a `forward_step_func` for Megatron's schedules that trains or evaluates a `GPTModel`.
 
     It evaluates if the model is in eval mode or no gradient is recorded. The schedule divides the
-    loss by the number of answer tokens: of the global batch with
-    `TransformerConfig.calculate_per_token_loss`, else those of the micro-batch on this
-    context-parallel rank. Supports tensor, pipeline, sequence, expert and data parallelism, and
-    context parallelism if the model's attention does. Under a virtual pipeline each chunk of the
-    model needs its own `StoreBatches`. Arguments as in `StepLoss`.
+    loss by the number of answer tokens: with `TransformerConfig.calculate_per_token_loss` those of
+    the global batch, else those of the micro-batch on all its context-parallel ranks.
+
+    The loss is computed in the model's forward pass, of the logits that its output layer returns:
+    Megatron neither transposes them nor casts them to float32.
+
+    Supports tensor, pipeline, sequence, expert and data parallelism, and context parallelism if the
+    model's attention does. Under a virtual pipeline each chunk of the model needs its own
+    `StoreBatches`. Arguments and errors as in `StepLoss`.
     """
     loss = StepLoss(config, vocab_size, progress=progress, sums=sums, naming=naming)
 
     def step(
         iterator: Iterator[Batch], model: Any, return_schedule_plan: bool = False
     ) -> tuple[Any, LossFunction]:
-        batch = {name: on_device(value) for name, value in next(iterator).items()}
-        function = loss(batch, model)  # checks the model before its forward pass
+        batch, gpt = next(iterator), gpt_module(model)
+        last = getattr(gpt, "post_process", True)
+        if not last:
+            batch = {**batch, "answers": None}
+        batch = {name: on_device(value) for name, value in batch.items()}
+        micro_batch = loss.micro_batch(batch, model)  # checks the model before its forward pass
+        if last:
+            micro_batch.replace_loss_of(gpt)
         forward = model.build_schedule_plan if return_schedule_plan else model
-        return forward(**model_inputs(batch)), function
+        return forward(**model_inputs(batch), labels=batch["labels"]), micro_batch.reduced
 
     return step
 
 
 def model_inputs(batch: Batch) -> dict[str, Any]:
-    """Return the arguments of a `GPTModel` for a micro-batch, without labels: it returns logits."""
+    """Return the arguments of a `GPTModel` for a micro-batch, without labels."""
     inputs = {
         "input_ids": batch["tokens"],
         "position_ids": batch["position_ids"],

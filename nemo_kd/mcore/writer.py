@@ -14,7 +14,7 @@ from megatron.core import parallel_state
 from megatron.core.inference.contexts import StaticInferenceContext
 from megatron.core.tensor_parallel.mappings import gather_from_tensor_model_parallel_region
 
-from nemo_kd.mcore.lm_head import gpt_module, split_lm_head
+from nemo_kd.mcore.lm_head import gpt_module, in_head_dtype, split_lm_head
 from nemo_kd.mcore.teacher import forward_only
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.forward import LMHead
@@ -118,6 +118,6 @@ class MegatronWriter:
         assert head is not None  # the schedule calls this on the last stage only
         config = self.gpt.config
         with torch.autocast("cuda", config.autocast_dtype, enabled=config.enable_autocast):
-            shard = head(hidden[-1])  # [B, Vp]
+            shard = head(in_head_dtype(hidden[-1], self.gpt))  # [B, Vp]
         logits = gather_from_tensor_model_parallel_region(shard)  # [B, V padded]
         return answers.step(logits, shard=shard, ready=ready)

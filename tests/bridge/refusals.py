@@ -42,6 +42,12 @@ def main(data: Path, output: Path) -> None:
     def multi_token(config: Any) -> None:
         config.model.mtp_num_layers = 1
 
+    def graphs(config: Any) -> None:
+        config.model.cuda_graph_impl, config.model.cuda_graph_scope = "local", "full_iteration"
+
+    def decentralized(config: Any) -> None:
+        config.dist.use_decentralized_pg = True
+
     mix = [KDSource(path=store), KDSource(file=file)]
     wrong: dict[str, tuple[list[Any], Callable[[Any], None]]] = {
         "micro_batch": ([store], micro_batch),
@@ -57,6 +63,8 @@ def main(data: Path, output: Path) -> None:
         "alpha_end_of_none": ([KDSource(path=store, alpha=0.5)], change()),
         "precision": ([store], half),
         "multi_token": ([store], multi_token),
+        "graphs": ([store], graphs),
+        "decentralized": ([store], decentralized),
     }
     losses = {
         "alpha_beside_weights": KDConfig(sft_weight=1.0, kd_weight=4.0),

@@ -147,6 +147,8 @@ def test_settings_that_do_not_fit_are_refused(bridge: Bridge, data: Path, tmp_pa
         "alpha_end_of_none": "KDConfig.alpha_end=0.1 has no effect on the training, since each st",
         "precision": "mixed_precision=bf16_mixed: Megatron's optimizer for half precision needs a",
         "multi_token": "model.mtp_num_layers=1: multi-token prediction has no teacher, and Megatr",
+        "graphs": "model.cuda_graph_scope=full_iteration: a CUDA graph of a full iteration would",
+        "decentralized": "dist.use_decentralized_pg=True leaves megatron.core.parallel_state empty",
         "other_adapters": "has adapters of LoRA(dim=4, alpha=4), but peft is LoRA(dim=4): give the",
     }
     assert found.keys() == expected.keys()

@@ -33,7 +33,7 @@ CASES = [("dynamic", {}, 128), ("mistral", WINDOW, 40), ("mistral", {}, 128)]
 
 
 def said(model: Any, store: Path, seq_length: int, *, packed: bool = False) -> str:
-    """The shape of the logits, or the error."""
+    """The shape of the losses, or the error."""
     data = KDDataset(Store(store), seq_length=seq_length, packed=packed, shuffle=False)
     batch = data.collate_fn([data[0]])
     step = kd_forward_step(KDConfig(), data.vocab_size or 0)

@@ -74,7 +74,7 @@ def test_rows_are_truncated_to_the_length_of_a_sample(file: Path) -> None:
         ({"max_seq_length": 5}, "rows.max_seq_length is unknown"),
         ({"add_bos": "yes"}, "rows.add_bos is 'yes': expected true or false"),
         ({"answer_only_loss": 1}, "rows.answer_only_loss is 1: expected true or false"),
-        ({"add_sep": True}, "rows.add_sep=true adds the id 49704, but the tokenizer has"),
+        ({"add_sep": True}, "add_sep=true, but the tokenizer has no separator token"),
         ({"label_key": "a"}, "rows.prompt_template='{input} {output}' must end with {a}"),
         ({"format": "text"}, "Rows are read as text; rows.format sets another format"),
     ],

@@ -75,6 +75,17 @@ def test_a_store_has_the_bytes_of_nemos(teachers: Path, tmp_path: Path, layout: 
     same_files(theirs, dump("mcore", checkpoint, tmp_path / "mcore", layout=layout, **variables))
 
 
+@pytest.mark.slow
+def test_a_store_of_half_precision_has_the_logits_of_nemos(teachers: Path, tmp_path: Path) -> None:
+    """NeMo's teacher in Megatron's wrapper, which returns float32 hidden states; ours without."""
+    checkpoint, half = teachers / "untied_llama3.nemo", "trainer.precision=bf16"
+    theirs = dump("nemo", checkpoint, tmp_path / "nemo", half, "model.megatron_amp_O2=true")
+    ours = dump("mcore", checkpoint, tmp_path / "mcore", half)
+    for name in ("topk_ids.bin", "topk_logits.bin", "lse.bin"):
+        path = f"segment-00000/{name}"
+        assert (theirs / path).read_bytes() == (ours / path).read_bytes()
+
+
 def test_every_kind_of_checkpoint_has_the_same_answers(
     teachers: Path, megatron_lm: Path, tmp_path: Path
 ) -> None:

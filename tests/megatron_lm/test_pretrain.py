@@ -145,6 +145,19 @@ def test_sft_trains_on_packs(stores: Stores) -> None:
     assert len(train) == STEPS and train[-1]["loss"] < train[0]["loss"]
 
 
+def test_a_validation_of_packs_is_a_mean_over_answer_tokens(stores: Stores) -> None:
+    """However many packs without answers fill its batches; so are the training's lines."""
+    found = []
+    for batches in (3, 4):
+        options = [f"--kd-valid-store={stores.valid}", f"--eval-iters={batches}"]
+        packs = ["--sft", "--micro-batch-size=1", "--global-batch-size=4", "--eval-interval=6"]
+        found.append(run(stores.train, *options, *packs))
+    (train, of_three), (again, of_four) = found
+    assert train == again and of_three
+    for a, b in zip(of_three, of_four, strict=True):
+        assert a == pytest.approx(b, abs=ROUNDING)
+
+
 REFUSED = {
     "--data-path has no effect with --kd-store": ["--data-path", "x"],
     "--split has no effect with --kd-store": ["--split", "90,5,5"],
@@ -154,6 +167,7 @@ REFUSED = {
         *("--sft", "--sft-tokenizer-prompt-format", "default")
     ],
     "--mtp-num-layers has no effect": ["--mtp-num-layers", "1"],
+    "--cuda-graph-impl=full_iteration: a CUDA graph": ["--cuda-graph-impl", "full_iteration"],
     "--dataloader-type cyclic has no effect": ["--dataloader-type", "cyclic"],
     "validation needs both": ["--eval-iters", "2"],
     "--kd-store-alpha has 2 values for 1 stores": ["--kd-store-alpha", "0.5", "0.6"],
