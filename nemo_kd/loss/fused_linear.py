@@ -70,7 +70,9 @@ def linear_sft_kd_loss(
     of the sequence (labels [s, b] are of all of it) and so is its gradient. Do not wrap hidden in
     Megatron's `copy_to` or `gather_from` regions: the gradient would be summed twice. The weight's
     gradient is this rank's own. Under autocast the products are in its dtype, as for a linear
-    layer; the weight's gradient adds up in float32 over the chunks.
+    layer; the weight's gradient adds up in float32 over the chunks, in memory [Vp, H] of its own
+    from the forward to the backward pass, also if the weight has Megatron's `main_grad`, which a
+    separate LM head with `gradient_accumulation_fusion` would add to.
 
     `chunk_tokens`: tokens per chunk (by default as many as give 9 · 10⁶ logits on a CPU, 2²⁷ on a
     GPU). Only one chunk's logits exist at a time, or twice that with a soft-cap.

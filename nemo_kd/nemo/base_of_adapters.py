@@ -67,13 +67,13 @@ def compared(adapters: str, given: str) -> str | None:
     if base is None:
         return f"{adapters} does not record its base; {given} is taken for it"
     path, then = Path(base["path"]), base.get("fingerprint")
-    now = checkpoint_fingerprint(Path(given))
+    now = checkpoint_fingerprint(Path(given), then)
     if now == then:
         return None
     named = f"WARNING: {adapters} was trained on {path}"
     if not path.exists():
         return f"{named}, which is gone; {given} is taken for it"
-    there = checkpoint_fingerprint(path)
+    there = checkpoint_fingerprint(path, then)
     if then is not None and there != then:
         return f"{named}, which has changed since; {given} is taken for it"
     if now == there:

@@ -114,6 +114,7 @@ class StoreSFTDataset(TeacherSFTDataset):
     """Samples of a store as NeMo's SFT items.
 
     `alpha`: the weight of the distillation for these samples; None: that of the training.
+    `longest`: the number of tokens that a sample is truncated to, that of `fitting`.
     """
 
     def __init__(
@@ -121,9 +122,11 @@ class StoreSFTDataset(TeacherSFTDataset):
         store: Store,
         fitting: Fitting,
         alpha: float | None = None,
+        *,
+        longest: int,
         **gpt_sft_arguments: Any,
     ) -> None:
-        self.store, self.alpha = store, alpha
+        self.store, self.alpha, self.longest = store, alpha, longest
         self.used = fitting.used
         super().__init__(file_path=str(store.directory), **gpt_sft_arguments)
 
@@ -135,8 +138,8 @@ class StoreSFTDataset(TeacherSFTDataset):
 
     def _process_example(self, example: dict[str, Any]) -> dict[str, Any]:
         sample: Sample = example["sample"]
-        if len(sample.input_ids) > self.max_seq_length:
-            sample = truncate_prompt(sample, self.max_seq_length)
+        if len(sample.input_ids) > self.longest:
+            sample = truncate_prompt(sample, self.longest)
         mask = sample.loss_mask
         teacher = teacher_of(sample, self.micro_batches.temperature)
         item = _item(sample, int(mask.argmax()) if mask.any() else len(mask), example)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from nemo_kd.checkpoints.model import CheckpointError
+from nemo_kd.checkpoints.source import CONFIG
+from nemo_kd.checkpoints.tokenizer import read_member
 from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import kd_training_config
 from nemo_kd.nemo.record import Progress
+from nemo_kd.nemo.sft_files import max_positions
 from nemo_kd.nemo.splits import Split, splits_of
 from nemo_kd.sft import open_files
 from nemo_kd.store import Store
@@ -90,11 +96,12 @@ def validates(cfg: DictConfig) -> bool:
     return bool(sources) and (limit is None or limit > 0)
 
 
-def samples_of(data_cfg: DictConfig) -> list[int]:
-    """Return the number of samples (or packs) of each store and file of a block."""
-    split, length = Split.of(data_cfg), data_cfg.max_seq_length
+def samples_of(cfg: DictConfig, block: str) -> list[int]:
+    """Return the number of samples (or packs) of each store and file of `model.data.<block>`."""
+    data, positions = cfg.model.data[block], _learned_positions(cfg.model)
+    split = Split.of(data)
     return [
-        *(_used(Store(directory), split, length) for directory in split.store),
+        *(_used(Store(path), split, data.max_seq_length, positions) for path in split.store),
         *(rows_of(file) for file in split.file_names),
     ]
 
@@ -104,12 +111,29 @@ def rows_of(file: str) -> int:
     return len(open_files(file))
 
 
-def _used(store: Store, split: Split, length: int) -> int:
-    fitting = fit_lengths(store, LengthLimit(length), split.over_long)
+def _used(store: Store, split: Split, length: int, positions: int | None) -> int:
+    longest = length if positions is None else min(length, positions)
+    limit = LengthLimit(longest, of_model=longest < length)
+    fitting = fit_lengths(store, limit, split.over_long)
     if not split.packed_sequence:
         return len(fitting)
     # The number of packs does not depend on the seed.
-    return len(pack_samples(store, fitting, length, 0 if split.shuffle else None))
+    return len(pack_samples(store, fitting, length, 0 if split.shuffle else None, longest=longest))
+
+
+def _learned_positions(model: DictConfig) -> int | None:
+    """Return the number of learned positions of the student, by its `.nemo`; None if it has none.
+
+    None also for what cannot be opened: restoring it then says why.
+    """
+    path = None if OmegaConf.is_missing(model, "restore_from_path") else model.restore_from_path
+    if path is None:
+        return None
+    try:
+        config = yaml.safe_load(read_member(Path(path), CONFIG))
+    except (CheckpointError, OSError):
+        return None
+    return max_positions(config)
 
 
 def _limits(max_epochs: int | None) -> bool:
@@ -133,12 +157,12 @@ def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
     batch = cfg.model.data.train_ds.global_batch_size
     steps = int(epoch * max_epochs)
     if done.consumed_samples != done.step * batch:  # resumed with another batch size
-        samples = max_epochs * sum(samples_of(cfg.model.data.train_ds))
+        samples = max_epochs * sum(samples_of(cfg, "train_ds"))
         steps = done.step + max(samples - done.consumed_samples, 0) // batch
     end = steps if max_steps is None else min(max_steps, steps)
     say(
         f"trainer.max_epochs={max_epochs}: {steps} steps ({epoch} steps per epoch of "
-        f"{sum(samples_of(cfg.model.data.train_ds))} samples, {batch} per step)"
+        f"{sum(samples_of(cfg, 'train_ds'))} samples, {batch} per step)"
         + (f"; trainer.max_steps={max_steps} ends first" if end < steps else "")
     )
     return int(end)
@@ -155,7 +179,7 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
         )
     if cfg.trainer.max_epochs == 0:
         raise NemoKDError("trainer.max_epochs=0 trains nothing; set -1 for no limit")
-    samples, batch = sum(samples_of(data)), data.global_batch_size
+    samples, batch = sum(samples_of(cfg, "train_ds")), data.global_batch_size
     steps = samples // batch if data.get("drop_last", True) else -(-samples // batch)
     if not steps:
         raise NemoKDError(
@@ -248,7 +272,7 @@ def _check_validation(cfg: DictConfig) -> None:
     if split.packed_sequence:  # NeMo's own packed files
         return
     batch = data.global_batch_size
-    for source, samples in zip(split.sources, samples_of(data), strict=True):
+    for source, samples in zip(split.sources, samples_of(cfg, "validation_ds"), strict=True):
         batches = samples // batch if data.get("drop_last", False) else -(-samples // batch)
         if not batches:
             raise NemoKDError(

@@ -46,6 +46,7 @@ def _settings(tokenizer: str) -> DictConfig:
         "micro_batch_size": 1,
         "global_batch_size": 1,
         "seed": 1234,
+        "megatron_amp_O2": False,  # which NeMo has in half precision only
         "tokenizer": {"library": "huggingface", "type": tokenizer, "use_fast": True},
     }
     cfg = OmegaConf.create({"model": model, "trainer": {}})

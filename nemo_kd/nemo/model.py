@@ -155,6 +155,12 @@ class MegatronGPTSFTKDModel(GeneratingSFTModel):
 def _refuse_unsupported(cfg: DictConfig) -> None:
     if not cfg.get("mcore_gpt", False):
         raise NemoKDError("model.mcore_gpt must be true: nemo_kd works with Megatron-core models")
+    kd = cfg.get("kd") or {}
+    if kd.get("fused_lm_head") and cfg.get("defer_embedding_wgrad_compute"):
+        raise NemoKDError(
+            "model.defer_embedding_wgrad_compute=true with model.kd.fused_lm_head=true: it defers "
+            "the weight's gradient of an LM head that runs separately; unset one of the two"
+        )
     if cfg.get("context_parallel_size", 1) > 1:
         _refuse_with_context_parallelism(cfg)
 

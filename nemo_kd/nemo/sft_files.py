@@ -61,6 +61,14 @@ def file_rows(model: Any, file: str, data_cfg: DictConfig, where: str) -> SFTRow
 def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any]:
     """Return the arguments that NeMo's `_build_dataset` gives a data set, without the template's.
 
+    Errors: as `shared_arguments`.
+    """
+    return {**shared_arguments(model, data_cfg, where), "seed": data_cfg.get("seed", 1234)}
+
+
+def shared_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any]:
+    """Return the arguments of NeMo's SFT data sets that those of files and of stores share.
+
     Errors: NemoKDError for expert parallelism without padding.
     """
     cfg = model.cfg
@@ -69,12 +77,6 @@ def sft_arguments(model: Any, data_cfg: DictConfig, where: str) -> dict[str, Any
             f"{where}.pad_to_max_length must be true with model.expert_model_parallel_size="
             f"{cfg.expert_model_parallel_size}: Megatron requires sequences of equal length"
         )
-    return {**shared_arguments(model, data_cfg), "seed": data_cfg.get("seed", 1234)}
-
-
-def shared_arguments(model: Any, data_cfg: DictConfig) -> dict[str, Any]:
-    """Return the arguments of NeMo's SFT data sets that those of files and of stores share."""
-    cfg = model.cfg
     return {
         "tokenizer": model.tokenizer,
         "max_seq_length": data_cfg.max_seq_length,
@@ -101,7 +103,7 @@ def pad_multiple(cfg: Any) -> int:
 def max_positions(cfg: Any) -> int | None:
     """Return the number of learned positions of the model `cfg`; None if it learns none."""
     learned = cfg.get("position_embedding_type") in (None, "learned_absolute")
-    return cfg.max_position_embeddings if learned else None
+    return cfg.get("max_position_embeddings") if learned else None
 
 
 def _check_reading(data_cfg: DictConfig, where: str) -> None:

@@ -21,6 +21,7 @@ from nemo_kd.checkpoints.tokenizer import resolve_tokenizer
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo import cpu
 from nemo_kd.nemo.adamw import register_adamw
+from nemo_kd.nemo.groups import DEFAULTS, group_settings, refuse_groups
 from nemo_kd.nemo.installed import imports_of_nemo
 from nemo_kd.nemo.restored_adapters import refuse_adapters_only
 from nemo_kd.settings.batches import data_parallel_size
@@ -83,6 +84,7 @@ def refuse(cfg: DictConfig) -> None:
     Errors: LayoutError.
     """
     _refuse_virtual_pipeline(cfg)
+    refuse_groups(cfg)
     if not torch.cuda.is_available():
         _refuse_on_cpu(cfg)
 
@@ -155,13 +157,8 @@ def start_process_groups(model_cfg: DictConfig, trainer: Trainer) -> None:
         world_size=trainer.world_size,
         global_rank=trainer.global_rank,
         local_rank=trainer.local_rank,
-        tensor_model_parallel_size=model_cfg.tensor_model_parallel_size,
-        pipeline_model_parallel_size=model_cfg.pipeline_model_parallel_size,
-        context_parallel_size=model_cfg.get("context_parallel_size", 1),
         pipeline_model_parallel_split_rank=None,
-        micro_batch_size=model_cfg.micro_batch_size,
-        global_batch_size=model_cfg.global_batch_size,
-        seed=model_cfg.seed,
+        **group_settings(model_cfg),
     )
     if trainer.strategy.launcher is not None:
         trainer.strategy.launcher.launch(lambda: None, trainer=trainer)
@@ -190,6 +187,8 @@ def restore(path: str | Path, model_class: type[Model], cfg: DictConfig, trainer
     with open_dict(merged):
         for key, value in overrides.items():  # type: ignore[union-attr]
             merged[key] = value
+        for key in DEFAULTS.keys() & set(merged) - set(overrides):  # type: ignore[arg-type]
+            merged[key] = DEFAULTS[key]  # of this job, not of the checkpoint's
         if "optim" not in overrides:  # type: ignore[operator]
             # Not trained: some optimizers of a checkpoint change how NeMo builds the model.
             merged.optim = {"name": "adamw"}

@@ -27,6 +27,7 @@ from nemo_kd.nemo.resumed_settings import (
 from nemo_kd.nemo.run_directory import RunDirectory
 from nemo_kd.nemo.splits import ResumeConfig, TrainSplit
 from nemo_kd.settings.dataclass import settings_of
+from nemo_kd.store.fingerprint import earlier_fingerprint, of_earlier_version
 from nemo_kd.teacher.begin import locked
 from nemo_kd.visible import say
 
@@ -223,10 +224,10 @@ def _compare(
 def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
     """Return changes of the student and the data: other contents, not merely another path."""
     kind = "store" if TrainSplit.of(cfg.model.data.train_ds).store else "file_names"
-    pairs = [
+    pairs: list[tuple[str, list[Origin] | None, list[Origin] | None]] = [
         (f"model.data.train_ds.{kind}", then.train_stores, now.train_stores),
-        ("model.restore_from_path", _listed(then.student), _listed(now.student)),
-        ("model.peft.restore_from_path", _listed(then.adapters), _listed(now.adapters)),
+        ("model.restore_from_path", *_checkpoints(then.student, now.student)),
+        ("model.peft.restore_from_path", *_checkpoints(then.adapters, now.adapters)),
     ]
     if then.chat_template and now.chat_template:  # an older checkpoint does not record it
         template = ("model.data.train_ds.chat_template", [then.chat_template], [now.chat_template])
@@ -240,8 +241,11 @@ def _other_files(cfg: DictConfig, then: Record, now: Record) -> list[Change]:
     ]
 
 
-def _listed(origin: Origin | None) -> list[Origin]:
-    return [origin] if origin else []
+def _checkpoints(then: Origin | None, now: Origin | None) -> tuple[list[Origin], list[Origin]]:
+    """Return both as lists, the present one with a fingerprint of the recorded one's version."""
+    if then and now and of_earlier_version(then["fingerprint"]):
+        now = {**now, "fingerprint": earlier_fingerprint(Path(now["path"]))}
+    return [then] if then else [], [now] if now else []
 
 
 def _named(origins: list[Origin] | None) -> str:

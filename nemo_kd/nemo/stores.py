@@ -36,19 +36,21 @@ def store_dataset(
     length = limited_length(
         data_cfg.max_seq_length, max_positions(model.cfg), f"model.data.{where}", Layout.of_job()
     )
-    limit = LengthLimit(length)
+    limit = LengthLimit(length, of_model=length < data_cfg.max_seq_length)
     fitting = fit_lengths(store, limit, split.over_long)
     Layout.of_job().say_each(notices(store, fitting, limit))
     if training:
         _log_what_is_learned(model, store, alpha)
     arguments = {
+        "longest": length,
         "micro_batches": micro_batches(model, data_cfg),
-        **shared_arguments(model, data_cfg),
+        **shared_arguments(model, data_cfg, f"model.data.{where}"),
     }
     if not split.packed_sequence:
         return StoreSFTDataset(store, fitting, alpha, **{**arguments, "max_seq_length": length})
     whole = data_cfg.max_seq_length  # of a pack, in which each sample has positions of its own
-    packing = pack_samples(store, fitting, whole, split.shuffle_seed if split.shuffle else None)
+    seed = split.shuffle_seed if split.shuffle else None
+    packing = pack_samples(store, fitting, whole, seed, longest=length)
     _log(store, str(packing))
     return PackedStoreSFTDataset(store, packing, alpha, **arguments)
 

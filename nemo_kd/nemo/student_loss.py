@@ -80,6 +80,7 @@ class StudentLoss:
         gpt = self._gpt
         with split_lm_head(gpt):
             hidden = self._gpt_forward(*args, labels=None, **kwargs)  # [S, B, H], or [S/TP, B, H]
+        _run_pre_hooks(gpt.output_layer)
         tied = gpt.share_embeddings_and_output_weights
         return self._added(
             linear_sft_kd_loss(
@@ -135,3 +136,13 @@ class StudentLoss:
         """Whether to train with Megatron's cross-entropy, which equals NeMo's SFT bit for bit."""
         nemos_softmax = self._schedule.count_padding or not self._padding
         return not self._kd.weights[1] and answers.alpha is None and nemos_softmax
+
+
+def _run_pre_hooks(module: torch.nn.Module) -> None:
+    """Run what precedes a forward pass of `module`, whose weight is used without one.
+
+    With `model.optim.overlap_param_sync` Megatron's DDP waits there for the all-gather of the
+    module's weights, and starts the next one.
+    """
+    for hook in list(module._forward_pre_hooks.values()):
+        hook(module, ())

@@ -46,6 +46,7 @@ LOGITS_UNCHANGED = {
     *("global_batch_size", "ffn_dropout", "tokenizer", "data", "optim", "kd"),
     *("virtual_pipeline_model_parallel_size", "expert_model_parallel_size", "rampup_batch_size"),
     *("resume_from_checkpoint", "sync_batch_comm", "nsys_profile", "memory_profile"),
+    *("use_tp_pp_dp_mapping", "pipeline_model_parallel_comm_backend", "use_te_rng_tracker"),
     *("chakra_profile", "num_micro_batches_with_partial_activation_checkpoints"),
     *("activations_checkpoint_layers_per_pipeline", "cpu_offloading", "peft"),
 }

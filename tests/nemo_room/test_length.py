@@ -9,7 +9,13 @@ import pytest
 from omegaconf import DictConfig, OmegaConf
 
 from nemo_kd.errors import NemoKDError
-from nemo_kd.nemo.length import check_evaluation, check_split_lengths, fit_length, rows_of
+from nemo_kd.nemo.length import (
+    check_evaluation,
+    check_split_lengths,
+    fit_length,
+    rows_of,
+    samples_of,
+)
 from nemo_kd.nemo.record import Progress
 from nemo_kd.sft import RowError
 from tests.conftest import ROOT
@@ -94,6 +100,34 @@ def test_an_epoch_is_a_draw_for_each_sample_of_all_stores_and_files(
         "train_ds__concat_sampling_probabilities": [0.8, 0.1, 0.1],
     }
     assert fitted(directory, max_steps=-1, max_epochs=1, **data).trainer.max_steps == 26 // 4
+
+
+@pytest.mark.parametrize(
+    ("over_long", "packed", "samples"),
+    [("drop", False, 6), ("truncate", False, 8), ("drop", True, 2)],
+)
+def test_an_epoch_has_the_samples_that_fit_the_students_positions(
+    directory: Path, tmp_path: Path, over_long: str, packed: bool, samples: int
+) -> None:
+    """6 samples, 39 tokens in all, have at most 9 tokens, 8 such answers; packs have 30."""
+    config = "position_embedding_type: learned_absolute\nmax_position_embeddings: 9\n"
+    (tmp_path / "model_config.yaml").write_text(config)
+    cfg = configuration(directory)
+    cfg.model.restore_from_path = str(tmp_path)
+    train = {"max_seq_length": 30, "over_long": over_long, "packed_sequence": packed}
+    cfg.model.data.train_ds = OmegaConf.merge(cfg.model.data.train_ds, train)
+    assert samples_of(cfg, "train_ds") == [samples]
+
+
+def test_a_sample_beyond_the_students_positions_is_not_a_matter_of_the_setting(
+    directory: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "model_config.yaml").write_text("max_position_embeddings: 9\n")
+    cfg = configuration(directory)
+    cfg.model.restore_from_path = str(tmp_path)
+    cfg.model.data.train_ds.over_long = "error"
+    with pytest.raises(NemoKDError, match=r"the student's 9 tokens.*student with more positions"):
+        samples_of(cfg, "train_ds")
 
 
 def test_an_epoch_goes_on_where_another_batch_size_left_it(directory: Path) -> None:

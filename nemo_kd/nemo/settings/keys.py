@@ -202,6 +202,12 @@ MODEL: dict[str, Kind | Block] = {
     "tensor_model_parallel_size": COUNT,
     "pipeline_model_parallel_size": COUNT,
     "context_parallel_size": COUNT,
+    "expert_model_parallel_size": COUNT,
+    "use_tp_pp_dp_mapping": FLAG,
+    "pipeline_model_parallel_comm_backend": optional(one_of("nccl", "ucc")),
+    "pipeline_model_parallel_split_rank": Kind(
+        "null or 0: a GPT has no encoder", lambda v: v in (None, 0)
+    ),
     "sequence_parallel": FLAG,
     "global_batch_size": COUNT,
     "micro_batch_size": COUNT,

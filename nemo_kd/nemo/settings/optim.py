@@ -10,7 +10,18 @@ from omegaconf import DictConfig
 
 from nemo_kd.nemo.settings import sources
 from nemo_kd.settings.blocks import Block, Keys
-from nemo_kd.settings.values import ANY, FLAG, TEXT, Kind, list_of, number, one_of, optional, whole
+from nemo_kd.settings.values import (
+    ANY,
+    COUNT,
+    FLAG,
+    TEXT,
+    Kind,
+    list_of,
+    number,
+    one_of,
+    optional,
+    whole,
+)
 
 MODELS = "nemo.collections.nlp.models.language_modeling"
 GPT_MODELS = tuple(
@@ -112,6 +123,7 @@ OPTIM = Block(
         "lr": number(0),
         "weight_decay": number(0),
         "betas": list_of(number(0, 1), 2),
+        "num_distributed_optimizer_instances": COUNT,
         "sched": SCHED,
     },
     optim_keys,
