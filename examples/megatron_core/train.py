@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from nemo_kd.cli.failures import reported
+from nemo_kd.cli.option_types import count, positive
 from nemo_kd.mcore import cpu
 
 DECIMALS = 5
@@ -29,18 +31,18 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument("--store", required=True, help="store of a teacher")
     parser.add_argument("--alpha", type=float, default=0.9, help="weight of the distillation")
     parser.add_argument("--temperature", type=float, default=1.0)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--global-batch-size", type=int, default=8)
-    parser.add_argument("--micro-batch-size", type=int, default=2)
-    parser.add_argument("--seq-length", type=int, default=128)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--hidden-size", type=int, default=64)
-    parser.add_argument("--heads", type=int, default=4)
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--tensor-parallel", type=int, default=1)
-    parser.add_argument("--pipeline-parallel", type=int, default=1)
+    parser.add_argument("--steps", type=count, default=100)
+    parser.add_argument("--global-batch-size", type=count, default=8)
+    parser.add_argument("--micro-batch-size", type=count, default=2)
+    parser.add_argument("--seq-length", type=count, default=128)
+    parser.add_argument("--layers", type=count, default=4)
+    parser.add_argument("--hidden-size", type=count, default=64)
+    parser.add_argument("--heads", type=count, default=4)
+    parser.add_argument("--lr", type=positive, default=1e-3)
+    parser.add_argument("--tensor-parallel", type=count, default=1)
+    parser.add_argument("--pipeline-parallel", type=count, default=1)
     parser.add_argument(
-        "--virtual-pipeline", type=int, default=1, help="model chunks per pipeline stage"
+        "--virtual-pipeline", type=count, default=1, help="model chunks per pipeline stage"
     )
     parser.add_argument("--sequence-parallel", action="store_true")
     parser.add_argument("--seed", type=int, default=1234)
@@ -198,4 +200,5 @@ def show(number: int, reports: list[dict[str, torch.Tensor]]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reported():
+        main()

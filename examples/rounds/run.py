@@ -41,7 +41,11 @@ from nemo_kd.lock import DirectoryLock
 from nemo_kd.sft import open_files
 from nemo_kd.sft.config import RowConfig
 from nemo_kd.store import Store
-from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.store.fingerprint import (
+    checkpoint_fingerprint,
+    earlier_fingerprint,
+    of_earlier_version,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -192,6 +196,8 @@ class Command(NamedTuple):
         self._check_arguments(record["arguments"])
         now, before = self.inputs(), record["inputs"]
         directory = self.record.with_name(self.record.name.removesuffix(".command.json"))
+        if str(self.model) in before and of_earlier_version(before[str(self.model)]):
+            now[str(self.model)] = earlier_fingerprint(self.model)
         for path, identity in before.items():
             if now.get(path) != identity:
                 sys.exit(

@@ -29,11 +29,22 @@ class LengthLimit:
     inputs: bool = False
     """The setting counts inputs, one fewer than tokens."""
     over_long: str = "over_long"
+    of_model: bool = False
+    """The limit is the number of positions of the student; the setting is larger."""
 
     def __str__(self) -> str:
+        if self.of_model:
+            return f"the student's {self.tokens}"
         if self.inputs:
             return f"{self.setting} + 1 = {self.tokens}"
         return f"{self.setting}={self.tokens}"
+
+    @property
+    def remedy(self) -> str:
+        """What lets longer samples in, for a message."""
+        if self.of_model:
+            return "train a student with more positions"
+        return f"raise {self.setting} of this data set"
 
     @classmethod
     def of_inputs(cls, seq_length: int, naming: Callable[[str], str] = str) -> LengthLimit:
@@ -80,8 +91,8 @@ def fit_lengths(store: Store, limit: LengthLimit, over_long: str = "error") -> F
     if len(long) and over_long == "error":
         raise StoreError(
             f"store {store.origin} has {len(long)} of {len(lengths)} samples with more than "
-            f"{limit} tokens (the longest has {lengths.max()}); raise {limit.setting} of this data "
-            f"set, or set its {limit.over_long} to truncate or drop"
+            f"{limit} tokens (the longest has {lengths.max()}); {limit.remedy}, or set its "
+            f"{limit.over_long} to truncate or drop"
         )
     fits = [over_long == "truncate" and _fits(store[int(i)], limit.tokens) for i in long]
     dropped = long[~np.array(fits, dtype=bool)]
@@ -89,9 +100,13 @@ def fit_lengths(store: Store, limit: LengthLimit, over_long: str = "error") -> F
     if not len(used):
         raise StoreError(
             f"store {store.origin} has no sample of at most {limit} tokens; its shortest has "
-            f"{min(lengths, default=0)}: raise {limit.setting}"
+            f"{min(lengths, default=0)}: {limit.remedy}{_or_truncate(over_long, limit)}"
         )
     return Fitting(used, truncated=sum(fits), dropped=len(dropped))
+
+
+def _or_truncate(over_long: str, limit: LengthLimit) -> str:
+    return f", or set {limit.over_long} to truncate" if over_long == "drop" else ""
 
 
 def truncate_prompt(sample: Sample, max_seq_length: int) -> Sample:

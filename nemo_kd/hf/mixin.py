@@ -184,6 +184,7 @@ class StoreLossMixin:
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log with the means of `sft_loss` and `kd_loss` since the last time; Trainer calls it.
 
+        They are means over answer tokens; `loss` remains Trainer's mean of the steps' losses.
         Trainer may leave a loss out that is not finite, or repeat it at all later steps.
         """
         parent: Any = super()

@@ -17,7 +17,7 @@ from nemo_kd.settings.batches import processes_of
 from nemo_kd.sft import RowError
 from nemo_kd.sft.reader import SEP_ID
 from nemo_kd.sft.rows import Row
-from nemo_kd.sft.tokenizer import HFTokenizer
+from nemo_kd.sft.tokenizer import HFTokenizer, tokens_from
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig
@@ -25,6 +25,7 @@ from nemo_kd.teacher.forward import AnswerHead, inputs_of
 from nemo_kd.teacher.generation.step import Decoding
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.precision import dtype_of
+from nemo_kd.teacher.rows import check_separator
 from nemo_kd.topk import TopK
 
 if TYPE_CHECKING:
@@ -80,6 +81,8 @@ def load_teacher(config: DumpConfig) -> HFTeacher:
         accelerator=config.trainer.accelerator,
     )
     if path.is_dir():
+        if config.data.add_sep:
+            check_separator(config, HFTokenizer(path))
         model, tokenizer_path = from_directory(path, dtype, layout.device), str(path.absolute())
         tokenizer = HFTokenizer(tokenizer_path)
     elif path.is_file():
@@ -116,8 +119,10 @@ def _check(teacher: HFTeacher, config: DumpConfig) -> None:
     width = teacher.split.check()
     if width < size:
         raise HFTeacherError(
-            f"{name}: the tokenizer's largest id is {size - 1}, but the model has {width} logits; "
-            "they belong to different models"
+            f"{name}: the tokenizer's largest id is {size - 1}, but the model has {width} logits. "
+            f"Without a logit: {tokens_from(teacher.tokenizer, width)}. If no row needs them, "
+            "remove them from tokenizer.json and tokenizer_config.json; if the model was to have "
+            "them, give it rows for them (resize_token_embeddings); else use its own tokenizer"
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from numbers import Real
+from numbers import Integral, Real
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.divergences import DIVERGENCES
@@ -43,7 +43,7 @@ class KDConfig:
     """Include the vocabulary's padding columns in the student's softmax, as NeMo's loss does."""
 
     def __post_init__(self) -> None:
-        self._check_numbers()
+        self._check_types()
         check_name("support", self.support, SUPPORTS, SUPPORT_ALIASES)
         check_name("divergence", self.divergence, DIVERGENCES, DIVERGENCE_ALIASES)
         self._check_weights()
@@ -76,13 +76,18 @@ class KDConfig:
         """Temperatures at which the student's log-sum-exp is needed: 1 (cross-entropy), then T."""
         return (1.0,) if self.temperature == 1 else (1.0, self.temperature)
 
-    def _check_numbers(self) -> None:
+    def _check_types(self) -> None:
+        """Refuse a text such as "false", which would count as true, and None where it has no sense.
+
+        A mapping read from YAML, an environment variable or argparse may contain them.
+        """
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not str(field.type).startswith("float") or value is None:
+            value, annotation = getattr(self, field.name), str(field.type)
+            if value is None and annotation.endswith("| None"):
                 continue
-            if isinstance(value, bool) or not isinstance(value, Real):
-                raise NemoKDError(f"{field.name} is {value!r}: expected a number")
+            expected = _expected(annotation.split(" ")[0], value)
+            if expected:
+                raise NemoKDError(f"{field.name} is {value!r}: expected {expected}")
 
     def _check_parameters(self) -> None:
         """Refuse a parameter of a divergence that was not selected."""
@@ -110,6 +115,16 @@ class KDConfig:
                 raise NemoKDError(f"{name} is {weight}: expected a finite value >= 0.")
         if not any(self.weights):
             raise NemoKDError("sft_weight and kd_weight are both 0: nothing would be learned.")
+
+
+def _expected(kind: str, value: object) -> str:
+    """Return what a field annotated as float, int or bool should be; "" if `value` is."""
+    number = not isinstance(value, bool)
+    if kind == "float" and not (number and isinstance(value, Real)):
+        return "a number"
+    if kind == "int" and not (number and isinstance(value, Integral)):
+        return "a whole number"
+    return "True or False" if kind == "bool" and not isinstance(value, bool) else ""
 
 
 def check_alpha(name: str, value: float | None) -> None:

@@ -28,6 +28,7 @@ from nemo_kd.teacher import processes
 from nemo_kd.teacher.config import DumpConfig, TeacherConfig
 from nemo_kd.teacher.generation.step import Decoding
 from nemo_kd.teacher.layout import Layout
+from nemo_kd.teacher.rows import check_separator
 from nemo_kd.topk import TopK
 
 WIRES: dict[str, type[Wire]] = {"vllm": VLLM, "sglang": SGLang}
@@ -92,6 +93,7 @@ def load_teacher(config: DumpConfig) -> ServedTeacher:
             f"teacher.tokenizer={config.teacher.tokenizer} has no end-of-sequence token; SFT needs "
             "one"
         )
+    check_separator(config, tokenizer)
     for name in _without_effect(config):
         layout.say(f"{name} has no effect with teacher.kind=served: the server makes the batches")
     server = asyncio.run(describe(config.teacher, tokenizer, layout.say))

@@ -79,7 +79,8 @@ class RowConfig:
     add_eos: bool = True
     """End each sample with the end-of-sequence token; formats `prompt` and `text`."""
     add_sep: bool = False
-    """Put a separator token between prompt and answer."""
+    """Put the tokenizer's separator token between prompt and answer; format `prompt`. With
+    `reader=nemo` it is NeMo's id 49704, whatever token that is."""
     add_bos: bool = False
     """Begin each sample with the beginning-of-sequence token; formats `prompt` and `text`."""
     truncation_field: str | None = "input"
@@ -105,9 +106,10 @@ class RowConfig:
     every token. An assistant message's `weight: 0` leaves it out."""
 
     def __post_init__(self) -> None:
+        check_flags(self)
         try:
             datetime.date.fromisoformat(self.chat_date)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise NemoKDError(
                 f"chat_date is {self.chat_date!r}: expected a date such as 2024-07-26"
             ) from error
@@ -131,6 +133,14 @@ class RowConfig:
     def template(self) -> dict[str, Any]:
         """Return the keys of this class and their values."""
         return {each.name: getattr(self, each.name) for each in fields(RowConfig)}
+
+
+def check_flags(config: Any) -> None:
+    """Raise NemoKDError for a flag of a dataclass that is a text: "false" would count as true."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if each.type == "bool" and isinstance(value, str):
+            raise NemoKDError(f"{each.name} is {value!r}: expected true or false")
 
 
 def template_hash(template: str | dict[str, str]) -> str:

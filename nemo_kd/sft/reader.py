@@ -19,13 +19,13 @@ from nemo_kd.sft.hashed import RowError
 from nemo_kd.sft.messages import conversation_of
 from nemo_kd.sft.rows import NO_ANSWER, Encoded, Encoder, NoAnswerError, PromptEncoder, SFTRows
 from nemo_kd.sft.template import PromptTemplate, field_names
-from nemo_kd.sft.tokenizer import Tokenizer, decoded
+from nemo_kd.sft.tokenizer import Tokenizer, decoded, separator_id
 from nemo_kd.sft.unread import unread
 from nemo_kd.sft.unread_fields import check_fields
 
 PROMPT, MESSAGES, CONVERSATIONS, TEXT = "prompt", "messages", "conversations", "text"
 SEP_ID = 49704
-"""NeMo's default id of the separator token, for rows with the tokens that NeMo gives them."""
+"""NeMo's default id of the separator token, whatever token of a vocabulary that is."""
 DEFAULT_TEMPLATE = RowConfig().prompt_template
 LOOKED_AT = 100
 """Number of rows among which the first one that can be parsed decides on the format."""
@@ -41,6 +41,7 @@ class Model:
 
     answer_only_loss: bool = True
     sep_id: int = 0
+    """NeMo's separator, for `reader=nemo`; `with_separator` replaces it with the tokenizer's."""
     virtual_tokens: int = 0
     tokens_to_generate: int = 0
 
@@ -77,15 +78,30 @@ def open_rows(
             f"{file.path}: its rows begin without the tokenizer's beginning-of-sequence token, as "
             "in NeMo's SFT; data.add_bos=true begins them with it"
         )
+    model = with_separator(found, model, say)
+    return _opened(
+        found, file, model, say, nemos, config.format if config.format != "auto" else None
+    )
+
+
+def _opened(
+    found: RowConfig,
+    file: RowFile,
+    model: Model,
+    say: Callable[[str], None],
+    nemos: NemosEncoder | None,
+    key: str | None,
+) -> SFTRows:
+    """Open rows of a known format with settings that fit them."""
     verbatim = None
-    if found.reader == "nemo":
-        verbatim = open_rows(replace(found, reader="verbatim"), file, model)
+    if found.reader == "nemo":  # the same rows, with the same separator
+        plain = replace(found, reader="verbatim")
+        verbatim = _opened(plain, file, model, lambda text: None, None, found.format)
     text: Template | None = "nemo"
     encoder: Encoder
     if found.reader == "nemo" and found.format == CONVERSATIONS:
         encoder = _Turns(_nemos(nemos)(found, model))
     else:
-        key = found.format if config.format != "auto" else None
         encoder, text = _encoder(found, model, say, key)
     for line in unread(found, text == "nemo"):
         say(line)
@@ -94,6 +110,41 @@ def open_rows(
         *(file, encoder, model.max_seq_length, template, verbatim, model.tokenizer),
         fields=_fields(found),
     )
+
+
+def with_separator(
+    found: RowConfig, model: Model, say: Callable[[str], None] = lambda text: None
+) -> Model:
+    """Return `model` with the id that `data.add_sep` puts between prompt and answer.
+
+    It is the tokenizer's separator token, with `reader=nemo` NeMo's id, which `say` names. Raises
+    NemoKDError if there is no such token. `found` has the format of the rows.
+    """
+    if found.format != PROMPT or not found.add_sep:
+        return model
+    sep_id, size = model.sep_id, model.tokenizer.vocab_size
+    if found.reader != "nemo":
+        own = separator_id(model.tokenizer)
+        if own is None:
+            raise NemoKDError(
+                "data.add_sep=true, but the tokenizer has no separator token of its own; set "
+                "data.add_sep=false, and write what is to separate prompt and answer into "
+                "data.prompt_template"
+            )
+        sep_id = own
+    if sep_id >= size:
+        raise NemoKDError(
+            f"data.add_sep=true puts the id {sep_id} between prompt and answer, but the tokenizer "
+            f"has {size} ids; set data.add_sep=false, and write what is to separate them into "
+            "data.prompt_template"
+        )
+    if found.reader == "nemo":
+        (token,) = model.tokenizer.ids_to_tokens([sep_id])
+        say(
+            f"data.add_sep=true with data.reader=nemo puts NeMo's id {sep_id} between prompt and "
+            f"answer; with this tokenizer that is {token!r}"
+        )
+    return replace(model, sep_id=sep_id)
 
 
 def _begins(tokenizer: Tokenizer) -> bool:
@@ -116,6 +167,8 @@ def recorded(
 ) -> dict[str, Any]:
     """Return the settings that determine a row's tokens, as a store records them."""
     template = {**found.template(), "answer_only_loss": model.answer_only_loss}
+    if found.format == PROMPT and found.add_sep and found.reader != "nemo":
+        template["sep_id"] = model.sep_id  # earlier versions put another one there
     template["chat_template"] = chat_template
     if chat_template is not None and chat_template != "nemo":
         template["chat_template_sha256"] = template_hash(chat_template)

@@ -137,6 +137,35 @@ def continuation(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
     return tokens
 
 
+def separator_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id of the separator token; None without one, or if it ends or begins a text too.
+
+    `HFTokenizer`, as NeMo's tokenizers, takes the end-of-sequence token where it is missing.
+    """
+    inner: Any = getattr(tokenizer, "tokenizer", None)
+    token = getattr(inner, "sep_token", None)
+    if not token:
+        return None
+    found = int(inner.convert_tokens_to_ids(token))
+    return None if found in (tokenizer.bos_id, tokenizer.eos_id) else found
+
+
+SHOWN = 5
+"""Number of tokens that `tokens_from` names."""
+
+
+def tokens_from(tokenizer: Vocabulary, size: int) -> str:
+    """Name the tokens whose ids are `size` or more, for a message about a smaller model."""
+    ids = range(size, tokenizer.vocab_size)
+    named = [
+        f"{token!r} ({i})"
+        for i, token in zip(ids, tokenizer.ids_to_tokens(ids), strict=True)
+        if token
+    ]
+    more = f" and {len(named) - SHOWN} more" if len(named) > SHOWN else ""
+    return f"{', '.join(named[:SHOWN])}{more}"
+
+
 def decoded(tokenizer: Tokenizer, ids: Sequence[int] | NDArray[Any]) -> str:
     """Return the text of all tokens, special ones included where the tokenizer can show them."""
     inner: Any = getattr(tokenizer, "tokenizer", None)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,7 +24,8 @@ from nemo_kd.settings.values import (
     one_of,
     one_or_more,
 )
-from nemo_kd.sft.config import RowConfig
+from nemo_kd.sft.config import RowConfig, check_flags
+from nemo_kd.store.codecs.sampled import Sampled, seed_of
 
 Kind = Annotated[
     str,
@@ -164,6 +166,9 @@ class TeacherModelConfig:
     answer_only_loss: bool = True
     """`false`: store the teacher's top-K for prompt tokens too, not only for answers."""
 
+    def __post_init__(self) -> None:
+        check_flags(self)
+
     @property
     def checkpoint(self) -> Path:
         """`restore_from_path`; NemoKDError if it is not given."""
@@ -202,6 +207,14 @@ class TopKConfig:
     profile_options: dict[str, Any] = field(default_factory=dict)
     """Options of the profile: `{p: 0.95}` for `top_p`, `{seed: 0}` for `sampled`."""
 
+    def __post_init__(self) -> None:
+        if self.profile == Sampled.name:
+            seed_of(self.profile_options)
+        if isinstance(self.profile_options.get("p"), bool):
+            raise NemoKDError(
+                f"profile_options has p={self.profile_options['p']}: expected a number in (0, 1]"
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class DumpConfig:
@@ -231,6 +244,7 @@ class DumpConfig:
     """Replace an existing store; it is kept in `.replaced` until the new one is complete."""
 
     def __post_init__(self) -> None:
+        check_flags(self)
         if self.jsonl and self.dump.profile == "sampled":
             raise NemoKDError(
                 "jsonl=true with dump.profile=sampled: a JSONL file cannot record that its ids are "
@@ -246,6 +260,19 @@ class FilterConfig:
     """Regular expression that must match somewhere in the answer."""
     function: str | None = None
     """`module:function`, called with (answer, row of the file); an answer is kept if true."""
+
+    def __post_init__(self) -> None:
+        try:
+            re.compile("" if self.pattern is None else self.pattern)
+        except (re.error, TypeError) as error:  # TypeError: for a number
+            raise NemoKDError(
+                f"generation.filter.pattern={self.pattern!r} is not a regular expression: {error}"
+            ) from error
+        if self.function is not None and not all(str(self.function).partition(":")):
+            raise NemoKDError(
+                f"generation.filter.function={self.function!r}: expected module:function, such as "
+                "checks:is_right"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -269,6 +296,23 @@ class GenerationConfig:
     keep_unfinished: bool = False
     """Keep answers that reach `max_new_tokens` without a stop token."""
     filter: FilterConfig = field(default_factory=FilterConfig)
+
+    def __post_init__(self) -> None:
+        check_flags(self)
+        if self.temperature == 0:
+            self._check_greedy()
+
+    def _check_greedy(self) -> None:
+        if self.samples_per_prompt > 1:
+            raise NemoKDError(
+                f"generation.samples_per_prompt={self.samples_per_prompt} with temperature 0 would "
+                "generate the same answer each time; set generation.temperature above 0"
+            )
+        if self.top_p < 1:
+            raise NemoKDError(
+                f"generation.top_p={self.top_p} with temperature 0 has no effect: only the most "
+                "probable token is chosen; set generation.temperature above 0, or leave it out"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

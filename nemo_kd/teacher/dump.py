@@ -16,6 +16,7 @@ from nemo_kd.sft.rows import Row, SFTRows, readable
 from nemo_kd.sft.tokenizer import tokenizer_fingerprint
 from nemo_kd.store import Manifest, Sample, Store, StoreSpec, StoreWriter, write_jsonl
 from nemo_kd.store.earlier import EarlierStore
+from nemo_kd.store.fingerprint import is_of_all
 from nemo_kd.store.manifest import EXCHANGE, MANIFEST, SPEC, shard_name
 from nemo_kd.store.ours import remove_part
 from nemo_kd.teacher.begin import (
@@ -32,7 +33,7 @@ from nemo_kd.teacher.checks import Company, check_teacher
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.earlier_part import check_earlier_part
 from nemo_kd.teacher.forward import sample_of, usable
-from nemo_kd.teacher.identity import teacher_identity
+from nemo_kd.teacher.identity import as_recorded, teacher_identity
 from nemo_kd.teacher.interface import Forward, Teacher
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.progress import DumpProgress
@@ -204,13 +205,31 @@ def moved(config: DumpConfig, spec: StoreSpec, layout: Layout) -> StoreSpec:
         path = Path(config.output_dir) / SPEC
         if path.exists():
             earlier = StoreSpec.from_json(read_json(path), spec.rows_per_shard)
-            found = spec.named_as(earlier)
-            for name, now, before in spec.differences(found):
-                layout.say(
-                    f"{config.output_dir}: {name} is now {now}, with the content of {before}"
-                )
+            found = _as_in(earlier, config, spec, layout)
     found = layout.from_rank_0(found)
     return spec if found is None else found
+
+
+def _as_in(earlier: StoreSpec, config: DumpConfig, spec: StoreSpec, layout: Layout) -> StoreSpec:
+    """Return `spec` with the names, paths and fingerprint of `earlier` that stand for the same."""
+    now, same = spec.teacher.get("fingerprint"), spec
+    if now is not None:  # no server
+        same = as_recorded(spec, earlier, config.model.checkpoint)
+    if same is not spec:
+        layout.say(
+            f"{config.output_dir}: an earlier version has recorded the teacher's fingerprint, from "
+            "samples of its files, and these are equal"
+        )
+    found, all_bytes = same.named_as(earlier), now is None or (same is spec and is_of_all(now))
+    for name, new, old in same.differences(found):
+        if all_bytes or name == "source.name":
+            layout.say(f"{config.output_dir}: {name} is now {new}, with the content of {old}")
+        else:
+            layout.say(
+                f"{config.output_dir}: {name} is now {new}, which is taken for {old}: the sizes of "
+                "the files and samples of their content are equal; not all of it is compared"
+            )
+    return found
 
 
 def _changes_a_store(config: DumpConfig, spec: StoreSpec) -> bool:

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from nemo_kd.store.fingerprint import checkpoint_fingerprint, tokenizer_files_fingerprint
+from nemo_kd.store import StoreSpec
+from nemo_kd.store.fingerprint import (
+    checkpoint_fingerprint,
+    of_earlier_version,
+    tokenizer_files_fingerprint,
+)
 
 
 class Settings(Protocol):
@@ -46,6 +52,21 @@ def teacher_identity(
     if dtype != "32" and config.model.megatron_amp_O2:
         identity["weights"] = dtype
     return identity
+
+
+def as_recorded(spec: StoreSpec, earlier: StoreSpec, checkpoint: Path) -> StoreSpec:
+    """Return `spec` with the fingerprint that an earlier version has recorded for its teacher.
+
+    Only if that version would record it for `checkpoint` now.
+    """
+    then, now = earlier.teacher.get("fingerprint"), spec.teacher.get("fingerprint")
+    if not isinstance(then, str) or now is None or not of_earlier_version(then):
+        return spec
+    *above, name = str(spec.teacher.get("name")).split("/")
+    path = checkpoint / name if above else checkpoint  # one of several iterations
+    if checkpoint_fingerprint(path, then) != then:
+        return spec
+    return replace(spec, teacher={**spec.teacher, "fingerprint": then})
 
 
 def _is_of_another_kind(path: Path) -> bool:

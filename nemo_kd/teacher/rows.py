@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from nemo_kd.sft import RowError, RowFile, open_files
-from nemo_kd.sft.reader import Model, NemosEncoder, open_rows
+from nemo_kd.sft.reader import SEP_ID, Model, NemosEncoder, open_rows, resolved, with_separator
 from nemo_kd.sft.rows import BadRows, SFTRows
+from nemo_kd.sft.tokenizer import Tokenizer
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.interface import Teacher
 from nemo_kd.teacher.layout import Layout
@@ -19,6 +20,16 @@ def sft_rows(config: DumpConfig, teacher: Teacher, nemos: NemosEncoder | None = 
     """
     file = same_file(config.data.file_path, teacher.layout)
     return open_rows(config.data, file, model_of(config, teacher), teacher.layout.say, nemos)
+
+
+def check_separator(config: DumpConfig, tokenizer: Tokenizer) -> None:
+    """Raise NemoKDError for `data.add_sep` without such a token, before the teacher is loaded."""
+    data = config.data
+    if data.add_sep:
+        rows = resolved(data, open_files(data.file_path))
+        with_separator(
+            rows, Model(tokenizer=tokenizer, max_seq_length=data.max_seq_length, sep_id=SEP_ID)
+        )
 
 
 def model_of(config: DumpConfig, teacher: Teacher) -> Model:

@@ -12,6 +12,7 @@ from nemo_kd.loss import vocab_parallel_topk
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import StoreSpec
 from nemo_kd.store.codecs import Sampled
+from nemo_kd.store.codecs.sampled import seed_of
 from nemo_kd.teacher.sampling import uniforms, vocab_parallel_sample
 from nemo_kd.topk import TopK
 
@@ -23,6 +24,7 @@ class Selection:
         self.spec = spec
         self.group = group
         self.draws = spec.profile == Sampled.name
+        self.seed = seed_of(spec.profile_options) if self.draws else 0
 
     def uniform(self, rows: Sequence[Row]) -> torch.Tensor:
         """Return one random number per answer token of `rows`: [N] float64 in [0, 1).
@@ -32,9 +34,8 @@ class Selection:
         counts = [int(row.loss_mask[1:].sum()) for row in rows]
         if not self.draws:
             return torch.zeros(sum(counts), dtype=torch.float64)
-        seed = int(self.spec.profile_options.get("seed", 0))
         return torch.cat(
-            [uniforms(seed, row.row, count) for row, count in zip(rows, counts, strict=True)]
+            [uniforms(self.seed, row.row, count) for row, count in zip(rows, counts, strict=True)]
         )
 
     def __call__(self, logits: torch.Tensor, uniform: torch.Tensor) -> TopK:

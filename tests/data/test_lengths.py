@@ -63,3 +63,14 @@ def test_prompts_are_cut_as_far_as_one_token_is_left(store: Store) -> None:
 def test_nothing_left_is_an_error(store: Store) -> None:
     with pytest.raises(StoreError, match=r"no sample of at most max_seq_length=3 .*shortest has 6"):
         fit_lengths(store, LengthLimit(3), "drop")
+
+
+def test_where_the_student_is_the_limit_no_setting_is_to_be_raised(store: Store) -> None:
+    """`max_seq_length` is larger already."""
+    limit = LengthLimit(3, of_model=True)
+    for over_long, rest in (("drop", ", or set over_long to truncate"), ("error", ", or set its")):
+        with pytest.raises(StoreError) as caught:
+            fit_lengths(store, limit, over_long)
+        said = str(caught.value)
+        assert "the student's 3 tokens" in said and "raise" not in said
+        assert f"train a student with more positions{rest}" in said

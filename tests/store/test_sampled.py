@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from nemo_kd.errors import StoreError
 from nemo_kd.store.codecs import codec_of
 from nemo_kd.store.codecs.base import Codec
+from nemo_kd.teacher.select import Selection
 from nemo_kd.topk import TopK
 from tests.store.samples import spec
 
@@ -128,3 +129,12 @@ def test_an_id_with_two_counts_is_refused() -> None:
 def test_counts_that_are_not_of_the_draws_are_refused() -> None:
     with pytest.raises(StoreError, match="needs the counts of 7 draws"):
         codec(500, 7).encode(topk([{5: 3, 6: 3}], 7))
+
+
+@pytest.mark.parametrize("seed", [1.9, "abc", "3", None, True, -1, [1]])
+def test_a_seed_that_is_no_whole_number_makes_no_draws(seed: object) -> None:
+    """1.9 would draw as 1 and be recorded as another draw. A store that has it can be read."""
+    of = spec(profile="sampled", profile_options={"seed": seed})
+    codec_of(of)
+    with pytest.raises(StoreError, match=r"profile_options has seed=.* expected a whole number"):
+        Selection(of)

@@ -181,6 +181,10 @@ def test_unlike_stores_are_not_merged(tmp_path: Path) -> None:
     other = Store(store(tmp_path / "c", spec(teacher={"name": "other.nemo"})))
     with pytest.raises(StoreError, match=r"teacher.name: 'teacher.nemo' and 'other.nemo'"):
         merge([one, other], tmp_path / "d")
+    teacher = {**one.spec.teacher, "fingerprint": "d" * 64 + ":full"}
+    later = Store(store(tmp_path / "e", spec(teacher=teacher)))
+    with pytest.raises(StoreError, match="An earlier version has made one of the fingerprints"):
+        merge([one, later], tmp_path / "f")
 
 
 def test_statistics_are_the_plain_sums(tmp_path: Path) -> None:

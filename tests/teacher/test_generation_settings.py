@@ -64,6 +64,52 @@ def test_settings_without_effect_are_said(
     assert "data.no_answer=drop has no effect on a generation" in said
 
 
+def test_a_seed_of_greedy_answers_is_said_and_does_not_make_another_store(
+    typist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = run(typist, tmp_path)
+    assert before.spec.template["generation"]["seed"] == 1234  # as earlier versions recorded it
+    assert "generation.seed" not in capsys.readouterr().err
+    assert run(typist, tmp_path, "generation.seed=7").fingerprint == before.fingerprint
+    said = capsys.readouterr().err
+    assert "generation.seed=7 has no effect with generation.temperature=0" in said
+    with pytest.raises(NemoKDError, match=r"template\.generation\.temperature"):
+        run(typist, tmp_path, "generation.seed=7", "generation.temperature=1")
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ("generation.samples_per_prompt=2", "would generate the same answer each time"),
+        ("generation.top_p=0.9", "top_p=0.9 with temperature 0 has no effect"),
+        (
+            "generation.filter.pattern='(a'",
+            r"pattern='\(a' is not a regular expression: missing \)",
+        ),
+        ("generation.filter.pattern=5", "pattern=5 is not a regular expression"),
+        ("generation.filter.function=checks", "expected module:function, such as checks:is_right"),
+        (
+            "+dump.profile_options={seed: 1.9}",
+            r"dump\.profile_options has seed=1\.9: expected a who",
+        ),
+        ("+dump.profile_options={seed: abc}", r"dump\.profile_options has seed='abc'"),
+        ("+dump.profile_options={seed: null}", r"dump\.profile_options has seed=None"),
+        ("+dump.profile_options={seed: true}", r"dump\.profile_options has seed=True"),
+        ("+dump.profile_options={seed: -1}", r"dump\.profile_options has seed=-1"),
+    ],
+)
+def test_what_needs_no_teacher_is_checked_before_it_is_loaded(
+    tmp_path: Path, more: str, message: str
+) -> None:
+    draws = ["dump.profile=sampled"] if "seed" in more else []
+    paths = [f"model.restore_from_path={tmp_path}/none", f"data.file_path={tmp_path}/none.jsonl"]
+    with initialize_config_dir(str(ROOT / "conf"), version_base=None):
+        overrides = [*SHARED, *paths, f"output_dir={tmp_path}/store", *draws, more]
+        cfg = compose("generate_with_teacher", overrides)
+    with pytest.raises(NemoKDError, match=message):
+        read(cfg)
+
+
 def test_another_size_of_segments_of_a_complete_store_is_said(
     typist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -110,7 +156,6 @@ def test_fields_that_the_default_template_does_not_read_are_refused(
     [
         ("model.answer_only_loss=false", "stores the top-K of generated tokens only"),
         ("generation.stop_ids=[0,96]", r"stop_ids has 96, but .* ids up to 94"),
-        ("generation.top_p=0.9", "top_p=0.9 with temperature 0 has no effect"),
     ],
 )
 def test_settings_that_cannot_take_effect_are_refused(

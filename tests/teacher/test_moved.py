@@ -11,8 +11,9 @@ from hydra import compose, initialize_config_dir
 
 from nemo_kd.cli.teacher import load, read
 from nemo_kd.errors import NemoKDError
-from nemo_kd.store import Store
-from nemo_kd.store.fingerprint import checkpoint_fingerprint
+from nemo_kd.store import Store, fingerprint
+from nemo_kd.store.fingerprint import checkpoint_fingerprint, earlier_fingerprint
+from nemo_kd.teacher import identity
 from nemo_kd.teacher.dump import dump
 from tests.processes import ROOT
 from tests.teacher.typist import write_typist
@@ -74,6 +75,45 @@ def test_other_content_under_another_name_is_refused(
     renamed.write_text(file.read_text().replace("c", "x"))
     with pytest.raises(NemoKDError, match=r"source\.name: 'train\.jsonl' in the store"):
         run(teacher, renamed, store)
+
+
+def test_a_large_checkpoint_is_not_said_to_have_the_content_of_another(
+    made: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Samples of its files were compared."""
+    teacher, file, _ = made
+    monkeypatch.setattr(fingerprint, "ALL", 0)
+    run(teacher, file, tmp_path / "large")
+    renamed = shutil.copytree(teacher, tmp_path / "scratch/renamed")
+    capfd.readouterr()
+    run(renamed, file, tmp_path / "large")
+    said = capfd.readouterr().err
+    assert "teacher.name is now renamed, which is taken for teacher: the sizes of" in said
+    assert "not all of it is compared" in said and "with the content of" not in said
+
+
+def test_a_store_of_an_earlier_version_is_resumed(
+    made: tuple[Path, Path, Path],
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Its fingerprint is compared with what that version would record now."""
+    teacher, file, _ = made
+    with monkeypatch.context() as patched:
+        patched.setattr(identity, "checkpoint_fingerprint", earlier_fingerprint)
+        before = run(teacher, file, tmp_path / "earlier")
+    capfd.readouterr()
+    assert run(teacher, file, tmp_path / "earlier").fingerprint == before.fingerprint
+    out, err = capfd.readouterr()
+    assert "nothing is dumped" in out + err and "an earlier version has recorded" in err
+    settings = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps({**settings, "rms_norm_eps": 1e-4}))
+    with pytest.raises(NemoKDError, match=r"teacher\.fingerprint"):
+        run(teacher, file, tmp_path / "earlier")
 
 
 def test_logs_are_not_part_of_a_checkpoint(made: tuple[Path, Path, Path]) -> None:

@@ -22,6 +22,7 @@ the size of the vocabulary and B the number of digits of V - 1:
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -189,6 +190,20 @@ class Sampled(Codec):
         if n.max(initial=0) > self.log2[-1]:
             raise ValueError(f"a token of more than {self.spec.top_k} draws")
         return n, start + (int(ends[-1]) + 1 if coded else 0)
+
+
+def seed_of(options: Mapping[str, Any]) -> int:
+    """Return the seed of the draws to be made; raise StoreError unless it is a number from 0 on.
+
+    Stores are read with any: earlier versions recorded what was given.
+    """
+    seed = options.get("seed", 0)
+    if type(seed) is not int or seed < 0:
+        raise StoreError(
+            f"profile_options has seed={seed!r}: expected a whole number, at least 0, such as "
+            "{seed: 1}"
+        )
+    return seed
 
 
 def log_frequency(counts: NDArray[Any], draws: int) -> NDArray[np.float32]:

@@ -1,7 +1,8 @@
 """Write stores from samples, and from stores: convert to another profile or K, merge, split.
 
 Merging and splitting copy the encoded arrays bit for bit; merging also renumbers rows. Converting
-to another profile or K decodes and re-encodes, which incurs the quantization errors of both.
+to another profile or K decodes and re-encodes, which incurs the quantization errors of both; the
+spec records conversions that lose something (`converted`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from numpy.typing import NDArray
 from nemo_kd.errors import StoreError
 from nemo_kd.outputs import refuse_inputs
 from nemo_kd.store.codecs import Sampled, TopP
+from nemo_kd.store.fingerprint import of_earlier_version
 from nemo_kd.store.manifest import Manifest
 from nemo_kd.store.reader import Store
 from nemo_kd.store.sample import EncodedSample, Sample
@@ -27,11 +29,13 @@ from nemo_kd.store.segments import MOST_ROWS
 from nemo_kd.store.spec import StoreSpec
 from nemo_kd.store.splitmix import GOLDEN, counter, mixed, unit
 from nemo_kd.store.target import new_store
+from nemo_kd.store.tools.converted import CONVERTED, NOTE, after, largest_p
 from nemo_kd.store.tools.overlap import in_common, refuse_twice
 from nemo_kd.store.tools.selection import Progress, Selection, check_intact, copy
 from nemo_kd.store.writer import StoreWriter
 
-# Spec fields in which merged stores may differ; a tokenizer is identified by its fingerprint.
+# Spec fields in which merged stores may differ, but not in the conversions that `source` records; a
+# tokenizer is identified by its fingerprint.
 MAY_DIFFER = ("source", "tokenizer.path")
 SHARDS_PER_SAMPLE, FREE_SHARDS = 4, 400
 """Up to `SHARDS_PER_SAMPLE * samples + FREE_SHARDS` shards are written, most of them empty."""
@@ -95,16 +99,20 @@ def converted_spec(
     profile_options: dict[str, Any] | None,
     top_k: int | None,
 ) -> StoreSpec:
-    """Return `old` with what is not None replaced; a new profile starts without options."""
+    """Return `old` with what is not None replaced; a new profile starts without options.
+
+    `source.converted` records a conversion that loses something.
+    """
     profile = old.profile if profile is None else profile
     if profile_options is None:
         profile_options = old.profile_options if profile == old.profile else {}
-    return replace(
+    new = replace(
         old,
         top_k=old.top_k if top_k is None else top_k,
         profile=profile,
         profile_options=profile_options,
     )
+    return replace(new, source=after(old, new))
 
 
 def refuse_more(source: str | Path, old: StoreSpec, new: StoreSpec) -> None:
@@ -114,8 +122,8 @@ def refuse_more(source: str | Path, old: StoreSpec, new: StoreSpec) -> None:
             f"{source} holds {old.top_k} logits per token, but top_k is {new.top_k}; lower it, or "
             "dump again"
         )
-    kept, p = old.profile_options.get("p", 1), new.profile_options.get("p", 0)
-    if new.profile == old.profile == TopP.name and p > kept:
+    kept, p = largest_p(old), new.profile_options.get("p", 0)
+    if new.profile == TopP.name and kept is not None and p > kept:
         raise StoreError(
             f"{source} holds the logits of p={kept}, but p is {p}; lower it, or dump again"
         )
@@ -163,7 +171,8 @@ def merge(
         {"offset": offset, "store": store.fingerprint, "source": store.spec.source}
         for store, offset in zip(stores, offsets, strict=True)
     ]
-    spec = replace(first.spec, source={"merged": parts})
+    alike = {key: first.spec.source[key] for key in (CONVERTED,) if key in first.spec.source}
+    spec = replace(first.spec, source={"merged": parts, **alike})
     selection = Selection.concatenated(list(stores), offsets)
     with new_store(directory, overwrite) as new:
         for store in stores:
@@ -254,9 +263,15 @@ def _write(
 
 def _refuse_unlike(first: Store, other: Store) -> None:
     found = first.spec.differences(other.spec)
-    unlike = [d for d in found if not {d[0], d[0].split(".")[0]} & {*MAY_DIFFER}]
+    unlike = [d for d in found if d[0] == NOTE or not {d[0], d[0].split(".")[0]} & {*MAY_DIFFER}]
     if unlike:
         lines = "\n".join(f"  {name}: {a!r} and {b!r}" for name, a, b in unlike)
+        teachers = [store.spec.teacher.get("fingerprint") for store in (first, other)]
+        if len({of_earlier_version(one) for one in teachers if isinstance(one, str)}) > 1:
+            lines += (
+                "\nAn earlier version has made one of the fingerprints, in another way: that the "
+                "teachers are the same cannot be seen; dump that store again"
+            )
         raise StoreError(
             f"{first.directory} and {other.directory} cannot be merged; they differ in\n{lines}"
         )

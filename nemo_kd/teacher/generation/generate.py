@@ -19,7 +19,14 @@ import numpy as np
 from nemo_kd.files import published
 from nemo_kd.sft import RowError, RowFile
 from nemo_kd.sft.config import RowConfig
-from nemo_kd.sft.reader import DEFAULT_TEMPLATE, PROMPT, prompt_template, recorded, resolved
+from nemo_kd.sft.reader import (
+    DEFAULT_TEMPLATE,
+    PROMPT,
+    prompt_template,
+    recorded,
+    resolved,
+    with_separator,
+)
 from nemo_kd.sft.rows import Row, readable
 from nemo_kd.sft.unread import unread
 from nemo_kd.sft.unread_fields import check_fields
@@ -27,7 +34,7 @@ from nemo_kd.store import Manifest, Sample, Store, StoreSpec
 from nemo_kd.store.manifest import ANSWERS
 from nemo_kd.teacher.begin import rows_of
 from nemo_kd.teacher.checks import Company, check_teacher
-from nemo_kd.teacher.config import GenerateConfig
+from nemo_kd.teacher.config import GenerateConfig, GenerationConfig
 from nemo_kd.teacher.dump import calls, store_spec, write_store
 from nemo_kd.teacher.forward import sample_of, usable
 from nemo_kd.teacher.generation.filter import AnswerFilter
@@ -59,7 +66,7 @@ def generate(config: GenerateConfig, teacher: Teacher) -> Manifest | None:
     check_fields(data, file, layout.say, chosen=data.prompt_template != DEFAULT_TEMPLATE)
     for line in _without_effect(config, data):
         layout.say(line)
-    model = model_of(config, teacher)
+    model = with_separator(data, model_of(config, teacher), layout.say)
     prompts = Prompts(file, prompt_template(data, model), decoding)
     spec = generation_spec(config, teacher, file, recorded(data, model), keep, decoding)
     write, company = teacher.writer(spec, decoding), Company()
@@ -174,6 +181,12 @@ def _without_effect(config: GenerateConfig, data: RowConfig) -> Iterator[str]:
             "data.add_eos=false has no effect on generated answers: the token that ends an answer "
             "is stored with it"
         )
+    seed = config.generation.seed
+    if config.generation.temperature == 0 and seed != GenerationConfig.seed:
+        yield (
+            f"generation.seed={seed} has no effect with generation.temperature=0: the most "
+            "probable token is chosen each time"
+        )
     if config.data.no_answer == "drop":
         yield "data.no_answer=drop has no effect on a generation: it ignores answers in the file"
 
@@ -186,8 +199,13 @@ def generation_spec(
     keep: AnswerFilter,
     decoding: Decoding,
 ) -> StoreSpec:
-    """Return the spec of a dump whose template also contains the generation settings."""
+    """Return the spec of a dump whose template also contains the generation settings.
+
+    At temperature 0 the seed decides nothing; its default is recorded.
+    """
     settings = {**asdict(config.generation), "stop_ids": list(decoding.stop_ids[1:])}
+    if decoding.temperature == 0:
+        settings["seed"] = GenerationConfig.seed
     settings["filter"] |= keep.identity
     return store_spec(config, teacher, file, {**template, "generation": settings})
 
