@@ -73,14 +73,14 @@ def difference(row: Row) -> str:
 
 
 def fewer_steps(rows: Rows) -> str:
-    """How shorter trainings compare with the complete SFT."""
+    """How shorter trainings of several seeds compare with the complete SFT."""
     said = []
     for share in ("70 % of the steps", "50 % of the steps"):
         domains = []
         for name, experiment in FEWER.items():
             table = by_label(rows[experiment])
             kd, sft = (table.get(f"{label}, {share}") for label in (DEFAULT, "SFT"))
-            if kd is None or not compared(kd):
+            if kd is None or kd.compared_seeds < 2 or not compared(kd):
                 continue
             alone = "" if sft is None or not compared(sft) else f", SFT ({difference(sft)})"
             domains.append(f"on {name} KD + SFT ({difference(kd)}){alone}")

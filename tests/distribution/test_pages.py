@@ -17,6 +17,7 @@ PATCHING = {
     "mcore/cpu.py",
     "mcore/lm_head.py",
     "mcore/megatron_lm.py",
+    "mcore/micro_batch.py",
     "nemo/compat.py",
     "nemo/cpu.py",
     "nemo/student_loss.py",
