@@ -98,7 +98,7 @@ def _check_sizes(model: DictConfig, world: int) -> None:
     """
     tensor, stages = model.tensor_model_parallel_size, model.pipeline_model_parallel_size
     experts, instances = model.get("expert_model_parallel_size", 1), _instances(model)
-    if world % (tensor * stages * experts):
+    if experts > 1 and world % (tensor * stages * experts):
         raise LayoutError(
             f"{world} processes cannot hold tensor × pipeline × expert parallel size "
             f"{tensor * stages * experts}: start a multiple of it, or lower "

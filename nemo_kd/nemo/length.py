@@ -14,8 +14,8 @@ from nemo_kd.checkpoints.tokenizer import read_member
 from nemo_kd.data import LengthLimit, fit_lengths, pack_samples
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.config import kd_training_config
+from nemo_kd.nemo.positions import max_positions
 from nemo_kd.nemo.record import Progress
-from nemo_kd.nemo.sft_files import max_positions
 from nemo_kd.nemo.splits import Split, splits_of
 from nemo_kd.sft import open_files
 from nemo_kd.store import Store

@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.nemo.conversations import NemosConversations
+from nemo_kd.nemo.positions import max_positions
 from nemo_kd.nemo.template import row_config
 from nemo_kd.sft.checks import check_some, named
 from nemo_kd.sft.reader import Model, open_rows
@@ -98,12 +99,6 @@ def pad_multiple(cfg: Any) -> int:
     """
     multiple = 8 * cfg.get("tensor_model_parallel_size", 1) if cfg.get("sequence_parallel") else 16
     return int(multiple * cfg.get("context_parallel_size", 1))
-
-
-def max_positions(cfg: Any) -> int | None:
-    """Return the number of learned positions of the model `cfg`; None if it learns none."""
-    learned = cfg.get("position_embedding_type") in (None, "learned_absolute")
-    return cfg.get("max_position_embeddings") if learned else None
 
 
 def _check_reading(data_cfg: DictConfig, where: str) -> None:

@@ -9,7 +9,8 @@ from omegaconf import DictConfig
 from nemo_kd.data import LengthLimit, check_schedule, fit_lengths, notices, pack_samples
 from nemo_kd.nemo.dataset import MicroBatches, StoreSFTDataset, Student
 from nemo_kd.nemo.packed import PackedStoreSFTDataset
-from nemo_kd.nemo.sft_files import max_positions, shared_arguments
+from nemo_kd.nemo.positions import max_positions
+from nemo_kd.nemo.sft_files import shared_arguments
 from nemo_kd.nemo.splits import TrainSplit
 from nemo_kd.sft.tokenizer import first_difference, tokenizer_fingerprint
 from nemo_kd.store import Store, StoreError

@@ -15,7 +15,7 @@ from nemo_kd.mcore.teacher import TopKForward
 from nemo_kd.mcore.writer import MegatronWriter
 from nemo_kd.nemo import cpu, start
 from nemo_kd.nemo.families import check_length
-from nemo_kd.nemo.sft_files import max_positions
+from nemo_kd.nemo.positions import max_positions
 from nemo_kd.nemo.vocabulary import SFTModel
 from nemo_kd.store import StoreSpec
 from nemo_kd.teacher.config import TeacherModelConfig

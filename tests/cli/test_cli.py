@@ -172,7 +172,9 @@ def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, pr
     of = spec(top_k=12, temperatures=(1.0, 2.0), **PROFILES[profile])
     source, whole = store(tmp_path / "s", of), store(tmp_path / "one", of, parts=False)
     result = as_json("convert", source, tmp_path / "t", "--top-k", 2)
-    assert Store(tmp_path / "t").spec == replace(of, top_k=2)
+    note = {"profile": profile, "profile_options": of.profile_options, "top_k": 12}
+    origin = {**of.source, "converted": [note]} if profile == "compact" else of.source
+    assert Store(tmp_path / "t").spec == replace(of, top_k=2, source=origin)
     assert result["changed"] == "top_k 12 → 2" and result["profile"] == profile
     assert 0 < result["mass_after"] < result["mass_before"] < 1
     result = as_json("convert", source, tmp_path / "u", "--segment-bytes", 100)
@@ -182,7 +184,7 @@ def test_a_conversion_changes_what_it_is_asked_to_and_says_so(tmp_path: Path, pr
     assert Store(tmp_path / "v").fingerprint == Store(whole).fingerprint
     result = as_json("convert", source, tmp_path / "w", "--profile", "top_p", "--p", 0.5)
     changes: dict[str, Any] = {"profile": "top_p", "profile_options": {"p": 0.5}}
-    assert Store(tmp_path / "w").spec == replace(of, **changes)
+    assert Store(tmp_path / "w").spec == replace(of, source=origin, **changes)
     assert "profile_options.p " in result["changed"] and "→ 0.5" in result["changed"]
     if profile == "top_p":  # options belong to their profile
         nemo_kd("convert", source, tmp_path / "x", "--profile", "plain")
