@@ -8,9 +8,9 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from findings import Row, curves
+from findings import Row, common, curves
 from omegaconf import DictConfig
-from steps_ratio import Curves, bootstrap
+from steps_ratio import Curves, difference
 
 matplotlib.use("agg")
 
@@ -107,23 +107,12 @@ def _store(axis: Any, row: Row, colour: str) -> None:
 
 def _difference(cfg: DictConfig, axis: Any, base: Row, row: Row, colour: str) -> None:
     """Draw the difference at the validation steps and over the seeds that both have."""
-    by_seed = {result["run"]["seed"]: result for result in base.found}
-    mine = [result for result in row.found if result["run"]["seed"] in by_seed]
-    a = curves([by_seed[result["run"]["seed"]] for result in mine])
-    b = curves(mine)
-    if a is None or b is None or a.steps[-1] != b.steps[-1]:
+    pair = common(base.seeds, row.seeds, curves)
+    if pair is None or pair[0].steps[-1] != pair[1].steps[-1]:
         return  # at equal steps the learning rates of other lengths differ
-    steps = np.intersect1d(a.steps, b.steps)
-    at_a, at_b = np.searchsorted(a.steps, steps), np.searchsorted(b.steps, steps)
-    boot = cfg.bootstrap
-
-    def gap(point: int) -> Any:
-        def statistic(seeds: Any, groups: Any) -> float:
-            return float(b.mean(seeds, groups)[at_b[point]] - a.mean(seeds, groups)[at_a[point]])
-
-        return bootstrap(statistic, a, min(boot.draws, 500), boot.level, boot.seed)
-
-    gaps = [gap(i) for i in range(len(steps))]
+    steps = np.intersect1d(*(found.steps for found in pair))
+    boot = {**cfg.bootstrap, "draws": min(cfg.bootstrap.draws, 500)}
+    gaps = [difference(*pair, **boot, step=int(step)) for step in steps]
     axis.fill_between(
         steps, [g.low for g in gaps], [g.high for g in gaps], color=colour, alpha=0.15, linewidth=0
     )

@@ -24,7 +24,7 @@ from findings import (
 from queue_plan import chosen_lr
 from results_benchmarks import GENERATED, LARGER, WORDED, published_table
 from results_parts import BYTES, NOT_RUN, Study, picture, table
-from results_summary import summary
+from results_summary import FEWER, summary
 from results_targets import targets
 from study import Experiment, Run
 
@@ -92,7 +92,7 @@ def below(study: Study, name: str, figures: Mapping[str, str]) -> list[str]:
     teacher = words.by_label(rows["math_reference"])["Teacher, fine-tuned"]
     if name == "headline":
         return [paragraphs.matching_sft(rows), paragraphs.first_epoch(study.cfg, rows)]
-    if name in ("budget", "prose_budget", "math_budget"):
+    if name in FEWER.values():
         return [paragraphs.same_length(rows[name])]
     if name == "learning_rate":
         return [setup.learning_rates(study.cfg, study.results, "code")]

@@ -47,6 +47,13 @@ class LengthLimit:
         return f"raise {self.setting} of this data set"
 
     @classmethod
+    def of_positions(cls, tokens: int, positions: int | None) -> LengthLimit:
+        """Return the limit for `max_seq_length` = `tokens` of a student with learned positions."""
+        if positions is None or tokens <= positions:
+            return cls(tokens)
+        return cls(positions, of_model=True)
+
+    @classmethod
     def of_inputs(cls, seq_length: int, naming: Callable[[str], str] = str) -> LengthLimit:
         """Return the limit for `seq_length` inputs; `naming` as in `check_schedule`."""
         names = naming("seq_length"), naming("over_long")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -25,6 +25,13 @@ NO_EPOCH_LIMIT = 9999
 """Value of `max_epochs` in NeMo's configurations that means no limit on epochs."""
 
 
+class Epoch(NamedTuple):
+    """The size of an epoch; to count its samples reads the index of every store."""
+
+    samples: int
+    steps: int
+
+
 def fit_length(cfg: DictConfig, done: Progress) -> None:
     """Convert `trainer.max_epochs` and `val_check_interval` to steps; set checkpoint intervals.
 
@@ -35,11 +42,11 @@ def fit_length(cfg: DictConfig, done: Progress) -> None:
     """
     trainer = cfg.trainer
     refuse_part_epochs(trainer)
-    epoch = _steps_of_epoch(cfg) if _limits(trainer.get("max_epochs")) else None
-    steps = _steps(cfg, epoch, done)
+    epoch = _epoch(cfg) if _limits(trainer.get("max_epochs")) else None
+    steps, of_epoch = _steps(cfg, epoch, done), epoch.steps if epoch else None
     with open_dict(trainer):
         trainer.max_steps, trainer.max_epochs = steps, -1
-        trainer.val_check_interval = _interval(trainer.get("val_check_interval"), steps, epoch)
+        trainer.val_check_interval = _interval(trainer.get("val_check_interval"), steps, of_epoch)
     _check_warmup(cfg, steps)
     _check_schedule(cfg, steps)
     if validates(cfg):
@@ -112,13 +119,14 @@ def rows_of(file: str) -> int:
 
 
 def _used(store: Store, split: Split, length: int, positions: int | None) -> int:
-    longest = length if positions is None else min(length, positions)
-    limit = LengthLimit(longest, of_model=longest < length)
+    limit = LengthLimit.of_positions(length, positions)
     fitting = fit_lengths(store, limit, split.over_long)
     if not split.packed_sequence:
         return len(fitting)
     # The number of packs does not depend on the seed.
-    return len(pack_samples(store, fitting, length, 0 if split.shuffle else None, longest=longest))
+    return len(
+        pack_samples(store, fitting, length, 0 if split.shuffle else None, longest=limit.tokens)
+    )
 
 
 def _learned_positions(model: DictConfig) -> int | None:
@@ -140,7 +148,7 @@ def _limits(max_epochs: int | None) -> bool:
     return max_epochs is not None and 0 <= max_epochs < NO_EPOCH_LIMIT
 
 
-def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
+def _steps(cfg: DictConfig, epoch: Epoch | None, done: Progress) -> int:
     """Return the steps of the run up to its first limit, those already `done` included."""
     max_steps, max_epochs = cfg.trainer.get("max_steps"), cfg.trainer.get("max_epochs")
     if max_steps is None or max_steps == -1:
@@ -155,21 +163,20 @@ def _steps(cfg: DictConfig, epoch: int | None, done: Progress) -> int:
             )
         return int(max_steps)
     batch = cfg.model.data.train_ds.global_batch_size
-    steps = int(epoch * max_epochs)
+    steps = int(epoch.steps * max_epochs)
     if done.consumed_samples != done.step * batch:  # resumed with another batch size
-        samples = max_epochs * sum(samples_of(cfg, "train_ds"))
-        steps = done.step + max(samples - done.consumed_samples, 0) // batch
+        steps = done.step + max(max_epochs * epoch.samples - done.consumed_samples, 0) // batch
     end = steps if max_steps is None else min(max_steps, steps)
     say(
-        f"trainer.max_epochs={max_epochs}: {steps} steps ({epoch} steps per epoch of "
-        f"{sum(samples_of(cfg, 'train_ds'))} samples, {batch} per step)"
+        f"trainer.max_epochs={max_epochs}: {steps} steps ({epoch.steps} steps per epoch of "
+        f"{epoch.samples} samples, {batch} per step)"
         + (f"; trainer.max_steps={max_steps} ends first" if end < steps else "")
     )
     return int(end)
 
 
-def _steps_of_epoch(cfg: DictConfig) -> int:
-    """Return the steps of an epoch, which has as many draws as the blend has samples."""
+def _epoch(cfg: DictConfig) -> Epoch:
+    """Return the size of an epoch, which has as many draws as the blend has samples."""
     data = cfg.model.data.train_ds
     split = Split.of(data)
     if not split.store and split.packed_sequence:
@@ -187,7 +194,7 @@ def _steps_of_epoch(cfg: DictConfig) -> int:
             f"which trainer.max_epochs={cfg.trainer.max_epochs} counts: lower it, set "
             "model.data.train_ds.drop_last=false, or set trainer.max_steps instead"
         )
-    return int(steps)
+    return Epoch(samples, int(steps))
 
 
 def refuse_part_epochs(trainer: DictConfig) -> None:

@@ -34,10 +34,9 @@ def store_dataset(
     store = open_store(model, directory)
     check_schedule(store, model.kd_schedule, alpha, naming="model.kd.{}".format)
     split, where = TrainSplit.of(data_cfg), "train_ds" if training else "validation_ds"
-    length = limited_length(
-        data_cfg.max_seq_length, max_positions(model.cfg), f"model.data.{where}", Layout.of_job()
-    )
-    limit = LengthLimit(length, of_model=length < data_cfg.max_seq_length)
+    whole, positions = data_cfg.max_seq_length, max_positions(model.cfg)
+    length = limited_length(whole, positions, f"model.data.{where}", Layout.of_job())
+    limit = LengthLimit.of_positions(whole, positions)
     fitting = fit_lengths(store, limit, split.over_long)
     Layout.of_job().say_each(notices(store, fitting, limit))
     if training:
@@ -49,8 +48,8 @@ def store_dataset(
     }
     if not split.packed_sequence:
         return StoreSFTDataset(store, fitting, alpha, **{**arguments, "max_seq_length": length})
-    whole = data_cfg.max_seq_length  # of a pack, in which each sample has positions of its own
     seed = split.shuffle_seed if split.shuffle else None
+    # `whole` of a pack, in which each sample has positions of its own
     packing = pack_samples(store, fitting, whole, seed, longest=length)
     _log(store, str(packing))
     return PackedStoreSFTDataset(store, packing, alpha, **arguments)

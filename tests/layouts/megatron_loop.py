@@ -22,14 +22,12 @@ from megatron.core.distributed import (  # noqa: E402
     DistributedDataParallelConfig,
 )
 from megatron.core.distributed.finalize_model_grads import finalize_model_grads  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
 from megatron.core.models.mamba import MambaModel  # noqa: E402
 from megatron.core.pipeline_parallel import get_forward_backward_func  # noqa: E402
 from megatron.core.ssm import mamba_block  # noqa: E402
 from megatron.core.ssm.mamba_block import MambaStack, MambaStackSubmodules  # noqa: E402
 from megatron.core.ssm.mlp_layer import MLPLayer  # noqa: E402
 from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.spec_utils import ModuleSpec  # noqa: E402
 from megatron.core.transformer.torch_norm import WrappedTorchNorm  # noqa: E402
 from megatron.core.transformer.transformer_layer import (  # noqa: E402
@@ -56,43 +54,22 @@ from nemo_kd.sft.files import open_files  # noqa: E402
 from nemo_kd.sft.reader import Model, open_rows  # noqa: E402
 from nemo_kd.sft.rows import SFTRows  # noqa: E402
 from nemo_kd.store import Store  # noqa: E402
+from tests.mcore.small_gpt import config_of  # noqa: E402
+from tests.mcore.small_gpt import model as model_of  # noqa: E402
 from tests.store.samples import sample, spec, write  # noqa: E402
 
 LENGTH, BATCH = 127, 4
 Report = dict[str, float]
 
 
-def config_of(layers: int, **changes: Any) -> TransformerConfig:
-    return TransformerConfig(
-        num_layers=layers,
-        hidden_size=32,
-        num_attention_heads=4,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        calculate_per_token_loss=True,
-        **changes,
-    )
-
-
 def student(**changes: Any) -> torch.nn.Module:
-    config = config_of(2, **changes)
-    torch.manual_seed(0)
-    return GPTModel(
-        config,
-        cpu.local_layer_spec(config),
-        vocab_size=504,
-        max_sequence_length=LENGTH,
-        parallel_output=True,
-        position_embedding_type="rope",
-    )
+    config = config_of(calculate_per_token_loss=True, **changes)
+    return model_of(config, 504, LENGTH, parallel_output=True)
 
 
 def hybrid() -> torch.nn.Module:
     """Two layers of attention and two of MLP: Mamba's own layers need its CUDA kernels."""
-    config = config_of(4)
+    config = config_of(4, calculate_per_token_loss=True)
     parts = cpu.local_layer_spec(config).submodules
     attention = TransformerLayerSubmodules(
         input_layernorm=parts.input_layernorm,

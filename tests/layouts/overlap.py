@@ -11,7 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from nemo_kd.mcore import cpu
 from nemo_kd.nemo import start
 
 STEPS, S, V, K = 3, 16, 64, 4
@@ -35,32 +34,15 @@ def train(fused: bool) -> dict[str, Any]:
     """Train a few steps; return their losses, the all-gathers that nobody waited for, a weight."""
     import torch
     from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
-    from megatron.core.models.gpt import GPTModel
     from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-    from megatron.core.transformer import TransformerConfig
 
     from nemo_kd.mcore.metrics import MetricSums
     from nemo_kd.nemo.config import KDTrainingConfig
     from nemo_kd.nemo.student_loss import StudentLoss
+    from tests.mcore import small_gpt
 
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-    )
-    torch.manual_seed(0)
-    gpt = GPTModel(
-        config,
-        cpu.local_layer_spec(config),
-        vocab_size=V,
-        max_sequence_length=S,
-        position_embedding_type="rope",
-    )
+    config = small_gpt.config_of()
+    gpt = small_gpt.model(config, V, S)
     kd = KDTrainingConfig(alpha=0.5)
     loss_of = StudentLoss(kd, V, 0)
     loss_of.attach(gpt, fused)

@@ -21,8 +21,6 @@ from nemo_kd.mcore import cpu
 cpu.install()
 
 from megatron.core import parallel_state, tensor_parallel  # noqa: E402
-from megatron.core.models.gpt import GPTModel  # noqa: E402
-from megatron.core.transformer import TransformerConfig  # noqa: E402
 from megatron.core.transformer.module import Float16Module  # noqa: E402
 
 import nemo_kd.mcore.micro_batch as micro_batch  # noqa: E402
@@ -36,6 +34,7 @@ from nemo_kd.mcore.writer import MegatronWriter  # noqa: E402
 from nemo_kd.sft.rows import Row  # noqa: E402
 from nemo_kd.store import Store  # noqa: E402
 from nemo_kd.teacher.generation.step import Decoding, Prompt  # noqa: E402
+from tests.mcore import small_gpt  # noqa: E402
 from tests.store.samples import sample, spec, write  # noqa: E402
 
 VOCABULARY, LENGTH, B = 61, 24, 2
@@ -44,27 +43,8 @@ HALF: dict[str, Any] = {"bf16": True, "params_dtype": torch.bfloat16}
 
 
 def model(tied: bool = False, **changes: Any) -> Any:
-    config = TransformerConfig(
-        num_layers=2,
-        hidden_size=32,
-        num_attention_heads=4,
-        normalization="RMSNorm",
-        add_bias_linear=False,
-        hidden_dropout=0.0,
-        attention_dropout=0.0,
-        use_cpu_initialization=True,
-        calculate_per_token_loss=True,
-        **changes,
-    )
-    torch.manual_seed(0)
-    gpt = GPTModel(
-        config,
-        cpu.local_layer_spec(config),
-        vocab_size=ROWS,
-        max_sequence_length=LENGTH,
-        position_embedding_type="rope",
-        share_embeddings_and_output_weights=tied,
-    )
+    config = small_gpt.config_of(calculate_per_token_loss=True, **changes)
+    gpt = small_gpt.model(config, ROWS, LENGTH, share_embeddings_and_output_weights=tied)
     return gpt.to(config.params_dtype)
 
 
