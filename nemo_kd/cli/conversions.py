@@ -32,6 +32,7 @@ from nemo_kd.store import (
 )
 from nemo_kd.store.codecs import Sampled
 from nemo_kd.store.tools.chunks import CHUNK_ID, chunk_path, existing_chunks
+from nemo_kd.store.tools.converted import NOTE
 from nemo_kd.store.tools.parquet import read_parquet, spec_of, widest, write_parquet
 from nemo_kd.store.tools.selection import check_intact
 from nemo_kd.store.tools.transform import converted_spec, refuse_more
@@ -167,7 +168,8 @@ def between_stores(
     refuse_idle_p(changes.get("profile_options"), changes.get("profile") or store.spec.profile)
     manifest = convert(store, target, progress=lambda done: advance(done, len(store)), **changes)
     differences = store.spec.differences(manifest.spec)
-    changed = ", ".join(f"{name} {was} → {now}" for name, was, now in differences)
+    asked = (each for each in differences if each[0] != NOTE)
+    changed = ", ".join(f"{name} {was} → {now}" for name, was, now in asked)
     result = {**summary(target, manifest), "changed": changed or "nothing"}
     if {name.split(".")[0] for name, _, _ in differences} & {"profile", "profile_options", "top_k"}:
         result["mass_before"] = _mass(store)
