@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from nemo_kd.hf.writer import HFWriter
 from nemo_kd.store import Store, StoreSpec, verify
+from nemo_kd.teacher.generation import step
 from nemo_kd.teacher.generation.filter import AnswerFilter
 from nemo_kd.teacher.generation.step import Answers, Decoding, GenerationError, Prompt, choose
 from nemo_kd.teacher.sampling import uniforms
@@ -136,6 +137,22 @@ def test_of_equal_logits_the_first_is_chosen() -> None:
     edge = torch.tensor([1 - 2**-53], dtype=torch.float64)
     assert choose(logits, edge, Decoding(1, (0,), temperature=1.0)).tolist() == [3]
     assert choose(logits, edge, Decoding(1, (0,), temperature=1.0, top_p=0.5)).tolist() == [2]
+
+
+@pytest.mark.parametrize("top_p", [1.0, 0.9, 0.3])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 10.0])
+def test_choices_of_a_large_vocabulary_are_those_of_its_whole_order(
+    monkeypatch: pytest.MonkeyPatch, spread: float, top_p: float
+) -> None:
+    """With many equal logits, and draws among the first tokens and beyond them."""
+    generator = torch.Generator().manual_seed(3)
+    logits = (torch.randn(64, 4 * step.HEAD, generator=generator) * spread * 4).round() / 4
+    logits[:, ::7] = -torch.inf
+    draws, decoding = uniforms(9, 9, 64), Decoding(1, (0,), temperature=1.0, top_p=top_p)
+    chosen = choose(logits, draws, decoding)
+    monkeypatch.setattr(step, "HEAD", logits.shape[-1])
+    assert torch.equal(chosen, choose(logits, draws, decoding))
+    assert not torch.isin(chosen, torch.arange(0, logits.shape[-1], 7)).any()
 
 
 @pytest.mark.parametrize("temperature", [5e-324, 1e-310, 1e-300, 1e-40])
