@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from omegaconf import DictConfig
-from queue_plan import Results, resolve
+from queue_plan import Results, resolver
 from steps_ratio import Curves, Interval, difference, first_reached, ratio
 from study import Experiment, Run
 
@@ -132,12 +132,27 @@ def mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]:
+Find = Callable[[Run], dict[str, Any] | None]
+
+
+def finder(cfg: DictConfig, results: Results) -> Find:
+    """A function that returns the contents of a run's result file.
+
+    None before the run is finished or has a learning rate.
+    """
+    resolve = resolver(cfg, results)
+
+    def find(run: Run) -> dict[str, Any] | None:
+        resolved = resolve(run)
+        return None if resolved is None else results.get(resolved.name)
+
+    return find
+
+
+def rows(cfg: DictConfig, experiment: Experiment, find: Find) -> list[Row]:
     """One row per label, in the experiment's order."""
     found = {
-        label: {
-            run.seed: result for run in runs if (result := result_of(cfg, run, results)) is not None
-        }
+        label: {run.seed: result for run in runs if (result := find(run)) is not None}
         for label, runs in experiment.runs.items()
     }
     compared_with = experiment.runs.get(experiment.baseline or "", (Run(),))[0]
@@ -146,9 +161,9 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
         mine = found[label]
         baseline = experiment.compared_with(label)
         against = found.get(baseline or "", {})
-        sft = sft_beside(cfg, runs, results, compared_with.tokens)
+        sft = sft_beside(find, runs, compared_with.tokens)
         shorter = [run for run in runs if 0 < run.length < Run.length]
-        same_length = sft_beside(cfg, shorter, results, compared_with.tokens, complete=False)
+        same_length = sft_beside(find, shorter, compared_with.tokens, complete=False)
         table.append(
             Row(
                 label=label,
@@ -168,9 +183,7 @@ def rows(cfg: DictConfig, experiment: Experiment, results: Results) -> list[Row]
     return table
 
 
-def sft_beside(
-    cfg: DictConfig, runs: Sequence[Run], results: Results, tokens: str, *, complete: bool = True
-) -> Seeds:
+def sft_beside(find: Find, runs: Sequence[Run], tokens: str, *, complete: bool = True) -> Seeds:
     """SFT runs of the same domain, depth and seeds, on `tokens`; empty for SFT itself.
 
     Beside a shorter run it is the complete SFT, if `complete`, beside a longer one SFT of the same
@@ -182,7 +195,7 @@ def sft_beside(
         length = max(Run.length, run.length) if complete else run.length
         sft = Run(**same, alpha=0, tokens=tokens, length=length)
         is_sft = run.alpha == 0 and (run.answers, run.tokens) == (sft.answers, sft.tokens)
-        result = None if is_sft else result_of(cfg, sft, results)
+        result = None if is_sft else find(sft)
         if result is not None:
             found[run.seed] = result
     return found
@@ -239,8 +252,8 @@ def nearly_best(a: Seeds, b: Seeds) -> tuple[int, float] | None:
     first, second = pair
     losses = first.mean()
     early = int(np.flatnonzero(losses <= losses.min() + TOLERANCE)[0])
-    step = first_reached(second.steps, second.mean(), float(losses[early]))
-    return int(first.steps[early]), step
+    step = first_reached(second.steps, second.mean(), losses[early])
+    return int(first.steps[early]), float(step)
 
 
 def difference_at(cfg: DictConfig, a: Row, b: Row, step: int) -> Interval | None:
@@ -266,12 +279,6 @@ def right_differences(cfg: DictConfig, a: Seeds, b: Seeds) -> dict[str, Interval
         for what in ANSWERED
     }
     return {what: each for what, each in found.items() if each is not None}
-
-
-def result_of(cfg: DictConfig, run: Run, results: Results) -> dict[str, Any] | None:
-    """The contents of a run's result file; None before it is finished or has a learning rate."""
-    resolved = resolve(cfg, run, results)
-    return None if resolved is None else results.get(resolved.name)
 
 
 def curves(found: Sequence[dict[str, Any]]) -> Curves | None:

@@ -7,9 +7,10 @@ waits for its family's learning rate is preceded by the runs that decide it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -137,12 +138,20 @@ def chosen_lr(cfg: DictConfig, family: str, results: Results, domain: str = "cod
     return min(runs, key=lambda run: _valid(run, results)).lr
 
 
-def resolve(cfg: DictConfig, run: Run, results: Results) -> Run | None:
-    """The run with its learning rate; None until that is chosen."""
-    if run.lr is not None or run.length == 0:
-        return run
-    rate = chosen_lr(cfg, run.family, results, run.domain)
-    return None if rate is None else dataclasses.replace(run, lr=rate)
+def resolver(cfg: DictConfig, results: Results) -> Callable[[Run], Run | None]:
+    """A function that returns a run with its learning rate; None until that is chosen.
+
+    Each family's rate is looked up once.
+    """
+    rate_of = functools.cache(lambda family, domain: chosen_lr(cfg, family, results, domain))
+
+    def resolve(run: Run) -> Run | None:
+        if run.lr is not None or run.length == 0:
+            return run
+        rate = rate_of(run.family, run.domain)
+        return None if rate is None else dataclasses.replace(run, lr=rate)
+
+    return resolve
 
 
 def remaining(cfg: DictConfig, experiments: Sequence[Experiment], results: Results) -> list[Job]:
@@ -151,17 +160,23 @@ def remaining(cfg: DictConfig, experiments: Sequence[Experiment], results: Resul
     Until then its job is marked as undecided.
     """
     jobs: list[Job] = []
+    resolve = resolver(cfg, results)
     for experiment in experiments:
-        for job in _jobs(cfg, experiment, results):
+        for job in _jobs(cfg, experiment, results, resolve):
             done = job.decided and job.is_done(results)
             if not done and not any(each.covers(job) for each in jobs):
                 jobs.append(job)
     return jobs
 
 
-def _jobs(cfg: DictConfig, experiment: Experiment, results: Results) -> Iterator[Job]:
+def _jobs(
+    cfg: DictConfig,
+    experiment: Experiment,
+    results: Results,
+    resolve: Callable[[Run], Run | None],
+) -> Iterator[Job]:
     for run in experiment.all_runs():
-        resolved = resolve(cfg, run, results)
+        resolved = resolve(run)
         if resolved is None:
             rates = grid(cfg, run.family, results, run.domain)
             yield from (Job(rate) for rate in rates)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def _save(figure: Any, path: Path) -> None:
 
 def _curve(axis: Any, label: str, found: Curves, colour: str) -> None:
     """Draw each seed faintly and their mean."""
-    for i in range(len(found.values)):
-        axis.plot(found.steps, found.mean(np.array([i])), color=colour, alpha=0.35, linewidth=0.8)
+    for values in found.values:
+        one = replace(found, values=values[None]).mean()
+        axis.plot(found.steps, one, color=colour, alpha=0.35, linewidth=0.8)
     seeds = f", {len(found.values)} seeds" if len(found.values) > 1 else ""
     axis.plot(found.steps, found.mean(), color=colour, marker="o", ms=3, label=label + seeds)
 

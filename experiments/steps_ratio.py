@@ -22,6 +22,28 @@ Array = NDArray[np.float64]
 
 
 @dataclass(frozen=True)
+class Draws:
+    """How often each draw of a bootstrap has each seed and each group."""
+
+    seeds: Array
+    """[draws, seeds]"""
+    groups: Array
+    """[draws, groups]"""
+
+    @classmethod
+    def of(cls, like: Curves, draws: int, seed: int) -> Draws:
+        """Draw the seeds and groups of `like` with replacement."""
+        random = np.random.default_rng(seed)
+
+        def counts(size: int) -> Array:
+            return np.bincount(random.integers(size, size=size), minlength=size).astype(float)
+
+        seeds, groups = len(like.values), len(like.tokens)
+        drawn = [(counts(seeds), counts(groups)) for _ in range(draws)]
+        return cls(*map(np.array, zip(*drawn, strict=True)))
+
+
+@dataclass(frozen=True)
 class Curves:
     """Held-out losses of the seeds of one setting."""
 
@@ -32,12 +54,17 @@ class Curves:
     tokens: Array
     """[groups], answer tokens"""
 
-    def mean(self, seeds: NDArray[np.intp] | None = None, groups: Array | None = None) -> Array:
-        """The mean loss [P] over seeds and tokens; `groups` [groups] counts the draws of each."""
-        weights = self.tokens if groups is None else self.tokens * groups
-        values = self.values if seeds is None else self.values[seeds]
-        mean: Array = (values @ weights).mean(axis=0) / weights.sum()
+    def mean(self) -> Array:
+        """The mean loss [P] over seeds and tokens."""
+        mean: Array = (self.values @ self.tokens).mean(axis=0) / self.tokens.sum()
         return mean
+
+    def means(self, drawn: Draws) -> Array:
+        """The mean losses [draws, P] over the seeds and groups of each draw."""
+        weights = self.tokens * drawn.groups  # [draws, groups]
+        sums = self.values @ weights.T  # [seeds, P, draws]
+        means: Array = np.einsum("ds,spd->dp", drawn.seeds, sums) / len(self.values)
+        return means / weights.sum(axis=1, keepdims=True)
 
     @property
     def best(self) -> int:
@@ -54,30 +81,29 @@ class Interval:
     high: float
 
 
-def first_reached(steps: Array, curve: Array, target: float) -> float:
-    """The first step at which a curve is at or below the target; inf if it never is.
+def first_reached(steps: Array, curves: Array, targets: Array | float) -> Array:
+    """The first steps at which curves [..., P] are at or below targets [...]; inf without one.
 
-    At the first point where that is already below: an upper bound.
+    Of a curve that is below at its first point: that point, an upper bound.
     """
-    below = np.flatnonzero(curve <= target)
-    if not len(below):
-        return float("inf")
-    i = int(below[0])
-    if i == 0:
-        return float(steps[0])
-    share = (curve[i - 1] - target) / (curve[i - 1] - curve[i])
-    return float(steps[i - 1] + share * (steps[i] - steps[i - 1]))
+    targets = np.asarray(targets)[..., None]
+    below = curves <= targets
+    at = below.argmax(axis=-1, keepdims=True)  # of the first
+    before = np.maximum(at - 1, 0)
+    high, low = (np.take_along_axis(curves, where, axis=-1) for where in (before, at))
+    share = np.divide(high - targets, high - low, out=np.zeros_like(high), where=at > 0)
+    reached = steps[before] + share * (steps[at] - steps[before])
+    return np.where(below.any(axis=-1), reached[..., 0], np.inf)
 
 
 def ratio(a: Curves, b: Curves, draws: int, level: float, seed: int) -> Interval:
     """The steps ratio of the mean curves, with its interval; inf where B does not get there."""
     best = a.best
 
-    def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
-        target = float(a.mean(seeds, groups)[best])
-        return first_reached(b.steps, b.mean(seeds, groups), target) / float(a.steps[best])
+    def statistic(first: Array, second: Array) -> Array:
+        return first_reached(b.steps, second, first[..., best]) / a.steps[best]
 
-    return bootstrap(statistic, a, draws, level, seed)
+    return bootstrap(statistic, a, b, draws, level, seed)
 
 
 def difference(
@@ -86,30 +112,24 @@ def difference(
     """B's loss minus A's at the last or another step of both, with its interval."""
     at_a, at_b = (-1 if step is None else int(np.searchsorted(x.steps, step)) for x in (a, b))
 
-    def statistic(seeds: NDArray[np.intp] | None, groups: Array | None) -> float:
-        return float(b.mean(seeds, groups)[at_b] - a.mean(seeds, groups)[at_a])
+    def statistic(first: Array, second: Array) -> Array:
+        return second[..., at_b] - first[..., at_a]
 
-    return bootstrap(statistic, a, draws, level, seed)
+    return bootstrap(statistic, a, b, draws, level, seed)
 
 
 def bootstrap(
-    statistic: Callable[[NDArray[np.intp] | None, Array | None], float],
-    like: Curves,
+    statistic: Callable[[Array, Array], Array],
+    a: Curves,
+    b: Curves,
     draws: int,
     level: float,
     seed: int,
 ) -> Interval:
-    """`statistic(None, None)` with bootstrap percentiles over the seeds and groups of `like`."""
-    random = np.random.default_rng(seed)
-    seeds, groups = len(like.values), len(like.tokens)
-    values = [
-        statistic(
-            random.integers(seeds, size=seeds),
-            np.bincount(random.integers(groups, size=groups), minlength=groups).astype(float),
-        )
-        for _ in range(draws)
-    ]
+    """`statistic` of the mean curves [..., P] of A and B, with bootstrap percentiles."""
+    drawn = Draws.of(a, draws, seed)
+    values = statistic(a.means(drawn), b.means(drawn))
     # Without interpolation: a draw may be inf.
     margin = (1 - level) / 2
     low, high = np.quantile(values, [margin, 1 - margin], method="inverted_cdf")
-    return Interval(statistic(None, None), float(low), float(high))
+    return Interval(float(statistic(a.mean(), b.mean())), float(low), float(high))

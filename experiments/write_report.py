@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 
 from config_check import check_config
-from findings import rows
+from findings import finder, rows
 from omegaconf import DictConfig, OmegaConf
 from queue_plan import check_results, read_results
 from results_figures import draw, draw_bytes
@@ -35,6 +35,7 @@ def read_study(cfg: DictConfig) -> Study:
     """The configured experiments with their results in `cfg.results`."""
     directory = Path(cfg.results)
     results, experiments = read_results(directory), read_experiments(cfg)
+    find = finder(cfg, results)
     data = {
         path.stem: json.loads(path.read_text(encoding="utf-8"))
         for path in directory.glob("data/*.json")
@@ -43,10 +44,10 @@ def read_study(cfg: DictConfig) -> Study:
     return Study(
         cfg=cfg,
         experiments=experiments,
-        rows={experiment.name: rows(cfg, experiment, results) for experiment in experiments},
+        rows={experiment.name: rows(cfg, experiment, find) for experiment in experiments},
         results=results,
         data=dict(sorted(data.items())),
-        choices=rows(cfg, read_choices(cfg), results),
+        choices=rows(cfg, read_choices(cfg), find),
         timed=json.loads(timed.read_text(encoding="utf-8")) if timed.is_file() else None,
         repeated=read_results(directory / REPEATED),
     )

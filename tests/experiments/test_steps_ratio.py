@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from steps_ratio import Curves, Interval, difference, first_reached, ratio
+from steps_ratio import Curves, Draws, Interval, difference, first_reached, ratio
 
 STEPS = np.array([20.0, 40.0, 60.0, 80.0])
 
@@ -20,6 +20,9 @@ def test_the_target_is_reached_on_the_straight_line_between_two_validations() ->
     assert first_reached(STEPS, np.array([5.0, 4.0, 3.0, 3.5]), 4.0) == 40.0
     assert first_reached(STEPS, np.array([5.0, 4.0, 3.0, 3.5]), 9.0) == 20.0
     assert math.isinf(first_reached(STEPS, np.array([5.0, 4.0, 3.0, 3.5]), 2.9))
+    curves = np.array([[5.0, 4.0, 3.0, 3.5], [9.0, 8.0, 7.0, 1.0], [2.0, 4.0, 1.0, 1.0]])
+    reached = first_reached(STEPS, curves, np.array([3.25, 4.0, 1.0]))
+    assert reached.tolist() == [55.0, 70.0, 60.0]
 
 
 def test_ratio_is_to_the_step_of_the_best_and_not_to_the_last() -> None:
@@ -41,8 +44,9 @@ def test_mean_weighs_groups_by_their_tokens_and_seeds_alike() -> None:
     found = curves([[[1, 4], [1, 4], [1, 4], [1, 4]], [[3, 8], [3, 8], [3, 8], [3, 8]]], [30, 10])
     first, second = (30 * 1 + 10 * 4) / 40, (30 * 3 + 10 * 8) / 40
     assert found.mean() == pytest.approx([(first + second) / 2] * 4)
-    assert found.mean(np.array([1, 1])) == pytest.approx([second] * 4)
-    assert found.mean(None, np.array([0.0, 3.0])) == pytest.approx([6.0] * 4)
+    drawn = Draws(np.array([[0.0, 2.0], [1.0, 1.0]]), np.array([[1.0, 1.0], [0.0, 2.0]]))
+    assert found.means(drawn)[0] == pytest.approx([second] * 4)
+    assert found.means(drawn)[1] == pytest.approx([6.0] * 4)
 
 
 def test_interval_of_two_groups_is_that_of_all_equally_likely_draws() -> None:
