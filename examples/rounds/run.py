@@ -295,7 +295,7 @@ def commands(args: argparse.Namespace) -> Iterator[Command]:
                 f"data.file_path={args.prompts}",
                 f"output_dir={answers}",
                 f"generation.temperature={args.temperature}",
-                f"generation.seed={number}",
+                *([f"generation.seed={number}"] if args.temperature else []),
                 *unless_given("dump.top_k=1", args.generate),  # only the text is needed
                 *args.generate,
             ],

@@ -146,7 +146,15 @@ def _balance_experts(provider: Any, coefficient: float) -> None:
     """
     if not getattr(provider, "num_moe_experts", None):
         return
+    own = getattr(provider, "moe_aux_loss_coeff", 0.0)
     provider.moe_aux_loss_coeff = coefficient
+    if own and not coefficient:
+        say_once(
+            [
+                f"the student's moe_aux_loss_coeff={own} is set to 0: the loss that balances its "
+                "experts would count padding; finetune_config(moe_aux_loss_coeff=...) sets it"
+            ]
+        )
     if coefficient:
         say_once(
             [

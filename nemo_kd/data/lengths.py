@@ -34,7 +34,7 @@ class LengthLimit:
 
     def __str__(self) -> str:
         if self.of_model:
-            return f"the student's {self.tokens}"
+            return f"the student's limit of {self.tokens}"
         if self.inputs:
             return f"{self.setting} + 1 = {self.tokens}"
         return f"{self.setting}={self.tokens}"
@@ -98,7 +98,7 @@ def fit_lengths(store: Store, limit: LengthLimit, over_long: str = "error") -> F
     if len(long) and over_long == "error":
         raise StoreError(
             f"store {store.origin} has {len(long)} of {len(lengths)} samples with more than "
-            f"{limit} tokens (the longest has {lengths.max()}); {limit.remedy}, or set its "
+            f"{limit} tokens (the longest has {lengths.max()}); {limit.remedy}, or set "
             f"{limit.over_long} to truncate or drop"
         )
     fits = [over_long == "truncate" and _fits(store[int(i)], limit.tokens) for i in long]

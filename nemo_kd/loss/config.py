@@ -119,12 +119,13 @@ class KDConfig:
 
 def _expected(kind: str, value: object) -> str:
     """Return what a field annotated as float, int or bool should be; "" if `value` is."""
-    number = not isinstance(value, bool)
+    flag = type(value).__name__ in ("bool", "bool_")  # numpy's too
+    number = not flag
     if kind == "float" and not (number and isinstance(value, Real)):
         return "a number"
     if kind == "int" and not (number and isinstance(value, Integral)):
         return "a whole number"
-    return "True or False" if kind == "bool" and not isinstance(value, bool) else ""
+    return "True or False" if kind == "bool" and not flag else ""
 
 
 def check_alpha(name: str, value: float | None) -> None:

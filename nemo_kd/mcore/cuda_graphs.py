@@ -9,6 +9,8 @@ from nemo_kd.errors import NemoKDError
 
 SETTINGS = ("cuda_graph_impl", "cuda_graph_scope", "cuda_graph_modules")
 """Where megatron-core 0.14 to 0.19 have `full_iteration`."""
+SWITCHES = ("enable_cuda_graph", "external_cuda_graph")
+"""What turns graphs on beside, or before, `cuda_graph_impl`; the scope alone makes none."""
 FULL_ITERATION = "full_iteration"
 
 
@@ -21,7 +23,12 @@ def refuse_full_iteration(config: Any, naming: Callable[[str], str] = str) -> No
 
     Errors: NemoKDError.
     """
+    off = getattr(config, "cuda_graph_impl", "none") == "none" and not any(
+        getattr(config, name, False) for name in SWITCHES
+    )
     for name in SETTINGS:
+        if off and name == "cuda_graph_scope":
+            continue
         given = getattr(config, name, None)
         values = given if isinstance(given, list | tuple) else [given]
         words = [word for value in values for word in _name(value).split(",")]

@@ -183,7 +183,7 @@ def datasets_provider(
     """Return the iterators over training and validation stores that `pretrain` reads.
 
     They start at the numbers of consumed samples in Megatron-LM's checkpoint. With `--sft` samples
-    are packed, as Megatron-LM's own; see `_packed`. `numbers` of samples are not used: iterators
+    are packed, as Megatron-LM's own; see `_take_sft`. `numbers` of samples are not used: iterators
     are endless.
     Each evaluation has the first samples of the validation stores, every one once if `--eval-iters`
     batches hold them all.
@@ -194,6 +194,7 @@ def datasets_provider(
     from megatron.training import get_args, get_tokenizer
 
     args = get_args()
+    _take_sft(args)
     check_vocabulary(args, get_tokenizer(), Store(args.kd_store[0]).spec)
     training = KDDataset(
         [
@@ -345,12 +346,12 @@ def _dataset_options(args: Namespace) -> dict[str, Any]:
         "seed": args.seed,
         "over_long": args.kd_over_long,
         "naming": option,
-        "packed": _packed(args),
+        "packed": args.kd_packed,
     }
 
 
-def _packed(args: Namespace) -> bool:
-    """Return whether samples are packed, by `--sft`, which is then unset for Megatron-LM's loop.
+def _take_sft(args: Namespace) -> None:
+    """Take `--sft`, by which samples are packed, as `args.kd_packed`; Megatron-LM's loop has none.
 
     With it, the loop logs means over packs of their own means, and its validations divide by zero
     (before Megatron-core 0.17) or count a 0 for each of the packs without answers that fill their
@@ -358,8 +359,7 @@ def _packed(args: Namespace) -> bool:
     reads `sft` for nothing else but its own batches.
     """
     if not hasattr(args, "kd_packed"):
-        args.kd_packed, args.sft = args.sft, False
-    return bool(args.kd_packed)
+        args.kd_packed, args.sft = bool(args.sft), False
 
 
 def _meaningless(parser: ArgumentParser) -> list[tuple[str, str, Any, str]]:

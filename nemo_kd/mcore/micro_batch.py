@@ -31,7 +31,7 @@ class MicroBatchLoss:
 
     labels: torch.Tensor
     """[B, S]: of this context-parallel rank, as everything here."""
-    answers: AnswerTokens
+    answers: AnswerTokens | None
     """None on other pipeline stages, where nothing is computed."""
     config: KDConfig
     vocab_size: int
@@ -67,6 +67,7 @@ class MicroBatchLoss:
         labels [B, S]; logits [S, B, Vp] of the output layer, in its dtype. Collectives: two
         all-reduces over the tensor-parallel ranks forward, none backward.
         """
+        assert self.answers is not None  # on the last stage
         topk = self.answers.topk
         if self.scheduled and self.config.temperature not in topk.temperatures:
             topk = replace(topk, logsumexp=None)
@@ -115,6 +116,7 @@ class MicroBatchLoss:
                 "the model's forward pass did not call compute_language_model_loss, which the "
                 "distillation replaces; set what fuses its LM head with the cross-entropy to False"
             )
+        assert self.answers is not None
         number, factor = len(self.answers.positions), 1
         if not self.per_token:
             factor = parallel_state.get_context_parallel_world_size()

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import yaml
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
 from nemo_kd.checkpoints.model import CheckpointError
 from nemo_kd.checkpoints.source import CONFIG
@@ -139,9 +140,9 @@ def _learned_positions(model: DictConfig) -> int | None:
         return None
     try:
         config = yaml.safe_load(read_member(Path(path), CONFIG))
-    except (CheckpointError, OSError):
+        return max_positions(OmegaConf.create(config)) if isinstance(config, dict) else None
+    except (CheckpointError, OSError, yaml.YAMLError, OmegaConfBaseException):
         return None
-    return max_positions(config)
 
 
 def _limits(max_epochs: int | None) -> bool:

@@ -300,19 +300,21 @@ class GenerationConfig:
     def __post_init__(self) -> None:
         check_flags(self)
         if self.temperature == 0:
-            self._check_greedy()
+            check_greedy(self.samples_per_prompt, self.top_p)
 
-    def _check_greedy(self) -> None:
-        if self.samples_per_prompt > 1:
-            raise NemoKDError(
-                f"generation.samples_per_prompt={self.samples_per_prompt} with temperature 0 would "
-                "generate the same answer each time; set generation.temperature above 0"
-            )
-        if self.top_p < 1:
-            raise NemoKDError(
-                f"generation.top_p={self.top_p} with temperature 0 has no effect: only the most "
-                "probable token is chosen; set generation.temperature above 0, or leave it out"
-            )
+
+def check_greedy(samples_per_prompt: int, top_p: float) -> None:
+    """Raise NemoKDError for settings of a generation that temperature 0 contradicts."""
+    if samples_per_prompt > 1:
+        raise NemoKDError(
+            f"generation.samples_per_prompt={samples_per_prompt} with temperature 0 would generate "
+            "the same answer each time; set generation.temperature above 0"
+        )
+    if top_p < 1:
+        raise NemoKDError(
+            f"generation.top_p={top_p} with temperature 0 has no effect: only the most probable "
+            "token is chosen; set generation.temperature above 0, or leave it out"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

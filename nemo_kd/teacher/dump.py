@@ -33,13 +33,15 @@ from nemo_kd.teacher.checks import Company, check_teacher
 from nemo_kd.teacher.config import DumpConfig
 from nemo_kd.teacher.earlier_part import check_earlier_part
 from nemo_kd.teacher.forward import sample_of, usable
-from nemo_kd.teacher.identity import as_recorded, teacher_identity
+from nemo_kd.teacher.identity import as_recorded, teacher_identity, with_idle_seed
 from nemo_kd.teacher.interface import Forward, Teacher
 from nemo_kd.teacher.layout import Layout
 from nemo_kd.teacher.progress import DumpProgress
 from nemo_kd.teacher.rows import bad_rows, sft_rows
 from nemo_kd.teacher.stop import StopOnSignal
 from nemo_kd.visible import visible
+
+SAMPLES = "the sizes of the files and samples of their content are equal; not all of it is compared"
 
 
 class Numbered(Protocol):
@@ -212,6 +214,7 @@ def moved(config: DumpConfig, spec: StoreSpec, layout: Layout) -> StoreSpec:
 
 def _as_in(earlier: StoreSpec, config: DumpConfig, spec: StoreSpec, layout: Layout) -> StoreSpec:
     """Return `spec` with the names, paths and fingerprint of `earlier` that stand for the same."""
+    spec = with_idle_seed(spec, earlier)
     now, same = spec.teacher.get("fingerprint"), spec
     if now is not None:  # no server
         same = as_recorded(spec, earlier, config.model.checkpoint)
@@ -221,14 +224,19 @@ def _as_in(earlier: StoreSpec, config: DumpConfig, spec: StoreSpec, layout: Layo
             "samples of its files, and these are equal"
         )
     found, all_bytes = same.named_as(earlier), now is None or (same is spec and is_of_all(now))
-    for name, new, old in same.differences(found):
+    renamed = list(same.differences(found))
+    for name, new, old in renamed:
         if all_bytes or name == "source.name":
             layout.say(f"{config.output_dir}: {name} is now {new}, with the content of {old}")
         else:
             layout.say(
-                f"{config.output_dir}: {name} is now {new}, which is taken for {old}: the sizes of "
-                "the files and samples of their content are equal; not all of it is compared"
+                f"{config.output_dir}: {name} is now {new}, which is taken for {old}: {SAMPLES}"
             )
+    of_source = all(name == "source.name" for name, _, _ in renamed)
+    if of_source and not all_bytes and same is spec and now == earlier.teacher.get("fingerprint"):
+        layout.say(
+            f"{config.output_dir}: the teacher is taken for the one that the store has: {SAMPLES}"
+        )
     return found
 
 

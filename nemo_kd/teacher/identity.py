@@ -69,6 +69,17 @@ def as_recorded(spec: StoreSpec, earlier: StoreSpec, checkpoint: Path) -> StoreS
     return replace(spec, teacher={**spec.teacher, "fingerprint": then})
 
 
+def with_idle_seed(spec: StoreSpec, earlier: StoreSpec) -> StoreSpec:
+    """Return `spec` with the seed that an earlier version has recorded for a greedy generation.
+
+    It decides nothing there; specs have its default since.
+    """
+    now, then = (dict(one.template.get("generation", {})) for one in (spec, earlier))
+    if "seed" not in then or any(one.get("temperature") != 0 for one in (now, then)):
+        return spec
+    return replace(spec, template={**spec.template, "generation": {**now, "seed": then["seed"]}})
+
+
 def _is_of_another_kind(path: Path) -> bool:
     """Whether `nemo` or `hf` reads it too: a .nemo, a .gguf or a Hugging Face directory."""
     return path.is_file() or any((path / f).is_file() for f in ("config.json", "model_config.yaml"))

@@ -63,7 +63,8 @@ def test_it_is_off_for_a_student_with_experts(
     recipe: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert coefficient(recipe, experts=8) == 0.0
-    assert capsys.readouterr().err == ""
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"the student's moe_aux_loss_coeff={OF_BRIDGE} is set to 0: ")
 
 
 def test_it_is_kept_if_asked_for_with_a_line_about_padding(
@@ -74,5 +75,6 @@ def test_it_is_kept_if_asked_for_with_a_line_about_padding(
     assert line.startswith("moe_aux_loss_coeff=0.01: ") and "counts padding" in line
 
 
-def test_a_dense_student_is_left_as_it_is(recipe: Any) -> None:
+def test_a_dense_student_is_left_as_it_is(recipe: Any, capsys: pytest.CaptureFixture[str]) -> None:
     assert coefficient(recipe, experts=None) == OF_BRIDGE
+    assert capsys.readouterr().err == ""

@@ -139,9 +139,9 @@ def test_megatron_cores_data_set_says_the_same(order: dict[str, Any]) -> None:
 def test_too_long_samples_are_refused_in_the_words_of_the_room(order: dict[str, Any]) -> None:
     said = order["megatron_core_said"]
     assert "more than seq_length + 1 = 60 tokens" in said["refused"]
-    assert "raise seq_length of this data set, or set its over_long" in said["refused"]
+    assert "raise seq_length of this data set, or set over_long" in said["refused"]
     assert "more than --seq-length + 1 = 60 tokens" in said["refused_option"]
-    assert "set its --kd-over-long to truncate" in said["refused_option"]
+    assert "set --kd-over-long to truncate" in said["refused_option"]
 
 
 def test_a_store_that_is_written_anew_under_a_run_ends_it(order: dict[str, Any]) -> None:

@@ -42,5 +42,7 @@ def test_values_of_another_type_are_refused(given: dict[str, Any], message: str)
 def test_numbers_of_numpy_and_what_may_be_none_are_accepted() -> None:
     weights: dict[str, Any] = {"sft_weight": np.float32(0.5), "temperature": np.int64(2)}
     KDConfig(alpha=None, kd_weight=1, **weights)
+    flag: Any = np.True_
+    KDConfig(count_padding=flag)
     ends: dict[str, Any] = {"alpha_end": np.float64(0.1), "schedule_steps": np.int64(3)}
     KDSchedule(alpha=1, temperature_end=None, **ends)

@@ -22,6 +22,11 @@ Scope = Enum("Scope", ["full_iteration", "full_iteration_inference", "attn"])
     [
         {"enable_cuda_graph": True, "cuda_graph_scope": "full_iteration"},  # 0.14
         {"cuda_graph_impl": "local", "cuda_graph_scope": "attn,full_iteration"},  # 0.15
+        {  # an older name of "local"
+            "cuda_graph_impl": "none",
+            "enable_cuda_graph": True,
+            "cuda_graph_scope": ["full_iteration"],
+        },
         {"cuda_graph_impl": "local", "cuda_graph_scope": [Scope.full_iteration]},  # 0.16, 0.17
         {"cuda_graph_impl": "full_iteration", "cuda_graph_modules": []},  # 0.18, 0.19
         {"cuda_graph_impl": "none", "cuda_graph_modules": ["full_iteration"]},
@@ -39,6 +44,8 @@ def test_graphs_of_full_iterations_are_refused(settings: dict[str, Any]) -> None
         {"cuda_graph_impl": "local", "cuda_graph_scope": "full"},
         {"cuda_graph_impl": "local", "cuda_graph_scope": [Scope.full_iteration_inference]},
         {"cuda_graph_impl": "transformer_engine", "cuda_graph_modules": [Scope.attn]},
+        {"cuda_graph_impl": "none", "cuda_graph_scope": ["full_iteration"]},  # no graphs
+        {"enable_cuda_graph": False, "cuda_graph_scope": "full_iteration"},
     ],
 )
 def test_graphs_of_layers_are_accepted(settings: dict[str, Any]) -> None:

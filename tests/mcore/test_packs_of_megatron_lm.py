@@ -6,7 +6,7 @@ from argparse import Namespace
 
 import pytest
 
-from nemo_kd.mcore.megatron_lm import _packed
+from nemo_kd.mcore.megatron_lm import _take_sft
 
 
 @pytest.mark.parametrize("given", [True, False])
@@ -14,4 +14,5 @@ def test_megatron_lm_logs_means_over_answer_tokens(given: bool) -> None:
     """With `args.sft` it divides the sum of each pack by its number, which may be 0."""
     args = Namespace(sft=given)
     for _ in range(2):  # a virtual pipeline asks for each chunk
-        assert _packed(args) is given and args.sft is False
+        _take_sft(args)
+        assert args.kd_packed is given and args.sft is False

@@ -126,8 +126,31 @@ def test_a_sample_beyond_the_students_positions_is_not_a_matter_of_the_setting(
     cfg = configuration(directory)
     cfg.model.restore_from_path = str(tmp_path)
     cfg.model.data.train_ds.over_long = "error"
-    with pytest.raises(NemoKDError, match=r"the student's 9 tokens.*student with more positions"):
+    with pytest.raises(
+        NemoKDError, match=r"the student's limit of 9 tokens.*student with more positions"
+    ):
         samples_of(cfg, "train_ds")
+
+
+@pytest.mark.parametrize(
+    ("config", "samples"),
+    [
+        ("encoder_seq_length: 9\nmax_position_embeddings: ${.encoder_seq_length}", 6),
+        *(
+            (damaged, 10)
+            for damaged in ("", "- a", "a: [1,\n b: }", "max_position_embeddings: ${x}")
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_left_to_the_students_own_error(
+    directory: Path, tmp_path: Path, config: str, samples: int
+) -> None:
+    (tmp_path / "model_config.yaml").write_text(config)
+    cfg = configuration(directory)
+    cfg.model.restore_from_path = str(tmp_path)
+    cfg.model.data.train_ds.over_long = "drop"
+    cfg.model.data.train_ds.max_seq_length = 30
+    assert samples_of(cfg, "train_ds") == [samples]
 
 
 def test_an_epoch_goes_on_where_another_batch_size_left_it(directory: Path) -> None:

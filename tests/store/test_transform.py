@@ -152,6 +152,28 @@ def test_a_store_is_not_merged_with_a_part_of_it(tmp_path: Path) -> None:
     assert list(in_common([whole, Store(tmp_path / "t")])) == []
 
 
+def test_samples_in_common_are_seen_across_the_versions_of_a_fingerprint(tmp_path: Path) -> None:
+    """Also if a greedy generation of an earlier version has recorded an idle seed."""
+    of = spec(source={"name": "a.jsonl", "rows": 60, "sha256": "a" * 64})
+
+    def of_teacher(fingerprint: str, seed: int, temperature: float = 0.0) -> Store:
+        generation = {"temperature": temperature, "seed": seed}
+        made = replace(
+            of,
+            teacher={"name": "t.nemo", "fingerprint": fingerprint},
+            template={**of.template, "generation": generation},
+        )
+        path = tmp_path / f"{fingerprint[0]}-{seed}-{temperature}"
+        write(path, made, [sample(row, of, seed) for row in range(60)])
+        return Store(path)
+
+    earlier, now, other = "a" * 64, "b" * 64 + ":full", "c" * 64 + ":full"
+    found = list(in_common([of_teacher(earlier, 7), of_teacher(now, 1234)]))
+    assert len(found) == 1 and "60 samples in common, such as row 0" in found[0]
+    assert not list(in_common([of_teacher(now, 1), of_teacher(other, 1)]))
+    assert not list(in_common([of_teacher(now, 2, 1.0), of_teacher(now, 3, 1.0)]))
+
+
 def test_more_than_the_source_holds_is_refused(tmp_path: Path) -> None:
     opened = Store(store(tmp_path / "s", spec(profile="top_p", profile_options={"p": 0.3})))
     convert(opened, tmp_path / "less", profile_options={"p": 0.2})

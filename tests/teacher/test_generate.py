@@ -12,6 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.writer import HFWriter
 from nemo_kd.store import Store, StoreSpec, verify
 from nemo_kd.teacher.generation import step
@@ -203,7 +204,7 @@ def test_an_answer_ends_where_its_logits_are_no_distribution() -> None:
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings: dict[str, float], message: str) -> None:
-    with pytest.raises(GenerationError, match=message):
+    with pytest.raises(NemoKDError, match=message):
         Decoding(**{"max_new_tokens": 5, "stop_ids": (1,), **settings})  # type: ignore[arg-type]
 
 

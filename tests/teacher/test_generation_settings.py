@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,20 @@ def test_a_seed_of_greedy_answers_is_said_and_does_not_make_another_store(
     assert "generation.seed=7 has no effect with generation.temperature=0" in said
     with pytest.raises(NemoKDError, match=r"template\.generation\.temperature"):
         run(typist, tmp_path, "generation.seed=7", "generation.temperature=1")
+
+
+def test_greedy_answers_of_an_earlier_version_are_resumed_whatever_their_seed(
+    typist: Path, tmp_path: Path
+) -> None:
+    """It recorded the seed that was given."""
+    store = run(typist, tmp_path).directory
+    for name in ("spec.json", "manifest.json"):
+        text = (store / name).read_text()
+        (store / name).write_text(re.sub(r'"seed":( ?)1234', r'"seed":\g<1>7', text))
+    before = Store(store).spec
+    assert before.template["generation"]["seed"] == 7
+    for seed in ([], ["generation.seed=7"]):
+        assert run(typist, tmp_path, *seed).spec == before
 
 
 @pytest.mark.parametrize(

@@ -93,6 +93,10 @@ def test_a_large_checkpoint_is_not_said_to_have_the_content_of_another(
     said = capfd.readouterr().err
     assert "teacher.name is now renamed, which is taken for teacher: the sizes of" in said
     assert "not all of it is compared" in said and "with the content of" not in said
+    run(teacher, file, tmp_path / "large")  # of the same name
+    said = capfd.readouterr().err
+    assert "the teacher is taken for the one that the store has: the sizes of" in said
+    assert "not all of it is compared" in said
 
 
 def test_a_store_of_an_earlier_version_is_resumed(

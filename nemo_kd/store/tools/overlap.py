@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json
+from nemo_kd.store.fingerprint import of_earlier_version
 from nemo_kd.store.reader import Store
 
 TWICE = "{}: they are trained on more often than the others"
@@ -41,6 +42,8 @@ def in_common(stores: Sequence[Store]) -> Iterator[str]:
         if a.fingerprint == b.fingerprint:
             yield f"{a.directory} and {b.directory} have the same samples"
             continue
+        if _of_other_teachers(a, b):
+            continue
         for source in of_a.keys() & of_b.keys():
             rows = np.intersect1d(of_a[source], of_b[source])
             if rows.size:
@@ -51,13 +54,26 @@ def in_common(stores: Sequence[Store]) -> Iterator[str]:
                 break
 
 
+def _of_other_teachers(a: Store, b: Store) -> bool:
+    """Whether the fingerprints tell the teachers apart; not if one is of an earlier version."""
+    one, other = (store.spec.teacher.get("fingerprint") for store in (a, b))
+    if isinstance(one, str) and isinstance(other, str):
+        return one != other and of_earlier_version(one) == of_earlier_version(other)
+    return one != other
+
+
 def _pieces(store: Store) -> Iterator[tuple[str, NDArray[np.int64]]]:
     """Yield (what identifies a source, its rows in the store [rows]) for each source."""
     spec, found = store.spec, dict[str, list[NDArray[np.int64]]]()
     if "sha256" not in canonical_json(spec.source):
         return
+    teacher = {name: value for name, value in spec.teacher.items() if name != "fingerprint"}
+    template = dict(spec.template)
+    if (generation := template.get("generation", {})).get("temperature") == 0:
+        # The seed, which decides nothing, is not what an earlier version has recorded.
+        template["generation"] = {**generation, "seed": None}
     for sha256, rows in _rows(spec.source, store.rows):
-        key = canonical_json([sha256, spec.teacher, spec.template])
+        key = canonical_json([sha256, teacher, template])
         found.setdefault(key, []).append(rows)
     yield from ((key, np.concatenate(rows)) for key, rows in found.items())
 

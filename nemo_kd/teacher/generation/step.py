@@ -15,6 +15,7 @@ from torch import Tensor
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.sft.rows import Row
+from nemo_kd.teacher.config import check_greedy
 from nemo_kd.teacher.sampling import uniforms
 from nemo_kd.teacher.select import Selection, joined
 from nemo_kd.topk import TopK
@@ -58,16 +59,8 @@ class Decoding:
             raise GenerationError(f"generation.temperature={self.temperature} is below 0")
         if not 0 < self.top_p <= 1:
             raise GenerationError(f"generation.top_p={self.top_p} is not in (0, 1]")
-        if self.samples_per_prompt > 1 and self.temperature == 0:
-            raise GenerationError(
-                f"generation.samples_per_prompt={self.samples_per_prompt} with temperature 0 would "
-                "generate the same answer each time; set generation.temperature above 0"
-            )
-        if self.top_p < 1 and self.temperature == 0:
-            raise GenerationError(
-                f"generation.top_p={self.top_p} with temperature 0 has no effect: only the most "
-                "probable token is chosen; set generation.temperature above 0, or leave it out"
-            )
+        if self.temperature == 0:
+            check_greedy(self.samples_per_prompt, self.top_p)
 
 
 def are_distributions(logits: Tensor) -> Tensor:
@@ -100,15 +93,16 @@ def _choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
     point = uniform.to(probability.device).unsqueeze(-1)  # [B, 1]
     if probability.shape[-1] <= HEAD:
         return _drawn(*_ordered(probability), point, decoding.top_p)
-    # The order of the whole vocabulary is only needed for a token that is not among the first.
+    # The order of the whole vocabulary is only needed for a token that is not among the first. The
+    # masses of both are sums in another order: a draw within their rounding may differ.
     values, ids = probability.topk(HEAD)
     ids, at = ids.sort()
     values, at = _ordered(values.gather(-1, at))
     ids = ids.gather(-1, at)
-    whole = probability.sum(-1, keepdim=True) if decoding.top_p == 1 else None
-    chosen = _drawn(values, ids, point, decoding.top_p, whole)
+    total = probability.sum(-1, keepdim=True) if decoding.top_p == 1 else None
+    chosen = _drawn(values, ids, point, decoding.top_p, total)
     known = probability.gather(-1, chosen.unsqueeze(-1)) > values[:, -1:]
-    if whole is None:
+    if total is None:
         known &= values.sum(-1, keepdim=True) >= decoding.top_p
     rest = ~known.squeeze(-1)
     if rest.any():
@@ -123,16 +117,16 @@ def _ordered(probability: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(
-    values: Tensor, ids: Tensor, uniform: Tensor, top_p: float, whole: Tensor | None = None
+    values: Tensor, ids: Tensor, uniform: Tensor, top_p: float, total: Tensor | None = None
 ) -> Tensor:
     """Draw from the smallest leading part of descending probabilities that has `top_p`.
 
-    values, ids [B, n], uniform [B, 1]. `whole` [B, 1]: mass to draw from, if more than that of the
+    values, ids [B, n], uniform [B, 1]. `total` [B, 1]: mass to draw from, if more than that of the
     values; a draw beyond them is their last. Returns ids [B].
     """
     mass = values.cumsum(-1)
     last = (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
-    total = mass.gather(-1, last) if whole is None else whole  # [B, 1]
+    total = mass.gather(-1, last) if total is None else total  # [B, 1]
     index = torch.minimum(torch.searchsorted(mass, uniform * total, right=True), last)
     return ids.gather(-1, index).squeeze(-1)
 
