@@ -111,6 +111,8 @@ def below(study: Study, name: str, figures: Mapping[str, str]) -> list[str]:
         ]
     if name == "math_longer":
         return [paragraphs.beyond_the_teacher(rows[name], teacher)]
+    if name == "math_answers":
+        return [paragraphs.kept_answers(rows[name])]
     if name == "bytes":
         return [picture(figures, BYTES)]
     if name == "worded":

@@ -272,6 +272,19 @@ def trusted(rows: Sequence[Row]) -> str:
     return f"{100 * share:.0f} % of the training split's answer tokens keep alpha 0.9.\n"
 
 
+def kept_answers(rows: Sequence[Row]) -> str:
+    """How many of the teacher's sampled answers were kept, and how many say what the label says."""
+    found = next((r["answers"] for row in rows for r in row.found if "answers" in r), None)
+    if found is None:
+        return ""
+    same = 100 * found["as_original"] / max(found["kept"], 1)
+    return (
+        f"The teacher wrote {found['written']:,} answers, of which {found['kept']:,} have the "
+        f"right final answer and were kept; {same:.0f} % of these are the original, character for "
+        "character.\n"
+    )
+
+
 def written_by_the_teacher(rows: Sequence[Row]) -> str:
     """How many tokens the teacher's answers have, beside the originals."""
     tokens = {

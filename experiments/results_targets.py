@@ -25,9 +25,9 @@ STEPS_RATIOS = (
 MOST_BYTES, MOST_LOSS = 20, 0.01
 """The aim of a small store: bytes per token, and the upper end of its difference from K = 100."""
 NOT_MEASURED = (
-    "Not measured: on prose SFT with 70 % of the steps and both with 50 %, shorter trainings with "
-    "15 layers, 80 draws, several answers of the teacher per prompt filtered by their final "
-    "answer, and rounds with the same compute to the hour.\n\n"
+    "Not measured: 50 % of the steps on prose, shorter trainings with 15 layers, 80 draws, several "
+    "answers of the teacher per prompt where it words them differently, and rounds with the same "
+    "compute to the hour.\n\n"
     "Measured and dropped, one run each: the teacher's remaining mass given to the label instead "
     "of a bucket (-0.007 nats, within the noise of a seed); distillation only at the half or fifth "
     "of tokens with the largest entropy of the student (+0.185 and +0.736 nats).\n"

@@ -18,11 +18,20 @@ from assets import Assets
 from queue_plan import Job, chosen_lr, first_free, grid, remaining
 from smollm2 import smollm2
 from steps import Step, StepFailedError, Workshop, lock, locks_of
-from student import rounds_steps, steps, train_step, trained, validation_interval
+from student import (
+    rounds_steps,
+    steps,
+    teachers_answers,
+    train_step,
+    trained,
+    validation_interval,
+)
 from study import TIMED, Run, read_experiments, read_run, settings
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.loss import KDConfig
+from nemo_kd.store.manifest import ANSWERS
+from nemo_kd.teacher.generation.filter import AnswerFilter
 from tests.conftest import ROOT
 from tests.store.samples import spec, store
 
@@ -324,6 +333,31 @@ def test_a_generated_answer_has_room_beside_the_longest_prompt(cfg: Any, tmp_pat
         assert int(length) - int(new) >= math.data.max_tokens
     taught = Run(domain="math", layers=10, lr=6e-4, answers="teacher")
     assert f"train_ds.max_seq_length={length}" in " ".join(train_step(taught, assets).arguments)
+
+
+def test_answers_are_sampled_and_filtered_where_the_domain_says_so(
+    cfg: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code, math = (Assets(cfg, tmp_path).answers_steps(d)[-1].arguments for d in ("code", "math"))
+    assert not any("samples_per_prompt" in a or "temperature" in a or "filter" in a for a in code)
+    assert {"generation.samples_per_prompt=2", "generation.temperature=1.0"} <= set(math)
+    (name,) = (a.partition("=")[2] for a in math if a.startswith("generation.filter.function="))
+    monkeypatch.chdir(ROOT)  # as the queue's commands
+    keeps, row = AnswerFilter(function=name).keeps, {"input": "", "output": "1 + 2 = 3\nAnswer: 3"}
+    assert keeps("2 + 1 = 3\nAnswer: 3", row) and not keeps("1 + 2 = 4\nAnswer: 4", row)
+
+
+def test_the_teachers_answers_are_counted(cfg: Any, tmp_path: Path) -> None:
+    assets, run = Assets(cfg, tmp_path), Run(domain="math", layers=10, answers="both")
+    rows = [{"input": str(i), "output": f"{i}\u2028Answer: {i}"} for i in range(3)]
+    kept = [{**rows[0], "output": f" {rows[0]['output']}"}, {**rows[1], "output": "Answer: 1"}]
+    store = assets.store("math", "tuned", "answers")
+    for path, lines in ((assets.data("math") / "train.jsonl", rows), (store / ANSWERS, kept)):
+        path.parent.mkdir(parents=True)
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in lines)
+        path.write_text(text, encoding="utf-8")
+    written = 2 * settings(cfg, "math").data.train
+    assert teachers_answers(run, assets) == {"written": written, "kept": 2, "as_original": 1}
 
 
 def test_alpha_is_compared_with_the_products_default(cfg: Any) -> None:

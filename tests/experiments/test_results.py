@@ -264,6 +264,19 @@ def test_rounds_are_compared_by_their_answers_and_their_hours(cfg: Any, worked: 
     assert cells[4].startswith("+25.0 points [")
 
 
+def test_how_many_of_the_teachers_answers_were_kept_is_said(cfg: Any, worked: Path) -> None:
+    kd = Run(
+        domain="math", layers=10, lr=cfg.learning_rates[1], alpha=0.9, answers="both", length=2
+    )
+    counts = {"written": 4800, "kept": 3000, "as_original": 2700}
+    assert "The teacher wrote" not in written(cfg, worked)
+    write_result(worked, kd, 0.2, answers=counts)
+    assert (
+        "The teacher wrote 4,800 answers, of which 3,000 have the right final answer and were "
+        "kept; 90 % of these are the original, character for character." in written(cfg, worked)
+    )
+
+
 def test_answers_that_one_objective_alone_has_right_are_held_against_the_teachers(
     cfg: Any, worked: Path
 ) -> None:
