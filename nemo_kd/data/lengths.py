@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from numbers import Integral
 
 import numpy as np
 from numpy.typing import NDArray
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.loss.names import check_name
 from nemo_kd.store import Sample, Store, StoreError
 
@@ -93,6 +95,8 @@ def fit_lengths(store: Store, limit: LengthLimit, over_long: str = "error") -> F
     `over_long`.
     """
     check_name(limit.over_long, over_long, OVER_LONG, OVER_LONG_ALIASES)
+    if isinstance(limit.tokens, bool) or not isinstance(limit.tokens, Integral):
+        raise NemoKDError(f"{limit.setting} is {limit.tokens!r}: expected a whole number")
     lengths = store.lengths
     long = np.flatnonzero(lengths > limit.tokens)
     if len(long) and over_long == "error":

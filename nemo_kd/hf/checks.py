@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any
 
 from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.collator import StoreCollator
-from nemo_kd.hf.columns import warn_of_columns
+from nemo_kd.hf.columns import refuse_fewer_columns, warn_of_columns
 from nemo_kd.hf.dataset import check_tokenizer, datasets_in
 from nemo_kd.hf.evaluation import is_empty
 from nemo_kd.hf.generation import generation_fault
@@ -103,6 +103,7 @@ def check_data(trainer: Any) -> None:
     longest = check_each(trainer, {"train_dataset": trainer.train_dataset, **evaluated})
     _warn_of_max_length(getattr(trainer.args, "max_length", None), longest)
     collator = trainer.data_collator
+    refuse_fewer_columns(trainer.model, collator.vocab_size)
     compared = [collator, *datasets_in(trainer.train_dataset)]
     if not (_tokenizer_to_compare(trainer) or any(one.compares_tokenizer for one in compared)):
         warn_of_columns(trainer.model, collator.vocab_size)
@@ -137,8 +138,21 @@ def check_each(trainer: Any, named: Mapping[str, Any]) -> int:
     if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         known = [store for store in stores if store.spec.tokenizer.get("fingerprint") is not None]
         check_tokenizer(known, trainer.processing_class)
+        trained = datasets_in(named.get("train_dataset"))
+        _warn_of_chat_template([one.chat_template for one in trained], trainer.processing_class)
     _check_positions(trainer, longest)
     return longest
+
+
+def _warn_of_chat_template(templates: Iterable[Any], tokenizer: Any) -> None:
+    """Warn of a tokenizer, saved with the student, with another chat template than the rows had."""
+    known = [template for template in templates if isinstance(template, str)]
+    if any(tokenizer.chat_template != template for template in known):
+        warnings.warn(
+            "processing_class has another chat_template than the stores' rows, and is saved with "
+            "the student: set its chat_template to that of the StoreDataset",
+            stacklevel=5,
+        )
 
 
 def _check_config(data: str, given: KDConfig, used: KDConfig) -> None:

@@ -1,9 +1,11 @@
-"""Warn of a student that has many more logits than the stores' tokenizer has ids."""
+"""Refuse a student with fewer logits than the stores' tokenizer has ids, warn of many more."""
 
 from __future__ import annotations
 
 import warnings
 from typing import Any
+
+from nemo_kd.errors import NemoKDError
 
 MULTIPLE = 128
 """Megatron's default for `make_vocab_size_divisible_by`."""
@@ -16,6 +18,17 @@ def columns_of(model: Any) -> int | None:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     return getattr(text, "vocab_size", None)
+
+
+def refuse_fewer_columns(model: Any, ids: int) -> None:
+    """Raise NemoKDError for a model without an embedding for some of the `ids` of the stores."""
+    columns = columns_of(model)
+    if columns is not None and columns < ids:
+        raise NemoKDError(
+            f"the model has {columns} logits, but the stores' tokenizer {ids} ids: the student "
+            "needs the teacher's tokenizer (model.resize_token_embeddings adds rows for its added "
+            "tokens)"
+        )
 
 
 def warn_of_columns(model: Any, ids: int) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.hf.checks import (
     check_arguments,
     check_averaged,
@@ -21,6 +22,7 @@ from nemo_kd.hf.collator import TEACHER, mean
 from nemo_kd.hf.evaluation import all_samples, not_empty, without_repeated
 from nemo_kd.loss import KDConfig
 from nemo_kd.loss.schedule import evaluation_config, training_config
+from nemo_kd.teacher.processes import say_once
 
 TERMS = ("loss", "sft_loss", "kd_loss", "answer_tokens")
 
@@ -43,7 +45,8 @@ class StoreLossMixin:
     Checkpoints keep the settings of the loss, the stores' fingerprints and the arguments that
     `Trainer` does not change on a resume, in `nemo_kd.json`.
 
-    Errors: NemoKDError on construction for another collator, for arguments that the loss cannot
+    Errors: NemoKDError for a subclass whose bases have a Trainer before the mixin; on construction
+    for another collator, for arguments that the loss cannot
     follow, for data sets with another loss than the collator's, for samples longer than the
     positions of a model that learns them, for padding that changes a model's rotary frequencies and
     for a generation configuration that could not be saved; in the first step of several processes
@@ -52,6 +55,16 @@ class StoreLossMixin:
     StoreError on construction if `processing_class` is another tokenizer than the one the stores
     record.
     """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Raise NemoKDError for bases in an order in which Trainer's own loss would be trained."""
+        super().__init_subclass__(**kwargs)
+        for base in cls.__mro__[: cls.__mro__.index(StoreLossMixin)]:
+            if base.__module__ == "transformers.trainer":
+                raise NemoKDError(
+                    f"class {cls.__name__}: {base.__name__} comes before StoreLossMixin, so that "
+                    f"its loss would be trained; write class {cls.__name__}(StoreLossMixin, ...)"
+                )
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -82,6 +95,9 @@ class StoreLossMixin:
         checkpoint = chosen(given, trainer.args.output_dir)
         if checkpoint is None:
             check_start(trainer.args)
+            if given is True:
+                say_once([f"{trainer.args.output_dir} has no checkpoint: starting at step 0"])
+                given = None
         else:
             check_resumed(checkpoint, settings)
             move_later(checkpoint, trainer.args, trainer.accelerator.wait_for_everyone)
@@ -223,7 +239,11 @@ class _Sums:
 
         NaN without answer tokens: 0 would be the best loss.
         """
-        assert self.total is not None
+        if self.total is None:
+            raise NemoKDError(
+                f"the loss of the store was not computed: {type(trainer).__name__}.compute_loss "
+                "must call that of StoreLossMixin, by super()"
+            )
         *sums, count = trainer.accelerator.reduce(self.total, "sum").tolist()
         self.total = None
         pairs = zip(TERMS, sums, strict=False)

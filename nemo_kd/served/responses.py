@@ -40,6 +40,10 @@ SAMPLED_LINES = 32
 _WIRE = VLLM()
 
 
+class _Usage(msgspec.Struct):
+    completion_tokens: int | None = None
+
+
 class _Line(msgspec.Struct):
     index: int | None = None
     loss_mask: list[int] | None = None
@@ -51,6 +55,7 @@ class _Line(msgspec.Struct):
     error: Any = None
     prompt_logprobs: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
+    usage: _Usage | None = None
 
 
 _LINE, _TOP = msgspec.json.Decoder(_Line), msgspec.json.Decoder(Choice)
@@ -67,16 +72,16 @@ def is_response(line: bytes) -> bool:
 
 def first_top_k(path: Path) -> int:
     """Return the K of the first lines: of each token all entries, but not its own beyond K."""
-    widths, failed = list[int](), StoreError(f"{path} has no lines")
+    widths, failed = list[int](), list[StoreError]()
     for number, line in islice(lines_of(path), SAMPLED_LINES):
         try:
             widths.append(_width(_read(line)[1]))
         except (AnswerError, StoreError) as error:
-            failed = _named(path, number, error)
+            failed.append(_named(path, number, error))
     if not any(widths):
         if widths:
             raise StoreError(f"{path}: the first lines have no log-probabilities of prompt tokens")
-        raise failed
+        raise failed[0] if failed else StoreError(f"{path} has no lines")
     return min(width for width in widths if width)
 
 
@@ -136,6 +141,23 @@ def _sample(line: bytes, count: int, renumber: bool, spec: StoreSpec, changes: C
     return Sample(row, input_ids, mask, topk)
 
 
+def _refuse_generated(response: _Line) -> None:
+    """Refuse a chat completion with an answer: it would be left out, and the prompt be learned.
+
+    An answer of one token is what vLLM generates at least.
+    """
+    number = response.usage.completion_tokens if response.usage else None
+    if number is not None and number > 1 and _given(response.choices):
+        choices = msgspec.json.decode(response.choices, type=list[dict[str, msgspec.Raw]])
+        if any("message" in choice for choice in choices):
+            raise StoreError(
+                f"the response has an answer of {number} tokens, which have no prompt_logprobs: it "
+                "would be left out, and every token of its prompt be learned; request "
+                "prompt_logprobs of prompt and answer together, or add prompt_length or loss_mask "
+                "to the line to learn tokens of the prompt"
+            )
+
+
 def _topk(answer: Answer, row: Row, spec: StoreSpec, changes: Changes) -> TopK:
     width = _width(answer)
     if width < spec.top_k:
@@ -170,6 +192,8 @@ def _read(line: bytes) -> tuple[_Line, Answer]:
             break
         content = bytes(within)
         inner = _decoded(content)
+    if record.loss_mask is None and record.prompt_length is None:
+        _refuse_generated(inner)
     if _given(inner.prompt_logprobs):
         return record, _top(content)
     if _given(inner.choices):

@@ -79,7 +79,9 @@ class VLLM:
             found = self._decoder.decode(content)
         except NOT_JSON as error:
             raise AnswerError(f"the answer is not a completion in vLLM's format: {error}") from None
-        if len(found.choices) != 1 or found.choices[0].prompt_logprobs is None:
+        if len(found.choices) > 1:
+            raise AnswerError(f"the answer has {len(found.choices)} choices: request n=1")
+        if not found.choices or found.choices[0].prompt_logprobs is None:
             raise AnswerError(
                 "the answer has no prompt_logprobs: the server does not support them, or teacher."
                 "api is not its format"

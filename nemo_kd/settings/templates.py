@@ -44,9 +44,9 @@ def check_template(
     for name in str(fields).replace(" ", "").split(",") if fields else ():
         if name not in names and (name, names[0]) != ("context", "input"):  # NeMo's old name
             raise NemoKDError(
-                f"{where}.truncation_field={name} is not a field of {key}={template!r}: choose "
-                f"from "
-                f"{', '.join(names)}"
+                f"{where}.truncation_field={name} is not a field of {key}={template!r}: set it to "
+                f"{' or '.join(n for n in names if n != label) or 'null'}, the field that loses "
+                "tokens of rows that are too long, or to null"
             )
     for path, row in first_rows:
         if isinstance(row, dict):  # the reader refuses other rows

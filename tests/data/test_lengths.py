@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -74,3 +75,9 @@ def test_where_the_student_is_the_limit_no_setting_is_to_be_raised(store: Store)
         said = str(caught.value)
         assert "the student's limit of 3 tokens" in said and "raise" not in said
         assert "train a student with more positions, or set over_long to truncate" in said
+
+
+@pytest.mark.parametrize("tokens", ["30", 30.5, True])
+def test_a_length_is_a_whole_number(store: Store, tokens: Any) -> None:
+    with pytest.raises(NemoKDError, match=r"max_seq_length is .*: expected a whole number"):
+        fit_lengths(store, LengthLimit(tokens))

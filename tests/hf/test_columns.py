@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import transformers
 
+from nemo_kd.errors import NemoKDError
 from nemo_kd.hf import StoreCollator, StoreDataset
 from nemo_kd.hf.columns import columns_of, warn_of_columns
 from nemo_kd.loss import KDConfig
@@ -65,3 +66,10 @@ def test_padding_of_models_is_not_warned_of(ids: int, columns: int, warns: bool)
         warnings.simplefilter("always")
         warn_of_columns(model, ids)
     assert bool(caught) == warns
+
+
+def test_a_smaller_vocabulary_is_refused(tmp_path: Path) -> None:
+    store = write_store(tmp_path / "store", [4, 1], tokenizer=identity(tokenizer()))
+    message = f"the model has {VOCABULARY - 1} logits, but the stores' tokenizer {VOCABULARY} ids"
+    with pytest.raises(NemoKDError, match=message):
+        make(store, tmp_path, VOCABULARY - 1)

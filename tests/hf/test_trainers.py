@@ -7,6 +7,7 @@ import json
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import pytest
@@ -435,3 +436,66 @@ def test_other_losses_and_collators_are_refused(store: Path, tmp_path: Path) -> 
     model.config.output_router_logits = True
     with pytest.raises(NemoKDError, match="balance loss would not be added"):
         StoreTrainer(model=model, data_collator=collator)
+
+
+def test_a_trainer_before_the_mixin_would_train_without_the_store() -> None:
+    with pytest.raises(NemoKDError, match=r"Wrong: Trainer comes before StoreLossMixin, so that"):
+
+        class Wrong(transformers.Trainer, StoreLossMixin):
+            pass
+
+    class Right(StoreLossMixin, transformers.Trainer):
+        pass
+
+    class Own(Right):
+        pass
+
+
+def test_a_loss_of_ones_own_is_not_taken_for_the_stores(store: Path, tmp_path: Path) -> None:
+    class Own(steps.StoreTrainer):
+        def compute_loss(self, model: Any, inputs: Any, *_: Any, **__: Any) -> Any:
+            return model(input_ids=inputs["input_ids"]).logits.sum()
+
+    data = StoreDataset(store, CONFIG)
+    arguments = transformers.TrainingArguments(**steps.arguments(tmp_path))
+    trainer = Own(
+        model=student(), args=arguments, data_collator=StoreCollator(data), train_dataset=data
+    )
+    with pytest.raises(NemoKDError, match=r"Own\.compute_loss must call that of StoreLossMixin"):
+        trainer.train()
+
+
+def test_a_restart_without_a_checkpoint_starts_at_step_0(
+    store: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    data = StoreDataset(store, CONFIG)
+    trainer = steps.StoreTrainer(
+        model=student(),
+        args=transformers.TrainingArguments(**steps.arguments(tmp_path / "run")),
+        data_collator=StoreCollator(data),
+        train_dataset=data,
+    )
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step > 0
+    assert "run has no checkpoint: starting at step 0" in capfd.readouterr().err
+
+
+def test_another_chat_template_than_the_rows_had_is_warned_of(store: Path, tmp_path: Path) -> None:
+    def make(template: str | None) -> None:
+        data, known = StoreDataset(store, CONFIG), tokenizer()
+        known.chat_template = template
+        with mock.patch.object(StoreDataset, "chat_template", "{{ messages }}"):
+            steps.StoreTrainer(
+                model=student(),
+                args=transformers.TrainingArguments(**steps.arguments(tmp_path)),
+                data_collator=StoreCollator(data),
+                train_dataset=data,
+                processing_class=known,
+            )
+
+    for other in (None, "{{ 1 }}"):
+        with pytest.warns(UserWarning, match="has another chat_template than the stores' rows"):
+            make(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make("{{ messages }}")

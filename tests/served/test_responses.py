@@ -51,6 +51,17 @@ def line(**changes: Any) -> dict[str, Any]:
     )
 
 
+def chat(**changes: Any) -> dict[str, Any]:
+    """A chat completion, with what vLLM has of the prompt at its top."""
+    return {
+        "object": "chat.completion",
+        "choices": [{"index": 0, "message": {"role": "assistant", "content": "The answer."}}],
+        "prompt_logprobs": POSITIONS,
+        "prompt_token_ids": IDS,
+        "usage": {"prompt_tokens": 4, "completion_tokens": 7},
+    } | changes
+
+
 def read(path: Path, *records: Any, **options: Any) -> list[Sample]:
     texts = (one if isinstance(one, str) else json.dumps(one) for one in records)
     path.write_text("\n".join(texts) + "\n")
@@ -137,6 +148,14 @@ def test_answer_tokens_are_a_masks_or_all_after_the_prompt(tmp_path: Path) -> No
     assert none.topk.ids.shape == (0, 2)
 
 
+def test_a_chats_prompt_is_learned_if_asked_for(tmp_path: Path) -> None:
+    """Or if the server was only asked for the prompt: it generates a token at least."""
+    one = {"prompt_tokens": 4, "completion_tokens": 1}
+    for given in (chat(prompt_length=2), chat(loss_mask=[0, 0, 1, 1]), chat(usage=one)):
+        (found,) = read(tmp_path / "x.jsonl", given)
+        assert found.loss_mask.tolist()[2:] == [1, 1]
+
+
 def test_fewer_ids_are_kept_and_those_beyond_the_vocabulary_are_absent(tmp_path: Path) -> None:
     (one,) = read(tmp_path / "x.jsonl", line(), of=replace(OF, top_k=1))
     assert one.topk.ids.tolist() == [[1], [2], [3]]
@@ -167,7 +186,9 @@ BAD: dict[str, tuple[Any, str]] = {
         "the request failed .*too long",
     ),
     "no prompt_logprobs": (line(choices=[choice(prompt_logprobs=None)]), "no prompt_logprobs"),
-    "two choices": (line(choices=[choice(), choice()]), "no prompt_logprobs|choices"),
+    "two choices": (line(choices=[choice(), choice()]), "2 choices: request n=1"),
+    "an answer to a chat": (chat(), "an answer of 7 tokens, which have no prompt_logprobs"),
+    "in a batch": ({"response": {"body": chat()}}, "an answer of 7 tokens"),
     "no token ids": (without_ids(), "return_token_ids=true"),
     "a text as prompt": (without_ids(prompt="abc"), "return_token_ids=true"),
     "two prompts": (without_ids(prompt=[[1], [2]]), "of one prompt"),
