@@ -166,8 +166,13 @@ class Assets:
         return steps
 
     def answers_steps(self, domain: str) -> list[Step]:
-        """Generate the fine-tuned teacher's greedy answers to the training prompts, with logits."""
+        """Generate the fine-tuned teacher's answers to the training prompts, with its logits.
+
+        Greedy ones, one per prompt, unless the domain has a block `answers`.
+        """
         target = self.store(domain, "tuned", "answers")
+        own = self.of(domain).get("answers")
+        sampled = () if own is None else SAMPLED
         arguments = [
             "examples/generate_with_teacher.py",
             "teacher.kind=nemo",
@@ -176,6 +181,7 @@ class Assets:
             f"data.file_path={self.data(domain)}/train.jsonl",
             f"data.max_seq_length={generated_length(self.of(domain))}",
             f"generation.max_new_tokens={self.of(domain).generation.tokens}",
+            *(f"generation.{key}={own[name]}" for name, key in sampled),
             f"dump.top_k={self.cfg.teacher.top_k}",
             f"trainer.precision={self.of(domain).train.precision}",
             "model.micro_batch_size=16",
@@ -209,6 +215,12 @@ class Assets:
 
 
 SIZES = ("train", "valid", "test", "groups", "max_tokens", "seed")
+SAMPLED = (
+    ("per_prompt", "samples_per_prompt"),
+    ("temperature", "temperature"),
+    ("filter", "filter.function"),
+)
+"""A key of the block `answers` → the one below `generation`."""
 TOP_P = 0.8
 ALL_TOKENS = "-all"
 

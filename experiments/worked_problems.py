@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 
@@ -181,6 +181,11 @@ def judge(samples: Sequence[dict[str, Any]], model: str = "student") -> dict[str
         "exact": sum(right),
         "right": "".join(str(int(each)) for each in right),
     }
+
+
+def keeps(answer: str, row: Mapping[str, Any]) -> bool:
+    """Whether an answer to a row of the training split is right; the filter of a generation."""
+    return correct(answer, row["output"])
 
 
 def correct(text: str, reference: str) -> bool:
