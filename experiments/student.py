@@ -3,14 +3,15 @@
     {"name", "run": settings, "settings": others, "steps",
      "curve": {"steps", "groups", metric: [step][group]},
      "valid": figures, "test": figures, "store": sizes, "seconds": {…},
+     "answers": {"written", "kept", "as_original"},
      "generation": {…}, "knowledge": {…}, "doctests": {…}, "confidence": {…}}
 
 `settings` are those beyond `run` that shaped the result: see `shaping` in study.py.
 The curve is that of the test split, a column for each of its groups; it is absent where rounds on
-the student's own answers follow. `valid` and `test` are measured on the finished student. The last
-four are optional: what it generates for held-out prompts, which questions of OpenBookQA it answers
-right, which generated functions pass their doctests, and its cross-entropy by the teacher's
-probability of the label.
+the student's own answers follow. `valid` and `test` are measured on the finished student. `answers`
+are numbers of the teacher's answers that it trained on, if any. The last four are optional: what it
+generates for held-out prompts, which questions of OpenBookQA it answers right, which generated
+functions pass their doctests, and its cross-entropy by the teacher's probability of the label.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ from steps import ROOT, Step, StepFailedError, Workshop
 from study import ALSO, TEACHER_LAYERS, Run, all_steps, shaping
 
 from nemo_kd.errors import NemoKDError
+from nemo_kd.store.manifest import ANSWERS
 
 sys.path.insert(0, str(ROOT / "examples" / "demo"))
 
@@ -323,6 +325,8 @@ def result(run: Run, assets: Assets, workshop: Workshop, also: Sequence[str]) ->
         else:
             content["curve"], content["seconds"]["step"] = curve(run, assets)
         content["store"] = [store_sizes(path) for path in train_stores(run, assets)[1]]
+        if run.answers != "original":
+            content["answers"] = teachers_answers(run, assets)
     for each in also:
         last = more_steps(run, assets, each)[-1]
         found = json.loads(last.product.read_text(encoding="utf-8"))
@@ -362,6 +366,24 @@ def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
             for row in log.validation.values()
         ]
     return content, round(log.seconds_per_step, 3)
+
+
+def teachers_answers(run: Run, assets: Assets) -> dict[str, int]:
+    """How many answers the teacher wrote, how many were kept, and how many of those are originals."""
+    own, data = assets.of(run.domain), assets.data(run.domain)
+    originals = set(_pairs(data / "train.jsonl"))
+    kept = _pairs(assets.store(run.domain, "tuned", "answers") / ANSWERS)
+    return {
+        "written": own.data.train * (own.answers.per_prompt if "answers" in own else 1),
+        "kept": len(kept),
+        "as_original": sum(pair in originals for pair in kept),
+    }
+
+
+def _pairs(path: Path) -> list[tuple[str, str]]:
+    with path.open(encoding="utf-8") as lines:
+        rows = [json.loads(line) for line in lines]
+    return [(row["input"], row["output"].strip()) for row in rows]
 
 
 def store_sizes(store: Path) -> dict[str, Any]:
