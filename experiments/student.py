@@ -369,7 +369,7 @@ def curve(run: Run, assets: Assets) -> tuple[dict[str, Any], float]:
 
 
 def teachers_answers(run: Run, assets: Assets) -> dict[str, int]:
-    """How many answers the teacher wrote, how many were kept, and how many of those are originals."""
+    """How many answers the teacher wrote, how many were kept, how many of those are originals."""
     own, data = assets.of(run.domain), assets.data(run.domain)
     originals = set(_pairs(data / "train.jsonl"))
     kept = _pairs(assets.store(run.domain, "tuned", "answers") / ANSWERS)
