@@ -184,7 +184,7 @@ class Assets:
             *(f"generation.{key}={own[name]}" for name, key in sampled),
             f"dump.top_k={self.cfg.teacher.top_k}",
             f"trainer.precision={self.of(domain).train.precision}",
-            "model.micro_batch_size=16",
+            f"model.micro_batch_size={16 if own is None else own.micro_batch}",
             "rows_per_shard=64",
         ]
         step = Step(target.name, tuple(arguments), target / "manifest.json", resumes_in=target)

@@ -49,7 +49,13 @@ SETTINGS = Block(
         "teacher": Block({"steps": COUNT, "lr": POSITIVE, "top_k": COUNT}),
         "rounds": Block({"prompts": COUNT, "steps": COUNT, "lr": POSITIVE}),
         "generation": Block({"samples": COUNT, "tokens": COUNT}),
-        "answers": Block({"per_prompt": COUNT, "temperature": POSITIVE, "filter": TEXT}),
+        "answers": Block(
+            {
+                **dict.fromkeys(("per_prompt", "micro_batch"), COUNT),
+                "temperature": POSITIVE,
+                "filter": TEXT,
+            }
+        ),
         "learning_rates": list_of(POSITIVE),
         "tuned_on": MAPPING,
         "student_from": one_of("stock", "tuned"),

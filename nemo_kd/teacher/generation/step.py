@@ -20,6 +20,10 @@ from nemo_kd.teacher.select import Selection, joined
 from nemo_kd.topk import TopK
 
 
+HEAD = 512
+"""Most probable tokens that are put in order to draw one; a draw beyond them orders all."""
+
+
 class GenerationError(NemoKDError):
     """Settings, prompts or filters with which generation is impossible."""
 
@@ -94,12 +98,43 @@ def _choose(logits: Tensor, uniform: Tensor, decoding: Decoding) -> Tensor:
     # CUDA multiplies by 1 / T, which is inf for the smallest T; 0 · inf would be NaN.
     scaled = torch.where(below == 0, below, below / decoding.temperature)
     probability = torch.softmax(scaled, -1)
-    ordered, ids = probability.sort(dim=-1, descending=True, stable=True)
-    mass = ordered.cumsum(-1)  # [B, V]
-    last = (mass < decoding.top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
-    total = mass.gather(-1, last)  # [B, 1]
-    point = uniform.to(total.device).unsqueeze(-1) * total
-    index = torch.minimum(torch.searchsorted(mass, point, right=True), last)
+    point = uniform.to(probability.device).unsqueeze(-1)  # [B, 1]
+    if probability.shape[-1] <= HEAD:
+        return _drawn(*_ordered(probability), point, decoding.top_p)
+    # The order of the whole vocabulary is only needed for a token that is not among the first.
+    values, ids = probability.topk(HEAD)
+    ids, at = ids.sort()
+    values, at = _ordered(values.gather(-1, at))
+    ids = ids.gather(-1, at)
+    whole = probability.sum(-1, keepdim=True) if decoding.top_p == 1 else None
+    chosen = _drawn(values, ids, point, decoding.top_p, whole)
+    known = probability.gather(-1, chosen.unsqueeze(-1)) > values[:, -1:]
+    if whole is None:
+        known &= values.sum(-1, keepdim=True) >= decoding.top_p
+    rest = ~known.squeeze(-1)
+    if rest.any():
+        chosen[rest] = _drawn(*_ordered(probability[rest]), point[rest], decoding.top_p)
+    return chosen
+
+
+def _ordered(probability: Tensor) -> tuple[Tensor, Tensor]:
+    """Return values and indices [B, n] in descending order; of equal ones the lower index first."""
+    values, ids = probability.sort(dim=-1, descending=True, stable=True)
+    return values, ids
+
+
+def _drawn(
+    values: Tensor, ids: Tensor, uniform: Tensor, top_p: float, whole: Tensor | None = None
+) -> Tensor:
+    """Draw from the smallest leading part of descending probabilities that has `top_p`.
+
+    values, ids [B, n], uniform [B, 1]. `whole` [B, 1]: mass to draw from, if more than that of the
+    values; a draw beyond them is their last. Returns ids [B].
+    """
+    mass = values.cumsum(-1)
+    last = (mass < top_p).sum(-1, keepdim=True).clamp(max=mass.shape[-1] - 1)
+    total = mass.gather(-1, last) if whole is None else whole  # [B, 1]
+    index = torch.minimum(torch.searchsorted(mass, uniform * total, right=True), last)
     return ids.gather(-1, index).squeeze(-1)
 
 
