@@ -19,7 +19,6 @@ from nemo_kd.teacher.sampling import uniforms
 from nemo_kd.teacher.select import Selection, joined
 from nemo_kd.topk import TopK
 
-
 HEAD = 512
 """Most probable tokens that are put in order to draw one; a draw beyond them orders all."""
 
