@@ -94,6 +94,7 @@ def _work(rank: int, count: int, pipe: Connection) -> None:
     while True:
         check, address = pipe.recv()
         dist.init_process_group("gloo", init_method=address, rank=rank, world_size=count)
+        dist.barrier()  # a check without collectives must not close what others still connect to
         try:
             check()
             report = ""
