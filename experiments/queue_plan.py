@@ -138,7 +138,10 @@ def chosen_lr(cfg: DictConfig, family: str, results: Results, domain: str = "cod
     return min(runs, key=lambda run: _valid(run, results)).lr
 
 
-def resolver(cfg: DictConfig, results: Results) -> Callable[[Run], Run | None]:
+Resolve = Callable[[Run], Run | None]
+
+
+def resolver(cfg: DictConfig, results: Results) -> Resolve:
     """A function that returns a run with its learning rate; None until that is chosen.
 
     Each family's rate is looked up once.
@@ -170,10 +173,7 @@ def remaining(cfg: DictConfig, experiments: Sequence[Experiment], results: Resul
 
 
 def _jobs(
-    cfg: DictConfig,
-    experiment: Experiment,
-    results: Results,
-    resolve: Callable[[Run], Run | None],
+    cfg: DictConfig, experiment: Experiment, results: Results, resolve: Resolve
 ) -> Iterator[Job]:
     for run in experiment.all_runs():
         resolved = resolve(run)

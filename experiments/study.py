@@ -43,8 +43,11 @@ def settings(cfg: DictConfig, domain: str) -> DictConfig:
 
 def shaping(own: DictConfig, run: Run) -> dict[str, Any]:
     """What shapes a run's result beyond `Run`, of the settings of its domain."""
-    keys = [*SHAPING, *(["rounds"] if run.rounds else [])]
-    keys += ["answers"] if run.answers != "original" and "answers" in own else []
+    keys = list(SHAPING)
+    if run.rounds:
+        keys.append("rounds")
+    if run.answers != "original" and "answers" in own:
+        keys.append("answers")
     block: Any = OmegaConf.to_container(OmegaConf.masked_copy(own, keys), resolve=True)
     return cast(dict[str, Any], block)
 

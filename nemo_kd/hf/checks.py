@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -102,6 +102,7 @@ def check_data(trainer: Any) -> None:
         evaluated = {f"eval_dataset[{name!r}]": one for name, one in given.items()}
     longest = check_each(trainer, {"train_dataset": trainer.train_dataset, **evaluated})
     _warn_of_max_length(getattr(trainer.args, "max_length", None), longest)
+    _warn_of_chat_template(trainer)
     collator = trainer.data_collator
     refuse_fewer_columns(trainer.model, collator.vocab_size)
     compared = [collator, *datasets_in(trainer.train_dataset)]
@@ -138,20 +139,23 @@ def check_each(trainer: Any, named: Mapping[str, Any]) -> int:
     if isinstance(trainer.processing_class, PreTrainedTokenizerBase):
         known = [store for store in stores if store.spec.tokenizer.get("fingerprint") is not None]
         check_tokenizer(known, trainer.processing_class)
-        trained = datasets_in(named.get("train_dataset"))
-        _warn_of_chat_template([one.chat_template for one in trained], trainer.processing_class)
     _check_positions(trainer, longest)
     return longest
 
 
-def _warn_of_chat_template(templates: Iterable[Any], tokenizer: Any) -> None:
+def _warn_of_chat_template(trainer: Any) -> None:
     """Warn of a tokenizer, saved with the student, with another chat template than the rows had."""
-    known = [template for template in templates if isinstance(template, str)]
-    if any(tokenizer.chat_template != template for template in known):
+    from transformers import PreTrainedTokenizerBase
+
+    tokenizer = trainer.processing_class
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        return
+    templates = (one.chat_template for one in datasets_in(trainer.train_dataset))
+    if any(isinstance(each, str) and each != tokenizer.chat_template for each in templates):
         warnings.warn(
             "processing_class has another chat_template than the stores' rows, and is saved with "
             "the student: set its chat_template to that of the StoreDataset",
-            stacklevel=5,
+            stacklevel=4,
         )
 
 

@@ -46,14 +46,14 @@ class StoreLossMixin:
     `Trainer` does not change on a resume, in `nemo_kd.json`.
 
     Errors: NemoKDError for a subclass whose bases have a Trainer before the mixin; on construction
-    for another collator, for arguments that the loss cannot
-    follow, for data sets with another loss than the collator's, for samples longer than the
-    positions of a model that learns them, for padding that changes a model's rotary frequencies and
-    for a generation configuration that could not be saved; in the first step of several processes
-    after an evaluation; on starting among the checkpoints of another training; on resuming a
-    checkpoint of another loss, other stores, such arguments or adapters, or of weights alone.
-    StoreError on construction if `processing_class` is another tokenizer than the one the stores
-    record.
+    for another collator, for arguments that the loss cannot follow, for data sets with another loss
+    than the collator's, for samples longer than the positions of a model that learns them, for a
+    model with fewer logits than the stores' tokenizer has ids, for padding that changes a model's
+    rotary frequencies and for a generation configuration that could not be saved; in the first step
+    of several processes after an evaluation; on starting among the checkpoints of another training;
+    on resuming a checkpoint of another loss, other stores, such arguments or adapters, or of
+    weights alone. StoreError on construction if `processing_class` is another tokenizer than the
+    one the stores record.
     """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:

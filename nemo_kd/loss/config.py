@@ -120,10 +120,9 @@ class KDConfig:
 def _expected(kind: str, value: object) -> str:
     """Return what a field annotated as float, int or bool should be; "" if `value` is."""
     flag = type(value).__name__ in ("bool", "bool_")  # numpy's too
-    number = not flag
-    if kind == "float" and not (number and isinstance(value, Real)):
+    if kind == "float" and (flag or not isinstance(value, Real)):
         return "a number"
-    if kind == "int" and not (number and isinstance(value, Integral)):
+    if kind == "int" and (flag or not isinstance(value, Integral)):
         return "a whole number"
     return "True or False" if kind == "bool" and not flag else ""
 

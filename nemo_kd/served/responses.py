@@ -26,7 +26,7 @@ import torch
 from numpy.typing import NDArray
 
 from nemo_kd.served.answer import NOT_JSON, Answer, AnswerError, checked
-from nemo_kd.served.vllm import VLLM, Choice
+from nemo_kd.served.vllm import VLLM, Choice, Usage
 from nemo_kd.sft.rows import Row
 from nemo_kd.store import Sample, StoreError, StoreSpec
 from nemo_kd.store.checks import checked_tokens
@@ -40,10 +40,6 @@ SAMPLED_LINES = 32
 _WIRE = VLLM()
 
 
-class _Usage(msgspec.Struct):
-    completion_tokens: int | None = None
-
-
 class _Line(msgspec.Struct):
     index: int | None = None
     loss_mask: list[int] | None = None
@@ -55,7 +51,7 @@ class _Line(msgspec.Struct):
     error: Any = None
     prompt_logprobs: msgspec.Raw = msgspec.Raw()
     choices: msgspec.Raw = msgspec.Raw()
-    usage: _Usage | None = None
+    usage: Usage | None = None
 
 
 _LINE, _TOP = msgspec.json.Decoder(_Line), msgspec.json.Decoder(Choice)

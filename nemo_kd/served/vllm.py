@@ -34,13 +34,16 @@ class Choice(msgspec.Struct):
     prompt_token_ids: list[int] | None = None
 
 
-class _Usage(msgspec.Struct):
+class Usage(msgspec.Struct):
+    """Numbers of tokens of a response."""
+
     prompt_tokens: int | None = None
+    completion_tokens: int | None = None
 
 
 class _Completion(msgspec.Struct):
     choices: list[Choice]
-    usage: _Usage | None = None
+    usage: Usage | None = None
 
 
 class VLLM:

@@ -43,10 +43,13 @@ def check_template(
     fields = block.get("truncation_field")
     for name in str(fields).replace(" ", "").split(",") if fields else ():
         if name not in names and (name, names[0]) != ("context", "input"):  # NeMo's old name
+            others = [each for each in names if each != label]
+            lose = (
+                f"{' or '.join(others)}, which loses the tokens of rows that are too long, or to "
+            )
             raise NemoKDError(
                 f"{where}.truncation_field={name} is not a field of {key}={template!r}: set it to "
-                f"{' or '.join(n for n in names if n != label) or 'null'}, the field that loses "
-                "tokens of rows that are too long, or to null"
+                f"{lose if others else ''}null"
             )
     for path, row in first_rows:
         if isinstance(row, dict):  # the reader refuses other rows

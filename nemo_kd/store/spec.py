@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
@@ -135,6 +135,12 @@ class StoreSpec:
                 block, key = name.split(".")
                 value[block][key] = theirs[name]
         return self.from_json(value)
+
+
+def is_greedy(template: Mapping[str, Any]) -> bool:
+    """Whether the answers of a store were generated at temperature 0, where no seed decides."""
+    generation = template.get("generation")
+    return isinstance(generation, Mapping) and generation.get("temperature") == 0
 
 
 NAMED = {

@@ -12,6 +12,7 @@ from nemo_kd.store.fingerprint import (
     of_earlier_version,
     tokenizer_files_fingerprint,
 )
+from nemo_kd.store.spec import is_greedy
 
 
 class Settings(Protocol):
@@ -74,10 +75,11 @@ def with_idle_seed(spec: StoreSpec, earlier: StoreSpec) -> StoreSpec:
 
     It decides nothing there; specs have its default since.
     """
-    now, then = (dict(one.template.get("generation", {})) for one in (spec, earlier))
-    if "seed" not in then or any(one.get("temperature") != 0 for one in (now, then)):
+    if not (is_greedy(spec.template) and is_greedy(earlier.template)):
         return spec
-    return replace(spec, template={**spec.template, "generation": {**now, "seed": then["seed"]}})
+    now, then = (one.template["generation"] for one in (spec, earlier))
+    generation = {**now, "seed": then.get("seed", now.get("seed"))}
+    return replace(spec, template={**spec.template, "generation": generation})
 
 
 def _is_of_another_kind(path: Path) -> bool:

@@ -13,6 +13,7 @@ from nemo_kd.errors import StoreError
 from nemo_kd.files import canonical_json
 from nemo_kd.store.fingerprint import of_earlier_version
 from nemo_kd.store.reader import Store
+from nemo_kd.store.spec import is_greedy
 
 TWICE = "{}: they are trained on more often than the others"
 
@@ -69,9 +70,8 @@ def _pieces(store: Store) -> Iterator[tuple[str, NDArray[np.int64]]]:
         return
     teacher = {name: value for name, value in spec.teacher.items() if name != "fingerprint"}
     template = dict(spec.template)
-    if (generation := template.get("generation", {})).get("temperature") == 0:
-        # The seed, which decides nothing, is not what an earlier version has recorded.
-        template["generation"] = {**generation, "seed": None}
+    if is_greedy(template):  # the seed is not what an earlier version has recorded
+        template["generation"] = {**template["generation"], "seed": None}
     for sha256, rows in _rows(spec.source, store.rows):
         key = canonical_json([sha256, teacher, template])
         found.setdefault(key, []).append(rows)
